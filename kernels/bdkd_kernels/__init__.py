@@ -1,0 +1,17 @@
+"""The BD-KD loss alone: forward and reverse KL balanced sample by sample, and its kernels.
+
+It imports torch and nothing heavier, and nothing of the trainer.
+"""
+
+from .backends import available_backends
+from .loss import BDKDLoss, bdkd_loss, bdkd_loss_and_grad
+from .types import BDKDOutput, BDKDStats
+
+__all__ = [
+    "BDKDLoss",
+    "BDKDOutput",
+    "BDKDStats",
+    "available_backends",
+    "bdkd_loss",
+    "bdkd_loss_and_grad",
+]

@@ -1,0 +1,168 @@
+"""Argument checks of the loss: each failure is one line that names the argument, what came and what
+is needed."""
+
+import math
+import os
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .types import LossOptions, Problem
+
+_STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def prepare(
+    student: Tensor,  # (..., C)
+    teacher: Tensor,  # (..., C)
+    target: Tensor | None,  # (...) or (..., C)
+    sample_weight: Tensor | None,  # (...)
+    options: LossOptions,
+    grad_scale: float | Tensor,
+) -> Problem:
+    """Check one call and flatten its leading dimensions to rows (a view wherever one exists)."""
+    options.check()
+    _check_logits("student_logits", student)
+    _check_logits("teacher_logits", teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "student_logits and teacher_logits must have one shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    _same_device("teacher_logits", teacher, student)
+    _check_grad_scale(grad_scale, student)
+
+    leading, classes = student.shape[:-1], student.shape[-1]
+    if target is not None:
+        target = _check_target(target, student).reshape(
+            (-1, classes) if target.is_floating_point() else (-1,)
+        )
+    if sample_weight is not None:
+        _check_tensor("sample_weight", sample_weight)
+        if not sample_weight.is_floating_point():
+            raise TypeError(f"sample_weight must be floating, got {sample_weight.dtype}")
+        if sample_weight.shape != leading:
+            raise ValueError(
+                f"sample_weight must have shape {tuple(leading)}, one weight a sample, "
+                f"got {tuple(sample_weight.shape)}"
+            )
+        _same_device("sample_weight", sample_weight, student)
+        sample_weight = sample_weight.detach().reshape(-1)
+    if student.ndim != 2:
+        rows = leading.numel()  # not -1: that is ambiguous where the leading shape holds a 0
+        student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
+    return Problem(student, teacher, target, sample_weight, options)
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ``ValueError`` for the first label outside [0, classes) that is not ``ignore_index``.
+
+    Reads the labels on the host: for the CPU, or where ``BDKD_CHECK_LABELS=1`` asks for it.
+    """
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise_bad_label(row, int(target[row]), classes, ignore_index)
+
+
+def raise_bad_label(row: int, label: int, classes: int, ignore_index: int) -> None:
+    raise ValueError(
+        f"target[{row}] is {label}: a label must be in [0, {classes}) "
+        f"or ignore_index ({ignore_index})"
+    )
+
+
+def labels_can_be_read(target: Tensor | None) -> bool:
+    """Whether a look at the labels is free of a device sync (or asked for) and not being traced."""
+    if target is None or target.is_floating_point() or torch.compiler.is_compiling():
+        return False
+    return target.device.type == "cpu" or os.environ.get("BDKD_CHECK_LABELS") == "1"
+
+
+def check_gradient_buffer(name: str, buffer: Tensor | None, logits: Tensor) -> None:
+    if buffer is None:
+        return
+    _check_tensor(name, buffer)
+    if buffer.shape != logits.shape or buffer.dtype != logits.dtype:
+        raise ValueError(
+            f"{name} must have its logits' shape and dtype, {tuple(logits.shape)} {logits.dtype}, "
+            f"got {tuple(buffer.shape)} {buffer.dtype}"
+        )
+    _same_device(name, buffer, logits)
+
+
+def as_rows(name: str, buffer: Tensor | None) -> Tensor | None:
+    """The buffer as ``(N, C)``, the same memory."""
+    if buffer is None or buffer.ndim == 2:
+        return buffer
+    try:
+        return buffer.view(buffer.shape[:-1].numel(), buffer.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must flatten to rows without a copy, got shape {tuple(buffer.shape)} with "
+            f"strides {buffer.stride()}"
+        ) from None
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_logits(name: str, logits: object) -> None:
+    _check_tensor(name, logits)
+    assert isinstance(logits, Tensor)
+    if logits.dtype not in _STORAGE:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., C) with C >= 1, got {tuple(logits.shape)}")
+
+
+def _check_target(target: object, logits: Tensor) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor or None, got {type(target).__name__}")
+    if target.is_floating_point():
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"a floating target holds soft labels of the logits' shape {tuple(logits.shape)}, "
+                f"got {tuple(target.shape)}; labels need an integer type"
+            )
+        target = target.detach()
+    elif target.dtype in _INTEGERS:
+        if target.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"target must have shape {tuple(logits.shape[:-1])}, one label a sample, "
+                f"got {tuple(target.shape)}"
+            )
+        target = target.to(torch.int64)
+    else:
+        raise TypeError(
+            f"target must hold integer labels or floating soft labels, got {target.dtype}"
+        )
+    _same_device("target", target, logits)
+    return target
+
+
+def _check_grad_scale(grad_scale: object, logits: Tensor) -> None:
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.ndim != 0 or not grad_scale.is_floating_point():
+            raise ValueError(
+                "grad_scale must be a number or a floating 0-dim tensor, "
+                f"got {tuple(grad_scale.shape)} {grad_scale.dtype}"
+            )
+        _same_device("grad_scale", grad_scale, logits)
+    elif isinstance(grad_scale, bool) or not isinstance(grad_scale, Real):
+        raise TypeError(
+            f"grad_scale must be a number or a 0-dim tensor, got {type(grad_scale).__name__}"
+        )
+    elif not math.isfinite(grad_scale):
+        raise ValueError(f"grad_scale must be finite, got {grad_scale!r}")
+
+
+def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(
+            f"{name} must be on the student logits' device {logits.device}, got {tensor.device}"
+        )

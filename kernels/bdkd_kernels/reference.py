@@ -1,0 +1,191 @@
+"""BD-KD in eager PyTorch, written as its equations: the truth every kernel is held to.
+
+Amara et al., *Balancing the Divergences for Online Knowledge Distillation*, arXiv 2212.12965.
+Gradients are autograd's, so they owe nothing to the closed forms that the kernels use.
+
+All tensors here are rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import check_labels, labels_can_be_read
+from .types import BDKDStats, LossOptions, Problem
+
+
+def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor, BDKDStats]:
+    """Student loss, teacher loss (reduced as the options say) and the statistics, ``(N,)`` each.
+
+    ``grad_scale`` is not read: autograd makes gradients only when it knows the real one.
+    """
+    o = problem.options
+    if labels_can_be_read(problem.target):
+        check_labels(problem.target, problem.student.shape[-1], o.ignore_index)
+    dtype = compute_dtype(problem.student, problem.teacher)
+    s, t = problem.student.to(dtype), problem.teacher.to(dtype)  # (N, C)
+
+    counted = None  # (N,) bool; None: every row counts
+    if problem.target is not None and not problem.target.is_floating_point():
+        counted = problem.target != o.ignore_index
+        # An ignored row is replaced before anything is computed of it, so that neither its
+        # values nor, through 0 * NaN in the backward pass, its gradients can carry a NaN.
+        s = torch.where(counted[:, None], s, 0.0)
+        t = torch.where(counted[:, None], t, 0.0)
+
+    student_rows, teacher_rows, stats = row_losses(s, t, problem.target, o)
+
+    if counted is not None:
+        stats = BDKDStats(*(torch.where(counted, x, 0.0) for x in stats))
+    return (
+        reduce(student_rows, counted, problem.sample_weight, o.reduction),
+        reduce(teacher_rows, counted, problem.sample_weight, o.reduction),
+        stats,
+    )
+
+
+def loss_and_grad(
+    problem: Problem, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
+) -> tuple[Tensor, Tensor, BDKDStats]:
+    """:func:`loss`, detached; both gradients, times ``grad_scale``, go into ``ds`` and ``dt``."""
+
+    def losses(s: Tensor, t: Tensor):
+        student, teacher, stats = loss(problem._replace(student=s, teacher=t))
+        return (student, teacher), stats
+
+    s, t = problem.student.detach(), problem.teacher.detach()
+    (student, teacher), pull_back, stats = torch.func.vjp(losses, s, t, has_aux=True)
+    upstream = tuple(torch.ones_like(x) * grad_scale for x in (student, teacher))
+    gradients = pull_back(upstream)
+    with torch.no_grad():
+        for buffer, gradient in zip((ds, dt), gradients, strict=True):
+            if buffer is not None:
+                buffer.copy_(gradient)
+    return student, teacher, stats
+
+
+def row_losses(
+    s: Tensor, t: Tensor, target: Tensor | None, o: LossOptions
+) -> tuple[Tensor, Tensor, BDKDStats]:
+    """The losses of every row, before ``ignore_index``, weights and reduction."""
+    student_loss, teacher_loss = s.new_zeros(len(s)), t.new_zeros(len(t))  # (N,)
+    zero = s.new_zeros(len(s))
+    F = R = H_s = H_t = CE_s = CE_t = d1 = d2 = zero
+
+    if o.student_kd or o.teacher_kd:
+        τ = o.temperature
+        # A network sees its partner's logits as constants: each loss trains one network.
+        log_p_s, log_p_t = log_softmax(s, τ), log_softmax(t, τ)
+        const_p_s, const_p_t = log_p_s.detach(), log_p_t.detach()
+
+        τ_H = τ if o.soften_entropy else 1.0
+        H_s = entropy(log_softmax(s.detach(), τ_H))
+        H_t = entropy(log_softmax(t.detach(), τ_H))
+        d1 = torch.where(H_t > H_s, o.gamma, torch.ones_like(H_s))  # spread: cover the mass
+        d2 = torch.where(H_s > H_t, o.gamma, torch.ones_like(H_s))  # sharpen: seek the mode
+
+        if o.student_kd:
+            F = kl(const_p_t, log_p_s)
+            R = kl(log_softmax(where_mass(s, const_p_s), τ), const_p_t)
+            student_loss = student_loss + o.student_kd * τ**2 * (d1 * F + d2 * R)
+        else:
+            F, R = kl(const_p_t, const_p_s), kl(const_p_s, const_p_t)
+
+        if o.teacher_kd:
+            if o.teacher_divergence == "reverse":
+                T = kl(const_p_s, log_p_t)
+            else:
+                T = kl(log_softmax(where_mass(t, const_p_t), τ), const_p_s)
+            teacher_loss = teacher_loss + o.teacher_kd * τ**2 * T
+
+    if target is not None:
+        if o.student_ce:
+            CE_s = cross_entropy(log_softmax(s), target, o)
+            student_loss = student_loss + o.student_ce * CE_s
+        if o.teacher_ce:
+            CE_t = cross_entropy(log_softmax(t), target, o)
+            teacher_loss = teacher_loss + o.teacher_ce * CE_t
+
+    confidence_s, correct_s = confidence(s.detach(), target)
+    confidence_t, correct_t = confidence(t.detach(), target)
+    stats = BDKDStats(
+        F, R, H_s, H_t, CE_s, CE_t, d1, d2, confidence_s, confidence_t, correct_s, correct_t
+    )
+    return student_loss, teacher_loss, BDKDStats(*(x.detach() for x in stats))
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """float64 where either network's logits are float64, float32 otherwise."""
+    wide = student.dtype == torch.float64 or teacher.dtype == torch.float64
+    return torch.float64 if wide else torch.float32
+
+
+def log_softmax(logits: Tensor, τ: float = 1.0) -> Tensor:
+    """log softmax(logits / τ). Shifted before it is divided: dividing logits of 1e4 first would
+    round away 5e-4 of each exponent."""
+    shifted = logits - logits.amax(-1, keepdim=True).detach()
+    return torch.log_softmax(shifted / τ, -1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """H(p) = -Σ p log p in nats, with 0 log 0 = 0."""
+    p = log_p.exp()
+    return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ p (log p - log q), with 0 log 0 = 0 (so a class masked in both adds nothing).
+
+    Written Σ [p (log p - log q) + q - p]. The two sums added are both 1, and with them every term
+    is >= 0: nearly equal distributions lose nothing to cancellation between classes.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    log_ratio = torch.where(p == 0, 0.0, log_p - log_q)
+    return (p * log_ratio + q - p).sum(-1)
+
+
+def where_mass(logits: Tensor, log_p: Tensor) -> Tensor:
+    """The same logits, constant where p is 0. d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is
+    then 0 there also when the KL is infinite, where autograd would make 0 * inf."""
+    return torch.where(log_p.exp() == 0, logits.detach(), logits)
+
+
+def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
+    """-Σ q log p per row, q the label or the soft label, smoothed as in torch."""
+    ε = o.label_smoothing
+    C = log_p.shape[-1]
+    if target.is_floating_point():
+        q = target.to(log_p.dtype) * (1 - ε) + ε / C
+        return -torch.where(q == 0, 0.0, q * log_p).sum(-1)
+    in_range = (target >= 0) & (target < C)
+    label = torch.where(in_range, target, 0)
+    loss = -log_p.gather(-1, label[:, None]).squeeze(-1)
+    if ε:
+        loss = (1 - ε) * loss - ε * log_p.mean(-1)
+    return loss * torch.where(in_range, 1.0, torch.nan)  # no such class: NaN, gradients too
+
+
+def confidence(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Largest softmax at temperature 1, and 1.0 where the first largest logit is the label's."""
+    largest = log_softmax(logits).amax(-1).exp()
+    if target is None:
+        return largest, torch.zeros_like(largest)
+    label = target.argmax(-1) if target.is_floating_point() else target
+    correct = (logits.argmax(-1) == label) & ~largest.isnan()
+    return largest, correct.to(largest.dtype)
+
+
+def reduce(
+    rows: Tensor, counted: Tensor | None, sample_weight: Tensor | None, reduction: str
+) -> Tensor:
+    """Weighted rows; their sum; or their sum over the sum of the weights of counted rows."""
+    weight = torch.ones_like(rows) if sample_weight is None else sample_weight.to(rows.dtype)
+    if counted is not None:
+        weight = torch.where(counted, weight, 0.0)
+        rows = torch.where(counted, rows, 0.0)
+    rows = rows * weight
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    total = weight.sum()
+    return rows.sum() / torch.where(total == 0, 1.0, total)  # nothing counted: 0, not 0 / 0

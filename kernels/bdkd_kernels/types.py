@@ -1,0 +1,106 @@
+"""What goes into the loss and what comes out of it, the same for every backend."""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+Divergence = Literal["reverse", "forward"]
+
+
+class BDKDStats(NamedTuple):
+    """Statistics of one call, each of the logits' leading shape, detached, float32 (float64 for
+    float64 logits).
+
+    Divergences and entropies are in nats. Rows that are ignored hold 0 everywhere; so do the
+    statistics of a term whose weight is 0 (both cross entropies; divergences, entropies and
+    weights when ``student_kd`` and ``teacher_kd`` are both 0). Confidence is the largest softmax
+    at temperature 1; correct is 1.0 where the first largest logit is the label's, else 0.0 (and
+    0.0 without a target).
+    """
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_ce: Tensor
+    teacher_ce: Tensor
+    forward_weight: Tensor
+    reverse_weight: Tensor
+    student_confidence: Tensor
+    teacher_confidence: Tensor
+    student_correct: Tensor
+    teacher_correct: Tensor
+
+
+class BDKDOutput(NamedTuple):
+    """Losses of student and teacher (scalars, or of the leading shape with ``reduction="none"``)
+    and the statistics of every sample."""
+
+    student: Tensor
+    teacher: Tensor
+    stats: BDKDStats
+
+
+def _number(name: str, value: object, needed: str, accept) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {needed}, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not accept(number):
+        raise ValueError(f"{name} must be {needed}, got {value!r}")
+    return number
+
+
+def _finite_from(low: float):
+    return lambda x: math.isfinite(x) and x >= low
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The named choices of the loss; see :func:`bdkd_kernels.bdkd_loss` for each one's meaning."""
+
+    temperature: float = 1.0
+    gamma: float = 2.0
+    student_ce: float = 1.0
+    student_kd: float = 1.0
+    teacher_ce: float = 1.0
+    teacher_kd: float = 1.0
+    teacher_divergence: Divergence = "reverse"
+    soften_entropy: bool = True
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+
+    def check(self) -> None:
+        """Raise ``ValueError`` or ``TypeError`` naming the first option that does not fit."""
+        _number("temperature", self.temperature, "a finite number > 0",
+                lambda x: math.isfinite(x) and x > 0)  # fmt: skip
+        _number("gamma", self.gamma, "a finite number >= 1", _finite_from(1.0))
+        for name in ("student_ce", "student_kd", "teacher_ce", "teacher_kd"):
+            _number(name, getattr(self, name), "a finite number >= 0", _finite_from(0.0))
+        _number("label_smoothing", self.label_smoothing, "a number in [0, 1]",
+                lambda x: 0.0 <= x <= 1.0)  # fmt: skip
+        if self.teacher_divergence not in get_args(Divergence):
+            raise ValueError(
+                "teacher_divergence must be 'reverse' or 'forward', "
+                f"got {self.teacher_divergence!r}"
+            )
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        if not isinstance(self.soften_entropy, bool):
+            raise TypeError(f"soften_entropy must be a bool, got {self.soften_entropy!r}")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
+
+
+class Problem(NamedTuple):
+    """One checked call, flattened to rows, as every backend receives it."""
+
+    student: Tensor  # (N, C) fp16, bf16, fp32 or fp64; any row stride
+    teacher: Tensor  # (N, C) likewise, its own storage type
+    target: Tensor | None  # (N,) int64 labels, or (N, C) floating soft labels, or None
+    sample_weight: Tensor | None  # (N,) floating, constant
+    options: LossOptions
