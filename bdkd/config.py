@@ -1,0 +1,338 @@
+"""What a run is made of. The recipes' TOML files and the command line are both views of this."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import tomli_w
+
+from bdkd.errors import RunError, UsageError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are varied."""
+
+    source: str = "digits"
+    """The data source: digits or folder."""
+    root: str | None = None
+    """Folder of the data set, for sources that read one."""
+    image_size: int = 32
+    """Side of the images in pixels, for sources that resize them."""
+    validation: float = 0.1
+    """Share of the training images held out to choose the best checkpoint by."""
+    shift: int = 0
+    """Augmentation: shift each training image by up to so many pixels each way."""
+    flip: bool = False
+    """Augmentation: mirror each training image with probability 1/2."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """One of the networks that train together."""
+
+    model: str
+    """Name of a registered model."""
+    role: Literal["student", "teacher"]
+    """What the network is to the others."""
+    weights: str | None = None
+    """File of weights to start from: a state dict (.pt, .safetensors) or a run's checkpoint."""
+    learning_rate: float | None = None
+    """This network's own peak learning rate; without it, the optimizer's."""
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Options of the model, as name and value."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The method, and the weights of its terms."""
+
+    name: str = "bdkd"
+    """The method: bdkd or independent."""
+    backend: Literal["auto", "triton", "native", "reference"] = "auto"
+    """Implementation of the fused loss."""
+    temperature: float = 1.0
+    """Temperature of the divergences."""
+    gamma: float = 2.0
+    """bdkd: the larger of a sample's two weights (1: unweighted)."""
+    student_ce: float = 1.0
+    """Weight of the student's cross entropy."""
+    student_kd: float = 1.0
+    """bdkd: weight of the student's divergences."""
+    teacher_ce: float = 1.0
+    """Weight of the teacher's cross entropy."""
+    teacher_kd: float = 1.0
+    """bdkd: weight of the teacher's divergence."""
+    teacher_divergence: Literal["reverse", "forward"] = "reverse"
+    """bdkd: the teacher's regulariser, KL(student || teacher) or KL(teacher || student)."""
+    soften_entropy: bool = True
+    """bdkd: compare the entropies at the temperature (or else at 1)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of both cross entropies."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One optimizer for all networks, with parameter groups for each."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    learning_rate: float = 0.1
+    """Peak learning rate, for the whole batch."""
+    momentum: float = 0.9
+    """SGD: momentum."""
+    nesterov: bool = True
+    """SGD: Nesterov's momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW: decay of the two moments."""
+    weight_decay: float = 5e-4
+    """Weight decay; norms and biases have none."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over time: linear warm-up, then a decay."""
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    """Decay: to the final factor along a cosine, by steps at milestones, or none."""
+    unit: Literal["epochs", "steps"] = "epochs"
+    """What warm-up and milestones count."""
+    warmup: float = 0.0
+    """Length of the linear warm-up."""
+    milestones: tuple[float, ...] = ()
+    """step: where the rate is multiplied by the factor."""
+    factor: float = 0.1
+    """step: the factor."""
+    final: float = 0.0
+    """cosine: the final rate as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 30
+    """Passes over the training images; the schedule spans them."""
+    batch_size: int = 128
+    """Images of one optimizer step, over all devices and accumulated parts."""
+    accumulate: int = 1
+    """Parts a batch is split into; their gradients add up to the batch's."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or mixed: bf16 autocast, or fp16 autocast with a loss scale."""
+    channels_last: bool = True
+    """Keep images and weights in the channels-last layout."""
+    compile: bool = False
+    """Compile the networks' forward passes and the objective with torch.compile."""
+    clip_norm: float | None = None
+    """Clip each network's gradient to this norm."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of each student with this decay a step."""
+    max_skipped: int = 20
+    """Stop after so many steps in a row with non-finite losses or gradients."""
+    select: Literal["best", "last"] = "best"
+    """Which weights the test images see: best on the validation part, or the last."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = 500
+    """Optimizer steps between checkpoints; one is also written at the end and on a signal."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: data, networks, method, optimisation, and where it goes."""
+
+    name: str
+    """Name of the recipe."""
+    networks: dict[str, NetworkConfig]
+    """The networks that train together, by name."""
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run_dir: str | None = None
+    """Folder of the run; without it, runs/<recipe>-<method>-seed<seed>."""
+    seed: int = 0
+    """Seed of weights, data order and augmentation."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps, whatever the epochs; the schedule does not change."""
+    evaluate_every: int = 1
+    """Epochs between evaluations on the validation part."""
+    log_every: int = 10
+    """Optimizer steps between log lines; between them nothing is read from the device."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in files("bdkd.recipes").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A shipped recipe by name, or a TOML file.
+
+    Raises:
+        UsageError: no such recipe, or a key or value in it that does not fit.
+        RunError: the file cannot be read.
+    """
+    if name_or_path in shipped_recipes():
+        text = (files("bdkd.recipes") / f"{name_or_path}.toml").read_text("utf-8")
+        return parse_recipe(text, source=f"recipe {name_or_path}")
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and not path.exists():
+        raise UsageError(
+            f"unknown recipe {name_or_path!r}: {nearest(name_or_path, shipped_recipes())}, "
+            "or give a TOML file"
+        )
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read the recipe {path}: {error}") from error
+    return parse_recipe(text, source=str(path))
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """The recipe that a TOML text describes; ``source`` names it in error messages."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is not valid TOML: {error}") from error
+    _refuse_unknown_keys(values, Recipe, source, "")
+    try:
+        recipe = msgspec.convert(values, Recipe)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{source}: {error}") from error
+    # msgspec leaves defaults on the class; a copy has every field of its own
+    return typing.cast(Recipe, _with_own_fields(recipe))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a TOML text that :func:`parse_recipe` reads back to the same recipe."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys in which two recipes differ."""
+    left, right = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
+    missing = object()
+    return sorted(
+        key
+        for key in left.keys() | right.keys()
+        if left.get(key, missing) != right.get(key, missing)
+    )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ``UsageError`` for the first value that is out of range, by its key."""
+    t, d, s, o = recipe.train, recipe.data, recipe.schedule, recipe.optimizer
+    checks = [
+        ("train.epochs", t.epochs, t.epochs >= 1, "at least 1"),
+        ("train.batch_size", t.batch_size, t.batch_size >= 2, "at least 2"),
+        (
+            "train.accumulate",
+            t.accumulate,
+            1 <= t.accumulate <= t.batch_size and t.batch_size % t.accumulate == 0,
+            f"a divisor of train.batch_size ({t.batch_size})",
+        ),
+        ("train.clip_norm", t.clip_norm, t.clip_norm is None or t.clip_norm > 0, "above 0"),
+        (
+            "train.ema_decay",
+            t.ema_decay,
+            t.ema_decay is None or 0 < t.ema_decay < 1,
+            "between 0 and 1",
+        ),
+        ("train.max_skipped", t.max_skipped, t.max_skipped >= 1, "at least 1"),
+        ("data.validation", d.validation, 0 < d.validation < 1, "between 0 and 1"),
+        ("data.shift", d.shift, d.shift >= 0, "at least 0"),
+        ("data.image_size", d.image_size, d.image_size >= 8, "at least 8"),
+        ("optimizer.learning_rate", o.learning_rate, _positive(o.learning_rate), "above 0"),
+        ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),
+        ("optimizer.momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)"),
+        ("schedule.warmup", s.warmup, s.warmup >= 0, "at least 0"),
+        ("checkpoint.every_steps", recipe.checkpoint.every_steps,
+         recipe.checkpoint.every_steps >= 1, "at least 1"),
+        ("checkpoint.keep", recipe.checkpoint.keep, recipe.checkpoint.keep >= 1, "at least 1"),
+        ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
+        ("evaluate_every", recipe.evaluate_every, recipe.evaluate_every >= 1, "at least 1"),
+        ("max_steps", recipe.max_steps, recipe.max_steps is None or recipe.max_steps >= 1,
+         "at least 1"),
+        ("seed", recipe.seed, recipe.seed >= 0, "at least 0"),
+    ]  # fmt: skip
+    for name, network in recipe.networks.items():
+        rate = network.learning_rate
+        checks.append((f"networks.{name}.learning_rate", rate,
+                       rate is None or _positive(rate), "above 0"))  # fmt: skip
+    for key, value, fits, needed in checks:
+        if not fits:
+            raise UsageError(f"{key} must be {needed}, got {value}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The hint after an unknown name: its nearest neighbour, or all there are."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _refuse_unknown_keys(values: object, kind: object, source: str, prefix: str) -> None:
+    """msgspec ignores keys that a dataclass does not have; a typo must not pass in silence."""
+    if typing.get_origin(kind) is dict and isinstance(values, dict):
+        for key, value in values.items():
+            _refuse_unknown_keys(value, typing.get_args(kind)[1], source, f"{prefix}{key}.")
+    if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
+        return
+    known = {f.name: f.type for f in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{source}: unknown key {prefix}{key}: {nearest(key, list(known))}")
+        _refuse_unknown_keys(value, known[key], source, f"{prefix}{key}.")
+
+
+def _with_own_fields(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(
+            **{f.name: _with_own_fields(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    if isinstance(value, dict):
+        return {key: _with_own_fields(item) for key, item in value.items()}
+    return value
+
+
+def _without_none(value: object) -> typing.Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,89 @@
+"""What every data source is to the trainer.
+
+The order of an epoch is a pure function of (seed, epoch), and the augmentation of a batch one of
+(seed, epoch, position). So the whole state of a source is (epoch, images seen in it): nothing of it
+needs saving, and it means the same whatever the number of workers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Split = Literal["train", "val", "test"]
+
+
+class Batch(NamedTuple):
+    """Images and labels of some samples, on the device."""
+
+    views: tuple[Tensor, ...]  # one or more augmentations of the images, (B, C, H, W) each
+    target: Tensor  # (B,) int64
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The batch as so many equal batches."""
+        views = [view.chunk(parts) for view in self.views]
+        return [
+            Batch(tuple(view[i] for view in views), target)
+            for i, target in enumerate(self.target.chunk(parts))
+        ]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Facts of a data set."""
+
+    source: str
+    classes: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int]  # height, width in pixels
+    counts: dict[Split, int]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+class DataSource(Protocol):
+    """A data set with splits ``train``, ``val`` and ``test``."""
+
+    info: DataInfo
+
+    def train_batches(self, epoch: int, start: int, batch_size: int, views: int) -> Iterator[Batch]:
+        """Whole batches of one epoch from its ``start``-th image on; a ragged rest is left out."""
+        ...
+
+    def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
+        """Every image of a split once, in a fixed order, not augmented; the last may be ragged."""
+        ...
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several numbers (seed, epoch, position, purpose)."""
+    words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return (int(words[0]) << 32 | int(words[1])) & (2**63 - 1)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of an epoch's images, ``(count,)`` int64, a pure function of its arguments."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch, 0))
+    return torch.randperm(count, generator=generator)
+
+
+def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rest and of a ``share`` held out, class by class, at least one of each class
+    on either side where it has two.
+
+    Args:
+        labels: ``(N,)`` integers.
+    """
+    rng = np.random.default_rng(seed)
+    rest, held_out = [], []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        size = min(max(1, round(len(members) * share)), len(members) - 1)
+        held_out.append(members[:size])
+        rest.append(members[size:])
+    return np.sort(np.concatenate(rest)), np.sort(np.concatenate(held_out))
