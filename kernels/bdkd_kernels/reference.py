@@ -80,8 +80,7 @@ def row_losses(
         τ_H = τ if o.soften_entropy else 1.0
         H_s = entropy(log_softmax(s.detach(), τ_H))
         H_t = entropy(log_softmax(t.detach(), τ_H))
-        d1 = torch.where(H_t > H_s, o.gamma, torch.ones_like(H_s))  # spread: cover the mass
-        d2 = torch.where(H_s > H_t, o.gamma, torch.ones_like(H_s))  # sharpen: seek the mode
+        d1, d2 = balance(H_s, H_t, o.gamma)
 
         if o.student_kd:
             F = kl(const_p_t, log_p_s)
@@ -130,6 +129,14 @@ def entropy(log_p: Tensor) -> Tensor:
     """H(p) = -Σ p log p in nats, with 0 log 0 = 0."""
     p = log_p.exp()
     return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+
+
+def balance(H_s: Tensor, H_t: Tensor, γ: float) -> tuple[Tensor, Tensor]:
+    """The weights d1 of the forward and d2 of the reverse KL, by the entropy gap of each row."""
+    one = torch.ones_like(H_s)
+    d1 = torch.where(H_t > H_s, γ, one)  # surer than its teacher: spread, cover the mass
+    d2 = torch.where(H_s > H_t, γ, one)  # less sure: sharpen, seek the mode
+    return d1, d2
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

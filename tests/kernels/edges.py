@@ -1,0 +1,560 @@
+"""SPEC section 1's table of edge cases, and what users of PyTorch expect of autograd, as checks
+that run on any backend.
+
+    @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
+    def test_edge(edge):
+        edge("native")
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from bdkd_kernels import BDKDStats, bdkd_loss, bdkd_loss_and_grad
+from cases import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Inputs,
+    Result,
+    at_once,
+    backward_from,
+    close,
+    compare,
+    truth,
+)
+from torch import Tensor
+
+EDGES: list[Callable[..., None]] = []  # of (backend, device="cpu")
+
+
+def edge(function: Callable[..., None]) -> Callable[..., None]:
+    EDGES.append(function)
+    return function
+
+
+def draw(name: str, n: int = 5, c: int = 11, device: str = "cpu", dtype=FP32):
+    """Student's and teacher's logits ``(n, c)``, not yet leaves, and labels."""
+    rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    s, t = (2.0 * torch.randn(2, n, c, generator=rng, dtype=FP64)).to(device, dtype)
+    return s, t, torch.randint(c, (n,), generator=rng).to(device)
+
+
+def run(s, t, y, backend: str, *, sample_weight=None, offline=False, **options) -> list[Result]:
+    """Results of both ways through a backend, from fresh leaves of these values."""
+    shape = s.shape[:-1] if options.get("reduction") == "none" else ()
+    x = Inputs(
+        s.detach().requires_grad_(),
+        t.detach().requires_grad_(not offline),
+        y,
+        sample_weight,
+        options,
+        (torch.ones(shape, dtype=FP64, device=s.device),) * 2,
+    )
+    return [backward_from(x, backend), at_once(x, backend)]
+
+
+def judged(s, t, y, backend: str, **options) -> list[Result]:
+    """:func:`run`, each result compared with float64."""
+    results = run(s, t, y, backend, **options)
+    weight, offline = options.pop("sample_weight", None), options.pop("offline", False)
+    shape = s.shape[:-1] if options.get("reduction") == "none" else ()
+    above = (torch.ones(shape, dtype=FP64, device=s.device),) * 2
+    leaves = s.detach().requires_grad_(), t.detach().requires_grad_(not offline)
+    for result in results:
+        compare(Inputs(*leaves, y, weight, options, above), result, "edge")
+    return results
+
+
+def same(a: Result, b: Result, rows: Tensor | slice = slice(None)) -> None:
+    """Assert two results bitwise equal in these rows."""
+    for name, x, y in (
+        ("student", a.student, b.student),
+        ("teacher", a.teacher, b.teacher),
+        *zip(BDKDStats._fields, a.stats, b.stats, strict=True),
+        ("ds", a.ds, b.ds),
+        ("dt", a.dt, b.dt),
+    ):
+        pick = rows if x.ndim else ...
+        assert torch.equal(x[pick], y[pick]), f"{name}: {x[pick]} is not {y[pick]}"
+
+
+@edge
+def ignored_rows_are_zero_and_not_counted(backend, device="cpu"):
+    s, t, y = draw("ignored", device=device)
+    y[1] = y[3] = -100
+    kept = [0, 2, 4]
+    for reduction in ("mean", "sum"):
+        few = run(s[kept], t[kept], y[kept], backend, reduction=reduction)
+        for all_, some in zip(judged(s, t, y, backend, reduction=reduction), few, strict=True):
+            close("student", all_.student, some.student, 1e-6 * some.student.abs().item())
+            close("teacher", all_.teacher, some.teacher, 1e-6 * some.teacher.abs().item())
+            close("ds", all_.ds[kept], some.ds, 1e-6)
+            close("dt", all_.dt[kept], some.dt, 1e-6)
+            assert not all_.ds[[1, 3]].any()
+            assert not all_.dt[[1, 3]].any()
+            assert not any(x[[1, 3]].any() for x in all_.stats)
+
+
+@edge
+def an_ignored_row_wins_over_nan_and_infinity(backend, device="cpu"):
+    s, t, y = draw("ignored nan", device=device)
+    y[1] = y[3] = -100
+    clean = run(s, t, y, backend)
+    s[1], t[1, 2], s[3, 0], t[3] = math.nan, math.nan, math.inf, -math.inf
+    weight = torch.ones(5, device=device)
+    for a, b in zip(judged(s, t, y, backend), clean, strict=True):
+        same(a, b)
+    weight[1] = math.nan
+    for result in run(s, t, y, backend, sample_weight=weight):
+        assert result.student.isfinite()
+        assert result.ds.isfinite().all()
+
+
+@edge
+def all_rows_ignored_is_zero(backend, device="cpu"):
+    s, t, y = draw("all ignored", device=device)
+    for reduction in ("mean", "sum", "none"):
+        for weight in (None, torch.ones(5, device=device)):
+            for result in run(s, t, torch.full_like(y, -100), backend, reduction=reduction,
+                              sample_weight=weight):  # fmt: skip
+                for value in (result.student, result.teacher, result.ds, result.dt, *result.stats):
+                    assert torch.equal(value, torch.zeros_like(value))
+
+
+@edge
+def mean_is_the_weighted_mean_of_none(backend, device="cpu"):
+    s, t, y = draw("weights", device=device)
+    y[2] = -100
+    weight = torch.tensor([0.5, 2.0, 7.0, 0.0, 1.25], device=device)
+    counted = torch.tensor([0.5, 2.0, 0.0, 0.0, 1.25], dtype=FP64, device=device)
+    plain = run(s, t, y, backend, reduction="none")
+    none = judged(s, t, y, backend, reduction="none", sample_weight=weight)
+    total = judged(s, t, y, backend, reduction="sum", sample_weight=weight)
+    mean = judged(s, t, y, backend, sample_weight=weight)
+    for p, n, sum_, m in zip(plain, none, total, mean, strict=True):
+        for name in ("student", "teacher"):
+            rows = counted * getattr(p, name)
+            close(name, getattr(n, name), rows, 1e-6 * (1 + rows.abs()))
+            close(name, getattr(sum_, name), rows.sum(), 1e-5)
+            close(name, getattr(m, name), rows.sum() / 3.75, 1e-5)
+        for name in ("ds", "dt"):
+            close(name, getattr(n, name), counted[:, None] * getattr(p, name), 1e-5)
+            close(name, getattr(m, name), getattr(n, name) / 3.75, 1e-5)
+
+
+@edge
+def all_sample_weights_zero_is_zero(backend, device="cpu"):
+    s, t, y = draw("zero weights", device=device)
+    for result in judged(s, t, y, backend, sample_weight=torch.zeros(5, device=device)):
+        for value in (result.student, result.teacher, result.ds, result.dt):
+            assert torch.equal(value, torch.zeros_like(value))
+
+
+@edge
+def no_target_is_no_cross_entropy(backend, device="cpu"):
+    s, t, y = draw("unlabelled", device=device)
+    without = judged(s, t, y, backend, student_ce=0.0, teacher_ce=0.0)
+    for a, b in zip(judged(s, t, None, backend), without, strict=True):
+        assert not a.stats.student_correct.any()
+        unlabelled = a.stats._replace(
+            student_correct=b.stats.student_correct, teacher_correct=b.stats.teacher_correct
+        )
+        same(a._replace(stats=unlabelled), b)
+
+
+@edge
+def soft_one_hot_labels_are_labels(backend, device="cpu"):
+    s, t, y = draw("one-hot", device=device)
+    soft = torch.nn.functional.one_hot(y, 11).to(FP32)
+    for ε in (0.0, 0.1):
+        hard = run(s, t, y, backend, label_smoothing=ε)
+        for a, b in zip(judged(s, t, soft, backend, label_smoothing=ε), hard, strict=True):
+            close("student", a.student, b.student, 2e-6 * (1 + b.student.abs().item()))
+            close("ds", a.ds, b.ds, 2e-6)
+            close("dt", a.dt, b.dt, 2e-6)
+
+
+@edge
+def soft_labels_need_not_sum_to_one(backend, device="cpu"):
+    s, t, _ = draw("mass", device=device)
+    soft = torch.rand(5, 11, device=device) * torch.tensor([[0.0], [0.1], [1], [3], [9]]).to(device)
+    for dtype in (FP32, FP64, BF16, FP16):
+        judged(s, t, soft.to(dtype), backend, reduction="none")
+
+
+@edge
+def a_term_of_weight_zero_cannot_bring_a_nan(backend, device="cpu"):
+    s, t, y = draw("absent", device=device)
+    bad = torch.full_like(s, math.nan)
+    kd_off = {"student_kd": 0.0, "teacher_kd": 0.0}
+    for a, b in zip(
+        run(s, bad, y, backend, **kd_off), run(s, t, y, backend, **kd_off), strict=True
+    ):
+        assert torch.equal(a.student, b.student)
+        assert torch.equal(a.ds, b.ds)
+        assert a.teacher.isnan()
+        assert a.dt.isnan().all()
+    judged(s, bad, y, backend, student_kd=0.0)
+    judged(bad, t, y, backend, teacher_kd=0.0)
+    s[:, 4] = t[:, 4] = -math.inf  # a label there would be an infinite cross entropy
+    y[:] = 4
+    for result in judged(s, t, y, backend, student_ce=0.0, teacher_ce=0.0):
+        assert result.student.isfinite()
+        assert result.teacher.isfinite()
+    for result in judged(s, t, y, backend, student_ce=0.0):
+        assert result.student.isfinite()
+        assert result.teacher == math.inf
+
+
+@edge
+def cross_entropy_is_torchs(backend, device="cpu"):
+    s, t, y = draw("torch", device=device)
+    y[2] = -100
+    kd_off = {"student_kd": 0.0, "teacher_kd": 0.0}
+    for ε in (0.0, 0.1, 1.0):
+        want = [torch.nn.functional.cross_entropy(x.to(FP64), y, label_smoothing=ε) for x in (s, t)]
+        for result in judged(s, t, y, backend, label_smoothing=ε, **kd_off):
+            close("student", result.student, want[0], 1e-5)
+            close("teacher", result.teacher, want[1], 1e-5)
+
+
+@edge
+def a_class_masked_in_both_is_as_if_absent(backend, device="cpu"):
+    s, t, y = draw("masked", device=device)
+    y %= 7
+    kept = [0, 1, 2, 3, 4, 5, 6]
+    s[:, 7:] = t[:, 7:] = -math.inf
+    for options in ({}, {"temperature": 4.0}, {"teacher_divergence": "forward", "gamma": 3.0}):
+        few = run(s[:, kept], t[:, kept], y, backend, **options)
+        for all_, some in zip(judged(s, t, y, backend, **options), few, strict=True):
+            for name in ("student", "teacher"):
+                close(name, getattr(all_, name), getattr(some, name), 1e-5)
+            for name, a, b in zip(BDKDStats._fields, all_.stats, some.stats, strict=True):
+                close(name, a, b, 1e-6 + 2e-6 * b.abs())
+            for a, b in ((all_.ds, some.ds), (all_.dt, some.dt)):
+                close("gradient", a[:, kept], b, 1e-5)
+                assert not a[:, 7:].any()
+
+
+@edge
+def a_target_in_a_masked_class_is_infinite(backend, device="cpu"):
+    s, t, y = draw("masked label", device=device)
+    s[:, 7:] = t[:, 7:] = -math.inf
+    y[:] = torch.tensor([7, 0, 10, 1, 2], device=device)
+    for result in judged(s, t, y, backend, reduction="none"):
+        assert result.student.isinf().tolist() == [True, False, True, False, False]
+        assert result.ds.isfinite().all()  # softmax - q
+    for result in judged(s, t, y, backend, reduction="none", label_smoothing=0.1):
+        assert (result.teacher == math.inf).all()
+        assert result.dt.isfinite().all()
+    soft = torch.zeros(5, 11, device=device)
+    soft[:, :7] = 1 / 7  # q = 0 in the masked classes adds nothing
+    soft[2, 8] = 0.5
+    for result in judged(s, t, soft, backend, reduction="none"):
+        assert result.student.isinf().tolist() == [False, False, True, False, False]
+        assert result.ds.isfinite().all()
+
+
+@edge
+def a_class_masked_in_one_network_only(backend, device="cpu"):
+    """KL is inf where the other has mass; the gradients are the closed forms with 0 log 0 = 0, so
+    -inf where p (finite - inf), NaN where p (inf - inf), 0 where p = 0."""
+    for divergence in ("reverse", "forward"):
+        for τ in (1.0, 4.0):
+            options = {"temperature": τ, "teacher_divergence": divergence, "reduction": "none"}
+            s, t, y = draw("one-sided", device=device)
+            y[:] = 0
+            clean = run(s, t, y, backend, **options)
+            s[1, 3] = t[2, 5] = s[4, 6] = t[4, 7] = -math.inf
+            touched = torch.tensor([1, 2, 4], device=device)
+            for a, b in zip(judged(s, t, y, backend, **options), clean, strict=True):
+                same(a, b, torch.tensor([0, 3], device=device))
+                assert (a.student[touched] == math.inf).all()
+                infinite = [row in ((1, 4) if divergence == "forward" else (2, 4))
+                            for row in range(5)]  # fmt: skip
+                assert a.teacher.isinf().tolist() == infinite
+                assert a.stats.forward_kl.isinf().tolist() == [False, True, False, False, True]
+                assert a.stats.reverse_kl.isinf().tolist() == [False, False, True, False, True]
+                assert a.ds[1].isfinite().all()  # the forward KL's gradient p_s - p_t is finite
+                assert a.ds[2, 5].isnan()
+                assert (a.ds[2, :5] == -math.inf).all()
+                assert a.ds[4, 7].isnan()
+                assert a.ds[4, 6].isfinite()  # p_s = 0: only the forward KL pulls
+
+
+@edge
+def no_gradient_wanted_none_made(backend, device="cpu"):
+    s, t, y = draw("no grad", device=device)
+    want = run(s, t, y, backend)[0]
+    out = bdkd_loss(s, t, y, backend=backend)
+    assert not out.student.requires_grad
+    s.requires_grad_()
+    t.requires_grad_()
+    with torch.no_grad():
+        quiet = bdkd_loss(s, t, y, backend=backend)
+        at_once_, (ds, dt) = bdkd_loss_and_grad(s, t, y, backend=backend)
+    assert quiet.student.grad_fn is None
+    for x in (out, quiet, at_once_):
+        close("student", x.student, want.student, 1e-6 * want.student.item())
+        close("teacher", x.teacher, want.teacher, 1e-6 * want.teacher.item())
+    close("ds", ds, want.ds, 1e-6)
+    close("dt", dt, want.dt, 1e-6)
+
+
+@edge
+def nan_stays_in_its_row(backend, device="cpu"):
+    for options in ({}, {"temperature": 4.0, "label_smoothing": 0.1}, {"soften_entropy": False}):
+        options = {"reduction": "none", **options}
+        for c in (11, 4099):
+            s, t, y = draw(f"nan {c}", c=c, device=device)
+            clean = run(s, t, y, backend, **options)
+            s[1, c - 1], t[3, 2], s[4] = math.nan, math.nan, math.nan
+            for a, b in zip(judged(s, t, y, backend, **options), clean, strict=True):
+                same(a, b, torch.tensor([0, 2], device=device))
+                for value in (a.student, a.teacher, a.ds, a.dt):
+                    assert value[[1, 3, 4]].isnan().all()
+                assert not a.stats.student_correct[[1, 4]].any()
+                assert not a.stats.teacher_correct[3]
+
+
+@edge
+def infinite_and_fully_masked_rows_are_nan(backend, device="cpu"):
+    s, t, y = draw("infinite", device=device)
+    clean = run(s, t, y, backend, reduction="none")
+    s[1, 4], s[2], t[3] = math.inf, -math.inf, -math.inf  # no such distributions
+    for a, b in zip(judged(s, t, y, backend, reduction="none"), clean, strict=True):
+        same(a, b, torch.tensor([0, 4], device=device))
+        assert a.ds[1:4].isnan().all()
+
+
+@edge
+def an_empty_batch_is_zero(backend, device="cpu"):
+    for shape in ((0, 10), (2, 0, 10), (0, 4099)):
+        for reduction in ("mean", "sum", "none"):
+            s = torch.zeros(shape, device=device)
+            labels = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+            for target in (labels, s.clone(), None):
+                for weight in (None, torch.ones(shape[:-1], device=device)):
+                    for result in judged(s, s, target, backend, reduction=reduction,
+                                         sample_weight=weight):  # fmt: skip
+                        assert result.student.shape == (shape[:-1] if reduction == "none" else ())
+                        assert not result.student.any()
+                        assert not result.teacher.any()
+                        assert result.ds.shape == result.dt.shape == shape
+
+
+@edge
+def one_class_and_huge_logits_are_finite(backend, device="cpu"):
+    for c in (1, 2, 3, 1000):
+        for τ in (1.0, 4.0, 0.5):
+            s, t, y = draw(f"huge {c}", c=c, device=device)
+            s, t = 1e4 * s.sign(), -1e4 * t.sign()
+            for result in judged(s, t, y, backend, temperature=τ):
+                assert result.student.isfinite()
+                assert result.teacher.isfinite()
+                assert result.ds.isfinite().all()
+                if c == 1:
+                    assert not result.student.any()
+                    assert not result.ds.any()
+
+
+@edge
+def a_label_out_of_range_is_named(backend, device="cpu"):
+    """On the CPU. A GPU does not look: the row's loss and gradients are NaN."""
+    for label in (11, -1, 2**40, -101):
+        s, t, y = draw("labels", device=device)
+        clean = run(s, t, y, backend, reduction="none")
+        y[2] = y[4] = label
+        if device == "cpu":
+            for function in (bdkd_loss, bdkd_loss_and_grad):
+                with pytest.raises(ValueError, match=rf"target\[2\] is {label}.*\[0, 11\)"):
+                    function(s, t, y, backend=backend)
+            bdkd_loss(s, t, y, backend=backend, ignore_index=label)
+            continue
+        for a, b in zip(run(s, t, y, backend, reduction="none"), clean, strict=True):
+            assert a.student.isnan().tolist() == [False, False, True, False, True]
+            assert a.teacher.isnan().tolist() == [False, False, True, False, True]
+            same(a, b, torch.tensor([0, 1, 3], device=device))
+
+
+@edge
+def offline_makes_no_teacher_gradient(backend, device="cpu"):
+    s, t, y = draw("offline", device=device)
+    both = run(s, t, y, backend)
+    for a, b in zip(judged(s, t, y, backend, offline=True), both, strict=True):
+        assert a.dt is None
+        assert torch.equal(a.ds, b.ds)
+        assert torch.equal(a.teacher, b.teacher)
+    out = bdkd_loss(s.requires_grad_(), t, y, backend=backend)
+    assert not out.teacher.requires_grad
+    (dt,) = bdkd_loss_and_grad(s.detach(), t.requires_grad_(), y, backend=backend)[1][1:]
+    close("dt", dt, both[0].dt, 1e-6)
+
+
+@edge
+def equal_logits_have_no_divergence(backend, device="cpu"):
+    s, _, y = draw("equal", c=1003, device=device)
+    for τ in (1.0, 4.0, 3.0):
+        for result in judged(s, s.clone(), y, backend, temperature=τ):
+            assert result.stats.forward_kl.abs().max() <= 1e-6
+            assert result.stats.reverse_kl.abs().max() <= 1e-6
+            assert (result.stats.forward_weight == 1).all()
+            assert (result.stats.reverse_weight == 1).all()
+
+
+@edge
+def nearly_equal_logits_keep_their_divergence(backend, device="cpu"):
+    """A difference of two large sums would leave 1e-7 of noise, or a negative KL, here."""
+    s, t, y = draw("nearly", c=1003, device=device)
+    t = s + 1e-4 * t
+    want = truth(Inputs(s, t, y, None, {}, (torch.ones((), device=device),) * 2)).stats
+    for result in run(s, t, y, backend):
+        for name in ("forward_kl", "reverse_kl"):
+            exact = getattr(want, name)
+            assert exact.max() < 1e-7
+            close(name, getattr(result.stats, name), exact, 1e-7)
+
+
+@edge
+def losses_go_backward_apart_and_in_either_order(backend, device="cpu"):
+    s, t, y = draw("apart", device=device)
+    together = run(s, t, y, backend)[0]
+    for order in (("student", "teacher"), ("teacher", "student")):
+        a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+        out = bdkd_loss(a, b, y, backend=backend)
+        getattr(out, order[0]).backward()
+        assert (a.grad is not None and bool(a.grad.any())) == (order[0] == "student")
+        assert (b.grad is not None and bool(b.grad.any())) == (order[0] == "teacher")
+        getattr(out, order[1]).backward()
+        close("ds", a.grad, together.ds, 1e-7)
+        close("dt", b.grad, together.dt, 1e-7)
+
+
+@edge
+def retain_graph_gives_the_gradient_again(backend, device="cpu"):
+    s, t, y = draw("retain", device=device)
+    want = run(s, t, y, backend)[0]
+    s.requires_grad_()
+    t.requires_grad_()
+    out = bdkd_loss(s, t, y, backend=backend)
+    for times in (1, 2, 3):
+        (out.student + out.teacher).backward(retain_graph=True)
+        close("ds", s.grad, times * want.ds, 1e-6)
+        close("dt", t.grad, times * want.dt, 1e-6)
+    (3 * out.student).backward()
+    close("ds", s.grad, 6 * want.ds, 2e-6)
+    (first,) = torch.autograd.grad(bdkd_loss(s, t, y, backend=backend).student, s)
+    close("ds", first, want.ds, 1e-7)
+
+
+@edge
+def gradients_kept_by_the_caller_are_never_overwritten(backend, device="cpu"):
+    s, t, y = draw("kept", device=device)
+    s.requires_grad_()
+    t.requires_grad_()
+    out = bdkd_loss(s, t, y, backend=backend)
+    (one,) = torch.autograd.grad(out.student, s, retain_graph=True)
+    before = one.clone()
+    (two,) = torch.autograd.grad(out.student, s, torch.tensor(5.0, device=device), True)
+    one.mul_(0.0)
+    (three,) = torch.autograd.grad(out.student, s)
+    close("second", two, 5 * before, 2e-6)
+    close("third", three, before, 1e-7)
+
+
+@edge
+def logits_that_need_a_gradient_through_a_network(backend, device="cpu"):
+    s, t, y = draw("network", device=device)
+    net = torch.nn.Linear(11, 11, device=device)
+    shared = torch.nn.functional.gelu(net(s))  # both logits hang on one parameter
+    out = bdkd_loss(shared, net(t), y, backend=backend)
+    (out.student + out.teacher).backward()
+    got = net.weight.grad.clone()
+    net.weight.grad = None
+    want = bdkd_loss(torch.nn.functional.gelu(net(s)), net(t), y, backend="reference")
+    (want.student + want.teacher).backward()
+    close("weight", got, net.weight.grad, 1e-5)
+
+
+@edge
+def gradients_are_written_into_given_tensors(backend, device="cpu"):
+    for storage in (FP32, BF16):
+        s, t, y = draw("buffers", device=device, dtype=storage)
+        out, want = bdkd_loss_and_grad(s, t, y, backend=backend)
+        nan = torch.full((5, 20), math.nan, dtype=storage, device=device)
+        wide = nan.clone()[:, 3:14], nan.clone()[:, 2:13]  # rows apart
+        columns = tuple(torch.full_like(s.mT, math.nan).contiguous().mT for _ in range(2))
+        for grads in (tuple(torch.full_like(s, math.nan) for _ in range(2)), wide, columns):
+            again, given = bdkd_loss_and_grad(s, t, y, backend=backend, grads=grads)
+            assert given[0] is grads[0]
+            assert given[1] is grads[1]
+            assert torch.equal(given[0], want[0])
+            assert torch.equal(given[1], want[1])
+            assert torch.equal(again.student, out.student)
+        around = wide[0]._base
+        assert around[:, :3].isnan().all()
+        assert around[:, 14:].isnan().all()
+
+        for one in ((torch.empty_like(s), None), (None, torch.empty_like(t))):
+            given = bdkd_loss_and_grad(s, t, y, backend=backend, grads=one)[1]
+            for x, y_ in zip(given, want, strict=True):
+                assert x is None or torch.equal(x, y_)
+            assert [x is None for x in given] == [x is None for x in one]
+        none = bdkd_loss_and_grad(s, t, y, backend=backend, grads=(None, None))
+        assert none[1] == (None, None)
+        assert torch.equal(none[0].student, out.student)
+
+
+@edge
+def gradients_may_be_written_over_the_logits(backend, device="cpu"):
+    for shape in ((5, 11), (2, 3, 11), (3, 4099)):
+        s, t, y = draw("over", math.prod(shape[:-1]), shape[-1], device)
+        s, t, y = s.reshape(shape), t.reshape(shape), y.reshape(shape[:-1])
+        out, want = bdkd_loss_and_grad(s, t, y, backend=backend)
+        again, (ds, dt) = bdkd_loss_and_grad(s, t, y, backend=backend, grads=(s, t))
+        assert ds is s
+        assert dt is t
+        assert torch.equal(ds, want[0])
+        assert torch.equal(dt, want[1])
+        assert torch.equal(again.student, out.student)
+
+
+@edge
+def grad_scale_changes_no_value(backend, device="cpu"):
+    s, t, y = draw("scale", device=device)
+    plain = run(s, t, y, backend)[1]
+    for scale in (64.0, torch.tensor(64.0, device=device), torch.tensor(64.0).to(device, FP64)):
+        scaled = run(s, t, y, backend, grad_scale=scale)
+        for result in scaled:
+            assert torch.equal(result.student, plain.student)
+        close("ds announced", scaled[1].ds, 64 * plain.ds, 64e-7)
+        close("ds of 1", scaled[0].ds, plain.ds, 1e-7)
+        a = s.clone().requires_grad_()
+        (bdkd_loss(a, t, y, backend=backend, grad_scale=scale).student * scale).backward()
+        close("ds of scale", a.grad, 64 * plain.ds, 64e-7)
+
+
+@edge
+def every_run_gives_the_same_bits(backend, device="cpu"):
+    s, t, y = draw("bits", 37, 301, device)
+    first = run(s, t, y, backend, temperature=4.0)
+    for a, b in zip(run(s, t, y, backend, temperature=4.0), first, strict=True):
+        same(a, b)
+
+
+@edge
+def double_backward_works_or_says_why_not(backend, device="cpu"):
+    s, t, y = draw("double", device=device, dtype=FP64)
+    s.requires_grad_()
+    out = bdkd_loss(s, t, y, backend=backend)
+    (first,) = torch.autograd.grad(out.student, s, create_graph=True)
+    if backend == "reference":
+        (second,) = torch.autograd.grad(first.square().sum(), s)
+        assert second.any()
+    else:
+        with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
+            torch.autograd.grad(first.square().sum(), s)
