@@ -1,33 +1,26 @@
 """Which implementations of the loss this machine has, and which one a call takes."""
 
-from dataclasses import dataclass
+import importlib.util
+import os
+import warnings
 from types import ModuleType
 
-from . import reference
-from .types import Problem
+import torch
+
+from . import native, reference
+from .types import Availability, Problem
 
 NAMES = ("auto", "triton", "native", "reference")
 
-
-@dataclass(frozen=True)
-class Availability:
-    """Whether a backend can run here, and the reason where it can't. True where it can."""
-
-    available: bool
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.available
-
-    def __str__(self) -> str:
-        return self.reason
+_triton: Availability | None = None  # None until somebody asks: importing triton takes its time
+_told = False
 
 
 def available_backends() -> dict[str, Availability]:
     """Every backend by name; each value is true where it can run here and says why where not."""
     return {
-        "triton": Availability(False, "not built yet"),
-        "native": Availability(False, "not built yet"),
+        "triton": _triton_availability(),
+        "native": native.AVAILABILITY,
         "reference": Availability(True, "eager PyTorch, any device"),
     }
 
@@ -39,6 +32,68 @@ def check_name(backend: str) -> None:
 
 
 def choose(backend: str, problem: Problem) -> ModuleType:
-    """The module whose ``loss`` and ``loss_and_grad`` serve this call."""
+    """The module whose ``loss`` and ``loss_and_grad`` serve this call.
+
+    Raises:
+        RuntimeError: the named backend cannot run here, or not on this device, with the remedy.
+    """
     check_name(backend)
+    device = problem.student.device.type
+    if backend == "auto":
+        if device == "cpu":
+            return native if native.AVAILABILITY else reference
+        if device == "cuda":
+            availability = _triton_availability()
+            if availability:
+                return _triton_module()
+            _tell_once(availability)
+        return reference
+    if backend == "native":
+        _require("native", native.AVAILABILITY)
+        if device != "cpu":
+            raise RuntimeError(f"backend 'native' takes CPU tensors, got {device}")
+        return native
+    if backend == "triton":
+        if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            raise RuntimeError(
+                f"backend 'triton' takes CUDA or ROCm tensors, got {device} "
+                "(TRITON_INTERPRET=1 in the environment lets it interpret CPU tensors)"
+            )
+        _require("triton", _triton_availability())
+        return _triton_module()
     return reference
+
+
+def _require(name: str, availability: Availability) -> None:
+    if not availability:
+        raise RuntimeError(f"backend {name!r} is not available: {availability}")
+
+
+def _triton_availability() -> Availability:
+    global _triton
+    if _triton is None:
+        if importlib.util.find_spec("triton") is None:
+            _triton = Availability(False, "triton is not installed: pip install 'bdkd[triton]'")
+        else:
+            try:
+                _triton = _triton_module().availability()
+            except ImportError as error:
+                _triton = Availability(False, f"the triton kernel does not import: {error}")
+    return _triton
+
+
+def _triton_module() -> ModuleType:
+    from . import triton_backend
+
+    return triton_backend
+
+
+def _tell_once(availability: Availability) -> None:
+    global _told
+    if not _told and not torch.compiler.is_compiling():
+        _told = True
+        warnings.warn(
+            f"bdkd runs its eager reference on the GPU: the triton backend is not available "
+            f"({availability})",
+            stacklevel=4,
+        )

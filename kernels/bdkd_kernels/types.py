@@ -96,6 +96,20 @@ class LossOptions:
             raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
 
 
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here, and the reason where it can't. True where it can."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Problem(NamedTuple):
     """One checked call, flattened to rows, as every backend receives it."""
 
