@@ -4,6 +4,7 @@ is needed."""
 import math
 import os
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def raise_bad_label(row: int, label: int, classes: int, ignore_index: int) -> No
     )
 
 
-def labels_can_be_read(target: Tensor | None) -> bool:
+def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a look at the labels is free of a device sync (or asked for) and not being traced."""
     if target is None or target.is_floating_point() or torch.compiler.is_compiling():
         return False

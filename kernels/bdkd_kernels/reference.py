@@ -47,19 +47,23 @@ def loss_and_grad(
     problem: Problem, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
 ) -> tuple[Tensor, Tensor, BDKDStats]:
     """:func:`loss`, detached; both gradients, times ``grad_scale``, go into ``ds`` and ``dt``."""
+    s, t = problem.student.detach(), problem.teacher.detach()
+    wanted = {net: logits for net, logits, buffer in (("s", s, ds), ("t", t, dt))
+              if buffer is not None}  # fmt: skip
 
-    def losses(s: Tensor, t: Tensor):
-        student, teacher, stats = loss(problem._replace(student=s, teacher=t))
+    def losses(logits: dict[str, Tensor]):
+        rows = problem._replace(student=logits.get("s", s), teacher=logits.get("t", t))
+        student, teacher, stats = loss(rows)
         return (student, teacher), stats
 
-    s, t = problem.student.detach(), problem.teacher.detach()
-    (student, teacher), pull_back, stats = torch.func.vjp(losses, s, t, has_aux=True)
+    # torch's annotation forgets what has_aux returns.
+    (student, teacher), pull_back, stats = torch.func.vjp(losses, wanted, has_aux=True)  # type: ignore[misc]
     upstream = tuple(torch.ones_like(x) * grad_scale for x in (student, teacher))
-    gradients = pull_back(upstream)
+    (gradients,) = pull_back(upstream)
     with torch.no_grad():
-        for buffer, gradient in zip((ds, dt), gradients, strict=True):
+        for net, buffer in (("s", ds), ("t", dt)):
             if buffer is not None:
-                buffer.copy_(gradient)
+                buffer.copy_(gradients[net])
     return student, teacher, stats
 
 
