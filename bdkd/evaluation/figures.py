@@ -1,0 +1,275 @@
+"""Figures of a run: reliability diagrams and training curves.
+
+Drawn on ``matplotlib.figure.Figure`` objects, without pyplot: no global state, no display. The
+colours are those of Okabe and Ito, told apart by colour-blind readers too.
+"""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calibration import BINS, CalibrationResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, SKY, GREEN, ORANGE, VERMILION, PURPLE = (
+    "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7",
+)  # fmt: skip
+INK, MUTED, FAINT = "#222222", "#666666", "#E4E4E4"
+NETWORK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)
+_CENTRES = [(k + 0.5) / BINS for k in range(BINS)]
+_TOP = 1.02  # of the accuracies' axis: room for the line of a bar that ends at 1
+_OVER: dict[str, Any] = {"facecolor": "#F7DCC9", "edgecolor": VERMILION, "hatch": "////"}
+_UNDER: dict[str, Any] = {"facecolor": "#DDF0FB", "edgecolor": SKY, "hatch": "...."}
+_DIAGONAL: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": (0, (5, 4))}
+
+
+def reliability_diagram(results: Mapping[str, CalibrationResult], path: Path, title: str) -> None:
+    """Draw the networks' reliability side by side and write it to ``path`` (a PNG), atomically.
+
+    Above: each bin's accuracy with its 95% Wilson interval, and the gap to the bin's mean
+    confidence, which the ECE averages; on the dashed diagonal a network is calibrated. Below: how
+    many samples the bins hold. "Chance" is the ECE that perfect calibration would show on as many
+    samples.
+
+    Raises:
+        ValueError: no results.
+        OSError: ``path`` cannot be written; a file that was there is untouched.
+    """
+    from matplotlib.figure import Figure
+
+    if not results:
+        raise ValueError("a reliability diagram needs the results of at least one network")
+    width, height = 0.75 + 4.0 * len(results), 6.4  # inches, as all lengths here
+    figure = Figure(figsize=(width, height), facecolor="white")
+
+    def place(left: float, bottom: float, wide: float, high: float) -> "Axes":
+        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
+
+    most = max(count for result in results.values() for count in result.bin_count)
+    for column, (name, result) in enumerate(results.items()):
+        left = 0.75 + 4.0 * column
+        upper, lower = place(left, 1.95, 3.55, 3.55 * _TOP), place(left, 0.95, 3.55, 0.8)
+        _draw_reliability(upper, result)
+        _draw_counts(lower, result, most)
+        head: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        upper.annotate(name, (0, 1), (0, 22), fontsize=12, fontweight="bold", color=INK, **head)
+        upper.annotate(_headline(result), (0, 1), (0, 6), fontsize=9.5, color=MUTED, **head)
+        lower.set_xlabel("confidence", fontsize=10.5, color=INK)
+        if column == 0:
+            upper.set_ylabel("accuracy", fontsize=10.5, color=INK)
+            lower.set_ylabel("samples", fontsize=10.5, color=INK)
+        else:
+            upper.tick_params(labelleft=False)
+            lower.tick_params(labelleft=False)
+    figure.text(
+        0.75 / width, 1 - 0.1 / height, title,
+        fontsize=13, fontweight="bold", color=INK, va="top",
+    )  # fmt: skip
+    _legend(figure)
+    _save(figure, path)
+
+
+def _headline(result: CalibrationResult) -> str:
+    return (
+        f"top-1 {result.top1:.1%}    NLL {result.nll:.3f}    "
+        f"ECE {result.ece:.1%} (chance: {result.ece_if_calibrated:.1%})"
+    )
+
+
+def _draw_reliability(axes: "Axes", result: CalibrationResult) -> None:
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.6, foreground="white")]  # seen on white and on blue alike
+    for k, count in enumerate(result.bin_count):
+        if count == 0:
+            continue
+        accuracy, confidence = result.bin_accuracy[k], result.bin_confidence[k]
+        # A bin that a NaN fell into has no confidence and so no gap.
+        shared = accuracy if math.isnan(confidence) else min(accuracy, confidence)
+        bar: dict[str, Any] = {"x": _CENTRES[k], "width": 1 / BINS, "linewidth": 0.8}
+        axes.bar(height=shared, color=BLUE, edgecolor="white", **bar)
+        if not math.isnan(confidence):
+            style = _OVER if confidence > accuracy else _UNDER
+            axes.bar(height=abs(confidence - accuracy), bottom=shared, **style, **bar)
+        axes.plot(
+            [_CENTRES[k]] * 2, _wilson(accuracy, count),
+            color=INK, linewidth=1.1, solid_capstyle="butt", path_effects=halo,
+        )  # fmt: skip
+    axes.plot([0, 1], [0, 1], path_effects=halo, **_DIAGONAL)
+    ticks = [k / 5 for k in range(6)]
+    axes.set(xlim=(0, 1), ylim=(0, _TOP), xticks=ticks, yticks=ticks)
+    _quiet(axes)
+    axes.tick_params(labelbottom=False)
+
+
+def _draw_counts(axes: "Axes", result: CalibrationResult, most: int) -> None:
+    axes.bar(
+        _CENTRES, result.bin_count, 1 / BINS, color="#9AA5AE", edgecolor="white", linewidth=0.8
+    )
+    for centre, count in zip(_CENTRES, result.bin_count, strict=True):
+        if count:
+            axes.annotate(
+                _short(count), (centre, count), (0, 1.5), textcoords="offset points",
+                ha="center", va="bottom", fontsize=7, color=MUTED,
+            )  # fmt: skip
+    axes.set(xlim=(0, 1), ylim=(0, 1.25 * most), xticks=[k / 5 for k in range(6)])
+    axes.locator_params(axis="y", nbins=3, integer=True)
+    _quiet(axes)
+
+
+def _legend(figure: "Figure") -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    figure.legend(
+        handles=[
+            Patch(color=BLUE, label="accuracy"),
+            Patch(label="overconfident by", **_OVER),
+            Patch(label="underconfident by", **_UNDER),
+            Line2D([], [], color=INK, linewidth=1.1, label="95% interval"),
+            Line2D([], [], label="calibrated", **_DIAGONAL),
+        ],
+        loc="lower center", ncols=5 if figure.get_figwidth() > 6 else 3, fontsize=9.5,
+        frameon=False, handlelength=1.8, columnspacing=1.4, labelcolor=INK,
+    )  # fmt: skip
+
+
+def training_curves(metrics: Path, path: Path) -> None:
+    """Draw a run's ``metrics.jsonl`` over its steps and write it to ``path`` (a PNG), atomically:
+    loss, top-1 and entropy of every network, and the mean weight of the forward KL.
+
+    Training intervals are thin lines, validations thick ones with dots. A panel without data (the
+    weight, for methods that have none) is left out; a last line that was cut off is passed over.
+
+    Raises:
+        ValueError: there is no metric in the file.
+        OSError: a file cannot be read or written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    series = _read_series(metrics)
+    networks = list(dict.fromkeys(network for network, _, _ in series if network))
+    panels = [
+        (metric, label)
+        for metric, label in (
+            ("loss", "training loss"),
+            ("top1", "top-1"),
+            ("entropy", "entropy (nats)"),
+            ("forward_weight", "mean weight of the forward KL"),
+        )
+        if any(key[2] == metric for key in series)
+    ]
+    if not panels:
+        raise ValueError(f"{metrics} holds no metrics to draw")
+    rows = math.ceil(len(panels) / 2)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(9.2, 0.6 + 2.9 * rows), layout=layout, facecolor="white")
+    grid = figure.subplots(rows, min(2, len(panels)), squeeze=False, sharex=True).flatten()
+    colours = {
+        network: NETWORK_COLOURS[i % len(NETWORK_COLOURS)] for i, network in enumerate(networks)
+    }
+    for axes, (metric, label) in zip(grid, panels, strict=False):
+        axes.set_title(label, fontsize=10.5, color=INK, loc="left")
+        for (network, split, name), points in series.items():
+            if name == metric:
+                _draw_series(axes, points, split, colours.get(network, INK))
+        if metric == "top1":
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.tick_params(labelbottom=True)
+        _quiet(axes)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step", fontsize=10.5, color=INK)
+    _curves_legend(figure, colours, {split for _, split, _ in series})
+    _save(figure, path)
+
+
+Series = dict[tuple[str, str, str], list[tuple[int, float]]]  # (network, split, metric) -> points
+
+
+def _read_series(metrics: Path) -> Series:
+    """Every number of the file; those of the whole step stand under the network ``""``. A null or
+    NaN is kept as a gap in its line."""
+    series: Series = defaultdict(list)
+    lines = metrics.read_text("utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            values: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{metrics}, line {number}, is no JSON: {error}") from error
+        for key, value in values.items():
+            for name, number_or_null in (
+                value.items() if isinstance(value, dict) else [(key, value)]
+            ):
+                network = key if isinstance(value, dict) else ""
+                if number_or_null is None or isinstance(number_or_null, int | float):
+                    y = math.nan if number_or_null is None else float(number_or_null)
+                    series[network, values["split"], name].append((values["step"], y))
+    return series
+
+
+def _draw_series(axes: "Axes", points: list[tuple[int, float]], split: str, colour: str) -> None:
+    steps, values = zip(*points, strict=True)
+    if split == "train":
+        axes.plot(steps, values, color=colour, linewidth=1, alpha=0.55)
+    else:
+        axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=3.5)
+
+
+def _curves_legend(figure: "Figure", colours: Mapping[str, str], splits: set[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=c, linewidth=3, label=name) for name, c in colours.items()]
+    if "train" in splits:
+        handles.append(Line2D([], [], color=MUTED, linewidth=1, label="training"))
+    if splits - {"train"}:
+        handles.append(
+            Line2D([], [], color=MUTED, linewidth=2, marker="o", markersize=3.5, label="validation")
+        )
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9.5,
+                  frameon=False)  # fmt: skip
+
+
+def _quiet(axes: "Axes") -> None:
+    """Little but the data: faint grid, no box."""
+    axes.set_axisbelow(True)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(labelsize=9, colors=MUTED)
+
+
+def _wilson(rate: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a rate seen in ``count`` trials."""
+    z = 1.959964
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = (
+        z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    )
+    return centre - half, centre + half
+
+
+def _short(count: int) -> str:
+    if count < 1000:
+        return str(count)
+    return f"{count / 1000:.1f}k" if count < 9_950 else f"{count / 1000:.0f}k"
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Write as PNG under another name, then rename. The same data give the same bytes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
