@@ -11,7 +11,10 @@ from bdkd.objectives.independent import Independent
 
 __all__ = ["Objective", "ObjectiveOutput", "create_objective"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"bdkd": BDKD, "independent": Independent}
+OBJECTIVES: dict[str, type[BDKD] | type[Independent]] = {
+    "bdkd": BDKD,
+    "independent": Independent,
+}
 
 
 def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> Objective:

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
-
-from bdkd.config import NetworkConfig, ObjectiveConfig
 
 
 @dataclass
@@ -22,17 +20,15 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A method: logits of K networks and labels in, one loss a network out.
 
-    It knows of no device, precision or process group. ``options`` names the fields of
-    :class:`ObjectiveConfig` that it reads, so that setting any other is an error and not a no-op;
-    ``views`` says how many augmentations of an image it wants.
+    It is made from an :class:`ObjectiveConfig` and the networks' configurations, raises
+    ``UsageError`` where networks and roles do not suit it, and knows of no device, precision or
+    process group. ``options`` names the fields of the configuration that it reads, so that setting
+    any other is an error and not a no-op; ``views`` says how many augmentations of an image it
+    wants.
     """
 
-    views: ClassVar[int]
-    options: ClassVar[frozenset[str]]
-
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
-        """Raises ``UsageError`` where the networks and their roles do not suit the method."""
-        ...
+    views: int
+    options: frozenset[str]
 
     def __call__(
         self,

@@ -1,0 +1,56 @@
+# Everything here sets itself up in .venv and does nothing twice. Paths are relative, so that a
+# checkout may lie in a folder with a space in its name.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
+
+# Two workers of one thread each: tests that want more threads ask for them.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
+
+.PHONY: demo test soak sanitize bench lint format wheel clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.installed ## train a teacher and a student on handwritten digits
+	$(PY) -m bdkd train digits
+
+test: .venv/.installed-dev ## the whole suite
+	$(PYTEST)
+
+soak: .venv/.installed-dev ## the tests again, many times longer
+	BDKD_SOAK=1 $(PYTEST) -m soak
+
+sanitize: .venv/.installed-dev ## the native kernel under address and undefined-behaviour sanitizers
+	$(PY) kernels/csrc/sanitize.py
+
+bench: .venv/.installed-dev ## measure what this machine can run
+	$(PY) bench/loss_cpu.py
+
+lint: .venv/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: .venv/.installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+wheel: .venv/.installed-dev
+	$(PY) -m build --wheel
+
+clean: ## everything that was made here, runs excepted
+	rm -rf .venv build dist *.egg-info kernels/bdkd_kernels/*.so
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "bdkd needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv \
+		|| { rm -rf .venv; echo "could not make .venv; on Debian: apt install python3-venv" >&2; exit 1; }
+
+.venv/.installed: .venv/bin/python $(SOURCES)
+	$(PIP) --editable '.[train]'
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@

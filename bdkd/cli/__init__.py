@@ -1,0 +1,79 @@
+"""The command line: ``bdkd COMMAND``. Failures are one line; ``--debug`` shows where they arose."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from bdkd.errors import Interrupted, RunError, UsageError
+
+COMMANDS = {
+    "train": "train the networks of a recipe together",
+    "evaluate": "accuracy and calibration of a run's networks",
+    "doctor": "what this machine can do, and how to bring what is missing",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0; 1 for a failure; 2 for wrong usage; 128 + n after signal n."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        run(given)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = outcome(error)
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has left: nothing more can be said to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"bdkd: {message}", file=sys.stderr)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("bdkd: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def outcome(error: Exception) -> tuple[int, str]:
+    """Exit code and the one line to print."""
+    if isinstance(error, UsageError):
+        return 2, str(error)
+    if isinstance(error, RunError):
+        return 1, str(error)
+    if isinstance(error, Interrupted):
+        return error.exit_code, str(error)
+    text = " ".join(str(error).split())[:500]
+    return 1, f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def run(given: list[str]) -> None:
+    """Dispatch to a command's module."""
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if given[0] == "--version":
+        print(f"bdkd {version('bdkd')}")
+        return
+    command, *rest = given
+    if command not in COMMANDS:
+        from bdkd.config import nearest
+
+        raise UsageError(f"unknown command {command!r}: {nearest(command, list(COMMANDS))}")
+    import_module(f"bdkd.cli.{command}").run(rest)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: bdkd COMMAND [options]   (bdkd COMMAND --help tells them)",
+            "",
+            *lines,
+            "",
+            "  --version, --debug (tracebacks of failures)",
+        ]
+    )

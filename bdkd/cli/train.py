@@ -1,0 +1,126 @@
+"""``bdkd train``: a recipe, overridden key by key, run or planned."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bdkd.cli.table import results_table
+from bdkd.config import Recipe, differing_keys, load_recipe, shipped_recipes
+from bdkd.errors import RunError, UsageError
+
+Resume = Literal["never", "auto", "require"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train the networks of a recipe together."""
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """A shipped recipe's name or a TOML file."""
+    config: Annotated[Recipe, tyro.conf.arg(name="")]
+    resume: Resume = "never"
+    """Continue the run in its folder; auto: if there is one to continue. Alone: require."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved plan (data, networks, steps, memory) and stop."""
+
+
+def run(given: list[str]) -> None:
+    """Parse, then plan or train."""
+    given = _resume_alone(given)
+    name = given[0] if given and not given[0].startswith("-") else None
+    arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
+    arguments = _with_stored_config(arguments, given, name)
+
+    if arguments.dry_run:
+        from bdkd.training.plan import plan
+        from bdkd.training.setup import Setup
+
+        print(plan(Setup(arguments.config)))
+        return
+
+    from bdkd.training.loop import train
+    from bdkd.training.run_folder import RunFolder
+    from bdkd.training.setup import Setup
+
+    assert arguments.config.run_dir is not None
+    folder = RunFolder(Path(arguments.config.run_dir))
+    summary = train(Setup(arguments.config), folder, arguments.resume)
+    print()
+    print(results_table(summary))
+    print()
+    print(f"run folder           {folder.path}")
+    print(f"reliability diagram  {folder.figures / 'reliability.png'}")
+
+
+def parse(given: list[str], default: Recipe) -> Arguments:
+    """The command line over a recipe; a wrong option exits 2 with tyro's message."""
+    return tyro.cli(
+        Arguments,
+        prog="bdkd train",
+        args=given,
+        default=Arguments(recipe=given[0], config=default),
+    )
+
+
+def _without_recipe(given: list[str]) -> Arguments:
+    """``--help`` shows the first shipped recipe's values; otherwise there must be a run to resume,
+    whose folder knows its recipe."""
+    shipped = shipped_recipes()
+    if "-h" in given or "--help" in given:
+        return parse([shipped[0], *given], load_recipe(shipped[0]))
+    run_dir = _value_of(given, "--run-dir")
+    if "--resume" not in given or run_dir is None:
+        raise UsageError(
+            "bdkd train needs a recipe as its first argument: "
+            f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
+        )
+    from bdkd.training.run_folder import RunFolder
+
+    stored = RunFolder(Path(run_dir)).read_config()
+    return parse([stored.name, *given], stored)
+
+
+def _with_stored_config(arguments: Arguments, given: list[str], name: str | None) -> Arguments:
+    """Settle the run's folder. A resumed run takes its keys from there, and then from ``given``."""
+    from bdkd.training.run_folder import RunFolder, default_run_dir
+
+    config = arguments.config
+    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config, arguments.resume)
+    folder = RunFolder(run_dir)
+    if arguments.resume != "never" and folder.config.exists():
+        stored = folder.read_config()
+        if stored.name != config.name:
+            raise RunError(
+                f"{run_dir} holds a run of the recipe {stored.name!r}, not of {config.name!r}: "
+                "choose another --run-dir"
+            )
+        line = given if name else [stored.name, *given]
+        config = parse(line, stored).config
+        changed = [key for key in differing_keys(stored, config) if key != "run_dir"]
+        if changed:
+            print(f"resuming with changed {', '.join(changed)}")
+    config = dataclasses.replace(config, run_dir=str(run_dir))
+    return dataclasses.replace(arguments, config=config)
+
+
+def _resume_alone(given: list[str]) -> list[str]:
+    """``--resume`` without a value means ``require``."""
+    values = ("never", "auto", "require")
+    expanded = []
+    for argument, following in zip(given, [*given[1:], ""], strict=True):
+        expanded.append(argument)
+        if argument == "--resume" and following not in values:
+            expanded.append("require")
+    return expanded
+
+
+def _value_of(given: list[str], option: str) -> str | None:
+    for argument, following in zip(given, [*given[1:], None], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return None

@@ -1,0 +1,147 @@
+"""Checkpoints: written whole or not at all, read without running anybody's code."""
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from bdkd.errors import RunError
+
+FORMAT = 1
+_KEYS = {"format", "recipe", "state"}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that its name holds either the old content or the whole new one.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    # torch.save's own writer turns a short write into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full or isinstance(error, RuntimeError) else "mend that"
+        raise RunError(
+            f"cannot write {path}: {first_line(error)}; {remedy} and continue with --resume "
+            "(what was saved before is whole)"
+        ) from error
+
+
+def save_checkpoint(path: Path, recipe_toml: str, state: Mapping[str, Any]) -> None:
+    """One file with the recipe's text and the state of :class:`TrainingState`."""
+    content = {"format": FORMAT, "recipe": recipe_toml, "state": dict(state)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
+    """The recipe's text and the state of a checkpoint, on the CPU.
+
+    Raises:
+        RunError: missing, cut off, corrupt, not a checkpoint of ours, or one that would run code.
+    """
+    content = _load(path)
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
+        raise RunError(f"{path} is no bdkd checkpoint: it lacks {', '.join(sorted(_KEYS))}")
+    if content["format"] != FORMAT:
+        raise RunError(
+            f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}"
+        )
+    return content["recipe"], content["state"]
+
+
+def load_weights(network: nn.Module, name: str, path: Path) -> None:
+    """Put the weights of a file into a network.
+
+    Args:
+        path: a state dict (``.pt``, ``.pth``, ``.safetensors``), or a run's checkpoint that holds a
+            network called ``name``.
+
+    Raises:
+        RunError: the file cannot be read, or its weights are not those of this network.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights: Any = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read the weights {path}: {first_line(error)}") from error
+    else:
+        weights = _load(path)
+        if isinstance(weights, dict) and weights.keys() >= _KEYS:
+            weights = network_weights(weights["state"], name, path)
+    mismatch = mismatched_keys(network, weights) if isinstance(weights, dict) else "no state dict"
+    if mismatch:
+        raise RunError(f"networks.{name}.weights: {path} does not fit {name!r}: {mismatch}")
+    network.load_state_dict(weights)
+
+
+def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The state dict of one network inside a checkpoint's state."""
+    if name in state["ema"]:
+        return state["ema"][name]
+    prefix = f"members.{name}."
+    weights = {
+        key.removeprefix(prefix): value
+        for key, value in state["networks"].items()
+        if key.startswith(prefix)
+    }
+    if not weights:
+        names = sorted({key.split(".")[1] for key in state["networks"]})
+        raise RunError(f"{path} holds no network {name!r}: it has {', '.join(names)}")
+    return weights
+
+
+def mismatched_keys(module: nn.Module, weights: Mapping[str, Any]) -> str:
+    """What of a state dict does not fit a module, in a few words; empty where all does."""
+    own = module.state_dict()
+    for key in own:
+        if key not in weights:
+            return f"it lacks {key!r}"
+        if not isinstance(weights[key], torch.Tensor) or own[key].shape != weights[key].shape:
+            came = tuple(getattr(weights[key], "shape", ()))
+            return f"{key!r} has shape {came}, needed {tuple(own[key].shape)}"
+    extra = [key for key in weights if key not in own]
+    return f"it has {extra[0]!r}, which the network has not" if extra else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise RunError(f"no checkpoint or weights at {path}") from error
+    except Exception as error:  # torch.load raises a dozen types for a broken or hostile file
+        raise RunError(
+            f"cannot read {path}: it is corrupt, cut off or holds more than tensors "
+            f"({first_line(error)}); use an earlier checkpoint"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,102 @@
+"""K networks as one module: evaluated, compiled, wrapped and saved as one."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bdkd.config import NetworkConfig, OptimizerConfig
+from bdkd.models import create_model
+
+
+class Networks(nn.Module):
+    """The networks of a recipe by name; a forward pass gives the logits of each."""
+
+    def __init__(self, members: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict(members)
+
+    def forward(self, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Logits ``(B, C)`` by network, each from its own view where there is more than one."""
+        inputs = views if len(views) > 1 else views * len(self.members)
+        return {
+            name: network(images)
+            for (name, network), images in zip(self.members.items(), inputs, strict=True)
+        }
+
+
+def build_networks(
+    configs: Mapping[str, NetworkConfig], num_classes: int, channels: int
+) -> Networks:
+    """Fresh networks as configured. ``ValueError`` names an unknown model or option."""
+    return Networks(
+        {
+            name: create_model(config.model, num_classes, channels, **config.options)
+            for name, config in configs.items()
+        }
+    )
+
+
+def build_optimizer(
+    networks: Networks, configs: Mapping[str, NetworkConfig], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """One optimizer; two parameter groups a network, with weight decay and without.
+
+    Each group carries its network's name and peak learning rate. Fused, because the fused kernels
+    skip a step on the device itself (``found_inf``), without asking the host.
+    """
+    groups = []
+    for name, network in networks.members.items():
+        peak_rate = configs[name].learning_rate or config.learning_rate
+        decayed = [p for p in network.parameters() if p.ndim > 1]
+        not_decayed = [p for p in network.parameters() if p.ndim <= 1]  # norms and biases
+        for parameters, decay in ((decayed, config.weight_decay), (not_decayed, 0.0)):
+            groups.append(
+                {
+                    "params": parameters,
+                    "weight_decay": decay,
+                    "network": name,
+                    "peak_rate": peak_rate,
+                }
+            )
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, config.learning_rate, config.betas, fused=True)
+    nesterov = config.nesterov and config.momentum > 0
+    optimizer = torch.optim.SGD(
+        groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True
+    )
+    if config.momentum:
+        # The fused kernel leaves new momentum uninitialised if the very first step is skipped.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+class SavedBuffers:
+    """A copy of all buffers of some networks (batch norm's running statistics), to go back to.
+
+    One flat tensor a dtype: a handful of launches for hundreds of buffers.
+    """
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in buffers:
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self.groups = list(by_dtype.values())
+        self.saved = [_flat(group) for group in self.groups]
+
+    @torch.no_grad()
+    def restore(self, where: Tensor) -> None:
+        """Put the copy back where the 0-dim condition holds; it is never read on the host."""
+        for group, saved in zip(self.groups, self.saved, strict=True):
+            # A selection, not a blend: 0 * NaN would carry the NaN over.
+            kept = torch.where(where, saved, _flat(group))
+            pieces = kept.split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(
+                group, [piece.view_as(b) for piece, b in zip(pieces, group, strict=True)]
+            )
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])

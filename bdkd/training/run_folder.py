@@ -1,0 +1,173 @@
+"""The folder of a run: what lies where, who may write to it, and what can be taken up again."""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from bdkd.config import Recipe, parse_recipe, to_toml
+from bdkd.errors import RunError
+from bdkd.training.checkpoint import (
+    first_line,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+class RunFolder:
+    """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``figures/`` of a
+    run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / "best.pt"
+        self.figures = path / "figures"
+        self.events = path / "events"
+        self._lock: IO[str] | None = None
+
+    def open_for_training(self, resume: str) -> bool:
+        """Make and lock the folder; whether there is a run in it to continue. A run that ended
+        before its first checkpoint is continued from its beginning.
+
+        Args:
+            resume: ``never``, ``auto`` (if there is something to resume) or ``require``.
+
+        Raises:
+            RunError: it cannot be written, another process trains in it, or it holds a run (or
+                none) against what was asked.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.figures):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held while the run lives
+        except OSError as error:
+            raise RunError(
+                f"cannot write the run's folder {self.path}: {error.strerror or error}; "
+                "choose another with --run-dir"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"another process is training in {self.path}: wait for it or choose another "
+                "--run-dir"
+            ) from error
+        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            leftover.unlink()  # of a writer that was killed; ours are the only ones under the lock
+        started = self.config.exists()
+        if started and resume == "never":
+            raise RunError(
+                f"{self.path} already holds a run: continue it with --resume or choose another "
+                "--run-dir"
+            )
+        if resume == "require" and not started:
+            raise RunError(f"nothing to resume: {self.path} holds no run")
+        return started
+
+    def close(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, recipe: Recipe) -> None:
+        text = to_toml(recipe)
+        write_atomically(self.config, lambda file: file.write(text.encode()))
+
+    def read_config(self) -> Recipe:
+        try:
+            text = self.config.read_text("utf-8")
+        except OSError as error:
+            raise RunError(f"no run at {self.path}: cannot read {self.config}") from error
+        return parse_recipe(text, source=str(self.config))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(self.summary, lambda file: file.write(text.encode()))
+
+    def checkpoint_paths(self) -> list[Path]:
+        """Checkpoints by step, the newest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        paths = [p for p in self.checkpoints.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)]
+        return sorted(paths, reverse=True)
+
+    def save(self, step: int, recipe: Recipe, state: Mapping[str, Any], keep: int) -> Path:
+        """Write the checkpoint of a step; of the older ones the newest ``keep - 1`` stay."""
+        path = self.checkpoints / f"step-{step:08d}.pt"
+        save_checkpoint(path, to_toml(recipe), state)
+        for old in self.checkpoint_paths()[keep:]:
+            old.unlink()
+        return path
+
+    def save_best(self, recipe: Recipe, state: Mapping[str, Any]) -> None:
+        save_checkpoint(self.best, to_toml(recipe), state)
+
+    def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, or None where there is none at all; ``warn`` is
+        told of each that cannot be read.
+
+        Raises:
+            RunError: there are some, and none can be read.
+        """
+        failures = []
+        for path in self.checkpoint_paths():
+            try:
+                _, state = load_checkpoint(path)
+            except RunError as error:
+                failures.append(error)
+                warn(str(error))
+            else:
+                return path, state
+        if failures:
+            raise RunError(
+                f"no checkpoint in {self.checkpoints} can be read: remove them to start anew, or "
+                "choose another --run-dir"
+            ) from failures[0]
+        return None
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after a step (and a last line that was cut off)."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text("utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (json.JSONDecodeError, KeyError):
+                break
+            kept.append(line)
+        text = "".join(kept)
+        write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One JSON object, one line."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.metrics}: {first_line(error)}; mend that and continue with "
+                "--resume (what was saved before is whole)"
+            ) from error
+
+
+def default_run_dir(recipe: Recipe, resume: str) -> Path:
+    """``runs/<recipe>-<method>-seed<seed>``: the newest such run to resume, or the first free."""
+    base = Path("runs") / f"{recipe.name}-{recipe.objective.name}-seed{recipe.seed}"
+    numbered = [base, *(base.with_name(f"{base.name}-{k}") for k in range(2, 1000))]
+    taken = [p for p in numbered if os.path.lexists(p)]
+    if resume != "never" and taken:
+        return taken[-1]
+    return next(p for p in numbered if p not in taken)
