@@ -106,7 +106,8 @@ class Calibration:
         label = target.clamp(0, self.num_classes - 1).unsqueeze(-1)  # (B, 1)
         x_label = x.gather(-1, label)  # (B, 1)
         ahead = (x > x_label) | ((x == x_label) & (self._classes < label))  # (B, C)
-        rank = ahead.sum(-1).where(known & ~confidence.isnan(), self.num_classes + _TOP)  # (B,)
+        sound = known & (confidence > 0)  # (B,); false for NaN alone
+        rank = ahead.sum(-1).where(sound, self.num_classes + _TOP)  # (B,)
         correct = rank < 1
         counted = torch.stack((torch.ones_like(rank), correct, rank < _TOP))  # (3, B)
         self._add(self.counts, self._rows[:3], bins, counted)
@@ -203,7 +204,8 @@ class Calibration:
                     f"got {tensor.device}"
                 )
         if target.device.type == "cpu":
-            bad = ((target < 0) | (target >= self.num_classes)).nonzero()
+            labels = target.long()  # comparing int8 with 1000 would wrap
+            bad = ((labels < 0) | (labels >= self.num_classes)).nonzero()
             if len(bad):
                 row = int(bad[0])
                 raise ValueError(
@@ -311,9 +313,9 @@ def _adaptive_ece(confidences: Tensor, corrects: Tensor) -> float:  # (N,), (N,)
     confidence, order = confidences.sort()
     correct = corrects[order].double()
     count = len(confidence)
-    # Bin k ends with the sample of rank ceil(k N / 15), and with all that are as confident as it.
-    last = torch.tensor([-(-k * count // BINS) - 1 for k in range(1, BINS)])
-    bins = torch.bucketize(confidence, confidence[last.to(confidence.device)])  # (N,)
+    # Equal confidences go where the first of them goes; NaN, ranked past the end, to the last bin.
+    rank = torch.searchsorted(confidence, confidence)  # (N,)
+    bins = (rank * BINS // count).clamp(max=BINS - 1)  # (N,)
     totals = confidence.new_zeros(2, BINS)
     totals[0].index_add_(0, bins, correct)
     totals[1].index_add_(0, bins, confidence)
