@@ -82,7 +82,21 @@ def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
     return target.device.type == "cpu" or os.environ.get("BDKD_CHECK_LABELS") == "1"
 
 
-def check_gradient_buffer(name: str, buffer: Tensor | None, logits: Tensor) -> None:
+def check_gradient_buffers(grads: object, student: Tensor, teacher: Tensor) -> None:
+    if not isinstance(grads, tuple | list) or len(grads) != 2:
+        raise TypeError(f"grads must be a pair (ds, dt) of tensors or None, got {_kind(grads)}")
+    _check_gradient_buffer("grads[0]", grads[0], student)
+    _check_gradient_buffer("grads[1]", grads[1], teacher)
+    if grads[0] is not None and grads[0] is grads[1]:
+        raise ValueError("grads must be two tensors, got the same one twice")
+
+
+def _kind(value: object) -> str:
+    kind = type(value).__name__
+    return f"a {kind} of {len(value)}" if isinstance(value, tuple | list) else kind
+
+
+def _check_gradient_buffer(name: str, buffer: Tensor | None, logits: Tensor) -> None:
     if buffer is None:
         return
     _check_tensor(name, buffer)
@@ -90,6 +104,13 @@ def check_gradient_buffer(name: str, buffer: Tensor | None, logits: Tensor) -> N
         raise ValueError(
             f"{name} must have its logits' shape and dtype, {tuple(logits.shape)} {logits.dtype}, "
             f"got {tuple(buffer.shape)} {buffer.dtype}"
+        )
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{name} must hold each element once, got shape {tuple(buffer.shape)} with strides "
+            f"{buffer.stride()}"
         )
     _same_device(name, buffer, logits)
 
@@ -117,6 +138,8 @@ def _check_logits(name: str, logits: object) -> None:
     assert isinstance(logits, Tensor)
     if logits.dtype not in _STORAGE:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {logits.layout}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (..., C) with C >= 1, got {tuple(logits.shape)}")
 
@@ -124,7 +147,7 @@ def _check_logits(name: str, logits: object) -> None:
 def _check_target(target: object, logits: Tensor) -> Tensor:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor or None, got {type(target).__name__}")
-    if target.is_floating_point():
+    if target.dtype in _STORAGE:
         if target.shape != logits.shape:
             raise ValueError(
                 f"a floating target holds soft labels of the logits' shape {tuple(logits.shape)}, "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import as_rows, check_gradient_buffer, prepare
+from .checks import as_rows, check_gradient_buffers, prepare
 from .types import BDKDOutput, BDKDStats, Divergence, LossOptions, Reduction
 
 
@@ -134,9 +134,8 @@ def bdkd_loss_and_grad(
         ds = _new_gradient(student_logits) if want_student else None
         dt = _new_gradient(teacher_logits) if want_teacher else None
     else:
+        check_gradient_buffers(grads, student_logits, teacher_logits)
         ds, dt = grads
-        check_gradient_buffer("grads[0]", ds, student_logits)
-        check_gradient_buffer("grads[1]", dt, teacher_logits)
     implementation = backends.choose(backend, problem)
     student, teacher, stats = implementation.loss_and_grad(
         problem, grad_scale, as_rows("grads[0]", ds), as_rows("grads[1]", dt)

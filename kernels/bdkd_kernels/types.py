@@ -1,8 +1,9 @@
 """What goes into the loss and what comes out of it, the same for every backend."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -45,17 +46,16 @@ class BDKDOutput(NamedTuple):
     stats: BDKDStats
 
 
-def _number(name: str, value: object, needed: str, accept) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {needed}, got {value!r} ({type(value).__name__})")
-    number = float(value)
-    if not accept(number):
-        raise ValueError(f"{name} must be {needed}, got {value!r}")
-    return number
-
-
-def _finite_from(low: float):
-    return lambda x: math.isfinite(x) and x >= low
+_WEIGHT = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("a finite number > 0", lambda x: 0 < x < math.inf),
+    "gamma": ("a finite number >= 1", lambda x: 1 <= x < math.inf),
+    "student_ce": _WEIGHT,
+    "student_kd": _WEIGHT,
+    "teacher_ce": _WEIGHT,
+    "teacher_kd": _WEIGHT,
+    "label_smoothing": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
+}
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,19 @@ class LossOptions:
     reduction: Reduction = "mean"
 
     def check(self) -> None:
-        """Raise ``ValueError`` or ``TypeError`` naming the first option that does not fit."""
-        _number("temperature", self.temperature, "a finite number > 0",
-                lambda x: math.isfinite(x) and x > 0)  # fmt: skip
-        _number("gamma", self.gamma, "a finite number >= 1", _finite_from(1.0))
-        for name in ("student_ce", "student_kd", "teacher_ce", "teacher_kd"):
-            _number(name, getattr(self, name), "a finite number >= 0", _finite_from(0.0))
-        _number("label_smoothing", self.label_smoothing, "a number in [0, 1]",
-                lambda x: 0.0 <= x <= 1.0)  # fmt: skip
+        """Raise ``ValueError`` or ``TypeError`` naming the first option that does not fit.
+
+        Numbers of other types (NumPy's) become Python's: operators take no others.
+        """
+        for name, (needed, fits) in _RANGES.items():
+            value = getattr(self, name)
+            if type(value) is not float:
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    kind = type(value).__name__
+                    raise TypeError(f"{name} must be {needed}, got {value!r} ({kind})")
+                object.__setattr__(self, name, float(value))
+            if not fits(value):
+                raise ValueError(f"{name} must be {needed}, got {value!r}")
         if self.teacher_divergence not in get_args(Divergence):
             raise ValueError(
                 "teacher_divergence must be 'reverse' or 'forward', "
@@ -92,8 +97,10 @@ class LossOptions:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
         if not isinstance(self.soften_entropy, bool):
             raise TypeError(f"soften_entropy must be a bool, got {self.soften_entropy!r}")
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
+        if type(self.ignore_index) is not int:
+            if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):
+                raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
+            object.__setattr__(self, "ignore_index", int(self.ignore_index))
 
 
 @dataclass(frozen=True)

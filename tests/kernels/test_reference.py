@@ -320,7 +320,7 @@ def test_compiles_without_a_graph_break():
     wrong[3] = 99
 
     def step(s, t, y):
-        return bdkd_loss(s, t, y, temperature=4.0, label_smoothing=0.1, reduction="none",
+        return bdkd_loss(s, t, y, temperature=4, label_smoothing=0.1, reduction="none",
                          backend="reference")  # fmt: skip
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
