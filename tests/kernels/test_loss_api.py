@@ -1,0 +1,282 @@
+"""What a user of the loss meets before any arithmetic: bad input, defaults, modules, imports."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from dataclasses import fields
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from bdkd_kernels import BDKDLoss, available_backends, bdkd_loss, bdkd_loss_and_grad
+from bdkd_kernels.types import LossOptions
+
+import bdkd
+
+S, T = torch.zeros(4, 5), torch.ones(4, 5)
+Y = torch.tensor([0, 1, 2, 3])
+NAN, INF = float("nan"), float("inf")
+
+# What is wrong: the arguments, the error, and what its one line must say: the argument's name,
+# what came, and what is needed.
+BAD = [
+    ({"student_logits": S.numpy()}, TypeError, ["student_logits", "ndarray", "tensor"]),
+    ({"student_logits": [1.0, 2.0]}, TypeError, ["student_logits", "list", "tensor"]),
+    ({"teacher_logits": None}, TypeError, ["teacher_logits", "NoneType", "tensor"]),
+    ({"student_logits": S.int()}, TypeError, ["student_logits", "int32", "float32"]),
+    ({"teacher_logits": T.to(torch.complex64)}, TypeError, ["teacher_logits", "complex64"]),
+    ({"teacher_logits": T.to(torch.float8_e4m3fn)}, TypeError, ["teacher_logits", "float8"]),
+    ({"student_logits": S.to_sparse()}, TypeError, ["student_logits", "sparse", "dense"]),
+    ({"teacher_logits": T[:3]}, ValueError, ["teacher_logits", "(4, 5)", "(3, 5)"]),
+    ({"teacher_logits": T[:, :4]}, ValueError, ["teacher_logits", "(4, 5)", "(4, 4)"]),
+    ({"teacher_logits": T[0]}, ValueError, ["teacher_logits", "(4, 5)", "(5,)"]),
+    ({"student_logits": S[0, 0]}, ValueError, ["student_logits", "()", "(..., C)"]),
+    ({"student_logits": S[:, :0]}, ValueError, ["student_logits", "(4, 0)", "C >= 1"]),
+    ({"teacher_logits": T.to("meta")}, ValueError, ["teacher_logits", "meta", "cpu"]),
+    ({"target": [0, 1, 2, 3]}, TypeError, ["target", "list", "tensor or None"]),
+    ({"target": 3}, TypeError, ["target", "int", "tensor or None"]),
+    ({"target": Y.bool()}, TypeError, ["target", "bool", "integer"]),
+    ({"target": Y.to(torch.complex64)}, TypeError, ["target", "complex64", "integer"]),
+    ({"target": S.to(torch.float8_e4m3fn)}, TypeError, ["target", "float8", "soft labels"]),
+    ({"target": Y[:3]}, ValueError, ["target", "(3,)", "(4,)"]),
+    ({"target": Y[:, None]}, ValueError, ["target", "(4, 1)", "(4,)"]),
+    ({"target": S.long()}, ValueError, ["target", "(4, 5)", "(4,)"]),
+    ({"target": Y.float()}, ValueError, ["target", "(4,)", "(4, 5)", "soft labels", "integer"]),
+    ({"target": S[:, :4]}, ValueError, ["target", "(4, 4)", "(4, 5)"]),
+    ({"target": Y.to("meta")}, ValueError, ["target", "meta", "cpu"]),
+    ({"target": Y + 2}, ValueError, ["target[3]", "5", "[0, 5)", "ignore_index (-100)"]),
+    ({"target": Y - 1}, ValueError, ["target[0]", "-1", "[0, 5)"]),
+    ({"sample_weight": [1.0] * 4}, TypeError, ["sample_weight", "list", "tensor"]),
+    ({"sample_weight": 2.0}, TypeError, ["sample_weight", "float", "tensor"]),
+    ({"sample_weight": Y}, TypeError, ["sample_weight", "int64", "floating"]),
+    ({"sample_weight": torch.ones(5)}, ValueError, ["sample_weight", "(5,)", "(4,)"]),
+    ({"sample_weight": torch.ones(4, 1)}, ValueError, ["sample_weight", "(4, 1)", "(4,)"]),
+    ({"sample_weight": torch.ones(4, device="meta")}, ValueError, ["sample_weight", "meta", "cpu"]),
+    ({"temperature": 0}, ValueError, ["temperature", "0", "> 0"]),
+    ({"temperature": -1.5}, ValueError, ["temperature", "-1.5", "> 0"]),
+    ({"temperature": NAN}, ValueError, ["temperature", "nan", "finite"]),
+    ({"temperature": INF}, ValueError, ["temperature", "inf", "finite"]),
+    ({"temperature": "4"}, TypeError, ["temperature", "'4'", "str", "number"]),
+    ({"temperature": None}, TypeError, ["temperature", "None", "number"]),
+    ({"temperature": True}, TypeError, ["temperature", "True", "number"]),
+    ({"temperature": torch.tensor(4.0)}, TypeError, ["temperature", "tensor(4.)", "number"]),
+    ({"gamma": 0.99}, ValueError, ["gamma", "0.99", ">= 1"]),
+    ({"gamma": NAN}, ValueError, ["gamma", "nan", "finite"]),
+    ({"gamma": INF}, ValueError, ["gamma", "inf", "finite"]),
+    ({"gamma": 2j}, TypeError, ["gamma", "2j", "number"]),
+    *(
+        ({name: value}, error, [name, repr(value), "finite number >= 0"])
+        for name in ("student_ce", "student_kd", "teacher_ce", "teacher_kd")
+        for value, error in (
+            (-0.1, ValueError), (NAN, ValueError), (INF, ValueError), ("1", TypeError),
+        )
+    ),
+    ({"label_smoothing": -0.1}, ValueError, ["label_smoothing", "-0.1", "[0, 1]"]),
+    ({"label_smoothing": 1.1}, ValueError, ["label_smoothing", "1.1", "[0, 1]"]),
+    ({"label_smoothing": NAN}, ValueError, ["label_smoothing", "nan", "[0, 1]"]),
+    ({"label_smoothing": None}, TypeError, ["label_smoothing", "None", "[0, 1]"]),
+    ({"teacher_divergence": "backward"}, ValueError, ["teacher_divergence", "backward", "forward"]),
+    ({"teacher_divergence": None}, ValueError, ["teacher_divergence", "None", "'reverse'"]),
+    ({"reduction": "avg"}, ValueError, ["reduction", "avg", "'mean', 'sum' or 'none'"]),
+    ({"reduction": None}, ValueError, ["reduction", "None", "'none'"]),
+    ({"reduction": ["mean"]}, ValueError, ["reduction", "['mean']", "'mean'"]),
+    ({"soften_entropy": 1}, TypeError, ["soften_entropy", "1", "bool"]),
+    ({"soften_entropy": "no"}, TypeError, ["soften_entropy", "'no'", "bool"]),
+    ({"ignore_index": 1.0}, TypeError, ["ignore_index", "1.0", "int"]),
+    ({"ignore_index": None}, TypeError, ["ignore_index", "None", "int"]),
+    ({"ignore_index": False}, TypeError, ["ignore_index", "False", "int"]),
+    ({"grad_scale": "64"}, TypeError, ["grad_scale", "str", "number"]),
+    ({"grad_scale": None}, TypeError, ["grad_scale", "NoneType", "number"]),
+    ({"grad_scale": INF}, ValueError, ["grad_scale", "inf", "finite"]),
+    ({"grad_scale": torch.ones(1)}, ValueError, ["grad_scale", "(1,)", "0-dim"]),
+    ({"grad_scale": torch.tensor(2)}, ValueError, ["grad_scale", "int64", "floating"]),
+    ({"grad_scale": torch.tensor(2.0, device="meta")}, ValueError, ["grad_scale", "meta", "cpu"]),
+    ({"backend": "cuda"}, ValueError, ["backend", "cuda", "auto, triton, native, reference"]),
+    ({"backend": None}, ValueError, ["backend", "None", "reference"]),
+]  # fmt: skip
+TENSORS = {"student_logits", "teacher_logits", "target"}
+PER_CALL = TENSORS | {"sample_weight", "grad_scale"}
+
+
+def assert_one_line(raised, words: list[str]) -> None:
+    message = str(raised.value)
+    assert "\n" not in message
+    assert len(message) < 200
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+def describe(wrong: object) -> str:
+    if not isinstance(wrong, dict):
+        return ""
+    ((name, value),) = wrong.items()
+    tensor = isinstance(value, torch.Tensor)
+    return f"{name}={tuple(value.shape)}-{value.dtype}" if tensor else f"{name}={value!r}"
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), BAD, ids=describe)
+def test_bad_input_is_named(wrong, error, words):
+    arguments = {"student_logits": S, "teacher_logits": T, "target": Y, "backend": "reference"}
+    for function in (bdkd_loss, bdkd_loss_and_grad):
+        with pytest.raises(error) as raised:
+            function(**{**arguments, **wrong})
+        assert_one_line(raised, words)
+    if wrong.keys() & PER_CALL:  # of a module's call, or else of its constructor
+        tensors = {**arguments, **wrong}
+        del tensors["backend"]
+        with pytest.raises(error) as raised:
+            BDKDLoss(backend="reference")(**tensors)
+    else:
+        with pytest.raises(error) as raised:
+            BDKDLoss(**wrong)
+    assert_one_line(raised, words)
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "words"),
+    [
+        (S, TypeError, ["grads", "Tensor", "pair"]),
+        ((S,), TypeError, ["grads", "tuple of 1", "pair"]),
+        ((S, T, S), TypeError, ["grads", "tuple of 3", "pair"]),
+        ((S.numpy(), T), TypeError, ["grads[0]", "ndarray", "tensor"]),
+        ((S, T[:3].clone()), ValueError, ["grads[1]", "(3, 5)", "(4, 5)"]),
+        ((S, T.half()), ValueError, ["grads[1]", "float16", "float32"]),
+        ((S.to("meta"), T), ValueError, ["grads[0]", "meta", "cpu"]),
+        ((S, T[:1].expand(4, 5)), ValueError, ["grads[1]", "(0, 1)", "each element once"]),
+        ((S, S), ValueError, ["grads", "same"]),
+    ],
+    ids=str,
+)
+def test_a_bad_gradient_buffer_is_named(grads, error, words):
+    with pytest.raises(error) as raised:
+        bdkd_loss_and_grad(S.clone(), T.clone(), Y, grads=grads, backend="reference")
+    assert_one_line(raised, words)
+
+
+def test_a_gradient_buffer_that_is_no_rows_is_named():
+    s, t = torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)
+    columns = torch.zeros(3, 2, 5).transpose(0, 1)
+    with pytest.raises(ValueError, match=r"grads\[1\].*flatten to rows.*\(2, 3, 5\)"):
+        bdkd_loss_and_grad(s, t, None, grads=(None, columns), backend="reference")
+
+
+def test_numbers_of_any_kind_are_numbers():
+    want = bdkd_loss(S, T, Y, temperature=2.0, gamma=3.0, label_smoothing=0.5, ignore_index=1)
+    for kind in (np.float16, np.float32, np.float64, Fraction, np.int64, int):
+        half = kind(0.5) if kind(0.5) else 0.5
+        got = bdkd_loss(S, T, Y, temperature=kind(2), gamma=kind(3), label_smoothing=half,
+                        ignore_index=np.int64(1))  # fmt: skip
+        assert torch.equal(got.student, want.student)
+        assert torch.equal(got.teacher, want.teacher)
+
+
+def test_defaults_are_the_documented_ones_everywhere():
+    """The function, both modules of it and the options say each default once too often: they must
+    agree."""
+    documented = {field.name: field.default for field in fields(LossOptions)}
+    for callable_ in (bdkd_loss, bdkd_loss_and_grad, BDKDLoss):
+        parameters = inspect.signature(callable_).parameters
+        given = {name: p.default for name, p in parameters.items() if name in documented}
+        assert given == documented
+        assert parameters["backend"].default == "auto"
+    options = set(inspect.signature(bdkd_loss).parameters)
+    assert set(inspect.signature(bdkd_loss_and_grad).parameters) == options | {"grads"}
+    module = set(inspect.signature(BDKDLoss).parameters)
+    call = set(inspect.signature(BDKDLoss.forward).parameters) - {"self"}
+    assert module | call == options
+
+
+OTHER = {"temperature": 4.0, "gamma": 3.0, "student_ce": 0.5, "student_kd": 0.7, "teacher_ce": 0.2,
+         "teacher_kd": 0.9, "teacher_divergence": "forward", "soften_entropy": False,
+         "label_smoothing": 0.1, "ignore_index": 2, "reduction": "none"}  # fmt: skip
+
+
+def test_the_module_is_the_function():
+    rng = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 4, 5, generator=rng)
+    s.requires_grad_()
+    w = torch.rand(4, generator=rng)
+    module = BDKDLoss(**OTHER, backend="reference")
+    out = module(s, t, Y, sample_weight=w, grad_scale=2.0)
+    want = bdkd_loss(s, t, Y, sample_weight=w, grad_scale=2.0, backend="reference", **OTHER)
+    for x, y in zip((*out[:2], *out.stats), (*want[:2], *want.stats), strict=True):
+        assert torch.equal(x, y)
+    out.student.sum().backward()
+    assert torch.equal(s.grad, torch.autograd.grad(want.student.sum(), s)[0])
+
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(s, t, Y, w).student, want.student)
+    assert module.state_dict() == {}
+
+
+def test_the_modules_repr_makes_it_again():
+    module = BDKDLoss(**OTHER, backend="reference")
+    text = repr(module)
+    for name, value in {**OTHER, "backend": "reference"}.items():
+        assert f"{name}={value!r}" in text
+    again = eval(text, {"BDKDLoss": BDKDLoss})
+    assert again.options == module.options
+    assert again.backend == module.backend
+
+
+def test_losses_unpack_and_name_their_parts():
+    out = bdkd_loss(S, T, Y)
+    student, teacher, stats = out
+    assert student is out.student
+    assert teacher is out.teacher
+    assert stats is out.stats
+    assert type(out) is bdkd.BDKDOutput
+    assert stats._fields == (
+        "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "student_ce",
+        "teacher_ce", "forward_weight", "reverse_weight", "student_confidence",
+        "teacher_confidence", "student_correct", "teacher_correct",
+    )  # fmt: skip
+
+
+def test_loss_and_grad_is_detached_and_its_gradients_are_autograds():
+    s, t = S.clone().requires_grad_(), T.clone().requires_grad_()
+    net = torch.nn.Linear(5, 5)
+    out, (ds, dt) = bdkd_loss_and_grad(net(s), net(t), Y)
+    assert not any(x.requires_grad for x in (*out[:2], *out.stats, ds, dt))
+    a, b = net(s), net(t)
+    torch.autograd.backward([a, b], [ds, dt])
+    got, net.weight.grad = net.weight.grad, None
+    out = bdkd_loss(net(s), net(t), Y)
+    (out.student + out.teacher).backward()
+    torch.testing.assert_close(got, net.weight.grad)
+
+
+def test_available_backends_says_which_and_why():
+    backends = available_backends()
+    assert list(backends) == ["triton", "native", "reference"]
+    assert backends["reference"]
+    for name, availability in backends.items():
+        assert str(availability), name
+        assert "\n" not in str(availability)
+    assert bdkd_loss(S, T, Y, backend="auto").student.isfinite()
+
+
+def test_both_packages_offer_the_same_names():
+    for name in ("bdkd_loss", "bdkd_loss_and_grad", "BDKDLoss", "BDKDOutput", "BDKDStats",
+                 "available_backends"):  # fmt: skip
+        assert getattr(bdkd, name) is getattr(sys.modules["bdkd_kernels"], name)
+        assert name in bdkd.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = bdkd.nothing
+
+
+def test_importing_bdkd_imports_torch_and_nothing_heavier():
+    """Counted, not timed: new modules are ours or the standard library's, and few."""
+    code = (
+        "import sys, torch; torchs = {*sys.modules}; import bdkd; print(*{*sys.modules} - torchs)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = run.stdout.split()
+    ours = {"bdkd", "bdkd_kernels", *sys.stdlib_module_names}
+    foreign = [name for name in new if name.split(".")[0] not in ours]
+    assert not foreign
+    assert len(new) < 40, new
+    assert "bdkd.training" not in new
