@@ -40,6 +40,8 @@ def choose(backend: str, problem: Problem) -> ModuleType:
     check_name(backend)
     device = problem.student.device.type
     if backend == "auto":
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return reference  # torch.func takes no operator of torch.library
         if device == "cpu":
             return native if native.AVAILABILITY else reference
         if device == "cuda":

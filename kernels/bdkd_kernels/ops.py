@@ -333,15 +333,19 @@ class _NetworkLoss(torch.autograd.Function):
         with torch.no_grad():
             node.fused.backward(problem, state, only, into, announced)
         if torch.is_grad_enabled():  # create_graph=True: an error, but only if it is followed
-            gradient = _NoDoubleBackward.apply(gradient, upstream, node.fused.name)
+            gradient = _NoDoubleBackward.apply(student, teacher, upstream, gradient, node.fused.name)
         return gradient, None
 
 
 class _NoDoubleBackward(torch.autograd.Function):
+    """The gradient, as a function of all it depends on, which cannot be differentiated again."""
+
     @staticmethod
-    def forward(ctx, gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    def forward(
+        ctx, student: Tensor, teacher: Tensor, upstream: Tensor, gradient: Tensor, backend: str
+    ) -> Tensor:
         ctx.backend = backend
-        return gradient.view_as(gradient)
+        return gradient.detach()
 
     @staticmethod
     def backward(ctx, *_):

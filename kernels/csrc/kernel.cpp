@@ -1,0 +1,220 @@
+// The C interface: picks the instruction set, shares the rows among threads, reduces in a fixed
+// order. Nothing here knows of torch or Python.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "call.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#include <dlfcn.h>
+#include <pthread.h>
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+#ifndef BDKD_SOURCES
+#define BDKD_SOURCES "unknown"
+#endif
+
+namespace portable { extern const RowKernels kernels; }
+#if defined(BDKD_X86)
+namespace avx2 { extern const RowKernels kernels; }
+namespace avx512 { extern const RowKernels kernels; }
+namespace avx512bf16 { extern const RowKernels kernels; }
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const RowKernels& kernels;
+  bool here;
+};
+
+const std::vector<InstructionSet>& instruction_sets() {  // best first
+  static const std::vector<InstructionSet> sets = {
+#if defined(BDKD_X86)
+      {"avx512bf16", avx512bf16::kernels,
+       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
+      {"avx512", avx512::kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
+      {"avx2", avx2::kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#endif
+      {"portable", portable::kernels, true},
+  };
+  return sets;
+}
+
+const InstructionSet* best() {
+  for (auto& set : instruction_sets())
+    if (set.here) return &set;
+  return nullptr;
+}
+
+std::atomic<const InstructionSet*> chosen{best()};
+
+// ---- threads -----------------------------------------------------------------------------------
+//
+// torch's own OpenMP team is used, found by name in the process: its threads are awake after the
+// network's last layer, and a second team would fight them for the cores. A forked child must not
+// touch that team (libgomp hangs there): it starts threads of its own, as does a process whose
+// torch has no OpenMP.
+
+std::atomic<bool> forked{false};
+
+#if !defined(_WIN32)
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel team() {
+  static const auto found = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
+[[gnu::constructor]] void watch_forks() {
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+}
+#endif
+
+struct Shared {
+  const Call& call;
+  RunRows run;
+  int64_t chunk;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t begin; (begin = next.fetch_add(chunk)) < call.rows;)
+      run(call, begin, begin + chunk < call.rows ? begin + chunk : call.rows);
+  }
+};
+
+void run_all(const Call& call, RunRows run, int threads) {
+  constexpr int64_t kAlone = 8192, kChunk = 8192;  // class pairs: 5 us of one core's work
+  const int64_t pairs = call.rows * call.classes;
+  int64_t chunk = kChunk / call.classes;
+  // Whole lines of the statistics a thread, so that none is written by two.
+  chunk = chunk < 16 ? (call.rows > 16 * threads ? 4 : 1) : chunk / 16 * 16;
+  if (threads <= 1 || pairs < kAlone || call.rows < 2) return run(call, 0, call.rows);
+
+  Shared shared{call, run, chunk};
+#if !defined(_WIN32)
+  if (auto parallel = team()) {
+    parallel([](void* data) { static_cast<Shared*>(data)->work(); }, &shared, threads, 0);
+    return;
+  }
+#endif
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(&Shared::work, &shared);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  }
+  shared.work();
+  for (auto& thread : others) thread.join();
+}
+
+double ordered_sum(const double* x, int64_t n) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k) lanes[k] += x[i + k];
+  for (; i < n; ++i) lanes[i % 8] += x[i];
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+template <class R>
+void write_loss(const double* rows, const Call& call, void* loss) {
+  if (call.options.none) {
+    for (int64_t i = 0; i < call.rows; ++i) ((R*)loss)[i] = rows[i];
+  } else {
+    *(R*)loss = ordered_sum(rows, call.rows) * call.per_row;
+  }
+}
+
+double weight_at(const void* weight, bool wide, int64_t i) {
+  return !weight ? 1.0 : wide ? ((const double*)weight)[i] : ((const float*)weight)[i];
+}
+
+}  // namespace
+
+// The first row whose label is neither in [0, classes) nor ignored, or -1: nothing is written then
+// where `check` is set. See call.h for the arguments; student and teacher in that order.
+EXPORT int64_t bdkd_run(
+    const Options* options, int64_t rows, int64_t classes, int32_t storage_s, int32_t storage_t,
+    const void* s, int64_t stride_s, const void* t, int64_t stride_t, int32_t target_kind,
+    const void* target, const void* weight, void* ds, int64_t stride_ds, void* dt, int64_t stride_dt,
+    double scale_s, double scale_t, const void* upstream_s, const void* upstream_t, void* loss_s,
+    void* loss_t, void* stats, int32_t threads, int32_t check) {
+  const bool wide = storage_s == kFloat64 || storage_t == kFloat64;
+  const int64_t* labels = target_kind == kLabels ? (const int64_t*)target : nullptr;
+  double counted = 0;
+  if (labels && (check || options->mean)) {
+    const int64_t ignore = options->ignore_index;
+    int64_t kept = 0, bad = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      kept += labels[i] != ignore;
+      bad += (uint64_t)labels[i] >= (uint64_t)classes && labels[i] != ignore;
+    }
+    if (check && bad) {
+      int64_t i = 0;
+      while ((uint64_t)labels[i] < (uint64_t)classes || labels[i] == ignore) ++i;
+      return i;
+    }
+    counted = kept;
+  } else {
+    counted = rows;
+  }
+  if (weight && options->mean) {
+    counted = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      if (!labels || labels[i] != options->ignore_index) counted += weight_at(weight, wide, i);
+  }
+
+  Call call{};
+  call.options = *options;
+  call.rows = rows, call.classes = classes;
+  call.student = {storage_s, s, stride_s, ds, stride_ds, upstream_s, scale_s};
+  call.teacher = {storage_t, t, stride_t, dt, stride_dt, upstream_t, scale_t};
+  call.target_kind = target_kind, call.target = target, call.weight = weight;
+  call.per_row = options->mean && counted != 0 ? 1 / counted : 1;
+  call.stats = stats;
+  const int64_t size[] = {4, 8, 2, 2};
+  // Gradients larger than the caches that the next reader could find them in.
+  constexpr int64_t kStreamed = 16 << 20;
+  call.streaming = rows * classes * ((ds ? size[storage_s] : 0) + (dt ? size[storage_t] : 0)) >= kStreamed;
+
+  std::unique_ptr<double[]> losses;
+  if (loss_s) {
+    losses.reset(new double[2 * rows]);
+    call.student_loss = losses.get(), call.teacher_loss = losses.get() + rows;
+  }
+  const RowKernels& kernels = chosen.load()->kernels;
+  run_all(call, storage_s == storage_t ? kernels.of[storage_s] : wide ? kernels.mixed_wide : kernels.mixed,
+          threads);
+  if (loss_s) {
+    auto write = wide ? write_loss<double> : write_loss<float>;
+    write(call.student_loss, call, loss_s);
+    write(call.teacher_loss, call, loss_t);
+  }
+  return -1;
+}
+
+// The instruction set in use; with a name, takes that one first (tests do): null if it is not here.
+EXPORT const char* bdkd_instruction_set(const char* name) {
+  if (name) {
+    for (auto& set : instruction_sets())
+      if (!strcmp(set.name, name) && set.here) return chosen = &set, set.name;
+    return nullptr;
+  }
+  return chosen.load()->name;
+}
+
+// The hash of the sources that this library was built from: native.py compares it.
+EXPORT const char* bdkd_sources() { return BDKD_SOURCES; }

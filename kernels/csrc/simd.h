@@ -1,0 +1,249 @@
+// Vectors of one machine width by the compiler's vector extensions; intrinsics only where it has no
+// word for them (half precision, stores past the cache).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define BDKD_BYTES 64
+#elif defined(__AVX2__)
+#define BDKD_BYTES 32
+#else
+#define BDKD_BYTES 16
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+// Every instruction set compiles this file into a namespace of its own: one inlined copy that the
+// linker kept for all would be an illegal instruction on the smaller machines.
+namespace BDKD_ISA {
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+template <class T, int N>
+using Vec = typename VectorOf<T, N>::type;
+
+template <class R>
+constexpr int lanes = BDKD_BYTES / sizeof(R);
+
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+
+template <class To, class From>
+INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+INLINE V loaded(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// ---- N values of a storage type to and from float --------------------------------------------
+
+template <int N>
+INLINE Vec<float, N> to_float(Vec<uint16_t, N> h, BFloat) {
+  return bits_as<Vec<float, N>>(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);
+}
+
+template <int N>
+INLINE Vec<uint16_t, N> from_float(Vec<float, N> x, BFloat) {
+#if defined(__AVX512BF16__)
+  if constexpr (N == 16) return bits_as<Vec<uint16_t, N>>(_mm512_cvtneps_pbh(x));
+#endif
+  using U = Vec<uint32_t, N>;
+  U u = bits_as<U>(x);
+  u += 0x7fff + ((u >> 16) & 1);                              // to nearest, ties to even
+  u = x == x ? u : U{} + 0x7fc00000;                          // a NaN's payload must not carry over
+  return __builtin_convertvector(u >> 16, Vec<uint16_t, N>);
+}
+
+template <int N>
+INLINE Vec<float, N> to_float(Vec<uint16_t, N> h, Half) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return _mm512_cvtph_ps(bits_as<__m256i>(h));
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8) return _mm256_cvtph_ps(bits_as<__m128i>(h));
+#endif
+  using U = Vec<uint32_t, N>;
+  using F = Vec<float, N>;
+  U wide = __builtin_convertvector(h, U);
+  U magnitude = (wide & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
+  U normal = magnitude + ((127u - 15u) << 23);
+  F subnormal = bits_as<F>(normal + (1u << 23)) - 0x1p-14f;
+  U u = exponent == 0x0f800000 ? normal + ((128u - 16u) << 23) : normal;  // inf, NaN
+  u = exponent == 0 ? bits_as<U>(subnormal) : u;
+  return bits_as<F>(u | (wide & 0x8000) << 16);
+}
+
+template <int N>
+INLINE Vec<uint16_t, N> from_float(Vec<float, N> x, Half) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16)
+    return bits_as<Vec<uint16_t, N>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8)
+    return bits_as<Vec<uint16_t, N>>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  using U = Vec<uint32_t, N>;
+  using F = Vec<float, N>;
+  U u = bits_as<U>(x), sign = u & 0x80000000u;
+  u ^= sign;
+  U large = u > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;  // NaN, inf
+  U small = bits_as<U>(bits_as<F>(u) + 0.5f) - 0x3f000000u;   // the adder rounds to 2^-24
+  U normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1)) >> 13;
+  u = u >= 0x47800000u ? large : (u < 0x38800000u ? small : normal);
+  return __builtin_convertvector(u | sign >> 16, Vec<uint16_t, N>);
+}
+
+// ---- N values of a storage type to and from the compute type ---------------------------------
+
+template <class R, int N = lanes<R>>
+INLINE Vec<R, N> load(const float* p) {
+  return __builtin_convertvector(loaded<Vec<float, N>>(p), Vec<R, N>);
+}
+template <class R, int N = lanes<R>>
+INLINE Vec<R, N> load(const double* p) {
+  return __builtin_convertvector(loaded<Vec<double, N>>(p), Vec<R, N>);
+}
+template <class R, int N = lanes<R>>
+INLINE Vec<R, N> load(const Half* p) {
+  return __builtin_convertvector(to_float<N>(loaded<Vec<uint16_t, N>>(p), *p), Vec<R, N>);
+}
+template <class R, int N = lanes<R>>
+INLINE Vec<R, N> load(const BFloat* p) {
+  return __builtin_convertvector(to_float<N>(loaded<Vec<uint16_t, N>>(p), *p), Vec<R, N>);
+}
+
+template <class R, int N>
+INLINE Vec<float, N> converted(Vec<R, N> v, float) {
+  return __builtin_convertvector(v, Vec<float, N>);
+}
+template <class R, int N>
+INLINE Vec<double, N> converted(Vec<R, N> v, double) {
+  return __builtin_convertvector(v, Vec<double, N>);
+}
+template <class R, int N>
+INLINE Vec<uint16_t, N> converted(Vec<R, N> v, Half h) {
+  return from_float<N>(__builtin_convertvector(v, Vec<float, N>), h);
+}
+template <class R, int N>
+INLINE Vec<uint16_t, N> converted(Vec<R, N> v, BFloat h) {
+  return from_float<N>(__builtin_convertvector(v, Vec<float, N>), h);
+}
+
+template <class R, class S>
+INLINE void store(S* p, Vec<R, lanes<R>> v) {
+  auto bits = converted<R, lanes<R>>(v, S{});
+  memcpy(p, &bits, sizeof bits);
+}
+
+// `p` is a multiple of the vector's size.
+template <class R, class S>
+INLINE void store_past_the_cache(S* p, Vec<R, lanes<R>> v) {
+  auto bits = converted<R, lanes<R>>(v, S{});
+#if defined(__AVX512F__)
+  if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)p, bits_as<__m512i>(bits));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof bits == 32) return _mm256_stream_si256((__m256i*)p, bits_as<__m256i>(bits));
+#endif
+  memcpy(p, &bits, sizeof bits);
+}
+
+// The first n < lanes values, the rest 0; nothing past them is touched.
+template <class R, class S>
+INLINE Vec<R, lanes<R>> load_some(const S* p, int64_t n) {
+  alignas(64) S some[lanes<R>] = {};
+  for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+  return load<R>(some);
+}
+template <class R, class S>
+INLINE void store_some(S* p, Vec<R, lanes<R>> v, int64_t n) {
+  alignas(64) S some[lanes<R>];
+  store<R>(some, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+}
+
+// ---- arithmetic --------------------------------------------------------------------------------
+
+// The larger, or b where b is NaN.
+template <class V>
+INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 8) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#endif
+  return a > b ? a : b;
+}
+
+template <class R>
+constexpr R kExp2[] = {};
+template <>
+constexpr float kExp2<float>[] = {  // (2^r - 1) / r on [-1/2, 1/2]: 9.2e-8 off at most in 2^r
+    0.693146977587f, 0.240222420776f, 0.0555073376039f, 0.00967151299704f, 0.00132647220462f};
+template <>
+constexpr double kExp2<double>[] = {  // 5.9e-16
+    0.693147180559946159, 0.240226506959100761, 0.055504108664651672, 0.00961812910761866557,
+    0.00133335582007945926, 0.000154035304247765276, 0.0000152526729248507364,
+    1.32154516332214344e-6, 1.02059054137655958e-7, 7.07097786650813856e-9};
+
+// 2^a for a <= 0: 1 at 0, exactly 0 below the normal range, NaN where a is NaN.
+template <class R>
+INLINE Vec<R, lanes<R>> exp2_of(Vec<R, lanes<R>> a) {
+  using V = Vec<R, lanes<R>>;
+  constexpr bool single = sizeof(R) == 4;
+  using I = Vec<std::conditional_t<single, int32_t, int64_t>, lanes<R>>;
+  constexpr R lowest = single ? -127 : -1023, rounder = single ? 0x1.8p23 : 0x1.8p52;
+  a = larger<V>(V{} + lowest, a);
+  V shifted = a + rounder;  // its low bits are the nearest integer
+  V r = a - (shifted - rounder);
+  constexpr int n = sizeof(kExp2<R>) / sizeof(R);
+  V power = V{} + kExp2<R>[n - 1];
+  for (int k = n - 2; k >= 0; --k) power = power * r + kExp2<R>[k];
+  power = power * r + 1;
+  return bits_as<V>(bits_as<I>(power) + (bits_as<I>(shifted) << (single ? 23 : 52)));
+}
+
+template <class V>
+INLINE double sum(V v) {  // of a vector of doubles, in pairs
+  constexpr int N = sizeof v / sizeof(double);
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    Vec<double, N / 2> half[2];
+    memcpy(half, &v, sizeof v);
+    return sum(half[0] + half[1]);
+  }
+}
+template <class R>
+INLINE double lane_sum(Vec<R, lanes<R>> v) {
+  return sum(__builtin_convertvector(v, Vec<double, lanes<R>>));
+}
+template <class V>
+INLINE bool any(V mask) {
+  int64_t words[sizeof mask / 8], bits = 0;
+  memcpy(words, &mask, sizeof mask);
+  for (int64_t word : words) bits |= word;
+  return bits != 0;
+}
+template <class R>
+INLINE R lane_max(Vec<R, lanes<R>> v) {  // NaN where one is
+  R m = v[0];
+  for (int i = 1; i < lanes<R>; ++i) m = m > v[i] || m != m ? m : v[i];
+  return m;
+}
+
+}  // namespace BDKD_ISA
