@@ -164,6 +164,18 @@ def test_a_confidence_on_an_edge_belongs_below(m):
     assert result.bin_confidence[15 // m - 1] == 1 / m
 
 
+def test_a_class_probability_on_an_edge_belongs_below():
+    """Class 0 has 1/3 where it is the label and a little more where it is not: two bins, whose
+    gaps would cancel in one."""
+    logits = torch.tensor([[0.0, 0.0, 0.0, -math.inf], [0.05, 0.0, 0.0, -math.inf]])
+    target = torch.tensor([0, 1])
+    p = logits.double().softmax(-1)[:, 0]
+    assert p[0] == 5 / 15 < p[1] < 6 / 15
+    result = calibrate(logits, target).compute()
+    assert_as_derived(result, logits, target)
+    assert result.classwise_ece > (2 / 3 + 1 / 3) / (2 * 4)  # class 0's share alone
+
+
 def test_every_edge_is_k_fifteenths_rounded_once():
     edges = Calibration(2)._edges
     on = torch.tensor([k / 15 for k in range(1, 16)], dtype=torch.float64)

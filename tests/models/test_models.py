@@ -126,6 +126,31 @@ def test_convolutions_start_with_unit_gain_over_the_fan_out(name):
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
 
 
+@torch.no_grad()
+def test_a_wide_block_projects_the_activated_input_and_passes_on_the_raw_one():
+    network = create_model("wrn_16_2", 10).eval()
+    first, second = network.stages[0]
+    for block in (first, second):  # no activation comes through the first norm
+        block.bn1.weight.zero_()
+        block.bn1.bias.fill_(-1.0)
+        block.bn2.bias.fill_(-1.0)
+        block.bn2.weight.zero_()
+    assert torch.equal(first(torch.randn(2, 16, 8, 8)), torch.zeros(2, 32, 8, 8))
+    x = torch.randn(2, 32, 8, 8)
+    assert torch.equal(second(x), x)
+
+
+@torch.no_grad()
+def test_a_residual_block_activates_the_sum():
+    first, second = create_model("resnet14", 10).eval().stages[1]
+    for block in (first, second):
+        block.bn2.weight.zero_()  # the shortcut alone is left
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(first(x), first.shortcut(x).relu())
+    y = torch.randn(2, 32, 4, 4)
+    assert torch.equal(second(y), y.relu())
+
+
 @pytest.mark.parametrize("name", ["resnet8", "wrn_10_1"])
 def test_channels_last_and_bf16_autocast(name):
     torch.manual_seed(0)
