@@ -18,7 +18,7 @@ test: .venv/.installed-dev ## the whole suite
 	$(PYTEST)
 
 soak: .venv/.installed-dev ## the tests again, many times longer
-	BDKD_SOAK=1 $(PYTEST) -m soak
+	$(PYTEST) -m soak
 
 sanitize: .venv/.installed-dev ## the native kernel under address and undefined-behaviour sanitizers
 	$(PY) kernels/csrc/sanitize.py

@@ -263,6 +263,12 @@ def check_recipe(recipe: Recipe) -> None:
             "between 0 and 1",
         ),
         ("train.max_skipped", t.max_skipped, t.max_skipped >= 1, "at least 1"),
+        (
+            "objective.label_smoothing",
+            recipe.objective.label_smoothing,
+            0 <= recipe.objective.label_smoothing <= 1,
+            "in [0, 1]",
+        ),
         ("data.validation", d.validation, 0 < d.validation < 1, "between 0 and 1"),
         ("data.shift", d.shift, d.shift >= 0, "at least 0"),
         ("data.image_size", d.image_size, d.image_size >= 8, "at least 8"),

@@ -5,3 +5,12 @@ from hypothesis import settings
 # Shared machines are slow at random moments: a deadline would fail for the neighbour's work.
 settings.register_profile("bdkd", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("bdkd")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Long soaks run where they are asked for by name (``-m soak``) and not otherwise."""
+    if "soak" in config.option.markexpr:
+        return
+    chosen = [item for item in items if item.get_closest_marker("soak") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen

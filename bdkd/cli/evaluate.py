@@ -1,7 +1,6 @@
 """``bdkd evaluate``: the networks of a finished or running training, measured again."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,6 +35,7 @@ def run(given: list[str]) -> None:
     from bdkd.training.checkpoint import load_checkpoint
     from bdkd.training.evaluate import evaluate
     from bdkd.training.loop import restore
+    from bdkd.training.run_folder import to_json
     from bdkd.training.setup import Setup
     from bdkd.training.state import TrainingState
     from bdkd.training.summary import describe
@@ -70,7 +70,7 @@ def run(given: list[str]) -> None:
         },
     }
     if arguments.json:
-        print(json.dumps(summary, indent=2))
+        print(to_json(summary, indent=2))
     else:
         print(f"{checkpoint}, step {state.position.step}\n")
         print(results_table(summary))

@@ -5,7 +5,7 @@ Source: Amara et al., arXiv 2212.12965; the equations stand in ``bdkd_kernels.re
 
 from collections.abc import Mapping
 
-from bdkd_kernels import bdkd_loss
+from bdkd_kernels import BDKDLoss
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
@@ -36,7 +36,15 @@ class BDKD:
                     f"({', '.join(names) or 'none'}): set networks.NAME.role"
                 )
         self.student, self.teacher = roles["student"][0], roles["teacher"][0]
-        self.config = config
+        try:
+            self.loss = BDKDLoss(
+                **{name: getattr(config, name) for name in self.options},
+                # A sum over the batch's counted rows, divided by those of the whole step: the parts
+                # of an accumulated batch, and ranks, add up to the one mean.
+                reduction="sum",
+            )
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"objective.{error}") from error
 
     def __call__(
         self,
@@ -45,18 +53,12 @@ class BDKD:
         normaliser: float | Tensor,
         grad_scale: float | Tensor,
     ) -> ObjectiveOutput:
-        c = self.config
-        out = bdkd_loss(
-            logits[self.student], logits[self.teacher], target,
-            temperature=c.temperature, gamma=c.gamma,
-            student_ce=c.student_ce, student_kd=c.student_kd,
-            teacher_ce=c.teacher_ce, teacher_kd=c.teacher_kd,
-            teacher_divergence=c.teacher_divergence, soften_entropy=c.soften_entropy,
-            label_smoothing=c.label_smoothing, backend=c.backend,
-            # A sum over the batch's counted rows and a division by those of the whole step: parts
-            # of an accumulated batch, and ranks, add up to the one mean.
-            reduction="sum", grad_scale=grad_scale / normaliser,
-        )  # fmt: skip
+        out = self.loss(
+            logits[self.student],
+            logits[self.teacher],
+            target,
+            grad_scale=grad_scale / normaliser,
+        )
         return ObjectiveOutput(
             losses={
                 self.student: out.student / normaliser,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,12 +26,11 @@ class Independent:
         normaliser: float | Tensor,
         grad_scale: float | Tensor,
     ) -> ObjectiveOutput:
-        return ObjectiveOutput(
-            losses={
-                name: F.cross_entropy(
-                    x.float(), target, reduction="sum", label_smoothing=self.label_smoothing
-                )
-                / normaliser
-                for name, x in logits.items()
-            }
-        )
+        losses = {}
+        for name, x in logits.items():
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            total = F.cross_entropy(
+                wide, target, reduction="sum", label_smoothing=self.label_smoothing
+            )
+            losses[name] = total / normaliser
+        return ObjectiveOutput(losses)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,13 +33,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-    # torch.save's own writer turns a short write into a RuntimeError
     except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full or isinstance(error, RuntimeError) else "mend that"
+        # torch.save's writer meets a short write with a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "mend that"
         raise RunError(
-            f"cannot write {path}: {first_line(error)}; {remedy} and continue with --resume "
-            "(what was saved before is whole)"
+            f"cannot write {path}: {first_line(cause or error)}; {remedy} and continue with "
+            "--resume (what was saved before is whole)"
         ) from error
 
 
@@ -130,12 +132,16 @@ def first_line(error: BaseException) -> str:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise RunError(f"no checkpoint or weights at {path}") from error
-    except Exception as error:  # torch.load raises a dozen types for a broken or hostile file
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RunError(f"no file of weights at {path}: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
         raise RunError(
-            f"cannot read {path}: it is corrupt, cut off or holds more than tensors "
-            f"({first_line(error)}); use an earlier checkpoint"
+            f"refused to read {path}: it is corrupt, or holds more than tensors and plain values, "
+            "which could run code; use another file"
+        ) from error
+    except Exception as error:  # torch.load raises a dozen types for a broken file
+        raise RunError(
+            f"cannot read {path}: it is corrupt or cut off; use an earlier checkpoint"
         ) from error
 
 

@@ -32,8 +32,8 @@ def train(setup: Setup, folder: RunFolder, resume: str) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
     """
     recipe = setup.recipe
-    continues = folder.open_for_training(resume)
     try:
+        continues = folder.open_for_training(resume)
         folder.write_config(recipe)
         state = TrainingState(
             recipe, setup.networks, setup.source.info.counts["train"], setup.device

@@ -51,7 +51,7 @@ class TrainingMeter:
                 correct,
                 (best == target[:, None]).any(-1).double(),
                 -log_p.gather(-1, target[:, None]).squeeze(-1).double(),
-                -(p * log_p).sum(-1).double(),
+                torch.special.entr(p).sum(-1).double(),
             )
             sums = torch.stack(values).sum(-1)
             if name in losses:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -92,7 +93,7 @@ class RunFolder:
         return parse_recipe(text, source=str(self.config))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        text = json.dumps(summary, indent=2) + "\n"
+        text = to_json(summary, indent=2) + "\n"
         write_atomically(self.summary, lambda file: file.write(text.encode()))
 
     def checkpoint_paths(self) -> list[Path]:
@@ -155,12 +156,23 @@ class RunFolder:
         """One JSON object, one line."""
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(to_json(values) + "\n")
         except OSError as error:
             raise RunError(
                 f"cannot write {self.metrics}: {first_line(error)}; mend that and continue with "
                 "--resume (what was saved before is whole)"
             ) from error
+
+
+def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON: a number that is not finite becomes null."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def default_run_dir(recipe: Recipe, resume: str) -> Path:

@@ -149,7 +149,7 @@ class TrainingState:
         self.networks.load_state_dict(saved["networks"])
         for name, average in self.ema.items():
             average.load_state_dict(saved["ema"][name])
-        # Moments are the saved ones; rates and decays are the recipe's, which a resumed run may have
+        # Moments are the saved ones; rates and decays the recipe's, which a resumed run may have
         # been given anew.
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]

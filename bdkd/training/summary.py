@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bdkd.errors import RunError
 from bdkd.evaluation.calibration import CalibrationResult
 from bdkd.evaluation.figures import reliability_diagram, training_curves
 from bdkd.training.checkpoint import load_checkpoint
@@ -34,9 +35,6 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
     results = evaluate(
         networks, setup.source, "test", recipe.train.batch_size, recipe.train.precision
     )
-    diagram = folder.figures / "reliability.png"
-    reliability_diagram(results, diagram, f"{recipe.name}, {recipe.objective.name}: test images")
-    training_curves(folder.metrics, folder.figures / "curves.png")
     summary = {
         "recipe": recipe.name,
         "method": recipe.objective.name,
@@ -55,6 +53,15 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
         },
     }
     folder.write_summary(summary)
+    try:
+        title = f"{recipe.name}, {recipe.objective.name}: test images"
+        reliability_diagram(results, folder.figures / "reliability.png", title)
+        training_curves(folder.metrics, folder.figures / "curves.png")
+    except OSError as error:
+        raise RunError(
+            f"cannot write the figures in {folder.figures}: {error.strerror or error}; mend that "
+            f"and draw them with --resume (the results are in {folder.summary})"
+        ) from error
     return summary
 
 

@@ -1,0 +1,421 @@
+"""The command line as a user meets it: what it prints, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import SMALL, bdkd
+
+from bdkd.cli import main
+from bdkd.config import load_recipe, parse_recipe, shipped_recipes, to_toml
+
+QUICK = [*SMALL, "--max-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished short run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = bdkd("train", *QUICK, "--run-dir", str(folder), "--log", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def fail(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that must fail, in this process."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    return exit_.value.code, capsys.readouterr().err
+
+
+# --- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_contract_names(run):
+    config = parse_recipe((run / "config.toml").read_text(), "config.toml")
+    assert config.networks["teacher"].model == "resnet8"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in train] == [1, 2, 3]
+    for line in lines:
+        for network in ("student", "teacher"):
+            assert line[network].keys() >= {"top1", "top5", "ece", "nll", "entropy"}
+    assert train[0].keys() >= {"epoch", "forward_weight", "images_per_second"}
+    assert "loss" in train[0]["student"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["method"] == "bdkd"
+    assert summary["seed"] == 0
+    assert summary["wall_seconds"] > 0
+    assert summary["images_per_second"] > 0
+    student = summary["networks"]["student"]
+    assert student["model"] == "resnet8"
+    assert student["parameters"] == 77_754
+    for metric in ("top1", "top5", "ece", "mce"):
+        assert 0 <= student[metric] <= 1
+    assert student.keys() >= {"nll", "brier"}
+    for figure in ("reliability.png", "curves.png"):
+        assert (run / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+    assert any((run / "events").iterdir())
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_tensorboard_reads_the_events(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "events"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/student/loss")] == [1, 2, 3]
+
+
+def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run):
+    by_run = bdkd("evaluate", str(run), "--split", "test", "--json")
+    assert by_run.returncode == 0, by_run.stderr
+    came = json.loads(by_run.stdout)["networks"]
+    assert came == json.loads((run / "summary.json").read_text())["networks"]
+    by_file = bdkd("evaluate", str(run / "checkpoints" / "best.pt"))
+    assert by_file.returncode == 0, by_file.stderr
+    assert "216 val images" in by_file.stdout
+
+
+def test_train_prints_plain_lines_in_a_pipe(tmp_path):
+    done = bdkd("train", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert done.stdout.count("step ") >= 3
+    assert "perfectly calibrated" in done.stdout
+    assert "runs/digits-bdkd-seed0/figures/reliability.png" in done.stdout
+    again = bdkd("train", *QUICK, cwd=tmp_path)  # a second run takes a folder of its own
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "runs" / "digits-bdkd-seed0-2" / "summary.json").exists()
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["train", "digits", "--dry-run", "--train.accumulate", "2", "--max-steps", "100"])
+    plan = capsys.readouterr().out
+    for fact in ("1,222 train, 216 val, 359 test", "691,386 parameters", "77,754 parameters",
+                 "19 an epoch", "stopping after 100", "in 2 parts", "MiB"):  # fmt: skip
+        assert fact in plan
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_names_each_part_and_the_remedy(capsys):
+    main(["doctor"])
+    text = capsys.readouterr().out
+    for name in ("torch", "GPU", "triton kernel", "native kernel", "DALI", "apex"):
+        assert name in text
+    main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert all(finding["found"] or finding["remedy"] for finding in findings)
+
+
+def test_doctor_knows_the_impostor_apex(tmp_path):
+    """PyPI's apex is an unrelated package: an apex without fused optimizers is named so."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "bdkd", "doctor"], capture_output=True, text=True,
+                          env=environment, check=True)  # fmt: skip
+    assert "not NVIDIA's" in done.stdout
+
+
+def test_help_gives_every_option_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "digits", "--help"])
+    assert exit_.value.code in (0, None)
+    text = capsys.readouterr().out
+    for option in ("--run-dir", "--seed", "--device", "--max-steps", "--data.root",
+                   "--train.epochs", "--train.batch-size", "--train.precision", "--train.compile",
+                   "--checkpoint.every-steps", "--objective.name", "--objective.backend",
+                   "--networks.student.model", "--networks.student.weights", "--train.accumulate",
+                   "--resume", "--log", "--dry-run"):  # fmt: skip
+        assert option in text
+    for meaning in ("Peak learning rate", "Optimizer steps between checkpoints"):
+        assert meaning in text
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_read_back_from_their_own_text(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(to_toml(recipe), "text") == recipe
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+USAGE = {
+    "command": (["trian"], ["unknown command 'trian'", "'train'"]),
+    "recipe": (["train", "digit"], ["unknown recipe 'digit'", "'digits'"]),
+    "no recipe": (["train", "--seed", "1"], ["needs a recipe", "digits"]),
+    "model": (
+        ["train", "digits", "--networks.student.model", "resnet9"],
+        ["resnet9", "resnet8"],
+    ),
+    "model option": (
+        ["train", "digits", "--networks.student.options", "depth", "3"],
+        ["depth", "width"],
+    ),
+    "method": (
+        ["train", "digits", "--objective.name", "bdk"],
+        ["unknown method 'bdk'", "'bdkd'"],
+    ),
+    "option of another method": (
+        ["train", "digits", "--objective.name", "independent", "--objective.gamma", "3"],
+        ["objective.gamma", "independent"],
+    ),
+    "data source": (["train", "digits", "--data.source", "digit"], ["'digit'", "'digits'"]),
+    "roles": (
+        ["train", "digits", "--networks.student.role", "teacher"],
+        ["one student, got 0", "networks.NAME.role"],
+    ),
+    "value": (["train", "digits", "--train.epochs", "0"], ["train.epochs", "at least 1", "0"]),
+    "accumulate": (["train", "digits", "--train.accumulate", "3"], ["train.accumulate", "64"]),
+    "batch": (["train", "digits", "--train.batch-size", "5000"], ["1222", "5000"]),
+    "device": (["train", "digits", "--device", "tpu0"], ["device", "'tpu0'"]),
+    "loss option": (
+        ["train", "digits", "--objective.temperature", "0"],
+        ["temperature", "> 0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage_exits_2_with_one_line(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = USAGE[case]
+    code, message = fail(capsys, *arguments)
+    assert code == 2
+    assert message.count("\n") == 1
+    for part in expected:
+        assert part in message
+    assert not list(tmp_path.iterdir()), "a refused command must leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--train.epoch", "3"], "--train.epochs"),
+        (["--train.precision", "fp8"], "bf16"),
+        (["--train.epochs", "three"], "--train.epochs"),
+        (["--objective.backend", "cuda"], "native"),
+    ],
+)
+def test_unknown_options_exit_2_and_name_the_nearest(arguments, expected, capsys):
+    code, message = fail(capsys, "train", "digits", *arguments)
+    assert code == 2
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[train]\nepoch = 3", ["train.epoch", "'epochs'"]),
+        ("[networks.a]\nmodle = 'x'", ["networks.a.modle", "'model'"]),
+        ("[train]\ncompile = 'no'", ["bool", "train.compile"]),
+        ("name = ", ["not valid TOML"]),
+        ("name = 'x'", ["networks"]),
+    ],
+)
+def test_a_wrong_recipe_file_is_named_with_its_key(text, expected, capsys, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    code, message = fail(capsys, "train", str(file))
+    assert code == 2
+    assert message.count("\n") == 1
+    for part in (str(file), *expected):
+        assert part in message
+
+
+def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notes = tmp_path / "notes.pt"
+    notes.write_text("no checkpoint")
+    plain = tmp_path / "plain.pt"
+    torch.save({"a": torch.ones(1)}, plain)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    other = "networks.student.model"
+    cases = [
+        (["train", "missing.toml"], ["missing.toml"]),
+        (["evaluate", str(tmp_path / "none")], ["no run and no checkpoint", "none"]),
+        (["evaluate", str(tmp_path)], ["no run and no checkpoint"]),
+        (["evaluate", str(notes)], [str(notes), "corrupt"]),
+        (["evaluate", str(plain)], [str(plain), "no bdkd checkpoint"]),
+        (["train", "digits", "--networks.student.weights", str(notes)], [str(notes), "corrupt"]),
+        (
+            ["train", "digits", "--networks.student.weights", str(plain)],
+            ["networks.student.weights", str(plain), "lacks"],
+        ),
+        (["train", "digits", "--networks.student.weights", "gone.pt"], ["gone.pt"]),
+        (["train", "digits", "--run-dir", str(blocked / "run")], [str(blocked), "--run-dir"]),
+        (["train", "digits", "--run-dir", "/proc/bdkd"], ["/proc/bdkd", "--run-dir"]),
+        (["train", "digits", "--run-dir", str(run)], [str(run), "already holds a run", "--resume"]),
+        (["train", "digits", "--resume", "--run-dir", str(blocked)], [str(blocked)]),
+        (["train", "digits", "--resume", "--run-dir", "new"], ["nothing to resume", "new"]),
+        (["train", "digits", "--device", "cuda:7"], ["cuda:7", "--device cpu"]),
+        (
+            ["train", "--resume", "--run-dir", str(run), f"--{other}", "resnet20"],
+            ["other networks", "config.toml"],
+        ),
+    ]  # fmt: skip
+    for arguments, expected in cases:
+        code, message = fail(capsys, *arguments)
+        assert code == 1, (arguments, message)
+        assert message.count("\n") == 1, message
+        for part in expected:
+            assert part in message, message
+
+
+def test_weights_of_a_run_start_another(run, tmp_path):
+    """From a checkpoint's network of the same name, from a state dict, and from safetensors."""
+    from safetensors.torch import save_file
+
+    from bdkd.training.checkpoint import load_checkpoint, network_weights
+
+    best = run / "checkpoints" / "best.pt"
+    weights = network_weights(load_checkpoint(best)[1], "student", best)
+    weights = {key: value.contiguous() for key, value in weights.items()}  # safetensors' rule
+    torch.save(weights, tmp_path / "weights.pt")
+    save_file(weights, tmp_path / "weights.safetensors")
+    for file in (best, tmp_path / "weights.pt", tmp_path / "weights.safetensors"):
+        target = tmp_path / f"from-{file.name}"
+        main(["train", *QUICK, "--max-steps", "1", "--networks.student.weights", str(file),
+              "--run-dir", str(target), "--optimizer.learning-rate", "1e-30"])  # fmt: skip
+        saved = load_checkpoint(target / "checkpoints" / "step-00000001.pt")[1]
+        began = network_weights(saved, "student", file)
+        for key, value in weights.items():
+            if "running" not in key and "num_batches" not in key:
+                torch.testing.assert_close(began[key], value)
+
+
+def test_a_stranger_file_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch '{tmp_path}/ran'",))
+
+    file = tmp_path / "evil.pt"
+    torch.save({"format": 1, "recipe": "", "state": Evil()}, file)
+    code, message = fail(capsys, "evaluate", str(file))
+    assert code == 1
+    assert "could run code" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_two_at_once_in_one_folder_the_second_is_refused(tmp_path, capsys):
+    from bdkd.training.run_folder import RunFolder
+
+    first = RunFolder(tmp_path / "run")
+    first.open_for_training("never")
+    code, message = fail(capsys, "train", *QUICK, "--run-dir", str(first.path))
+    assert code == 1
+    assert "another process is training" in message
+
+
+def test_diverging_training_stops_and_names_the_last_good_checkpoint(tmp_path, capsys):
+    run = tmp_path / "run"
+    code, message = fail(
+        capsys, "train", *SMALL, "--run-dir", str(run), "--optimizer.learning-rate", "1e18",
+        "--schedule.warmup", "0", "--checkpoint.every-steps", "1", "--train.max-skipped", "3",
+    )  # fmt: skip
+    assert code == 1
+    assert "not finite for 3 steps in a row" in message
+    assert str(run / "checkpoints" / "step-") in message
+
+
+def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_is_whole(tmp_path):
+    """A file size limit stands in for the disk: the writes fail in the same place."""
+    run = tmp_path / "run"
+    script = (
+        "import resource, sys; from bdkd.cli import main\n"
+        "import bdkd.training.run_folder as f\n"
+        "save = f.RunFolder.save\n"
+        "def limited(self, step, *a):\n"
+        "    if step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "    return save(self, step, *a)\n"
+        "f.RunFolder.save = limited\n"
+        "main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, "train", *SMALL, "--checkpoint.every-steps", "1",
+               "--run-dir", str(run)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "step-00000002.pt" in done.stderr
+    assert "--resume" in done.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000001.pt"]
+    again = bdkd("train", "--resume", "--max-steps", "3", "--run-dir", str(run))
+    assert again.returncode == 0, again.stderr
+    assert "continuing at step 1" in again.stdout
+
+
+# --- image folders -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small image folder of two classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = (rng.integers(0, 128, (12, 10, 3)) + 127 * label).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.png")
+    return tmp_path / "data"
+
+
+def folder_arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        "train", "digits", "--data.source", "folder", "--data.root", str(folder),
+        "--data.image-size", "16", "--train.batch-size", "8", "--train.epochs", "1", "--log",
+        "--networks.teacher.model", "resnet8", "--run-dir", str(folder.parent / "run"), *more,
+    ]  # fmt: skip
+
+
+def test_an_image_folder_trains(folder, capsys):
+    main(folder_arguments(folder, "--data.flip"))
+    assert "8 test images" in capsys.readouterr().out
+
+
+def break_image(folder: Path) -> Path:
+    file = folder / "train" / "dark" / "3.png"
+    file.write_bytes(file.read_bytes()[:60])
+    return file
+
+
+def empty_class(folder: Path) -> Path:
+    for file in (folder / "train" / "dark").iterdir():
+        file.unlink()
+    return folder / "train" / "dark"
+
+
+def drop_test(folder: Path) -> Path:
+    (folder / "test").rename(folder / "tset")
+    return folder / "test"
+
+
+def drop_class(folder: Path) -> str:
+    (folder / "test" / "dark").rename(folder / "test" / "drak")
+    return "['dark', 'drak']"
+
+
+@pytest.mark.parametrize("damage", [break_image, empty_class, drop_test, drop_class])
+def test_broken_data_ends_in_one_line_that_names_it(damage, folder, capsys):
+    named = damage(folder)
+    code, message = fail(capsys, *folder_arguments(folder))
+    assert code == 1
+    assert message.count("\n") == 1
+    assert str(named) in message
+
+
+def test_missing_data_names_the_key(folder, capsys):
+    code, message = fail(capsys, *folder_arguments(folder / "nowhere"))
+    assert (code, "data.root" in message) == (1, True)
+    code, message = fail(capsys, "train", "digits", "--data.source", "folder")
+    assert (code, "data.root" in message) == (2, True)

@@ -1,0 +1,86 @@
+"""The rooms: dependencies point one way, importing is cheap, style and types are clean."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kernels"}
+
+# Who may import whom: cli -> training -> objectives, data, models, evaluation -> kernels.
+LEAVES = {"bdkd.config", "bdkd.errors"}
+ALLOWED = {
+    "bdkd_kernels": {"bdkd_kernels"},
+    "bdkd.objectives": {"bdkd_kernels", "bdkd.objectives", *LEAVES},
+    "bdkd.data": {"bdkd.data", *LEAVES},
+    "bdkd.models": {"bdkd.models", *LEAVES},
+    "bdkd.evaluation": {"bdkd.evaluation", "bdkd_kernels", *LEAVES},
+    "bdkd.training": {
+        "bdkd.training", "bdkd.objectives", "bdkd.data", "bdkd.models", "bdkd.evaluation", *LEAVES,
+    },
+    "bdkd.config": {"bdkd.errors"},
+    "bdkd.errors": set(),
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def room(module: str) -> str:
+    """``bdkd.training.step`` -> ``bdkd.training``; ``bdkd_kernels.ops`` -> ``bdkd_kernels``."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "bdkd_kernels" else ".".join(parts[:2])
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def test_dependencies_point_one_way():
+    checked = 0
+    for module, path in modules().items():
+        allowed = ALLOWED.get(room(module))
+        if allowed is None:
+            continue  # the command line and the package's front may use everything
+        for imported in imports(path):
+            checked += 1
+            assert room(imported) in allowed, f"{module} must not import {imported}"
+    assert checked > 50
+
+
+def test_the_kernels_import_torch_and_nothing_of_the_trainer():
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import bdkd_kernels; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('bdkd', 'triton', 'tyro')])"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", script, str(ROOT / "kernels")],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
+    ids=["ruff", "format", "mypy"],
+)
+def test_style_and_types_are_clean(command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,83 @@
+"""A run small enough to be trained dozens of times."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bdkd.config import NetworkConfig, load_recipe
+from bdkd.training.networks import Networks
+from bdkd.training.state import TrainingState
+
+# Two small networks, two epochs of 19 steps, a checkpoint every 5, everything switched on that a
+# checkpoint has to carry.
+SMALL = [
+    "digits", "--networks.teacher.model", "resnet8", "--train.epochs", "2",
+    "--train.ema-decay", "0.9", "--train.clip-norm", "5", "--checkpoint.every-steps", "5",
+    "--log-every", "1", "--log",
+]  # fmt: skip
+
+
+def bdkd(
+    *arguments: str, cwd: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess:
+    """The command line as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "bdkd", *arguments],
+        capture_output=True, text=True, cwd=cwd, timeout=timeout,
+    )  # fmt: skip
+
+
+def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, str]:
+    """Start ``bdkd train`` and send a signal once it has said that it did a step.
+
+    Returns:
+        The exit code (negative: killed by that signal) and what it printed to stderr.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bdkd", "train", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            os.kill(process.pid, signal_number)
+            break
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what a clock put there."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+class Tiny(nn.Sequential):
+    """A network with a batch norm, for 1x8x8 images, small enough for any number of steps."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(
+            nn.Conv2d(1, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(),
+            nn.Linear(width * 9, 10),
+        )  # fmt: skip
+
+
+def tiny_state(make=Tiny, *, optimizer=None, **train) -> TrainingState:
+    """A training state of two tiny networks, teacher and student."""
+    recipe = load_recipe("digits")
+    train_config = dataclasses.replace(recipe.train, batch_size=16, **train)
+    optimizer = optimizer or recipe.optimizer
+    networks = {
+        "teacher": NetworkConfig("tiny", "teacher"),
+        "student": NetworkConfig("tiny", "student"),
+    }
+    recipe = dataclasses.replace(recipe, train=train_config, networks=networks, optimizer=optimizer)
+    torch.manual_seed(0)
+    return TrainingState(recipe, Networks({name: make() for name in networks}), 1000,
+                         torch.device("cpu"))  # fmt: skip
