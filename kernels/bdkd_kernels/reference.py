@@ -124,9 +124,10 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 def log_softmax(logits: Tensor, τ: float = 1.0) -> Tensor:
     """log softmax(logits / τ). Shifted before it is divided: dividing logits of 1e4 first would
-    round away 5e-4 of each exponent."""
-    shifted = logits - logits.amax(-1, keepdim=True).detach()
-    return torch.log_softmax(shifted / τ, -1)
+    round away 5e-4 of each exponent. torch.log_softmax adds its exponentials one after the other
+    (float32, 100,000 classes: a probability of 0.94 off by 2e-5); sum adds them pairwise."""
+    u = (logits - logits.amax(-1, keepdim=True).detach()) / τ
+    return u - u.exp().sum(-1, keepdim=True).log()
 
 
 def entropy(log_p: Tensor) -> Tensor:

@@ -201,6 +201,8 @@ def _grid() -> list[Case]:
         (0, 10),  # an empty shard
     ):  # fmt: skip
         add(f"{n}x{c}", shape=(n, c), options={"temperature": 4.0})
+    for logits in ("flat", "peaked", "ordinary"):  # where adding one after the other loses digits
+        add(f"1x100000-{logits}", shape=(1, 100_000), logits=logits, options={"temperature": 2.0})
     add("300x10", shape=(300, 10))  # more rows than one program or one thread's chunk
     add("131x100-ignored", shape=(131, 100), ignored=True, options={"temperature": 2.0})
     add("shape-c", shape=(10,))  # one sample without a leading dimension
