@@ -8,6 +8,7 @@ The truth is ``reference.py``, evaluated in float64 on the same, already rounded
 """
 
 import math
+import random
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -298,6 +299,37 @@ SHORT = [
 ]
 
 
+def random_case(seed: int, classes: tuple[int, ...] = (1, 2, 3, 7, 10, 64, 100, 333, 1025)) -> Case:
+    """A case with everything drawn at random: what the list above forgot."""
+    draw = random.Random(seed)
+    logits = draw.choice(list(DISTRIBUTIONS))
+    reduction = draw.choice(["mean", "sum", "none"])
+    weights = ("student_ce", "student_kd", "teacher_ce", "teacher_kd")
+    options = {
+        "temperature": draw.choice([1.0, 2.0, 3.0, 4.0, 8.0, 0.5, 0.1, 20.0]),
+        "gamma": draw.choice([1.0, 2.0, 3.0, 10.0]),
+        "teacher_divergence": draw.choice(["reverse", "forward"]),
+        "soften_entropy": draw.random() < 0.5,
+        "reduction": reduction,
+        "label_smoothing": 0.0 if logits == "masked" else draw.choice([0.0, 0.1]),
+        **{name: draw.choice([1.0, 1.0, 1.0, 0.0, 0.1, 3.0]) for name in weights},
+    }
+    storage = (FP32, FP32, BF16, FP16, FP64)
+    return Case(
+        f"random-{seed}",
+        (draw.choice([1, 2, 9, 33]), draw.choice(classes)),
+        logits,
+        (draw.choice(storage), draw.choice(storage)),
+        draw.choice(["labels", "soft", None]),
+        options,
+        sample_weight=draw.random() < 0.3,
+        ignored=draw.random() < 0.3,
+        offline=draw.random() < 0.2,
+        layout=draw.choice(["contiguous", "rows", "classes", "expanded"]),
+        upstream=draw.choice([None, None, 3.0, "rows" if reduction == "none" else 0.1]),
+    )
+
+
 class Result(NamedTuple):
     student: Tensor
     teacher: Tensor
@@ -368,10 +400,12 @@ def compare(x: Inputs, got: Result, name: str) -> None:
     want = truth(x, _either_branch(x, got, relative, absolute))
     o = {"temperature": 1.0, "student_kd": 1.0, "teacher_kd": 1.0, **x.options}
 
+    # A sum of rows may be off by what each row may be off.
+    rows = x.student.shape[:-1].numel() if o.get("reduction") == "sum" else 1
     for side in ("student", "teacher"):
         value = getattr(got, side)
         assert value.dtype == (FP64 if wide else FP32), f"{name} {side}: {value.dtype}"
-        amplified = absolute * max(1.0, o[f"{side}_kd"] * o["temperature"] ** 2)
+        amplified = rows * absolute * max(1.0, o[f"{side}_kd"] * o["temperature"] ** 2)
         truth_value = getattr(want, side)
         close(f"{name} {side}", value, truth_value, relative * truth_value.abs() + amplified)
     for stat in BDKDStats._fields:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bdkd_kernels import BDKDLoss, BDKDStats, bdkd_loss, bdkd_loss_and_grad
-from cases import CASES, FP32, FP64, Inputs, close, gradient_terms, judge, make, truth
+from cases import CASES, FP32, FP64, Inputs, close, gradient_terms, judge, make, random_case, truth
 from derivation import derive
 from edges import EDGES, draw
 from hypothesis import given, settings
@@ -18,6 +18,11 @@ from hypothesis import strategies as st
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_and_below_within_the_tolerances(case):
     judge(case, "reference")
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_cases_within_the_tolerances(seed):
+    judge(random_case(seed), "reference")
 
 
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
