@@ -19,7 +19,7 @@ LIBRARY = f"bdkd_kernels/libbdkd_native{SUFFIX}"
 
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return LIBRARY
+        return Path(LIBRARY).name
 
     def build_extension(self, ext: Extension) -> None:
         folder = Path(self.build_temp).resolve() / "native"
@@ -37,7 +37,9 @@ class CMakeBuild(build_ext):
 
 class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        built = Path(self.bdist_dir, LIBRARY).exists() or Path(self.get_build_lib(), LIBRARY).exists()
+        built = (
+            Path(self.bdist_dir, LIBRARY).exists() or Path(self.get_build_lib(), LIBRARY).exists()
+        )
         return ("py3", "none", super().get_tag()[2] if built else "any")
 
     def get_build_lib(self) -> str:
