@@ -4,7 +4,7 @@ is needed."""
 import math
 import os
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def _check_target(target: object, logits: Tensor) -> Tensor:
     return target
 
 
-def _check_grad_scale(grad_scale: object, logits: Tensor) -> None:
+def _check_grad_scale(grad_scale: Any, logits: Tensor) -> None:
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim != 0 or not grad_scale.is_floating_point():
             raise ValueError(
