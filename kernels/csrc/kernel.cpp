@@ -185,10 +185,17 @@ EXPORT int64_t bdkd_run(
   call.target_kind = target_kind, call.target = target, call.weight = weight;
   call.per_row = options->mean && counted != 0 ? 1 / counted : 1;
   call.stats = stats;
-  const int64_t size[] = {4, 8, 2, 2};
-  // Gradients larger than the caches that the next reader could find them in.
+  // Gradients too large for the caches that their reader could find them in go past them. That
+  // takes rows of whole vectors.
   constexpr int64_t kStreamed = 16 << 20;
-  call.streaming = rows * classes * ((ds ? size[storage_s] : 0) + (dt ? size[storage_t] : 0)) >= kStreamed;
+  int64_t bytes = 0, misaligned = 0;
+  for (const Logits* network : {&call.student, &call.teacher}) {
+    if (!network->gradient) continue;
+    const int64_t size = network->storage == kFloat64 ? 8 : network->storage == kFloat32 ? 4 : 2;
+    bytes += rows * classes * size;
+    misaligned |= ((uintptr_t)network->gradient | network->gradient_stride * size) % 64;
+  }
+  call.streaming = bytes >= kStreamed && !misaligned;
 
   std::unique_ptr<double[]> losses;
   if (loss_s) {

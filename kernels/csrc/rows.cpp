@@ -13,7 +13,7 @@ namespace BDKD_ISA {
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309, kLog2E = 1.44269504088896341;
-constexpr int64_t kKeptBytes = 768 << 10;  // exponentials of one row pair that are kept, not redone
+constexpr int64_t kKeptBytes = 160 << 10;  // exponentials of one row pair that are kept, not redone
 constexpr int kBlock = 64;  // vectors summed in the compute type before float64 takes them over
 
 enum Stat { kForwardKL, kReverseKL, kStudentEntropy, kTeacherEntropy, kStudentCE, kTeacherCE,
@@ -24,7 +24,7 @@ struct NetworkSums {  // over one row, of one network
   double max = 0;
   double z = 0, z1 = 0;          // of e at tau, at 1
   double az = 0, xz1 = 0;        // of a e; of (logit - max) e at 1
-  double cross = 0;              // of e (a - the partner's a)
+  double gap = 0;                // of e (a_t - a_s)
   double x = 0, qx = 0, q = 0;   // of logit - max; of q (logit - max); of q
 };
 
@@ -56,30 +56,32 @@ using Mask = Vec<std::conditional_t<sizeof(R) == 4, int32_t, int64_t>, lanes<R>>
 
 template <class R>
 INLINE Mask<R> first_lanes(int64_t n) {  // all ones in lanes < n
-  Mask<R> mask;
-  for (int k = 0; k < lanes<R>; ++k) mask[k] = k < n ? -1 : 0;
-  return mask;
+  using I = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
+  static constexpr struct { I ones[lanes<R>], zeros[lanes<R>]; } kMask = [] {
+    std::remove_const_t<decltype(kMask)> mask{};
+    for (I& one : mask.ones) one = -1;
+    return mask;
+  }();
+  return loaded<Mask<R>>(kMask.zeros - n);
 }
 
+// Of a row with a NaN, anything: the row's sums are NaN whatever is subtracted.
 template <class R, class S>
-double row_max(const S* row, int64_t count) {
+INLINE double row_max(const S* row, int64_t count) {
   constexpr int W = lanes<R>;
   using V = Vec<R, W>;
-  R m = -INFINITY;
+  V a = V{} - (R)INFINITY, b = a;
   int64_t i = 0;
-  if (count >= W) {
-    V a = V{} - (R)INFINITY, b = a;
-    for (; i + 2 * W <= count; i += 2 * W) {
-      a = larger<V>(a, load<R>(row + i));
-      b = larger<V>(b, load<R>(row + i + W));
-    }
-    if (i + W <= count) a = larger<V>(a, load<R>(row + i));
-    a = larger<V>(larger<V>(a, b), load<R>(row + count - W));
-    return lane_max<R>(a);
+  for (; i + 2 * W <= count; i += 2 * W) {
+    a = larger<V>(a, load<R>(row + i));
+    b = larger<V>(b, load<R>(row + i + W));
   }
-  V some = load_some<R>(row, count);
-  for (int k = 0; k < count; ++k) m = m > some[k] || m != m ? m : some[k];
-  return m;
+  if (i + W <= count) a = larger<V>(a, load<R>(row + i)), i += W;
+  if (i < count) {
+    const V some = load_some<R>(row + i, count - i);
+    b = first_lanes<R>(count - i) ? larger<V>(b, some) : b;
+  }
+  return lane_max(larger<V>(a, b));
 }
 
 // Whether no logit before `label` is as large: ties go to the first class.
@@ -162,37 +164,56 @@ struct Rows {
   const R to_log2 = kLog2E / tau;
   // exp(x) = exp(x / tau)^tau: for tau of 1, 2, 4, 8 by squaring; -1: another exponential.
   const int squarings = tau == 1 ? 0 : tau == 2 ? 1 : tau == 4 ? 2 : tau == 8 ? 3 : -1;
-  const bool kept = 3 * padded * (int64_t)sizeof(R) <= kKeptBytes;
-  R* const q = scratch<R>((kept ? 4 : 1) * padded);   // the soft label, smoothed
-  R* const es = q + padded;                           // likewise only where kept
+  const bool kept = 5 * padded * (int64_t)sizeof(R) <= kKeptBytes;
+  R* const q = scratch<R>((kept ? 6 : 1) * padded);  // (C,) the soft label, smoothed
+  // Of one row, where they are kept: e at tau and at 1, and a_t - a_s. Each (C,), padded with 0.
+  R* const es = q + padded;
   R* const et = es + padded;
-  R* const gap = et + padded;                         // a_t - a_s
+  R* const gap = et + padded;
+  R* const e1s = squarings == 0 ? es : gap + padded;
+  R* const e1t = squarings == 0 ? et : e1s + padded;
 
-  INLINE V at_one(V e, V x) const {  // the exponential at temperature 1
+  // The exponential at temperature 1, by squaring or anew.
+  static INLINE V at_one(V e, V x, int squarings) {
     if (squarings < 0) return exp2_of<R>(x * (R)kLog2E);
-    for (int k = 0; k < squarings; ++k) e *= e;
+    if (squarings > 0) e *= e;
+    if (squarings > 1) e *= e;
+    if (squarings > 2) e *= e;
     return e;
   }
 
-  template <bool careful>
-  void sums(const S* s, const S* t, NetworkSums& student, NetworkSums& teacher) const {
-    const R max_s = student.max, max_t = teacher.max;
-    const bool student_cross = kd && call.student.gradient && o.student_kd != 0;
-    const bool teacher_cross = kd && call.teacher.gradient && o.teacher_kd != 0 && o.teacher_forward;
+  // What rows rarely need has loops of its own, or `rare`, so that the common loop's sums stay in
+  // registers; branches on the options inside it are predicted and cost nothing that was measured.
+  template <bool rare>
+  NOINLINE void sums(const S* s, const S* t, const S* ds, const S* dt, bool careful, NetworkSums& student,
+                     NetworkSums& teacher) const {
+    const R max_s = student.max, max_t = teacher.max, to_log2 = this->to_log2;
+    const int64_t C = this->C;
+    const int squarings = this->squarings;
+    const bool kd = !rare || this->kd, kept = this->kept, plain_entropy = this->plain_entropy;
+    R *const es = this->es, *const et = this->et, *const gap = this->gap;
+    R *const e1s = this->e1s, *const e1t = this->e1t;
+    const S *const next_s = s + call.student.stride, *const next_t = t + call.teacher.stride;
+    const bool fetch = !call.streaming;
     for (int64_t block = 0; block < C; block += kBlock * W) {
-      V zs{}, zt{}, z1s{}, z1t{}, azs{}, azt{}, cs{}, ct{}, xz1s{}, xz1t{}, sum_s{}, sum_t{}, qs{},
-          qt{}, q_sum{};
+      V zs{}, zt{}, z1s{}, z1t{}, azs{}, azt{}, gs{}, gt{}, xz1s{}, xz1t{};
       const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
       for (int64_t i = block; i < end; i += W) {
         V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
         V as = xs * to_log2, at = xt * to_log2;
         V e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
         const bool partial = i + W > C;
-        const Mask<R> real = partial ? first_lanes<R>(C - i) : Mask<R>{};
+        if (fetch) {  // this loop waits for arithmetic, its neighbours for memory
+          __builtin_prefetch(next_s + i);
+          __builtin_prefetch(next_t + i);
+          if (ds) __builtin_prefetch(ds + i, 1);
+          if (dt) __builtin_prefetch(dt + i, 1);
+        }
         if (partial) {
+          const Mask<R> real = first_lanes<R>(C - i);
           e_s = real ? e_s : V{}, e_t = real ? e_t : V{};
           as = real ? as : V{}, at = real ? at : V{};
-          xs = real ? xs : V{}, xt = real ? xt : V{};
+          xs = real ? xs : V{} - (R)INFINITY, xt = real ? xt : V{} - (R)INFINITY;
         }
         V g = at - as;
         if (kept) {
@@ -203,44 +224,33 @@ struct Rows {
         zs += e_s;
         zt += e_t;
         if (kd) {
-          azs += careful ? (e_s == 0 ? V{} : e_s * as) : e_s * as;
-          azt += careful ? (e_t == 0 ? V{} : e_t * at) : e_t * at;
-          if (student_cross) cs -= careful ? (e_s == 0 ? V{} : e_s * g) : e_s * g;
-          if (teacher_cross) ct += careful ? (e_t == 0 ? V{} : e_t * g) : e_t * g;
+          azs += rare && careful ? (e_s == 0 ? V{} : e_s * as) : e_s * as;
+          azt += rare && careful ? (e_t == 0 ? V{} : e_t * at) : e_t * at;
+          gs += rare && careful ? (e_s == 0 ? V{} : e_s * g) : e_s * g;
+          gt += rare && careful ? (e_t == 0 ? V{} : e_t * g) : e_t * g;
         }
         if (squarings != 0) {
-          V e1s = at_one(e_s, xs), e1t = at_one(e_t, xt);
-          if (partial && squarings < 0) e1s = real ? e1s : V{}, e1t = real ? e1t : V{};
-          z1s += e1s;
-          z1t += e1t;
-          if (plain_entropy) {
-            xz1s += careful ? (e1s == 0 ? V{} : e1s * xs) : e1s * xs;
-            xz1t += careful ? (e1t == 0 ? V{} : e1t * xt) : e1t * xt;
+          const V e1_s = at_one(e_s, xs, squarings), e1_t = at_one(e_t, xt, squarings);
+          if (kept) {
+            memcpy(e1s + i, &e1_s, sizeof e1_s);
+            memcpy(e1t + i, &e1_t, sizeof e1_t);
           }
-        }
-        if (smooth) sum_s += xs, sum_t += xt;
-        if (soft) {
-          V weight = loaded<V>(q + i);
-          if (partial) weight = real ? weight : V{};
-          q_sum += weight;
-          qs += weight == 0 ? V{} : weight * xs;
-          qt += weight == 0 ? V{} : weight * xt;
+          z1s += e1_s;
+          z1t += e1_t;
+          if (rare && plain_entropy) {
+            xz1s += careful || partial ? (e1_s == 0 ? V{} : e1_s * xs) : e1_s * xs;
+            xz1t += careful || partial ? (e1_t == 0 ? V{} : e1_t * xt) : e1_t * xt;
+          }
         }
       }
       student.z += lane_sum<R>(zs), teacher.z += lane_sum<R>(zt);
       if (kd) {
         student.az += lane_sum<R>(azs), teacher.az += lane_sum<R>(azt);
-        if (student_cross) student.cross += lane_sum<R>(cs);
-        if (teacher_cross) teacher.cross += lane_sum<R>(ct);
+        student.gap += lane_sum<R>(gs), teacher.gap += lane_sum<R>(gt);
       }
       if (squarings != 0) {
         student.z1 += lane_sum<R>(z1s), teacher.z1 += lane_sum<R>(z1t);
-        if (plain_entropy) student.xz1 += lane_sum<R>(xz1s), teacher.xz1 += lane_sum<R>(xz1t);
-      }
-      if (smooth) student.x += lane_sum<R>(sum_s), teacher.x += lane_sum<R>(sum_t);
-      if (soft) {
-        student.qx += lane_sum<R>(qs), teacher.qx += lane_sum<R>(qt);
-        student.q += lane_sum<R>(q_sum);
+        if (rare) student.xz1 += lane_sum<R>(xz1s), teacher.xz1 += lane_sum<R>(xz1t);
       }
     }
     if (squarings == 0) {
@@ -249,97 +259,105 @@ struct Rows {
     }
   }
 
-  struct Coefficients {  // of one row's gradients; those of absent terms are not read
-    R inverse_zs, inverse_zt, log2_zt_over_zs;
-    R forward, reverse, reverse_kl;      // student: forward (p_s - p_t) + p_s (reverse d + reverse_kl)
-    R gap, gap_kl;                       // teacher, forward: p_t (gap d + gap_kl)
-    R student_ce, teacher_ce;            // of e at temperature 1
-    R student_label, teacher_label;      // of q
-    R student_uniform, teacher_uniform;  // of every class (label smoothing)
-  };
-  struct Divergences { double forward = 0, reverse = 0, mass = 0; };
-
-  template <bool careful>
-  void finish(const S* s, const S* t, S* ds, S* dt, int64_t label, double max_s_, double max_t_,
-              const Coefficients& k, Divergences& total) const {
-    const R max_s = max_s_, max_t = max_t_;
-    const int64_t label_vector = labels ? label / W * W : -1;
-    const bool student_kd = o.student_kd != 0, teacher_kd = o.teacher_kd != 0;
+  // Label smoothing's sum of logit - max, or a soft label's sums of q and of q (logit - max).
+  NOINLINE void target_sums(const S* s, NetworkSums& network) const {
+    const R max = network.max;
     for (int64_t block = 0; block < C; block += kBlock * W) {
-      V forward{}, reverse{}, mass{};
+      V sum_x{}, sum_qx{}, sum_q{};
       const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
       for (int64_t i = block; i < end; i += W) {
-        V e_s, e_t, g, xs{}, xt{};
-        const bool partial = i + W > C;
-        if (!kept || squarings < 0) {
-          xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
-        }
-        if (kept) {
-          e_s = loaded<V>(es + i), e_t = loaded<V>(et + i), g = loaded<V>(gap + i);
-        } else {
-          V as = xs * to_log2, at = xt * to_log2;
-          e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
-          g = at - as;
-          if (partial) {
-            auto real = first_lanes<R>(C - i);
-            e_s = real ? e_s : V{}, e_t = real ? e_t : V{}, g = real ? g : V{};
-          }
-        }
-        V p_s{}, p_t{}, difference{}, d{};
-        if (kd) {
-          p_s = e_s * k.inverse_zs, p_t = e_t * k.inverse_zt;
-          difference = p_s - p_t, d = g - k.log2_zt_over_zs;
-          forward += careful ? (p_t == 0 ? V{} : p_t * d) : p_t * d;
-          reverse += careful ? (p_s == 0 ? V{} : p_s * d) : p_s * d;
-          mass += difference;
-        }
-        if (ds) {
-          V gradient{};
-          if (student_kd) {
-            V pull = p_s * (d * k.reverse + k.reverse_kl);
-            gradient = difference * k.forward + (careful ? (p_s == 0 ? V{} : pull) : pull);
-          }
-          if (student_ce) {
-            gradient += at_one(e_s, xs) * k.student_ce;
-            if (smooth) gradient -= k.student_uniform;
-            if (soft) gradient -= loaded<V>(q + i) * k.student_label;
-            if (i == label_vector) gradient[label - i] -= k.student_label;
-          }
-          put(ds, i, gradient, partial);
-        }
-        if (dt) {
-          V gradient{};
-          if (teacher_kd) {
-            if (o.teacher_forward) {
-              V pull = p_t * (d * k.gap + k.gap_kl);
-              gradient = careful ? (p_t == 0 ? V{} : pull) : pull;
-            } else {
-              gradient = difference * k.gap;
-            }
-          }
-          if (teacher_ce) {
-            gradient += at_one(e_t, xt) * k.teacher_ce;
-            if (smooth) gradient -= k.teacher_uniform;
-            if (soft) gradient -= loaded<V>(q + i) * k.teacher_label;
-            if (i == label_vector) gradient[label - i] -= k.teacher_label;
-          }
-          put(dt, i, gradient, partial);
+        V x = load_at<R>(s, i, C) - max;
+        if (i + W > C) x = first_lanes<R>(C - i) ? x : V{};
+        sum_x += x;
+        if (soft) {
+          const V weight = loaded<V>(q + i);  // 0 past the last class
+          sum_q += weight;
+          sum_qx += weight == 0 ? V{} : weight * x;
         }
       }
-      total.forward += lane_sum<R>(forward);
-      total.reverse += lane_sum<R>(reverse);
-      total.mass += lane_sum<R>(mass);
+      network.x += lane_sum<R>(sum_x), network.qx += lane_sum<R>(sum_qx), network.q += lane_sum<R>(sum_q);
     }
   }
 
-  template <class G>
-  INLINE void put(G* row, int64_t i, V gradient, bool partial) const {
-    if (partial) {
-      store_some<R>(row + i, gradient, C - i);
-    } else if (call.streaming && (uintptr_t)(row + i) % (W * sizeof(G)) == 0) {
-      store_past_the_cache<R>(row + i, gradient);
-    } else {
-      store<R>(row + i, gradient);
+  // One row's gradients: (e (gap + offset) - partner) over a row's exponentials and a_t - a_s, which
+  // is  forward (p_s - p_t) + reverse p_s (ln(p_s / p_t) - R)  and its like with the sums put in.
+  struct Coefficients {
+    R gap = 0, offset = 0;  // of e (a_t - a_s) and of e
+    R partner = 0;          // of the partner's e
+    R softmax = 0;          // of e at temperature 1
+    R target = 0;           // of q
+    R uniform = 0;          // of every class (label smoothing)
+  };
+
+  template <bool rare, bool kept>
+  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, int64_t label, bool careful, R max_s, R max_t,
+                          const Coefficients& student, const Coefficients& teacher) const {
+    struct {
+      V gap, offset, partner, softmax, target, uniform;
+    } ks, kt;
+    const auto spread = [](auto& wide, const Coefficients& k) {
+      wide = {V{} + k.gap,     V{} + k.offset, V{} + k.partner,
+              V{} + k.softmax, V{} + k.target, V{} + k.uniform};
+    };
+    spread(ks, student), spread(kt, teacher);
+    const int64_t C = this->C, label_vector = labels ? label / W * W : -1;
+    const int squarings = this->squarings;
+    const R to_log2 = this->to_log2;
+    const R *const es = this->es, *const et = this->et, *const e1s = this->e1s, *const e1t = this->e1t;
+    const R *const gap = this->gap, *const q = this->q;
+    const bool soft = this->soft, spread_target = soft || smooth, forward = o.teacher_forward;
+    const bool student_kd = !rare || o.student_kd != 0, teacher_kd = !rare || o.teacher_kd != 0;
+    const bool student_ce = !rare || this->student_ce, teacher_ce = !rare || this->teacher_ce;
+    const bool streaming = call.streaming;
+
+    const auto toward_target = [&](V gradient, int64_t i, V e1, const auto& k) INLINE_LAMBDA {
+      gradient += e1 * k.softmax;
+      if (spread_target) gradient -= soft ? loaded<V>(q + i) * k.target : k.uniform;
+      if (i == label_vector) {
+        const Mask<R> it = first_lanes<R>(label - i + 1) & ~first_lanes<R>(label - i);
+        gradient -= it ? k.target : V{};
+      }
+      return gradient;
+    };
+    const auto put = [&](S* row, int64_t i, V gradient) INLINE_LAMBDA {
+      if (i + W > C) store_some<R>(row + i, gradient, C - i);
+      else if (streaming) store_past_the_cache<R>(row + i, gradient);
+      else store<R>(row + i, gradient);
+    };
+    for (int64_t i = 0; i < C; i += W) {
+      V e_s, e_t, g, e1_s{}, e1_t{};
+      if (kept) {
+        e_s = loaded<V>(es + i), e_t = loaded<V>(et + i), g = loaded<V>(gap + i);
+        e1_s = loaded<V>(e1s + i), e1_t = loaded<V>(e1t + i);
+      } else {
+        const V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
+        const V as = xs * to_log2, at = xt * to_log2;
+        e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
+        g = at - as;
+        if (ds && student_ce) e1_s = at_one(e_s, xs, squarings);
+        if (dt && teacher_ce) e1_t = at_one(e_t, xt, squarings);
+      }
+      if (ds) {
+        V gradient{};
+        if (student_kd) {
+          gradient = e_s * (g * ks.gap + ks.offset);
+          if (rare && careful) gradient = e_s == 0 ? V{} : gradient;
+          gradient -= e_t * ks.partner;
+        }
+        if (student_ce) gradient = toward_target(gradient, i, e1_s, ks);
+        put(ds, i, gradient);
+      }
+      if (dt) {
+        V gradient{};
+        if (rare && teacher_kd && forward) {
+          gradient = e_t * (g * kt.gap + kt.offset);
+          if (careful) gradient = e_t == 0 ? V{} : gradient;
+        } else if (teacher_kd) {
+          gradient = e_t * kt.offset - e_s * kt.partner;
+        }
+        if (teacher_ce) gradient = toward_target(gradient, i, e1_t, kt);
+        put(dt, i, gradient);
+      }
     }
   }
 
@@ -368,17 +386,21 @@ struct Rows {
     const bool correct_s = label >= 0 && label_s == 0 && is_first<R>(s, label, student.max);
     const bool correct_t = label >= 0 && label_t == 0 && is_first<R>(t, label, teacher.max);
 
-    const NetworkSums max_s = student, max_t = teacher;
-    sums<false>(s, t, student, teacher);
+    const double max_s = student.max, max_t = teacher.max;
+    if (kd && !plain_entropy) sums<false>(s, t, ds, dt, false, student, teacher);
+    else sums<true>(s, t, ds, dt, false, student, teacher);
     // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
-    const bool careful = kd && !std::isfinite(student.az + teacher.az + student.cross + teacher.cross +
+    const bool careful = kd && !std::isfinite(student.az + teacher.az + student.gap + teacher.gap +
                                               student.xz1 + teacher.xz1);
     if (careful) {
-      student = max_s, teacher = max_t;
-      sums<true>(s, t, student, teacher);
+      student = teacher = {};
+      student.max = max_s, teacher.max = max_t;
+      sums<true>(s, t, ds, dt, true, student, teacher);
     }
+    if (student_ce && (soft || smooth)) target_sums(s, student);
+    if (teacher_ce && (soft || smooth)) target_sums(t, teacher);
 
-    const double q_sum = soft ? student.q : 1;
+    const double q_sum = soft ? (student_ce ? student.q : teacher.q) : 1;
     const double log_z1s = std::log(student.z1), log_z1t = std::log(teacher.z1);
     double ce_s = 0, ce_t = 0;
     const double smoothing = o.label_smoothing;
@@ -391,8 +413,7 @@ struct Rows {
     if (student_ce) ce_s = cross_entropy(student, label_s, log_z1s);
     if (teacher_ce) ce_t = cross_entropy(teacher, label_t, log_z1t);
 
-    double entropy_s = 0, entropy_t = 0, d1 = 0, d2 = 0, reverse_kl = 0, forward_kl = 0;
-    double log2_zt_over_zs = 0;
+    double entropy_s = 0, entropy_t = 0, d1 = 0, d2 = 0, forward = 0, reverse = 0, log2_zt_over_zs = 0;
     if (kd) {
       const double log_zs = squarings == 0 ? log_z1s : std::log(student.z);
       const double log_zt = squarings == 0 ? log_z1t : std::log(teacher.z);
@@ -404,37 +425,42 @@ struct Rows {
         entropy_t = log_zt - kLn2 * teacher.az / teacher.z;
       }
       d1 = entropy_t > entropy_s ? o.gamma : 1, d2 = entropy_s > entropy_t ? o.gamma : 1;
-      // Good enough for gradients, whose other terms are of the size of what cancels here.
-      reverse_kl = kLn2 * student.cross / student.z + log_zt - log_zs;
-      forward_kl = kLn2 * teacher.cross / teacher.z + log_zs - log_zt;
+      forward = kLn2 * (teacher.gap / teacher.z - log2_zt_over_zs);
+      reverse = kLn2 * (log2_zt_over_zs - student.gap / student.z);
     }
 
     const double weight = call.weight ? (double)((const R*)call.weight)[row] : 1;
-    Coefficients k{};
-    k.inverse_zs = 1 / student.z, k.inverse_zt = 1 / teacher.z;
-    k.log2_zt_over_zs = log2_zt_over_zs;
+    auto to_target = [&](Coefficients& k, double scale, double z1) {
+      k.softmax = (no_such_label ? NAN : scale) * q_sum / z1;
+      k.target = scale * (labels ? 1 - smoothing : 1);
+      k.uniform = scale * smoothing / C;
+    };
+    Coefficients of_s, of_t;
     if (ds) {
       const double scale = weight * call.per_row * upstream(call.student, row);
-      const double kd_scale = scale * o.student_kd * tau, ce_scale = scale * o.student_ce;
-      k.forward = kd_scale * d1;
-      k.reverse = -kd_scale * d2 * kLn2, k.reverse_kl = -kd_scale * d2 * reverse_kl;
-      k.student_ce = (no_such_label ? NAN : ce_scale) * q_sum / student.z1;
-      k.student_label = ce_scale * (labels ? 1 - smoothing : 1);
-      k.student_uniform = ce_scale * smoothing / C;
+      const double kd_scale = scale * o.student_kd * tau;
+      of_s.gap = -kd_scale * d2 * kLn2 / student.z;
+      of_s.offset = kd_scale * (d1 + d2 * (kLn2 * log2_zt_over_zs - reverse)) / student.z;
+      of_s.partner = kd_scale * d1 / teacher.z;
+      if (student_ce) to_target(of_s, scale * o.student_ce, student.z1);
     }
     if (dt) {
       const double scale = weight * call.per_row * upstream(call.teacher, row);
-      const double kd_scale = scale * o.teacher_kd * tau, ce_scale = scale * o.teacher_ce;
-      k.gap = o.teacher_forward ? kd_scale * kLn2 : -kd_scale, k.gap_kl = -kd_scale * forward_kl;
-      k.teacher_ce = (no_such_label ? NAN : ce_scale) * q_sum / teacher.z1;
-      k.teacher_label = ce_scale * (labels ? 1 - smoothing : 1);
-      k.teacher_uniform = ce_scale * smoothing / C;
+      const double kd_scale = scale * o.teacher_kd * tau;
+      of_t.gap = kd_scale * kLn2 / teacher.z;
+      of_t.offset =
+          kd_scale * (o.teacher_forward ? -kLn2 * log2_zt_over_zs - forward : 1) / teacher.z;
+      of_t.partner = kd_scale / student.z;
+      if (teacher_ce) to_target(of_t, scale * o.teacher_ce, teacher.z1);
     }
-    Divergences sum;
-    if (kd || ds || dt)
-      (careful ? finish<true>(s, t, ds, dt, label, student.max, teacher.max, k, sum)
-               : finish<false>(s, t, ds, dt, label, student.max, teacher.max, k, sum));
-    const double forward = kLn2 * sum.forward + sum.mass, reverse = -kLn2 * sum.reverse - sum.mass;
+    if (ds || dt) {
+      // The common loops multiply an absent term by 0. The rare one leaves it out: of a row that
+      // holds what is not finite, and where it would cost exponentials.
+      const bool rare = careful || !kd || o.teacher_forward || (squarings < 0 && !(student_ce && teacher_ce));
+      const auto run = rare ? (kept ? &Rows::gradients<true, true> : &Rows::gradients<true, false>)
+                            : (kept ? &Rows::gradients<false, true> : &Rows::gradients<false, false>);
+      (this->*run)(s, t, ds, dt, label, careful, max_s, max_t, of_s, of_t);
+    }
 
     if (call.stats) {
       const double stats[kStats] = {
@@ -453,12 +479,7 @@ struct Rows {
     }
   }
 
-  static double value(float x) { return x; }
-  static double value(double x) { return x; }
-  template <class H>
-  static double value(H x) {
-    return load_some<R>(&x, 1)[0];
-  }
+  static double value(const S& x) { return load_some<R>(&x, 1)[0]; }
 };
 
 struct Subnormals {  // exponentials that small would cost 150 cycles each: on x86 they are 0 here

@@ -16,6 +16,8 @@
 #define BDKD_BYTES 16
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 // Every instruction set compiles this file into a namespace of its own: one inlined copy that the
 // linker kept for all would be an illegal instruction on the smaller machines.
@@ -110,71 +112,73 @@ INLINE Vec<uint16_t, N> from_float(Vec<float, N> x, Half) {
 
 // ---- N values of a storage type to and from the compute type ---------------------------------
 
-template <class R, int N = lanes<R>>
-INLINE Vec<R, N> load(const float* p) {
-  return __builtin_convertvector(loaded<Vec<float, N>>(p), Vec<R, N>);
-}
-template <class R, int N = lanes<R>>
-INLINE Vec<R, N> load(const double* p) {
-  return __builtin_convertvector(loaded<Vec<double, N>>(p), Vec<R, N>);
-}
-template <class R, int N = lanes<R>>
-INLINE Vec<R, N> load(const Half* p) {
-  return __builtin_convertvector(to_float<N>(loaded<Vec<uint16_t, N>>(p), *p), Vec<R, N>);
-}
-template <class R, int N = lanes<R>>
-INLINE Vec<R, N> load(const BFloat* p) {
-  return __builtin_convertvector(to_float<N>(loaded<Vec<uint16_t, N>>(p), *p), Vec<R, N>);
-}
+template <class S>
+using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, S>;
 
-template <class R, int N>
-INLINE Vec<float, N> converted(Vec<R, N> v, float) {
-  return __builtin_convertvector(v, Vec<float, N>);
+template <class R, class S, int N = lanes<R>>
+INLINE Vec<R, N> widened(Vec<Bits<S>, N> v) {
+  if constexpr (sizeof(S) == 2) return __builtin_convertvector(to_float<N>(v, S{}), Vec<R, N>);
+  else return __builtin_convertvector(v, Vec<R, N>);
 }
-template <class R, int N>
-INLINE Vec<double, N> converted(Vec<R, N> v, double) {
-  return __builtin_convertvector(v, Vec<double, N>);
-}
-template <class R, int N>
-INLINE Vec<uint16_t, N> converted(Vec<R, N> v, Half h) {
-  return from_float<N>(__builtin_convertvector(v, Vec<float, N>), h);
-}
-template <class R, int N>
-INLINE Vec<uint16_t, N> converted(Vec<R, N> v, BFloat h) {
-  return from_float<N>(__builtin_convertvector(v, Vec<float, N>), h);
+template <class R, class S, int N = lanes<R>>
+INLINE Vec<Bits<S>, N> narrowed(Vec<R, N> v) {
+  if constexpr (sizeof(S) == 2) return from_float<N>(__builtin_convertvector(v, Vec<float, N>), S{});
+  else return __builtin_convertvector(v, Vec<S, N>);
 }
 
 template <class R, class S>
+INLINE Vec<R, lanes<R>> load(const S* p) {
+  return widened<R, S>(loaded<Vec<Bits<S>, lanes<R>>>(p));
+}
+template <class R, class S>
 INLINE void store(S* p, Vec<R, lanes<R>> v) {
-  auto bits = converted<R, lanes<R>>(v, S{});
-  memcpy(p, &bits, sizeof bits);
+  const auto bits = narrowed<R, S>(v);
+  memcpy((void*)p, &bits, sizeof bits);
 }
 
 // `p` is a multiple of the vector's size.
 template <class R, class S>
 INLINE void store_past_the_cache(S* p, Vec<R, lanes<R>> v) {
-  auto bits = converted<R, lanes<R>>(v, S{});
+  const auto bits = narrowed<R, S>(v);
 #if defined(__AVX512F__)
   if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)p, bits_as<__m512i>(bits));
 #endif
 #if defined(__AVX2__)
   if constexpr (sizeof bits == 32) return _mm256_stream_si256((__m256i*)p, bits_as<__m256i>(bits));
 #endif
-  memcpy(p, &bits, sizeof bits);
+  memcpy((void*)p, &bits, sizeof bits);
 }
 
 // The first n < lanes values, the rest 0; nothing past them is touched.
 template <class R, class S>
 INLINE Vec<R, lanes<R>> load_some(const S* p, int64_t n) {
-  alignas(64) S some[lanes<R>] = {};
-  for (int64_t i = 0; i < n; ++i) some[i] = p[i];
-  return load<R>(some);
+  using B = Vec<Bits<S>, lanes<R>>;
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(B) == 64 && sizeof(S) == 4)
+    return widened<R, S>(bits_as<B>(_mm512_maskz_loadu_epi32(mask, p)));
+  if constexpr (sizeof(B) == 64 && sizeof(S) == 8)
+    return widened<R, S>(bits_as<B>(_mm512_maskz_loadu_epi64(mask, p)));
+  if constexpr (sizeof(B) == 32 && sizeof(S) == 2)
+    return widened<R, S>(bits_as<B>(_mm256_maskz_loadu_epi16(mask, p)));
+#endif
+  Bits<S> some[lanes<R>] = {};
+  for (int64_t i = 0; i < n; ++i) memcpy(some + i, p + i, sizeof(S));
+  return widened<R, S>(loaded<B>(some));
 }
 template <class R, class S>
 INLINE void store_some(S* p, Vec<R, lanes<R>> v, int64_t n) {
-  alignas(64) S some[lanes<R>];
-  store<R>(some, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+  const auto bits = narrowed<R, S>(v);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof bits == 64 && sizeof(S) == 4)
+    return _mm512_mask_storeu_epi32(p, mask, bits_as<__m512i>(bits));
+  if constexpr (sizeof bits == 64 && sizeof(S) == 8)
+    return _mm512_mask_storeu_epi64(p, mask, bits_as<__m512i>(bits));
+  if constexpr (sizeof bits == 32 && sizeof(S) == 2)
+    return _mm256_mask_storeu_epi16(p, mask, bits_as<__m256i>(bits));
+#endif
+  for (int64_t i = 0; i < n; ++i) memcpy((void*)(p + i), (const char*)&bits + i * sizeof(S), sizeof(S));
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------
@@ -239,11 +243,17 @@ INLINE bool any(V mask) {
   for (int64_t word : words) bits |= word;
   return bits != 0;
 }
-template <class R>
-INLINE R lane_max(Vec<R, lanes<R>> v) {  // NaN where one is
-  R m = v[0];
-  for (int i = 1; i < lanes<R>; ++i) m = m > v[i] || m != m ? m : v[i];
-  return m;
+template <class V>
+INLINE auto lane_max(V v) {  // of lanes that are numbers
+  using R = std::decay_t<decltype(v[0])>;
+  constexpr int N = sizeof v / sizeof(R);
+  if constexpr (N == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    Vec<R, N / 2> half[2];
+    memcpy(half, &v, sizeof v);
+    return lane_max(half[0] > half[1] ? half[0] : half[1]);
+  }
 }
 
 }  // namespace BDKD_ISA
