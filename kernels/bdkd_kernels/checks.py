@@ -4,7 +4,7 @@ is needed."""
 import math
 import os
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def _check_target(target: object, logits: Tensor) -> Tensor:
     return target
 
 
-def _check_grad_scale(grad_scale: Any, logits: Tensor) -> None:
+def _check_grad_scale(grad_scale: object, logits: Tensor) -> None:
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim != 0 or not grad_scale.is_floating_point():
             raise ValueError(
@@ -181,7 +181,7 @@ def _check_grad_scale(grad_scale: Any, logits: Tensor) -> None:
         raise TypeError(
             f"grad_scale must be a number or a 0-dim tensor, got {type(grad_scale).__name__}"
         )
-    elif not -math.inf < grad_scale < math.inf:  # math.isfinite breaks the graph of a dynamic float
+    elif not (grad_scale < math.inf and -grad_scale < math.inf):  # isfinite would break a graph
         raise ValueError(f"grad_scale must be finite, got {grad_scale!r}")
 
 
