@@ -181,7 +181,7 @@ def _check_grad_scale(grad_scale: object, logits: Tensor) -> None:
         raise TypeError(
             f"grad_scale must be a number or a 0-dim tensor, got {type(grad_scale).__name__}"
         )
-    elif not (grad_scale < math.inf and -grad_scale < math.inf):  # isfinite would break a graph
+    elif not abs(float(grad_scale)) < math.inf:  # math.isfinite breaks the graph of a dynamic float
         raise ValueError(f"grad_scale must be finite, got {grad_scale!r}")
 
 
