@@ -63,7 +63,9 @@ class TrainingMeter:
                 1, index, torch.stack((torch.ones_like(correct), correct, confidence))
             )
         for name, value in statistics.items():
-            total = torch.stack((value.double().sum(), value.new_tensor(len(value)).double()))
+            value = value.detach().double()
+            # ones_like and not a number: a number would be copied from the host, and waited for
+            total = torch.stack((value.sum(), torch.ones_like(value).sum()))
             self.statistics[name] = self.statistics.get(name, 0) + total
 
     def read(self) -> dict[str, object]:
