@@ -170,6 +170,8 @@ class Recipe:
     """Seed of weights, data order and augmentation."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads that torch computes with; without it, torch's choice."""
     max_steps: int | None = None
     """Stop after so many optimizer steps, whatever the epochs; the schedule does not change."""
     evaluate_every: int = 1
@@ -283,6 +285,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("evaluate_every", recipe.evaluate_every, recipe.evaluate_every >= 1, "at least 1"),
         ("max_steps", recipe.max_steps, recipe.max_steps is None or recipe.max_steps >= 1,
          "at least 1"),
+        ("threads", recipe.threads, recipe.threads is None or recipe.threads >= 1, "at least 1"),
         ("seed", recipe.seed, recipe.seed >= 0, "at least 0"),
     ]  # fmt: skip
     for name, network in recipe.networks.items():

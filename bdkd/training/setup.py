@@ -24,6 +24,8 @@ class Setup:
         check_recipe(recipe)
         self.recipe = recipe
         self.device = choose_device(recipe.device)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         # Made first: it refuses networks that do not suit the method before any data is read.
         self.objective: Objective = create_objective(recipe.objective, recipe.networks)
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
