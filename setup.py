@@ -19,7 +19,7 @@ LIBRARY = f"bdkd_kernels/libbdkd_native{SUFFIX}"
 
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return Path(LIBRARY).name
+        return str(Path(*fullname.split(".")).with_name(Path(LIBRARY).name))
 
     def build_extension(self, ext: Extension) -> None:
         folder = Path(self.build_temp).resolve() / "native"
