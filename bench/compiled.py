@@ -1,0 +1,172 @@
+"""Compiles the Triton kernels for GPUs that are not there, and prints what came out.
+
+    python bench/compiled.py            # a table: registers, spills, issue slots a class pair
+    python bench/compiled.py --json     # the same, a JSON object a line
+
+The calls are the backend's own, on tensors without memory, so that what is compiled is what a GPU
+would be sent: the same arguments, specialised in the same way. Issue slots: see issue_slots.py.
+Do not set TRITON_INTERPRET=1: nothing compiles then.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from bdkd_kernels import triton_backend, triton_launch
+from bdkd_kernels.triton_rows import gradient_kernel, loop_kernel, tile_kernel
+from bdkd_kernels.types import LossOptions, Problem
+from issue_slots import loop_slots, resources, tile_slots
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "fp64": torch.float64}  # fmt: skip
+
+
+class _Absent(NamedTuple):
+    """What the compiler asks a driver, answered for a GPU that is not there."""
+
+    target: GPUTarget
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target; a stack that is not 0 means spills, slots are sm_90's alone."""
+
+    target: str
+    dtype: str
+    classes: int
+    kernel: str
+    warps: int
+    registers: int | None = None
+    stack: int | None = None
+    shared: int | None = None
+    slots: float | None = None  # a class pair, on the hot path
+
+
+def compile_kernels(target: str, call) -> dict[str, object]:
+    """The kernels that ``call`` launches, compiled, by name."""
+    kernels = {}
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels[self.fn.__name__] = kernel
+        return kernel
+
+    run = JITFunction.run
+    for function in (tile_kernel, loop_kernel, gradient_kernel):
+        function.device_caches.clear()  # by device number: another target has the same
+    driver.set_active(_Absent(TARGETS[target]))
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(triton_backend, "_NVIDIA", TARGETS[target].backend == "cuda"),
+    ):
+        call()
+    return kernels
+
+
+def problem(dtype: str, classes: int, soft: bool = False, **options) -> Problem:
+    """A call of 64 rows, without memory."""
+    logits = torch.empty((64, classes), dtype=DTYPES[dtype], device="meta")
+    target = torch.empty(64, dtype=torch.int64, device="meta")
+    if soft:
+        target = torch.empty((64, classes), device="meta")
+    return Problem(logits, logits.clone(), target, None, LossOptions(**options))
+
+
+def compile_forward(target: str, dtype: str, classes: int, **kwargs) -> Compiled:
+    """The row kernel that the launch table chooses."""
+    call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
+    ds, dt = (torch.empty_like(x) for x in (call.student, call.teacher))
+    kernels = compile_kernels(target, lambda: triton_backend._forward(call, 1.0, ds, dt, False))
+    (name,) = kernels.keys() & {"tile_kernel", "loop_kernel"}
+    return _described(target, dtype, classes, name, kernels[name], call, ds, dt)
+
+
+def compile_backward(target: str, dtype: str, classes: int, **kwargs) -> Compiled:
+    call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
+    ds, dt = (torch.empty_like(x) for x in (call.student, call.teacher))
+    state = torch.empty((triton_backend._RECORD, 64), device="meta")
+    upstream = torch.empty((), device="meta")
+    kernels = compile_kernels(
+        target,
+        lambda: triton_backend._backward(call, state, upstream, upstream, ds, dt, 1.0),
+    )
+    name = "gradient_kernel"
+    return _described(target, dtype, classes, name, kernels[name], call, ds, dt)
+
+
+def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
+    warps = kernel.metadata.num_warps
+    described = Compiled(target, dtype, classes, name, warps)
+    if TARGETS[target].backend != "cuda":
+        return described
+    cubin = kernel.asm["cubin"]
+    used = resources(cubin)
+    slots = None
+    if target == "sm_90" and name != "gradient_kernel":
+        launch = triton_backend._launch(call, ds, dt)
+        if isinstance(launch, triton_launch.Tile):
+            slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
+        else:
+            slots = sum(loop_slots(cubin)) * 32 * warps / launch.block
+    return Compiled(target, dtype, classes, name, warps, *used, slots)
+
+
+# A class count for every shape of the launch table, and one that aligns with nothing.
+CLASSES = (10, 100, 1000, 2048, 4096, 21841, 32000, 128256, 262144)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--targets", nargs="+", default=["sm_90"], choices=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
+    parser.add_argument("--backward", action="store_true", help="the recomputing backward too")
+    options = parser.parse_args()
+    if not options.json:
+        print(f"{'target':8}{'dtype':6}{'classes':>8}  {'kernel':16}{'warps':>5}{'registers':>10}"
+              f"{'stack':>6}{'shared':>7}{'slots a pair':>13}")  # fmt: skip
+    for target in options.targets:
+        for dtype in options.dtypes:
+            for classes in options.classes:
+                found = [compile_forward(target, dtype, classes)]
+                if options.backward:
+                    found.append(compile_backward(target, dtype, classes))
+                for x in found:
+                    _print(x, options.json)
+
+
+def _print(x: Compiled, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(x)), flush=True)
+        return
+    shown = ["-" if v is None else v for v in (x.registers, x.stack, x.shared)]
+    slots = "-" if x.slots is None else f"{x.slots:.1f}"
+    print(f"{x.target:8}{x.dtype:6}{x.classes:>8}  {x.kernel:16}{x.warps:>5}{shown[0]:>10}"
+          f"{shown[1]:>6}{shown[2]:>7}{slots:>13}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,983 @@
+"""Device code: one pass over the logits of both networks, in Triton.
+
+Notation of this file, for one row. ``c = log2(e) / temperature`` and ``M = max(logits) * c``:
+
+    a  = logits * c - M         log2 of e, one fused multiply-add
+    e  = 2 ** a                 exp((logits - max) / temperature);     Z  = sum e
+    e1 = e ** temperature       exp(logits - max): squarings of e      Z1 = sum e1
+    d  = log2 p_t - log2 p_s  = (a_t - a_s) + (log2 Z_s - log2 Z_t)
+
+Suffix ``_s`` is the student's, ``_t`` the teacher's; values of a row are (ROWS, 1) in the tile
+kernel and scalars in the loop kernel, so that the same helpers serve both.
+
+Four measures keep issue slots, not only bytes, at bay. Exponentials at temperature 1 are powers of
+those at ``temperature``. Gradients are multiply-adds of ``e``, ``e1`` and ``d`` with the row's own
+coefficients, in which normalisers, weights and scales are folded. The label is no comparison for
+every class: its own class is stored once more. And ``0 * log 0`` is not guarded against: a masked
+class (-inf) makes its row's sums NaN, which is noticed once a row, and only such a row is done
+again with the selects that the mathematics wants (CAREFUL), in blocks, so that it costs the others
+no registers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+# A row's record: the 12 statistics in BDKDStats' order, then M_s, log2 Z_s, log2 Z1_s, M_t,
+# log2 Z_t, log2 Z1_t, the row's weight and the target's sum, for the backward pass. Beside each
+# other: as (fields, N) each would want an address, a tenth of all instructions at C = 1000.
+STATISTICS = tl.constexpr(12)
+RECORD = tl.constexpr(24)  # 20, padded to three sectors of 32 bytes
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LN2 = tl.constexpr(math.log(2.0))
+# In the place of classes past C. A power of two, so that PAD * c - M is 0 exactly in a row of
+# nothing else; finite, so that 0 * a is 0; below any logit that is not a mask.
+PAD = tl.constexpr(-(2.0**100))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is compiled in: everything else of a call is a run-time argument."""
+
+    student_ce: bool
+    student_kd: bool
+    teacher_ce: bool
+    teacher_kd: bool
+    target: str  # "none", "labels" or "soft"
+    smooth: bool
+    teacher_forward: bool  # the teacher's divergence is KL(p_t || p_s)
+    soften_entropy: bool
+    squarings: int  # log2(temperature) for 1, 2, 4 and 8; -1: a second exponential instead
+    student_grad: bool
+    teacher_grad: bool
+    mean: bool
+    per_row: bool  # reduction="none"
+    nvidia: bool  # compiled for an NVIDIA GPU
+
+    @property
+    def kd(self) -> bool:
+        return self.student_kd or self.teacher_kd
+
+
+@triton.jit
+def _log2_e(x, c, M):
+    """x * c - M with one rounding. With two, logits of 1e4 would lose 1e-3 of every exponent; so
+    the interpreter, whose fma rounds twice, goes through float64."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * tl.full((), c, x.dtype).to(tl.float64) - M).to(x.dtype)
+    else:
+        return tl.fma(x, c, -M)
+
+
+@triton.jit
+def _log2(x, TERMS: tl.constexpr):
+    """Within 2**-22, absolute, in one instruction; tl.log2 takes 25 of them on NVIDIA."""
+    if TERMS.nvidia and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _power(e, a, temperature, SQUARINGS: tl.constexpr):
+    """e ** temperature."""
+    if SQUARINGS < 0:
+        return tl.exp2(a * temperature)
+    else:
+        for _ in tl.static_range(SQUARINGS):
+            e = e * e
+        return e
+
+
+@triton.jit
+def _times(p, x, CAREFUL: tl.constexpr):
+    """p * x; where CAREFUL, 0 where p is 0, whatever x."""
+    if CAREFUL:
+        return tl.where(p == 0.0, 0.0, p * x)
+    else:
+        return p * x
+
+
+@triton.jit
+def _load(pointers, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """Logits, PAD outside the mask."""
+    if pointers.dtype.element_ty == tl.float16 and PADDED:  # PAD is no float16
+        return tl.where(mask, tl.load(pointers, mask, other=0.0).to(DTYPE), PAD)
+    elif pointers.dtype.element_ty == tl.float16:
+        return tl.load(pointers, mask, other=0.0).to(DTYPE)
+    else:
+        return tl.load(pointers, mask, other=PAD).to(DTYPE)
+
+
+@triton.jit
+def _store(pointers, x, mask):
+    """Gradients, rounded to nearest in their storage type; the interpreter alone would truncate."""
+    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+    tl.store(pointers, x, mask)
+
+
+@triton.jit
+def _coefficients(
+    g, in_range, mass, temperature, d1, d2, F, R, r_s, r1_s, r_t, r1_t,
+    student_ce, student_kd, teacher_ce, teacher_kd, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Factors of a row's gradients, below; ``g`` is what multiplies its losses, the
+    ``r`` are the reciprocals of the ``Z``, ``mass`` is the sum of the target."""
+    label = g if TERMS.target != "labels" else g + tl.where(in_range, 0.0, float("nan"))
+    q_s = label * student_ce
+    q_t = label * teacher_ce
+    k_s = g * (student_kd * temperature)
+    k_t = g * (teacher_kd * temperature)
+    # A NaN of either network is in every product, even where e is 0.
+    poison = 0.0 * (r_s + r_t)
+    s_own = k_s * (d1 - d2 * R) * r_s
+    s_d = -k_s * d2 * LN2 * r_s
+    s_other = k_s * d1 * r_t + poison
+    if TERMS.teacher_forward:
+        t_own = -k_t * F * r_t
+        t_d = k_t * LN2 * r_t
+        t_other = poison
+    else:
+        t_own = k_t * r_t
+        t_d = 0.0 * k_t
+        t_other = k_t * r_s
+    return q_s * mass * r1_s, q_s, s_own, s_d, s_other, q_t * mass * r1_t, q_t, t_own, t_d, t_other
+
+
+@triton.jit
+def _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS: tl.constexpr, CAREFUL: tl.constexpr):
+    """``g (CE: mass softmax - q) + (KD: d1 (p_s - p_t) + d2 p_s (log p_s - log p_t - R))``;
+    ``q`` is the target, None where it is 0."""
+    ce, k_q, own, k_d, other, _, _, _, _, _ = k
+    x = 0.0
+    if TERMS.student_ce and TERMS.target != "none":
+        x = e1_s * ce
+        if q is not None:
+            x -= k_q * q
+    if TERMS.student_kd:
+        x = _times(e_s, k_d * d + own, CAREFUL) + x
+        x -= e_t * other
+    return x
+
+
+@triton.jit
+def _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS: tl.constexpr, CAREFUL: tl.constexpr):
+    _, _, _, _, _, ce, k_q, own, k_d, other = k
+    x = 0.0
+    if TERMS.teacher_ce and TERMS.target != "none":
+        x = e1_t * ce
+        if q is not None:
+            x -= k_q * q
+    if TERMS.teacher_kd:
+        if TERMS.teacher_forward:
+            x = _times(e_t, k_d * d + own, CAREFUL) + x
+            if CAREFUL:
+                x += other
+        else:
+            x = e_t * own + x
+            x -= e_s * other
+    return x
+
+
+@triton.jit
+def _row_weight(sample_weight, totals, rows, counted, N, DTYPE: tl.constexpr,
+                PARTS: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
+    """What the row's losses are multiplied by: its weight over the denominator of the mean."""
+    weight = tl.where(counted, 1.0, 0.0).to(DTYPE)
+    if sample_weight is not None:
+        weight = tl.where(counted, tl.load(sample_weight + rows, counted, other=0.0).to(DTYPE), 0.0)
+    if TERMS.mean:
+        if totals is None:
+            total = N.to(DTYPE)
+        else:
+            total = tl.sum(tl.load(totals + tl.arange(0, PARTS))).to(DTYPE)
+            total = tl.where(total == 0.0, 1.0, total)
+        weight = weight / total
+    return weight
+
+
+@triton.jit
+def _confidence(m, M, r1, c, temperature, SQUARINGS: tl.constexpr):
+    a = _log2_e(m, c, M)  # what M = m * c lost to rounding
+    return _power(tl.exp2(a), a, temperature, SQUARINGS) * r1
+
+
+@triton.jit
+def _cross_entropy(log_z1, a_y, q_a, mean_a, mass, in_range, temperature, smoothing,
+                   TERMS: tl.constexpr):  # fmt: skip
+    """``mass log Z1 - sum q (logits - max)`` in nats."""
+    if TERMS.target == "soft":
+        return (mass * log_z1 - temperature * q_a) * LN2
+    else:
+        inner = a_y
+        if TERMS.smooth:
+            inner = (1.0 - smoothing) * a_y + smoothing * mean_a
+        return (log_z1 - temperature * inner) * LN2 + tl.where(in_range, 0.0, float("nan"))
+
+
+@triton.jit
+def _store_state(record, mask, values):
+    for i in tl.static_range(len(values)):
+        tl.store(record + STATISTICS + i, values[i], mask)
+
+
+@triton.jit
+def _losses(
+    record, counted, write, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
+    confidence_s, confidence_t, hit_s, hit_t, student_ce, student_kd, teacher_ce, teacher_kd,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """Both networks' weighted losses of the rows to be written; stores the statistics."""
+    values = (F, R, H_s, H_t, CE_s, CE_t, d1, d2, confidence_s, confidence_t, hit_s, hit_t)
+    for i in tl.static_range(len(values)):
+        value = tl.where(counted, values[i], 0.0) if TERMS.target == "labels" else values[i]
+        tl.store(record + i, value, write)
+    loss_s, loss_t = 0.0, 0.0
+    if TERMS.student_ce:
+        loss_s += student_ce * CE_s
+    if TERMS.student_kd:
+        loss_s += student_kd * temperature * temperature * (d1 * F + d2 * R)
+    if TERMS.teacher_ce:
+        loss_t += teacher_ce * CE_t
+    if TERMS.teacher_kd:
+        loss_t += teacher_kd * temperature * temperature * (F if TERMS.teacher_forward else R)
+    kept = counted & write
+    return tl.where(kept, weight * loss_s, 0.0), tl.where(kept, weight * loss_t, 0.0)
+
+
+@triton.jit
+def _normalisers(m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS: tl.constexpr):
+    """log2 Z and log2 Z1 of both, their reciprocals, the ratio Z_s / Z_t and its log2."""
+    # A row of masks alone is no distribution. (PAD would pass for one.)
+    Z1_s = tl.where((m_s > PAD) | (counted == 0), Z1_s, float("nan"))
+    Z1_t = tl.where((m_t > PAD) | (counted == 0), Z1_t, float("nan"))
+    l1_s, l1_t = _log2(Z1_s, TERMS), _log2(Z1_t, TERMS)
+    r1_s, r1_t = tl.exp2(-l1_s), tl.exp2(-l1_t)
+    if TERMS.squarings == 0:
+        Z_s, Z_t = Z1_s, Z1_t
+    else:
+        Z_s, Z_t = Z_s + 0.0 * Z1_s, Z_t + 0.0 * Z1_t
+    ratio = Z_s / Z_t
+    log_ratio = tl.log2(ratio)  # not _log2: it is to be exact where the ratio is nearly 1
+    l_s, l_t = _log2(Z_s, TERMS), _log2(Z_t, TERMS)
+    return l_s, l_t, tl.exp2(-l_s), tl.exp2(-l_t), ratio, log_ratio, l1_s, l1_t, r1_s, r1_t
+
+
+@triton.jit
+def _entropies(S_s, S_t, l_s, l_t, r_s, r_t, l1_s, l1_t, r1_s, r1_t, temperature,
+               TERMS: tl.constexpr):  # fmt: skip
+    """Of both, in nats; S = sum p a, unnormalised, at the temperature that is asked for."""
+    if TERMS.soften_entropy:
+        return (l_s - S_s * r_s) * LN2, (l_t - S_t * r_t) * LN2
+    else:
+        return (l1_s - temperature * S_s * r1_s) * LN2, (l1_t - temperature * S_t * r1_t) * LN2
+
+
+@triton.jit
+def _earlier(rows, y, m, C, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """Whether a class before ``y`` is as large as ``m``, as an int."""
+    found = tl.zeros_like(y)
+    for start in range(0, C, CHUNK):
+        cols = start + tl.arange(0, CHUNK)[None, :]
+        x = _load(rows + cols, cols < y, True, DTYPE)
+        found = tl.maximum(found, tl.max((x == m).to(tl.int32), 1, keep_dims=True))
+    return found
+
+
+@triton.jit
+def _right(s_rows, t_rows, y, in_range, s_y, t_y, m_s, m_t, confidence_s, confidence_t, C,
+           CHUNK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Whether the first largest logit is the label's, in the shape of ``y``, (ROWS, 1). With an
+    earlier one as large, confidence is at most a half: else there is no need to look."""
+    right_s = (y >= 0) & in_range & (s_y == m_s)
+    right_t = (y >= 0) & in_range & (t_y == m_t)
+    tied = (right_s & (confidence_s < 0.5001)) | (right_t & (confidence_t < 0.5001))
+    if tl.max(tied.to(tl.int32)) != 0:
+        right_s &= _earlier(s_rows, y, m_s, C, CHUNK, DTYPE) == 0
+        right_t &= _earlier(t_rows, y, m_t, C, CHUNK, DTYPE) == 0
+    return right_s & (confidence_s == confidence_s), right_t & (confidence_t == confidence_t)
+
+
+@triton.jit
+def _store_labels(
+    ds, dt, y, write, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature, smoothing, smoothing_each,
+    TERMS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the labels' classes once more, now with the label."""
+    tl.debug_barrier()  # after the other threads' stores of these very elements
+    a_s, a_t = _log2_e(s_y, c, M_s), _log2_e(t_y, c, M_t)
+    e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+    e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+    e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+    d = (a_t - a_s) + log_ratio
+    q = (1.0 - smoothing) + smoothing_each
+    if TERMS.student_grad and TERMS.student_ce:
+        _store(ds + y, _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL), write)
+    if TERMS.teacher_grad and TERMS.teacher_ce:
+        _store(dt + y, _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, CAREFUL), write)
+
+
+@triton.jit
+def _max_2(a, b):
+    """Maxima over the classes, (ROWS, 1) each, of two (ROWS, BLOCK). Joined, they take one exchange
+    between warps."""
+    a, b = tl.split(tl.max(tl.join(a, b), 1))
+    return a[:, None], b[:, None]
+
+
+@triton.jit
+def _sum_of_joined(x):
+    """Threads add in a tree, the interpreter one after the other: there, float64 stands in."""
+    if INTERPRETED:
+        return tl.sum(x.to(tl.float64), 1).to(x.dtype)
+    else:
+        return tl.sum(x, 1)
+
+
+@triton.jit
+def _sum_2(a, b):
+    a, b = tl.split(_sum_of_joined(tl.join(a, b)))
+    return a[:, None], b[:, None]
+
+
+@triton.jit
+def _sum_4(a, b, c, d):
+    ab, cd = tl.split(_sum_of_joined(tl.join(tl.join(a, b), tl.join(c, d))))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a[:, None], b[:, None], c[:, None], d[:, None]
+
+
+@triton.jit
+def _labels(target, rows, active, C, ignore_index, TERMS: tl.constexpr):
+    """The rows' labels (0 where there is none or no such class), whether they are in range, and
+    whether the rows count."""
+    if TERMS.target == "labels":
+        y = tl.load(target + rows, active, other=0)
+        in_range = (y >= 0) & (y < C)
+        return tl.where(in_range, y, 0).to(tl.int32), in_range, active & (y != ignore_index)
+    else:
+        return (rows * 0).to(tl.int32), rows >= 0, active & (rows >= 0)
+
+
+@triton.jit
+def _tile(
+    student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+    rows, active, N, C, s_stride, t_stride, ds_stride, dt_stride,
+    c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+    smoothing, smoothing_each, ignore_index,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+    SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Rows (ROWS, 1) that stay in registers. Returns both weighted losses and the rows whose sums
+    are NaN: of these nothing was written."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = cols < C
+    y, in_range, counted = _labels(target, rows, active, C, ignore_index, TERMS)
+    mask = (counted & inside) if PADDED else counted
+    s_rows, t_rows = student + rows * s_stride, teacher + rows * t_stride
+    s = _load(s_rows + cols, mask, PADDED, DTYPE)  # (ROWS, BLOCK)
+    t = _load(t_rows + cols, mask, PADDED, DTYPE)
+    q = None
+    q_sum = 1.0
+    if TERMS.target == "soft":
+        q = tl.load(target + rows * C + cols, mask, other=0.0).to(DTYPE)
+        y = tl.argmax(tl.where(inside, q, float("-inf")), 1, keep_dims=True)
+        if TERMS.smooth:
+            q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
+        q_sum = tl.sum(q, 1, keep_dims=True)
+    elif TERMS.smooth:
+        q = smoothing_each
+
+    m_s, m_t = _max_2(s, t)
+    M_s, M_t = m_s * c, m_t * c
+    a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
+    e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+    e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+    e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+    if TERMS.squarings == 0:
+        Z1_s, Z1_t = _sum_2(e1_s, e1_t)
+        Z_s, Z_t = Z1_s, Z1_t
+    else:
+        Z_s, Z_t, Z1_s, Z1_t = _sum_4(e_s, e_t, e1_s, e1_t)
+    l_s, l_t, r_s, r_t, ratio, log_ratio, l1_s, l1_t, r1_s, r1_t = _normalisers(
+        m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS
+    )
+
+    zero = tl.zeros_like(Z1_s)
+    suspect, d = zero, 0.0
+    F, R, H_s, H_t, d1, d2 = zero, zero, zero, zero, zero, zero
+    if TERMS.kd:
+        p_s, p_t = (e_s, e_t) if TERMS.soften_entropy else (e1_s, e1_t)
+        S_s, S_t = _sum_2(p_s * a_s, p_t * a_t)
+        suspect = S_s + S_t
+        H_s, H_t = _entropies(
+            S_s, S_t, l_s, l_t, r_s, r_t, l1_s, l1_t, r1_s, r1_t, temperature, TERMS
+        )
+        d1 = tl.where(H_t > H_s, gamma, 1.0).to(DTYPE)
+        d2 = tl.where(H_s > H_t, gamma, 1.0).to(DTYPE)
+        # Every class's p_t d + p_s - p_t is >= 0: no cancellation between classes. The very ratio
+        # whose logarithm is in d brings p_t to p_s' scale, so that its rounding cancels too.
+        d = (a_t - a_s) + log_ratio
+        forward, reverse, excess, _ = _sum_4(e_t * d, e_s * d, e_t * ratio - e_s, e_s * d)
+        F = r_t * forward * LN2 - r_s * excess
+        R = r_s * (excess - reverse * LN2)
+
+    confidence_s = _confidence(m_s, M_s, r1_s, c, temperature, TERMS.squarings)
+    confidence_t = _confidence(m_t, M_t, r1_t, c, temperature, TERMS.squarings)
+    CE_s, CE_t, hit_s, hit_t, s_y, t_y = zero, zero, zero, zero, zero, zero
+    if TERMS.target != "none":
+        s_y = _load(s_rows + y, counted, PADDED, DTYPE)
+        t_y = _load(t_rows + y, counted, PADDED, DTYPE)
+        qa_s, qa_t, mean_s, mean_t = zero, zero, zero, zero
+        if TERMS.target == "soft":
+            qa_s, qa_t = _sum_2(q * a_s, q * a_t)
+            suspect += qa_s + qa_t
+        elif TERMS.smooth:
+            sum_s, sum_t = _sum_2(tl.where(inside, a_s, 0.0), tl.where(inside, a_t, 0.0))
+            mean_s, mean_t = sum_s / C, sum_t / C
+        if TERMS.student_ce:
+            CE_s = _cross_entropy(l1_s, _log2_e(s_y, c, M_s), qa_s, mean_s, q_sum, in_range,
+                                  temperature, smoothing, TERMS)  # fmt: skip
+        if TERMS.teacher_ce:
+            CE_t = _cross_entropy(l1_t, _log2_e(t_y, c, M_t), qa_t, mean_t, q_sum, in_range,
+                                  temperature, smoothing, TERMS)  # fmt: skip
+        right_s, right_t = _right(
+            s_rows, t_rows, y, in_range, s_y, t_y, m_s, m_t, confidence_s, confidence_t, C, CHUNK,
+            DTYPE,
+        )  # fmt: skip
+        hit_s, hit_t = right_s.to(DTYPE), right_t.to(DTYPE)
+
+    write = active & (suspect == suspect)
+    weight = _row_weight(sample_weight, totals, rows, counted, N, DTYPE, PARTS, TERMS)
+    if TERMS.student_grad or TERMS.teacher_grad:
+        k_scale = tl.load(scale).to(DTYPE) if SCALE_AT else scale
+        k = _coefficients(
+            tl.where(counted, weight * k_scale, 0.0), in_range | (counted == 0), q_sum, temperature,
+            d1, d2, F, R, r_s, r1_s, r_t, r1_t, student_ce, student_kd, teacher_ce, teacher_kd,
+            TERMS,
+        )  # fmt: skip
+        into = (write & inside) if PADDED else write
+        ds_rows, dt_rows = ds, dt
+        if TERMS.student_grad:
+            ds_rows = ds + rows * ds_stride
+            _store(ds_rows + cols, _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, False), into)
+        if TERMS.teacher_grad:
+            dt_rows = dt + rows * dt_stride
+            _store(dt_rows + cols, _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, False), into)
+        if TERMS.target == "labels" and (
+            (TERMS.student_grad and TERMS.student_ce) or (TERMS.teacher_grad and TERMS.teacher_ce)
+        ):
+            _store_labels(
+                ds_rows, dt_rows, y, write, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
+                smoothing, smoothing_each, TERMS, False,
+            )  # fmt: skip
+    record = records + rows * RECORD
+    _store_state(record, write, (M_s, l_s, l1_s, M_t, l_t, l1_t, weight, q_sum))
+    loss_s, loss_t = _losses(
+        record, counted, write, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
+        confidence_s, confidence_t, hit_s, hit_t, student_ce, student_kd, teacher_ce, teacher_kd,
+        TERMS,
+    )  # fmt: skip
+    return loss_s, loss_t, active & (suspect != suspect)
+
+
+@triton.jit
+def _row_sums(
+    s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
+    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr,
+    DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """One sweep over a row of any length: everything of it that is a sum.
+
+    A block is (LANES, K). Each of the LANES keeps its own running maximum and sums, and these are
+    rescaled once for the K classes that it takes of a block: no thread waits for another before the
+    row's end. ``x`` sums e_s (a_t - a_s) (for R), ``x_t`` sums e_t (a_t - a_s) (for F).
+    """
+    zeros = tl.zeros((LANES,), DTYPE)
+    m_s, m_t = zeros + PAD, zeros + PAD
+    Z_s, Z_t, Z1_s, Z1_t, S_s, S_t = zeros, zeros, zeros, zeros, zeros, zeros
+    x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    q_max, q_at = zeros + float("-inf"), tl.zeros((LANES,), tl.int32)
+    for start in tl.range(0, C, LANES * K, num_stages=STAGES):
+        cols = _block(start, LANES, K, APART)
+        inside = cols < C
+        mask = (inside & counted) if PADDED else counted
+        s = _load(s_row + cols, mask, PADDED, DTYPE)  # (LANES, K)
+        t = _load(t_row + cols, mask, PADDED, DTYPE)
+        new_s, new_t = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
+        M_s, M_t = new_s * c, new_t * c
+        moved_s, moved_t = m_s * c - M_s, m_t * c - M_t
+        kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
+        a_s, a_t = _log2_e(s, c, M_s[:, None]), _log2_e(t, c, M_t[:, None])
+        e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+        e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+        e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+        kept1_s = _power(kept_s, moved_s, temperature, TERMS.squarings)
+        kept1_t = _power(kept_t, moved_t, temperature, TERMS.squarings)
+        if TERMS.kd:
+            if TERMS.soften_entropy:
+                S_s = _times(kept_s, S_s + Z_s * moved_s, CAREFUL)
+                S_t = _times(kept_t, S_t + Z_t * moved_t, CAREFUL)
+                S_s += tl.sum(_times(e_s, a_s, CAREFUL), 1)
+                S_t += tl.sum(_times(e_t, a_t, CAREFUL), 1)
+            else:
+                S_s = _times(kept1_s, S_s + Z1_s * moved_s, CAREFUL)
+                S_t = _times(kept1_t, S_t + Z1_t * moved_t, CAREFUL)
+                S_s += tl.sum(_times(e1_s, a_s, CAREFUL), 1)
+                S_t += tl.sum(_times(e1_t, a_t, CAREFUL), 1)
+            if TERMS.student_grad and TERMS.student_kd:
+                x = _times(kept_s, x + Z_s * (moved_t - moved_s), CAREFUL)
+                x += tl.sum(_times(e_s, a_t - a_s, CAREFUL), 1)
+            if TERMS.teacher_grad and TERMS.teacher_forward:
+                x_t = _times(kept_t, x_t + Z_t * (moved_t - moved_s), CAREFUL)
+                x_t += tl.sum(_times(e_t, a_t - a_s, CAREFUL), 1)
+            Z_s = kept_s * Z_s + tl.sum(e_s, 1)
+            Z_t = kept_t * Z_t + tl.sum(e_t, 1)
+        if TERMS.target == "soft":
+            q = tl.load(q_row + cols, mask, other=0.0).to(DTYPE)
+            largest = tl.max(tl.where(inside, q, float("-inf")), 1)
+            at = tl.min(tl.where(inside & (q == largest[:, None]), cols, C), 1)
+            q_at = tl.where(largest > q_max, at, q_at)
+            q_max = tl.maximum(q_max, largest)
+            if TERMS.smooth:
+                q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
+            qa_s = _times(q_sum, moved_s, CAREFUL) + qa_s + tl.sum(_times(q, a_s, CAREFUL), 1)
+            qa_t = _times(q_sum, moved_t, CAREFUL) + qa_t + tl.sum(_times(q, a_t, CAREFUL), 1)
+            q_sum += tl.sum(q, 1)
+        elif TERMS.smooth:
+            # q_sum counts a lane's classes here.
+            mean_s += q_sum * moved_s + tl.sum(tl.where(inside, a_s, 0.0), 1)
+            mean_t += q_sum * moved_t + tl.sum(tl.where(inside, a_t, 0.0), 1)
+            q_sum += tl.sum(tl.where(inside, 1.0, 0.0), 1)
+        Z1_s = kept1_s * Z1_s + tl.sum(e1_s, 1)
+        Z1_t = kept1_t * Z1_t + tl.sum(e1_t, 1)
+        m_s, m_t = new_s, new_t
+
+    row_m_s, row_m_t = tl.max(m_s), tl.max(m_t)
+    moved_s, moved_t = m_s * c - row_m_s * c, m_t * c - row_m_t * c
+    kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
+    kept1_s = _power(kept_s, moved_s, temperature, TERMS.squarings)
+    kept1_t = _power(kept_t, moved_t, temperature, TERMS.squarings)
+    if TERMS.kd:
+        if TERMS.soften_entropy:
+            S_s = _times(kept_s, S_s + Z_s * moved_s, CAREFUL)
+            S_t = _times(kept_t, S_t + Z_t * moved_t, CAREFUL)
+        else:
+            S_s = _times(kept1_s, S_s + Z1_s * moved_s, CAREFUL)
+            S_t = _times(kept1_t, S_t + Z1_t * moved_t, CAREFUL)
+        x = _times(kept_s, x + Z_s * (moved_t - moved_s), CAREFUL)
+        x_t = _times(kept_t, x_t + Z_t * (moved_t - moved_s), CAREFUL)
+    y, total, mean_of_s, mean_of_t = 0, 1.0, 0.0, 0.0
+    if TERMS.target == "soft":
+        best = tl.max(q_max)
+        y = tl.min(tl.where(q_max == best, q_at, C))
+        qa_s += _times(q_sum, moved_s, CAREFUL)
+        qa_t += _times(q_sum, moved_t, CAREFUL)
+        total = tl.sum(q_sum)
+    elif TERMS.smooth:
+        mean_of_s = tl.sum(mean_s + q_sum * moved_s) / C
+        mean_of_t = tl.sum(mean_t + q_sum * moved_t) / C
+    return (
+        row_m_s, row_m_t, tl.sum(kept_s * Z_s), tl.sum(kept_t * Z_t), tl.sum(kept1_s * Z1_s),
+        tl.sum(kept1_t * Z1_t), tl.sum(S_s), tl.sum(S_t), tl.sum(x), tl.sum(x_t),
+        tl.sum(qa_s), tl.sum(qa_t), mean_of_s, mean_of_t, total, y,
+    )  # fmt: skip
+
+
+@triton.jit
+def _block(start, LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr):
+    """Classes of a block, (LANES, K): a lane's K beside each other, one 16-byte access; or, in rows
+    not aligned for that, LANES apart, so that the lanes of a warp are beside each other."""
+    lanes, k = tl.arange(0, LANES)[:, None], tl.arange(0, K)[None, :]
+    return start + (k * LANES + lanes if APART else lanes * K + k)
+
+
+@triton.jit
+def _row_rest(
+    sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+    row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
+    c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+    smoothing, smoothing_each,
+    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr,
+    PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The other sweep: gradients and the values of both divergences. Returns both weighted losses.
+
+    It goes backward, so that it begins with what the first sweep left in the cache.
+    """
+    m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum, q_at = sums
+    s_row, t_row = student + row * s_stride, teacher + row * t_stride
+    M_s, M_t = m_s * c, m_t * c
+    l_s, l_t, r_s, r_t, ratio, log_ratio, l1_s, l1_t, r1_s, r1_t = _normalisers(
+        m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS
+    )
+    H_s, H_t, d1, d2, R, F = 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s
+    if TERMS.kd:
+        H_s, H_t = _entropies(
+            S_s, S_t, l_s, l_t, r_s, r_t, l1_s, l1_t, r1_s, r1_t, temperature, TERMS
+        )
+        d1 = tl.where(H_t > H_s, gamma, 1.0).to(DTYPE)
+        d2 = tl.where(H_s > H_t, gamma, 1.0).to(DTYPE)
+        # From moments: good enough for the gradient, not for the value.
+        R = (x * r_s + log_ratio) * -LN2
+        F = (x_t * r_t + log_ratio) * LN2
+    weight = _row_weight(sample_weight, totals, row, counted, N, DTYPE, PARTS, TERMS)
+    k_scale = tl.load(scale).to(DTYPE) if SCALE_AT else scale
+    k = _coefficients(
+        tl.where(counted, weight * k_scale, 0.0), in_range | (counted == 0), q_sum, temperature,
+        d1, d2, F, R, r_s, r1_s, r_t, r1_t, student_ce, student_kd, teacher_ce, teacher_kd,
+        TERMS,
+    )  # fmt: skip
+
+    if TERMS.target == "soft":
+        y = q_at
+    CE_s, CE_t, hit_s, hit_t, s_y, t_y = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    confidence_s = _confidence(m_s, M_s, r1_s, c, temperature, TERMS.squarings)
+    confidence_t = _confidence(m_t, M_t, r1_t, c, temperature, TERMS.squarings)
+    if TERMS.target != "none":
+        s_y = _load(s_row + y, counted, PADDED, DTYPE)
+        t_y = _load(t_row + y, counted, PADDED, DTYPE)
+        if TERMS.student_ce:
+            CE_s = _cross_entropy(l1_s, _log2_e(s_y, c, M_s), qa_s, mean_s, q_sum, in_range,
+                                  temperature, smoothing, TERMS)  # fmt: skip
+        if TERMS.teacher_ce:
+            CE_t = _cross_entropy(l1_t, _log2_e(t_y, c, M_t), qa_t, mean_t, q_sum, in_range,
+                                  temperature, smoothing, TERMS)  # fmt: skip
+        one = tl.zeros((1, 1), tl.int32)  # _right takes rows
+        right_s, right_t = _right(
+            s_row, t_row, y + one, in_range, s_y + one, t_y + one, m_s, m_t, confidence_s + one,
+            confidence_t + one, C, LANES, DTYPE,
+        )  # fmt: skip
+        hit_s, hit_t = tl.max(right_s.to(DTYPE)), tl.max(right_t.to(DTYPE))
+
+    if TERMS.kd or TERMS.student_grad or TERMS.teacher_grad:
+        zeros = tl.zeros((LANES,), DTYPE)
+        forward, reverse, excess = zeros, zeros, zeros
+        ds_row, dt_row = ds, dt
+        if TERMS.student_grad:
+            ds_row = ds + row * ds_stride
+        if TERMS.teacher_grad:
+            dt_row = dt + row * dt_stride
+        blocks = tl.cdiv(C, LANES * K)
+        for i in tl.range(blocks, num_stages=STAGES):
+            cols = _block((blocks - 1 - i) * (LANES * K), LANES, K, APART)
+            inside = cols < C
+            mask = (inside & counted) if PADDED else counted
+            s = _load(s_row + cols, mask, PADDED, DTYPE)  # (LANES, K)
+            t = _load(t_row + cols, mask, PADDED, DTYPE)
+            a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
+            e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+            e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+            e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+            d = (a_t - a_s) + log_ratio
+            if TERMS.kd:
+                excess += tl.sum(e_t * ratio - e_s, 1)
+                forward += tl.sum(_times(e_t, d, CAREFUL), 1)
+                reverse += tl.sum(_times(e_s, d, CAREFUL), 1)
+            q = None
+            if TERMS.target == "soft":
+                q = tl.load(target + row * C + cols, mask, other=0.0).to(DTYPE)
+                if TERMS.smooth:
+                    q = q * (1.0 - smoothing) + smoothing_each
+            elif TERMS.smooth:
+                q = smoothing_each
+            into = inside if PADDED else None
+            if TERMS.student_grad:
+                g_s = _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL)
+                _store(ds_row + cols, g_s, into)
+            if TERMS.teacher_grad:
+                g_t = _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, CAREFUL)
+                _store(dt_row + cols, g_t, into)
+        if TERMS.kd:
+            over = r_s * tl.sum(excess)
+            F = r_t * tl.sum(forward) * LN2 - over
+            R = over - r_s * tl.sum(reverse) * LN2
+        if TERMS.target == "labels" and (
+            (TERMS.student_grad and TERMS.student_ce) or (TERMS.teacher_grad and TERMS.teacher_ce)
+        ):
+            _store_labels(
+                ds_row, dt_row, y, row >= 0, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
+                smoothing, smoothing_each, TERMS, CAREFUL,
+            )  # fmt: skip
+    record = records + row * RECORD
+    _store_state(record, True, (M_s, l_s, l1_s, M_t, l_t, l1_t, weight, q_sum))
+    return _losses(
+        record, counted, row >= 0, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
+        confidence_s, confidence_t, hit_s, hit_t, student_ce, student_kd, teacher_ce, teacher_kd,
+        TERMS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row(
+    student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+    row, N, C, s_stride, t_stride, ds_stride, dt_stride,
+    c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+    smoothing, smoothing_each, ignore_index,
+    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr,
+    PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+    ALWAYS_CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """One row of any length, in two sweeps. Returns both weighted losses."""
+    y, in_range, counted = _labels(target, row, row >= 0, C, ignore_index, TERMS)
+    s_row, t_row = student + row * s_stride, teacher + row * t_stride
+    q_row = target
+    if TERMS.target == "soft":
+        q_row = target + row * C
+    careful: tl.constexpr = ALWAYS_CAREFUL or not (TERMS.kd or TERMS.target == "soft")
+    sums = _row_sums(s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
+                     LANES, K, APART, STAGES, PADDED, DTYPE, TERMS, careful)  # fmt: skip
+    suspect = sums[6] + sums[7] + sums[10] + sums[11]
+    loss_s, loss_t = 0.0 * suspect, 0.0 * suspect
+    if careful:
+        loss_s, loss_t = _row_rest(
+            sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+            row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
+            c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+            smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
+            TERMS, True,
+        )  # fmt: skip
+    elif suspect == suspect:
+        loss_s, loss_t = _row_rest(
+            sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+            row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
+            c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+            smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
+            TERMS, False,
+        )  # fmt: skip
+    else:
+        sums = _row_sums(s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
+                         LANES, K, APART, STAGES, PADDED, DTYPE, TERMS, True)  # fmt: skip
+        loss_s, loss_t = _row_rest(
+            sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+            row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
+            c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+            smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
+            TERMS, True,
+        )  # fmt: skip
+    return loss_s, loss_t
+
+
+@triton.jit
+def _gradient_row(
+    g_s, g_t, student, teacher, target, record, ds, dt, row, C,
+    s_stride, t_stride, ds_stride, dt_stride, field,
+    c, temperature, student_ce, student_kd, teacher_ce, teacher_kd,
+    smoothing, smoothing_each, ignore_index,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one row, whose losses are multiplied by ``g_s`` and ``g_t``."""
+    y, in_range, counted = _labels(target, row, row >= 0, C, ignore_index, TERMS)
+    s_row, t_row = student + row * s_stride, teacher + row * t_stride
+    F, R = tl.load(record), tl.load(record + field)
+    d1, d2 = tl.load(record + 6 * field), tl.load(record + 7 * field)
+    M_s, l_s = tl.load(record + 12 * field), tl.load(record + 13 * field)
+    M_t, l_t = tl.load(record + 15 * field), tl.load(record + 16 * field)
+    r1_s = tl.exp2(-tl.load(record + 14 * field))
+    r1_t = tl.exp2(-tl.load(record + 17 * field))
+    weight, q_sum = tl.load(record + 18 * field), tl.load(record + 19 * field)
+    k_s = _coefficients(
+        tl.where(counted, weight * g_s, 0.0), in_range | (counted == 0), q_sum, temperature,
+        d1, d2, F, R, tl.exp2(-l_s), r1_s, tl.exp2(-l_t), r1_t,
+        student_ce, student_kd, teacher_ce, teacher_kd,
+        TERMS,
+    )  # fmt: skip
+    k_t = _coefficients(
+        tl.where(counted, weight * g_t, 0.0), in_range | (counted == 0), q_sum, temperature,
+        d1, d2, F, R, tl.exp2(-l_s), r1_s, tl.exp2(-l_t), r1_t,
+        student_ce, student_kd, teacher_ce, teacher_kd,
+        TERMS,
+    )  # fmt: skip
+    log_ratio = l_s - l_t
+    for start in range(0, C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < C
+        s = _load(s_row + cols, inside & counted, True, DTYPE)
+        t = _load(t_row + cols, inside & counted, True, DTYPE)
+        a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
+        e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+        e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+        e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+        d = (a_t - a_s) + log_ratio
+        q = None
+        if TERMS.target == "soft":
+            q = tl.load(target + row * C + cols, inside, other=0.0).to(DTYPE)
+            if TERMS.smooth:
+                q = q * (1.0 - smoothing) + smoothing_each
+        elif TERMS.target == "labels":
+            q = tl.where(cols == y, 1.0 - smoothing, 0.0) + smoothing_each
+        if TERMS.student_grad:
+            g = _student_gradient(e_s, e1_s, e_t, d, q, k_s, TERMS, True)
+            _store(ds + row * ds_stride + cols, g, inside)
+        if TERMS.teacher_grad:
+            g = _teacher_gradient(e_t, e1_t, e_s, d, q, k_t, TERMS, True)
+            _store(dt + row * dt_stride + cols, g, inside)
+
+
+@triton.jit
+def _multiple(x, ALIGN: tl.constexpr):
+    """x, and the compiler knows what divides it. (By itself it knows multiples of 16 alone, and
+    rows of 1000 classes, aligned to 16 bytes as they are, would be read logit by logit.)"""
+    return x // ALIGN * ALIGN
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def tile_kernel(
+    student,  # (N, C), rows s_stride apart; likewise the teacher, ds and dt
+    teacher,
+    target,  # (N,) int64, (N, C) floating, or None
+    sample_weight,  # (N,) or None
+    totals,  # (PARTS,) float64, their sum the denominator of the mean; None: N
+    scale,  # of the gradients: 0-dim if SCALE_AT, else a number
+    ds, dt,  # gradients, or None
+    student_losses,  # (N,) if TERMS.per_row, else (programs,): each program's sum
+    teacher_losses,
+    records,  # (N, RECORD)
+    N, C, s_stride, t_stride, ds_stride, dt_stride,
+    c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+    smoothing,  # label smoothing, and its share of each class
+    smoothing_each,
+    ignore_index,
+    ROW_ALIGN: tl.constexpr,  # what divides all four strides; what divides C
+    CLASS_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
+    PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program, each loaded once, of both networks, and kept in registers."""
+    C = _multiple(C, CLASS_ALIGN)
+    s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
+    ds_stride, dt_stride = _multiple(ds_stride, ROW_ALIGN), _multiple(dt_stride, ROW_ALIGN)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    loss_s, loss_t, bad = _tile(
+        student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+        rows, rows < N, N, C, s_stride, t_stride, ds_stride, dt_stride,
+        c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+        smoothing, smoothing_each, ignore_index,
+        BLOCK, CHUNK, PADDED, PARTS, SCALE_AT, DTYPE, TERMS,
+    )  # fmt: skip
+    if TERMS.kd or TERMS.target == "soft":  # noqa: SIM102  # the outer one is for the compiler
+        if tl.max(bad.to(tl.int32)) != 0:
+            for i in range(ROWS):
+                row = first + i
+                here = rows == row
+                if tl.max((bad & here).to(tl.int32)) != 0:
+                    again_s, again_t = _row(
+                        student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+                        row, N, C, s_stride, t_stride, ds_stride, dt_stride,
+                        c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+                        smoothing, smoothing_each, ignore_index,
+                        CHUNK, 1, True, 1, True, PARTS, SCALE_AT, DTYPE, TERMS, True,
+                    )  # fmt: skip
+                    loss_s = tl.where(here, again_s, loss_s)
+                    loss_t = tl.where(here, again_t, loss_t)
+    if TERMS.per_row:
+        tl.store(student_losses + rows, loss_s, rows < N)
+        tl.store(teacher_losses + rows, loss_t, rows < N)
+    else:
+        tl.store(student_losses + tl.program_id(0), tl.sum(loss_s))
+        tl.store(teacher_losses + tl.program_id(0), tl.sum(loss_t))
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def loop_kernel(
+    student, teacher, target, sample_weight, totals, scale, ds, dt,
+    student_losses, teacher_losses, records,
+    N, C, s_stride, t_stride, ds_stride, dt_stride,
+    c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+    smoothing, smoothing_each, ignore_index,
+    ROW_ALIGN: tl.constexpr, CLASS_ALIGN: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr,
+    PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """One row a program, in blocks, of any length; the arguments are `tile_kernel`'s."""
+    C = _multiple(C, CLASS_ALIGN)
+    s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
+    ds_stride, dt_stride = _multiple(ds_stride, ROW_ALIGN), _multiple(dt_stride, ROW_ALIGN)
+    row = tl.program_id(0).to(tl.int64)
+    loss_s, loss_t = _row(
+        student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+        row, N, C, s_stride, t_stride, ds_stride, dt_stride,
+        c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
+        smoothing, smoothing_each, ignore_index,
+        LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE, TERMS, False,
+    )  # fmt: skip
+    tl.store(student_losses + row, loss_s)
+    tl.store(teacher_losses + row, loss_t)
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def totals_kernel(
+    target, sample_weight, totals, N, ignore_index, LABELS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Before: ``totals`` (programs,), the weights of the rows that count, in parts."""
+    part = tl.zeros((BLOCK,), tl.float64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, N, tl.num_programs(0) * BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        counted = rows < N
+        if LABELS:
+            counted &= tl.load(target + rows, counted, other=0) != ignore_index
+        if sample_weight is None:
+            part += tl.where(counted, 1.0, 0.0)
+        else:
+            part += tl.load(sample_weight + rows, counted, other=0.0).to(tl.float64)
+    tl.store(totals + tl.program_id(0), tl.sum(part))
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_kernel(student_losses, teacher_losses, student, teacher, count, BLOCK: tl.constexpr):
+    """After: one program adds up what the others left, in float64 and always in the same order."""
+    sum_s, sum_t = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        sum_s += tl.load(student_losses + at, at < count, other=0.0).to(tl.float64)
+        sum_t += tl.load(teacher_losses + at, at < count, other=0.0).to(tl.float64)
+    tl.store(student, tl.sum(sum_s))
+    tl.store(teacher, tl.sum(sum_t))
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def gradient_kernel(
+    student, teacher, target, state, student_upstream, teacher_upstream, announced, ds, dt,
+    N, C, s_stride, t_stride, ds_stride, dt_stride,
+    state_row, state_field,  # strides of the state, a record a row
+    student_upstream_stride, teacher_upstream_stride,  # 0: one for all rows
+    c, temperature, student_ce, student_kd, teacher_ce, teacher_kd, smoothing, smoothing_each,
+    ignore_index,
+    BLOCK: tl.constexpr, ANNOUNCED: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Gradients from the logits and the rows' records. Rows whose upstream is ``announced`` (0-dim
+    where ANNOUNCED is "tensor", not there where it is "none") have theirs, and are left alone."""
+    g_s, g_t = tl.zeros((), DTYPE), tl.zeros((), DTYPE)
+    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        if TERMS.student_grad:
+            g_s = tl.load(student_upstream + row * student_upstream_stride).to(DTYPE)
+        if TERMS.teacher_grad:
+            g_t = tl.load(teacher_upstream + row * teacher_upstream_stride).to(DTYPE)
+        stale = True
+        if ANNOUNCED != "none":
+            scale = tl.load(announced).to(DTYPE) if ANNOUNCED == "tensor" else announced
+            stale = ((g_s != scale) & TERMS.student_grad) | ((g_t != scale) & TERMS.teacher_grad)
+        if stale:
+            _gradient_row(
+                g_s, g_t, student, teacher, target, state + row * state_row, ds, dt, row, C,
+                s_stride, t_stride, ds_stride, dt_stride, state_field,
+                c, temperature, student_ce, student_kd, teacher_ce, teacher_kd,
+                smoothing, smoothing_each, ignore_index, BLOCK, DTYPE, TERMS,
+            )  # fmt: skip
