@@ -23,8 +23,8 @@ def prepare(
     options: LossOptions,
     grad_scale: float | Tensor,
 ) -> Problem:
-    """Check one call and flatten its leading dimensions to rows (a view wherever one exists)."""
-    options.check()
+    """Check one call, but for its options, and flatten its leading dimensions to rows (a view
+    wherever one exists)."""
     _check_logits("student_logits", student)
     _check_logits("teacher_logits", teacher)
     if student.shape != teacher.shape:
@@ -37,9 +37,7 @@ def prepare(
 
     leading, classes = student.shape[:-1], student.shape[-1]
     if target is not None:
-        target = _check_target(target, student).reshape(
-            (-1, classes) if target.is_floating_point() else (-1,)
-        )
+        target = _check_target(target, student)
     if sample_weight is not None:
         _check_tensor("sample_weight", sample_weight)
         if not sample_weight.is_floating_point():
@@ -54,6 +52,8 @@ def prepare(
     if student.ndim != 2:
         rows = leading.numel()  # not -1: that is ambiguous where the leading shape holds a 0
         student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
+        if target is not None:
+            target = target.reshape((rows, classes) if target.is_floating_point() else (rows,))
     return Problem(student, teacher, target, sample_weight, options)
 
 
@@ -160,7 +160,8 @@ def _check_target(target: object, logits: Tensor) -> Tensor:
                 f"target must have shape {tuple(logits.shape[:-1])}, one label a sample, "
                 f"got {tuple(target.shape)}"
             )
-        target = target.to(torch.int64)
+        if target.dtype != torch.int64:
+            target = target.to(torch.int64)
     else:
         raise TypeError(
             f"target must hold integer labels or floating soft labels, got {target.dtype}"

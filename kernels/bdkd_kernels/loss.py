@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import as_rows, check_gradient_buffers, prepare
-from .types import BDKDOutput, BDKDStats, Divergence, LossOptions, Reduction
+from .types import BDKDOutput, BDKDStats, Divergence, Reduction, checked_options
 
 
 def bdkd_loss(
@@ -74,7 +74,7 @@ def bdkd_loss(
 
     Source: Amara et al., arXiv 2212.12965.
     """
-    options = LossOptions(
+    options = checked_options(
         temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
         soften_entropy, label_smoothing, ignore_index, reduction,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def bdkd_loss_and_grad(
     Returns:
         ``(out, (ds, dt))``; ``out`` is detached.
     """
-    options = LossOptions(
+    options = checked_options(
         temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
         soften_entropy, label_smoothing, ignore_index, reduction,
     )  # fmt: skip
@@ -163,11 +163,10 @@ class BDKDLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options = LossOptions(
+        self.options = checked_options(
             temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
             soften_entropy, label_smoothing, ignore_index, reduction,
         )  # fmt: skip
-        self.options.check()
         backends.check_name(backend)
         self.backend = backend
 

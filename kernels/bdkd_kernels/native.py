@@ -9,9 +9,10 @@ import ctypes
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
-from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int64
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,24 +33,17 @@ _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16
 _NO_TARGET, _LABELS = -2, -1  # or the storage of soft labels
 
 
-class _Options(ctypes.Structure):  # csrc/call.h
-    _fields_ = (
-        *((name, c_double) for name in ("temperature", "gamma", "student_ce", "student_kd",
-                                        "teacher_ce", "teacher_kd", "label_smoothing")),
-        ("ignore_index", c_int64),
-        *((name, c_int32) for name in ("teacher_forward", "soften_entropy", "mean", "none")),
-    )  # fmt: skip
+_OPTIONS = struct.Struct("=7dq4i")  # csrc/call.h: Options
+_CALL = struct.Struct("=2d17q5i")  # csrc/kernel.cpp: Arguments
 
 
-@lru_cache(maxsize=64)
-def _options(o: LossOptions) -> tuple[_Options, int]:
-    """The options as the library reads them, and their address."""
-    options = _Options(
+@lru_cache(maxsize=256)
+def _packed(o: LossOptions) -> bytes:
+    return _OPTIONS.pack(
         o.temperature, o.gamma, o.student_ce, o.student_kd, o.teacher_ce, o.teacher_kd,
         o.label_smoothing, o.ignore_index, o.teacher_divergence == "forward", o.soften_entropy,
         o.reduction == "mean", o.reduction == "none",
     )  # fmt: skip
-    return options, ctypes.addressof(options)
 
 
 def _run(
@@ -70,24 +64,23 @@ def _run(
         target_kind = _LABELS
     else:
         target_kind = _STORAGE[target.dtype]
-    keep_alive, address = _options(options)
     assert _library is not None  # or `choose` would not have come here
-    bad = _library.bdkd_run(
-        address, rows, classes, _STORAGE[student.dtype], _STORAGE[teacher.dtype],
+    # One packed argument: as many by themselves would take ctypes longer than a small batch takes.
+    bad = _library.bdkd_run(_packed(options) + _CALL.pack(
+        *scales, rows, classes,
         student.data_ptr(), student.stride(0), teacher.data_ptr(), teacher.stride(0),
-        target_kind, None if target is None else target.data_ptr(),
-        None if weight is None else weight.data_ptr(),
-        None if ds is None else ds.data_ptr(), 0 if ds is None else ds.stride(0),
-        None if dt is None else dt.data_ptr(), 0 if dt is None else dt.stride(0),
-        *scales,
-        None if student_upstream is None else student_upstream.data_ptr(),
-        None if teacher_upstream is None else teacher_upstream.data_ptr(),
-        None if losses is None else losses[0].data_ptr(),
-        None if losses is None else losses[1].data_ptr(),
-        None if stats is None else stats.data_ptr(),
+        0 if target is None else target.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
+        0 if ds is None else ds.data_ptr(), 0 if ds is None else ds.stride(0),
+        0 if dt is None else dt.data_ptr(), 0 if dt is None else dt.stride(0),
+        0 if student_upstream is None else student_upstream.data_ptr(),
+        0 if teacher_upstream is None else teacher_upstream.data_ptr(),
+        0 if losses is None else losses[0].data_ptr(),
+        0 if losses is None else losses[1].data_ptr(),
+        _STORAGE[student.dtype], _STORAGE[teacher.dtype], target_kind,
         torch.get_num_threads(), check_labels,
-    )  # fmt: skip
-    del keep_alive
+    ))  # fmt: skip
     if bad >= 0:
         assert target is not None
         raise_bad_label(bad, int(target[bad]), classes, options.ignore_index)
@@ -99,7 +92,7 @@ def _forward(
     ds: Tensor | None,
     dt: Tensor | None,
     check_labels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> ops.Outputs:
     dtype = compute_dtype(problem.student, problem.teacher)
     rows = problem.student.shape[0]
     shape = (rows,) if problem.options.reduction == "none" else ()
@@ -107,12 +100,12 @@ def _forward(
     stats = torch.empty((12, rows), dtype=dtype)
     scale = float(grad_scale)
     _run(problem, (scale, scale), (None, None), (ds, dt), (student, teacher), stats, check_labels)
-    return student, teacher, stats, torch.empty((0, rows), dtype=dtype)
+    return student, teacher, stats, None
 
 
 def _backward(
     problem: Problem,
-    state: Tensor,
+    state: Tensor | None,
     student_upstream: Tensor | None,
     teacher_upstream: Tensor | None,
     ds: Tensor | None,
@@ -134,7 +127,7 @@ def _upstream(
     if upstream is None:
         return 0.0, None, False
     if announced is not None and dtype == torch.float32:
-        announced = c_float(announced).value  # what a user's 0.1 has become on its way here
+        announced = c_float(float(announced)).value  # what a user's 0.1 has become on its way here
     if upstream.ndim == 0:
         scale = upstream.item()
         return scale, None, announced is None or scale != announced
@@ -195,11 +188,7 @@ def _load() -> tuple[ctypes.CDLL | None, Availability]:
     except OSError as error:
         return None, Availability(False, f"the native kernel does not load ({error}): {_REMEDY}")
     library.bdkd_run.restype = c_int64
-    library.bdkd_run.argtypes = [
-        c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32,
-        c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_double, c_double, c_void_p,
-        c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32,
-    ]  # fmt: skip
+    library.bdkd_run.argtypes = [c_char_p]
     library.bdkd_instruction_set.restype = c_char_p
     library.bdkd_instruction_set.argtypes = [c_char_p]
     return library, Availability(True, f"C++, {library.bdkd_instruction_set(None).decode()}")

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
@@ -101,6 +103,26 @@ class LossOptions:
             if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):
                 raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
             object.__setattr__(self, "ignore_index", int(self.ignore_index))
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
+def _checked_options(*values) -> LossOptions:
+    options = LossOptions(*values)
+    options.check()
+    return options
+
+
+def checked_options(*values) -> LossOptions:
+    """``LossOptions(*values)``, checked; the same object for the same values, which a training loop
+    repeats: making and checking it takes longer than the kernel of a small batch."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _checked_options(*values)
+        except TypeError:
+            pass  # a value that cannot be hashed, or that the check refuses: it says so itself
+    options = LossOptions(*values)
+    options.check()
+    return options
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 enum Storage : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum Target : int32_t { kNoTarget = -2, kLabels = -1 };  // else soft labels, of that Storage
 
-struct Options {  // laid out as native.py's _Options
+struct Options {  // as native.py packs them
   double temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, label_smoothing;
   int64_t ignore_index;
   int32_t teacher_forward, soften_entropy, mean, none;

@@ -1,6 +1,7 @@
 // The C interface: picks the instruction set, shares the rows among threads, reduces in a fixed
 // order. Nothing here knows of torch or Python.
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -144,25 +145,44 @@ double weight_at(const void* weight, bool wide, int64_t i) {
 
 }  // namespace
 
-// The first row whose label is neither in [0, classes) nor ignored, or -1: nothing is written then
-// where `check` is set. See call.h for the arguments; student and teacher in that order.
-EXPORT int64_t bdkd_run(
-    const Options* options, int64_t rows, int64_t classes, int32_t storage_s, int32_t storage_t,
-    const void* s, int64_t stride_s, const void* t, int64_t stride_t, int32_t target_kind,
-    const void* target, const void* weight, void* ds, int64_t stride_ds, void* dt, int64_t stride_dt,
-    double scale_s, double scale_t, const void* upstream_s, const void* upstream_t, void* loss_s,
-    void* loss_t, void* stats, int32_t threads, int32_t check) {
-  const bool wide = storage_s == kFloat64 || storage_t == kFloat64;
-  const int64_t* labels = target_kind == kLabels ? (const int64_t*)target : nullptr;
+// What native.py packs: Options, then these; null where there is nothing. Student before teacher.
+struct Arguments {
+  Options options;
+  double scale_s, scale_t;
+  int64_t rows, classes;
+  const void* s;
+  int64_t stride_s;
+  const void* t;
+  int64_t stride_t;
+  const void *target, *weight;
+  void* stats;
+  void* ds;
+  int64_t stride_ds;
+  void* dt;
+  int64_t stride_dt;
+  const void *upstream_s, *upstream_t;
+  void *loss_s, *loss_t;
+  int32_t storage_s, storage_t, target_kind, threads, check_labels;
+};
+
+// The first row whose label is neither in [0, classes) nor ignored, or -1; nothing is written then
+// where the labels are to be checked.
+EXPORT int64_t bdkd_run(const void* packed) {
+  Arguments a;
+  memcpy(&a, packed, offsetof(Arguments, check_labels) + sizeof a.check_labels);
+  const Options* options = &a.options;
+  const int64_t rows = a.rows, classes = a.classes;
+  const bool wide = a.storage_s == kFloat64 || a.storage_t == kFloat64;
+  const int64_t* labels = a.target_kind == kLabels ? (const int64_t*)a.target : nullptr;
   double counted = 0;
-  if (labels && (check || options->mean)) {
+  if (labels && (a.check_labels || options->mean)) {
     const int64_t ignore = options->ignore_index;
     int64_t kept = 0, bad = 0;
     for (int64_t i = 0; i < rows; ++i) {
       kept += labels[i] != ignore;
       bad += (uint64_t)labels[i] >= (uint64_t)classes && labels[i] != ignore;
     }
-    if (check && bad) {
+    if (a.check_labels && bad) {
       int64_t i = 0;
       while ((uint64_t)labels[i] < (uint64_t)classes || labels[i] == ignore) ++i;
       return i;
@@ -171,20 +191,20 @@ EXPORT int64_t bdkd_run(
   } else {
     counted = rows;
   }
-  if (weight && options->mean) {
+  if (a.weight && options->mean) {
     counted = 0;
     for (int64_t i = 0; i < rows; ++i)
-      if (!labels || labels[i] != options->ignore_index) counted += weight_at(weight, wide, i);
+      if (!labels || labels[i] != options->ignore_index) counted += weight_at(a.weight, wide, i);
   }
 
   Call call{};
   call.options = *options;
   call.rows = rows, call.classes = classes;
-  call.student = {storage_s, s, stride_s, ds, stride_ds, upstream_s, scale_s};
-  call.teacher = {storage_t, t, stride_t, dt, stride_dt, upstream_t, scale_t};
-  call.target_kind = target_kind, call.target = target, call.weight = weight;
+  call.student = {a.storage_s, a.s, a.stride_s, a.ds, a.stride_ds, a.upstream_s, a.scale_s};
+  call.teacher = {a.storage_t, a.t, a.stride_t, a.dt, a.stride_dt, a.upstream_t, a.scale_t};
+  call.target_kind = a.target_kind, call.target = a.target, call.weight = a.weight;
   call.per_row = options->mean && counted != 0 ? 1 / counted : 1;
-  call.stats = stats;
+  call.stats = a.stats;
   // Gradients too large for the caches that their reader could find them in go past them. That
   // takes rows of whole vectors.
   constexpr int64_t kStreamed = 16 << 20;
@@ -198,17 +218,17 @@ EXPORT int64_t bdkd_run(
   call.streaming = bytes >= kStreamed && !misaligned;
 
   std::unique_ptr<double[]> losses;
-  if (loss_s) {
+  if (a.loss_s) {
     losses.reset(new double[2 * rows]);
     call.student_loss = losses.get(), call.teacher_loss = losses.get() + rows;
   }
   const RowKernels& kernels = chosen.load()->kernels;
-  run_all(call, storage_s == storage_t ? kernels.of[storage_s] : wide ? kernels.mixed_wide : kernels.mixed,
-          threads);
-  if (loss_s) {
+  run_all(call, a.storage_s == a.storage_t ? kernels.of[a.storage_s] : wide ? kernels.mixed_wide : kernels.mixed,
+          a.threads);
+  if (a.loss_s) {
     auto write = wide ? write_loss<double> : write_loss<float>;
-    write(call.student_loss, call, loss_s);
-    write(call.teacher_loss, call, loss_t);
+    write(call.student_loss, call, a.loss_s);
+    write(call.teacher_loss, call, a.loss_t);
   }
   return -1;
 }
