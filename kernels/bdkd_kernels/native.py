@@ -12,7 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from ctypes import c_char_p, c_float, c_int64
+from ctypes import c_char_p, c_int64
 from functools import lru_cache
 from pathlib import Path
 
@@ -126,13 +126,17 @@ def _upstream(
     """As one number, or one a row; and whether it is not what was announced."""
     if upstream is None:
         return 0.0, None, False
-    if announced is not None and dtype == torch.float32:
-        announced = c_float(float(announced)).value  # what a user's 0.1 has become on its way here
-    if upstream.ndim == 0:
-        scale = upstream.item()
-        return scale, None, announced is None or scale != announced
+    if upstream.ndim == 0:  # one that was announced does not come here
+        return upstream.item(), None, True
     rows = upstream.to(dtype).contiguous()  # (N,)
     return 0.0, rows, announced is None or not bool((rows == announced).all())
+
+
+def set_instruction_set(name: str | None = None) -> str:
+    """The instruction set in use; with the name of one that this machine has, that one now."""
+    assert _library is not None
+    _library.bdkd_instruction_set(None if name is None else name.encode())
+    return _library.bdkd_instruction_set(None).decode()
 
 
 def _sources_hash() -> str | None:

@@ -22,14 +22,15 @@ Logits and buffers arrive with unit stride in the class dimension, any row strid
 row; ``target`` and ``sample_weight`` (in ``compute_dtype``) contiguous; a network without a term
 never has a buffer. A buffer may share the logits' memory.
 
-Three ways in. Plain eager calls go round the dispatcher: gradients come out of ``forward``, and one
-autograd node lets the two losses go backward together, or apart and in any order.
+Three ways in. Plain eager calls go round the dispatcher: gradients come out of ``forward``, and
+each network gets its own autograd node, so that the two losses go backward apart and in any order.
 Compiled calls go through one operator whose backward makes both gradients from the logits (6 units
 of traffic; gradients in the forward and a functional copy in the backward would be 8). Eager calls
 under a dispatch mode or with a tensor subclass go through that operator too, once a network.
 """
 
 from collections.abc import Callable
+from ctypes import c_float
 from typing import Any
 
 import torch
@@ -41,7 +42,6 @@ from .reference import compute_dtype
 from .types import BDKDStats, LossOptions, Problem
 
 Losses = tuple[Tensor, Tensor, BDKDStats]
-Pair = tuple[Tensor | None, Tensor | None]  # the student's, the teacher's
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # losses, statistics, state
 Forward = Callable[
     [Problem, float | Tensor, Tensor | None, Tensor | None, bool],
@@ -111,15 +111,12 @@ class Fused:
         ds = _empty_like(problem.student) if want_student else None  # (N, C)
         dt = _empty_like(problem.teacher) if want_teacher else None  # (N, C)
         student, teacher, stats, state = self.forward(problem, grad_scale, ds, dt, True)
-        if want_student or want_teacher:
-            call = _Call(self, problem, state, (student, teacher), (ds, dt), grad_scale)
-            connected = _Losses.apply(problem.student, problem.teacher, call)
-            if want_student and want_teacher:
-                student, teacher = connected
-            elif want_student:
-                student = connected
-            else:
-                teacher = connected
+        if want_student:
+            node = _Node(self, problem, state, student, ds, grad_scale, 0)
+            student = _NetworkLoss.apply(problem.student, node)
+        if want_teacher:
+            node = _Node(self, problem, state, teacher, dt, grad_scale, 1)
+            teacher = _NetworkLoss.apply(problem.teacher, node)
         return student, teacher, BDKDStats._make(stats.unbind())
 
     def loss_and_grad(
@@ -154,7 +151,7 @@ class Fused:
     ) -> Outputs:
         """The backend's forward on rows as it wants them; see the module's docstring."""
         student = problem.student
-        if len(student) == 0:
+        if student.shape[0] == 0:
             return self._empty_outputs(problem)
         problem = _laid_out(problem)
         into_ds, into_dt = _unit_stride_buffer(ds), _unit_stride_buffer(dt)
@@ -173,7 +170,7 @@ class Fused:
         announced: float | Tensor | None,
     ) -> None:
         """The backend's backward, likewise."""
-        if len(problem.student):
+        if problem.student.shape[0]:
             self._backward(_laid_out(problem), state, *upstreams, *gradients, announced)
 
     def _empty_outputs(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -300,93 +297,81 @@ class Fused:
         register_autograd(backward, refuse)
 
 
-class _Call:
-    """What the autograd node of one call holds.
+class _Node:
+    """What one network's autograd node knows beside its saved tensors."""
 
-    In attributes, not by ``save_for_backward``, which frees after the first of two separate
-    backward passes: so it looks itself whether logits have changed, and lets go of them itself.
-    """
+    __slots__ = ("announced", "fused", "gradient", "loss", "network", "options", "tensors")
 
-    __slots__ = ("announced", "fused", "gradients", "losses", "problem", "state", "versions")
-
-    def __init__(self, fused, problem, state, losses, gradients, announced) -> None:
-        self.fused, self.problem, self.state = fused, problem, state
-        self.losses, self.gradients, self.announced = losses, gradients, announced
-        self.versions = problem.student._version, problem.teacher._version
-
-    def backward(self, upstreams: Pair) -> Pair:
-        """The gradients for the upstreams that came."""
-        problem, announced = self.problem, self.announced
-        if problem is None:
-            raise RuntimeError(
-                "bdkd_loss has been backpropagated and its logits were freed: "
-                "pass retain_graph=True to the first backward"
-            )
-        if self.versions != (problem.student._version, problem.teacher._version):
-            raise RuntimeError("logits were modified in place between bdkd_loss and its backward")
-        student_asked, teacher_asked = upstreams[0] is not None, upstreams[1] is not None
-        ds = self.gradients[0] if student_asked else None
-        dt = self.gradients[1] if teacher_asked else None
-        if (student_asked and ds is None) or (teacher_asked and dt is None):
-            announced = None  # one was handed out before: made again
-            ds = _empty_like(problem.student) if student_asked else None
-            dt = _empty_like(problem.teacher) if teacher_asked else None
-        gradients = ds, dt
-        self.gradients = (
-            None if student_asked else self.gradients[0],
-            None if teacher_asked else self.gradients[1],
+    def __init__(self, fused, problem, state, loss, gradient, announced, network) -> None:
+        self.fused, self.network, self.loss = fused, network, loss
+        self.gradient, self.announced = gradient, announced
+        self.options = problem.options
+        self.tensors = (
+            problem.student,
+            problem.teacher,
+            problem.target,
+            problem.sample_weight,
+            state,
         )
-        with torch.no_grad():
-            self.fused.backward(problem, self.state, upstreams, gradients, announced)
-        if self.gradients == (None, None) and not _graph_is_kept():
-            self.problem = self.state = None
-        return gradients
+
+    def is_announced(self, upstream: Tensor) -> bool:
+        """Whether the gradient that was made is already the one for this upstream; False where only
+        the device could tell."""
+        if upstream.ndim != 0 or upstream.device.type != "cpu":
+            return False
+        value, announced = upstream.item(), float(self.announced)
+        if upstream.dtype == torch.float32:
+            announced = c_float(announced).value  # what a user's 0.1 has become on its way here
+        return value == announced
 
 
-_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+class _NetworkLoss(torch.autograd.Function):
+    """Ties one network's loss to its logits and to the gradient that the forward pass left.
 
-
-class _Losses(torch.autograd.Function):
-    """Ties the losses to their logits and to the gradients that the forward pass left.
-
-    A gradient is handed out at its first backward and forgotten: ``AccumulateGrad`` clones one that
-    anything else still refers to. A second backward (``retain_graph=True``) makes it again from the
-    logits. One node serves both losses, in one backward pass or in two: a node each costs more than
-    the kernel at 128 x 100.
+    A node each: a common one would lead the backward pass of one loss into the other's network and
+    free what that has saved. The gradient is handed out at the first backward and forgotten:
+    ``AccumulateGrad`` clones one that anything else still refers to. A second backward
+    (``retain_graph=True``) makes it again from the saved logits.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, call: _Call):
-        ctx.set_materialize_grads(False)
-        ctx.call = call
-        losses, (ds, dt) = call.losses, call.gradients
-        del call.losses
-        ctx.network = None if ds is not None and dt is not None else 0 if ds is not None else 1
-        return losses if ctx.network is None else losses[ctx.network]
+    def forward(ctx, logits: Tensor, node: _Node) -> Tensor:
+        ctx.save_for_backward(*node.tensors)
+        loss = node.loss
+        del node.loss, node.tensors
+        ctx.node = node
+        return loss
 
     @staticmethod
-    def backward(ctx, *above: Tensor | None):
-        call, network = ctx.call, ctx.network
-        upstreams = above
-        if network is not None:
-            upstreams = (above[0], None) if network == 0 else (None, above[0])
-        problem = call.problem
-        gradients = call.backward(upstreams)
+    def backward(ctx, upstream: Tensor):
+        node = ctx.node
+        gradient, node.gradient = node.gradient, None
+        if gradient is None or not node.is_announced(upstream):
+            student, teacher, target, weight, state = ctx.saved_tensors
+            announced = node.announced
+            if gradient is None:
+                gradient, announced = _empty_like((student, teacher)[node.network]), None
+            problem = Problem(student, teacher, target, weight, node.options)
+            only = (upstream, None) if node.network == 0 else (None, upstream)
+            into = (gradient, None) if node.network == 0 else (None, gradient)
+            with torch.no_grad():
+                node.fused.backward(problem, state, only, into, announced)
         if torch.is_grad_enabled():  # create_graph=True: an error, but only if it is followed
-            name = call.fused.name
-            gradients = tuple(
-                None if x is None else _NoDoubleBackward.apply(*problem[:2], *above, x, name)
-                for x in gradients
+            student, teacher, *_ = ctx.saved_tensors
+            gradient = _NoDoubleBackward.apply(
+                student, teacher, upstream, gradient, node.fused.name
             )
-        return *gradients, None
+        return gradient, None
 
 
 class _NoDoubleBackward(torch.autograd.Function):
     """The gradient, as a function of all it depends on, which cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx, *inputs) -> Tensor:
-        *_, gradient, ctx.backend = inputs
+    def forward(
+        ctx, student: Tensor, teacher: Tensor, upstream: Tensor, gradient: Tensor, backend: str
+    ) -> Tensor:
+        ctx.backend = backend
         return gradient.detach()
 
     @staticmethod

@@ -1,8 +1,47 @@
-"""The native CPU kernel: every case and edge row of the contract, on every instruction set here."""
+"""The native CPU kernel: the contract's cases and edge rows, and what is its own: instruction sets,
+threads, forks, rows at the end of a page, fresh builds."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
-from cases import CASES, judge
+import torch
+from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, native
+from cases import BF16, CASES, FP16, FP32, FP64, SHORT, judge
 from edges import EDGES
+
+pytestmark = pytest.mark.skipif(
+    not native.AVAILABILITY, reason=f"{native.AVAILABILITY}; the reference is tested in its place"
+)
+
+
+def instruction_sets() -> list[str]:
+    """Those of this machine but the best, which every other test runs on."""
+    if not native.AVAILABILITY:
+        return []
+    names = ("portable", "avx2", "avx512", "avx512bf16")
+    best = native.set_instruction_set()
+    here = [name for name in names if native.set_instruction_set(name) == name]
+    native.set_instruction_set(best)
+    return [name for name in here if name != best]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small cases in float64 by the hundred: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread):
+    torch.set_num_threads(2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -13,3 +52,182 @@ def test_agrees_with_float64(case):
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
 def test_edge(edge):
     edge("native")
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_instruction_set(name):
+    best = native.set_instruction_set()
+    assert native.set_instruction_set(name) == name
+    try:
+        for case in SHORT[::2]:
+            judge(case, "native")
+        for edge in EDGES:
+            edge("native")
+    finally:
+        native.set_instruction_set(best)
+
+
+def test_an_unknown_instruction_set_changes_nothing():
+    assert native.set_instruction_set("z80") == native.set_instruction_set()
+
+
+def everything(s, t, y, **options):
+    out, (ds, dt) = bdkd_loss_and_grad(s, t, y, backend="native", temperature=4.0, **options)
+    return [out.student, out.teacher, *out.stats, ds, dt]
+
+
+@pytest.mark.parametrize("storage", [FP32, BF16])
+def test_threads_change_no_bit(storage, two_threads):
+    rng = torch.Generator().manual_seed(5)
+    # Many short rows; rows of several blocks; fewer rows than threads.
+    for n, c in ((4001, 10), (300, 1003), (37, 5000), (1, 40000)):
+        s, t = torch.randn(2, n, c, generator=rng).to(storage)
+        y = torch.randint(c, (n,), generator=rng)
+        weight = torch.rand(n, generator=rng)
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(everything(s, t, y, sample_weight=weight))
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b), (n, c)
+
+
+def test_several_python_threads_at_once(two_threads):
+    rng = torch.Generator().manual_seed(6)
+    inputs = [
+        (*torch.randn(2, 400, 101 + k, generator=rng), torch.randint(101, (400,), generator=rng))
+        for k in range(6)
+    ]
+    want = [everything(*x) for x in inputs]
+    wrong = []
+
+    def work(k: int) -> None:
+        for _ in range(10):
+            got = everything(*inputs[k])
+            if not all(map(torch.equal, got, want[k])):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_computes_too(two_threads):
+    """As a DataLoader's worker would, after its parent has used its threads. Also with threads."""
+    rng = torch.Generator().manual_seed(7)
+    s, t = torch.randn(2, 600, 200, generator=rng)
+    y = torch.randint(200, (600,), generator=rng)
+    want = everything(s, t, y)
+    child = os.fork()
+    if child == 0:
+        got = everything(s, t, y)
+        os._exit(0 if all(x.numpy().tobytes() == w.numpy().tobytes()
+                          for x, w in zip(got, want, strict=True)) else 3)  # fmt: skip
+    deadline = threading.Timer(30, os.kill, (child, 9))
+    deadline.start()
+    _, status = os.waitpid(child, 0)
+    deadline.cancel()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert all(map(torch.equal, everything(s, t, y), want))  # the parent's threads still work
+
+
+class PageEnd:
+    """Memory whose last byte is followed by a page that must not be touched."""
+
+    def __init__(self, size: int) -> None:
+        page = mmap.PAGESIZE
+        self.whole = (size + page - 1) // page * page
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        private_anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        start = libc.mmap(None, self.whole + 2 * page, 3, private_anonymous, -1, 0)
+        assert libc.mprotect(start, page, 0) == 0  # and one before it
+        assert libc.mprotect(start + page + self.whole, page, 0) == 0
+        self.first, self.end = start + page, start + page + self.whole
+
+    def tensor(self, shape, dtype, at_end: bool) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        address = self.end - size if at_end else self.first
+        memory = (ctypes.c_char * size).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no mprotect on this platform")
+@pytest.mark.parametrize("storage", [FP64, FP32, FP16, BF16])
+def test_rows_at_the_end_of_a_page(storage):
+    """Nothing before or after a row is read or written: the neighbouring page would kill us."""
+    rng = torch.Generator().manual_seed(8)
+    for n, c in ((1, 1), (3, 2), (2, 15), (2, 16), (1, 17), (3, 67), (1, 1000), (1, 33000)):
+        y = torch.randint(c, (n,), generator=rng)
+        soft = torch.softmax(torch.randn(n, c, generator=rng), -1).to(storage)
+        values = torch.randn(2, n, c, generator=rng).to(storage)
+        size = n * c * storage.itemsize
+        for at_end in (True, False):
+            s, t, ds, dt, q = (PageEnd(size).tensor((n, c), storage, at_end) for _ in range(5))
+            s.copy_(values[0]), t.copy_(values[1]), q.copy_(soft)
+            for target in (y, q):
+                want = everything(*values, y if target is y else soft)
+                for got, right in zip(everything(s, t, target, grads=(ds, dt)), want, strict=True):
+                    assert torch.equal(got, right)
+
+
+def test_large_gradients_go_past_the_cache_unharmed():
+    rng = torch.Generator().manual_seed(9)
+    s, t = torch.randn(2, 40, 65536, generator=rng)  # 2 x 10 MB: streamed; the halves are not
+    y = torch.randint(65536, (40,), generator=rng)
+    whole = everything(s, t, y, reduction="sum")
+    halves = [everything(s[k], t[k], y[k], reduction="sum") for k in (slice(20), slice(20, 40))]
+    for network in (-2, -1):
+        assert torch.equal(whole[network], torch.cat([half[network] for half in halves]))
+
+
+def test_it_is_what_auto_takes():
+    s, t = torch.randn(2, 3, 4)
+    y = torch.zeros(3, dtype=torch.int64)
+    a, b = (bdkd_loss(s, t, y, backend=backend) for backend in ("auto", "native"))
+    assert torch.equal(a.student, b.student)
+
+
+def test_no_gradient_buffers_without_gradients(monkeypatch):
+    """Nothing of size N x C is allocated under no_grad, or for a teacher that needs no gradient."""
+    made = []
+    empty = torch.empty
+
+    def watched(*args, **kwargs):
+        made.append(empty(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", watched)
+    s, t = torch.randn(2, 64, 100).unbind()
+    y = torch.zeros(64, dtype=torch.int64)
+    bdkd_loss(s, t, y, backend="native")
+    with torch.no_grad():
+        bdkd_loss(s.requires_grad_(), t, y, backend="native")
+    assert sum(x.numel() for x in made) < 64 * 100
+    made.clear()
+    bdkd_loss(s, t, y, backend="native")
+    assert sum(x.shape == s.shape for x in made) == 1
+
+
+def test_a_changed_source_is_noticed():
+    """In a checkout the library says which sources it was built from."""
+    sources = native._sources_hash()
+    if sources is None:
+        pytest.skip("installed without its sources: there is nothing to be stale against")
+    assert native._is_built_from(sources)
+    assert not native._is_built_from("0" * 64)
+
+
+def test_importing_it_imports_no_triton():
+    code = "import sys, bdkd_kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

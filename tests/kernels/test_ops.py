@@ -1,0 +1,199 @@
+"""What the fused backends share: operators that pass opcheck, whole graphs under torch.compile, and
+an autograd node that gives its gradients away."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, native
+from bdkd_kernels.ops import flat_options
+from bdkd_kernels.types import LossOptions
+from cases import BF16, FP16, FP32, FP64
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.skipif(
+    not native.AVAILABILITY, reason=f"{native.AVAILABILITY}; triton's tests check these operators"
+)
+
+
+def draw(n: int, c: int, seed: int, storage=FP32, soft: bool = False):
+    rng = torch.Generator().manual_seed(seed)
+    s, t = torch.randn(2, n, c, generator=rng).to(storage)
+    y = torch.randint(c, (n,), generator=rng)
+    if soft:
+        y = torch.softmax(torch.randn(n, c, generator=rng), -1)
+    return s.requires_grad_(), t.requires_grad_(), y
+
+
+def gradients(s, t, y, upstream=(1.0, 1.0), **options):
+    a, b = s.detach().clone().requires_grad_(), t.detach().clone().requires_grad_()
+    out = bdkd_loss(a, b, y, **options)
+    (upstream[0] * out.student.sum() + upstream[1] * out.teacher.sum()).backward()
+    return a.grad, b.grad
+
+
+OPTIONS = {
+    "mean": LossOptions(temperature=4.0),
+    "none": LossOptions(reduction="none", teacher_divergence="forward", label_smoothing=0.1),
+    "teacher without a term": LossOptions(teacher_ce=0.0, teacher_kd=0.0),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("storage", [FP32, BF16, FP64])
+def test_opcheck(name, storage):
+    o, ops = OPTIONS[name], torch.ops.bdkd
+    s, t, y = draw(5, 7, 1, storage, soft=name == "none")
+    weight = torch.rand(5)
+    for grads in ((False, False), (True, True), (True, False)):
+        arguments = (s, t, y, weight, None, 2.0, *grads, *flat_options(o))
+        torch.library.opcheck(ops.native_forward.default, arguments)
+    above = torch.rand(5) if o.reduction == "none" else torch.tensor(3.0)
+    above = above.to(FP64 if storage == FP64 else FP32)
+    for upstreams in ((above, above), (above, None)):
+        arguments = (*upstreams, s.detach(), t.detach(), y, None, torch.empty(0, 5))
+        torch.library.opcheck(ops.native_backward.default, (*arguments, *flat_options(o)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def both(s, t, y, weight):
+        out = bdkd_loss(2 * s, t, y, temperature=4.0, sample_weight=weight, backend="native")
+        return out.student, 3 * out.teacher, out.stats.forward_kl
+
+    for n, c in ((5, 7), (9, 33)) if dynamic else ((5, 7),):
+        s, t, y = draw(n, c, 2)
+        weight = torch.rand(n)
+        student, teacher, kl = both(s, t, y, weight)
+        (student + teacher).backward()
+        a, b = s.detach().clone().requires_grad_(), t.detach().clone().requires_grad_()
+        want = bdkd_loss(2 * a, b, y, temperature=4.0, sample_weight=weight, backend="reference")
+        (want.student + 3 * want.teacher).backward()
+        right = (want.student, 3 * want.teacher, want.stats.forward_kl)
+        torch.testing.assert_close((student, teacher, kl), right)
+        torch.testing.assert_close((s.grad, t.grad), (a.grad, b.grad), atol=1e-6, rtol=1e-5)
+        assert not kl.requires_grad
+
+
+def test_loss_and_grad_compiles_to_one_graph():
+    @torch.compile(fullgraph=True)
+    def at_once(s, t, y, scale):
+        return bdkd_loss_and_grad(s, t, y, reduction="sum", grad_scale=scale, backend="native")
+
+    s, t, y = draw(5, 7, 3)
+    out, (ds, dt) = at_once(s, t, y, torch.tensor(8.0))
+    want, (want_ds, want_dt) = bdkd_loss_and_grad(s, t, y, reduction="sum", grad_scale=8.0)
+    torch.testing.assert_close((out.student, ds, dt), (want.student, want_ds, want_dt))
+
+
+def test_a_bad_label_is_nan_where_it_cannot_be_looked_at():
+    s, t, y = draw(4, 6, 4)
+    y[2] = 6
+    compiled = torch.compile(bdkd_loss, fullgraph=True)
+    out = compiled(s, t, y, reduction="none", backend="native")
+    assert out.student.isnan().tolist() == [False, False, True, False]
+    (out.student + out.teacher).sum().backward()
+    assert s.grad.isnan().all(-1).tolist() == [False, False, True, False]
+
+
+class Watching(TorchDispatchMode):
+    """A dispatch mode that notes every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_dispatch_mode_sees_the_operators(order):
+    s, t, y = draw(5, 7, 5)
+    with Watching() as mode:
+        out = bdkd_loss(s, t, y, backend="native")
+        bdkd_loss_and_grad(s, t, y, backend="native")
+        for network in order:  # apart, in either order
+            out[network].backward()
+    assert "bdkd.native_forward.default" in mode.seen
+    assert "bdkd.native_backward.default" in mode.seen
+    torch.testing.assert_close((s.grad, t.grad), gradients(s, t, y), atol=1e-7, rtol=1e-5)
+
+
+def test_transforms_of_torch_func_take_the_reference():
+    s, t, y = draw(5, 7, 6)
+    ds = torch.func.grad(lambda s: bdkd_loss(s, t.detach(), y).student)(s.detach())
+    torch.testing.assert_close(ds, gradients(s, t, y)[0])
+
+
+def test_gradients_are_given_away_not_copied():
+    """Accumulation into an empty ``.grad`` clones a gradient that anything else refers to."""
+    s, t, y = draw(64, 1000, 7)
+    out = bdkd_loss(s, t, y, backend="native")
+    made = [loss.grad_fn.node.gradient.data_ptr() for loss in out[:2]]
+    (out.student + out.teacher).backward()
+    assert [s.grad.data_ptr(), t.grad.data_ptr()] == made
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_each_loss_goes_back_through_its_own_network_only(order):
+    """Else the first backward would free what the other network has saved for its own."""
+    s, t, y = draw(5, 7, 8)
+    hidden = [(2 * s).exp(), (3 * t).exp()]
+    gone = [weakref.ref(x) for x in hidden]
+    out = bdkd_loss(*hidden, y, backend="native")
+    del hidden
+    out[order[0]].backward()
+    assert ((s, t)[order[1]]).grad is None
+    out[order[1]].backward()
+    assert s.grad.any()
+    assert t.grad.any()
+    gc.collect()
+    assert [x() for x in gone] == [None, None]  # the logits are not kept after that
+    with pytest.raises(RuntimeError, match="second time"):
+        out.student.backward()
+
+
+def test_logits_changed_before_another_upstream_are_noticed():
+    s, t, y = draw(5, 7, 9)
+    hidden = s * 2
+    out = bdkd_loss(hidden, t, y, backend="native")
+    with torch.no_grad():
+        hidden.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        (3 * out.student).backward()
+
+
+def test_another_upstream_is_computed_not_rescaled():
+    """fp16 gradients made for a scale of 1 have lost what a scale of 2^16 would have kept."""
+    rng = torch.Generator().manual_seed(10)
+    s, t = (torch.randn(2, 512, 1000, generator=rng)).to(FP16)
+    y = torch.randint(1000, (512,), generator=rng)
+    late = gradients(s, t, y, (2.0**16, 2.0**16), backend="native")
+    early = gradients(s, t, y, (2.0**16, 2.0**16), backend="native", grad_scale=2.0**16)
+    want = gradients(s.double(), t.double(), y, (2.0**16, 2.0**16), backend="reference")
+    for a, b, right in zip(late, early, want, strict=True):
+        assert torch.equal(a, b)
+        assert (a == 0).float().mean() < 1e-3
+        torch.testing.assert_close(a.double(), right, atol=1e-4, rtol=2e-3)
+
+
+def test_works_under_autocast_and_checkpoint():
+    s, t, y = draw(6, 16, 11)
+    net = torch.nn.Linear(16, 16)
+
+    def loss(s, t):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = bdkd_loss(net(s), net(t), y, backend="native")
+            assert out.student.dtype == FP32
+            return out.student + out.teacher
+
+    loss(s, t).backward()
+    once = net.weight.grad.clone()
+    net.weight.grad = None
+    checkpoint(loss, s, t, use_reentrant=False).backward()
+    torch.testing.assert_close(net.weight.grad, once)
