@@ -192,7 +192,8 @@ class Run:
         self.console.line(f"epoch {state.position.epoch}  validation  {shown}")
         judged = state.judged_networks()
         top1 = sum(results[name].top1 for name in judged) / len(judged)
-        if state.best is None or top1 > state.best.top1:
+        # Of equals the later one: its learning rate had come further down.
+        if state.best is None or top1 >= state.best.top1:
             state.best = Best(state.position.step, top1)
             self.folder.save_best(recipe, state.state_dict())
         self.clock += time.monotonic() - began
