@@ -10,6 +10,7 @@ Do not set TRITON_INTERPRET=1: nothing compiles then.
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -77,9 +78,10 @@ def compile_kernels(target: str, call) -> dict[str, object]:
     for function in (tile_kernel, loop_kernel, gradient_kernel):
         function.device_caches.clear()  # by device number: another target has the same
     driver.set_active(_Absent(TARGETS[target]))
+    nvidia = TARGETS[target].backend == "cuda"
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(triton_backend, "_NVIDIA", TARGETS[target].backend == "cuda"),
+        mock.patch.multiple(triton_backend, _NVIDIA=nvidia, _ORDERED_STORES=nvidia),
     ):
         call()
     return kernels
@@ -106,7 +108,7 @@ def compile_forward(target: str, dtype: str, classes: int, **kwargs) -> Compiled
 def compile_backward(target: str, dtype: str, classes: int, **kwargs) -> Compiled:
     call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
     ds, dt = (torch.empty_like(x) for x in (call.student, call.teacher))
-    state = torch.empty((triton_backend._RECORD, 64), device="meta")
+    state = torch.empty((triton_backend._STATE, 64), device="meta")
     upstream = torch.empty((), device="meta")
     kernels = compile_kernels(
         target,
@@ -118,13 +120,14 @@ def compile_backward(target: str, dtype: str, classes: int, **kwargs) -> Compile
 
 def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
     warps = kernel.metadata.num_warps
-    described = Compiled(target, dtype, classes, name, warps)
-    if TARGETS[target].backend != "cuda":
-        return described
+    if TARGETS[target].backend == "hip":
+        keys = ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size")
+        counts = [int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"])[1]) for key in keys]
+        return Compiled(target, dtype, classes, name, warps, *counts)
     cubin = kernel.asm["cubin"]
     used = resources(cubin)
     slots = None
-    if target == "sm_90" and name != "gradient_kernel":
+    if target == "sm_90" and dtype != "fp64" and name != "gradient_kernel":
         launch = triton_backend._launch(call, ds, dt)
         if isinstance(launch, triton_launch.Tile):
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)

@@ -14,6 +14,7 @@ from .checks import labels_can_be_read
 from .reference import compute_dtype
 from .triton_rows import (
     RECORD,
+    STATE,
     STATISTICS,
     Terms,
     gradient_kernel,
@@ -24,11 +25,12 @@ from .triton_rows import (
 )
 from .types import Availability, LossOptions, Problem
 
-_RECORD, _STATISTICS = RECORD.value, STATISTICS.value
+_RECORD, _STATE, _STATISTICS = RECORD.value, STATE.value, STATISTICS.value
 _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
 _INTERPRETED = triton.knobs.runtime.interpret
 _OLDEST = (3, 6)
 _NVIDIA = torch.version.hip is None and not _INTERPRETED
+_ORDERED_STORES = torch.version.hip is None
 
 
 def availability() -> Availability:
@@ -103,12 +105,12 @@ def _forward(
             student_losses, teacher_losses = sums
         else:
             student_losses, teacher_losses = student_losses[0], teacher_losses[0]
-    return student_losses, teacher_losses, records[:, :_STATISTICS].t(), records.t()
+    return student_losses, teacher_losses, records[:, :_STATISTICS].t(), records[:, :_STATE].t()
 
 
 def _backward(
     problem: Problem,
-    state: Tensor,
+    state: Tensor | None,
     student_upstream: Tensor | None,
     teacher_upstream: Tensor | None,
     ds: Tensor | None,
@@ -116,6 +118,7 @@ def _backward(
     announced: float | Tensor | None,
 ) -> None:
     student, teacher, target, _, o = problem
+    assert state is not None  # it comes from _forward
     dtype = compute_dtype(student, teacher)
     rows, classes = student.shape
     terms = _terms(problem, ds is not None, dt is not None)
@@ -154,6 +157,7 @@ def _terms(problem: Problem, student_grad: bool, teacher_grad: bool) -> Terms:
         mean=o.reduction == "mean",
         per_row=o.reduction == "none",
         nvidia=_NVIDIA,
+        ordered_stores=_ORDERED_STORES,
     )
 
 
@@ -203,5 +207,5 @@ def _launch(problem: Problem, ds: Tensor | None, dt: Tensor | None):
     return triton_launch.choose(problem.student.shape[1], itemsize, aligned)
 
 
-_fused = ops.Fused("triton", _forward, _backward, state_rows=_RECORD)
+_fused = ops.Fused("triton", _forward, _backward, state_rows=_STATE)
 loss, loss_and_grad = _fused.loss, _fused.loss_and_grad

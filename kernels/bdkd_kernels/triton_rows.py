@@ -13,10 +13,10 @@ kernel and scalars in the loop kernel, so that the same helpers serve both.
 Four measures keep issue slots, not only bytes, at bay. Exponentials at temperature 1 are powers of
 those at ``temperature``. Gradients are multiply-adds of ``e``, ``e1`` and ``d`` with the row's own
 coefficients, in which normalisers, weights and scales are folded. The label is no comparison for
-every class: its own class is stored once more. And ``0 * log 0`` is not guarded against: a masked
-class (-inf) makes its row's sums NaN, which is noticed once a row, and only such a row is done
-again with the selects that the mathematics wants (CAREFUL), in blocks, so that it costs the others
-no registers.
+every class: where stores can be ordered, its class is stored once more. And ``0 * log 0`` is not
+guarded against: a masked class (-inf) makes its row's sums NaN, which is noticed once a row, and
+only such a row is done again with the selects that the mathematics wants (CAREFUL), in blocks, so
+that it costs the others no registers.
 """
 
 import math
@@ -29,7 +29,8 @@ import triton.language as tl
 # log2 Z_t, log2 Z1_t, the row's weight and the target's sum, for the backward pass. Beside each
 # other: as (fields, N) each would want an address, a tenth of all instructions at C = 1000.
 STATISTICS = tl.constexpr(12)
-RECORD = tl.constexpr(24)  # 20, padded to three sectors of 32 bytes
+STATE = tl.constexpr(20)
+RECORD = tl.constexpr(24)  # padded to three sectors of 32 bytes
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(math.log(2.0))
@@ -56,10 +57,19 @@ class Terms:
     mean: bool
     per_row: bool  # reduction="none"
     nvidia: bool  # compiled for an NVIDIA GPU
+    # A barrier orders the stores before and after it, to one address, of a program's threads. So it
+    # is on NVIDIA; on AMD Triton's barrier waits for shared memory alone (seen in gfx942's code).
+    ordered_stores: bool
 
     @property
     def kd(self) -> bool:
         return self.student_kd or self.teacher_kd
+
+    @property
+    def label_again(self) -> bool:
+        student = self.student_grad and self.student_ce
+        teacher = self.teacher_grad and self.teacher_ce
+        return self.ordered_stores and self.target == "labels" and (student or teacher)
 
 
 @triton.jit
@@ -308,6 +318,11 @@ def _right(s_rows, t_rows, y, in_range, s_y, t_y, m_s, m_t, confidence_s, confid
 
 
 @triton.jit
+def _smoothed_label(cols, y, smoothing, smoothing_each):
+    return tl.where(cols == y, 1.0 - smoothing, 0.0) + smoothing_each
+
+
+@triton.jit
 def _store_labels(
     ds, dt, y, write, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature, smoothing, smoothing_each,
     TERMS: tl.constexpr, CAREFUL: tl.constexpr,
@@ -467,6 +482,8 @@ def _tile(
             TERMS,
         )  # fmt: skip
         into = (write & inside) if PADDED else write
+        if TERMS.target == "labels" and not TERMS.ordered_stores:
+            q = _smoothed_label(cols, y, smoothing, smoothing_each)
         ds_rows, dt_rows = ds, dt
         if TERMS.student_grad:
             ds_rows = ds + rows * ds_stride
@@ -474,9 +491,7 @@ def _tile(
         if TERMS.teacher_grad:
             dt_rows = dt + rows * dt_stride
             _store(dt_rows + cols, _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, False), into)
-        if TERMS.target == "labels" and (
-            (TERMS.student_grad and TERMS.student_ce) or (TERMS.teacher_grad and TERMS.teacher_ce)
-        ):
+        if TERMS.label_again:
             _store_labels(
                 ds_rows, dt_rows, y, write, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
                 smoothing, smoothing_each, TERMS, False,
@@ -694,6 +709,8 @@ def _row_rest(
                     q = q * (1.0 - smoothing) + smoothing_each
             elif TERMS.smooth:
                 q = smoothing_each
+            if TERMS.target == "labels" and not TERMS.ordered_stores:
+                q = _smoothed_label(cols, y, smoothing, smoothing_each)
             into = inside if PADDED else None
             if TERMS.student_grad:
                 g_s = _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL)
@@ -705,9 +722,7 @@ def _row_rest(
             over = r_s * tl.sum(excess)
             F = r_t * tl.sum(forward) * LN2 - over
             R = over - r_s * tl.sum(reverse) * LN2
-        if TERMS.target == "labels" and (
-            (TERMS.student_grad and TERMS.student_ce) or (TERMS.teacher_grad and TERMS.teacher_ce)
-        ):
+        if TERMS.label_again:
             _store_labels(
                 ds_row, dt_row, y, row >= 0, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
                 smoothing, smoothing_each, TERMS, CAREFUL,
@@ -819,7 +834,7 @@ def _gradient_row(
             if TERMS.smooth:
                 q = q * (1.0 - smoothing) + smoothing_each
         elif TERMS.target == "labels":
-            q = tl.where(cols == y, 1.0 - smoothing, 0.0) + smoothing_each
+            q = _smoothed_label(cols, y, smoothing, smoothing_each)
         if TERMS.student_grad:
             g = _student_gradient(e_s, e1_s, e_t, d, q, k_s, TERMS, True)
             _store(ds + row * ds_stride + cols, g, inside)

@@ -1,0 +1,211 @@
+"""The Triton kernels' device code on CPU tensors. It needs TRITON_INTERPRET=1 before triton is
+imported, which nothing can compile with: ``test_triton.py`` runs this file in a process of its own.
+
+Short rows run as they would on a GPU; what is long there is made short by a launch with small
+blocks, so that every regime and every boundary between blocks is crossed.
+"""
+
+import contextlib
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from bdkd_kernels import available_backends, bdkd_loss, triton_launch
+from bdkd_kernels.types import LossOptions
+from cases import CASES, FP32, SHORT, Case, judge
+from edges import EDGES
+
+# Masked classes are -inf - -inf until a row is found to have them: see triton_rows.py.
+pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+
+# Every size, distribution, storage type, option and layout that fits a few small blocks.
+LOOPED = [
+    case
+    for case in CASES
+    if case.name
+    in (
+        "5x2", "9x17", "8x100", "3x1023", "3x1024", "near-tau4", "huge-tau1", "offset-tau4",
+        "masked-tau4", "masked-forward-soft", "bf16-ordinary", "fp16-peaked", "fp16+bf16-near",
+        "fp64-ordinary", "fp32+fp64-near", "tau3-plain", "tau2-plain", "forward-none-gamma2.5",
+        "without-student_kd", "without-student_kd+teacher_kd", "without-student_ce+teacher_ce",
+        "target-soft-smooth0", "target-soft-smooth0.1", "target-labels-smooth0.1",
+        "target-None-smooth0", "rows-37", "rows-bf16", "ignore-index-a-class", "offline",
+        "upstream-rows-fp16", "upstream-scalar-fp16-1000",
+    )
+]  # fmt: skip
+
+
+def test_the_interpreter_is_on():
+    assert available_backends()["triton"]
+    assert "interpreted" in str(available_backends()["triton"])
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_agrees_with_float64(case):
+    judge(case, "triton")
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
+def test_edge(edge):
+    edge("triton")
+
+
+def small_blocks(apart: bool):
+    """Any row in blocks of 64 classes, 16 lanes of 4."""
+    loop = triton_launch.Loop(lanes=16, each=4, apart=apart, stages=1, warps=1)
+    return mock.patch.object(triton_launch, "choose", lambda *_: loop)
+
+
+@pytest.mark.parametrize("case", LOOPED, ids=str)
+def test_loop_agrees_with_float64(case):
+    with small_blocks(apart=len(case.name) % 2 == 0):
+        judge(case, "triton")
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [e for e in EDGES if e.__name__ in (
+        "a_class_masked_in_one_network_only", "a_target_in_a_masked_class_is_infinite",
+        "infinite_and_fully_masked_rows_are_nan", "an_ignored_row_wins_over_nan_and_infinity",
+        "a_label_out_of_range_is_named", "gradients_are_written_into_given_tensors",
+    )],
+    ids=lambda edge: edge.__name__,
+)  # fmt: skip
+def test_loop_edge(edge):
+    with small_blocks(apart=False):
+        edge("triton")
+
+
+@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("name", ["8x100", "target-labels-smooth0.1", "ignore-index-a-class"])
+def test_label_where_stores_are_not_ordered(name, looped):
+    """As on AMD: the label is compared with every class instead of stored once more."""
+    from bdkd_kernels import triton_backend
+
+    (case,) = (case for case in CASES if case.name == name)
+    with (
+        mock.patch.object(triton_backend, "_ORDERED_STORES", False),
+        small_blocks(apart=False) if looped else contextlib.nullcontext(),
+    ):
+        judge(case, "triton")
+
+
+@pytest.mark.parametrize("rows", [5, 513])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_many_programs(rows, reduction):
+    """More programs than one, a ragged last one, and labels that do not count among them."""
+    judge(
+        Case(f"programs {rows} {reduction}", (rows, 3), ignored=True, sample_weight=True,
+             options={"reduction": reduction, "temperature": 4.0}),
+        "triton",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [40, 300, 700])
+@pytest.mark.parametrize("looped", [False, True])
+def test_tied_maxima_belong_to_the_first_class(classes, looped):
+    logits = torch.zeros(4, classes)
+    logits[0, [3, classes - 1]] = 2.0
+    logits[1, [3, classes - 1]] = 2.0
+    logits[2, classes - 1] = 20.0
+    logits[3, classes // 2] = 2.0
+    labels = torch.tensor([3, classes - 1, classes - 1, classes // 2])
+    with small_blocks(apart=False) if looped else contextlib.nullcontext():
+        stats = bdkd_loss(logits, logits.flip(0), labels, backend="triton").stats
+    assert stats.student_correct.tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_opcheck(classes):
+    rng = torch.Generator().manual_seed(classes)
+    s, t = torch.randn(2, 5, classes, generator=rng).unbind()
+    s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+    y = torch.randint(classes, (5,), generator=rng)
+    options = LossOptions(temperature=4.0)
+    flat = tuple(getattr(options, name) for name in options.__dataclass_fields__)
+    import bdkd_kernels.triton_backend  # registers the operators
+
+    forward = torch.ops.bdkd.triton_forward.default
+    torch.library.opcheck(forward, (s, t, y, None, None, 1.0, False, False, *flat))
+    torch.library.opcheck(forward, (s.detach(), t.detach(), y, None, None, 2.0, True, True, *flat))
+    state = forward(s.detach(), t.detach(), y, None, None, 1.0, False, False, *flat)[3]
+    one = torch.ones(())
+    arguments = (one, 3 * one, s.detach(), t.detach(), y, None, state, *flat)
+    torch.library.opcheck(torch.ops.bdkd.triton_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    def step(s, t, y):
+        out = bdkd_loss(s, t, y, temperature=4.0, backend="triton")
+        return out.student + 2 * out.teacher
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (3, 7):
+        s, t = (torch.randn(rows, 30, requires_grad=True) for _ in range(2))
+        y = torch.randint(30, (rows,))
+        a, b = (x.detach().clone().requires_grad_() for x in (s, t))
+        step(a, b, y).backward()
+        loss = compiled(s, t, y)
+        loss.backward()
+        torch.testing.assert_close(loss, step(a, b, y), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(s.grad, a.grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(t.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_backward_of_the_announced_scale_launches_nothing_over_the_logits(monkeypatch):
+    """Where the upstream is what was announced, the gradients of the forward pass stay: the very
+    values, although the logits and the state have been spoiled since."""
+    from bdkd_kernels import triton_backend
+    from bdkd_kernels.types import Problem
+
+    s, t = torch.randn(2, 6, 20).unbind()
+    y = torch.arange(6)
+    problem = Problem(s.clone(), t.clone(), y, None, LossOptions())
+    ds, dt = torch.empty_like(s), torch.empty_like(t)
+    *_, state = triton_backend._forward(problem, 8.0, ds, dt, False)
+    kept = ds.clone(), dt.clone()
+    problem.student.fill_(float("nan"))
+    state.fill_(float("nan"))
+    eight = torch.tensor(8.0)
+    for announced in (8.0, eight):
+        triton_backend._backward(problem, state, eight, eight, ds, dt, announced)
+        assert torch.equal(ds, kept[0])
+        assert torch.equal(dt, kept[1])
+    triton_backend._backward(problem, state, eight + 1, None, ds, None, 8.0)
+    assert ds.isnan().all()  # another upstream: made again
+    assert torch.equal(dt, kept[1])
+
+
+def test_every_element_is_written():
+    """NaN is put where gradients and losses go; none stays. (On a GPU: test_triton_gpu.py.)"""
+    for n, c, storage in ((5, 10, FP32), (7, 1000, torch.bfloat16), (3, 300, torch.float16)):
+        s, t = (torch.randn(n, c).to(storage) for _ in range(2))
+        y = torch.randint(c, (n,))
+        y[0] = -100
+        nan = functools.partial(torch.full_like, fill_value=float("nan"))
+        real = torch.empty
+
+        def poisoned(*shape, real=real, **kwargs):
+            x = real(*shape, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        with mock.patch("torch.empty", poisoned):
+            from bdkd_kernels import bdkd_loss_and_grad
+
+            out, (ds, dt) = bdkd_loss_and_grad(s, t, y, backend="triton", grads=(nan(s), nan(t)))
+        for x in (out.student, out.teacher, ds, dt, *out.stats):
+            assert not x.isnan().any()
+
+
+def test_the_launch_table_covers_every_size():
+    for classes in (1, 2, 16, 17, 256, 257, 1000, 4096, 4097, 21841, 262144, 10**6):
+        for itemsize in (2, 4, 8):
+            launch = triton_launch.choose(classes, itemsize, True)
+            if isinstance(launch, triton_launch.Tile):
+                assert launch.block >= classes
+                assert launch.block <= 2 * classes or launch.block == 16
+            else:
+                assert launch.lanes % (32 * launch.warps) == 0
+                assert classes > triton_launch.TILE_CLASSES
