@@ -27,6 +27,7 @@ from .types import Availability, LossOptions, Problem
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = Path(__file__).with_name(f"libbdkd_native{_SUFFIX}")
 _CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT_SOURCES = _CHECKOUT / "kernels" / "csrc"  # there, or installed without
 _REMEDY = "with a C++ compiler, run: pip install -e . (or pip install . for a copy)"
 
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -141,10 +142,10 @@ def set_instruction_set(name: str | None = None) -> str:
 
 def _sources_hash() -> str | None:
     """Of what the library is built from, as CMakeLists.txt makes it; None without a checkout."""
-    recipe, csrc = _CHECKOUT / "CMakeLists.txt", _CHECKOUT / "kernels" / "csrc"
-    if not (recipe.exists() and csrc.is_dir()):
+    recipe = _CHECKOUT / "CMakeLists.txt"
+    if not (recipe.exists() and CHECKOUT_SOURCES.is_dir()):
         return None
-    sources = sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".h"))
+    sources = sorted(path for path in CHECKOUT_SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     hashes = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, recipe))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 enum Storage : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+constexpr int64_t kStorageSize[] = {4, 8, 2, 2};
 enum Target : int32_t { kNoTarget = -2, kLabels = -1 };  // else soft labels, of that Storage
 
 struct Options {  // as native.py packs them

@@ -9,14 +9,11 @@
 #include <thread>
 #include <vector>
 
-#include "call.h"
+#include "kernel.h"
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
+#if !defined(_WIN32)
 #include <dlfcn.h>
 #include <pthread.h>
-#define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
 #ifndef BDKD_SOURCES
@@ -145,28 +142,6 @@ double weight_at(const void* weight, bool wide, int64_t i) {
 
 }  // namespace
 
-// What native.py packs: Options, then these; null where there is nothing. Student before teacher.
-struct Arguments {
-  Options options;
-  double scale_s, scale_t;
-  int64_t rows, classes;
-  const void* s;
-  int64_t stride_s;
-  const void* t;
-  int64_t stride_t;
-  const void *target, *weight;
-  void* stats;
-  void* ds;
-  int64_t stride_ds;
-  void* dt;
-  int64_t stride_dt;
-  const void *upstream_s, *upstream_t;
-  void *loss_s, *loss_t;
-  int32_t storage_s, storage_t, target_kind, threads, check_labels;
-};
-
-// The first row whose label is neither in [0, classes) nor ignored, or -1; nothing is written then
-// where the labels are to be checked.
 EXPORT int64_t bdkd_run(const void* packed) {
   Arguments a;
   memcpy(&a, packed, offsetof(Arguments, check_labels) + sizeof a.check_labels);
@@ -211,7 +186,7 @@ EXPORT int64_t bdkd_run(const void* packed) {
   int64_t bytes = 0, misaligned = 0;
   for (const Logits* network : {&call.student, &call.teacher}) {
     if (!network->gradient) continue;
-    const int64_t size = network->storage == kFloat64 ? 8 : network->storage == kFloat32 ? 4 : 2;
+    const int64_t size = kStorageSize[network->storage];
     bytes += rows * classes * size;
     misaligned |= ((uintptr_t)network->gradient | network->gradient_stride * size) % 64;
   }
@@ -233,7 +208,6 @@ EXPORT int64_t bdkd_run(const void* packed) {
   return -1;
 }
 
-// The instruction set in use; with a name, takes that one first (tests do): null if it is not here.
 EXPORT const char* bdkd_instruction_set(const char* name) {
   if (name) {
     for (auto& set : instruction_sets())
@@ -243,5 +217,4 @@ EXPORT const char* bdkd_instruction_set(const char* name) {
   return chosen.load()->name;
 }
 
-// The hash of the sources that this library was built from: native.py compares it.
 EXPORT const char* bdkd_sources() { return BDKD_SOURCES; }

@@ -209,7 +209,7 @@ template <class R>
 INLINE Vec<R, lanes<R>> exp2_of(Vec<R, lanes<R>> a) {
   using V = Vec<R, lanes<R>>;
   constexpr bool single = sizeof(R) == 4;
-  using I = Vec<std::conditional_t<single, int32_t, int64_t>, lanes<R>>;
+  using U = Vec<std::conditional_t<single, uint32_t, uint64_t>, lanes<R>>;
   constexpr R lowest = single ? -127 : -1023, rounder = single ? 0x1.8p23 : 0x1.8p52;
   a = larger<V>(V{} + lowest, a);
   V shifted = a + rounder;  // its low bits are the nearest integer
@@ -218,7 +218,7 @@ INLINE Vec<R, lanes<R>> exp2_of(Vec<R, lanes<R>> a) {
   V power = V{} + kExp2<R>[n - 1];
   for (int k = n - 2; k >= 0; --k) power = power * r + kExp2<R>[k];
   power = power * r + 1;
-  return bits_as<V>(bits_as<I>(power) + (bits_as<I>(shifted) << (single ? 23 : 52)));
+  return bits_as<V>(bits_as<U>(power) + (bits_as<U>(shifted) << (single ? 23 : 52)));
 }
 
 template <class V>

@@ -231,3 +231,14 @@ def test_a_changed_source_is_noticed():
 def test_importing_it_imports_no_triton():
     code = "import sys, bdkd_kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_clean_under_sanitizers(tmp_path):
+    """The short form of ``make sanitize``: the portable kernel, built and run under ASan, UBSan."""
+    if not native.CHECKOUT_SOURCES.is_dir():
+        pytest.skip("installed without its sources: make sanitize runs this in a checkout")
+    program = native.CHECKOUT_SOURCES / "sanitize.py"
+    done = subprocess.run([sys.executable, program, "--short", "--folder", tmp_path],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "portable: 4496 calls" in done.stdout

@@ -1,0 +1,60 @@
+"""The native kernel's test grid under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind.
+
+    python kernels/csrc/sanitize.py            every instruction set of this machine, and valgrind
+    python kernels/csrc/sanitize.py --short    the portable one under the sanitizers only
+
+Exits with the failing program's status. valgrind is left out, in words, where it is not installed;
+it knows no AVX-512.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def build(folder: Path, *options: str) -> Path:
+    """The grid's program, built with these CMake options."""
+    beside_python = Path(sys.executable).parent
+    cmake = shutil.which("cmake", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None:
+        sys.exit("sanitize.py needs cmake: pip install cmake")
+    run([cmake, "-S", str(CHECKOUT), "-B", str(folder), *options], stdout=subprocess.DEVNULL)
+    target = ["--build", str(folder), "--target", "bdkd_sanitize", "--parallel", "2"]
+    run([cmake, *target], stdout=subprocess.DEVNULL)
+    return folder / "bdkd_sanitize"
+
+
+def run(command: list[str], **options) -> None:
+    done = subprocess.run(command, **options)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="the portable instruction set only")
+    parser.add_argument("--folder", type=Path, default=CHECKOUT / "build" / "sanitize")
+    arguments = parser.parse_args()
+    sanitizers = "-DBDKD_SANITIZE=address,undefined"
+    # An unknown bit pattern read as a bool or an enum, a wrong alignment, an overflow: all fatal.
+    environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
+
+    if arguments.short:
+        program = build(arguments.folder / "short", sanitizers, "-DBDKD_PORTABLE=ON")
+        return run([str(program)], env=environment)
+    program = build(arguments.folder / "all", sanitizers)
+    run([str(program), "portable", "avx2", "avx512", "avx512bf16"], env=environment)
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        return print("valgrind is not installed: left out")
+    program = build(arguments.folder / "plain")
+    run([valgrind, "--quiet", "--error-exitcode=1", str(program), "portable", "avx2"])
+
+
+if __name__ == "__main__":
+    main()
