@@ -44,13 +44,18 @@ class Loop:
         return self.lanes * self.each
 
 
+def block_of(classes: int) -> int:
+    """The next power of two."""
+    return 1 << (classes - 1).bit_length()
+
+
 @lru_cache(maxsize=256)
 def choose(classes: int, itemsize: int, aligned: bool, tile_classes: int = TILE_CLASSES):
     """The launch for rows of ``classes``; ``itemsize`` is the larger of both networks', in bytes,
     and ``aligned`` says that every row begins at 16 bytes."""
     if classes == 1:
         return Tile(128, 1, 4)
-    block = max(16, 1 << (classes - 1).bit_length())
+    block = max(16, block_of(classes))
     if classes <= tile_classes:
         if block <= 256:
             # Several rows, 4 pairs a thread: with 8, a thread of 10 classes holds the values of 8

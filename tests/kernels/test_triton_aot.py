@@ -59,7 +59,7 @@ def test_no_register_spills_on_nvidia(compiled):
 
 
 def test_issue_slots_of_the_row_kernel(compiled):
-    """At most 55 in bf16 at temperature 4, from ImageNet's 1000 classes to the end of the regime."""
+    """At most 55 in bf16 at temperature 4, from 1000 classes to the end of the regime."""
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
     assert slots[1000] <= 55

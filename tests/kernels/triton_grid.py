@@ -7,6 +7,7 @@ blocks, so that every regime and every boundary between blocks is crossed.
 
 import contextlib
 import functools
+import importlib
 from unittest import mock
 
 import pytest
@@ -54,7 +55,7 @@ def test_edge(edge):
 def small_blocks(apart: bool):
     """Any row in blocks of 64 classes, 16 lanes of 4."""
     loop = triton_launch.Loop(lanes=16, each=4, apart=apart, stages=1, warps=1)
-    return mock.patch.object(triton_launch, "choose", lambda *_: loop)
+    return mock.patch.object(triton_launch, "choose", return_value=loop)
 
 
 @pytest.mark.parametrize("case", LOOPED, ids=str)
@@ -124,8 +125,7 @@ def test_opcheck(classes):
     y = torch.randint(classes, (5,), generator=rng)
     options = LossOptions(temperature=4.0)
     flat = tuple(getattr(options, name) for name in options.__dataclass_fields__)
-    import bdkd_kernels.triton_backend  # registers the operators
-
+    importlib.import_module("bdkd_kernels.triton_backend")  # registers the operators
     forward = torch.ops.bdkd.triton_forward.default
     torch.library.opcheck(forward, (s, t, y, None, None, 1.0, False, False, *flat))
     torch.library.opcheck(forward, (s.detach(), t.detach(), y, None, None, 2.0, True, True, *flat))
