@@ -1,9 +1,10 @@
 // The loss of one row: a pass for the maxima, one for the sums at both temperatures, one for the
 // gradients and the divergences. Compiled once per instruction set.
 //
-// Notation: a = (logit - max) log2(e) / tau, so that e = 2^a = exp((logit - max) / tau); p = e / Z;
-// d = log2(p_t / p_s). Divergences are summed as p_t ln(p_t / p_s) + p_s - p_t, whose terms are
-// >= 0: nearly equal distributions lose nothing to cancellation.
+// Notation: a = (logit - max) log2(e) / tau, so that e = 2^a = exp((logit - max) / tau); Z = sum e;
+// p = e / Z. KL(p_t || p_s) = ln 2 (sum p_t (a_t - a_s) - log2(Z_t / Z_s)): of differences class by
+// class, which are small where the distributions are near, and of Z_t / Z_s from sum (e_t - e_s). A
+// difference of two sums over classes, as from E[u] and E[v], would lose such a divergence.
 #include <memory>
 
 #include "call.h"
@@ -25,6 +26,7 @@ struct NetworkSums {  // over one row, of one network
   double z = 0, z1 = 0;          // of e at tau, at 1
   double az = 0, xz1 = 0;        // of a e; of (logit - max) e at 1
   double gap = 0;                // of e (a_t - a_s)
+  double z_gap = 0;              // teacher's: of e_t - e_s
   double x = 0, qx = 0, q = 0;   // of logit - max; of q (logit - max); of q
 };
 
@@ -196,7 +198,7 @@ struct Rows {
     const S *const next_s = s + call.student.stride, *const next_t = t + call.teacher.stride;
     const bool fetch = !call.streaming;
     for (int64_t block = 0; block < C; block += kBlock * W) {
-      V zs{}, zt{}, z1s{}, z1t{}, azs{}, azt{}, gs{}, gt{}, xz1s{}, xz1t{};
+      V zs{}, zt{}, zg{}, z1s{}, z1t{}, azs{}, azt{}, gs{}, gt{}, xz1s{}, xz1t{};
       const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
       for (int64_t i = block; i < end; i += W) {
         V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
@@ -224,6 +226,7 @@ struct Rows {
         zs += e_s;
         zt += e_t;
         if (kd) {
+          zg += e_t - e_s;
           azs += rare && careful ? (e_s == 0 ? V{} : e_s * as) : e_s * as;
           azt += rare && careful ? (e_t == 0 ? V{} : e_t * at) : e_t * at;
           gs += rare && careful ? (e_s == 0 ? V{} : e_s * g) : e_s * g;
@@ -247,6 +250,7 @@ struct Rows {
       if (kd) {
         student.az += lane_sum<R>(azs), teacher.az += lane_sum<R>(azt);
         student.gap += lane_sum<R>(gs), teacher.gap += lane_sum<R>(gt);
+        teacher.z_gap += lane_sum<R>(zg);
       }
       if (squarings != 0) {
         student.z1 += lane_sum<R>(z1s), teacher.z1 += lane_sum<R>(z1t);
@@ -417,7 +421,9 @@ struct Rows {
     if (kd) {
       const double log_zs = squarings == 0 ? log_z1s : std::log(student.z);
       const double log_zt = squarings == 0 ? log_z1t : std::log(teacher.z);
-      log2_zt_over_zs = (log_zt - log_zs) * kLog2E;
+      // Near distributions: the sums' own roundings, 1e-7 of each, would drown their divergence.
+      const double change = teacher.z_gap / student.z;
+      log2_zt_over_zs = (std::abs(change) < 0.5 ? std::log1p(change) : log_zt - log_zs) * kLog2E;
       if (plain_entropy) {
         entropy_s = log_z1s - student.xz1 / student.z1, entropy_t = log_z1t - teacher.xz1 / teacher.z1;
       } else {
