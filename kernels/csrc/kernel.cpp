@@ -95,11 +95,12 @@ struct Shared {
 };
 
 void run_all(const Call& call, RunRows run, int threads) {
-  constexpr int64_t kAlone = 8192, kChunk = 8192;  // class pairs: 5 us of one core's work
+  constexpr int64_t kAlone = 8192;  // class pairs: 8 us of one core's work
   const int64_t pairs = call.rows * call.classes;
-  int64_t chunk = kChunk / call.classes;
-  // Whole lines of the statistics a thread, so that none is written by two.
-  chunk = chunk < 16 ? (call.rows > 16 * threads ? 4 : 1) : chunk / 16 * 16;
+  // Eight shares a thread, so that one that was interrupted is not waited for; of whole lines of
+  // the statistics, 16 rows, or the threads would take them from each other row by row.
+  int64_t chunk = call.rows / (8 * (threads > 1 ? threads : 1));
+  chunk = chunk >= 16 ? chunk / 16 * 16 : call.classes < 4096 ? 16 : chunk > 1 ? chunk : 1;
   if (threads <= 1 || pairs < kAlone || call.rows < 2) return run(call, 0, call.rows);
 
   Shared shared{call, run, chunk};
