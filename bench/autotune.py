@@ -2,7 +2,7 @@
 
     python bench/autotune.py [--classes 1000 32000] [--dtypes bf16 fp32] [--json FILE]
 
-What wins goes into ``triton_launch.py`` by hand, with the line that this printed: the hot path never
+What wins goes into ``triton_launch.py`` by hand, with the line that this printed: no call ever
 tunes. A launch is named as ``triton_launch`` names it; times are GPU times by graph replay.
 """
 
@@ -13,7 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from bdkd_kernels import available_backends, bdkd_loss_and_grad, triton_launch
+from bdkd_kernels import (
+    available_backends,
+    bdkd_loss_and_grad,
+    triton_backend,
+    triton_launch,
+)
 from bdkd_kernels.triton_launch import Loop, Tile
 from loss_gpu import DTYPES, Inputs, medians
 from triton.runtime.errors import OutOfResources
@@ -61,6 +66,8 @@ def main() -> None:
                     bdkd_loss_and_grad(*x.sets[i], temperature=4.0, backend="triton",
                                        grads=x.buffers[i])  # fmt: skip
 
+                triton_backend._plans.clear()
+                triton_backend._compiled.clear()
                 with mock.patch.object(triton_launch, "choose", return_value=launch):
                     try:
                         microseconds, _ = medians(step, len(x.sets), 0.1)

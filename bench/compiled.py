@@ -82,6 +82,7 @@ def compile_kernels(target: str, call) -> dict[str, object]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.multiple(triton_backend, _NVIDIA=nvidia, _ORDERED_STORES=nvidia),
+        mock.patch.multiple(triton_backend, _plans={}, _compiled={}),
     ):
         call()
     return kernels

@@ -2,6 +2,7 @@
 launches: the mean's denominator where rows may not count, the rows, the sum of the losses."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,52 +61,97 @@ def _forward(
     student, teacher, target, weight, o = problem
     if check_labels and labels_can_be_read(target):
         raise_for_bad_labels(target, student.shape[1], o.ignore_index)
-    dtype = compute_dtype(student, teacher)
-    rows, classes = student.shape
+    rows = student.shape[0]
     device = student.device
-    terms = _terms(problem, ds is not None, dt is not None)
-    launch = _launch(problem, ds, dt)
-    tiled = isinstance(launch, triton_launch.Tile)
-    programs = triton.cdiv(rows, launch.rows) if tiled else rows
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _forward(problem, grad_scale, ds, dt, False)
+    logits = (student, teacher, ds, dt)
+    key = (
+        o, device.index, student.shape[1], rows < 2**31,
+        *[None if x is None else (x.dtype, x.stride(0), x.data_ptr() % 16) for x in logits],
+        None if target is None else (target.dtype, target.ndim, target.data_ptr() % 16),
+        None if weight is None else weight.data_ptr() % 16,
+        grad_scale.dtype if isinstance(grad_scale, Tensor) else None,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _plan(problem, ds, dt)
+    dtype, terms = plan.dtype, plan.terms
+    programs = -(-rows // plan.rows)
 
     totals, parts = None, 1
     if terms.mean and (weight is not None or terms.target == "labels"):
-        parts = min(256, triton.next_power_of_2(triton.cdiv(rows, 4096)))
+        parts = min(256, triton.next_power_of_2(-(-rows // 4096)))
         totals = torch.empty(parts, dtype=torch.float64, device=device)
-        totals_kernel[(parts,)](
-            target, weight, totals, rows, o.ignore_index, terms.target == "labels", 1024
-        )
+        _run(totals_kernel, (*key, "totals"), parts, 4, target, weight, totals, rows,
+             o.ignore_index, terms.target == "labels", 1024)  # fmt: skip
 
     losses = rows if terms.per_row else programs
     student_losses = torch.empty(losses, dtype=dtype, device=device)
     teacher_losses = torch.empty(losses, dtype=dtype, device=device)
     records = torch.empty((rows, _RECORD), dtype=dtype, device=device)
     scale = _exact(grad_scale, dtype, device)
-    if tiled:
-        shape = {"ROWS": launch.rows, "BLOCK": launch.block, "CHUNK": launch.chunk}
-    else:
-        shape = {"LANES": launch.lanes, "K": launch.each, "APART": launch.apart}
-        shape["STAGES"] = launch.stages
-    (tile_kernel if tiled else loop_kernel)[(programs,)](
+    _run(
+        plan.kernel, (*key, parts), programs, plan.warps,
         student, teacher, target, weight, totals, scale, ds, dt,
-        student_losses, teacher_losses, records,
-        rows, classes, student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt),
-        *_numbers(o, terms, classes, dtype), o.ignore_index,
-        ROW_ALIGN=_divisor(student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt)),
-        CLASS_ALIGN=_divisor(classes),
-        **shape, PADDED=classes % launch.block != 0, PARTS=parts,
-        SCALE_AT=isinstance(scale, Tensor), DTYPE=_TYPES[dtype], TERMS=terms,
-        num_warps=launch.warps,
+        student_losses, teacher_losses, records, rows, *plan.numbers, *plan.shape,
+        parts, isinstance(scale, Tensor), _TYPES[dtype], terms,
     )  # fmt: skip
 
     if not terms.per_row:
         if losses > 1:
             sums = [torch.empty((), dtype=dtype, device=device) for _ in range(2)]
-            sum_kernel[(1,)](student_losses, teacher_losses, *sums, losses, 1024)
+            _run(sum_kernel, (dtype, device.index, "sum"), 1, 4, student_losses, teacher_losses,
+                 *sums, losses, 1024)  # fmt: skip
             student_losses, teacher_losses = sums
         else:
             student_losses, teacher_losses = student_losses[0], teacher_losses[0]
     return student_losses, teacher_losses, records[:, :_STATISTICS].t(), records[:, :_STATE].t()
+
+
+class _Plan(NamedTuple):
+    """What is the same in every call of one kind, in the order of the kernel's arguments."""
+
+    kernel: Any
+    rows: int  # a program
+    warps: int
+    dtype: torch.dtype
+    terms: Terms
+    numbers: tuple  # classes to ignore_index
+    shape: tuple  # ROW_ALIGN to PADDED
+
+
+# By everything that a launch depends on but the number of rows.
+_plans: dict[tuple, _Plan] = {}
+_compiled: dict[tuple, Any] = {}
+
+
+def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None) -> _Plan:
+    student, teacher, _, _, o = problem
+    classes, dtype = student.shape[1], compute_dtype(student, teacher)
+    terms = _terms(problem, ds is not None, dt is not None)
+    launch = _launch(problem, ds, dt)
+    strides = (student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt))
+    numbers = (classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index)
+    aligned, padded = (_divisor(*strides), _divisor(classes)), classes % launch.block != 0
+    if isinstance(launch, triton_launch.Tile):
+        shape = (*aligned, launch.rows, launch.block, launch.chunk, padded)
+        return _Plan(tile_kernel, launch.rows, launch.warps, dtype, terms, numbers, shape)
+    blocks = (*aligned, launch.lanes, launch.each, launch.apart, launch.stages, padded)
+    return _Plan(loop_kernel, 1, launch.warps, dtype, terms, numbers, blocks)
+
+
+def _run(kernel, key: tuple, programs: int, warps: int, *arguments) -> None:
+    """Launch; from the second time on without Triton's binding and hashing of 40 arguments. ``key``
+    stands for all that it would specialise on."""
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*arguments)
+        return
+    compiled = kernel[(programs,)](*arguments, num_warps=warps)
+    if compiled is not None:  # it is where kernels are interpreted
+        _compiled[key] = compiled
 
 
 def _backward(

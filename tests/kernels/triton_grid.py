@@ -7,13 +7,18 @@ blocks, so that every regime and every boundary between blocks is crossed.
 
 import contextlib
 import functools
-import importlib
 from unittest import mock
 
 import pytest
 import torch
-from bdkd_kernels import available_backends, bdkd_loss, triton_launch
-from bdkd_kernels.types import LossOptions
+from bdkd_kernels import (
+    available_backends,
+    bdkd_loss,
+    bdkd_loss_and_grad,
+    triton_backend,
+    triton_launch,
+)
+from bdkd_kernels.types import LossOptions, Problem
 from cases import CASES, FP32, SHORT, Case, judge
 from edges import EDGES
 
@@ -52,10 +57,15 @@ def test_edge(edge):
     edge("triton")
 
 
+@contextlib.contextmanager
 def small_blocks(apart: bool):
     """Any row in blocks of 64 classes, 16 lanes of 4."""
     loop = triton_launch.Loop(lanes=16, each=4, apart=apart, stages=1, warps=1)
-    return mock.patch.object(triton_launch, "choose", return_value=loop)
+    with (
+        mock.patch.object(triton_launch, "choose", return_value=loop),
+        mock.patch.dict(triton_backend._plans, clear=True),
+    ):
+        yield
 
 
 @pytest.mark.parametrize("case", LOOPED, ids=str)
@@ -82,11 +92,10 @@ def test_loop_edge(edge):
 @pytest.mark.parametrize("name", ["8x100", "target-labels-smooth0.1", "ignore-index-a-class"])
 def test_label_where_stores_are_not_ordered(name, looped):
     """As on AMD: the label is compared with every class instead of stored once more."""
-    from bdkd_kernels import triton_backend
-
     (case,) = (case for case in CASES if case.name == name)
     with (
         mock.patch.object(triton_backend, "_ORDERED_STORES", False),
+        mock.patch.dict(triton_backend._plans, clear=True),
         small_blocks(apart=False) if looped else contextlib.nullcontext(),
     ):
         judge(case, "triton")
@@ -125,7 +134,6 @@ def test_opcheck(classes):
     y = torch.randint(classes, (5,), generator=rng)
     options = LossOptions(temperature=4.0)
     flat = tuple(getattr(options, name) for name in options.__dataclass_fields__)
-    importlib.import_module("bdkd_kernels.triton_backend")  # registers the operators
     forward = torch.ops.bdkd.triton_forward.default
     torch.library.opcheck(forward, (s, t, y, None, None, 1.0, False, False, *flat))
     torch.library.opcheck(forward, (s.detach(), t.detach(), y, None, None, 2.0, True, True, *flat))
@@ -157,9 +165,6 @@ def test_compiles_without_a_graph_break(dynamic):
 def test_backward_of_the_announced_scale_launches_nothing_over_the_logits(monkeypatch):
     """Where the upstream is what was announced, the gradients of the forward pass stay: the very
     values, although the logits and the state have been spoiled since."""
-    from bdkd_kernels import triton_backend
-    from bdkd_kernels.types import Problem
-
     s, t = torch.randn(2, 6, 20).unbind()
     y = torch.arange(6)
     problem = Problem(s.clone(), t.clone(), y, None, LossOptions())
@@ -192,8 +197,6 @@ def test_every_element_is_written():
             return x.fill_(float("nan")) if x.is_floating_point() else x
 
         with mock.patch("torch.empty", poisoned):
-            from bdkd_kernels import bdkd_loss_and_grad
-
             out, (ds, dt) = bdkd_loss_and_grad(s, t, y, backend="triton", grads=(nan(s), nan(t)))
         for x in (out.student, out.teacher, ds, dt, *out.stats):
             assert not x.isnan().any()
