@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -182,6 +183,15 @@ class Recipe:
     """Where metrics go besides metrics.jsonl."""
 
 
+# Names of networks and recipes become keys and folders.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RESERVED = {
+    "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps",
+    "forward_weight", "reverse_weight", "forward_kl", "reverse_kl",
+    *("clear", "forward", "items", "keys", "pop", "type", "update", "values"),  # ModuleDict's own
+}  # fmt: skip
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     return sorted(
@@ -249,6 +259,8 @@ def check_recipe(recipe: Recipe) -> None:
     """Raise ``UsageError`` for the first value that is out of range, by its key."""
     t, d, s, o = recipe.train, recipe.data, recipe.schedule, recipe.optimizer
     checks = [
+        ("name", recipe.name, NAME.fullmatch(recipe.name), "letters, digits, -, _ and ."),
+        ("networks", "none", len(recipe.networks) > 0, "at least one network"),
         ("train.epochs", t.epochs, t.epochs >= 1, "at least 1"),
         ("train.batch_size", t.batch_size, t.batch_size >= 2, "at least 2"),
         (
@@ -272,8 +284,8 @@ def check_recipe(recipe: Recipe) -> None:
             "in [0, 1]",
         ),
         ("data.validation", d.validation, 0 < d.validation < 1, "between 0 and 1"),
-        ("data.shift", d.shift, d.shift >= 0, "at least 0"),
-        ("data.image_size", d.image_size, d.image_size >= 8, "at least 8"),
+        ("data.shift", d.shift, 0 <= d.shift <= 1024, "in [0, 1024]"),
+        ("data.image_size", d.image_size, 8 <= d.image_size <= 4096, "in [8, 4096]"),
         ("optimizer.learning_rate", o.learning_rate, _positive(o.learning_rate), "above 0"),
         ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),
         ("optimizer.momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)"),
@@ -286,9 +298,25 @@ def check_recipe(recipe: Recipe) -> None:
         ("max_steps", recipe.max_steps, recipe.max_steps is None or recipe.max_steps >= 1,
          "at least 1"),
         ("threads", recipe.threads, recipe.threads is None or recipe.threads >= 1, "at least 1"),
-        ("seed", recipe.seed, recipe.seed >= 0, "at least 0"),
+        ("seed", recipe.seed, 0 <= recipe.seed < 2**63, "in [0, 2**63)"),
+        ("optimizer.betas", o.betas, all(0 <= beta < 1 for beta in o.betas), "in [0, 1)"),
+        ("schedule.final", s.final, 0 <= s.final <= 1, "in [0, 1]"),
+        ("schedule.factor", s.factor, 0 < s.factor <= 1, "in (0, 1]"),
     ]  # fmt: skip
+    for key, number in _flatten(dataclasses.asdict(recipe)).items():
+        for part in number if isinstance(number, tuple) else (number,):
+            if isinstance(part, float):
+                checks.append((key, number, math.isfinite(part), "finite"))
     for name, network in recipe.networks.items():
+        fits = bool(NAME.fullmatch(name)) and "." not in name and name not in RESERVED
+        checks.append(
+            (
+                f"the network name {name!r}",
+                name,
+                fits and not name.endswith("_ema"),
+                "letters, digits, - and _, not ending in _ema and no key of metrics.jsonl",
+            )
+        )
         rate = network.learning_rate
         checks.append((f"networks.{name}.learning_rate", rate,
                        rate is None or _positive(rate), "above 0"))  # fmt: skip

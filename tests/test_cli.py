@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ def run(tmp_path_factory) -> Path:
     done = bdkd("train", *QUICK, "--run-dir", str(folder), "--log", "tensorboard")
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def best_of(run: Path) -> Path:
+    """The one checkpoint of the best student that a finished run keeps."""
+    [path] = (run / "checkpoints").glob("best-*.pt")
+    return path
 
 
 def fail(capsys, *arguments: str) -> tuple[int, str]:
@@ -78,7 +85,7 @@ def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run):
     assert by_run.returncode == 0, by_run.stderr
     came = json.loads(by_run.stdout)["networks"]
     assert came == json.loads((run / "summary.json").read_text())["networks"]
-    by_file = bdkd("evaluate", str(run / "checkpoints" / "best.pt"))
+    by_file = bdkd("evaluate", str(best_of(run)))
     assert by_file.returncode == 0, by_file.stderr
     assert "216 val images" in by_file.stdout
 
@@ -178,6 +185,13 @@ USAGE = {
     "accumulate": (["train", "digits", "--train.accumulate", "3"], ["train.accumulate", "64"]),
     "batch": (["train", "digits", "--train.batch-size", "5000"], ["1222", "5000"]),
     "device": (["train", "digits", "--device", "tpu0"], ["device", "'tpu0'"]),
+    "no arguments": (["train"], ["needs a recipe"]),
+    "not finite": (["train", "digits", "--schedule.warmup", "inf"], ["schedule.warmup", "finite"]),
+    "betas": (
+        ["train", "digits", "--optimizer.name", "adamw", "--optimizer.betas", "2", "3"],
+        ["optimizer.betas", "[0, 1)"],
+    ),
+    "seed": (["train", "digits", "--seed", "9" * 30], ["seed", "2**63"]),
     "loss option": (
         ["train", "digits", "--objective.temperature", "0"],
         ["temperature", "> 0"],
@@ -232,6 +246,102 @@ def test_a_wrong_recipe_file_is_named_with_its_key(text, expected, capsys, tmp_p
         assert part in message
 
 
+@pytest.mark.parametrize("name", ["a.b", "", "step", "items", "x_ema", "a b"])
+def test_a_network_name_that_cannot_be_a_key_is_refused(name, capsys, tmp_path):
+    text = to_toml(load_recipe("digits")).replace("networks.teacher", f'networks."{name}"')
+    (tmp_path / "mine.toml").write_text(text)
+    code, message = fail(capsys, "train", str(tmp_path / "mine.toml"))
+    assert (code, message.count("\n")) == (2, 1)
+    assert f"the network name {name!r}" in message
+
+
+def test_a_refused_resume_changes_nothing(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = (copy / "config.toml").read_bytes()
+    resume = ["train", "--resume", "--run-dir", str(copy)]
+    for change in (["--networks.student.model", "resnet20"], ["--data.validation", "0.3"]):
+        code, _ = fail(capsys, *resume, *change)
+        assert code == 1
+        assert (copy / "config.toml").read_bytes() == before
+    main([*resume, "--max-steps", "4"])
+    assert "continuing at step 3" in capsys.readouterr().out
+
+
+def test_a_refused_start_leaves_no_run_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    target = tmp_path / "run"
+    code, message = fail(capsys, "train", *QUICK, "--run-dir", str(target), "--log", "wandb")
+    assert (code, "pip install wandb" in message) == (1, True)
+    code, _ = fail(capsys, "train", "digits", "--resume", "--run-dir", str(target))
+    assert code == 1
+    assert not target.exists()
+
+
+def test_resume_with_larger_batches_goes_on_with_the_next_epoch(tmp_path, capsys):
+    """19 steps of 64 an epoch: after 18 no batch of 128 is left of it."""
+    target = str(tmp_path / "run")
+    main(["train", *SMALL, "--max-steps", "18", "--run-dir", target])
+    main(["train", "--resume", "--run-dir", target, "--max-steps", "None",
+          "--train.batch-size", "128"])  # fmt: skip
+    assert "step 18/18" in capsys.readouterr().out
+
+
+def test_resume_survives_damaged_metrics_and_says_what_is_gone(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "metrics.jsonl"
+    good = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(good[0] + b"5\n" + good[1] + b"\xff\xfe\n" + good[2] + b'{"step": 3, "ep')
+    main(["train", "--resume", "--run-dir", str(copy)])
+    kept = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert [line["step"] for line in kept] == [1, 2, 3]
+    best_of(copy).unlink()
+    code, message = fail(capsys, "train", "--resume", "--run-dir", str(copy))
+    assert (code, "--train.select last" in message) == (1, True)
+    main(["train", "--resume", "--run-dir", str(copy), "--train.select", "last"])
+
+
+def test_an_abandoned_future_is_forgotten(run, tmp_path):
+    """Resumed at an earlier checkpoint: the best student of a later time is no longer there."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    future = copy / "checkpoints" / "best-00000009.pt"
+    shutil.copy(best_of(copy), future)
+    main(["train", "--resume", "--run-dir", str(copy)])
+    assert not future.exists()
+
+
+def test_initial_weights_may_be_gone_when_a_run_is_resumed(run, tmp_path, capsys):
+    from bdkd.training.checkpoint import load_checkpoint, network_weights
+
+    weights = tmp_path / "weights.pt"
+    torch.save(network_weights(load_checkpoint(best_of(run))[1], "student", run), weights)
+    target = tmp_path / "run"
+    main(["train", *QUICK, "--networks.student.weights", str(weights), "--run-dir", str(target)])
+    weights.unlink()
+    main(["train", "--resume", "--run-dir", str(target), "--max-steps", "4"])
+    assert "weights.pt" in (target / "config.toml").read_text()
+
+
+def test_an_edited_recipe_is_not_ignored_in_silence(tmp_path, capsys):
+    file, target = tmp_path / "mine.toml", str(tmp_path / "run")
+    text = to_toml(load_recipe("digits")).replace("[data]", "[data]", 1)
+    file.write_text("max_steps = 2\n" + text)
+    main(["train", str(file), "--networks.teacher.model", "resnet8", "--run-dir", target])
+    file.write_text("max_steps = 3\n" + text)
+    main(["train", str(file), "--resume", "--run-dir", target])
+    assert "unlike " in (said := capsys.readouterr().out)
+    assert "max_steps" in said
+
+
+def test_a_reader_that_leaves_is_no_error_message():
+    command = f"'{sys.executable}' -m bdkd doctor | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141)  # 0 where all was written before the reader left
+    assert done.stderr == ""
+
+
 def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notes = tmp_path / "notes.pt"
@@ -278,7 +388,7 @@ def test_weights_of_a_run_start_another(run, tmp_path):
 
     from bdkd.training.checkpoint import load_checkpoint, network_weights
 
-    best = run / "checkpoints" / "best.pt"
+    best = best_of(run)
     weights = network_weights(load_checkpoint(best)[1], "student", best)
     weights = {key: value.contiguous() for key, value in weights.items()}  # safetensors' rule
     torch.save(weights, tmp_path / "weights.pt")
@@ -326,6 +436,8 @@ def test_diverging_training_stops_and_names_the_last_good_checkpoint(tmp_path, c
     assert code == 1
     assert "not finite for 3 steps in a row" in message
     assert str(run / "checkpoints" / "step-") in message
+    # Of a row of skipped steps nothing was saved: what is there is from before it.
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-00000001.pt"]
 
 
 def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_is_whole(tmp_path):

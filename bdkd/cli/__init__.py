@@ -26,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        code, message = outcome(error)
         if isinstance(error, BrokenPipeError):
-            # The reader of our output has left: nothing more can be said to it.
+            # The reader of our output has left: nothing more can be said to it. 128 + SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        code, message = outcome(error)
         print(f"bdkd: {message}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:

@@ -46,13 +46,8 @@ def run(given: list[str]) -> None:
     data = recipe.data
     if arguments.data_root is not None:
         data = dataclasses.replace(data, root=arguments.data_root)
-    networks = {
-        # The weights that the run began with are not needed, and may be gone.
-        name: dataclasses.replace(network, weights=None)
-        for name, network in recipe.networks.items()
-    }
-    recipe = dataclasses.replace(recipe, device=arguments.device, data=data, networks=networks)
-    setup = Setup(recipe)
+    recipe = dataclasses.replace(recipe, device=arguments.device, data=data)
+    setup = Setup(recipe, initial_weights=False)
     state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
     restore(state, checkpoint, saved)
     results = evaluate(
@@ -85,9 +80,9 @@ def find_checkpoint(path: Path) -> Path:
     folder = RunFolder(path)
     if not path.is_dir() or not folder.config.exists():
         raise RunError(f"no run and no checkpoint at {path}")
-    newest = folder.checkpoint_paths()
-    if folder.read_config().train.select == "best" and folder.best.exists():
-        return folder.best
-    if not newest:
+    saved = folder.checkpoint_paths()
+    if folder.read_config().train.select == "best":
+        saved = folder.checkpoint_paths("best") or saved
+    if not saved:
         raise RunError(f"the run {path} has no checkpoint yet")
-    return newest[0]
+    return saved[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,7 +48,9 @@ def run(given: list[str]) -> None:
 
     assert arguments.config.run_dir is not None
     folder = RunFolder(Path(arguments.config.run_dir))
-    summary = train(Setup(arguments.config), folder, arguments.resume)
+    begins = arguments.resume == "never" or not folder.checkpoint_paths()
+    setup = Setup(arguments.config, initial_weights=begins)
+    summary = train(setup, folder, arguments.resume)
     print()
     print(results_table(summary))
     print()
@@ -102,6 +105,11 @@ def _with_stored_config(arguments: Arguments, given: list[str], name: str | None
         changed = [key for key in differing_keys(stored, config) if key != "run_dir"]
         if changed:
             print(f"resuming with changed {', '.join(changed)}")
+        if name:
+            ignored = set(differing_keys(stored, load_recipe(name))) - {"run_dir"}
+            overridden = set(differing_keys(arguments.config, load_recipe(name)))
+            if edited := sorted(ignored - overridden - set(changed)):
+                print(f"kept from {folder.config}, unlike {name}: {', '.join(edited)}")
     config = dataclasses.replace(config, run_dir=str(run_dir))
     return dataclasses.replace(arguments, config=config)
 
@@ -110,7 +118,7 @@ def _resume_alone(given: list[str]) -> list[str]:
     """``--resume`` without a value means ``require``."""
     values = ("never", "auto", "require")
     expanded = []
-    for argument, following in zip(given, [*given[1:], ""], strict=True):
+    for argument, following in pairwise([*given, ""]):
         expanded.append(argument)
         if argument == "--resume" and following not in values:
             expanded.append("require")
@@ -118,9 +126,9 @@ def _resume_alone(given: list[str]) -> list[str]:
 
 
 def _value_of(given: list[str], option: str) -> str | None:
-    for argument, following in zip(given, [*given[1:], None], strict=True):
+    for argument, following in pairwise([*given, ""]):
         if argument == option:
-            return following
+            return following or None
         if argument.startswith(option + "="):
             return argument.removeprefix(option + "=")
     return None

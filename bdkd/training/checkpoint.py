@@ -57,13 +57,24 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
         RunError: missing, cut off, corrupt, not a checkpoint of ours, or one that would run code.
     """
     content = _load(path)
-    if not isinstance(content, dict) or not content.keys() >= _KEYS:
-        raise RunError(f"{path} is no bdkd checkpoint: it lacks {', '.join(sorted(_KEYS))}")
+    if not _is_checkpoint(content):
+        raise RunError(f"{path} is no bdkd checkpoint: it needs {', '.join(sorted(_KEYS))}")
     if content["format"] != FORMAT:
         raise RunError(
             f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}"
         )
     return content["recipe"], content["state"]
+
+
+def _is_checkpoint(content: Any) -> bool:
+    """Whether a file's content has the shape of ours, whatever its format's number."""
+    return (
+        isinstance(content, dict)
+        and content.keys() >= _KEYS
+        and isinstance(content["recipe"], str)
+        and isinstance(content["state"], dict)
+        and content["state"].keys() >= {"networks", "ema", "position"}
+    )
 
 
 def load_weights(network: nn.Module, name: str, path: Path) -> None:
@@ -86,7 +97,7 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
             raise RunError(f"cannot read the weights {path}: {first_line(error)}") from error
     else:
         weights = _load(path)
-        if isinstance(weights, dict) and weights.keys() >= _KEYS:
+        if _is_checkpoint(weights):
             weights = network_weights(weights["state"], name, path)
     mismatch = mismatched_keys(network, weights) if isinstance(weights, dict) else "no state dict"
     if mismatch:

@@ -1,7 +1,10 @@
 """What a run says: a progress line on a terminal, plain lines in a pipe, and metric sinks."""
 
+import contextlib
+import hashlib
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,33 +68,36 @@ class TensorBoardSink:
     """Event files in the run's folder."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RunError(
-                "--log tensorboard needs tensorboard: pip install 'bdkd[train]' "
-                "(or --log with nothing after it)"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        except OSError as error:  # its thread failed to write before this call
+            raise RunError(
+                f"cannot write TensorBoard events in {self.folder}: {error.strerror or error}; "
+                "mend that and continue with --resume, or --log with nothing after it"
+            ) from error
 
     def close(self) -> None:
-        self.writer.close()
+        with contextlib.suppress(OSError):  # said by scalars; the run's own files are whole
+            self.writer.close()
 
 
 class WandbSink:
     """A run at Weights & Biases; WANDB_MODE=offline keeps it in the run's folder."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise RunError("--log wandb needs wandb: pip install wandb") from error
+        import wandb
+
+        # A resumed run finds itself again by its folder.
+        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = wandb.init(
-            project="bdkd", name=folder.name, dir=str(folder), id=folder.name, resume="allow",
+            project="bdkd", name=folder.name, dir=str(folder), id=identity, resume="allow",
             config={"recipe": to_toml(recipe)},
         )  # fmt: skip
 
@@ -100,6 +106,20 @@ class WandbSink:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def check_sinks(recipe: Recipe) -> None:
+    """Raise ``RunError`` for a sink whose package is missing, before anything is written."""
+    needs = {"tensorboard": ("tensorboard", "'bdkd[train]'"), "wandb": ("wandb", "wandb")}
+    for sink in recipe.log:
+        module, package = needs[sink]
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise RunError(
+                f"--log {sink} needs {module}: pip install {package} "
+                "(or --log with nothing after it)"
+            ) from error
 
 
 def open_sinks(recipe: Recipe, folder: Path, events: Path, start_step: int) -> list[Sink]:

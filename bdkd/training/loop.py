@@ -4,13 +4,13 @@ import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from bdkd.errors import Interrupted, RunError
 from bdkd.training.evaluate import evaluate
-from bdkd.training.log import Console, Sink, flat_scalars, open_sinks
+from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.signals import StopRequest
@@ -32,19 +32,18 @@ def train(setup: Setup, folder: RunFolder, resume: str) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
     """
     recipe = setup.recipe
+    state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
+    check_sinks(recipe)
     try:
         continues = folder.open_for_training(resume)
-        folder.write_config(recipe)
-        state = TrainingState(
-            recipe, setup.networks, setup.source.info.counts["train"], setup.device
-        )
         found = folder.newest_state(warn=print) if continues else None
         if found is not None:
             restore(state, *found)
         if continues:
             where = found[0] if found else "the beginning: no checkpoint was written"
             print(f"continuing at step {state.position.step}, from {where}", flush=True)
-        folder.truncate_metrics(state.position.step)
+        folder.write_config(recipe)  # a refused resume has changed nothing
+        folder.drop_after(state.position.step)
         sinks = open_sinks(recipe, folder.path, folder.events, state.position.step)
         console = Console(last_step(state), state.position.step)
         try:
@@ -62,13 +61,19 @@ def train(setup: Setup, folder: RunFolder, resume: str) -> dict[str, Any]:
 def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
     """Load a checkpoint's state; a checkpoint of other networks is refused in one line."""
     try:
+        images = saved["train_images"]
         state.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} holds other networks or another optimizer than the recipe: resume with the "
             f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
             "--run-dir"
         ) from error
+    if images != state.train_images:
+        raise RunError(
+            f"{path} was trained on {images} images, the data now has {state.train_images}: "
+            "restore the data set or data.validation, or choose another --run-dir"
+        )
 
 
 def last_step(state: TrainingState) -> int:
@@ -102,6 +107,8 @@ class Run:
         """Every step that remains."""
         recipe, position = self.recipe, self.state.position
         self.setup.networks.train()
+        if position.validation_due:  # the run was stopped before it came to that
+            self.validate()
         while position.step < self.end:
             epoch = position.epoch
             batches = self.setup.source.train_batches(
@@ -114,15 +121,21 @@ class Run:
                 last = position.step == self.end
                 if position.step % recipe.log_every == 0 or last:
                     self.log_interval(epoch)
-                # Evaluated before it is saved: a checkpoint knows the result of its own step.
                 epoch_ended = position.epoch > epoch
-                if (epoch_ended and position.epoch % recipe.evaluate_every == 0) or last:
+                evaluated = epoch_ended and position.epoch % recipe.evaluate_every == 0
+                position.validation_due = evaluated or last
+                if self.stop.signal is not None and not last:
+                    self.save_and_stop(self.stop.signal)
+                # Evaluated before it is saved: a checkpoint knows the result of its own step.
+                if position.validation_due:
                     self.validate()
-                due = position.step % recipe.checkpoint.every_steps == 0
-                if due or last or self.stop.signal is not None:
+                if last or position.step % recipe.checkpoint.every_steps == 0:
                     self.save()
                 if last:
                     break
+            if position.epoch == epoch and position.step < self.end:
+                # resumed with larger batches or fewer images: no whole batch is left of the epoch
+                position.epoch, position.seen = epoch + 1, 0
 
     def log_interval(self, epoch: int) -> None:
         """Read the device: the means since the last time, and whether steps were skipped."""
@@ -170,6 +183,7 @@ class Run:
         """Evaluate on the validation part; keep the best student."""
         began = time.monotonic()
         state, recipe = self.state, self.recipe
+        state.position.validation_due = False
         results = evaluate(
             state.evaluated_networks(), self.setup.source, "val", recipe.train.batch_size,
             recipe.train.precision,
@@ -195,24 +209,31 @@ class Run:
         # Of equals the later one: its learning rate had come further down.
         if state.best is None or top1 >= state.best.top1:
             state.best = Best(state.position.step, top1)
-            self.folder.save_best(recipe, state.state_dict())
+            self.folder.save_best(state.position.step, recipe, state.state_dict())
         self.clock += time.monotonic() - began
 
     def save(self) -> None:
-        """Write a checkpoint; where a signal asked for it, stop here."""
+        """Write a checkpoint, but not in a row of skipped steps: a good one might make way for it.
+        (Saving waits for the device anyway.)"""
         began = time.monotonic()
-        recipe, position = self.recipe, self.state.position
         self.count_time()
-        path = self.folder.save(
-            position.step, recipe, self.state.state_dict(), recipe.checkpoint.keep
-        )
+        if int(self.state.skipped[1]) == 0:
+            self.write_checkpoint()
         self.clock += time.monotonic() - began
-        if self.stop.signal is not None and position.step < self.end:
-            raise Interrupted(
-                self.stop.signal,
-                f"stopped at step {position.step}, saved in {path}; continue with: "
-                f"bdkd train --resume --run-dir {shlex.quote(str(self.folder.path))}",
-            )
+
+    def write_checkpoint(self) -> Path:
+        recipe, step = self.recipe, self.state.position.step
+        return self.folder.save(step, recipe, self.state.state_dict(), recipe.checkpoint.keep)
+
+    def save_and_stop(self, signal_number: int) -> NoReturn:
+        """Answer a signal."""
+        self.count_time()
+        path = self.write_checkpoint()
+        raise Interrupted(
+            signal_number,
+            f"stopped at step {self.state.position.step}, saved in {path}; continue with: "
+            f"bdkd train --resume --run-dir {shlex.quote(str(self.folder.path))}",
+        )
 
     def log(self, values: dict[str, Any]) -> None:
         self.folder.append_metrics(values)

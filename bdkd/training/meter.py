@@ -1,98 +1,94 @@
 """Running means of a log interval, kept on the device and read once, when they are logged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 BINS = 15
-_SUMS = ("count", "loss", "top1", "top5", "nll", "entropy")
+_SUMS = ("loss", "top1", "top5", "nll", "entropy")
 
 
 class TrainingMeter:
     """Per network: loss, top-1, top-5, NLL, entropy and ECE of the training batches since the last
     read, at temperature 1; and the mean of the objective's per-sample statistics.
 
-    The weights move within an interval, so these are means over an interval and no evaluation.
+    The weights move within an interval, so these are means over an interval and no evaluation. All
+    networks go through as one tensor: a handful of launches a step, however many there are.
     """
 
-    def __init__(self, networks: list[str], device: torch.device) -> None:
-        self.device = device
-        self.sums = {
-            name: torch.zeros(len(_SUMS), dtype=torch.float64, device=device) for name in networks
-        }
-        self.bins = {  # rows: samples, correct ones, confidence
-            name: torch.zeros(3, BINS, dtype=torch.float64, device=device) for name in networks
-        }
-        self.statistics: dict[str, Tensor] = {}  # (2,): sum, count
+    def __init__(self, networks: Sequence[str], device: torch.device) -> None:
+        self.networks, self.device = list(networks), device
+        count = len(self.networks)
+        self.samples = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(count, len(_SUMS), dtype=torch.float64, device=device)
+        # correct ones less confidence, summed by network and bin: all that the ECE needs
+        self.gaps = torch.zeros(count * BINS, dtype=torch.float64, device=device)
+        self.statistics: dict[str, Tensor] = {}  # 0-dim sums
         # Bin edges k / 15, pinned once in float64; a bin is (lo, hi].
-        edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
-        self.edges = edges.to(device)
+        self.edges = (torch.arange(1, BINS, dtype=torch.float64) / BINS).to(device)
+        self.first_bins = torch.arange(count, device=device)[:, None] * BINS  # (K, 1)
 
     @torch.no_grad()
     def update(
         self,
         logits: Mapping[str, Tensor],  # (B, C) each
         target: Tensor,  # (B,)
-        losses: Mapping[str, Tensor],  # 0-dim, already a share of the step's mean
+        losses: Mapping[str, Tensor],  # 0-dim, each a share of the step's mean
         statistics: Mapping[str, Tensor],  # (B,) each
         step_samples: float,
     ) -> None:
         """Add one part of a step's batch. No host sync."""
-        for name, x in logits.items():
-            log_p = torch.log_softmax(x.detach().float(), -1)
-            p = log_p.exp()
-            confidence, predicted = p.max(-1)
-            correct = (predicted == target).double()
-            best = log_p.topk(min(5, log_p.shape[-1])).indices
-            values = (
-                torch.ones_like(correct),
-                torch.zeros_like(correct),
-                correct,
-                (best == target[:, None]).any(-1).double(),
-                -log_p.gather(-1, target[:, None]).squeeze(-1).double(),
-                torch.special.entr(p).sum(-1).double(),
-            )
-            sums = torch.stack(values).sum(-1)
-            if name in losses:
-                sums[1] = losses[name].detach().double() * step_samples
-            self.sums[name] += sums
-            confidence = confidence.double()
-            index = torch.bucketize(confidence, self.edges)
-            self.bins[name].index_add_(
-                1, index, torch.stack((torch.ones_like(correct), correct, confidence))
-            )
+        x = torch.stack([logits[name].detach().float() for name in self.networks])  # (K, B, C)
+        log_p = torch.log_softmax(x, -1)
+        p = log_p.exp()
+        first = log_p.topk(min(5, x.shape[-1]), dim=-1).indices == target[:, None]  # (K, B, 5)
+        correct = first[..., 0].double()  # (K, B)
+        confidence = p.amax(-1).double()
+        label = target.expand(len(x), -1)[..., None]
+        self.samples += torch.ones_like(target).sum()
+        self.sums += torch.stack(
+            (
+                torch.stack([losses[name].detach().double() for name in self.networks])
+                * step_samples,
+                correct.sum(-1),
+                first.any(-1).double().sum(-1),
+                -log_p.gather(-1, label).double().sum((-2, -1)),
+                torch.special.entr(p).double().sum((-2, -1)),
+            ),
+            dim=1,
+        )
+        bins = torch.bucketize(confidence, self.edges) + self.first_bins  # (K, B)
+        self.gaps.index_add_(0, bins.flatten(), (correct - confidence).flatten())
         for name, value in statistics.items():
-            value = value.detach().double()
-            # ones_like and not a number: a number would be copied from the host, and waited for
-            total = torch.stack((value.sum(), torch.ones_like(value).sum()))
-            self.statistics[name] = self.statistics.get(name, 0) + total
+            self.statistics[name] = self.statistics.get(name, 0) + value.detach().double().sum()
 
     def read(self) -> dict[str, object]:
         """The interval's means, as they go into metrics.jsonl, and start anew. Syncs."""
-        values: dict[str, object] = {}
-        for name, sums in self.sums.items():
-            count, *rest = sums.tolist()
-            _, correct, confidence = self.bins[name]
-            ece = (correct - confidence).abs().sum().item() / max(count, 1.0)
-            means = dict(zip(_SUMS[1:], (x / max(count, 1.0) for x in rest), strict=True))
-            values[name] = means | {"ece": ece}
-        for name, pair in self.statistics.items():
-            total, count = pair.tolist()
-            values[name] = total / count
+        samples = max(self.samples.item(), 1.0)
+        eces = self.gaps.view(-1, BINS).abs().sum(-1) / samples
+        values: dict[str, object] = {
+            name: dict(zip(_SUMS, means, strict=True)) | {"ece": ece}
+            for name, means, ece in zip(
+                self.networks, (self.sums / samples).tolist(), eces.tolist(), strict=True
+            )
+        }
+        values |= {name: total.item() / samples for name, total in self.statistics.items()}
         self.reset()
         return values
 
     def reset(self) -> None:
-        for tensor in (*self.sums.values(), *self.bins.values()):
+        for tensor in (self.samples, self.sums, self.gaps):
             tensor.zero_()
         self.statistics = {}
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"sums": dict(self.sums), "bins": dict(self.bins), "statistics": self.statistics}
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "samples": self.samples, "sums": self.sums, "gaps": self.gaps,
+            "statistics": self.statistics,
+        }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
-        for name in self.sums:
-            self.sums[name].copy_(state["sums"][name])
-            self.bins[name].copy_(state["bins"][name])
-        self.statistics = {k: v.to(self.device) for k, v in state["statistics"].items()}
+    def load_state_dict(self, state: Mapping[str, Tensor | dict[str, Tensor]]) -> None:
+        for name in ("samples", "sums", "gaps"):
+            getattr(self, name).copy_(state[name])
+        self.statistics = {k: v.to(self.device) for k, v in dict(state["statistics"]).items()}

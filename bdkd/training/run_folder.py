@@ -18,7 +18,7 @@ from bdkd.training.checkpoint import (
     write_atomically,
 )
 
-CHECKPOINT_NAME = re.compile(r"step-(\d{8})\.pt")
+CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8})\.pt")
 
 
 class RunFolder:
@@ -31,7 +31,6 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
-        self.best = self.checkpoints / "best.pt"
         self.figures = path / "figures"
         self.events = path / "events"
         self._lock: IO[str] | None = None
@@ -47,6 +46,8 @@ class RunFolder:
             RunError: it cannot be written, another process trains in it, or it holds a run (or
                 none) against what was asked.
         """
+        if resume == "require" and not self.config.exists():
+            raise RunError(f"nothing to resume: {self.path} holds no run")
         try:
             for folder in (self.path, self.checkpoints, self.figures):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -63,16 +64,15 @@ class RunFolder:
                 f"another process is training in {self.path}: wait for it or choose another "
                 "--run-dir"
             ) from error
-        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            leftover.unlink()  # of a writer that was killed; ours are the only ones under the lock
+        for folder in (self.path, self.checkpoints, self.figures):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()  # of a writer that was killed; under the lock there is no other
         started = self.config.exists()
         if started and resume == "never":
             raise RunError(
                 f"{self.path} already holds a run: continue it with --resume or choose another "
                 "--run-dir"
             )
-        if resume == "require" and not started:
-            raise RunError(f"nothing to resume: {self.path} holds no run")
         return started
 
     def close(self) -> None:
@@ -88,31 +88,49 @@ class RunFolder:
     def read_config(self) -> Recipe:
         try:
             text = self.config.read_text("utf-8")
-        except OSError as error:
-            raise RunError(f"no run at {self.path}: cannot read {self.config}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"no run at {self.path}: cannot read {self.config} ({first_line(error)})"
+            ) from error
         return parse_recipe(text, source=str(self.config))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         text = to_json(summary, indent=2) + "\n"
         write_atomically(self.summary, lambda file: file.write(text.encode()))
 
-    def checkpoint_paths(self) -> list[Path]:
-        """Checkpoints by step, the newest first."""
+    def checkpoint_paths(self, kind: str = "step") -> list[Path]:
+        """Checkpoints, ``step`` or ``best``, by step, the newest first."""
         if not self.checkpoints.is_dir():
             return []
-        paths = [p for p in self.checkpoints.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)]
-        return sorted(paths, reverse=True)
+        named = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in self.checkpoints.iterdir())
+        return sorted((p for match, p in named if match and match[1] == kind), reverse=True)
+
+    def best_path(self, step: int) -> Path:
+        return self.checkpoints / f"best-{step:08d}.pt"
 
     def save(self, step: int, recipe: Recipe, state: Mapping[str, Any], keep: int) -> Path:
-        """Write the checkpoint of a step; of the older ones the newest ``keep - 1`` stay."""
+        """Write the checkpoint of a step. Of the older ones the newest ``keep - 1`` stay, and the
+        best students that those that stay know of."""
         path = self.checkpoints / f"step-{step:08d}.pt"
         save_checkpoint(path, to_toml(recipe), state)
-        for old in self.checkpoint_paths()[keep:]:
+        kept, dropped = self.checkpoint_paths()[:keep], self.checkpoint_paths()[keep:]
+        known = [p for p in self.checkpoint_paths("best") if step_of(p) <= step_of(kept[-1])]
+        for old in (*dropped, *known[1:]):
             old.unlink()
         return path
 
-    def save_best(self, recipe: Recipe, state: Mapping[str, Any]) -> None:
-        save_checkpoint(self.best, to_toml(recipe), state)
+    def save_best(self, step: int, recipe: Recipe, state: Mapping[str, Any]) -> None:
+        """Keep the best student under its step: until a checkpoint knows of it, the one before it
+        stays too."""
+        save_checkpoint(self.best_path(step), to_toml(recipe), state)
+
+    def drop_after(self, step: int) -> None:
+        """Remove what a run that continues at ``step`` has not done: best students of a later time,
+        and lines of metrics."""
+        for path in self.checkpoint_paths("best"):
+            if step_of(path) > step:
+                path.unlink()
+        self._truncate_metrics(step)
 
     def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None where there is none at all; ``warn`` is
@@ -127,7 +145,9 @@ class RunFolder:
                 _, state = load_checkpoint(path)
             except RunError as error:
                 failures.append(error)
-                warn(str(error))
+                # Out of the way, so that it is never counted as one of those to keep.
+                path.rename(path.with_suffix(".unreadable"))
+                warn(f"{error}; it is now {path.with_suffix('.unreadable').name}")
             else:
                 return path, state
         if failures:
@@ -137,19 +157,23 @@ class RunFolder:
             ) from failures[0]
         return None
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop what was logged after a step (and a last line that was cut off)."""
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines that can be read: a run that was killed may have cut off its last one."""
         if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text("utf-8").splitlines(keepends=True):
+            return []
+        lines = []
+        for line in self.metrics.read_bytes().splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (json.JSONDecodeError, KeyError):
-                break
-            kept.append(line)
-        text = "".join(kept)
+                values = json.loads(line)
+            except ValueError:  # not JSON, or not even text
+                continue
+            if line.endswith(b"\n") and isinstance(values, dict) and "step" in values:
+                lines.append(values)
+        return lines
+
+    def _truncate_metrics(self, step: int) -> None:
+        kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
+        text = "".join(f"{line}\n" for line in kept)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
@@ -162,6 +186,11 @@ class RunFolder:
                 f"cannot write {self.metrics}: {first_line(error)}; mend that and continue with "
                 "--resume (what was saved before is whole)"
             ) from error
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.stem.split("-")[1])
 
 
 def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:

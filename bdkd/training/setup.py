@@ -15,12 +15,16 @@ from bdkd.training.networks import Networks, build_networks
 class Setup:
     """The parts of a run, made from its recipe.
 
+    Args:
+        initial_weights: read ``networks.NAME.weights``. A run that has a checkpoint does not need
+            them any more, and their files may be gone.
+
     Raises:
         UsageError: a value of the recipe does not fit, or names nothing there is.
         RunError: data or weights are missing or cannot be read.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, initial_weights: bool = True) -> None:
         check_recipe(recipe)
         self.recipe = recipe
         self.device = choose_device(recipe.device)
@@ -43,7 +47,7 @@ class Setup:
         except ValueError as error:  # an unknown model or option, said in one line
             raise UsageError(str(error)) from error
         for name, config in recipe.networks.items():
-            if config.weights is not None:
+            if initial_weights and config.weights is not None:
                 load_weights(self.networks.members[name], name, Path(config.weights))
         self.networks.to(self.device)
         self.networks.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it

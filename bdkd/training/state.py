@@ -22,6 +22,7 @@ class Position:
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0  # whole epochs done
     seen: int = 0  # images seen in the current epoch
+    validation_due: bool = False  # an epoch has ended and was not evaluated yet
     seconds: float = 0.0  # of training and evaluating, over all sessions of the run
 
 
@@ -78,8 +79,8 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_rate"] * factor
 
-    def clip_gradients(self, clip_norm: float | None) -> Tensor:
-        """Clip each network's gradient by its own norm. Whether all norms are finite, 0-dim."""
+    def check_and_clip(self, clip_norm: float | None) -> Tensor:
+        """Whether every network's gradient norm is finite, 0-dim; each is clipped by its own."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for network in self.networks.members.values():
             parameters = [p for p in network.parameters() if p.grad is not None]
@@ -90,12 +91,10 @@ class TrainingState:
         return finite
 
     def optimizer_step(self, finite: Tensor) -> None:
-        """Step, or not: the decision is taken by the fused optimizer on the device."""
-        if not self.scaler.is_enabled():
-            # What GradScaler does when it is on; fp16's own check has then already seen the NaN.
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        """Step, or not: the fused optimizer decides on the device, as it does for a GradScaler."""
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # gradients are unscaled
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.scaler.update()
 
     @torch.no_grad()
@@ -133,6 +132,7 @@ class TrainingState:
         """Tensors and plain values only: what ``torch.load(weights_only=True)`` can read."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
+            "train_images": self.train_images,
             "networks": self.networks.state_dict(),
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -145,10 +145,12 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: Mapping[str, dict]) -> None:
-        """Go on from a saved state, bit for bit."""
+        """Go on from a saved state, bit for bit. What the saved run did not have (averages, a loss
+        scale) begins afresh."""
         self.networks.load_state_dict(saved["networks"])
         for name, average in self.ema.items():
-            average.load_state_dict(saved["ema"][name])
+            student = self.networks.members[name.removesuffix(EMA_SUFFIX)]
+            average.load_state_dict(saved["ema"].get(name) or student.state_dict())
         # Moments are the saved ones; rates and decays the recipe's, which a resumed run may have
         # been given anew.
         groups = self.optimizer.param_groups
@@ -156,7 +158,8 @@ class TrainingState:
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
         self.meter.load_state_dict(saved["meter"])
         self.skipped = torch.as_tensor(saved["skipped"]).to(self.device)
         self.position = Position(**saved["position"])

@@ -13,7 +13,10 @@ from bdkd.training.state import TrainingState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Forward = Callable[..., tuple[dict[str, Tensor], ObjectiveOutput]]
+Forward = Callable[
+    [Networks, Objective, Batch, TrainConfig, float, Tensor],
+    tuple[dict[str, Tensor], ObjectiveOutput],
+]
 
 
 def forward_and_loss(
@@ -53,7 +56,7 @@ def train_step(
         state.meter.update(logits, part.target, output.losses, output.statistics, samples)
 
     state.scaler.unscale_(state.optimizer)
-    finite = state.clip_gradients(options.clip_norm)
+    finite = state.check_and_clip(options.clip_norm)
     state.set_learning_rate()
     state.optimizer_step(finite)
     buffers.restore(where=~finite)  # a forward pass with a NaN has moved batch norm's statistics

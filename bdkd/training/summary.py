@@ -1,6 +1,5 @@
 """The end of a run: the test images, looked at once, and what is kept of them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import median
@@ -30,7 +29,10 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
     seconds = state.position.seconds
     if recipe.train.select == "best" and state.best is not None:
         # Into the same networks: the run is over and its last weights are saved.
-        state.load_state_dict(load_checkpoint(folder.best)[1])
+        path = folder.best_path(state.best.step)
+        if not path.exists():
+            raise RunError(f"the best checkpoint {path} is gone: --resume with --train.select last")
+        state.load_state_dict(load_checkpoint(path)[1])
     networks = state.evaluated_networks()
     results = evaluate(
         networks, setup.source, "test", recipe.train.batch_size, recipe.train.precision
@@ -80,6 +82,7 @@ def describe(
 
 def throughput(folder: RunFolder) -> float | None:
     """Median images a second over the log intervals of training."""
-    lines = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
-    rates = [line["images_per_second"] for line in lines if line["split"] == "train"]
+    rates = [
+        line["images_per_second"] for line in folder.read_metrics() if line["split"] == "train"
+    ]
     return median(rates) if rates else None

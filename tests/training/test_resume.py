@@ -59,6 +59,28 @@ def test_sigkill_then_resume_gives_the_same_weights(step, whole_run, tmp_path):
     assert_same_end(run, whole_run)
 
 
+VARIANTS = {
+    "adamw, bf16, accumulated, dropout": [
+        "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3",
+        "--train.precision", "bf16", "--train.accumulate", "2",
+        "--networks.teacher.model", "wrn_16_1", "--networks.teacher.options", "dropout", "0.3",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_state_comes_back(variant, tmp_path):
+    """Moments of AdamW, the random state of dropout, the parts of a batch, low precision."""
+    short = [*SMALL, "--max-steps", "12", *VARIANTS[variant]]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = bdkd("train", *short, "--run-dir", str(whole))
+    assert done.returncode == 0, done.stderr
+    interrupt_at(8, signal.SIGKILL, *short, "--run-dir", str(run))
+    done = bdkd("train", "--resume", "--run-dir", str(run))
+    assert done.returncode == 0, done.stderr
+    assert_same_end(run, whole)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_writes_a_checkpoint_and_names_the_way_on(number, code, whole_run, tmp_path):
     run = tmp_path / "a run"  # its folder has a space
