@@ -259,7 +259,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Raise ``UsageError`` for the first value that is out of range, by its key."""
     t, d, s, o = recipe.train, recipe.data, recipe.schedule, recipe.optimizer
     checks = [
-        ("name", recipe.name, NAME.fullmatch(recipe.name), "letters, digits, -, _ and ."),
+        ("name", recipe.name, NAME.fullmatch(recipe.name) is not None, "letters, digits, -, _ and ."),
         ("networks", "none", len(recipe.networks) > 0, "at least one network"),
         ("train.epochs", t.epochs, t.epochs >= 1, "at least 1"),
         ("train.batch_size", t.batch_size, t.batch_size >= 2, "at least 2"),
@@ -308,12 +308,12 @@ def check_recipe(recipe: Recipe) -> None:
             if isinstance(part, float):
                 checks.append((key, number, math.isfinite(part), "finite"))
     for name, network in recipe.networks.items():
-        fits = bool(NAME.fullmatch(name)) and "." not in name and name not in RESERVED
+        usable = NAME.fullmatch(name) is not None and "." not in name and name not in RESERVED
         checks.append(
             (
                 f"the network name {name!r}",
                 name,
-                fits and not name.endswith("_ema"),
+                usable and not name.endswith("_ema"),
                 "letters, digits, - and _, not ending in _ema and no key of metrics.jsonl",
             )
         )
