@@ -61,8 +61,8 @@ def choose(classes: int, itemsize: int, aligned: bool, tile_classes: int = TILE_
             # Several rows, 4 pairs a thread: with 8, a thread of 10 classes holds the values of 8
             # rows, and spills.
             return Tile(512 // block, block, 4)
-        # 32 pairs a thread: a thread's instructions for its row, about 700, count half as much a
-        # pair as with 16, and at 1024 classes no value crosses a warp.
+        # 32 pairs a thread: a thread's instructions for its row count half as much a pair as with
+        # 16, and at 1024 classes no value crosses a warp.
         return Tile(1, block, max(1, block // 1024))
     # A row of both networks waits in L2 for its second sweep: few rows at a time where they are
     # long. 132 multiprocessors with one row each of 65536 bf16 classes hold 35 MB. Copies of single

@@ -27,10 +27,13 @@ import triton.language as tl
 
 # A row's record: the 12 statistics in BDKDStats' order, then M_s, log2 Z_s, log2 Z1_s, M_t,
 # log2 Z_t, log2 Z1_t, the row's weight and the target's sum, for the backward pass. Beside each
-# other: as (fields, N) each would want an address, a tenth of all instructions at C = 1000.
+# other: as (fields, N) each would want an address of its own.
 STATISTICS = tl.constexpr(12)
 STATE = tl.constexpr(20)
 RECORD = tl.constexpr(24)  # padded to three sectors of 32 bytes
+
+if not hasattr(triton, "knobs"):
+    raise ImportError(f"triton {triton.__version__} is too old")
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(math.log(2.0))
@@ -84,7 +87,7 @@ def _log2_e(x, c, M):
 
 @triton.jit
 def _log2(x, TERMS: tl.constexpr):
-    """Within 2**-22, absolute, in one instruction; tl.log2 takes 25 of them on NVIDIA."""
+    """Within 2**-22, absolute, in one instruction; tl.log2 is a polynomial on NVIDIA."""
     if TERMS.nvidia and x.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
