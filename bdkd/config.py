@@ -259,7 +259,12 @@ def check_recipe(recipe: Recipe) -> None:
     """Raise ``UsageError`` for the first value that is out of range, by its key."""
     t, d, s, o = recipe.train, recipe.data, recipe.schedule, recipe.optimizer
     checks = [
-        ("name", recipe.name, NAME.fullmatch(recipe.name) is not None, "letters, digits, -, _ and ."),
+        (
+            "name",
+            recipe.name,
+            NAME.fullmatch(recipe.name) is not None,
+            "letters, digits, -, _ and .",
+        ),
         ("networks", "none", len(recipe.networks) > 0, "at least one network"),
         ("train.epochs", t.epochs, t.epochs >= 1, "at least 1"),
         ("train.batch_size", t.batch_size, t.batch_size >= 2, "at least 2"),
