@@ -95,7 +95,7 @@ struct Shared {
 };
 
 void run_all(const Call& call, RunRows run, int threads) {
-  constexpr int64_t kAlone = 8192;  // class pairs: 8 us of one core's work
+  constexpr int64_t kAlone = 16384;  // class pairs: waking a thread, 5 us or more, is a third of it
   const int64_t pairs = call.rows * call.classes;
   // Eight shares a thread, so that one that was interrupted is not waited for; of whole lines of
   // the statistics, 16 rows, or the threads would take them from each other row by row.
