@@ -65,6 +65,19 @@ class Compiled:
     slots: float | None = None  # a class pair, on the hot path
 
 
+# Options that compile to code of their own, by name, beside the defaults at temperature 4.
+VARIANTS: dict[str, dict] = {
+    "tau 1": {"temperature": 1.0},
+    "tau 3, entropies at 1": {"temperature": 3.0, "soften_entropy": False},
+    "smoothed": {"label_smoothing": 0.1},
+    "soft labels": {"soft": True, "label_smoothing": 0.1},
+    "forward, one loss a row": {"teacher_divergence": "forward", "reduction": "none"},
+    "no labels": {"student_ce": 0.0, "teacher_ce": 0.0},
+    "no divergence": {"student_kd": 0.0, "teacher_kd": 0.0},
+    "no gradients": {"gradients": False},
+}
+
+
 def compile_kernels(target: str, call) -> dict[str, object]:
     """The kernels that ``call`` launches, compiled, by name."""
     kernels = {}
@@ -97,10 +110,13 @@ def problem(dtype: str, classes: int, soft: bool = False, **options) -> Problem:
     return Problem(logits, logits.clone(), target, None, LossOptions(**options))
 
 
-def compile_forward(target: str, dtype: str, classes: int, **kwargs) -> Compiled:
+def compile_forward(
+    target: str, dtype: str, classes: int, gradients: bool = True, **kwargs
+) -> Compiled:
     """The row kernel that the launch table chooses."""
     call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
-    ds, dt = (torch.empty_like(x) for x in (call.student, call.teacher))
+    ds = torch.empty_like(call.student) if gradients else None
+    dt = torch.empty_like(call.teacher) if gradients else None
     kernels = compile_kernels(target, lambda: triton_backend._forward(call, 1.0, ds, dt, False))
     (name,) = kernels.keys() & {"tile_kernel", "loop_kernel"}
     return _described(target, dtype, classes, name, kernels[name], call, ds, dt)
@@ -128,7 +144,7 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
     cubin = kernel.asm["cubin"]
     used = resources(cubin)
     slots = None
-    if target == "sm_90" and dtype != "fp64" and name != "gradient_kernel":
+    if target == "sm_90" and dtype != "fp64" and ds is not None and name != "gradient_kernel":
         launch = triton_backend._launch(call, ds, dt)
         if isinstance(launch, triton_launch.Tile):
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
@@ -148,6 +164,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
     parser.add_argument("--backward", action="store_true", help="the recomputing backward too")
+    parser.add_argument("--variants", action="store_true", help="other options of the loss instead")
     options = parser.parse_args()
     if not options.json:
         print(f"{'target':8}{'dtype':6}{'classes':>8}  {'kernel':16}{'warps':>5}{'registers':>10}"
@@ -155,6 +172,12 @@ def main() -> None:
     for target in options.targets:
         for dtype in options.dtypes:
             for classes in options.classes:
+                if options.variants:
+                    for name, variant in VARIANTS.items():
+                        if not options.json:
+                            print(name)
+                        _print(compile_forward(target, dtype, classes, **variant), options.json)
+                    continue
                 found = [compile_forward(target, dtype, classes)]
                 if options.backward:
                     found.append(compile_backward(target, dtype, classes))

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-# A row's record: the 12 statistics in BDKDStats' order, then M_s, log2 Z_s, log2 Z1_s, M_t,
-# log2 Z_t, log2 Z1_t, the row's weight and the target's sum, for the backward pass. Beside each
-# other: as (fields, N) each would want an address of its own.
+# A row's record: the 12 statistics in BDKDStats' order, then for the backward pass M_s, 1 / Z_s,
+# 1 / Z1_s, M_t, 1 / Z_t, 1 / Z1_t, log2 Z_s / Z_t, the row's weight and the target's sum. Beside
+# each other: as (fields, N) each would want an address of its own.
 STATISTICS = tl.constexpr(12)
-STATE = tl.constexpr(20)
+STATE = tl.constexpr(21)
 RECORD = tl.constexpr(24)  # padded to three sectors of 32 bytes
 
 if not hasattr(triton, "knobs"):
@@ -238,14 +238,23 @@ def _cross_entropy(log_z1, a_y, q_a, mean_a, mass, in_range, temperature, smooth
 
 
 @triton.jit
-def _store_state(record, mask, values):
-    for i in tl.static_range(len(values)):
-        tl.store(record + STATISTICS + i, values[i], mask)
+def _store_record(records, rows, mask, FIRST: tl.constexpr, values):
+    """Fields of the rows' records, from FIRST on. Rows (ROWS, 1) are summed over their one column:
+    triton 3.6 fails to lay out a value that is both stored and needed elsewhere."""
+    if len(rows.shape) == 2:
+        record = records + tl.sum(rows, 1) * RECORD + FIRST
+        written = tl.max(mask.to(tl.int32), 1) != 0
+        for i in tl.static_range(len(values)):
+            tl.store(record + i, tl.sum(values[i], 1), written)
+    else:
+        record = records + rows * RECORD + FIRST
+        for i in tl.static_range(len(values)):
+            tl.store(record + i, values[i], mask)
 
 
 @triton.jit
 def _losses(
-    record, counted, write, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
+    records, rows, counted, write, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
     confidence_s, confidence_t, hit_s, hit_t, student_ce, student_kd, teacher_ce, teacher_kd,
     TERMS: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +262,7 @@ def _losses(
     values = (F, R, H_s, H_t, CE_s, CE_t, d1, d2, confidence_s, confidence_t, hit_s, hit_t)
     for i in tl.static_range(len(values)):
         value = tl.where(counted, values[i], 0.0) if TERMS.target == "labels" else values[i]
-        tl.store(record + i, value, write)
+        _store_record(records, rows, write, i, (value,))
     loss_s, loss_t = 0.0, 0.0
     if TERMS.student_ce:
         loss_s += student_ce * CE_s
@@ -499,10 +508,10 @@ def _tile(
                 ds_rows, dt_rows, y, write, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
                 smoothing, smoothing_each, TERMS, False,
             )  # fmt: skip
-    record = records + rows * RECORD
-    _store_state(record, write, (M_s, l_s, l1_s, M_t, l_t, l1_t, weight, q_sum))
+    state = (M_s, r_s, r1_s, M_t, r_t, r1_t, log_ratio, weight, zero + q_sum)
+    _store_record(records, rows, write, STATISTICS, state)
     loss_s, loss_t = _losses(
-        record, counted, write, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
+        records, rows, counted, write, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
         confidence_s, confidence_t, hit_s, hit_t, student_ce, student_kd, teacher_ce, teacher_kd,
         TERMS,
     )  # fmt: skip
@@ -730,10 +739,10 @@ def _row_rest(
                 ds_row, dt_row, y, row >= 0, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
                 smoothing, smoothing_each, TERMS, CAREFUL,
             )  # fmt: skip
-    record = records + row * RECORD
-    _store_state(record, True, (M_s, l_s, l1_s, M_t, l_t, l1_t, weight, q_sum))
+    state = (M_s, r_s, r1_s, M_t, r_t, r1_t, log_ratio, weight, q_sum)
+    _store_record(records, row, True, STATISTICS, state)
     return _losses(
-        record, counted, row >= 0, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
+        records, row, counted, row >= 0, weight, temperature, F, R, H_s, H_t, CE_s, CE_t, d1, d2,
         confidence_s, confidence_t, hit_s, hit_t, student_ce, student_kd, teacher_ce, teacher_kd,
         TERMS,
     )  # fmt: skip
@@ -803,24 +812,19 @@ def _gradient_row(
     s_row, t_row = student + row * s_stride, teacher + row * t_stride
     F, R = tl.load(record), tl.load(record + field)
     d1, d2 = tl.load(record + 6 * field), tl.load(record + 7 * field)
-    M_s, l_s = tl.load(record + 12 * field), tl.load(record + 13 * field)
-    M_t, l_t = tl.load(record + 15 * field), tl.load(record + 16 * field)
-    r1_s = tl.exp2(-tl.load(record + 14 * field))
-    r1_t = tl.exp2(-tl.load(record + 17 * field))
-    weight, q_sum = tl.load(record + 18 * field), tl.load(record + 19 * field)
+    M_s, M_t = tl.load(record + 12 * field), tl.load(record + 15 * field)
+    r_s, r_t = tl.load(record + 13 * field), tl.load(record + 16 * field)
+    r1_s, r1_t = tl.load(record + 14 * field), tl.load(record + 17 * field)
+    log_ratio = tl.load(record + 18 * field)
+    weight, q_sum = tl.load(record + 19 * field), tl.load(record + 20 * field)
     k_s = _coefficients(
         tl.where(counted, weight * g_s, 0.0), in_range | (counted == 0), q_sum, temperature,
-        d1, d2, F, R, tl.exp2(-l_s), r1_s, tl.exp2(-l_t), r1_t,
-        student_ce, student_kd, teacher_ce, teacher_kd,
-        TERMS,
+        d1, d2, F, R, r_s, r1_s, r_t, r1_t, student_ce, student_kd, teacher_ce, teacher_kd, TERMS,
     )  # fmt: skip
     k_t = _coefficients(
         tl.where(counted, weight * g_t, 0.0), in_range | (counted == 0), q_sum, temperature,
-        d1, d2, F, R, tl.exp2(-l_s), r1_s, tl.exp2(-l_t), r1_t,
-        student_ce, student_kd, teacher_ce, teacher_kd,
-        TERMS,
+        d1, d2, F, R, r_s, r1_s, r_t, r1_t, student_ce, student_kd, teacher_ce, teacher_kd, TERMS,
     )  # fmt: skip
-    log_ratio = l_s - l_t
     for start in range(0, C, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < C
@@ -903,7 +907,7 @@ def tile_kernel(
                     )  # fmt: skip
                     loss_s = tl.where(here, again_s, loss_s)
                     loss_t = tl.where(here, again_t, loss_t)
-    if TERMS.per_row:
+    if TERMS.per_row and ROWS > 1:
         tl.store(student_losses + rows, loss_s, rows < N)
         tl.store(teacher_losses + rows, loss_t, rows < N)
     else:
