@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 # Up to this many classes both rows stay in registers; beyond, a row is read in blocks, twice.
-# 32 class pairs a thread take up to 254 registers: at 4096 classes two programs fit on a multiprocessor
-# and hide each other's loads, at 8192 one.
+# 32 class pairs a thread take up to 254 registers: at 4096 classes two programs fit on a
+# multiprocessor and hide each other's loads, at 8192 one.
 TILE_CLASSES = 4096
 
 
