@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .types import LossOptions, Problem
 
-_STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -25,19 +25,20 @@ def prepare(
 ) -> Problem:
     """Check one call, but for its options, and flatten its leading dimensions to rows (a view
     wherever one exists)."""
-    _check_logits("student_logits", student)
-    _check_logits("teacher_logits", teacher)
-    if student.shape != teacher.shape:
+    shape = _check_logits("student_logits", student)
+    teacher_shape = _check_logits("teacher_logits", teacher)
+    if shape != teacher_shape:
         raise ValueError(
             "student_logits and teacher_logits must have one shape, "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"got {tuple(shape)} and {tuple(teacher_shape)}"
         )
-    _same_device("teacher_logits", teacher, student)
-    _check_grad_scale(grad_scale, student)
+    device = student.device
+    _same_device("teacher_logits", teacher, device)
+    _check_grad_scale(grad_scale, device)
 
-    leading, classes = student.shape[:-1], student.shape[-1]
+    leading, classes = shape[:-1], shape[-1]
     if target is not None:
-        target = _check_target(target, student)
+        target = _check_target(target, shape, leading, device)
     if sample_weight is not None:
         _check_tensor("sample_weight", sample_weight)
         if not sample_weight.is_floating_point():
@@ -47,9 +48,9 @@ def prepare(
                 f"sample_weight must have shape {tuple(leading)}, one weight a sample, "
                 f"got {tuple(sample_weight.shape)}"
             )
-        _same_device("sample_weight", sample_weight, student)
+        _same_device("sample_weight", sample_weight, device)
         sample_weight = sample_weight.detach().reshape(-1)
-    if student.ndim != 2:
+    if len(shape) != 2:
         rows = leading.numel()  # not -1: that is ambiguous where the leading shape holds a 0
         student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
         if target is not None:
@@ -112,7 +113,7 @@ def _check_gradient_buffer(name: str, buffer: Tensor | None, logits: Tensor) -> 
             f"{name} must hold each element once, got shape {tuple(buffer.shape)} with strides "
             f"{buffer.stride()}"
         )
-    _same_device(name, buffer, logits)
+    _same_device(name, buffer, logits.device)
 
 
 def as_rows(name: str, buffer: Tensor | None) -> Tensor | None:
@@ -130,34 +131,43 @@ def as_rows(name: str, buffer: Tensor | None) -> Tensor | None:
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        raise _no_tensor(name, value)
 
 
-def _check_logits(name: str, logits: object) -> None:
-    _check_tensor(name, logits)
-    assert isinstance(logits, Tensor)
+def _no_tensor(name: str, value: object) -> TypeError:
+    return TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_logits(name: str, logits: object) -> torch.Size:
+    """Their shape: to ask a tensor for it again takes a good part of a check's time."""
+    if not isinstance(logits, Tensor):
+        raise _no_tensor(name, logits)
     if logits.dtype not in _STORAGE:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {logits.layout}")
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape (..., C) with C >= 1, got {tuple(logits.shape)}")
+    shape = logits.shape
+    if len(shape) == 0 or shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., C) with C >= 1, got {tuple(shape)}")
+    return shape
 
 
-def _check_target(target: object, logits: Tensor) -> Tensor:
+def _check_target(
+    target: object, shape: torch.Size, leading: torch.Size, device: torch.device
+) -> Tensor:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor or None, got {type(target).__name__}")
     if target.dtype in _STORAGE:
-        if target.shape != logits.shape:
+        if target.shape != shape:
             raise ValueError(
-                f"a floating target holds soft labels of the logits' shape {tuple(logits.shape)}, "
+                f"a floating target holds soft labels of the logits' shape {tuple(shape)}, "
                 f"got {tuple(target.shape)}; labels need an integer type"
             )
         target = target.detach()
     elif target.dtype in _INTEGERS:
-        if target.shape != logits.shape[:-1]:
+        if target.shape != leading:
             raise ValueError(
-                f"target must have shape {tuple(logits.shape[:-1])}, one label a sample, "
+                f"target must have shape {tuple(leading)}, one label a sample, "
                 f"got {tuple(target.shape)}"
             )
         if target.dtype != torch.int64:
@@ -166,19 +176,19 @@ def _check_target(target: object, logits: Tensor) -> Tensor:
         raise TypeError(
             f"target must hold integer labels or floating soft labels, got {target.dtype}"
         )
-    _same_device("target", target, logits)
+    _same_device("target", target, device)
     return target
 
 
-def _check_grad_scale(grad_scale: object, logits: Tensor) -> None:
+def _check_grad_scale(grad_scale: object, device: torch.device) -> None:
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim != 0 or not grad_scale.is_floating_point():
             raise ValueError(
                 "grad_scale must be a number or a floating 0-dim tensor, "
                 f"got {tuple(grad_scale.shape)} {grad_scale.dtype}"
             )
-        _same_device("grad_scale", grad_scale, logits)
-    elif isinstance(grad_scale, bool) or not isinstance(grad_scale, Real):
+        _same_device("grad_scale", grad_scale, device)
+    elif isinstance(grad_scale, bool) or not isinstance(grad_scale, float | Real):
         raise TypeError(
             f"grad_scale must be a number or a 0-dim tensor, got {type(grad_scale).__name__}"
         )
@@ -186,8 +196,8 @@ def _check_grad_scale(grad_scale: object, logits: Tensor) -> None:
         raise ValueError(f"grad_scale must be finite, got {grad_scale!r}")
 
 
-def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
+def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
         raise ValueError(
-            f"{name} must be on the student logits' device {logits.device}, got {tensor.device}"
+            f"{name} must be on the student logits' device {device}, got {tensor.device}"
         )

@@ -81,7 +81,7 @@ def bdkd_loss(
     problem = prepare(student_logits, teacher_logits, target, sample_weight, options, grad_scale)
     implementation = backends.choose(backend, problem)
     student, teacher, stats = implementation.loss(problem, grad_scale)
-    return _unflatten(student, teacher, stats, student_logits.shape[:-1], reduction)
+    return _unflatten(student, teacher, stats, student_logits, reduction)
 
 
 def bdkd_loss_and_grad(
@@ -126,7 +126,6 @@ def bdkd_loss_and_grad(
         soften_entropy, label_smoothing, ignore_index, reduction,
     )  # fmt: skip
     problem = prepare(student_logits, teacher_logits, target, sample_weight, options, grad_scale)
-    leading = student_logits.shape[:-1]
     if grads is None:
         neither = not (student_logits.requires_grad or teacher_logits.requires_grad)
         want_student = neither or student_logits.requires_grad
@@ -140,7 +139,7 @@ def bdkd_loss_and_grad(
     student, teacher, stats = implementation.loss_and_grad(
         problem, grad_scale, as_rows("grads[0]", ds), as_rows("grads[1]", dt)
     )
-    return _unflatten(student, teacher, stats, leading, reduction), (ds, dt)
+    return _unflatten(student, teacher, stats, student_logits, reduction), (ds, dt)
 
 
 class BDKDLoss(nn.Module):
@@ -183,8 +182,7 @@ class BDKDLoss(nn.Module):
         )
         implementation = backends.choose(self.backend, problem)
         student, teacher, stats = implementation.loss(problem, grad_scale)
-        leading = student_logits.shape[:-1]
-        return _unflatten(student, teacher, stats, leading, self.options.reduction)
+        return _unflatten(student, teacher, stats, student_logits, self.options.reduction)
 
     def extra_repr(self) -> str:
         o = self.options
@@ -197,9 +195,10 @@ def _new_gradient(logits: Tensor) -> Tensor:
 
 
 def _unflatten(
-    student: Tensor, teacher: Tensor, stats: BDKDStats, leading: torch.Size, reduction: Reduction
+    student: Tensor, teacher: Tensor, stats: BDKDStats, logits: Tensor, reduction: Reduction
 ) -> BDKDOutput:
-    if len(leading) != 1:
+    if logits.ndim != 2:
+        leading = logits.shape[:-1]
         stats = BDKDStats(*(x.reshape(leading) for x in stats))
         if reduction == "none":
             student, teacher = student.reshape(leading), teacher.reshape(leading)

@@ -150,8 +150,7 @@ class Fused:
         check: bool,
     ) -> Outputs:
         """The backend's forward on rows as it wants them; see the module's docstring."""
-        student = problem.student
-        if student.shape[0] == 0:
+        if problem.student.shape[0] == 0:
             return self._empty_outputs(problem)
         problem = _laid_out(problem)
         into_ds, into_dt = _unit_stride_buffer(ds), _unit_stride_buffer(dt)
@@ -317,10 +316,10 @@ class _Node:
     def is_announced(self, upstream: Tensor) -> bool:
         """Whether the gradient that was made is already the one for this upstream; False where only
         the device could tell."""
-        if upstream.ndim != 0 or upstream.device.type != "cpu":
+        if upstream.ndim != 0 or not upstream.is_cpu:
             return False
         value, announced = upstream.item(), float(self.announced)
-        if upstream.dtype == torch.float32:
+        if value != announced and upstream.dtype == torch.float32:
             announced = c_float(announced).value  # what a user's 0.1 has become on its way here
         return value == announced
 
@@ -395,7 +394,8 @@ def _is_plain(problem: Problem) -> bool:
 
 
 def _empty_like(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    """Dense, whatever the strides of the logits."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _gradients(problem: Problem, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
@@ -425,7 +425,8 @@ def _laid_out(problem: Problem) -> Problem:
 
 
 def _is_dense(rows: Tensor) -> bool:
-    return rows.stride(1) == 1 or rows.shape[1] == 1
+    # The first question is the cheapest, and settles most calls.
+    return rows.is_contiguous() or rows.stride(1) == 1 or rows.shape[1] == 1
 
 
 def _unit_stride(rows: Tensor) -> Tensor:

@@ -201,13 +201,16 @@ def test_it_is_what_auto_takes():
 def test_no_gradient_buffers_without_gradients(monkeypatch):
     """Nothing of size N x C is allocated under no_grad, or for a teacher that needs no gradient."""
     made = []
-    empty = torch.empty
 
-    def watched(*args, **kwargs):
-        made.append(empty(*args, **kwargs))
-        return made[-1]
+    def watch(factory):
+        def watched(*args, **kwargs):
+            made.append(factory(*args, **kwargs))
+            return made[-1]
 
-    monkeypatch.setattr(torch, "empty", watched)
+        return watched
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, watch(getattr(torch, name)))
     s, t = torch.randn(2, 64, 100).unbind()
     y = torch.zeros(64, dtype=torch.int64)
     bdkd_loss(s, t, y, backend="native")
@@ -217,6 +220,16 @@ def test_no_gradient_buffers_without_gradients(monkeypatch):
     made.clear()
     bdkd_loss(s, t, y, backend="native")
     assert sum(x.shape == s.shape for x in made) == 1
+
+
+def test_outputs_follow_the_logits_not_the_default_device():
+    s, t = torch.randn(2, 3, 4, requires_grad=True).unbind()
+    expected = bdkd_loss(s, t, None, backend="native")
+    with torch.device("meta"):
+        out = bdkd_loss(s, t, None, backend="native")
+        (out.student + out.teacher).backward()
+    assert torch.equal(out.student, expected.student)
+    assert out.stats.forward_kl.device.type == "cpu"
 
 
 def test_a_changed_source_is_noticed():
