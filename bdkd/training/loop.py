@@ -129,7 +129,8 @@ class Run:
                 # Evaluated before it is saved: a checkpoint knows the result of its own step.
                 if position.validation_due:
                     self.validate()
-                if last or position.step % recipe.checkpoint.every_steps == 0:
+                due = position.step % recipe.checkpoint.every_steps == 0
+                if last or (due and not self.state.in_a_skipped_row()):
                     self.save()
                 if last:
                     break
@@ -212,23 +213,18 @@ class Run:
             self.folder.save_best(state.position.step, recipe, state.state_dict())
         self.clock += time.monotonic() - began
 
-    def save(self) -> None:
-        """Write a checkpoint, but not in a row of skipped steps: a good one might make way for it.
-        (Saving waits for the device anyway.)"""
+    def save(self) -> Path:
+        """Write a checkpoint."""
         began = time.monotonic()
         self.count_time()
-        if int(self.state.skipped[1]) == 0:
-            self.write_checkpoint()
-        self.clock += time.monotonic() - began
-
-    def write_checkpoint(self) -> Path:
         recipe, step = self.recipe, self.state.position.step
-        return self.folder.save(step, recipe, self.state.state_dict(), recipe.checkpoint.keep)
+        path = self.folder.save(step, recipe, self.state.state_dict(), recipe.checkpoint.keep)
+        self.clock += time.monotonic() - began
+        return path
 
     def save_and_stop(self, signal_number: int) -> NoReturn:
         """Answer a signal."""
-        self.count_time()
-        path = self.write_checkpoint()
+        path = self.save()
         raise Interrupted(
             signal_number,
             f"stopped at step {self.state.position.step}, saved in {path}; continue with: "

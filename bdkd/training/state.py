@@ -128,6 +128,11 @@ class TrainingState:
             self.position.epoch += 1
             self.position.seen = 0
 
+    def in_a_skipped_row(self) -> bool:
+        """Whether the last step was skipped: no time to let a good checkpoint make way for one.
+        Syncs, as saving does."""
+        return int(self.skipped[1]) > 0
+
     def state_dict(self) -> dict[str, object]:
         """Tensors and plain values only: what ``torch.load(weights_only=True)`` can read."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None

@@ -10,6 +10,7 @@ from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, native
 from bdkd_kernels.ops import flat_options
 from bdkd_kernels.types import LossOptions
 from cases import BF16, FP16, FP32, FP64
+from compiler import COMPILER
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +60,7 @@ def test_opcheck(name, storage):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(dynamic):
-    @torch.compile(fullgraph=True, dynamic=dynamic)
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=COMPILER)
     def both(s, t, y, weight):
         out = bdkd_loss(2 * s, t, y, temperature=4.0, sample_weight=weight, backend="native")
         return out.student, 3 * out.teacher, out.stats.forward_kl
@@ -79,7 +80,7 @@ def test_compiles_to_one_graph(dynamic):
 
 
 def test_loss_and_grad_compiles_to_one_graph():
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=COMPILER)
     def at_once(s, t, y, scale):
         return bdkd_loss_and_grad(s, t, y, reduction="sum", grad_scale=scale, backend="native")
 
@@ -92,7 +93,7 @@ def test_loss_and_grad_compiles_to_one_graph():
 def test_a_bad_label_is_nan_where_it_cannot_be_looked_at():
     s, t, y = draw(4, 6, 4)
     y[2] = 6
-    compiled = torch.compile(bdkd_loss, fullgraph=True)
+    compiled = torch.compile(bdkd_loss, fullgraph=True, backend=COMPILER)
     out = compiled(s, t, y, reduction="none", backend="native")
     assert out.student.isnan().tolist() == [False, False, True, False]
     (out.student + out.teacher).sum().backward()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from bdkd_kernels import BDKDLoss, BDKDStats, bdkd_loss, bdkd_loss_and_grad
 from cases import CASES, FP32, FP64, Inputs, close, gradient_terms, judge, make, random_case, truth
+from compiler import COMPILER
 from derivation import derive
 from edges import EDGES, draw
 from hypothesis import given, settings
@@ -346,7 +347,7 @@ def test_compiles_without_a_graph_break():
 
 def test_loss_and_grad_compiles_without_a_graph_break():
     s, t, y = draw("inductor", n=6)
-    compiled = torch.compile(bdkd_loss_and_grad, fullgraph=True)
+    compiled = torch.compile(bdkd_loss_and_grad, fullgraph=True, backend=COMPILER)
     torch.testing.assert_close(
         compiled(s, t, y, temperature=4.0, backend="reference"),
         bdkd_loss_and_grad(s, t, y, temperature=4.0, backend="reference"),

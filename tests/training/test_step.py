@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from compiler import COMPILER
 from small_runs import tiny_state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -232,7 +233,7 @@ def test_compiled_step_equals_eager():
     eager, compiled = tiny_state(), tiny_state()
     batches = [a_batch(seed=i) for i in range(3)]
     run_steps(eager, batches)
-    forward = torch.compile(forward_and_loss)
+    forward = torch.compile(forward_and_loss, backend=COMPILER)
     objective = objective_of(compiled)
     compiled.networks.train()
     for batch in batches:
