@@ -117,7 +117,9 @@ def test_several_python_threads_at_once(two_threads):
     assert not wrong
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="no fork on this platform, so no forked child to compute in"
+)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_computes_too(two_threads):
     """As a DataLoader's worker would, after its parent has used its threads. Also with threads."""
@@ -162,7 +164,10 @@ class PageEnd:
         return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no mprotect on this platform")
+@pytest.mark.skipif(
+    sys.platform == "win32",
+    reason="no mprotect here: waits for Windows' own call; sanitize.py is its twin",
+)
 @pytest.mark.parametrize("storage", [FP64, FP32, FP16, BF16])
 def test_rows_at_the_end_of_a_page(storage):
     """Nothing before or after a row is read or written: the neighbouring page would kill us."""
