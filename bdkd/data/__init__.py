@@ -4,10 +4,10 @@ import torch
 
 from bdkd.config import DataConfig, nearest
 from bdkd.data import digits, folder
-from bdkd.data.base import Batch, DataInfo, DataSource, Split
+from bdkd.data.base import WHOLE, Batch, DataInfo, DataSource, Shard, Split
 from bdkd.errors import UsageError
 
-__all__ = ["Batch", "DataInfo", "DataSource", "Split", "create_source"]
+__all__ = ["WHOLE", "Batch", "DataInfo", "DataSource", "Shard", "Split", "create_source"]
 
 SOURCES = {"digits": digits.load, "folder": folder.load}
 

@@ -31,6 +31,24 @@ class Batch(NamedTuple):
         ]
 
 
+class Shard(NamedTuple):
+    """The part of the images that one rank takes. Ranks may take unequal parts, none twice."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of_batch(self, size: int) -> slice:
+        """This rank's images of a global training batch, a contiguous run of it."""
+        return slice(size * self.rank // self.world, size * (self.rank + 1) // self.world)
+
+    def of_split(self, count: int) -> slice:
+        """This rank's images of a split that is evaluated: every ``world``-th."""
+        return slice(self.rank, count, self.world)
+
+
+WHOLE = Shard()
+
+
 @dataclass(frozen=True)
 class DataInfo:
     """Facts of a data set."""
@@ -51,12 +69,17 @@ class DataSource(Protocol):
 
     info: DataInfo
 
-    def train_batches(self, epoch: int, start: int, batch_size: int, views: int) -> Iterator[Batch]:
-        """Whole batches of one epoch from its ``start``-th image on; a ragged rest is left out."""
+    def train_batches(
+        self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
+    ) -> Iterator[Batch]:
+        """The shard's part of the whole batches of one epoch, from its ``start``-th image on; a
+        ragged rest is left out. ``start`` and ``batch_size`` count the images of all ranks; order
+        and augmentation of an image do not depend on the shard."""
         ...
 
-    def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
-        """Every image of a split once, in a fixed order, not augmented; the last may be ragged."""
+    def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
+        """Every image of the shard's part of a split once, in a fixed order, not augmented, in
+        batches of ``batch_size``; the last may be ragged."""
         ...
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bdkd.data.base import Batch, DataInfo, Split, epoch_order, mix_seed
+from bdkd.data.base import WHOLE, Batch, DataInfo, Shard, Split, epoch_order, mix_seed
 
 
 class Images(NamedTuple):
@@ -51,7 +51,9 @@ class InMemory:
         self.shift, self.flip, self.seed = shift, flip, seed
         self.device, self.memory_format = device, memory_format
 
-    def train_batches(self, epoch: int, start: int, batch_size: int, views: int) -> Iterator[Batch]:
+    def train_batches(
+        self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
+    ) -> Iterator[Batch]:
         images = self.splits["train"]
         order = epoch_order(self.seed, epoch, len(images.labels)).to(self.device)
         for position in range(start, len(order) - batch_size + 1, batch_size):
@@ -60,17 +62,20 @@ class InMemory:
             generator = torch.Generator(self.device).manual_seed(
                 mix_seed(self.seed, epoch, 1, position)
             )
+            mine = shard.of_batch(batch_size)
             pixels = self._normalise(images.pixels[chosen])
             yield Batch(
-                tuple(self._augment(pixels, generator) for _ in range(views)),
-                images.labels[chosen],
+                # Augmented as a whole and then cut: the draws do not depend on the shard.
+                tuple(self._augment(pixels, generator)[mine] for _ in range(views)),
+                images.labels[chosen][mine],
             )
 
-    def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
-        images = self.splits[split]
-        for pixels, labels in zip(
-            images.pixels.split(batch_size), images.labels.split(batch_size), strict=True
-        ):
+    def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
+        mine = shard.of_split(len(self.splits[split].labels))
+        images, classes = (part[mine] for part in self.splits[split])
+        if not len(classes):
+            return
+        for pixels, labels in zip(images.split(batch_size), classes.split(batch_size), strict=True):
             yield Batch((self._normalise(pixels),), labels)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
