@@ -4,6 +4,7 @@
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from bdkd_kernels import (
@@ -16,21 +17,44 @@ from bdkd_kernels import (
 )
 
 if TYPE_CHECKING:
+    from bdkd_kernels.swap_in import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
+
     from bdkd.models import create_model, list_models
+
+    __version__: str
+
+_LATE = {  # name -> the module it is imported from when it is asked for
+    "DistillKL": "bdkd_kernels.swap_in",
+    "LigerJSD": "bdkd_kernels.swap_in",
+    "LigerKLDIVLoss": "bdkd_kernels.swap_in",
+    "create_model": "bdkd.models",
+    "kd_loss": "bdkd_kernels.swap_in",
+    "list_models": "bdkd.models",
+}
 
 __all__ = [
     "BDKDLoss",
     "BDKDOutput",
     "BDKDStats",
+    "DistillKL",
+    "LigerJSD",
+    "LigerKLDIVLoss",
     "available_backends",
     "bdkd_loss",
     "bdkd_loss_and_grad",
     "create_model",
+    "kd_loss",
     "list_models",
 ]
 
 
 def __getattr__(name: str):
-    if name in ("create_model", "list_models"):
-        return getattr(import_module("bdkd.models"), name)
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
+    if name == "__version__":  # pyproject.toml's, the only place it is written
+        return version("bdkd")
     raise AttributeError(f"module 'bdkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -25,8 +25,8 @@ def prepare(
 ) -> Problem:
     """Check one call, but for its options, and flatten its leading dimensions to rows (a view
     wherever one exists)."""
-    shape = _check_logits("student_logits", student)
-    teacher_shape = _check_logits("teacher_logits", teacher)
+    shape = check_logits("student_logits", student)
+    teacher_shape = check_logits("teacher_logits", teacher)
     if shape != teacher_shape:
         raise ValueError(
             "student_logits and teacher_logits must have one shape, "
@@ -138,7 +138,7 @@ def _no_tensor(name: str, value: object) -> TypeError:
     return TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
-def _check_logits(name: str, logits: object) -> torch.Size:
+def check_logits(name: str, logits: object) -> torch.Size:
     """Their shape: to ask a tensor for it again takes a good part of a check's time."""
     if not isinstance(logits, Tensor):
         raise _no_tensor(name, logits)

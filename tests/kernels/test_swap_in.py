@@ -1,0 +1,172 @@
+"""The names of other people's divergences give their values and their gradients.
+
+Each is held to its public definition, written out here in float64 with torch's own functions.
+"""
+
+import pytest
+import torch
+from bdkd_kernels.swap_in import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
+from torch import nn
+from torch.nn import functional as F
+
+BACKENDS = ["auto", "reference"]
+
+
+def logits(n=7, c=13, dtype=torch.float64, scale=3.0):
+    """Student's and teacher's, leaves that ask for gradients."""
+    g = torch.Generator().manual_seed(0)
+    pair = (scale * torch.randn(2, n, c, generator=g, dtype=torch.float64)).to(dtype)
+    return [x.clone().requires_grad_() for x in pair]
+
+
+def assert_same(ours, theirs, leaves, upstream=1.0, tolerance=1e-12):
+    """Values and the leaves' gradients."""
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
+    came = torch.autograd.grad(ours * upstream, leaves, retain_graph=True, allow_unused=True)
+    expected = torch.autograd.grad(theirs * upstream, leaves, retain_graph=True, allow_unused=True)
+    for a, b in zip(came, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def hinton(s, t, tau):
+    """RepDistiller: the sum over all, times tau^2, over the number of rows."""
+    total = F.kl_div(F.log_softmax(s / tau, 1), F.softmax(t / tau, 1), reduction="sum")
+    return total * tau**2 / s.shape[0]
+
+
+def hinton_rows(s, t, tau):
+    """mdistiller: the sum over classes of every row, times tau^2."""
+    p = F.softmax(t / tau, 1)
+    return F.kl_div(F.log_softmax(s / tau, 1), p, reduction="none").sum(1) * tau**2
+
+
+def jsd(log_q, log_p, beta, labels=None, ignore_index=-100):
+    """Liger's note: beta KL(P || M) + (1 - beta) KL(Q || M); 0 and 1: forward and reverse KL."""
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        rows = (p * (log_p - log_q)).sum(-1)
+    elif beta == 1:
+        rows = (q * (log_q - log_p)).sum(-1)
+    else:
+        log_m = (beta * p + (1 - beta) * q).log()
+        rows = beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+    if labels is None:
+        return rows.mean()
+    return rows[labels != ignore_index].mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tau", [1, 4.0])
+@pytest.mark.parametrize("upstream", [1.0, 0.9])
+def test_distill_kl_is_repdistillers(backend, tau, upstream):
+    s, t = logits()
+    assert_same(DistillKL(tau, backend=backend)(s, t.detach()), hinton(s, t.detach(), tau), [s],
+                upstream)  # fmt: skip
+    # Where the teacher is not detached it learns too, in the original as here.
+    assert_same(DistillKL(tau, backend=backend)(s, t), hinton(s, t, tau), [s, t], upstream)
+    assert_same(DistillKL(tau, backend=backend)(s.detach(), t), hinton(s.detach(), t, tau), [t])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kd_loss_is_mdistillers(backend):
+    s, t = logits()
+    came = kd_loss(s, t, 4.0, backend=backend)
+    assert_same(came, hinton_rows(s, t, 4.0).mean(), [s, t])
+    rows = kd_loss(s, t.detach(), 4, reduce=False, backend=backend)
+    assert rows.shape == (7,)
+    weights = torch.arange(7.0, dtype=torch.float64)
+    assert_same(rows @ weights, hinton_rows(s, t.detach(), 4.0) @ weights, [s])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("labels", [None, [3, -100, 5, 0, -100, 1, 2]])
+def test_liger_jsd(backend, beta, labels):
+    """Behind a log_softmax, as it is used; the teacher receives no gradient, there as here."""
+    s, t = logits()
+    labels = None if labels is None else torch.tensor(labels)
+    log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
+    ours = LigerJSD(beta, backend=backend)
+    assert_same(ours(log_q, log_p, labels), jsd(log_q, log_p, beta, labels), [s], 3.0)
+    assert not torch.autograd.grad(ours(s, t, labels), t, allow_unused=True)[0]
+    logits_too = ours(s, t, labels)
+    torch.testing.assert_close(logits_too, ours(log_q, log_p, labels))
+
+
+@pytest.mark.filterwarnings("ignore:reduction")  # torch on its own 'mean'
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_liger_kl_div_is_torchs(reduction, log_target, backend):
+    s, t = logits()
+    log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
+    truth = log_p if log_target else log_p.exp()
+    ours = LigerKLDIVLoss(reduction=reduction, log_target=log_target, backend=backend)
+    theirs = nn.KLDivLoss(reduction=reduction, log_target=log_target)
+    assert_same(ours(log_q, truth), theirs(log_q, truth), [s])
+
+
+def test_kl_div_takes_one_hot_truth():
+    """A probability of 0 adds 0; it needs no eps."""
+    s, _ = logits()
+    truth = F.one_hot(torch.arange(7), 13).double()
+    ours = LigerKLDIVLoss(reduction="batchmean")(s.log_softmax(-1), truth)
+    assert_same(ours, F.cross_entropy(s, torch.arange(7)), [s])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_storage_types_come_out_in_float32(dtype):
+    s, t = logits(dtype=dtype)
+    wide_s, wide_t = s.detach().double().requires_grad_(), t.detach().double()
+    came = DistillKL(4.0)(s, t.detach())
+    assert came.dtype == torch.float32
+    expected = hinton(wide_s, wide_t, 4.0)
+    torch.testing.assert_close(came, expected.float(), rtol=2e-6, atol=3e-5)
+    (came_grad,) = torch.autograd.grad(came, s)
+    (expected_grad,) = torch.autograd.grad(expected, wide_s)
+    bound = 5e-6 * 16 + torch.finfo(dtype).eps * expected_grad.abs().max()
+    assert (came_grad - expected_grad).abs().max() <= bound
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_ignored_rows_and_masked_classes_bring_no_nan(beta):
+    s, t = logits()
+    labels = torch.tensor([-100, 1, 2, 3, 4, 5, 6])
+    with torch.no_grad():
+        s[0], t[0] = torch.nan, torch.inf
+        s[:, 9] = t[:, 9] = -torch.inf
+    kept = [x.detach()[1:, [*range(9), *range(10, 13)]].requires_grad_() for x in (s, t)]
+    loss = LigerJSD(beta)(s, t, labels)
+    (gradient,) = torch.autograd.grad(loss, s)
+    assert gradient[0].count_nonzero() == gradient[:, 9].count_nonzero() == 0
+    expected = jsd(*(x.log_softmax(-1) for x in kept), beta)
+    torch.testing.assert_close(loss, expected)
+    (kept_gradient,) = torch.autograd.grad(expected, kept[0])
+    torch.testing.assert_close(gradient[1:, :9], kept_gradient[:, :9])
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_nothing_counted_is_zero(beta):
+    s, t = logits()
+    ignored = torch.full((7,), -100)
+    loss = LigerJSD(beta)(s, t, ignored)
+    assert loss == 0
+    assert torch.autograd.grad(loss, s)[0].count_nonzero() == 0
+    assert LigerJSD(beta)(s[:0], t[:0]) == 0
+
+
+def test_they_are_among_the_names_of_bdkd():
+    import bdkd
+
+    for name in ("DistillKL", "kd_loss", "LigerJSD", "LigerKLDIVLoss"):
+        assert getattr(bdkd, name).__name__ == name
+        assert name in bdkd.__all__
+        assert name in dir(bdkd)
+
+
+def test_the_options_show_in_the_repr():
+    assert repr(DistillKL(4)) == "DistillKL(T=4, backend='auto')"
+    assert "beta=0.5" in repr(LigerJSD())
+    assert "batchmean" in repr(LigerKLDIVLoss(reduction="batchmean"))
