@@ -29,6 +29,14 @@ class DataConfig:
     """Side of the images in pixels, for sources that resize them."""
     validation: float = 0.1
     """Share of the training images held out to choose the best checkpoint by."""
+    train_images: int | None = None
+    """Train on only so many of the images that remain, classes in proportion; without it, on all.
+    """
+    label_noise: float = 0.0
+    """Share of the training labels replaced by a random other class; the same for every seed."""
+    pixel_noise: float = 0.0
+    """Standard deviation of Gaussian noise added to the images of every part, as a share of the
+    largest pixel value; the same for every seed."""
     shift: int = 0
     """Augmentation: shift each training image by up to so many pixels each way."""
     flip: bool = False
@@ -289,6 +297,14 @@ def check_recipe(recipe: Recipe) -> None:
             "in [0, 1]",
         ),
         ("data.validation", d.validation, 0 < d.validation < 1, "between 0 and 1"),
+        (
+            "data.train_images",
+            d.train_images,
+            d.train_images is None or d.train_images >= 2,
+            "at least 2",
+        ),
+        ("data.label_noise", d.label_noise, 0 <= d.label_noise <= 1, "in [0, 1]"),
+        ("data.pixel_noise", d.pixel_noise, 0 <= d.pixel_noise <= 1, "in [0, 1]"),
         ("data.shift", d.shift, 0 <= d.shift <= 1024, "in [0, 1024]"),
         ("data.image_size", d.image_size, 8 <= d.image_size <= 4096, "in [8, 4096]"),
         ("optimizer.learning_rate", o.learning_rate, _positive(o.learning_rate), "above 0"),

@@ -50,6 +50,15 @@ WHOLE = Shard()
 
 
 @dataclass(frozen=True)
+class Normalisation:
+    """What a pixel becomes before a network sees it: ``(value - mean) / std``, by channel."""
+
+    mean: tuple[float, ...]  # in pixel values
+    std: tuple[float, ...]
+    largest: float  # pixel values are 0 to largest
+
+
+@dataclass(frozen=True)
 class DataInfo:
     """Facts of a data set."""
 
@@ -58,6 +67,7 @@ class DataInfo:
     channels: int
     image_size: tuple[int, int]  # height, width in pixels
     counts: dict[Split, int]
+    normalisation: Normalisation | None = None  # None: its images are no pixels
 
     @property
     def num_classes(self) -> int:
@@ -97,7 +107,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the rest and of a ``share`` held out, class by class, at least one of each class
-    on either side where it has two.
+    on either side where it has two; of a share of 0, none is held out.
 
     Args:
         labels: ``(N,)`` integers.
@@ -106,7 +116,22 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     rest, held_out = [], []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        size = min(max(1, round(len(members) * share)), len(members) - 1)
+        size = min(max(1, round(len(members) * share)), len(members) - 1) if share else 0
         held_out.append(members[:size])
         rest.append(members[size:])
     return np.sort(np.concatenate(rest)), np.sort(np.concatenate(held_out))
+
+
+def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of ``count`` samples with the classes in the proportions that ``labels`` has; a
+    smaller subset is part of a larger one.
+
+    Args:
+        labels: ``(N,)`` integers, ``count`` at most N.
+    """
+    rng = np.random.default_rng(seed)
+    depth = np.empty(len(labels))  # how far down in its class a sample stands, in (0, 1)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        depth[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(np.argsort(depth, kind="stable")[:count])

@@ -6,15 +6,13 @@ Source: E. Alpaydin and C. Kaynak, UCI Optical Recognition of Handwritten Digits
 import torch
 
 from bdkd.config import DataConfig
-from bdkd.data.base import Split, stratified_split
+from bdkd.data.base import stratified_split
 from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.splits import SPLIT_SEED, make_splits
 from bdkd.errors import RunError
 
-# Which images are test and validation images never changes with the run's seed: runs of several
-# seeds are compared on the same images.
-SPLIT_SEED = 0
 TEST_SHARE = 0.2
-LARGEST_PIXEL = 16.0
+LARGEST_PIXEL = 16
 
 
 def load(
@@ -28,22 +26,15 @@ def load(
             "the data source 'digits' needs scikit-learn: pip install 'bdkd[train]'"
         ) from error
     data = load_digits()
-    training, test = stratified_split(data.target, TEST_SHARE, SPLIT_SEED)
-    inner, validation = stratified_split(data.target[training], config.validation, SPLIT_SEED)
-    indices: dict[Split, object] = {
-        "train": training[inner],
-        "val": training[validation],
-        "test": test,
-    }
-    splits = {
-        split: Images(
+    training, test = (
+        Images(
             torch.from_numpy(data.images[index]).to(torch.uint8)[:, None],
             torch.from_numpy(data.target[index]).to(torch.int64),
         )
-        for split, index in indices.items()
-    }
+        for index in stratified_split(data.target, TEST_SHARE, SPLIT_SEED)
+    )
     return InMemory(
-        "digits", splits, tuple(str(name) for name in data.target_names),
-        scale=LARGEST_PIXEL, shift=config.shift, flip=config.flip, seed=seed, device=device,
-        memory_format=memory_format,
+        "digits", make_splits(config, training, test, LARGEST_PIXEL),
+        tuple(str(name) for name in data.target_names), config, scale=LARGEST_PIXEL, seed=seed,
+        device=device, memory_format=memory_format,
     )  # fmt: skip

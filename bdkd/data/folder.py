@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from bdkd.config import DataConfig
-from bdkd.data.base import Split, stratified_split
 from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.splits import make_splits
 from bdkd.errors import RunError, UsageError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"}
-SPLIT_SEED = 0
 
 
 def load(
@@ -30,18 +29,11 @@ def load(
     if unlike:
         raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}")
 
-    images, labels = _read(train, classes, config.image_size)
+    training = Images(*_read(train, classes, config.image_size))
     test = Images(*_read(held_out, classes, config.image_size))
-    inner, validation = stratified_split(labels.numpy(), config.validation, SPLIT_SEED)
-    splits: dict[Split, Images] = {
-        "train": Images(images[inner], labels[inner]),
-        "val": Images(images[validation], labels[validation]),
-        "test": test,
-    }
     return InMemory(
-        "folder", splits, classes,
-        scale=255.0, shift=config.shift, flip=config.flip, seed=seed, device=device,
-        memory_format=memory_format,
+        "folder", make_splits(config, training, test, 255), classes, config, scale=255,
+        seed=seed, device=device, memory_format=memory_format,
     )  # fmt: skip
 
 

@@ -6,7 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bdkd.data.base import WHOLE, Batch, DataInfo, Shard, Split, epoch_order, mix_seed
+from bdkd.config import DataConfig
+from bdkd.data.base import (
+    WHOLE,
+    Batch,
+    DataInfo,
+    Normalisation,
+    Shard,
+    Split,
+    epoch_order,
+    mix_seed,
+)
 
 
 class Images(NamedTuple):
@@ -21,8 +31,8 @@ class InMemory:
 
     Args:
         splits: ``train``, ``val`` and ``test``.
+        config: its ``shift`` and ``flip`` say how training images are augmented.
         scale: the largest pixel value.
-        shift, flip: augmentation, as in :class:`bdkd.config.DataConfig`.
     """
 
     def __init__(
@@ -30,25 +40,28 @@ class InMemory:
         source: str,
         splits: dict[Split, Images],
         classes: tuple[str, ...],
+        config: DataConfig,
         *,
-        scale: float,
-        shift: int,
-        flip: bool,
+        scale: int,
         seed: int,
         device: torch.device,
         memory_format: torch.memory_format,
     ) -> None:
         _, channels, height, width = splits["train"].pixels.shape
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
-        self.info = DataInfo(source, classes, channels, (height, width), counts)
         self.splits = {
             split: Images(images.pixels.to(device), images.labels.to(device))
             for split, images in splits.items()
         }
         mean, std = pixel_statistics(splits["train"].pixels)
+        std = std.clamp_min(scale / 255)
         self.mean = mean.float().to(device)  # (1, C, 1, 1)
-        self.std = std.clamp_min(scale / 255).float().to(device)
-        self.shift, self.flip, self.seed = shift, flip, seed
+        self.std = std.float().to(device)
+        normalisation = Normalisation(
+            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), float(scale)
+        )
+        self.info = DataInfo(source, classes, channels, (height, width), counts, normalisation)
+        self.shift, self.flip, self.seed = config.shift, config.flip, seed
         self.device, self.memory_format = device, memory_format
 
     def train_batches(
