@@ -11,7 +11,8 @@ from bdkd.errors import Interrupted, RunError, UsageError
 
 COMMANDS = {
     "train": "train the networks of a recipe together",
-    "evaluate": "accuracy and calibration of a run's networks",
+    "evaluate": "accuracy and calibration of a run's networks, or of an exported one",
+    "export": "one network of a run as ONNX, torch.export or safetensors",
     "doctor": "what this machine can do, and how to bring what is missing",
 }
 

@@ -1,9 +1,9 @@
-"""``bdkd evaluate``: the networks of a finished or running training, measured again."""
+"""``bdkd evaluate``: the networks of a run, or one that was exported, measured again."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,10 +13,11 @@ from bdkd.errors import RunError
 
 @dataclass(frozen=True)
 class Arguments:
-    """Accuracy and calibration of every network of a run."""
+    """Accuracy and calibration of every network of a run, or of one exported file."""
 
-    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run's folder (its selected checkpoint is taken) or one checkpoint file."""
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
+    """A run's folder (its selected checkpoint is taken), one checkpoint file, or a file that
+    bdkd export wrote (.onnx, .pt2, .safetensors)."""
     split: Literal["val", "test"] = "val"
     """Images held out of training for choosing a checkpoint, or the test images."""
     device: str = "auto"
@@ -31,44 +32,67 @@ def run(given: list[str]) -> None:
     """Parse, evaluate, print."""
     arguments = tyro.cli(Arguments, prog="bdkd evaluate", args=given)
 
-    from bdkd.config import parse_recipe
+    from bdkd.training.exported import is_exported
+    from bdkd.training.run_folder import to_json
+
+    exported = is_exported(arguments.path) and not arguments.path.is_dir()
+    summary = measure_exported(arguments) if exported else measure_run(arguments)
+    if arguments.json:
+        print(to_json(summary, indent=2))
+    else:
+        print(f"{summary['checkpoint']}, step {summary['step']}\n")
+        print(results_table(summary))
+
+
+def measure_run(arguments: Arguments) -> dict[str, Any]:
+    """Every network of a run or checkpoint."""
     from bdkd.training.checkpoint import load_checkpoint
     from bdkd.training.evaluate import evaluate
     from bdkd.training.loop import restore
-    from bdkd.training.run_folder import to_json
-    from bdkd.training.setup import Setup
     from bdkd.training.state import TrainingState
-    from bdkd.training.summary import describe
 
     checkpoint = find_checkpoint(arguments.path)
     text, saved = load_checkpoint(checkpoint)
-    recipe = parse_recipe(text, source=str(checkpoint))
-    data = recipe.data
-    if arguments.data_root is not None:
-        data = dataclasses.replace(data, root=arguments.data_root)
-    recipe = dataclasses.replace(recipe, device=arguments.device, data=data)
-    setup = Setup(recipe, initial_weights=False)
+    setup = _setup(arguments, text, checkpoint)
+    recipe = setup.recipe
     state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
     restore(state, checkpoint, saved)
     results = evaluate(
         state.evaluated_networks(), setup.source, arguments.split, recipe.train.batch_size,
         recipe.train.precision,
     )  # fmt: skip
-    summary = {
-        "checkpoint": str(checkpoint),
-        "step": state.position.step,
-        "split": arguments.split,
-        "images": setup.source.info.counts[arguments.split],
-        "networks": {
-            name: describe(setup, name, network, results[name])
-            for name, network in state.evaluated_networks().items()
-        },
-    }
-    if arguments.json:
-        print(to_json(summary, indent=2))
-    else:
-        print(f"{checkpoint}, step {state.position.step}\n")
-        print(results_table(summary))
+    return _summary(
+        arguments, setup, checkpoint, state.position.step, state.evaluated_networks(), results
+    )
+
+
+def measure_exported(arguments: Arguments) -> dict[str, Any]:
+    """The network of a file that ``bdkd export`` wrote, on the data set of its run; float32, as
+    the file is, whatever the precision of the training was."""
+    from bdkd.training.evaluate import evaluate
+    from bdkd.training.exported import open_network, read_exported
+    from bdkd.training.state import EMA_SUFFIX
+
+    exported = read_exported(arguments.path)
+    facts = exported.facts
+    setup = _setup(arguments, facts.recipe, arguments.path)
+    info = setup.source.info
+    member = facts.network.removesuffix(EMA_SUFFIX)
+    if member not in setup.networks.members:
+        raise RunError(f"{arguments.path} contradicts itself: its recipe has no {member!r}")
+    if (info.classes, info.normalisation) != (facts.classes, facts.normalisation):
+        raise RunError(
+            f"the data set here is not the one of {arguments.path}: its "
+            f"{'classes' if info.classes != facts.classes else 'mean and standard deviation'} "
+            "differ; give the right one with --data-root"
+        )
+    reference = setup.networks.members[member]
+    network = open_network(exported, reference, setup.device)
+    batch_size = setup.recipe.train.batch_size
+    results = evaluate({facts.network: network}, setup.source, arguments.split, batch_size, "fp32")
+    return _summary(
+        arguments, setup, arguments.path, facts.step, {facts.network: reference}, results
+    )
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -86,3 +110,33 @@ def find_checkpoint(path: Path) -> Path:
     if not saved:
         raise RunError(f"the run {path} has no checkpoint yet")
     return saved[0]
+
+
+def _setup(arguments: Arguments, recipe_text: str, source: Path):
+    """What a recipe needs, on the device and with the data that the arguments say."""
+    from bdkd.config import parse_recipe
+    from bdkd.training.setup import Setup
+
+    recipe = parse_recipe(recipe_text, source=str(source))
+    data = recipe.data
+    if arguments.data_root is not None:
+        data = dataclasses.replace(data, root=arguments.data_root)
+    recipe = dataclasses.replace(recipe, device=arguments.device, data=data)
+    return Setup(recipe, initial_weights=False)
+
+
+def _summary(
+    arguments: Arguments, setup, path: Path, step: int, networks, results
+) -> dict[str, Any]:
+    from bdkd.training.summary import describe
+
+    return {
+        "checkpoint": str(path),
+        "step": step,
+        "split": arguments.split,
+        "images": setup.source.info.counts[arguments.split],
+        "networks": {
+            name: describe(setup, name, network, results[name])
+            for name, network in networks.items()
+        },
+    }

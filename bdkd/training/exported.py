@@ -1,0 +1,392 @@
+"""Files that ``bdkd export`` writes: one network with the facts that whoever runs it needs.
+
+Each format is made into bytes and read back from bytes here. What comes from a stranger is data and
+never code: ONNX is run by onnxruntime, without files beside it; safetensors are tensors; and a
+``.pt2``, which torch would unpickle, is loaded only where it is, byte for byte, the program that
+this very bdkd and torch make of the network that it names (only its weights may differ).
+"""
+
+import hashlib
+import io
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from bdkd.data.base import Normalisation
+from bdkd.errors import RunError
+from bdkd.training.checkpoint import first_line, mismatched_keys
+
+Format = Literal["onnx", "export", "safetensors"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "export": ".pt2", "safetensors": ".safetensors"}
+
+VERSION = 1
+FACTS, DIGEST = "bdkd", "bdkd_sha256"  # keys of a file's metadata
+_WEIGHTS = "archive/data/weights/weight_"  # members of a .pt2 that hold one tensor each
+_EXTRA = "archive/extra/"
+# The writer's own hash of the archive
+_UNCOMPARED = {_EXTRA + FACTS, _EXTRA + DIGEST, "archive/.data/serialization_id"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What goes with the weights of an exported network."""
+
+    version: int  # of these facts' layout
+    network: str
+    """Its name in the run; a student's average is ``NAME_ema``."""
+    model: str
+    role: str
+    parameters: int
+    method: str
+    seed: int
+    step: int
+    recipe: str  # TOML
+    classes: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int]  # height, width in pixels
+    normalisation: Normalisation | None
+    measured_on: str  # test, val, or nothing
+    images: int  # that it was measured on
+    metrics: dict[str, float | None]
+    versions: dict[str, str]  # of bdkd and torch, and the commit where it is known
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return (self.channels, *self.image_size)
+
+
+class Exported(NamedTuple):
+    """A file of ours, read but not yet run."""
+
+    path: Path
+    format: Format
+    content: bytes
+    facts: Facts
+
+
+class Function(nn.Module):
+    """A network that is a function of images ``(B, C, H, W)`` and has no modes."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a path's name is one of ours; its content is another question."""
+    return path.suffix in SUFFIXES.values()
+
+
+def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
+    """The file of a network in evaluation mode on the CPU.
+
+    Raises:
+        RunError: a package is missing, or the network cannot be written in this format.
+    """
+    text = msgspec.json.encode(facts).decode()
+    try:
+        return _ENCODE[kind](network, text, facts.input_shape)
+    except RunError:
+        raise
+    except Exception as error:  # the exporters raise whatever their inside raises
+        raise RunError(
+            f"cannot export {facts.network} ({facts.model}) to {kind}: {first_line(error)} "
+            "(--debug shows where)"
+        ) from error
+
+
+def read_exported(path: Path) -> Exported:
+    """A file and its facts.
+
+    Raises:
+        RunError: it is missing, corrupt, changed since it was written, or not ours.
+    """
+    kind = next(kind for kind, suffix in SUFFIXES.items() if suffix == path.suffix)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    return decode(path, kind, content)
+
+
+def decode(path: Path, kind: Format, content: bytes) -> Exported:
+    """What :func:`read_exported` makes of a file's content; ``path`` names it in messages."""
+    metadata, digest = _DECODE[kind](path, content)
+    if FACTS not in metadata or DIGEST not in metadata:
+        raise RunError(
+            f"{path} was not written by bdkd export: it says nothing of its recipe and its images"
+        )
+    if metadata[DIGEST] != digest(metadata[FACTS]):
+        raise RunError(f"{path} was damaged or changed since bdkd export wrote it: export it again")
+    try:
+        facts = msgspec.json.decode(metadata[FACTS], type=Facts)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise RunError(
+            f"{path} was written by another version of bdkd: export it again ({first_line(error)})"
+        ) from error
+    if facts.version != VERSION:
+        raise RunError(
+            f"{path} has facts of version {facts.version}, this bdkd reads {VERSION}: export it "
+            "again"
+        )
+    return Exported(path, kind, content, facts)
+
+
+def open_network(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    """The network in a file, as a function of images on ``device``.
+
+    Args:
+        network: built as the file's recipe says, with any weights.
+
+    Raises:
+        RunError: the file holds something else than that network.
+    """
+    return _OPEN[exported.format](exported, network, device)
+
+
+# --- safetensors ---------------------------------------------------------------------------------
+
+
+def _encode_safetensors(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
+    from safetensors.torch import save
+
+    tensors = {key: value.detach().clone() for key, value in network.state_dict().items()}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", FACTS: facts, DIGEST: _digest_of_tensors(tensors)(facts)}
+    return save(tensors, metadata)
+
+
+def _decode_safetensors(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")  # the header's, which load has checked
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise _corrupt(path) from error
+    return metadata, _digest_of_tensors(tensors)
+
+
+def _open_safetensors(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    from safetensors.torch import load
+
+    tensors = load(exported.content)
+    mismatch = mismatched_keys(network, tensors)
+    if mismatch:
+        raise RunError(f"{exported.path} is no {exported.facts.model}: {mismatch}")
+    network.load_state_dict(tensors)
+    return network.to(device).eval()
+
+
+# --- torch.export --------------------------------------------------------------------------------
+
+
+def _encode_program(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(
+        network, (torch.zeros(2, *input_shape),), dynamic_shapes=({0: batch},)
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of the machine that it was written on
+
+    def save(extra: dict[str, str]) -> bytes:
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files=extra)
+        return file.getvalue()
+
+    with zipfile.ZipFile(io.BytesIO(save({}))) as archive:
+        digest = _digest_of_weights(archive)(facts)
+    return save({FACTS: facts, DIGEST: digest})
+
+
+def _decode_program(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(m.file_size != m.compress_size for m in archive.infolist()):
+                raise zipfile.BadZipFile("torch does not compress")
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("a checksum is wrong")
+            metadata = {
+                key: archive.read(_EXTRA + key).decode()
+                for key in (FACTS, DIGEST)
+                if _EXTRA + key in archive.namelist()
+            }
+            return metadata, _digest_of_weights(archive)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise _corrupt(path) from error
+
+
+def _open_program(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    facts = exported.facts
+    plain = network.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    ours = encode("export", plain.eval(), facts)
+    difference = _difference(ours, exported.content)
+    if difference and facts.versions.get("torch") != torch.__version__:
+        raise RunError(
+            f"{exported.path} was written by torch {facts.versions.get('torch')}, this is "
+            f"{torch.__version__}: export it again, or evaluate it there"
+        )
+    if difference:
+        raise RunError(
+            f"{exported.path} holds another program than this bdkd makes of {facts.model} "
+            f"({difference}), and a stranger's program could run code, so it is not loaded: "
+            "export it again"
+        )
+    program = torch.export.load(io.BytesIO(exported.content))
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    graph = program.module()
+    return Function(lambda images: graph(images))
+
+
+def _difference(ours: bytes, theirs: bytes) -> str:
+    """The first member in which two programs differ by more than the values of weights; or
+    nothing."""
+    with zipfile.ZipFile(io.BytesIO(ours)) as a, zipfile.ZipFile(io.BytesIO(theirs)) as b:
+        names = [sorted(archive.namelist()) for archive in (a, b)]
+        if names[0] != names[1]:  # sorted lists: a name that stands there twice counts twice
+            return next(iter(set(names[0]) ^ set(names[1])), "a member twice")
+        for name in names[0]:
+            if name.startswith(_WEIGHTS):
+                same = a.getinfo(name).file_size == b.getinfo(name).file_size
+            else:
+                same = name in _UNCOMPARED or a.read(name) == b.read(name)
+            if not same:
+                return name
+    return ""
+
+
+# --- ONNX ----------------------------------------------------------------------------------------
+
+
+def _encode_onnx(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _require(package)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, of its own inside
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, *input_shape),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # with stack traces: paths of the machine it was written on
+    if model.ByteSize() >= 2**31:
+        raise RunError("ONNX files end at 2 GiB: use --to safetensors or export")
+    for key, value in ((FACTS, facts), (DIGEST, _digest_of_bytes(_graph(model))(facts))):
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString()
+
+
+def _decode_onnx(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
+    onnx = _require("onnx")
+    decode_error = import_module("google.protobuf.message").DecodeError
+    try:
+        model = onnx.load_model_from_string(content)
+    except decode_error as error:
+        raise _corrupt(path) from error
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise RunError(f"{path} keeps weights in other files, which bdkd export never does")
+    return metadata, _digest_of_bytes(_graph(model))
+
+
+def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    runtime = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    available = runtime.get_available_providers()
+    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
+    try:
+        session = runtime.InferenceSession(exported.content, options, providers=providers)
+    except Exception as error:  # onnxruntime has a type for each of its codes, below Exception
+        raise RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}") from error
+
+    def logits(images: Tensor) -> Tensor:
+        pixels = images.float().contiguous().cpu().numpy()
+        try:
+            [result] = session.run(["logits"], {"images": pixels})
+        except Exception as error:
+            raise RunError(
+                f"onnxruntime cannot run {exported.path}: {first_line(error)}"
+            ) from error
+        return torch.from_numpy(result).to(images.device)
+
+    return Function(logits)
+
+
+def _graph(model) -> bytes:
+    return model.graph.SerializeToString(deterministic=True)
+
+
+# --- what they share -----------------------------------------------------------------------------
+
+Digest = Callable[[str], str]
+"""SHA-256 of a file's weights together with its facts: damage shows, a forger's hand does not."""
+
+
+def _digest_of_bytes(content: bytes) -> Digest:
+    return lambda facts: hashlib.sha256(facts.encode() + content).hexdigest()
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> Digest:
+    hashed = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key]
+        hashed.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        hashed.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return _digest_of_bytes(hashed.digest())
+
+
+def _digest_of_weights(archive: zipfile.ZipFile) -> Digest:
+    hashed = hashlib.sha256()
+    for name in sorted(archive.namelist()):
+        if name.startswith(_WEIGHTS):
+            hashed.update(name.encode() + archive.read(name))
+    return _digest_of_bytes(hashed.digest())
+
+
+def _require(package: str):
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise RunError(f"ONNX files need {package}: pip install 'bdkd[export]'") from error
+
+
+def _corrupt(path: Path) -> RunError:
+    return RunError(f"cannot read {path}: it is corrupt or cut off; export it again")
+
+
+_ENCODE = {
+    "onnx": _encode_onnx, "export": _encode_program, "safetensors": _encode_safetensors,
+}  # fmt: skip
+_DECODE = {
+    "onnx": _decode_onnx, "export": _decode_program, "safetensors": _decode_safetensors,
+}  # fmt: skip
+_OPEN = {
+    "onnx": _open_onnx, "export": _open_program, "safetensors": _open_safetensors,
+}  # fmt: skip
