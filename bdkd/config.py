@@ -37,10 +37,15 @@ class DataConfig:
     pixel_noise: float = 0.0
     """Standard deviation of Gaussian noise added to the images of every part, as a share of the
     largest pixel value; the same for every seed."""
-    shift: int = 0
-    """Augmentation: shift each training image by up to so many pixels each way."""
+    crop: int = 0
+    """Augmentation: pad each training image by so many pixels and cut a random window of its size
+    (the field's random crop with padding 4 is 4)."""
+    crop_padding: Literal["zero", "reflect", "edge"] = "zero"
+    """What the padding holds: black, the image mirrored, or its border repeated."""
     flip: bool = False
     """Augmentation: mirror each training image with probability 1/2."""
+    cutout: int = 0
+    """Augmentation: set a random square of this side in pixels to the mean colour."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +310,8 @@ def check_recipe(recipe: Recipe) -> None:
         ),
         ("data.label_noise", d.label_noise, 0 <= d.label_noise <= 1, "in [0, 1]"),
         ("data.pixel_noise", d.pixel_noise, 0 <= d.pixel_noise <= 1, "in [0, 1]"),
-        ("data.shift", d.shift, 0 <= d.shift <= 1024, "in [0, 1024]"),
+        ("data.crop", d.crop, d.crop >= 0, "at least 0"),
+        ("data.cutout", d.cutout, d.cutout >= 0, "at least 0"),
         ("data.image_size", d.image_size, 8 <= d.image_size <= 4096, "in [8, 4096]"),
         ("optimizer.learning_rate", o.learning_rate, _positive(o.learning_rate), "above 0"),
         ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bdkd.config import DataConfig
+from bdkd.data.augment import crop_and_flip, cut_out, draw
 from bdkd.data.base import (
     WHOLE,
     Batch,
@@ -17,6 +18,7 @@ from bdkd.data.base import (
     epoch_order,
     mix_seed,
 )
+from bdkd.errors import UsageError
 
 
 class Images(NamedTuple):
@@ -31,8 +33,11 @@ class InMemory:
 
     Args:
         splits: ``train``, ``val`` and ``test``.
-        config: its ``shift`` and ``flip`` say how training images are augmented.
+        config: its ``crop``, ``flip`` and ``cutout`` say how training images are augmented.
         scale: the largest pixel value.
+
+    Raises:
+        UsageError: an augmentation does not fit the size of the images.
     """
 
     def __init__(
@@ -48,9 +53,17 @@ class InMemory:
         memory_format: torch.memory_format,
     ) -> None:
         _, channels, height, width = splits["train"].pixels.shape
+        if config.crop >= min(height, width) or config.cutout > 2 * min(height, width):
+            raise UsageError(
+                f"data.crop must be below the side of the images and data.cutout at most twice it "
+                f"({height}x{width}), got {config.crop} and {config.cutout}"
+            )
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
         self.splits = {
-            split: Images(images.pixels.to(device), images.labels.to(device))
+            split: Images(
+                images.pixels.contiguous(memory_format=torch.channels_last).to(device),
+                images.labels.to(device),
+            )
             for split, images in splits.items()
         }
         mean, std = pixel_statistics(splits["train"].pixels)
@@ -61,26 +74,28 @@ class InMemory:
             tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), float(scale)
         )
         self.info = DataInfo(source, classes, channels, (height, width), counts, normalisation)
-        self.shift, self.flip, self.seed = config.shift, config.flip, seed
+        self.config, self.seed = config, seed
         self.device, self.memory_format = device, memory_format
 
     def train_batches(
         self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
     ) -> Iterator[Batch]:
         images = self.splits["train"]
+        pixels = images.pixels.permute(0, 2, 3, 1)  # (N, H, W, C), no copy
         order = epoch_order(self.seed, epoch, len(images.labels)).to(self.device)
+        mine = shard.of_batch(batch_size)
         for position in range(start, len(order) - batch_size + 1, batch_size):
-            chosen = order[position : position + batch_size]
+            chosen = order[position : position + batch_size][mine]
             # A generator of its own for every batch: a resumed run draws what it would have drawn.
             generator = torch.Generator(self.device).manual_seed(
                 mix_seed(self.seed, epoch, 1, position)
             )
-            mine = shard.of_batch(batch_size)
-            pixels = self._normalise(images.pixels[chosen])
             yield Batch(
-                # Augmented as a whole and then cut: the draws do not depend on the shard.
-                tuple(self._augment(pixels, generator)[mine] for _ in range(views)),
-                images.labels[chosen][mine],
+                tuple(
+                    self._augmented(pixels, chosen, batch_size, mine, generator)
+                    for _ in range(views)
+                ),
+                images.labels[chosen],
             )
 
     def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
@@ -91,15 +106,26 @@ class InMemory:
         for pixels, labels in zip(images.split(batch_size), classes.split(batch_size), strict=True):
             yield Batch((self._normalise(pixels),), labels)
 
+    def _augmented(
+        self,
+        pixels: Tensor,  # (N, H, W, C)
+        chosen: Tensor,  # (B,) this rank's part of the batch
+        batch_size: int,
+        mine: slice,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """One view of a batch, ``(B, C, H, W)``."""
+        height, width = self.info.image_size
+        draws = draw(self.config, batch_size, height, width, generator).part(mine)
+        if self.config.crop or self.config.flip:
+            gathered = crop_and_flip(pixels, chosen, draws, self.config.crop_padding)
+        else:
+            gathered = pixels[chosen]
+        images = self._normalise(gathered.permute(0, 3, 1, 2))
+        return cut_out(images, draws, self.config.cutout) if self.config.cutout else images
+
     def _normalise(self, pixels: Tensor) -> Tensor:
         images = (pixels.float() - self.mean) / self.std
-        return images.contiguous(memory_format=self.memory_format)
-
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        if self.shift:
-            images = random_shift(images, self.shift, generator)
-        if self.flip:
-            images = random_flip(images, generator)
         return images.contiguous(memory_format=self.memory_format)
 
 
@@ -109,37 +135,11 @@ def pixel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
     From counts of the 256 values: exact, and no wide copy of a whole data set.
     """
     values = torch.arange(256, dtype=torch.float64)
-    means, deviations = [], []
-    for channel in pixels.unbind(1):
-        counts = torch.bincount(channel.flatten(), minlength=256).double()
-        mean = (counts * values).sum() / counts.sum()
-        means.append(mean)
-        deviations.append(((counts * (values - mean) ** 2).sum() / counts.sum()).sqrt())
-    shape = (1, -1, 1, 1)
-    return torch.stack(means).view(shape), torch.stack(deviations).view(shape)
-
-
-def random_shift(
-    images: Tensor,  # (B, C, H, W)
-    pixels: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Each image moved by up to ``pixels`` each way, its border repeated."""
-    batch, _, height, width = images.shape
-    dy, dx = torch.randint(
-        -pixels, pixels + 1, (2, batch, 1, 1), generator=generator, device=images.device
-    )
-    rows = (torch.arange(height, device=images.device)[:, None] + dy).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + dx).clamp(0, width - 1)
-    sample = torch.arange(batch, device=images.device)[:, None, None]
-    moved = images.permute(0, 2, 3, 1)[sample, rows, columns]  # (B, H, W, C)
-    return moved.permute(0, 3, 1, 2)
-
-
-def random_flip(
-    images: Tensor,  # (B, C, H, W)
-    generator: torch.Generator,
-) -> Tensor:
-    """Each image mirrored left to right with probability 1/2."""
-    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    counts = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
+    for part in pixels.split(1000):  # bincount widens what it counts to 64 bits
+        for row, channel in zip(counts, part.unbind(1), strict=True):
+            row += torch.bincount(channel.flatten(), minlength=256)
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    deviation = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)

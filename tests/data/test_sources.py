@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from bdkd.config import DataConfig
 from bdkd.data import create_source
 from bdkd.data.base import epoch_order, mix_seed, stratified_split
-from bdkd.data.in_memory import random_flip, random_shift
 
 CPU = torch.device("cpu")
 
@@ -51,20 +50,26 @@ def test_an_epoch_shows_every_image_at_most_once_in_a_new_order():
 @pytest.mark.parametrize("views", [1, 2])
 def test_an_epoch_resumed_in_the_middle_is_the_epoch(views):
     """Augmentation included: it depends on the position, not on what was drawn before."""
-    whole = list(digits(shift=2, flip=True).train_batches(3, 0, 64, views))
-    rest = list(digits(shift=2, flip=True).train_batches(3, 64 * 5, 64, views))
+    whole = list(
+        digits(crop=2, crop_padding="edge", flip=True, cutout=3).train_batches(3, 0, 64, views)
+    )
+    rest = list(
+        digits(crop=2, crop_padding="edge", flip=True, cutout=3).train_batches(3, 64 * 5, 64, views)
+    )
     assert len(rest) == len(whole) - 5
     for a, b in zip(rest, whole[5:], strict=True):
         assert torch.equal(a.target, b.target)
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
     if views == 2:
         assert not torch.equal(whole[0].views[0], whole[0].views[1])
-    other_seed = next(digits(1, shift=2, flip=True).train_batches(3, 0, 64, views))
+    other_seed = next(
+        digits(1, crop=2, crop_padding="edge", flip=True, cutout=3).train_batches(3, 0, 64, views)
+    )
     assert not torch.equal(other_seed.target, whole[0].target)
 
 
 def test_evaluation_sees_every_image_once_in_order_the_ragged_last_batch_too():
-    source = digits(shift=2)
+    source = digits(crop=2)
     batches = list(source.eval_batches("test", 100))
     assert [len(batch.target) for batch in batches] == [100, 100, 100, 59]
     assert torch.equal(torch.cat([b.target for b in batches]), source.splits["test"].labels)
@@ -76,33 +81,6 @@ def test_images_are_normalised_by_the_training_images_alone():
     assert images.mean().abs() < 1e-5
     assert images.std().item() == pytest.approx(1.0, abs=1e-4)
     assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_random_shift_moves_each_image_by_whole_pixels():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(50, 1, 1, 1)
-    moved = random_shift(images, 2, generator)
-    seen = set()
-    for image in moved:
-        centre = image[0, 3, 3].item()  # an inner pixel tells the displacement
-        dy, dx = divmod(int(centre), 8)
-        seen.add((dy - 3, dx - 3))
-        expected = images[0, 0][
-            (torch.arange(8) + dy - 3).clamp(0, 7)[:, None], (torch.arange(8) + dx - 3).clamp(0, 7)
-        ]
-        assert torch.equal(image[0], expected)
-    assert len(seen) > 15
-    assert all(abs(dy) <= 2 and abs(dx) <= 2 for dy, dx in seen)
-
-
-def test_random_flip_mirrors_about_half():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(400, 1, 4, 4)
-    flipped = random_flip(images, generator)
-    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
-    kept = (flipped == images).flatten(1).all(1)
-    assert (mirrored ^ kept).all()
-    assert 150 < mirrored.sum() < 250
 
 
 @given(

@@ -1,0 +1,101 @@
+"""Random crop, flip and cutout of a whole batch at once, on the device.
+
+What is drawn for a batch is drawn for all its images in one go; a rank then keeps its part of the
+draws. So an image is varied alike whatever the number of ranks, and each rank gathers only its own.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bdkd.config import DataConfig
+
+
+class Draws(NamedTuple):
+    """The random numbers of a batch's augmentation, one of each an image."""
+
+    down: Tensor  # (B,) pixels by which the crop's window is moved
+    right: Tensor  # (B,)
+    mirrored: Tensor  # (B,) bool
+    hole_top: Tensor  # (B,) first row of the cutout, may lie outside
+    hole_left: Tensor  # (B,)
+
+    def part(self, mine: slice) -> "Draws":
+        return Draws(*(draw[mine] for draw in self))
+
+
+def draw(
+    config: DataConfig, count: int, height: int, width: int, generator: torch.Generator
+) -> Draws:
+    """Draw for ``count`` images; what is switched off draws nothing."""
+    device = generator.device
+    none = torch.zeros(2, count, dtype=torch.int64, device=device)
+    offsets, mirrored, holes = none, none[0].bool(), none
+    if config.crop:
+        limits = (-config.crop, config.crop + 1)
+        offsets = torch.randint(*limits, (2, count), generator=generator, device=device)
+    if config.flip:
+        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
+    if config.cutout:  # the hole's centre is any pixel, so that at a border a part of it is lost
+        centre = torch.rand(2, count, generator=generator, device=device)
+        size = torch.tensor([[height], [width]], device=device)
+        holes = (centre * size).long() - config.cutout // 2
+    return Draws(offsets[0], offsets[1], mirrored, holes[0], holes[1])
+
+
+def crop_and_flip(
+    pixels: Tensor,  # (N, H, W, C) all images of the set
+    chosen: Tensor,  # (B,) which of them
+    draws: Draws,
+    padding: str,
+) -> Tensor:
+    """The chosen images, each moved and perhaps mirrored, ``(B, H, W, C)``, in one gather."""
+    _, height, width, _ = pixels.shape
+    rows = torch.arange(height, device=pixels.device) + draws.down[:, None]  # (B, H)
+    columns = torch.arange(width, device=pixels.device) + draws.right[:, None]  # (B, W)
+    columns = torch.where(draws.mirrored[:, None], columns.flip(1), columns)
+    into = OUTSIDE[padding]
+    cropped = pixels[
+        chosen[:, None, None], into(rows, height)[:, :, None], into(columns, width)[:, None]
+    ]
+    if padding == "zero":
+        inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None]
+        cropped = cropped * inside[..., None]
+    return cropped
+
+
+def cut_out(
+    images: Tensor,  # (B, C, H, W), their mean 0
+    draws: Draws,
+    size: int,
+) -> Tensor:
+    """A square of ``size`` pixels of each image set to the mean (DeVries and Taylor, 2017,
+    arXiv 1708.04552)."""
+    _, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device) - draws.hole_top[:, None]  # (B, H)
+    columns = torch.arange(width, device=images.device) - draws.hole_left[:, None]  # (B, W)
+    hole = _within(rows, size)[:, :, None] & _within(columns, size)[:, None]  # (B, H, W)
+    return images.masked_fill(hole[:, None], 0.0)
+
+
+def _within(index: Tensor, size: int) -> Tensor:
+    return (index >= 0) & (index < size)
+
+
+def _nearest(index: Tensor, size: int) -> Tensor:
+    return index.clamp(0, size - 1)
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    """The border pixel itself is not repeated: -1 is 1, ``size`` is ``size - 2``."""
+    last = size - 1
+    return last - (last - index.abs()).abs()
+
+
+OUTSIDE: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "edge": _nearest,
+    "reflect": _reflected,
+    "zero": _nearest,  # any pixel there is: it is multiplied by 0
+}
