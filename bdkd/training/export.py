@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bdkd
 from bdkd.config import Recipe, nearest, parse_recipe, to_toml
+from bdkd.data import Split
 from bdkd.errors import RunError, UsageError
 from bdkd.training.checkpoint import (
     first_line,
@@ -95,11 +96,11 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
         version=VERSION, network=name, model=config.model, role=config.role,
         parameters=sum(p.numel() for p in network.parameters()),
         method=recipe.objective.name, seed=recipe.seed, step=step, recipe=_published(recipe),
-        classes=tuple(info.classes), channels=info.channels, image_size=tuple(info.image_size),
+        classes=tuple(info.classes), channels=info.channels, image_size=info.image_size,
         normalisation=info.normalisation, versions=_versions(),
         **_measured(checkpoint.parent.parent, name, step),
     )  # fmt: skip
-    split = "val" if info.counts["val"] else "test"
+    split: Split = "val" if info.counts["val"] else "test"
     batch = next(iter(setup.source.eval_batches(split, CHECKED_IMAGES)))
     return Trained(network.eval(), facts, batch.views[0])
 

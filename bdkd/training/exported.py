@@ -2,8 +2,8 @@
 
 Each format is made into bytes and read back from bytes here. What comes from a stranger is data and
 never code: ONNX is run by onnxruntime, without files beside it; safetensors are tensors; and a
-``.pt2``, which torch would unpickle, is loaded only where it is, byte for byte, the program that
-this very bdkd and torch make of the network that it names (only its weights may differ).
+``.pt2``, which torch would unpickle, is taken only where it is, byte for byte, the program that
+this very bdkd and torch make of the network that it names; torch then loads ours with its weights.
 """
 
 import hashlib
@@ -246,7 +246,7 @@ def _open_program(exported: Exported, network: nn.Module, device: torch.device) 
             f"({difference}), and a stranger's program could run code, so it is not loaded: "
             "export it again"
         )
-    program = torch.export.load(io.BytesIO(exported.content))
+    program = torch.export.load(io.BytesIO(_with_weights(ours, exported.content)))
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -270,6 +270,20 @@ def _difference(ours: bytes, theirs: bytes) -> str:
             if not same:
                 return name
     return ""
+
+
+def _with_weights(ours: bytes, theirs: bytes) -> bytes:
+    """Our archive with the weights of theirs: torch never reads a stranger's archive, in which its
+    reader of zip files might find other members than Python's has shown us."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(ours)) as a,
+        zipfile.ZipFile(io.BytesIO(theirs)) as b,
+        zipfile.ZipFile(file, "w") as merged,
+    ):
+        for name in a.namelist():
+            merged.writestr(name, (b if name.startswith(_WEIGHTS) else a).read(name))
+    return file.getvalue()
 
 
 # --- ONNX ----------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def model_card(facts: Facts, file: str) -> str:
         ]  # fmt: skip
     else:
         lines.append(f"Not measured where this was written: `bdkd evaluate {file}` does it.")
-    lines += ["", f"`bdkd evaluate {file}` measures it again.", "", "## Recipe", "", "```toml",
-              facts.recipe.strip(), "```", "", "Written by "
-              + ", ".join(f"{key} {value}" for key, value in facts.versions.items()) + "."]  # fmt: skip
+    lines += ["", f"`bdkd evaluate {file}` measures it again."]
+    lines += ["", "## Recipe", "", "```toml", facts.recipe.strip(), "```", ""]
+    lines.append(f"Written by {', '.join(f'{k} {v}' for k, v in facts.versions.items())}.")
     return "\n".join(lines) + "\n"
