@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
 # Two workers of one thread each: tests that want more threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test soak sanitize bench lint format wheel clean
+.PHONY: demo test soak sanitize bench lint format docs wheel clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed ## train a teacher and a student on handwritten digits
@@ -35,11 +35,15 @@ format: .venv/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: .venv/.installed-docs ## the documentation, into docs/_build; offline, warnings are errors
+	$(PY) -m sphinx -W --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
+
 wheel: .venv/.installed-dev
 	$(PY) -m build --wheel
 
 clean: ## everything that was made here, runs excepted
-	rm -rf .venv build dist *.egg-info kernels/bdkd_kernels/*.so
+	rm -rf .venv build dist docs/_build *.egg-info kernels/bdkd_kernels/*.so
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -53,4 +57,8 @@ clean: ## everything that was made here, runs excepted
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
