@@ -1,0 +1,39 @@
+"""An objective of your own: samples weighed by what the loss itself says of them.
+
+What changes in your loop:
+
+    stats = bdkd_loss(s.detach(), t.detach(), y).stats
+    trust = 0.2 + 0.8 * stats.teacher_correct * stats.teacher_confidence
+    out = bdkd_loss(s, t, y, sample_weight=trust)
+"""
+
+import torch
+from torch import nn
+
+from bdkd import bdkd_loss
+
+torch.manual_seed(0)
+truth = torch.randint(10, (1280,))
+images = torch.randn(10, 64)[truth] + 2 * torch.randn(1280, 64)  # ten clouds; the last 256 test
+noisy = torch.rand(1280) < 0.3  # three in ten labels are drawn at random
+labels = torch.where(noisy, torch.randint(10, (1280,)), truth)
+teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+student = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+optimizer = torch.optim.AdamW([*teacher.parameters(), *student.parameters()], lr=5e-3)
+
+for _ in range(80):
+    batch = torch.randint(1024, (64,))
+    x, y = images[batch], labels[batch]
+    s, t = student(x), teacher(x)
+    # Statistics alone: one sweep over the logits, no gradient. (N,) each, see bdkd.BDKDStats.
+    stats = bdkd_loss(s.detach(), t.detach(), y).stats
+    # A label that the teacher does not believe counts little, for both networks.
+    trust = 0.2 + 0.8 * stats.teacher_correct * stats.teacher_confidence
+    out = bdkd_loss(s, t, y, sample_weight=trust)  # the mean divides by the sum of the weights
+    optimizer.zero_grad()
+    (out.student + out.teacher).backward()
+    optimizer.step()
+
+with torch.no_grad():
+    correct = student(images[1024:]).argmax(1) == truth[1024:]
+print(f"student accuracy {correct.float().mean():.1%} on clean labels")

@@ -1,0 +1,36 @@
+"""Few labels, many images: unlabelled rows train by agreement alone.
+
+What changes in your loop:
+
+    labelled = bdkd_loss(s[:n], t[:n], y)
+    unlabelled = bdkd_loss(s[n:], t[n:], None)
+    loss = labelled.student + labelled.teacher + unlabelled.student + unlabelled.teacher
+"""
+
+import torch
+from torch import nn
+
+from bdkd import bdkd_loss
+
+torch.manual_seed(0)
+labels = torch.randint(10, (1280,))  # of which the first 128 are known; the last 256 test
+images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
+teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+student = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+optimizer = torch.optim.AdamW([*teacher.parameters(), *student.parameters()], lr=5e-3)
+
+n = 32  # labelled rows of a batch
+for _ in range(80):
+    known, unknown = torch.randint(128, (n,)), torch.randint(128, 1024, (96,))
+    x, y = images[torch.cat([known, unknown])], labels[known]
+    s, t = student(x), teacher(x)  # one forward pass for both kinds
+    labelled = bdkd_loss(s[:n], t[:n], y)
+    unlabelled = bdkd_loss(s[n:], t[n:], None)  # no cross entropy, both divergences
+    loss = labelled.student + labelled.teacher + unlabelled.student + unlabelled.teacher
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+with torch.no_grad():
+    correct = student(images[1024:]).argmax(1) == labels[1024:]
+print(f"student accuracy {correct.float().mean():.1%} from 128 labels")
