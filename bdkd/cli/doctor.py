@@ -2,13 +2,38 @@
 
 import importlib.util
 import json
+import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+# Package, the module that tells whether it is there, and the extra of bdkd that brings it.
+OPTIONAL = (
+    ("scikit-learn", "sklearn", "train"),
+    ("matplotlib", "matplotlib", "train"),
+    ("tensorboard", "tensorboard", "train"),
+    ("pillow", "PIL", "imagenet"),
+    ("timm", "timm", "imagenet"),
+    ("onnx", "onnx", "export"),
+    ("onnxscript", "onnxscript", "export"),
+    ("onnxruntime", "onnxruntime", "export"),
+    ("torch-tb-profiler", "torch_tb_profiler", "profile"),
+)
+
+# What the kernels are chosen by, of all that a processor can.
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd",
+                "bf16", "sve")  # fmt: skip
+
+# Variables that change what a run does or how fast it is.
+VARIABLES = ("BDKD_", "OMP_", "MKL_NUM", "TRITON_", "CUDA_VISIBLE", "HIP_VISIBLE", "TORCH_",
+             "TORCHINDUCTOR_", "PYTORCH_", "NCCL_", "WORLD_SIZE", "CXX")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -16,7 +41,7 @@ class Arguments:
     """What this machine can do, and the command that brings what is missing."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print one JSON object instead of lines."""
+    """Print one JSON array instead of lines."""
 
 
 @dataclass(frozen=True)
@@ -46,63 +71,106 @@ def run(given: list[str]) -> None:
 
 def examine() -> list[Finding]:
     """Everything that makes a difference to a run, each with its version or the reason it lacks."""
+    return [
+        Finding("bdkd", True, f"{version('bdkd')}, Python {platform.python_version()}"),
+        Finding("system", True, platform.platform()),
+        Finding("CPU", True, _processor()),
+        Finding("environment", True, _environment()),
+        _torch(),
+        Finding("requirements", True, _requirements()),
+        _gpu(),
+        *_backends(),
+        _dali(),
+        _apex(),
+        *(_optional(*package) for package in OPTIONAL),
+        *_torchvision(),
+    ]
+
+
+def _processor() -> str:
+    """Model, cores this process may use, and those of its features that the kernels look at."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model, features = platform.machine(), ""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text(errors="replace").splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+        model = f"{fields.get('model name', 'unnamed')} ({model})"
+        has = set(fields.get("flags", fields.get("Features", "")).split())
+        features = "; " + (" ".join(x for x in CPU_FEATURES if x in has) or "no vector feature")
+    return f"{model}, {usable} of {os.cpu_count()} cores{features}"
+
+
+def _environment() -> str:
+    """The variables that a run depends on, and nothing else of what is private there."""
+    given = sorted(key for key in os.environ if key.startswith(VARIABLES))
+    return " ".join(f"{key}={os.environ[key]}" for key in given) or "no variable that matters here"
+
+
+def _torch() -> Finding:
     import torch
 
-    from bdkd import available_backends
+    threads = f"{torch.get_num_threads()} threads an operator, {torch.get_num_interop_threads()} "
+    builds = [f"{name} {build}" for name, build in (
+        ("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if build]  # fmt: skip
+    return Finding(
+        "torch",
+        True,
+        f"{torch.__version__}, {' '.join(builds) or 'CPU only'}, {threads}between operators, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+    )
 
-    findings = [
-        Finding("bdkd", True, f"{version('bdkd')}, Python {platform.python_version()}, "
-                f"{platform.platform()}"),
-        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
-        _gpu(),
-    ]  # fmt: skip
-    remedies = {
-        "triton": "pip install 'bdkd[triton]'",
-        "native": "install a C++ compiler (Debian: apt install g++), then reinstall bdkd: "
-        "pip install --force-reinstall --no-deps . (in its source folder)",
-    }
-    for name, availability in available_backends().items():
-        findings.append(
-            Finding(
-                f"{name} kernel" if name != "reference" else "reference loss",
-                bool(availability),
-                availability.reason,
-                remedies.get(name, ""),
-            )
-        )
-    findings += [
-        _package("DALI", "nvidia-dali-cuda130", "nvidia.dali", "pip install 'bdkd[dali]'"),
-        _apex(),
-        _package("scikit-learn", "scikit-learn", "sklearn", "pip install 'bdkd[train]'"),
-        _package("matplotlib", "matplotlib", "matplotlib", "pip install 'bdkd[train]'"),
-        _package("TensorBoard", "tensorboard", "tensorboard", "pip install 'bdkd[train]'"),
-    ]
-    return findings
+
+def _requirements() -> str:
+    """Versions of what bdkd always needs; torch stands on its own line."""
+    needed = [line for line in requires("bdkd") or [] if "extra ==" not in line]
+    names = [re.split(r"[^\w.-]", line)[0] for line in needed]
+    return ", ".join(f"{name} {version(name)}" for name in names if name != "torch")
 
 
 def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = [
+            f"{d.name} ({d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB)" for d in devices
+        ]
         return Finding("GPU", True, ", ".join(names))
     build = torch.version.cuda or torch.version.hip
     if build is None:
         return Finding(
             "GPU", False, "this torch is built for the CPU alone",
-            "pip install torch for your GPU, see https://pytorch.org/get-started/locally",
+            "with a GPU: install the torch built for it, https://pytorch.org/get-started/locally",
         )  # fmt: skip
     return Finding("GPU", False, f"torch is built for {build} but finds no device or driver",
                    "check the driver: nvidia-smi or rocm-smi")  # fmt: skip
 
 
-def _package(name: str, distribution: str, module: str, remedy: str) -> Finding:
-    if not _can_find(module):
-        return Finding(name, False, "not installed", remedy)
-    try:
-        return Finding(name, True, version(distribution))
-    except PackageNotFoundError:
-        return Finding(name, True, "version unknown")
+def _backends() -> list[Finding]:
+    from bdkd import available_backends
+
+    remedies = {
+        "triton": "with a GPU: see the line above"
+        if _can_find("triton")
+        else "pip install 'bdkd[triton]'",
+        "native": "install a C++ compiler (Debian: apt install g++), then reinstall bdkd: "
+        "pip install --force-reinstall --no-deps . (in its source folder)",
+    }
+    findings = []
+    for name, availability in available_backends().items():
+        title = "reference loss" if name == "reference" else f"{name} kernel"
+        what = availability.reason
+        if name == "triton" and _can_find("triton"):
+            what += f" (triton {version('triton')})"
+        findings.append(Finding(title, bool(availability), what, remedies.get(name, "")))
+    return findings
+
+
+def _dali() -> Finding:
+    if not _can_find("nvidia.dali"):
+        return Finding("DALI", False, "not installed", "pip install 'bdkd[dali]'")
+    return Finding("DALI", True, _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"))
 
 
 def _apex() -> Finding:
@@ -114,6 +182,34 @@ def _apex() -> Finding:
         what = "the installed apex is not NVIDIA's but PyPI's unrelated package of that name"
         return Finding("apex", False, what, f"{sys.executable} -m pip uninstall apex; {remedy}")
     return Finding("apex", True, "NVIDIA's, with fused optimizers")
+
+
+def _optional(distribution: str, module: str, extra: str) -> Finding:
+    if not _can_find(module):
+        return Finding(distribution, False, "not installed", f"pip install 'bdkd[{extra}]'")
+    return Finding(distribution, True, _version(distribution))
+
+
+def _torchvision() -> list[Finding]:
+    """Nothing of ours imports it, but timm does: one that does not fit torch takes timm along."""
+    if not _can_find("torchvision"):
+        return []
+    try:
+        import_module("torchvision")
+    except Exception as error:  # RuntimeError, ImportError or OSError, by what does not fit
+        what = f"{_version('torchvision')} does not import beside this torch, so timm does not: "
+        remedy = "install the torchvision built for this torch, from the same index"
+        return [Finding("torchvision", False, what + str(error).splitlines()[0], remedy)]
+    return [Finding("torchvision", True, _version("torchvision"))]
+
+
+def _version(*distributions: str) -> str:
+    for distribution in distributions:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "version unknown"
 
 
 def _can_find(module: str) -> bool:
