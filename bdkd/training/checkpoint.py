@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +43,89 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             f"cannot write {path}: {first_line(cause or error)}; {remedy} and continue with "
             "--resume (what was saved before is whole)"
         ) from error
+
+
+class BackgroundWriter:
+    """Writes on a thread of its own while training goes on: one set of files at a time, in order.
+
+    A set that comes while another is written waits for it: a disk that is slower than the
+    checkpoints come slows the run down, rather than leaving some of them out.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._owed: Callable[[], object] | None = None
+
+    def submit(
+        self, newest: Callable[[], object] | None, lasting: Callable[[], object] | None = None
+    ) -> None:
+        """Write what ``lasting`` writes, then what ``newest`` does.
+
+        Where ``lasting`` fails it is tried again before the next set, until another takes its
+        place; ``newest`` is not, since the next set has a newer one.
+        """
+        self.wait()
+        if lasting is not None:
+            self._owed = lasting
+
+        def write() -> None:
+            try:
+                if self._owed is not None:
+                    self._owed()
+                    self._owed = None
+                if newest is not None:
+                    newest()
+                self._failure = None
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def take_failure(self) -> RunError | None:
+        """What went wrong with the last set, told once; None while it is being written."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        error, self._failure = self._failure, None
+        if error is not None and not isinstance(error, RunError):
+            raise error
+        return error
+
+    def finish(self) -> None:
+        """Wait for the last set.
+
+        Raises:
+            RunError: it was not written.
+        """
+        self.wait()
+        error = self.take_failure()
+        if error is not None:
+            raise error
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU of tensors nested in dictionaries and lists, which later steps leave alone.
+    From a GPU by way of pinned memory; waits for it once."""
+    copied = _copy_to_cpu(value)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copy_to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copy_to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy_to_cpu(item) for item in value)
+    return value
 
 
 def save_checkpoint(path: Path, recipe_toml: str, state: Mapping[str, Any]) -> None:
