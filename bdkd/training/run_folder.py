@@ -1,16 +1,19 @@
 """The folder of a run: what lies where, who may write to it, and what can be taken up again."""
 
+import errno
 import fcntl
 import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from bdkd.config import Recipe, parse_recipe, to_toml
 from bdkd.errors import RunError
+from bdkd.evaluation.predictions import Predictions, to_bytes
 from bdkd.training.checkpoint import (
     first_line,
     load_checkpoint,
@@ -18,6 +21,8 @@ from bdkd.training.checkpoint import (
     write_atomically,
 )
 
+# A restarted run may be here before the processes of the one before it have all gone.
+LOCK_SECONDS = 20.0
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8})\.pt")
 
 
@@ -30,17 +35,28 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.predictions = path / "predictions.safetensors"
         self.checkpoints = path / "checkpoints"
         self.figures = path / "figures"
         self.events = path / "events"
+        self.logs = path / "logs"
         self._lock: IO[str] | None = None
+        self._unwritten: list[str] = []
 
-    def open_for_training(self, resume: str) -> bool:
+    def launched_by(self, identity: str) -> bool:
+        """Whether the launch of this identity was the last to train here."""
+        try:
+            return (self.path / ".lock").read_text("utf-8") == identity
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def open_for_training(self, resume: str, identity: str | None = None) -> bool:
         """Make and lock the folder; whether there is a run in it to continue. A run that ended
         before its first checkpoint is continued from its beginning.
 
         Args:
             resume: ``never``, ``auto`` (if there is something to resume) or ``require``.
+            identity: of the launch, remembered for :meth:`launched_by`.
 
         Raises:
             RunError: it cannot be written, another process trains in it, or it holds a run (or
@@ -51,19 +67,14 @@ class RunFolder:
         try:
             for folder in (self.path, self.checkpoints, self.figures):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held while the run lives
+            # "a": whoever is refused has changed nothing
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held while the run lives
         except OSError as error:
             raise RunError(
                 f"cannot write the run's folder {self.path}: {error.strerror or error}; "
                 "choose another with --run-dir"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another process is training in {self.path}: wait for it or choose another "
-                "--run-dir"
-            ) from error
+        self._wait_for_lock(LOCK_SECONDS if identity and self.launched_by(identity) else 0.0)
         for folder in (self.path, self.checkpoints, self.figures):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()  # of a writer that was killed; under the lock there is no other
@@ -73,7 +84,25 @@ class RunFolder:
                 f"{self.path} already holds a run: continue it with --resume or choose another "
                 "--run-dir"
             )
+        self._lock.truncate(0)
+        self._lock.write(identity or "")
+        self._lock.flush()
         return started
+
+    def _wait_for_lock(self, seconds: float) -> None:
+        assert self._lock is not None
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise RunError(
+                        f"another process is training in {self.path}: wait for it or choose "
+                        "another --run-dir"
+                    ) from error
+                time.sleep(0.1)
 
     def close(self) -> None:
         """Let others train here."""
@@ -97,6 +126,10 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         text = to_json(summary, indent=2) + "\n"
         write_atomically(self.summary, lambda file: file.write(text.encode()))
+
+    def write_predictions(self, predictions: Predictions) -> None:
+        content = to_bytes(predictions)
+        write_atomically(self.predictions, lambda file: file.write(content))
 
     def checkpoint_paths(self, kind: str = "step") -> list[Path]:
         """Checkpoints, ``step`` or ``best``, by step, the newest first."""
@@ -176,16 +209,45 @@ class RunFolder:
         text = "".join(f"{line}\n" for line in kept)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
-    def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """One JSON object, one line."""
+    def append_metrics(self, values: Mapping[str, Any]) -> str | None:
+        """One JSON object, one line. Where the disk is full the line waits for the next call, and
+        what to tell the user is returned."""
+        self._unwritten.append(to_json(values) + "\n")
         try:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(to_json(values) + "\n")
+            self._write_metrics()
+        except OSError as error:
+            return (
+                f"cannot write {self.metrics}: {first_line(error)}; its lines are kept and tried "
+                "again"
+            )
+        return None
+
+    def flush_metrics(self) -> None:
+        """Write the lines that still wait.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        try:
+            self._write_metrics()
         except OSError as error:
             raise RunError(
                 f"cannot write {self.metrics}: {first_line(error)}; mend that and continue with "
                 "--resume (what was saved before is whole)"
             ) from error
+
+    def _write_metrics(self) -> None:
+        with open(self.metrics, "ab", buffering=0) as file:
+            whole = file.seek(0, os.SEEK_END)
+            try:
+                for line in self._unwritten:
+                    text = line.encode()
+                    if file.write(text) != len(text):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(whole)  # never half a line
+                raise
+        self._unwritten.clear()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -13,6 +13,7 @@ from bdkd.evaluation.calibration import CalibrationResult
 from bdkd.evaluation.figures import reliability_diagram, training_curves
 from bdkd.training.checkpoint import load_checkpoint
 from bdkd.training.evaluate import evaluate
+from bdkd.training.predictions import predict
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.state import EMA_SUFFIX, TrainingState
@@ -54,6 +55,9 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
             for name, network in networks.items()
         },
     }
+    folder.write_predictions(
+        predict(networks, setup.source, "test", recipe.train.batch_size, recipe.train.precision)
+    )
     folder.write_summary(summary)
     try:
         title = f"{recipe.name}, {recipe.objective.name}: test images"
