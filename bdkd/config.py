@@ -60,6 +60,8 @@ class NetworkConfig:
     """File of weights to start from: a state dict (.pt, .safetensors) or a run's checkpoint."""
     learning_rate: float | None = None
     """This network's own peak learning rate; without it, the optimizer's."""
+    shard: bool = False
+    """Share a large teacher's weights out among the ranks (FSDP2), to save memory."""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of the model, as name and value."""
 
@@ -160,8 +162,24 @@ class CheckpointConfig:
 
     every_steps: int = 500
     """Optimizer steps between checkpoints; one is also written at the end and on a signal."""
+    every_minutes: float | None = None
+    """Also save when so many minutes have gone by since the last checkpoint."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several ranks, started by torchrun."""
+
+    timeout: float = 600.0
+    """Seconds that a rank waits for another before the run ends and says which one is missing."""
+    grace: float = 25.0
+    """Seconds after a signal in which the ranks save and exit; torchrun ends them after 30."""
+    compress: Literal["none", "bf16"] = "none"
+    """Exchange gradients as they are, or rounded to bf16: half the bytes."""
+    sync_batch_norm: bool = False
+    """Batch norm over the images of all ranks; without it, each rank normalises by its own."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +196,7 @@ class Recipe:
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     run_dir: str | None = None
     """Folder of the run; without it, runs/<recipe>-<method>-seed<seed>."""
     seed: int = 0
@@ -320,6 +339,11 @@ def check_recipe(recipe: Recipe) -> None:
         ("checkpoint.every_steps", recipe.checkpoint.every_steps,
          recipe.checkpoint.every_steps >= 1, "at least 1"),
         ("checkpoint.keep", recipe.checkpoint.keep, recipe.checkpoint.keep >= 1, "at least 1"),
+        ("checkpoint.every_minutes", recipe.checkpoint.every_minutes,
+         recipe.checkpoint.every_minutes is None or recipe.checkpoint.every_minutes > 0, "above 0"),
+        ("distributed.timeout", recipe.distributed.timeout, recipe.distributed.timeout > 0,
+         "above 0"),
+        ("distributed.grace", recipe.distributed.grace, recipe.distributed.grace > 0, "above 0"),
         ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
         ("evaluate_every", recipe.evaluate_every, recipe.evaluate_every >= 1, "at least 1"),
         ("max_steps", recipe.max_steps, recipe.max_steps is None or recipe.max_steps >= 1,
@@ -344,6 +368,13 @@ def check_recipe(recipe: Recipe) -> None:
                 "letters, digits, - and _, not ending in _ema and no key of metrics.jsonl",
             )
         )
+        checks.append((f"networks.{name}.shard", network.shard,
+                       not network.shard or network.role == "teacher",
+                       "a teacher's option: an exported student lies on one device"))
+        checks.append((f"networks.{name}.shard", network.shard,
+                       not network.shard or t.precision != "fp16",
+                       "off with train.precision fp16, whose loss scale needs all gradients: "
+                       "use bf16"))  # fmt: skip
         rate = network.learning_rate
         checks.append((f"networks.{name}.learning_rate", rate,
                        rate is None or _positive(rate), "above 0"))  # fmt: skip
