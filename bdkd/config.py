@@ -18,15 +18,26 @@ from bdkd.errors import RunError, UsageError
 
 
 @dataclass(frozen=True)
+class SyntheticConfig:
+    """What the source synthetic makes."""
+
+    images: int = 10_000
+    """Training images, validation included; a fifth as many more are the test set."""
+    classes: int = 10
+    """Classes."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they are varied."""
 
     source: str = "digits"
-    """The data source: digits or folder."""
+    """The data source: digits, cifar10, cifar100, tiny-imagenet, folder or synthetic."""
     root: str | None = None
     """Folder of the data set, for sources that read one."""
-    image_size: int = 32
-    """Side of the images in pixels, for sources that resize them."""
+    image_size: int | None = None
+    """Side in pixels, for sources that resize; without it, their own (folder and synthetic: 32,
+    tiny-imagenet: 64)."""
     validation: float = 0.1
     """Share of the training images held out to choose the best checkpoint by."""
     train_images: int | None = None
@@ -46,6 +57,7 @@ class DataConfig:
     """Augmentation: mirror each training image with probability 1/2."""
     cutout: int = 0
     """Augmentation: set a random square of this side in pixels to the mean colour."""
+    synthetic: SyntheticConfig = SyntheticConfig()
 
 
 @dataclass(frozen=True)
@@ -331,7 +343,19 @@ def check_recipe(recipe: Recipe) -> None:
         ("data.pixel_noise", d.pixel_noise, 0 <= d.pixel_noise <= 1, "in [0, 1]"),
         ("data.crop", d.crop, d.crop >= 0, "at least 0"),
         ("data.cutout", d.cutout, d.cutout >= 0, "at least 0"),
-        ("data.image_size", d.image_size, 8 <= d.image_size <= 4096, "in [8, 4096]"),
+        (
+            "data.image_size",
+            d.image_size,
+            d.image_size is None or 8 <= d.image_size <= 4096,
+            "in [8, 4096]",
+        ),
+        ("data.synthetic.classes", d.synthetic.classes, d.synthetic.classes >= 2, "at least 2"),
+        (
+            "data.synthetic.images",
+            d.synthetic.images,
+            d.synthetic.images >= 10 * d.synthetic.classes,
+            "at least ten for each of data.synthetic.classes",
+        ),
         ("optimizer.learning_rate", o.learning_rate, _positive(o.learning_rate), "above 0"),
         ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),
         ("optimizer.momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)"),

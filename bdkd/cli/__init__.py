@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train the networks of a recipe together",
     "evaluate": "accuracy and calibration of a run's networks, or of an exported one",
     "export": "one network of a run as ONNX, torch.export or safetensors",
+    "data": "bring a data set here",
     "doctor": "what this machine can do, and how to bring what is missing",
 }
 

@@ -3,13 +3,20 @@
 import torch
 
 from bdkd.config import DataConfig, nearest
-from bdkd.data import digits, folder
+from bdkd.data import cifar, digits, folder, synthetic, tiny_imagenet
 from bdkd.data.base import WHOLE, Batch, DataInfo, DataSource, Shard, Split
 from bdkd.errors import UsageError
 
 __all__ = ["WHOLE", "Batch", "DataInfo", "DataSource", "Shard", "Split", "create_source"]
 
-SOURCES = {"digits": digits.load, "folder": folder.load}
+SOURCES = {
+    "digits": digits.load,
+    "cifar10": cifar.load_cifar10,
+    "cifar100": cifar.load_cifar100,
+    "tiny-imagenet": tiny_imagenet.load,
+    "folder": folder.load,
+    "synthetic": synthetic.load,
+}
 
 
 def create_source(

@@ -8,7 +8,7 @@ import torch
 from bdkd.config import DataConfig
 from bdkd.data.base import stratified_split
 from bdkd.data.in_memory import Images, InMemory
-from bdkd.data.splits import SPLIT_SEED, make_splits
+from bdkd.data.splits import SPLIT_SEED, make_splits, refuse_image_size
 from bdkd.errors import RunError
 
 TEST_SHARE = 0.2
@@ -19,6 +19,7 @@ def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
     """The digits, a fixed fifth of them the test set."""
+    refuse_image_size(config, "digits", 8)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

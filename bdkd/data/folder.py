@@ -3,14 +3,14 @@ enough to be kept in memory whole, at one size."""
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from bdkd.config import DataConfig
+from bdkd.data.decode import read_images
+from bdkd.data.fetch import required_root
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import make_splits
-from bdkd.errors import RunError, UsageError
+from bdkd.errors import RunError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"}
 
@@ -18,10 +18,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"}
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """Every image resized to ``data.image_size``, RGB."""
-    if config.root is None:
-        raise UsageError("data.root must name the folder of the data set (source 'folder')")
-    root = Path(config.root)
+    """Every image resized to ``data.image_size`` (32 without it), RGB."""
+    root = required_root(config, "folder")
+    size = config.image_size or 32
     train = _folder(root, "train")
     held_out = _folder(root, "test", "val")
     classes = _classes(train)
@@ -29,8 +28,8 @@ def load(
     if unlike:
         raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}")
 
-    training = Images(*_read(train, classes, config.image_size))
-    test = Images(*_read(held_out, classes, config.image_size))
+    training = _read(train, classes, size)
+    test = _read(held_out, classes, size)
     return InMemory(
         "folder", make_splits(config, training, test, 255), classes, config, scale=255,
         seed=seed, device=device, memory_format=memory_format,
@@ -54,31 +53,15 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
-    """Pixels ``(N, 3, size, size)`` uint8 and labels ``(N,)``."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise RunError(
-            "the data source 'folder' needs Pillow: pip install 'bdkd[imagenet]'"
-        ) from error
-    pixels, labels = [], []
+def _read(folder: Path, classes: tuple[str, ...], size: int) -> Images:
+    paths, labels = [], []
     for label, name in enumerate(classes):
-        paths = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
-        if len(paths) < 2:
+        found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+        if len(found) < 2:
             raise RunError(
-                f"the class folder {folder / name} holds {len(paths)} images: it needs at least 2 "
+                f"the class folder {folder / name} holds {len(found)} images: it needs at least 2 "
                 f"({', '.join(sorted(SUFFIXES))}), or remove it"
             )
-        for path in paths:
-            try:
-                with Image.open(path) as image:
-                    resized = image.convert("RGB").resize((size, size))
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for bad files
-                raise RunError(
-                    f"cannot read the image {path}: {error}; mend or remove it"
-                ) from error
-            pixels.append(np.asarray(resized))
-            labels.append(label)
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return stacked, torch.tensor(labels)
+        paths += found
+        labels += [label] * len(found)
+    return Images(read_images(paths, size), torch.tensor(labels))

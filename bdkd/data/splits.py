@@ -74,3 +74,12 @@ def with_pixel_noise(pixels: Tensor, deviation: float, largest: int, salt: int) 
         noise = rng.standard_normal(part.shape, dtype=np.float32)
         place.copy_((part + deviation * torch.from_numpy(noise)).round().clamp(0, largest))
     return noisy
+
+
+def refuse_image_size(config: DataConfig, source: str, side: int) -> None:
+    """Raise ``UsageError`` where ``data.image_size`` asks another size of a source that has one."""
+    if config.image_size not in (None, side):
+        raise UsageError(
+            f"data.image_size does not apply to the source {source!r}: its images are "
+            f"{side}x{side}, got {config.image_size}"
+        )

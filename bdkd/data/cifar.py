@@ -1,0 +1,153 @@
+"""CIFAR-10 and CIFAR-100 from their original Python files: 32x32 colour images.
+
+Source: A. Krizhevsky, Learning multiple layers of features from tiny images, 2009.
+"""
+
+import io
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from bdkd.config import DataConfig
+from bdkd.data import plain_pickle
+from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
+from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.splits import make_splits, refuse_image_size
+from bdkd.errors import RunError
+
+SIDE = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """File names and keys of one of the two."""
+
+    source: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    labels: str
+    names: str
+
+
+CIFAR10 = Layout(
+    "cifar10", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta",
+    "labels", "label_names",
+)  # fmt: skip
+CIFAR100 = Layout("cifar100", ("train",), "test", "meta", "fine_labels", "fine_label_names")
+
+
+def load_cifar10(
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
+) -> InMemory:
+    """50,000 training and 10,000 test images in 10 classes."""
+    return _load(CIFAR10, config, seed, device, memory_format)
+
+
+def load_cifar100(
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
+) -> InMemory:
+    """50,000 training and 10,000 test images in 100 classes (the fine ones)."""
+    return _load(CIFAR100, config, seed, device, memory_format)
+
+
+def _load(
+    layout: Layout,
+    config: DataConfig,
+    seed: int,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> InMemory:
+    refuse_image_size(config, layout.source, SIDE)
+    contents = _contents(layout, required_root(config, layout.source))
+    names = contents[layout.meta].get(layout.names)
+    if not isinstance(names, list) or len(names) < 2:
+        raise RunError(_wrong(layout, layout.meta, f"no list {layout.names!r}"))
+    classes = tuple(n.decode("utf-8") if isinstance(n, bytes) else str(n) for n in names)
+    parts = [_images(layout, contents, name, len(classes)) for name in layout.train]
+    training = Images(
+        torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
+    )
+    test = _images(layout, contents, layout.test, len(classes))
+    return InMemory(
+        layout.source, make_splits(config, training, test, 255), classes, config, scale=255,
+        seed=seed, device=device, memory_format=memory_format,
+    )  # fmt: skip
+
+
+def _contents(layout: Layout, root: Path) -> dict[str, dict[str, Any]]:
+    """The dictionary of each file, from a folder or out of the archive."""
+    archive = ARCHIVES[layout.source]
+    wanted = (layout.meta, *layout.train, layout.test)
+    for folder in (root / archive.folder, root):
+        if (folder / layout.meta).is_file():
+            return {name: _from_file(layout, folder / name) for name in wanted}
+    for path in (root / archive.file, root):
+        if path.is_file():
+            return _from_archive(layout, path, wanted)
+    raise RunError(
+        f"no data set {layout.source} at {root}: data.root must name {archive.folder}, the folder "
+        f"that holds it, or {archive.file}; {where_to_get(layout.source, root)}"
+    )
+
+
+def _from_file(layout: Layout, path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as stream:
+            return plain_pickle.load(stream, str(path))
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path} ({error.strerror}); {where_to_get(layout.source, path.parent)}"
+        ) from error
+
+
+def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """In the archive's own order: going back in it would unpack it again from its beginning."""
+    found = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                stream = tar.extractfile(member) if name in wanted else None  # None: not a file
+                if stream is not None:
+                    whole = io.BytesIO(stream.read())  # fails here where the archive is cut off
+                    found[name] = plain_pickle.load(whole, f"{path}:{member.name}")
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise RunError(
+            f"{path} is damaged or incomplete ({error}): remove it; "
+            f"{where_to_get(layout.source, path.parent)}"
+        ) from error
+    if missing := [name for name in wanted if name not in found]:
+        raise RunError(f"{path} is not the archive of {layout.source}: it lacks {missing}")
+    return found
+
+
+def _images(layout: Layout, contents: dict[str, dict[str, Any]], name: str, classes: int) -> Images:
+    """The images of one file: rows of 3,072 bytes, the red, green and blue plane."""
+    pixels, labels = contents[name].get("data"), contents[name].get(layout.labels)
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
+        raise RunError(_wrong(layout, name, f"no rows of {3 * SIDE**2} bytes 'data'"))
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(pixels)
+        or not all(isinstance(label, int) and 0 <= label < classes for label in labels)
+    ):
+        raise RunError(
+            _wrong(layout, name, f"no list {layout.labels!r} of a class 0..{classes - 1} an image")
+        )
+    return Images(
+        torch.from_numpy(pixels.copy()).view(-1, 3, SIDE, SIDE),
+        torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+def _wrong(layout: Layout, name: str, what: str) -> str:
+    return (
+        f"the file {name} of {layout.source} holds {what}: it is not the original; "
+        f"{where_to_get(layout.source)}"
+    )

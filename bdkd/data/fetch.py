@@ -1,0 +1,234 @@
+"""Downloads of data sets from their original hosts, asked for by ``bdkd data fetch`` and never by a
+training; checked against a known hash before anything is unpacked."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO
+
+from tqdm import tqdm
+
+from bdkd.config import DataConfig, nearest
+from bdkd.errors import RunError, UsageError
+
+CHUNK = 1 << 20  # bytes
+TIMEOUT = 30  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download, and what it unpacks to."""
+
+    url: str
+    sha256: str
+    size: int  # bytes
+    unpacked: int  # bytes, about
+    folder: str  # the one folder inside
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        170_498_071, 187_000_000, "cifar-10-batches-py",
+    ),
+    "cifar100": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        169_001_437, 187_000_000, "cifar-100-python",
+    ),
+    "tiny-imagenet": Archive(
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+        248_100_043, 500_000_000, "tiny-imagenet-200",
+    ),
+}  # fmt: skip
+
+
+def where_to_get(source: str, root: Path | None = None) -> str:
+    """The end of an error message: the command that brings a data set."""
+    place = "DIR" if root is None else shlex.quote(str(root))
+    return f"bdkd data fetch {source} --to {place} downloads it"
+
+
+def required_root(config: DataConfig, source: str) -> Path:
+    """``data.root``, for the sources that read one."""
+    if config.root is None:
+        raise UsageError(
+            f"data.root must name the folder of the data set {source!r}"
+            + (f" ({where_to_get(source)})" if source in ARCHIVES else "")
+        )
+    return Path(config.root).expanduser()
+
+
+def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Path:
+    """Download, check and unpack a data set, unless it is there. Returns its folder, ``to/<name>``.
+
+    An interrupted download goes on where it stopped; the folder appears whole or not at all; the
+    archive is removed after that. An archive that lies in ``to`` already is checked and used.
+
+    Raises:
+        UsageError: no such data set.
+        RunError: no network, a wrong hash, no space, or another fetch at work in ``to``.
+    """
+    if name not in archives:
+        raise UsageError(f"unknown data set {name!r}: {nearest(name, list(archives))}")
+    archive = archives[name]
+    folder, whole = to / archive.folder, to / archive.file
+    if folder.exists():
+        return folder
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        if not whole.exists():
+            _check_space(to, archive)
+            _download(archive, whole)
+        _unpack(archive, whole, folder)
+        whole.unlink()
+    except OSError as error:  # those of the network are named where they arise
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += "; make room and run it again: what was downloaded is kept"
+        raise RunError(f"cannot write in {to}: {reason}") from error
+    return folder
+
+
+def _check_space(to: Path, archive: Archive) -> None:
+    free, needed = shutil.disk_usage(to).free, archive.size + archive.unpacked
+    if free < needed:
+        raise RunError(
+            f"{to} has {free / 1e9:.2f} GB free, and {archive.file} with what it unpacks to needs "
+            f"{needed / 1e9:.2f} GB: make room, or name another folder with --to"
+        )
+
+
+def _download(archive: Archive, whole: Path) -> None:
+    """Fetch what an earlier, interrupted download left out; only the right file gets its name."""
+    part = whole.with_name(whole.name + ".part")
+    with open(part, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process
+        except BlockingIOError as error:
+            raise RunError(f"another bdkd data fetch is downloading {whole}") from error
+        if file.tell() < archive.size:
+            _append(archive, part, file)
+    found = _sha256(part)
+    if found != archive.sha256:
+        part.unlink()
+        raise RunError(
+            f"what {archive.url} sent is not the known file: its SHA-256 is {found}, not "
+            f"{archive.sha256}; it was removed. Run this again, or get the file elsewhere and put "
+            f"it into {whole.parent}"
+        )
+    part.rename(whole)
+
+
+def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
+    host = urllib.parse.urlsplit(archive.url).netloc
+    have = file.tell()
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        raise RunError(f"{host} answered {error.code} {error.reason} to {archive.url}") from error
+    except (OSError, HTTPException) as error:  # URLError is an OSError
+        raise RunError(
+            f"cannot reach {host} ({getattr(error, 'reason', error)}): is there a network? Where "
+            f"there is one, download {archive.url}, put it into {part.parent}, and run this again"
+        ) from error
+    with response:
+        if response.status != 206:  # the host sends it from the beginning
+            file.truncate(0)
+            have = 0
+        if response.length is not None and have + response.length != archive.size:
+            raise RunError(
+                f"{host} offers {have + response.length:,} bytes as {archive.file}, which has "
+                f"{archive.size:,}: something else answers in its place (a proxy, a login page?)"
+            )
+        with tqdm(
+            total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.file,
+            disable=not sys.stderr.isatty(), dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            while have <= archive.size and (content := _received(response, archive, have)):
+                file.write(content)
+                have += len(content)
+                bar.update(len(content))
+    if have < archive.size:
+        raise RunError(_broke_off(archive, have, "the host closed the connection"))
+
+
+def _received(response: HTTPResponse, archive: Archive, have: int) -> bytes:
+    """The next bytes; an error of the network here is not one of the disk."""
+    try:
+        return response.read(CHUNK)
+    except (OSError, HTTPException) as error:
+        raise RunError(_broke_off(archive, have, str(error))) from error
+
+
+def _broke_off(archive: Archive, have: int, why: str) -> str:
+    return (
+        f"the download of {archive.file} broke off after {have:,} of {archive.size:,} bytes "
+        f"({why}): run it again, it goes on from there"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unpack(archive: Archive, whole: Path, folder: Path) -> None:
+    """Into a folder beside, which is then renamed: no half of it is ever taken for the data set."""
+    if (found := _sha256(whole)) != archive.sha256:
+        raise RunError(
+            f"{whole} ({whole.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
+            f"{found}, not {archive.sha256}; nothing was unpacked: remove it, and run this again"
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=whole.parent) as beside:
+        for name, stream in _files(whole):
+            path = PurePosixPath(name)
+            # No links are made, so what the name says is where it lands.
+            if path.is_absolute() or ".." in path.parts:
+                raise RunError(f"{whole} is refused: it would write {name!r} outside its folder")
+            target = Path(beside) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with stream, open(target, "wb") as file:
+                shutil.copyfileobj(stream, file)
+        inside = Path(beside) / archive.folder
+        if not inside.is_dir():
+            raise RunError(f"{whole} holds no folder {archive.folder}")
+        os.rename(inside, folder)
+
+
+def _files(whole: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of every regular file; nothing else belongs into a data set."""
+    if zipfile.is_zipfile(whole):
+        with zipfile.ZipFile(whole) as unzipped:
+            for info in unzipped.infolist():
+                if not info.is_dir():
+                    yield info.filename, unzipped.open(info)
+        return
+    with tarfile.open(whole) as tar:
+        for member in tar:
+            stream = tar.extractfile(member) if member.isfile() else None
+            if stream is not None:
+                yield member.name, stream
+            elif not member.isdir():
+                raise RunError(f"{whole} is refused: {member.name!r} is a link or a device")

@@ -1,0 +1,51 @@
+"""Images made up on the spot, to measure a step without any data set, or to see that one learns.
+
+A class is a coarse random pattern; an image is its class's pattern, faint, under strong noise.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bdkd.config import DataConfig
+from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.splits import SPLIT_SEED, make_splits
+
+SIDE = 32
+CHANNELS = 3
+COARSE = 4  # cells a side of a pattern
+PATTERN, NOISE = 24.0, 48.0  # standard deviations, of 255
+
+
+def load(
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
+) -> InMemory:
+    """``data.synthetic.images`` and a fifth as many test images; the same for every seed."""
+    options, side = config.synthetic, config.image_size or SIDE
+    # Made on the CPU: a generator's numbers differ between kinds of device.
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    coarse = torch.randn(options.classes, CHANNELS, COARSE, COARSE, generator=generator)
+    patterns = 128 + PATTERN * nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+    return InMemory(
+        "synthetic",
+        make_splits(
+            config,
+            _images(patterns, options.images, generator),
+            _images(patterns, options.images // 5, generator),
+            255,
+        ),
+        tuple(str(label) for label in range(options.classes)),
+        config, scale=255, seed=seed, device=device, memory_format=memory_format,
+    )  # fmt: skip
+
+
+def _images(
+    patterns: Tensor,  # (classes, C, H, W)
+    count: int,
+    generator: torch.Generator,
+) -> Images:
+    labels = torch.arange(count) % len(patterns)
+    pixels = torch.empty(count, *patterns.shape[1:], dtype=torch.uint8)
+    for place, part in zip(pixels.split(1000), labels.split(1000), strict=True):
+        noise = torch.randn(place.shape, generator=generator)
+        place.copy_((patterns[part] + NOISE * noise).clamp(0, 255))
+    return Images(pixels, labels)

@@ -1,0 +1,93 @@
+"""Tiny-ImageNet-200 in the layout of its archive: 64x64 colour images in 200 classes.
+
+Source: Stanford CS231N. Its ``test`` folder has no labels, so, as everywhere in the literature,
+``val`` is the test set; validation images are held out of ``train``.
+"""
+
+from pathlib import Path
+
+import torch
+
+from bdkd.config import DataConfig
+from bdkd.data.decode import read_images
+from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
+from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.splits import make_splits
+from bdkd.errors import RunError
+
+SOURCE = "tiny-imagenet"
+SIDE = 64
+
+
+def load(
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
+) -> InMemory:
+    """100,000 training and 10,000 test images at 64x64, or at ``data.image_size``."""
+    root = _set_folder(required_root(config, SOURCE))
+    wnids = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    if len(wnids) < 2:
+        raise RunError(f"{root / 'train'} must hold a folder a class, got {wnids}")
+    number = {wnid: label for label, wnid in enumerate(wnids)}
+    size = config.image_size or SIDE
+    training = _images(
+        [(path, number[wnid]) for wnid in wnids for path in _train(root, wnid)], size
+    )
+    test = _images(_annotated(root, number), size)
+    return InMemory(
+        SOURCE, make_splits(config, training, test, 255), _names(root, wnids), config, scale=255,
+        seed=seed, device=device, memory_format=memory_format,
+    )  # fmt: skip
+
+
+def _set_folder(root: Path) -> Path:
+    archive = ARCHIVES[SOURCE]
+    for folder in (root / archive.folder, root):
+        if (folder / "train").is_dir() and (folder / "val" / "val_annotations.txt").is_file():
+            return folder
+    raise RunError(
+        f"no data set {SOURCE} at {root}: data.root must name {archive.folder} (with train/ and "
+        f"val/val_annotations.txt) or the folder that holds it; {where_to_get(SOURCE, root)}"
+    )
+
+
+def _train(root: Path, wnid: str) -> list[Path]:
+    folder = root / "train" / wnid / "images"
+    paths = sorted(folder.glob("*.JPEG"))
+    if not paths:
+        raise RunError(f"no *.JPEG in {folder}: {where_to_get(SOURCE)}")
+    return paths
+
+
+def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
+    """The images of ``val`` and their labels: a line is file, class, and a box, between tabs."""
+    listed = root / "val" / "val_annotations.txt"
+    found = []
+    for count, line in enumerate(_lines(listed), 1):
+        file, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in number or Path(file).name != file:
+            raise RunError(f"{listed}, line {count}: no image and class of this set: {line!r}")
+        found.append((root / "val" / "images" / file, number[wnid]))
+    if not found:
+        raise RunError(f"{listed} is empty: {where_to_get(SOURCE)}")
+    return found
+
+
+def _names(root: Path, wnids: list[str]) -> tuple[str, ...]:
+    """What ``words.txt`` calls the classes; where it is missing, their WordNet ids."""
+    words = root / "words.txt"
+    lines = _lines(words) if words.exists() else []
+    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return tuple(names.get(wnid, wnid) for wnid in wnids)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+
+
+def _images(labelled: list[tuple[Path, int]], size: int) -> Images:
+    pixels = read_images([path for path, _ in labelled], size)
+    return Images(pixels, torch.tensor([label for _, label in labelled]))
