@@ -394,7 +394,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
         checks.append((f"networks.{name}.shard", network.shard,
                        not network.shard or network.role == "teacher",
-                       "a teacher's option: an exported student lies on one device"))
+                       "a teacher's option: an exported student lies on one device"))  # fmt: skip
         checks.append((f"networks.{name}.shard", network.shard,
                        not network.shard or t.precision != "fp16",
                        "off with train.precision fp16, whose loss scale needs all gradients: "
