@@ -14,6 +14,7 @@ from bdkd.evaluation.figures import reliability_diagram, training_curves
 from bdkd.training.checkpoint import load_checkpoint
 from bdkd.training.evaluate import evaluate
 from bdkd.training.predictions import predict
+from bdkd.training.recalibration import recalibrate
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.state import EMA_SUFFIX, TrainingState
@@ -38,6 +39,9 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
     results = evaluate(
         networks, setup.source, "test", recipe.train.batch_size, recipe.train.precision
     )
+    recalibrated = recalibrate(
+        networks, setup.source, recipe.train.batch_size, recipe.train.precision
+    )
     summary = {
         "recipe": recipe.name,
         "method": recipe.objective.name,
@@ -51,7 +55,7 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
         "images": setup.source.info.counts["test"],
         "objective": asdict(recipe.objective),
         "networks": {
-            name: describe(setup, name, network, results[name])
+            name: {**describe(setup, name, network, results[name]), **recalibrated[name]}
             for name, network in networks.items()
         },
     }
