@@ -127,8 +127,13 @@ def _download(archive: Archive, whole: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process
         except BlockingIOError as error:
             raise RunError(f"another bdkd data fetch is downloading {whole}") from error
-        if file.tell() < archive.size:
-            _append(archive, part, file)
+        try:
+            if file.tell() < archive.size:
+                _append(archive, part, file)
+        finally:
+            file.flush()
+            if not file.tell():  # nothing came that were worth keeping
+                part.unlink()
     found = _sha256(part)
     if found != archive.sha256:
         part.unlink()

@@ -1,0 +1,257 @@
+"""Downloads, from a server of our own: whole, resumed, wrong, hostile, and with no network."""
+
+import errno
+import fcntl
+import hashlib
+import io
+import re
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_sets import cifar_files, tar_gz, tiny_imagenet_files
+
+from bdkd.cli import data as command
+from bdkd.config import DataConfig
+from bdkd.data import create_source
+from bdkd.data import fetch as fetching
+from bdkd.data.fetch import ARCHIVES, Archive, fetch
+from bdkd.errors import RunError, UsageError
+
+
+class Host:
+    """A web server on this machine. ``ranges``: it continues downloads; ``breaks_after``: it hangs
+    up after so many bytes, once; ``claims``: the length it announces."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.ranges, self.breaks_after, self.claims = True, None, None
+        self.asked: list[str | None] = []
+        host = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                host.asked.append(self.headers.get("Range"))
+                content = host.files.get(self.path)
+                if content is None:
+                    return self.send_error(404)
+                start = 0
+                if host.ranges and (found := re.match(r"bytes=(\d+)-", self.headers["Range"])):
+                    start = int(found[1])
+                self.send_response(206 if host.ranges else 200)
+                length = len(content) - start if host.claims is None else host.claims
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                end = len(content) if host.breaks_after is None else start + host.breaks_after
+                host.breaks_after = None
+                self.wfile.write(content[start:end])
+
+            def log_message(self, *_):
+                """Quiet."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def archive(self, file: str, content: bytes, folder: str) -> Archive:
+        """Serve a file, and what a table would know of it."""
+        self.files[f"/{file}"] = content
+        return Archive(
+            f"http://127.0.0.1:{self.server.server_port}/{file}",
+            hashlib.sha256(content).hexdigest(), len(content), 10 * len(content), folder,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def host(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    host = Host()
+    yield host
+    host.server.shutdown()
+    host.server.server_close()
+
+
+CIFAR = tar_gz(cifar_files("cifar10"))
+
+
+@pytest.fixture
+def table(host):
+    return {"cifar10": host.archive("cifar-10-python.tar.gz", CIFAR, "cifar-10-batches-py")}
+
+
+def hidden(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_fetched_set_can_be_trained_on_and_is_not_fetched_again(tmp_path, host, table):
+    to = tmp_path / "new" / "data"
+    assert fetch("cifar10", to, table) == to / "cifar-10-batches-py"
+    assert hidden(to) == ["cifar-10-batches-py"]  # no archive, no leftovers
+    config = DataConfig(source="cifar10", root=str(to))
+    source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
+    assert source.info.counts["test"] == 20
+    fetch("cifar10", to, table)
+    assert len(host.asked) == 1
+
+
+def test_tiny_imagenet_is_unzipped(tmp_path, host):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.mkdir("tiny-imagenet-200")
+        for name, content in tiny_imagenet_files().items():
+            archive.writestr(name, content)
+    known = host.archive("tiny-imagenet-200.zip", stream.getvalue(), "tiny-imagenet-200")
+    fetch("tiny-imagenet", tmp_path, {"tiny-imagenet": known})
+    config = DataConfig(source="tiny-imagenet", root=str(tmp_path), validation=0.2)
+    source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
+    assert source.info.counts["test"] == 12
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path, host, table, ranges):
+    host.breaks_after = 1000
+    with pytest.raises(RunError, match=r"broke off after 1,000 of .* run it again, it goes on"):
+        fetch("cifar10", tmp_path, table)
+    assert hidden(tmp_path) == ["cifar-10-python.tar.gz.part"]
+    host.ranges = ranges
+    assert fetch("cifar10", tmp_path, table).is_dir()
+    assert host.asked == ["bytes=0-", "bytes=1000-"]
+
+
+def test_another_file_than_the_known_one_is_removed(tmp_path, host, table):
+    host.files["/cifar-10-python.tar.gz"] = CIFAR[:-1] + b"x"
+    with pytest.raises(RunError, match="is not the known file: its SHA-256 is"):
+        fetch("cifar10", tmp_path, table)
+    assert hidden(tmp_path) == []
+
+
+def test_a_login_page_in_its_place_is_told(tmp_path, host, table):
+    host.files["/cifar-10-python.tar.gz"] = b"<html>log in first</html>"
+    host.ranges = False
+    with pytest.raises(RunError, match="offers 25 bytes .* something else answers in its place"):
+        fetch("cifar10", tmp_path, table)
+    assert hidden(tmp_path) == []
+
+
+def test_an_archive_that_lies_there_is_checked_and_used_without_a_network(tmp_path, host, table):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(CIFAR)
+    assert fetch("cifar10", tmp_path, table).is_dir()
+    assert host.asked == []
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "cifar-10-python.tar.gz").write_bytes(CIFAR[:-1])
+    with pytest.raises(RunError, match="is not the known file.*nothing was unpacked: remove it"):
+        fetch("cifar10", other, table)
+    assert hidden(other) == ["cifar-10-python.tar.gz"]  # the user's file is the user's
+
+
+def test_no_network_is_said_and_what_to_do(tmp_path, host, table):
+    host.server.shutdown()
+    host.server.server_close()
+    with pytest.raises(
+        RunError, match=r"cannot reach 127.0.0.1:\d+ .*is there a network\?.*put it"
+    ):
+        fetch("cifar10", tmp_path, table)
+    assert hidden(tmp_path) == []
+
+
+def test_a_file_that_the_host_no_longer_has(tmp_path, host, table):
+    host.files.clear()
+    with pytest.raises(RunError, match="answered 404 Not Found to http://127"):
+        fetch("cifar10", tmp_path, table)
+
+
+def test_a_full_disk_is_seen_before_and_during_the_download(tmp_path, host, table, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(RunError, match="GB free, and .* needs .* make room"):
+            fetch("cifar10", tmp_path, table)
+        assert host.asked == []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching.shutil, "copyfileobj", full)
+        with pytest.raises(RunError, match=r"cannot write in .*No space left on device; make room"):
+            fetch("cifar10", tmp_path, table)
+    assert hidden(tmp_path) == ["cifar-10-python.tar.gz"]  # the download is kept, no half a folder
+    assert fetch("cifar10", tmp_path, table).is_dir()
+    assert len(host.asked) == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, table):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write in .*file"):
+        fetch("cifar10", tmp_path / "file" / "data", table)
+
+
+def test_two_at_once_do_not_write_one_file(tmp_path, host, table):
+    with open(tmp_path / "cifar-10-python.tar.gz.part", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another bdkd data fetch is downloading"):
+            fetch("cifar10", tmp_path, table)
+    assert host.asked == []
+
+
+def hostile_tar(**changes) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        member = tarfile.TarInfo("cifar-10-batches-py/ok")
+        for key, value in changes.items():
+            setattr(member, key, value)
+        tar.addfile(member, io.BytesIO(b""))
+    return stream.getvalue()
+
+
+def hostile_zip() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("cifar-10-batches-py/../../planted", b"x")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (hostile_tar(name="../planted"), "outside its folder"),
+        (hostile_tar(name="/tmp/planted"), "outside its folder"),
+        (hostile_tar(type=tarfile.SYMTYPE, linkname="/etc"), "a link or a device"),
+        (hostile_tar(type=tarfile.LNKTYPE, linkname="../x"), "a link or a device"),
+        (hostile_tar(type=tarfile.CHRTYPE), "a link or a device"),
+        (hostile_tar(name="another/file"), "holds no folder cifar-10-batches-py"),
+        (hostile_zip(), "outside its folder"),
+    ],
+    ids=["..", "absolute", "symlink", "hard link", "device", "folder", "zip"],
+)
+def test_an_archive_cannot_write_elsewhere(tmp_path, host, content, message):
+    to = tmp_path / "to"
+    known = host.archive("cifar-10-python.tar.gz", content, "cifar-10-batches-py")
+    with pytest.raises(RunError, match=message):
+        fetch("cifar10", to, {"cifar10": known})
+    assert hidden(to) == ["cifar-10-python.tar.gz"]
+    assert hidden(tmp_path) == ["to"]
+
+
+def test_the_command(tmp_path, table, monkeypatch, capsys):
+    monkeypatch.setattr(fetching, "ARCHIVES", table)
+    monkeypatch.setattr(fetching.fetch, "__defaults__", (table,))
+    command.run(["fetch", "cifar10", "--to", str(tmp_path)])
+    assert f"train with --data.root {tmp_path}" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="unknown data set 'cifar1': did you mean 'cifar10'"):
+        command.run(["fetch", "cifar1", "--to", str(tmp_path)])
+    with pytest.raises(UsageError, match="unknown action 'fletch': did you mean 'fetch'"):
+        command.run(["fletch"])
+    command.run([])
+    assert "fetch" in capsys.readouterr().out
+
+
+def test_the_known_archives_are_whole_entries():
+    for archive in ARCHIVES.values():
+        assert re.fullmatch(r"[0-9a-f]{64}", archive.sha256)
+        assert archive.size > 100_000_000
+        assert archive.file.startswith(archive.folder.split("-batches")[0])
