@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .bridge import LIBRARIES
+
 _Family = TypeVar("_Family", bound=Callable[..., nn.Module])
 
 
@@ -31,6 +33,7 @@ class _Entry:
         ]
 
 
+_IMAGENET = "imagenet_"
 _named: dict[str, _Entry] = {}
 _patterns: list[tuple[re.Pattern[str], Callable[..., nn.Module]]] = []
 
@@ -61,11 +64,14 @@ def check_number(option: str, value: object, needed: str, fits: Callable[[float]
 
 
 def list_models() -> list[str]:
-    """The names that :func:`create_model` knows, a family's small networks first.
+    """The networks in the box: those for small images, then the ``imagenet_`` ones, a family's
+    small networks first.
 
-    Families with a width in their name (``wrn_16_2``) also build the widths that are not listed.
+    Families with a width in their name (``wrn_16_2``) also build the widths that are not listed,
+    and :func:`create_model` takes any name of timm's and torchvision's behind ``timm:`` and
+    ``torchvision:``.
     """
-    return list(_named)
+    return sorted(_named, key=lambda name: name.startswith(_IMAGENET))
 
 
 def create_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:
@@ -76,14 +82,24 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
 
     Args:
         name: one of :func:`list_models`; case does not matter, nor do hyphens for underscores.
+            Or ``timm:NAME`` or ``torchvision:NAME``, where that library is installed.
         num_classes: length of the logits.
         in_channels: channels of the images.
-        options: what the family takes besides, such as ``width`` or ``dropout``.
+        options: what the family takes besides, such as ``width`` or ``dropout``; with ``timm:``,
+            what ``timm.create_model`` takes, such as ``pretrained`` or ``img_size``.
 
     Raises:
         ValueError: an unknown name (the nearest valid one is named), an option that the model does
             not take (those it takes are named), or a value that does not fit.
+        RunError: timm or torchvision is missing or does not import, or the pretrained weights
+            cannot be had.
     """
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{argument} must be an integer >= 1, got {value!r}")
+    library, colon, its_name = name.partition(":")
+    if colon and library.lower() in LIBRARIES:
+        return LIBRARIES[library.lower()](its_name, num_classes, in_channels, **options)
     known = name.lower().replace("-", "_")
     entry = _find(known)
     if entry is None:
@@ -94,9 +110,6 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
     if unknown is not None:
         takes = ", ".join(entry.options) or "no option"
         raise ValueError(f"model {known!r} has no option {unknown!r}; it takes {takes}")
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{argument} must be an integer >= 1, got {value!r}")
     return entry.build(num_classes, in_channels, **entry.fixed, **options)
 
 
@@ -112,6 +125,8 @@ def _find(name: str) -> _Entry | None:
 def _nearest(name: str) -> str:
     def likeness(known: str) -> tuple[float, int]:
         shared = commonprefix([name, known])  # noqa: RUF071 (strings are meant, not paths)
-        return SequenceMatcher(None, name, known).ratio(), len(shared)
+        # torchvision's users leave the prefix out.
+        forms = (known, known.removeprefix(_IMAGENET))
+        return max(SequenceMatcher(None, name, form).ratio() for form in forms), len(shared)
 
     return max(_named, key=likeness)

@@ -26,7 +26,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = (
+        self.downsample = (
             nn.Identity()
             if stride == 1 and in_channels == out_channels
             else nn.Sequential(
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 class ResNetCIFAR(nn.Module):

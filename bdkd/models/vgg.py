@@ -1,0 +1,62 @@
+"""VGG networks with batch norm and one linear layer, as the distillation literature trains them.
+
+Simonyan and Zisserman, arXiv 1409.1556, table 1, with a global average for the three linear layers;
+vgg8 has one convolution a stage.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import global_average, initialise_with_small_classifier
+from .registry import register
+
+_WIDTHS = (64, 128, 256, 512, 512)
+_CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
+_SMALLEST = 8  # three poolings leave one pixel of it
+
+
+class VGG(nn.Module):
+    """Logits ``(N, num_classes)`` from images ``(N, in_channels, H, W)`` of at least 8x8.
+
+    Each of the first three stages halves the image, and so does the fourth from 64 pixels up.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, *, depth: int):
+        super().__init__()
+        self.num_features = _WIDTHS[-1]
+        self.stages = nn.ModuleList()
+        before = in_channels
+        for after, count in zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True):
+            stage = nn.Sequential()
+            for _ in range(count):
+                # These convolutions have a bias, needless as it is before a norm: the counts of
+                # parameters that the literature gives have it.
+                stage.append(nn.Conv2d(before, after, 3, padding=1))
+                stage.append(nn.BatchNorm2d(after))
+                stage.append(nn.ReLU(inplace=True))
+                before = after
+            self.stages.append(stage)
+        self.classifier = nn.Linear(self.num_features, num_classes)
+        initialise_with_small_classifier(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
+        height, width = x.shape[-2:]
+        if min(height, width) < _SMALLEST:
+            raise ValueError(
+                f"VGG networks need images of at least {_SMALLEST}x{_SMALLEST} pixels, "
+                f"got {height}x{width}"
+            )
+        poolings = 4 if min(height, width) >= 64 else 3
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index < poolings:
+                x = F.max_pool2d(x, 2)
+        return global_average(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, num_classes)
+        return self.classifier(self.forward_features(x))
+
+
+@register({f"vgg{depth}": {"depth": depth} for depth in _CONVOLUTIONS})
+def vgg(num_classes: int, in_channels: int, *, depth: int) -> VGG:
+    return VGG(num_classes, in_channels, depth=depth)
