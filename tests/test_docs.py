@@ -1,0 +1,273 @@
+"""The documentation: every command and every line of Python in it works, every message it explains
+exists, and it builds without a warning.
+
+Blocks of a page run in order, in one folder and one process: Python in one namespace, ``bdkd``
+with a few steps instead of a training. A block that cannot run here stands under
+``<!-- not run: why -->`` and has its commands parsed all the same. A TOML block whose first line is
+``# name.toml`` is written to the page's folder under that name.
+"""
+
+import ast
+import copy
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import tyro
+
+from bdkd.cli import COMMANDS, main
+from bdkd.config import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(p for p in DOCS.rglob("*.md") if "_build" not in p.parts)]
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+?) -->\n+)?"
+    r"^(?P<fence>`{3,})(?P<language>[^\n]*)\n(?P<body>.*?)^(?P=fence)\s*$",
+    re.M | re.S,
+)
+SHOWN = {"", "text", "json", "html"}  # output, not code
+FEW_STEPS = ["--max-steps", "3", "--log"]
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    language: str
+    body: str
+    reason: str | None  # why it cannot run here
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text("utf-8")
+    return [
+        Block(text.count("\n", 0, m.start("body")) + 1, m["language"], m["body"], m["reason"])
+        for m in BLOCK.finditer(text)
+        if not m["language"].startswith("{")  # MyST's directives
+    ]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# --- the runners ---------------------------------------------------------------------------------
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command; comments, prompts of variables and pipes left out."""
+    found = []
+    for line in block.body.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words:
+            found.append(words)
+    return found
+
+
+def parse_bdkd(arguments: list[str]) -> None:
+    """Whether a command line of ours is one; a wrong option exits."""
+    command, *rest = arguments
+    if command in ("--version", "--help") or "--help" in rest:
+        return
+    assert command in COMMANDS, f"bdkd has no command {command!r}"
+    module = import_module(f"bdkd.cli.{command}")
+    if command == "train":
+        name = rest[0] if rest and not rest[0].startswith("-") else "digits"
+        recipe = load_recipe(name if name in shipped_recipes() else "digits")
+        rest = rest if rest and rest[0] == name else [name, *rest]
+        module.parse(module._resume_alone(rest), recipe)
+    elif hasattr(module, "Arguments"):
+        tyro.cli(module.Arguments, prog=f"bdkd {command}", args=rest)
+
+
+def run_bdkd(arguments: list[str]) -> None:
+    parse_bdkd(arguments)
+    trains = arguments[0] == "train" and "--dry-run" not in arguments
+    if trains and "--resume" in arguments and "--max-steps" in arguments:
+        trains = False
+    code = exit_code([*arguments, *(FEW_STEPS if trains else [])])
+    assert code == 0, f"bdkd {shlex.join(arguments)} exits {code}"
+
+
+def exit_code(arguments: list[str]) -> object:
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        return exit_.code or 0
+    return 0
+
+
+def check_make(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in (a for a in arguments if "=" not in a):
+        assert re.search(rf"^{target}:", makefile, re.M), f"make has no target {target}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """Extras that are named exist."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for argument in arguments:
+        if match := re.fullmatch(r"(?:bdkd|\.)\[([\w,]+)\]", argument):
+            for extra in match[1].split(","):
+                assert extra in project["optional-dependencies"], f"there is no extra {extra!r}"
+
+
+def check_python(arguments: list[str]) -> None:
+    """A line of Python runs; a script or module is there and has the options."""
+    if arguments[0] == "-c":
+        exec(compile(arguments[1], "python -c", "exec"), {})
+        return
+    if arguments[0] == "-m":
+        module, *rest = arguments[1:]
+        {"bdkd": parse_bdkd, "pytest": check_paths}.get(module, lambda _: None)(rest)
+        assert module in ("bdkd", "pytest") or (ROOT / module).is_dir() or module == "venv"
+        return
+    script = ROOT / arguments[0]
+    if not script.exists():  # one that the page wrote
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=120)
+        return
+    for option in (a for a in arguments[1:] if a.startswith("--")):
+        name = option.split("=")[0].removeprefix("--")
+        assert re.search(rf"{name}|{name.replace('-', '_')}", script.read_text()), option
+
+
+def check_paths(arguments: list[str]) -> None:
+    for argument in arguments:
+        if "/" in argument and not argument.startswith("-"):
+            assert (ROOT / argument.split("::")[0]).exists(), f"there is no {argument}"
+
+
+def check_torchrun(arguments: list[str]) -> None:
+    """torchrun's own parser takes its part, ours takes the rest."""
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args(arguments)
+    assert (parsed.module, parsed.training_script) == (True, "bdkd")
+    parse_bdkd(parsed.training_script_args)
+
+
+def nothing(_: list[str]) -> None:
+    """A command of the system's that changes nothing of ours."""
+
+
+RUNNERS = {
+    "bdkd": run_bdkd, "make": check_make, "pip": check_pip, "python": check_python,
+    "pytest": check_paths, "bash": check_paths, "torchrun": check_torchrun,
+    **dict.fromkeys(("cd", "git", "tensorboard", "export", "srun", "sbatch"), nothing),
+}  # fmt: skip
+
+
+@pytest.fixture
+def registries():
+    """What a page registers is gone after it."""
+    from bdkd import data, objectives
+    from bdkd.models import registry
+
+    kept = [data.SOURCES, objectives.OBJECTIVES, registry._named, registry._patterns]
+    before = [copy.copy(one) for one in kept]
+    yield
+    for one, old in zip(kept, before, strict=True):
+        one.clear()
+        one.update(old) if isinstance(one, dict) else one.extend(old)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_block_runs(page, tmp_path, monkeypatch, registries):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "bdkd" / "recipes" / "digits.toml", tmp_path / "my-recipe.toml")
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    names: dict = {"__name__": "__page__"}
+    try:
+        for block in blocks(page):
+            where = f"{page_name(page)}:{block.line}"
+            if block.language == "python":
+                code = compile("\n" * (block.line - 1) + block.body, str(page), "exec")
+                if block.reason is None:
+                    exec(code, names)
+            elif block.language == "toml":
+                tomllib.loads(block.body)
+                if name := re.match(r"# ([\w-]+\.toml)", block.body):
+                    (tmp_path / name[1]).write_text(block.body)
+            elif block.language == "sh":
+                for words in commands(block):
+                    known = words[0] in RUNNERS
+                    assert known, f"{where}: no runner for {words[0]!r}; write one, or mark it"
+                    run = RUNNERS[words[0]]
+                    if block.reason is not None and run is run_bdkd:
+                        run = parse_bdkd
+                    run(words[1:])
+            else:
+                assert block.language in SHOWN, f"{where}: {block.language!r} is not tested"
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_no_code_hides_from_the_test(page):
+    """Indented blocks are code too, for Markdown: here all code is fenced."""
+    outside = BLOCK.sub("", page.read_text("utf-8"))
+    for paragraph in re.split(r"\n\s*\n", outside):
+        assert not re.match(r"    \S", paragraph) or re.match(r"\s+[-*\d]", paragraph), paragraph
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def messages_in_the_code() -> list[str]:
+    """Every string of the packages, with ``…`` where a value is put in."""
+    found = []
+    for folder in (ROOT / "bdkd", ROOT / "kernels" / "bdkd_kernels"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_every_message_that_is_explained_exists():
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    explained = re.findall(r"^#+ `(.+)`$", text, re.M)
+    assert len(explained) >= 30
+    known = messages_in_the_code()
+    for message in explained:
+        parts = [part for part in message.split("…") if part.strip()]
+        found = any(all(part in one for part in parts) for one in known)
+        assert found, f"no code says {message!r}"
+
+
+# --- the build -----------------------------------------------------------------------------------
+
+
+def test_the_documentation_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E",
+               "-d", str(tmp_path / "trees"), str(DOCS), str(tmp_path / "html")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "html").rglob("*.html"))
+    assert len(pages) > 10
+    loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"([^\"]+)\"|"
+                        r"<link[^>]*rel=\"(?:stylesheet|preload|icon)\"[^>]*href=\"([^\"]+)\"|"
+                        r"@import|url\((?!data:|['\"]?data:)([^)]+)\)")  # fmt: skip
+    for page in pages:
+        for match in loaded.finditer(page.read_text("utf-8")):
+            address = next(filter(None, match.groups()), "@import")
+            assert "//" not in address, (page.name, address)
+    for style in (tmp_path / "html" / "_static").rglob("*.css"):
+        assert not re.search(r"@import|url\(['\"]?(https?:)?//", style.read_text("utf-8")), style
+    mathematics = (tmp_path / "html" / "mathematics.html").read_text("utf-8")
+    assert mathematics.count("<math") > 10
