@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
 # Two workers of one thread each: tests that want more threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test soak sanitize bench lint format docs wheel clean
+.PHONY: demo test soak sanitize bench lint format docs wheel hooks clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed ## train a teacher and a student on handwritten digits
@@ -39,8 +39,11 @@ docs: .venv/.installed-docs ## the documentation, into docs/_build; offline, war
 	$(PY) -m sphinx -W --keep-going -q docs docs/_build
 	@echo "docs/_build/index.html"
 
-wheel: .venv/.installed-dev
-	$(PY) -m build --wheel
+wheel: .venv/.installed-dev ## source distribution and this machine's wheel, into dist/
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m build --no-isolation
+
+hooks: .venv/.installed-dev ## lint and types before every git commit
+	$(PY) -m pre_commit install
 
 clean: ## everything that was made here, runs excepted
 	rm -rf .venv build dist docs/_build *.egg-info kernels/bdkd_kernels/*.so

@@ -8,11 +8,15 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
+import yaml
 from bdkd_kernels import available_backends
 from compiler import HAS_COMPILER
+
+import bdkd
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,13 +40,42 @@ def source(tmp_path_factory) -> Path:
     return target
 
 
-def build_wheel(source: Path, target: Path, **environment: str) -> Path:
-    """A wheel, under build isolation."""
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory) -> Path:
+    """The Python of an environment that holds setuptools and nothing else: no torch, no pip.
+
+    With cmake and ninja on the path that is what pip makes for a build, but here without a network.
+    """
+    folder = tmp_path_factory.mktemp("builder")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    [site] = folder.glob("lib/python3*/site-packages")
+    files = {
+        path.parts[0] for path in distribution("setuptools").files or [] if ".." not in path.parts
+    }
+    for name in files:
+        (site / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    return folder / "bin" / "python"
+
+
+def build(builder: Path, source: Path, target: Path, kind: str, **environment: str) -> Path:
+    """An sdist or a wheel, by the hook that pip calls (PEP 517)."""
     shutil.rmtree(source / "build", ignore_errors=True)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", target, source,
-        env=os.environ | environment)  # fmt: skip
-    [wheel] = target.glob("*.whl")
-    return wheel
+    target.mkdir(exist_ok=True)
+    hook = f"import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # cmake and ninja
+    done = run(
+        builder, "-c", hook, target, cwd=source, env=os.environ | {"PATH": path} | environment
+    )
+    return target / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(builder, source, tmp_path_factory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sd ist")
+    archive = build(builder, source, folder, "sdist")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
 
 
 def clean_environment(folder: Path, wheel: Path) -> Path:
@@ -69,35 +102,29 @@ def test_the_native_kernel_is_there_where_a_compiler_is():
     assert bool(native) == HAS_COMPILER, native
 
 
-def test_a_wheel_in_a_clean_environment(source, tmp_path):
-    wheel = build_wheel(source, tmp_path / "wheels")
+def test_a_wheel_in_a_clean_environment(builder, sdist, tmp_path):
+    """Built from the sdist, so that nothing is missing there either."""
+    wheel = build(builder, sdist, tmp_path / "wheels", "wheel")
     assert wheel.name.endswith("-py3-none-any.whl") != HAS_COMPILER, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     for needed in ("bdkd/recipes/digits.toml", "bdkd/py.typed", "bdkd_kernels/py.typed"):
         assert needed in names
     assert ("bdkd_kernels/libbdkd_native.so" in names) == HAS_COMPILER
-    assert not [name for name in names if name.startswith(("tests", "bench", "kernels", "build"))]
+    strangers = ("tests", "bench", "kernels", "build", "examples", "docs")
+    assert not [name for name in names if name.startswith(strangers)]
 
     python = clean_environment(tmp_path / "environment", wheel)
-    code = (
-        "import bdkd, torch; print(bdkd.__file__);"
-        "print(bool(bdkd.available_backends()['native']));"
-        "s, t = torch.randn(2, 8, 10, requires_grad=True).unbind();"
-        "out = bdkd.bdkd_loss(s, t, torch.arange(8), backend='auto');"
-        "(out.student + out.teacher).backward()"
-    )
-    done = run(python, "-I", "-c", code, cwd=tmp_path)
-    where, native = done.stdout.split()
-    assert str(tmp_path) in where
-    assert native == str(HAS_COMPILER)
+    assert six_lines(python, tmp_path, native=HAS_COMPILER)
     run(python, "-I", "-m", "bdkd", "train", "digits", "--max-steps", "2", "--log", cwd=tmp_path)
     assert (tmp_path / "runs/digits-bdkd-seed0/summary.json").exists()
 
 
-def test_without_a_compiler_the_package_installs_and_says_what_is_missing(source, tmp_path):
-    wheel = build_wheel(source, tmp_path / "wheels", CC="/nonexistent/cc", CXX="/nonexistent/c++")
+def test_without_a_compiler_the_package_installs_and_says_what_is_missing(builder, sdist, tmp_path):
+    none = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    wheel = build(builder, sdist, tmp_path / "wheels", "wheel", **none)
     assert wheel.name.endswith("-py3-none-any.whl")
     python = clean_environment(tmp_path / "environment", wheel)
+    assert six_lines(python, tmp_path, native=False)
     done = run(python, "-I", "-m", "bdkd", "doctor", cwd=tmp_path)
     [line] = [line for line in done.stdout.splitlines() if "native kernel" in line]
     assert line.startswith("missing")
@@ -106,6 +133,110 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(source
         python, "-I", "-m", "bdkd", "train", "digits", "--max-steps", "2", "--log", cwd=tmp_path
     )
     assert "run folder" in done.stdout
+
+
+def six_lines(python: Path, folder: Path, native: bool) -> bool:
+    """Run the README's first example, with no program on the path, a compiler least of all."""
+    says = (
+        "\nimport bdkd; print(bdkd.__file__); print(bdkd.__version__)"
+        "\nprint(bool(bdkd.available_backends()['native']), float(accuracy))"
+    )
+    environment = os.environ | {"PATH": "", "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    done = run(python, "-I", "-c", readme_blocks("python")[0] + says, cwd=folder, env=environment)
+    where, its_version, has_native, correct = done.stdout.split()
+    assert str(folder) in where
+    assert its_version == project()["version"]
+    assert 0 <= float(correct) <= 1
+    return has_native == str(native)
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def test_an_sdist_holds_what_a_build_and_a_reader_need(sdist):
+    for needed in ("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CMakeLists.txt",
+                   "kernels/csrc/kernel.cpp", "kernels/bdkd_kernels/loss.py",
+                   "bdkd/recipes/digits.toml"):  # fmt: skip
+        assert (sdist / needed).exists(), needed
+    assert "License-Expression: Apache-2.0" in (sdist / "PKG-INFO").read_text("utf-8")
+
+
+def test_a_plain_install_needs_little_more_than_torch():
+    needed = {re.split(r"[^\w.-]", line)[0] for line in project()["dependencies"]}
+    assert needed == {"torch", "numpy", "tyro", "msgspec", "tomli-w", "tqdm", "safetensors"}
+
+
+def test_the_version_is_written_in_one_place():
+    number = project()["version"]
+    assert bdkd.__version__ == version("bdkd") == number
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == number
+    listed = run("git", "ls-files", "*.py", "*.cff", "*.cfg", "Makefile", cwd=ROOT).stdout
+    for name in listed.splitlines():
+        text = (ROOT / name).read_text("utf-8") if (ROOT / name).exists() else ""
+        assert not re.search(rf"version\s*[:=]\s*[\"']?{re.escape(number)}\b", text), name
+
+
+def test_wheels_are_made_for_both_linux_architectures():
+    """What cibuildwheel would build, by itself, and the workflow that lets it."""
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers",
+               "--platform", "linux", "--archs", "x86_64,aarch64", ROOT]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("CIBW_")}
+    identifiers = run(*command, env=environment).stdout.split()
+    assert identifiers == ["cp311-manylinux_x86_64", "cp311-manylinux_aarch64"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/wheels.yml").read_text("utf-8"))
+    machines = workflow["jobs"]["wheels"]["strategy"]["matrix"]["machine"]
+    assert machines == ["ubuntu-latest", "ubuntu-24.04-arm"]
+    steps = [step.get("run", "") for step in workflow["jobs"]["wheels"]["steps"]]
+    assert any("cibuildwheel" in step for step in steps)
+    assert any("--sdist" in step.get("run", "") for step in workflow["jobs"]["sdist"]["steps"])
+
+
+def test_the_citation_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()  # what the format demands
+    assert citation["license"] == project()["license"]
+    paper = citation["preferred-citation"]
+    assert paper["title"] == "BD-KD: Balancing the Divergences for Online Knowledge Distillation"
+    assert paper["url"].endswith("2212.12965")
+    assert len(paper["authors"]) == 5
+
+
+def test_issue_templates_ask_for_the_doctor():
+    forms = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) >= 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text("utf-8"))
+        if path.name == "config.yml":
+            continue
+        assert {"name", "description", "body"} <= form.keys()
+        assert len({part["id"] for part in form["body"] if part["type"] != "markdown"}) >= 2
+    assert "bdkd doctor" in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+
+
+def test_pre_commit_hooks_run_without_a_network(tmp_path):
+    """In a checkout of their own: a file that ruff refuses is refused, by the tools of .venv."""
+    for name in (".pre-commit-config.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    bad = tmp_path / "bad.py"
+    bad.write_text("import os\n")
+    run("git", "init", "--quiet", cwd=tmp_path)
+    run("git", "add", "bad.py", ".pre-commit-config.yaml", cwd=tmp_path)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"]
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    linted = run("make", "--dry-run", "--always-make", "lint", cwd=ROOT, env=outside).stdout
+    for hook in hooks[0]["hooks"]:
+        assert hook["entry"].split(" --")[0] in linted, "make lint and the hooks are the same tools"
+    command = [sys.executable, "-m", "pre_commit", "run", "ruff-check", "--all-files"]
+    environment = os.environ | {"PRE_COMMIT_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "bad.py" in done.stdout
+    assert "F401" in done.stdout
 
 
 def test_make_plans_nothing_where_everything_is_installed(source):
