@@ -52,14 +52,19 @@ def crop_and_flip(
     padding: str,
 ) -> Tensor:
     """The chosen images, each moved and perhaps mirrored, ``(B, H, W, C)``, in one gather."""
-    _, height, width, _ = pixels.shape
+    count, height, width, channels = pixels.shape
     rows = torch.arange(height, device=pixels.device) + draws.down[:, None]  # (B, H)
     columns = torch.arange(width, device=pixels.device) + draws.right[:, None]  # (B, W)
     columns = torch.where(draws.mirrored[:, None], columns.flip(1), columns)
     into = OUTSIDE[padding]
-    cropped = pixels[
-        chosen[:, None, None], into(rows, height)[:, :, None], into(columns, width)[:, None]
-    ]
+    # index_select takes a fifth of the time of indexing by three tensors on a CPU.
+    lines = chosen[:, None] * height + into(rows, height)  # (B, H)
+    places = lines[:, :, None] * width + into(columns, width)[:, None]  # (B, H, W)
+    cropped = (
+        pixels.reshape(count * height * width, channels)
+        .index_select(0, places.flatten())
+        .view(*places.shape, channels)
+    )
     if padding == "zero":
         inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None]
         cropped = cropped * inside[..., None]

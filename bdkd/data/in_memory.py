@@ -125,7 +125,7 @@ class InMemory:
         return cut_out(images, draws, self.config.cutout) if self.config.cutout else images
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        images = (pixels.float() - self.mean) / self.std
+        images = pixels.float().sub_(self.mean).div_(self.std)
         return images.contiguous(memory_format=self.memory_format)
 
 

@@ -132,7 +132,7 @@ def test_another_file_than_the_known_one_is_removed(tmp_path, host, table):
 def test_a_login_page_in_its_place_is_told(tmp_path, host, table):
     host.files["/cifar-10-python.tar.gz"] = b"<html>log in first</html>"
     host.ranges = False
-    with pytest.raises(RunError, match="offers 25 bytes .* something else answers in its place"):
+    with pytest.raises(RunError, match=r"offers 25 bytes .* something else answers in its place"):
         fetch("cifar10", tmp_path, table)
     assert hidden(tmp_path) == []
 
@@ -144,7 +144,7 @@ def test_an_archive_that_lies_there_is_checked_and_used_without_a_network(tmp_pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "cifar-10-python.tar.gz").write_bytes(CIFAR[:-1])
-    with pytest.raises(RunError, match="is not the known file.*nothing was unpacked: remove it"):
+    with pytest.raises(RunError, match=r"is not the known file.*nothing was unpacked: remove it"):
         fetch("cifar10", other, table)
     assert hidden(other) == ["cifar-10-python.tar.gz"]  # the user's file is the user's
 
@@ -168,7 +168,7 @@ def test_a_file_that_the_host_no_longer_has(tmp_path, host, table):
 def test_a_full_disk_is_seen_before_and_during_the_download(tmp_path, host, table, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fetching.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(RunError, match="GB free, and .* needs .* make room"):
+        with pytest.raises(RunError, match=r"GB free, and .* needs .* make room"):
             fetch("cifar10", tmp_path, table)
         assert host.asked == []
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_seen_before_and_during_the_download(tmp_path, host, tabl
 
 def test_a_folder_that_cannot_be_made(tmp_path, table):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write in .*file"):
+    with pytest.raises(RunError, match=r"cannot write in .*file"):
         fetch("cifar10", tmp_path / "file" / "data", table)
 
 
