@@ -24,7 +24,7 @@ sanitize: .venv/.installed-dev ## the native kernel under address and undefined-
 	$(PY) kernels/csrc/sanitize.py
 
 bench: .venv/.installed-dev ## measure what this machine can run
-	$(PY) bench/loss_cpu.py
+	$(PY) bench
 
 lint: .venv/.installed-dev
 	$(PY) -m ruff check .

@@ -8,19 +8,21 @@ tunes. A launch is named as ``triton_launch`` names it; times are GPU times by g
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from unittest import mock
 
+import machine
 import torch
 from bdkd_kernels import (
     available_backends,
-    bdkd_loss_and_grad,
     triton_backend,
     triton_launch,
 )
 from bdkd_kernels.triton_launch import Loop, Tile
-from loss_gpu import DTYPES, Inputs, medians
+from harness import Contender, DeviceClock
+from losses import DTYPES, Race, Size
 from triton.runtime.errors import OutOfResources
 
 CLASSES = (10, 100, 256, 500, 1000, 2048, 4096, 8192, 16384, 21841, 32000, 65536, 128256)
@@ -51,28 +53,26 @@ def main() -> None:
     options = parser.parse_args()
     if not available_backends()["triton"]:
         sys.exit(f"no Triton kernel here: {available_backends()['triton']}")
+    cache = machine.last_level_cache("cuda")
     measured = []
     print(torch.cuda.get_device_name())
     for dtype_name in options.dtypes:
         for classes in options.classes:
             dtype = DTYPES[dtype_name]
             rows = max(1024, min(8192, 2**28 // classes))
-            x = Inputs(rows, classes, dtype)
+            x = Race(Size(rows, classes, dtype_name), "both", "cuda", cache)
             aligned = classes * dtype.itemsize % 16 == 0
             shipped = triton_launch.choose(classes, dtype.itemsize, aligned)
             for launch in dict.fromkeys([shipped, *candidates(classes, dtype.itemsize, aligned)]):
-
-                def step(i: int, x=x):
-                    bdkd_loss_and_grad(*x.sets[i], temperature=4.0, backend="triton",
-                                       grads=x.buffers[i])  # fmt: skip
-
                 triton_backend._plans.clear()
                 triton_backend._compiled.clear()
                 with mock.patch.object(triton_launch, "choose", return_value=launch):
                     try:
-                        microseconds, _ = medians(step, len(x.sets), 0.1)
+                        ours = Contender("ours", x.at_once, "ours")
+                        sampler = DeviceClock().sampler(ours, len(x.inputs))
                     except OutOfResources:
                         continue  # more shared memory or threads than this GPU has
+                microseconds = 1e6 * statistics.median(sampler.sample() for _ in range(20))
                 measured.append((microseconds, dtype_name, rows, classes, repr(launch),
                                  launch == shipped))  # fmt: skip
             best = sorted(m for m in measured if m[1] == dtype_name and m[3] == classes)

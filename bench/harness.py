@@ -1,0 +1,294 @@
+"""The way of every measurement here: contenders of one case race in one process, in turn.
+
+A *case* is a piece of work at one size; its *contenders* do it. Each is called with the number of
+a buffer set, and successive calls take successive sets, of which there are so many that none is in
+the last-level cache when its turn comes again. After a warm-up, a *round* times every contender
+once; the order turns from round to round, so that drift and busy spells hit all alike. What is
+reported of a contender is the median of its rounds with the 20th and 80th percentile, and the same
+three of its ratio to the case's base *in the same round*.
+
+A clock makes samplers: ``WallClock`` for the CPU, ``DeviceClock`` for a GPU (a replay of a CUDA
+graph between two events, or the calls between two events where no graph can be captured).
+"""
+
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+Call = Callable[[int], object]  # takes the number of a buffer set
+
+FEWEST_ROUNDS = 5
+SHORTEST_SAMPLE = 2e-3  # seconds: a clock's granularity and a call to it vanish in that
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's work."""
+
+    name: str
+    call: Call
+    kind: Literal["ours", "peer", "limit"] = "peer"
+    bytes: int | None = None  # that the work has to read and write, at the least
+    note: str = ""  # what it leaves out of the case's work, or does on top of it
+    error: Callable[[], Mapping[str, float]] | None = None  # against float64
+    capturable: bool = True  # by a CUDA graph
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work at one size; ratios are over the first contender of the kind "ours"."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    contenders: tuple[Contender, ...]
+    sets: int = 1
+    absent: Mapping[str, str] = field(default_factory=dict)  # peers that cannot run here: why
+    forget: Callable[[], object] = lambda: None  # drops what calls have left in the buffer sets
+    memory: bool = True  # whether peak memory means something here
+
+    @property
+    def base(self) -> str:
+        return next(c.name for c in self.contenders if c.kind == "ours")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A warmed-up contender."""
+
+    by: str
+    calls: int  # a sample's
+    sample: Callable[[], float]  # seconds a call, averaged over one sample's calls
+
+
+class Clock(Protocol):
+    def sampler(self, contender: Contender, sets: int) -> Sampler: ...
+
+
+class _Turns:
+    """The numbers of the buffer sets, round and round."""
+
+    def __init__(self, sets: int) -> None:
+        self.sets, self.next = sets, 0
+
+    def run(self, call: Call, calls: int) -> None:
+        for _ in range(calls):
+            call(self.next)
+            self.next = (self.next + 1) % self.sets
+
+
+class WallClock:
+    """Real time; ``now`` returns seconds."""
+
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, shortest: float = SHORTEST_SAMPLE
+    ) -> None:
+        self.now, self.shortest = now, shortest
+
+    def sampler(self, contender: Contender, sets: int) -> Sampler:
+        turns = _Turns(sets)
+        turns.run(contender.call, 1)  # compiles
+        # Caches and branch predictors: every set once, or a tenth of a second; once if it is slow.
+        taken, begin = 0, self.now()
+        while taken == 0 or (taken < max(3, sets) and self.now() - begin < 0.1):
+            turns.run(contender.call, 1)
+            taken += 1
+        each = max((self.now() - begin) / taken, 1e-9)
+        calls = max(1, round(self.shortest / each))
+
+        def sample() -> float:
+            begin = self.now()
+            turns.run(contender.call, calls)
+            return (self.now() - begin) / calls
+
+        return Sampler("wall", calls, sample)
+
+
+class DeviceClock:
+    """GPU time between two events."""
+
+    def sampler(self, contender: Contender, sets: int) -> Sampler:
+        turns = _Turns(sets)
+        # torch asks for a warm-up on a side stream before a capture.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            turns.run(contender.call, max(3, sets))
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        if contender.capturable:
+            graph = torch.cuda.CUDAGraph()
+            turns.next = 0
+            with torch.cuda.graph(graph):
+                turns.run(contender.call, sets)
+            return self._of("graph", graph.replay, sets)
+        return self._of("events", lambda: turns.run(contender.call, sets), sets)
+
+    def _of(self, by: str, run: Callable[[], object], calls: int) -> Sampler:
+        run()
+        once = self._seconds(run, 1)
+        repeats = max(1, round(SHORTEST_SAMPLE / max(once, 1e-7)))
+        return Sampler(by, calls * repeats, lambda: self._seconds(run, repeats) / (calls * repeats))
+
+    def _seconds(self, run: Callable[[], object], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+
+def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> dict[str, Any]:
+    """All contenders of a case, measured; a plain dict, as it goes into the JSON.
+
+    Stops after ``trials`` rounds, or after ``seconds`` once there are at least five rounds. A peer
+    that fails is a row that says why; a failure of ours is raised.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    samplers: dict[str, Sampler] = {}
+    for contender in case.contenders:
+        row: dict[str, Any] = {
+            "name": contender.name, "kind": contender.kind, "note": contender.note,
+            "bytes": contender.bytes,
+        }  # fmt: skip
+        try:
+            row["error"] = dict(contender.error()) if contender.error else None
+            row["peak_bytes"] = _peak_bytes(case, contender) if case.memory else None
+            samplers[contender.name] = clock.sampler(contender, case.sets)
+        except Exception as error:  # whatever a foreign package raises is its row's content
+            if contender.kind != "peer":
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            row = {"name": contender.name, "kind": contender.kind, "note": contender.note,
+                   "not_run": f"{type(error).__name__}: {reason}"[:200]}  # fmt: skip
+        rows[contender.name] = row
+    times = _rounds(samplers, trials, seconds)
+    base = times[case.base]
+    limit = next((c.name for c in case.contenders if c.kind == "limit"), None)
+    for name, taken in times.items():
+        row = rows[name]
+        row["trials"], row["calls"], row["by"] = len(taken), samplers[name].calls, samplers[name].by
+        row["seconds"] = spread(taken)
+        ratios = [a / b for a, b in zip(taken, base, strict=True)]
+        row["ratio"] = spread(ratios)
+        if row["bytes"] is not None and limit is not None:
+            row["of_copy"] = _of_copy(rows, times, name, limit)
+    absent = [
+        {"name": name, "kind": "peer", "note": "", "not_run": why}
+        for name, why in case.absent.items()
+    ]
+    return {
+        "case": case.name,
+        "parameters": dict(case.parameters),
+        "sets": case.sets,
+        "base": case.base,
+        "rows": [*rows.values(), *absent],
+    }
+
+
+def _rounds(samplers: dict[str, Sampler], trials: int, seconds: float) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    names = list(samplers)
+    until = time.monotonic() + seconds
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(trials):
+            if done >= FEWEST_ROUNDS and time.monotonic() > until:
+                break
+            # Turned and, every other time, reversed: nobody always runs after the same neighbour.
+            turn = done // 2 % len(names)
+            order = names[turn:] + names[:turn]
+            for name in reversed(order) if done % 2 else order:
+                times[name].append(samplers[name].sample())
+            gc.collect(0)
+    finally:
+        gc.enable()
+    return times
+
+
+def _of_copy(rows: dict, times: dict[str, list[float]], name: str, limit: str) -> float:
+    """Useful bytes a second, as a share of those of the copy in the same rounds."""
+    bytes_ratio = rows[name]["bytes"] / rows[limit]["bytes"]
+    return statistics.median(
+        bytes_ratio * copied / taken
+        for copied, taken in zip(times[limit], times[name], strict=True)
+    )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    if len(values) == 1:
+        return {"median": values[0], "p20": values[0], "p80": values[0]}
+    low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": low, "p80": high}
+
+
+def _peak_bytes(case: Case, contender: Contender) -> int:
+    """Most bytes of tensors that a warmed-up call has alive at once, above what was there."""
+    contender.call(0)
+    case.forget()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.call(0)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = cpu_peak_bytes(lambda: contender.call(0))
+    case.forget()
+    return peak
+
+
+def cpu_peak_bytes(call: Callable[[], object]) -> int:
+    """The same on the CPU, from the profiler's record of torch's allocator.
+
+    What a library allocates beside it is not seen (the native kernel's scratch: a row of
+    exponentials a thread).
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        _without_usdt_lines(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+    ):
+        result = call()  # kept alive: it is part of the peak
+    del result
+    results = profile.profiler.kineto_results if profile.profiler else None
+    assert results is not None
+    memory = [event for event in results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@contextmanager
+def _without_usdt_lines() -> Iterator[None]:
+    """torch 2.13's profiler writes "USDT:..." to the error stream at every start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if not line.startswith("USDT:"):
+                    print(line, file=sys.stderr)

@@ -1,0 +1,428 @@
+"""The loss's work, its contenders and their truth, the same on CPU and GPU.
+
+Five works, each with a row of ours that does just that work, as nearly as it can:
+
+``both``      both losses, both gradients: BD-KD's training step
+``forward``   both losses, no gradient: validation
+``kd``        the student's divergence from a fixed teacher, one gradient: Liger's KLDiv and JSD
+``ce``        the cross entropies of both, both gradients: Quack, apex
+``heads``     ``both`` from hidden states through two linear heads: orda-kernel
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad
+from harness import Case, Contender
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
+WORKS = ("both", "forward", "kd", "ce", "heads")
+GAMMA = 2.0  # bdkd_loss's default
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student, teacher, labels -> one number
+
+
+@dataclass(frozen=True)
+class Size:
+    rows: int
+    classes: int
+    dtype: str = "fp32"
+    temperature: float = 4.0
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.classes} {self.dtype} tau {self.temperature:g}"
+
+
+class Inputs(NamedTuple):
+    student: Tensor  # (N, C), a leaf; likewise teacher
+    teacher: Tensor
+    labels: Tensor  # (N,)
+    into: tuple[Tensor, Tensor]  # gradient buffers
+
+
+def buffer_sets(bytes_a_set: int, cache: int) -> int:
+    """So many that what a call touches was last touched two caches ago; at least two."""
+    return min(512, max(2, -(-2 * cache // bytes_a_set)))
+
+
+def draw(size: Size, device: str, seed: int, teacher_learns: bool) -> Inputs:
+    """Logits as networks have them in training: related, of a spread of 2."""
+    rng = torch.Generator(device).manual_seed(seed)
+    dtype = DTYPES[size.dtype]
+    shape = (size.rows, size.classes)
+    s = torch.randn(shape, generator=rng, device=device).mul_(2.0)
+    t = torch.randn(shape, generator=rng, device=device).mul_(2.0).add_(s, alpha=0.5)
+    y = torch.randint(size.classes, (size.rows,), generator=rng, device=device)
+    s, t = s.to(dtype), t.to(dtype)
+    buffers = (torch.empty_like(s), torch.empty_like(t))
+    return Inputs(s.requires_grad_(), t.requires_grad_(teacher_learns), y, buffers)
+
+
+# What a user writes: torch.nn.functional, as in any distillation repository.
+
+
+def plain(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """BD-KD's two losses, eager."""
+    s, t = s.float(), t.float()
+    log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+    fixed_s, fixed_t = log_s.detach(), log_t.detach()
+    entropy_s = -(fixed_s.exp() * fixed_s).sum(-1)
+    entropy_t = -(fixed_t.exp() * fixed_t).sum(-1)
+    d1 = torch.where(entropy_t > entropy_s, GAMMA, 1.0)
+    d2 = torch.where(entropy_s > entropy_t, GAMMA, 1.0)
+    forward = F.kl_div(log_s, fixed_t, reduction="none", log_target=True).sum(-1)
+    reverse = F.kl_div(fixed_t, log_s, reduction="none", log_target=True).sum(-1)
+    student = F.cross_entropy(s, y) + temperature**2 * (d1 * forward + d2 * reverse).mean()
+    regulariser = F.kl_div(log_t, fixed_s, reduction="batchmean", log_target=True)
+    teacher = F.cross_entropy(t, y) + temperature**2 * regulariser
+    return student + teacher
+
+
+def plain_kl(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """Hinton's term, KL(p_t || p_s), eager."""
+    log_s = F.log_softmax(s.float() / temperature, -1)
+    log_t = F.log_softmax(t.float() / temperature, -1)
+    kl = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    return temperature**2 * kl
+
+
+def plain_jsd(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """The Jensen-Shannon divergence as Liger defines it (beta 0.5), eager."""
+    log_s = F.log_softmax(s.float() if s.dtype != torch.float64 else s, -1)
+    log_t = F.log_softmax(t.float() if t.dtype != torch.float64 else t, -1)
+    log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0, device=s.device))
+    to_m = [(x.exp() * (x - log_m)).sum(-1).mean() for x in (log_s, log_t)]
+    return 0.5 * (to_m[0] + to_m[1])
+
+
+def plain_ce(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
+    return F.cross_entropy(s.float(), y) + F.cross_entropy(t.float(), y)
+
+
+def ours(temperature: float, backend: str = "auto", **weights: float) -> Loss:
+    def loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out = bdkd_loss(s, t, y, temperature=temperature, gamma=GAMMA, backend=backend, **weights)
+        return out.student + out.teacher
+
+    return loss
+
+
+_NO_CE = {"student_ce": 0.0, "teacher_ce": 0.0, "teacher_kd": 0.0}
+_NO_KD = {"student_kd": 0.0, "teacher_kd": 0.0}
+
+
+class Race:
+    """The contenders of one work at one size, over rotating buffer sets."""
+
+    def __init__(self, size: Size, work: str, device: str, cache: int) -> None:
+        self.size, self.work, self.device = size, work, device
+        unit = size.rows * size.classes * DTYPES[size.dtype].itemsize
+        self.unit = unit
+        learns = work in ("both", "ce")
+        # A matrix product with its weights is no stream of memory: one set for the heads.
+        count = 1 if work == "heads" else buffer_sets(4 * unit, cache)
+        self.inputs = [draw(size, device, seed, learns) for seed in range(count)]
+        self.leaves: list[Tensor] = []  # others that gather gradients
+
+    def forget(self) -> None:
+        for x in (*(x for set_ in self.inputs for x in set_[:2]), *self.leaves):
+            x.grad = None
+
+    def step(self, loss: Loss) -> Callable[[int], object]:
+        """The loss, ``backward()`` and fresh gradients on one buffer set."""
+
+        def call(i: int) -> Tensor:
+            s, t, y, _ = self.inputs[i]
+            s.grad = t.grad = None
+            total = loss(s, t, y)
+            total.backward()
+            return total.detach()
+
+        return call
+
+    def at_once(self, i: int) -> Tensor:
+        s, t, y, into = self.inputs[i]
+        out, _ = bdkd_loss_and_grad(s, t, y, temperature=self.size.temperature, gamma=GAMMA,
+                                    grads=into)  # fmt: skip
+        return out.student + out.teacher
+
+    def copy(self, i: int) -> None:
+        s, t, _, into = self.inputs[i]
+        into[0].copy_(s.detach())
+        into[1].copy_(t.detach())
+
+    def without_gradient(self, loss: Loss) -> Callable[[int], object]:
+        def call(i: int) -> Tensor:
+            s, t, y, _ = self.inputs[i]
+            with torch.no_grad():
+                return loss(s, t, y)
+
+        return call
+
+    def error(self, call: Callable[[int], object], truth: Loss) -> Callable[[], Mapping]:
+        """Largest relative error of the loss and, over the largest entry, of a gradient."""
+
+        def measure() -> dict[str, float]:
+            self.forget()
+            total = call(0)
+            assert isinstance(total, Tensor)
+            x = self.inputs[0]
+            got = [x.student.grad, x.teacher.grad]
+            if got == [None, None] and call == self.at_once:
+                got = list(x.into)
+            a, b = x.student.detach().double(), x.teacher.detach().double()
+            a.requires_grad_(got[0] is not None)
+            b.requires_grad_(got[1] is not None)
+            right = truth(a, b, x.labels)
+            errors = {"loss": (total.double() - right).abs().item() / right.abs().item()}
+            if got[0] is not None:
+                right.backward()
+                errors["gradient"] = max(
+                    ((mine.double() - exact).abs().max() / exact.abs().max()).item()
+                    for mine, exact in zip(got, (a.grad, b.grad), strict=True)
+                    if mine is not None and exact is not None
+                )
+            self.forget()
+            return errors
+
+        return measure
+
+    def contender(
+        self, name: str, loss: Loss, truth: Loss, kind="peer", note: str = "", units: int = 4,
+        capturable: bool = True,
+    ) -> Contender:  # fmt: skip
+        gradient = self.work != "forward"
+        call = self.step(loss) if gradient else self.without_gradient(loss)
+        return Contender(name, call, kind, units * self.unit, note, self.error(call, truth),
+                         capturable)  # fmt: skip
+
+    def limit(self) -> Contender:
+        return Contender("copy of both logits", self.copy, "limit", 4 * self.unit)
+
+
+def cases(
+    sizes: Mapping[str, list[Size]], device: str, cache: int, modes: tuple[str, ...] = MODES[:1]
+) -> Iterator[Case]:
+    """A case for each work and size; ``modes`` are torch.compile's."""
+    for work, its_sizes in sizes.items():
+        for size in its_sizes:
+            torch._dynamo.reset()
+            race = Race(size, work, device, cache)
+            contenders, absent = _MAKERS[work](race, modes)
+            yield Case(
+                f"{work}: {size}",
+                {"work": work, "rows": size.rows, "classes": size.classes, "dtype": size.dtype,
+                 "temperature": size.temperature},
+                tuple(contenders), len(race.inputs), absent, race.forget,
+            )  # fmt: skip
+
+
+def _compiled(loss: Loss, mode: str) -> Loss:
+    return torch.compile(loss, mode=mode, fullgraph=True, dynamic=False)
+
+
+def _compiles(race: Race, loss: Loss, truth: Loss, modes: tuple[str, ...], units: int = 4, note=""):
+    # A graph of its own cannot be captured into another; on a CPU there is none to make.
+    return [
+        race.contender(
+            f"torch.compile {mode}",
+            _compiled(loss, mode),
+            truth,
+            units=units,
+            note=note,
+            capturable=mode != "reduce-overhead",
+        )
+        for mode in modes
+    ]
+
+
+def _both(race: Race, modes: tuple[str, ...]):
+    tau = race.size.temperature
+    truth = ours(tau, "reference")
+    eager = functools.partial(plain, temperature=tau)
+    no_stats = "no statistics of the samples"
+    found = [
+        race.limit(),
+        race.contender("bdkd_loss, backward", ours(tau), truth, "ours"),
+        Contender("bdkd_loss_and_grad", race.at_once, "ours", 4 * race.unit, "no autograd",
+                  race.error(race.at_once, truth)),
+        race.contender("eager", eager, truth, note=no_stats),
+        race.contender("eager, our reference", ours(tau, "reference"), truth),
+        *_compiles(race, eager, truth, modes, note=no_stats),
+        race.contender("torch.compile of our reference",
+                       _compiled(ours(tau, "reference"), "default"), truth),
+    ]  # fmt: skip
+    return found, {}
+
+
+def _forward(race: Race, modes: tuple[str, ...]):
+    tau = race.size.temperature
+    truth = ours(tau, "reference")
+    eager = functools.partial(plain, temperature=tau)
+    found = [
+        race.limit(),
+        race.contender("bdkd_loss", ours(tau), truth, "ours", units=2),
+        race.contender("eager", eager, truth, units=2, note="no statistics of the samples"),
+        *_compiles(race, eager, truth, modes, 2, "no statistics of the samples"),
+    ]
+    return found, {}
+
+
+def _kd(race: Race, modes: tuple[str, ...]):
+    tau = race.size.temperature
+    eager = functools.partial(plain_kl, temperature=tau)
+    kl = functools.partial(_kl_in_float64, temperature=tau)
+    found = [
+        race.limit(),
+        race.contender("bdkd_loss, student's KD alone", ours(tau, **_NO_CE),
+                       ours(tau, "reference", **_NO_CE), "ours", units=3,
+                       note="both divergences, weighted; the peers do one"),
+        race.contender("eager KL", eager, kl, units=3),
+        *_compiles(race, eager, kl, modes, 3, "one divergence"),
+    ]  # fmt: skip
+    absent = {}
+    if reason := _no_triton_peer("liger_kernel", race.device):
+        absent = dict.fromkeys(("Liger KLDiv", "Liger JSD"), reason)
+    else:
+        from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+        kl_div, jsd = LigerKLDIVLoss(reduction="batchmean", log_target=True), LigerJSD()
+
+        def liger_kl(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return tau**2 * kl_div(F.log_softmax(s.float() / tau, -1),
+                                   F.log_softmax(t.float() / tau, -1))  # fmt: skip
+
+        def liger_jsd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return jsd(F.log_softmax(s.float(), -1), F.log_softmax(t.float(), -1))
+
+        found += [
+            race.contender("Liger KLDiv", liger_kl, kl, units=3,
+                           note="one divergence; torch's log-softmaxes before it"),
+            race.contender("Liger JSD", liger_jsd, functools.partial(plain_jsd, temperature=1.0),
+                           units=3, capturable=False,  # it asks the device for values
+                           note="JSD at temperature 1; torch's log-softmaxes before it"),
+        ]  # fmt: skip
+    return found, absent
+
+
+def _kl_in_float64(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
+    log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+    kl = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    return temperature**2 * kl
+
+
+def _ce_in_float64(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(s, y) + F.cross_entropy(t, y)
+
+
+def _ce(race: Race, modes: tuple[str, ...]):
+    eager = functools.partial(plain_ce, temperature=1.0)
+    found = [
+        race.limit(),
+        race.contender("bdkd_loss, cross entropies alone", ours(1.0, **_NO_KD), _ce_in_float64,
+                       "ours"),
+        race.contender("eager", eager, _ce_in_float64),
+        *_compiles(race, eager, _ce_in_float64, modes),
+    ]  # fmt: skip
+    absent = {}
+    if reason := _no_triton_peer("quack", race.device):
+        absent["Quack cross entropy"] = reason
+    else:
+        from quack.cross_entropy import cross_entropy
+
+        def quack(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(s, y, reduction="mean") + cross_entropy(t, y, reduction="mean")
+
+        found.append(race.contender("Quack cross entropy", quack, _ce_in_float64))
+    if reason := _no_triton_peer("apex.contrib.xentropy", race.device):
+        absent["apex xentropy"] = reason
+    else:
+        from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+
+        def apex(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            # Without smoothing, no padding label (-1 is none), losses in float32.
+            return sum(
+                SoftmaxCrossEntropyLoss.apply(x, y, 0.0, -1, x.dtype != torch.float32).mean()
+                for x in (s, t)
+            )
+
+        found.append(race.contender("apex xentropy", apex, _ce_in_float64))
+    return found, absent
+
+
+def _no_triton_peer(module: str, device: str) -> str | None:
+    """Why a package whose kernels need a GPU cannot run here; None if it can."""
+    if device != "cuda":
+        return "its kernels need a GPU"
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # not even the package above it
+        found = None
+    return None if found else f"{module.split('.')[0]} is not installed"
+
+
+def _heads(race: Race, modes: tuple[str, ...]):
+    """From hidden states (N, H) through heads (C, H): gradients of four tensors."""
+    size, device = race.size, race.device
+    tau, dtype = size.temperature, DTYPES[size.dtype]
+    hidden = max(64, min(1024, size.classes // 4))
+    rng = torch.Generator(device).manual_seed(0)
+
+    def leaf(*shape: int, scale: float) -> Tensor:
+        x = torch.randn(shape, generator=rng, device=device).mul_(scale)
+        return x.to(dtype).requires_grad_()
+
+    leaves = race.leaves = [
+        leaf(size.rows, hidden, scale=1.0), leaf(size.classes, hidden, scale=2 / hidden**0.5),
+        leaf(size.rows, hidden, scale=1.0), leaf(size.classes, hidden, scale=2 / hidden**0.5),
+    ]  # fmt: skip
+    labels = race.inputs[0].labels
+
+    def step(loss: Callable[..., Tensor]) -> Callable[[int], object]:
+        def call(i: int) -> Tensor:
+            for x in leaves:
+                x.grad = None
+            total = loss(*leaves)
+            total.backward()
+            return total.detach()
+
+        return call
+
+    def through(loss: Loss):
+        return lambda h_s, w_s, h_t, w_t: loss(F.linear(h_s, w_s), F.linear(h_t, w_t), labels)
+
+    note = f"with two heads from {hidden} hidden"
+    found = [
+        Contender("two linear, bdkd_loss", step(through(ours(tau))), "ours", note=note),
+        Contender("two linear, eager", step(through(functools.partial(plain, temperature=tau))),
+                  note=note),
+    ]  # fmt: skip
+    absent = {}
+    if find_spec("orda_kernel") is None:
+        absent["orda-kernel"] = "orda-kernel is not installed"
+    else:
+        from orda_kernel import SeparateTeacher, distillation_loss
+
+        def orda(h_s, w_s, h_t, w_t):
+            return distillation_loss(
+                h_s, w_s, labels, SeparateTeacher(h_t, w_t), student_ce_weight=1.0,
+                teacher_ce_weight=1.0, kl_weight=1.0, kl_temperature=tau, kl_divergence="mutual",
+                backend="triton" if device == "cuda" else "torch",
+            ).loss  # fmt: skip
+
+        fallback = "" if device == "cuda" else "its eager fallback: its kernels need a GPU; "
+        found.append(
+            Contender("orda-kernel, mutual", step(orda), capturable=False,
+                      note=fallback + "no reverse KL of the student, no weights, no statistics")
+        )  # fmt: skip
+    return found, absent
+
+
+_MAKERS = {"both": _both, "forward": _forward, "kd": _kd, "ce": _ce, "heads": _heads}

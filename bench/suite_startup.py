@@ -1,0 +1,42 @@
+"""From nothing to an imported package, in a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+from harness import Case, Contender
+from machine import ROOT
+
+OURS = {
+    "import bdkd": ["-c", "import bdkd"],
+    "import bdkd_kernels": ["-c", "import bdkd_kernels"],
+    "bdkd --help": ["-m", "bdkd", "--help"],
+}
+PEERS = ("liger_kernel.transformers",)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    contenders = [Contender(name, _run(command), "ours") for name, command in OURS.items()]
+    contenders.append(Contender("import torch", _run(["-c", "import torch"]), "limit"))
+    absent = {}
+    for module in () if quick else PEERS:
+        if find_spec(module.split(".")[0]):
+            contenders.append(Contender(f"import {module}", _run(["-c", f"import {module}"])))
+        else:
+            absent[f"import {module}"] = "it is not installed"
+    yield Case("a fresh interpreter", {}, tuple(contenders), absent=absent, memory=False)
+
+
+def _run(arguments: list[str]) -> Callable[[int], object]:
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+
+    def call(i: int) -> None:
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True)
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"{' '.join(arguments)}: {''.join(last)}")
+
+    return call

@@ -1,0 +1,94 @@
+"""The suites by name. Each yields cases; what it needs is imported when it is asked for.
+
+``quick`` gives every kind of case once, at a size that takes a moment: for CI.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from harness import Case, Clock, DeviceClock, WallClock
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    cache: int = 32 * 2**20  # bytes of the last-level cache
+    quick: bool = False
+
+
+def loss_cpu(settings: Settings) -> Iterator[Case]:
+    from losses import MODES, Size, cases
+
+    if settings.quick:
+        small = [Size(8, 10), Size(8, 10, "bf16", 1.0)]
+        yield from cases({"both": small[:1]}, "cpu", settings.cache)
+        one = dict.fromkeys(("both", "forward", "kd", "ce", "heads"), small[-1:])
+        yield from cases(one, "cpu", settings.cache, ())
+        return
+    shapes = ((128, 100), (1024, 1000), (256, 21841), (64, 128256))
+    both = [Size(*shape, dtype) for dtype in ("fp32", "bf16") for shape in shapes]
+    both.append(Size(1024, 1000, "fp32", 1.0))
+    # One amount of work over the number of classes, for the pictures.
+    both += [Size(2**21 // classes, classes) for classes in (10, 100, 1000, 10_000, 100_000)]
+    imagenet = [Size(1024, 1000)]
+    parts = [Size(1024, 1000), Size(64, 128256)]
+    yield from cases({"both": both}, "cpu", settings.cache)
+    yield from cases(
+        {"forward": parts, "kd": parts, "ce": parts, "heads": imagenet}, "cpu", settings.cache
+    )
+    # On a CPU the other modes tune matrix products and make CUDA graphs: shown once to be the same.
+    yield from cases({"kd": [Size(1024, 1000, "bf16")]}, "cpu", settings.cache, MODES)
+
+
+def loss_gpu(settings: Settings) -> Iterator[Case]:
+    from losses import MODES, Size, cases
+
+    if settings.quick:
+        small = [Size(1024, 1000, "bf16")]
+        works = dict.fromkeys(("both", "forward", "kd", "ce", "heads"), small)
+        yield from cases(works, "cuda", settings.cache, MODES[:1])
+        return
+    shapes = ((1024, 1000), (4096, 21841), (8192, 128256))
+    both = [Size(*shape, dtype) for dtype in ("bf16", "fp32") for shape in shapes]
+    sweep = [Size(2**25 // c, c, "bf16") for c in (10, 100, 1000, 10_000, 32_000, 100_000)]
+    parts = [Size(4096, 1000, "bf16"), Size(8192, 32000, "bf16")]
+    yield from cases({"both": both[:3]}, "cuda", settings.cache, MODES)
+    yield from cases({"both": sweep}, "cuda", settings.cache)
+    yield from cases({"kd": parts, "ce": parts, "forward": parts}, "cuda", settings.cache)
+    yield from cases({"heads": parts[1:], "both": both[3:]}, "cuda", settings.cache)
+
+
+def metrics(settings: Settings) -> Iterator[Case]:
+    from suite_metrics import cases
+
+    return cases(settings.quick)
+
+
+def startup(settings: Settings) -> Iterator[Case]:
+    from suite_startup import cases
+
+    return cases(settings.quick)
+
+
+SUITES: dict[str, tuple[str, Callable[[Settings], Iterator[Case]]]] = {
+    "loss_cpu": ("the loss on the CPU", loss_cpu),
+    "loss_gpu": ("the loss on a GPU", loss_gpu),
+    "metrics": ("metrics of a validation set", metrics),
+    "startup": ("start-up", startup),
+}
+
+
+def cannot_run(suite: str) -> str | None:
+    """Why a suite cannot run on this machine; None if it can."""
+    if suite.endswith("_gpu") and not torch.cuda.is_available():
+        return "there is no GPU here"
+    return None
+
+
+def device_of(suite: str) -> str:
+    return "cuda" if suite.endswith("_gpu") else "cpu"
+
+
+def clock_of(suite: str) -> Clock:
+    return DeviceClock() if suite == "loss_gpu" else WallClock()

@@ -1,0 +1,219 @@
+"""The harness finds a known 2x, finds nothing between two copies, and says what it should."""
+
+import json
+import random
+import statistics
+import time
+
+import machine
+import pytest
+import results
+import torch
+from harness import Case, Contender, Sampler, WallClock, cpu_peak_bytes, race, spread
+
+
+class CountedClock:
+    """Time that the work itself counts, on a machine that drifts, hiccups and has busy spells."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.now, self.work = random.Random(seed), 0.0, 0.0
+
+    def sampler(self, contender: Contender, sets: int) -> Sampler:
+        def sample() -> float:
+            self.work = 0.0
+            contender.call(0)
+            # Up to three times slower in slow waves, 2% of jitter, and every tenth a spike.
+            self.now += self.work
+            drift = 1 + (self.now % 60) / 30
+            jitter = self.random.gauss(1, 0.02)
+            spike = self.random.choice([1] * 9 + [8])
+            return self.work * drift * jitter * spike
+
+        return Sampler("counted", 1, sample)
+
+    def does(self, amount: float):
+        def call(i: int) -> None:
+            self.work += amount
+
+        return call
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_finds_a_known_factor_of_two_and_none_between_copies_despite_drift_and_spikes(seed):
+    clock = CountedClock(seed)
+    case = Case("counted", {}, (
+        Contender("ours", clock.does(1.0), "ours"),
+        Contender("a copy", clock.does(1.0)),
+        Contender("twice the work", clock.does(2.0)),
+    ), memory=False)  # fmt: skip
+    rows = {row["name"]: row for row in race(case, clock, trials=40, seconds=1e9)["rows"]}
+    assert rows["twice the work"]["ratio"]["median"] == pytest.approx(2.0, rel=0.1)
+    assert rows["a copy"]["ratio"]["median"] == pytest.approx(1.0, rel=0.1)
+    copy = rows["a copy"]["ratio"]
+    assert copy["p20"] <= 1.0 <= copy["p80"]
+
+
+def test_finds_a_known_factor_of_two_in_real_work():
+    """On this thread's processor time, which neighbours do not use up; a busy machine gets three
+    tries, and wide margins."""
+    x = torch.full((64, 64), 0.01)
+
+    def work(times: int):
+        def call(i: int) -> None:
+            for _ in range(times):
+                x @ x
+
+        return call
+
+    case = Case("matrix products", {}, (
+        Contender("ours", work(20), "ours"),
+        Contender("a copy", work(20)),
+        Contender("twice the work", work(40)),
+    ), memory=False)  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(3):
+            measured = race(case, WallClock(time.thread_time, 1e-3), trials=15, seconds=2.0)
+            ratio = {row["name"]: row["ratio"]["median"] for row in measured["rows"]}
+            if 1.6 < ratio["twice the work"] < 2.5 and 0.8 < ratio["a copy"] < 1.25:
+                break
+        else:
+            pytest.fail(f"of twice the work and of a copy: {ratio}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_contender_takes_every_buffer_set_in_turn():
+    seen: list[int] = []
+    case = Case("sets", {}, (Contender("ours", seen.append, "ours"),), sets=7, memory=False)
+    race(case, WallClock(shortest=1e-5), trials=5)
+    assert seen == [i % 7 for i in range(len(seen))]
+    assert len(seen) > 7
+
+
+def test_contenders_are_interleaved_and_the_order_turns():
+    order: list[str] = []
+
+    class Recorder:
+        def sampler(self, contender, sets):
+            def sample() -> float:
+                order.append(contender.name)
+                return 1.0
+
+            return Sampler("recorded", 1, sample)
+
+    names = ("a", "b", "c")
+    nothing = [Contender(n, lambda i: None, "ours" if n == "a" else "peer") for n in names]
+    race(Case("order", {}, tuple(nothing), memory=False), Recorder(), trials=6)
+    rounds = [tuple(order[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert {turn[0] for turn in rounds} == {"a", "b", "c"}
+    assert len(set(rounds)) >= 4
+
+
+def test_a_failing_peer_is_a_row_with_its_reason_and_our_failure_is_raised():
+    def fail(i: int) -> None:
+        raise RuntimeError("no such kernel image\nand much more")
+
+    clock = CountedClock(0)
+    good = Contender("ours", clock.does(1.0), "ours")
+    case = Case("failing", {}, (good, Contender("peer", fail)), absent={"far": "not installed"})
+    measured = race(case, clock, trials=3)
+    reasons = {row["name"]: row.get("not_run") for row in measured["rows"]}
+    assert reasons == {"ours": None, "peer": "RuntimeError: no such kernel image",
+                       "far": "not installed"}  # fmt: skip
+    assert "not run: not installed" in results.case_table(measured)
+    with pytest.raises(RuntimeError, match="no such kernel image"):
+        race(Case("ours fails", {}, (Contender("ours", fail, "ours"),)), clock)
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = torch.ones(1000, 1000)  # 4 MB
+    one, chain = cpu_peak_bytes(lambda: x * x), cpu_peak_bytes(lambda: ((x * x) * x) * x)
+    assert 4e6 <= one < 4.1e6
+    assert 8e6 <= chain < 8.1e6
+    kept = cpu_peak_bytes(lambda: [x * x, x * x, x * x])
+    assert 12e6 <= kept < 12.1e6
+
+
+def test_share_of_copy_and_spreads():
+    clock = CountedClock(0)
+    clock.random.choice = lambda _: 1  # neither spikes nor jitter here
+    clock.random.gauss = lambda *_: 1
+    case = Case("bytes", {}, (
+        Contender("copy", clock.does(1e-6), "limit", bytes=400),
+        Contender("ours", clock.does(2e-6), "ours", bytes=400),
+        Contender("reads only", clock.does(1e-6), bytes=200),
+    ), memory=False)  # fmt: skip
+    rows = {row["name"]: row for row in race(case, clock, trials=9)["rows"]}
+    assert rows["ours"]["of_copy"] == pytest.approx(0.5, rel=1e-3)
+    assert rows["reads only"]["of_copy"] == pytest.approx(0.5, rel=1e-3)
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])["median"] == 3.5
+    values = [random.Random(1).random() for _ in range(101)]
+    found = spread(values)
+    assert found["median"] == statistics.median(values)
+    assert found["p20"] == sorted(values)[20]
+    assert found["p80"] == sorted(values)[80]
+
+
+def result(suite="loss_cpu", share=0.0, seconds=1.0, **machine_keys) -> dict:
+    spreads = {"median": seconds, "p20": 0.9 * seconds, "p80": 1.1 * seconds}
+    row = {"name": "ours", "kind": "ours", "note": "", "bytes": 8, "by": "wall", "trials": 5,
+           "calls": 1, "seconds": spreads, "ratio": spreads, "of_copy": 0.5, "peak_bytes": 3,
+           "error": {"loss": 1e-8}}  # fmt: skip
+    case = {"case": "1 x 1", "parameters": {}, "sets": 2, "base": "ours", "rows": [row]}
+    described = {"cpu": "a", "cores": 2, "threads": 1, "gpu": None, **machine_keys}
+    return {"schema": 1, "suite": suite, "date": "2026-01-01T00:00:00+00:00",
+            "commit": {"id": "abc", "date": "2026-01-01T00:00:00+00:00", "dirty": False},
+            "machine": described, "others_share": share, "cases": [case]}  # fmt: skip
+
+
+def test_compare_tells_what_changed_and_what_cannot_be_compared():
+    before, after = {"loss_cpu": result()}, {"loss_cpu": result(seconds=2.0, cpu="b", share=0.5)}
+    text = results.compare(before, after)
+    assert "2.00" in text
+    assert "slower" in text
+    assert "not the same cpu" in text
+    assert "OTHERS TOOK 50%" in text
+    assert "slower" not in results.compare(before, {"loss_cpu": result(seconds=1.05)})
+    assert "faster" in results.compare(before, {"loss_cpu": result(seconds=0.5)})
+    with pytest.raises(results.ResultsError, match="no suite in common"):
+        results.compare(before, {"metrics": result("metrics")})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}'])
+def test_files_that_are_no_results_are_named(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(results.ResultsError, match=r"x\.json"):
+        results.read_all(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(results.ResultsError, match="holds no results"):
+        results.read_all(tmp_path / "empty")
+    with pytest.raises(results.ResultsError, match="cannot read"):
+        results.read_all(tmp_path / "missing")
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    results.write(tmp_path / "loss_cpu.json", result())
+    results.write(tmp_path / "metrics.json", result("metrics"))
+    assert results.read_all(tmp_path) == {"loss_cpu": result(), "metrics": result("metrics")}
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".json"]
+
+
+def test_the_machine_is_described_and_can_be_written_as_json():
+    described = machine.describe(1, "cpu")
+    assert json.loads(json.dumps(described)) == described
+    assert described["last_level_cache"] >= 2**18
+    assert described["versions"]["torch"] == torch.__version__
+    assert set(machine.commit()) == {"id", "date", "dirty"}
+
+
+def test_neighbours_are_seen_where_the_system_tells(monkeypatch):
+    neighbours = machine.Neighbours()
+    monkeypatch.setattr(neighbours, "before", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(neighbours, "_read", lambda: (10.0, 8.0, 3.0))
+    assert neighbours.share() == 0.5
+    monkeypatch.setattr(neighbours, "_read", lambda: None)
+    assert neighbours.share() is None
