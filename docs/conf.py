@@ -37,7 +37,8 @@ napoleon_custom_sections = [("Source", "notes_style")]
 
 html_theme = "furo"
 html_title = "bdkd"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["bdkd.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
