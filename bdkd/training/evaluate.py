@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bdkd.data import DataSource, Split
+from bdkd.errors import RunError
 from bdkd.evaluation.calibration import Calibration, CalibrationResult
 from bdkd.training.step import AUTOCAST
 
@@ -20,7 +21,14 @@ def evaluate(
     """The result of every network, in evaluation mode; each image counts once.
 
     The networks' training mode is put back; no random state is touched.
+
+    Raises:
+        RunError: the split has no images.
     """
+    if not source.info.counts[split]:
+        raise RunError(
+            f"there are no {split} images to evaluate on (data.validation is 0): take --split test"
+        )
     was_training = {name: network.training for name, network in networks.items()}
     dtype = AUTOCAST[precision]
     meters: dict[str, Calibration] = {}

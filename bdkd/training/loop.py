@@ -181,10 +181,12 @@ class Run:
         return total
 
     def validate(self) -> None:
-        """Evaluate on the validation part; keep the best student."""
+        """Evaluate on the validation part, where there is one; keep the best student."""
         began = time.monotonic()
         state, recipe = self.state, self.recipe
         state.position.validation_due = False
+        if not self.setup.source.info.counts["val"]:
+            return
         results = evaluate(
             state.evaluated_networks(), self.setup.source, "val", recipe.train.batch_size,
             recipe.train.precision,

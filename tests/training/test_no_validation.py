@@ -1,0 +1,49 @@
+"""Runs that hold nothing out: all images train, the last weights are the result."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bdkd.cli.evaluate import run as evaluate
+from bdkd.config import load_recipe
+from bdkd.errors import RunError, UsageError
+from bdkd.training.loop import train
+from bdkd.training.run_folder import RunFolder
+from bdkd.training.setup import Setup
+
+
+def recipe_without_validation(select: str, run_dir: str):
+    recipe = load_recipe("digits")
+    student = dataclasses.replace(recipe.networks["student"], model="resnet8")
+    teacher = dataclasses.replace(recipe.networks["teacher"], model="resnet8")
+    return dataclasses.replace(
+        recipe,
+        networks={"teacher": teacher, "student": student},
+        data=dataclasses.replace(recipe.data, validation=0.0, train_images=200),
+        train=dataclasses.replace(recipe.train, epochs=2, batch_size=50, select=select),
+        log=(), run_dir=run_dir,
+    )  # fmt: skip
+
+
+def test_all_images_train_and_the_last_weights_are_tested(tmp_path, capsys):
+    recipe = recipe_without_validation("last", str(tmp_path / "run"))
+    whole = dataclasses.replace(recipe.data, train_images=None)
+    setup = Setup(dataclasses.replace(recipe, data=whole))
+    assert setup.source.info.counts == {"train": 1438, "val": 0, "test": 359}
+    summary = train(Setup(recipe), RunFolder(tmp_path / "run"), "never")
+    assert summary["selected_step"] == 8
+    assert summary["split"] == "test"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert {line["split"] for line in lines} == {"train"}
+    with pytest.raises(RunError, match=r"no val images .* take --split test"):
+        evaluate([str(tmp_path / "run")])
+    capsys.readouterr()
+    evaluate([str(tmp_path / "run"), "--split", "test", "--json"])
+    found = json.loads(capsys.readouterr().out)["networks"]["student"]["top1"]
+    assert found == summary["networks"]["student"]["top1"]
+
+
+def test_there_is_no_best_without_a_validation_part(tmp_path):
+    with pytest.raises(UsageError, match=r"train.select must be last where data.validation is 0"):
+        Setup(recipe_without_validation("best", str(tmp_path)))
