@@ -29,7 +29,6 @@ suppress_warnings: list[str] = []
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Our own headings of sections beside Google's
@@ -62,6 +61,22 @@ def visit_displaymath(self: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def keep_colons(app, what, name, obj, options, lines: list[str]) -> None:
+    """An attribute's docstring is a sentence; napoleon takes what precedes its colon for a type."""
+    types = [line for line in lines if line.startswith(":type: ")]
+    if what in ("attribute", "data", "property") and types:
+        lines.remove(types[0])
+        first = next(index for index, line in enumerate(lines) if line)
+        lines[first] = f"{types[0].removeprefix(':type: ')}: {lines[first]}"
+
+
+def skip_aliases(app, what, name, obj, skip: bool, options) -> bool:
+    """Fields of named tuples stand in the signature already."""
+    return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip_aliases)
+    app.connect("autodoc-process-docstring", keep_colons, priority=600)  # after napoleon
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.config.html_math_renderer = "mathml"  # type: ignore[attr-defined]
