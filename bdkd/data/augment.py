@@ -39,9 +39,8 @@ def draw(
     if config.flip:
         mirrored = torch.rand(count, generator=generator, device=device) < 0.5
     if config.cutout:  # the hole's centre is any pixel, so that at a border a part of it is lost
-        centre = torch.rand(2, count, generator=generator, device=device)
-        size = torch.tensor([[height], [width]], device=device)
-        holes = (centre * size).long() - config.cutout // 2
+        y, x = torch.rand(2, count, generator=generator, device=device)
+        holes = torch.stack((y * height, x * width)).long() - config.cutout // 2
     return Draws(offsets[0], offsets[1], mirrored, holes[0], holes[1])
 
 
