@@ -39,7 +39,8 @@ class DataConfig:
     """Side in pixels, for sources that resize; without it, their own (folder and synthetic: 32,
     tiny-imagenet: 64)."""
     validation: float = 0.1
-    """Share of the training images held out to choose the best checkpoint by."""
+    """Share of the training images held out to choose the best checkpoint by; 0: all of them train,
+    and train.select must be last."""
     train_images: int | None = None
     """Train on only so many of the images that remain, classes in proportion; without it, on all.
     """
@@ -70,6 +71,8 @@ class NetworkConfig:
     """What the network is to the others."""
     weights: str | None = None
     """File of weights to start from: a state dict (.pt, .safetensors) or a run's checkpoint."""
+    frozen: bool = False
+    """It never trains: no gradient, no step, batch norm at rest (offline distillation)."""
     learning_rate: float | None = None
     """This network's own peak learning rate; without it, the optimizer's."""
     shard: bool = False
@@ -80,30 +83,39 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The method, and the weights of its terms."""
+    """The method, and its options. What is left out is the method's own default, given here for
+    bdkd; the resolved values stand in a run's config.toml. An option that the method does not read
+    is refused."""
 
     name: str = "bdkd"
-    """The method: bdkd or independent."""
-    backend: Literal["auto", "triton", "native", "reference"] = "auto"
-    """Implementation of the fused loss."""
-    temperature: float = 1.0
-    """Temperature of the divergences."""
-    gamma: float = 2.0
-    """bdkd: the larger of a sample's two weights (1: unweighted)."""
-    student_ce: float = 1.0
-    """Weight of the student's cross entropy."""
-    student_kd: float = 1.0
-    """bdkd: weight of the student's divergences."""
-    teacher_ce: float = 1.0
-    """Weight of the teacher's cross entropy."""
-    teacher_kd: float = 1.0
-    """bdkd: weight of the teacher's divergence."""
-    teacher_divergence: Literal["reverse", "forward"] = "reverse"
-    """bdkd: the teacher's regulariser, KL(student || teacher) or KL(teacher || student)."""
-    soften_entropy: bool = True
-    """bdkd: compare the entropies at the temperature (or else at 1)."""
-    label_smoothing: float = 0.0
-    """Label smoothing of both cross entropies."""
+    """The method: bdkd, dml, independent, kd, kdcl or switokd."""
+    backend: Literal["auto", "triton", "native", "reference"] | None = None
+    """Implementation of the fused loss (auto)."""
+    temperature: float | None = None
+    """Temperature of the divergences (1; kd: 4)."""
+    gamma: float | None = None
+    """bdkd: the larger of a sample's two weights (2; 1: unweighted)."""
+    student_ce: float | None = None
+    """Weight of the students' cross entropy (1; kd: 0.1)."""
+    student_kd: float | None = None
+    """Weight of the students' divergences (1; kd: 0.9)."""
+    teacher_ce: float | None = None
+    """Weight of the teachers' cross entropy (1)."""
+    teacher_kd: float | None = None
+    """Weight of the teachers' divergence (1)."""
+    teacher_divergence: Literal["reverse", "forward"] | None = None
+    """bdkd: the teacher's regulariser, KL(student || teacher) or KL(teacher || student)
+    (reverse)."""
+    student_divergence: Literal["both", "forward", "reverse"] | None = None
+    """bdkd, ablation: which divergences the student learns from (both)."""
+    weighting: Literal["entropy", "swapped"] | None = None
+    """bdkd, ablation: the weights by the entropy gap, or exchanged (entropy)."""
+    soften_entropy: bool | None = None
+    """bdkd: compare the entropies at the temperature, or else at 1 (true)."""
+    ensemble: Literal["minlogit", "naive"] | None = None
+    """kdcl: how the networks' logits become one target (minlogit)."""
+    label_smoothing: float | None = None
+    """Label smoothing of every cross entropy (0)."""
 
 
 @dataclass(frozen=True)
@@ -329,10 +341,16 @@ def check_recipe(recipe: Recipe) -> None:
         (
             "objective.label_smoothing",
             recipe.objective.label_smoothing,
-            0 <= recipe.objective.label_smoothing <= 1,
+            0 <= (recipe.objective.label_smoothing or 0) <= 1,
             "in [0, 1]",
         ),
-        ("data.validation", d.validation, 0 < d.validation < 1, "between 0 and 1"),
+        ("data.validation", d.validation, 0 <= d.validation < 1, "in [0, 1)"),
+        (
+            "train.select",
+            t.select,
+            t.select == "last" or d.validation > 0,
+            "last where data.validation is 0 (nothing is held out to choose the best by)",
+        ),
         (
             "data.train_images",
             d.train_images,

@@ -1,20 +1,53 @@
 """The training methods by name."""
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import fields
 
 from bdkd.config import NetworkConfig, ObjectiveConfig, nearest
 from bdkd.errors import UsageError
 from bdkd.objectives.base import Objective, ObjectiveOutput
 from bdkd.objectives.bdkd import BDKD
+from bdkd.objectives.dml import DML
 from bdkd.objectives.independent import Independent
+from bdkd.objectives.kd import KD
+from bdkd.objectives.kdcl import KDCL
+from bdkd.objectives.switokd import SwitOKD
 
-__all__ = ["Objective", "ObjectiveOutput", "create_objective"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput", "create_objective", "resolve_options"]
 
-OBJECTIVES: dict[str, type[BDKD] | type[Independent]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "bdkd": BDKD,
+    "dml": DML,
     "independent": Independent,
+    "kd": KD,
+    "kdcl": KDCL,
+    "switokd": SwitOKD,
 }
+
+
+def resolve_options(config: ObjectiveConfig) -> ObjectiveConfig:
+    """The configuration with the method's own default for every option that was left open.
+
+    Raises:
+        UsageError: no such method, or an option that it does not read.
+    """
+    if config.name not in OBJECTIVES:
+        raise UsageError(
+            f"unknown method {config.name!r}: {nearest(config.name, list(OBJECTIVES))}"
+        )
+    options = OBJECTIVES[config.name].options
+    resolved = {}
+    for option in dataclasses.fields(ObjectiveConfig):
+        given = getattr(config, option.name)
+        if option.name == "name" or (given is None and option.name not in options):
+            continue
+        if option.name not in options:
+            raise UsageError(
+                f"objective.{option.name} is not an option of the method {config.name!r}: "
+                f"leave it out (it reads {', '.join(sorted(options))})"
+            )
+        resolved[option.name] = options[option.name] if given is None else given
+    return dataclasses.replace(config, **resolved)  # type: ignore[arg-type]
 
 
 def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> Objective:
@@ -23,17 +56,5 @@ def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConf
     Raises:
         UsageError: no such method, networks that do not suit it, or an option it does not read.
     """
-    if config.name not in OBJECTIVES:
-        raise UsageError(
-            f"unknown method {config.name!r}: {nearest(config.name, list(OBJECTIVES))}"
-        )
-    kind = OBJECTIVES[config.name]
-    default = ObjectiveConfig()
-    for option in fields(ObjectiveConfig):
-        changed = getattr(config, option.name) != getattr(default, option.name)
-        if changed and option.name not in kind.options | {"name"}:
-            raise UsageError(
-                f"objective.{option.name} is not an option of the method {config.name!r}: "
-                f"leave it out (it reads {', '.join(sorted(kind.options))})"
-            )
-    return kind(config, networks)
+    config = resolve_options(config)
+    return OBJECTIVES[config.name](config, networks)

@@ -1,23 +1,19 @@
 """Every network on its own, from the labels alone: what each method is compared with."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.objectives.base import ObjectiveOutput
+from bdkd.objectives.base import Objective, ObjectiveOutput
 
 
-class Independent:
-    """Cross entropy of each of any number of networks."""
+class Independent(Objective):
+    """``CE(x, y)`` of each of any number of networks."""
 
-    views = 1
-    options = frozenset({"label_smoothing"})
-
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
-        self.label_smoothing = config.label_smoothing
+    options: ClassVar[Mapping[str, object]] = {"label_smoothing": 0.0}
 
     def __call__(
         self,
@@ -25,12 +21,17 @@ class Independent:
         target: Tensor,
         normaliser: float | Tensor,
         grad_scale: float | Tensor,
+        active: frozenset[str] | None = None,
     ) -> ObjectiveOutput:
         losses = {}
         for name, x in logits.items():
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            total = F.cross_entropy(
-                wide, target, reduction="sum", label_smoothing=self.label_smoothing
-            )
-            losses[name] = total / normaliser
+            if name not in self.frozen:
+                wide = x.to(torch.promote_types(x.dtype, torch.float32))
+                total = F.cross_entropy(
+                    wide,
+                    target,
+                    reduction="sum",
+                    label_smoothing=self.config.label_smoothing or 0.0,
+                )
+                losses[name] = total / normaliser
         return ObjectiveOutput(losses)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -17,10 +18,10 @@ from bdkd.errors import RunError
 class Console:
     """Progress of the steps. On a terminal one line that is redrawn; in a pipe a line a call."""
 
-    def __init__(self, total_steps: int, done: int) -> None:
+    def __init__(self, total_steps: int, done: int, bar: bool = True) -> None:
         self.bar = tqdm(
-            total=total_steps, initial=done, unit="step", disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
+            total=total_steps, initial=done, unit="step", dynamic_ncols=True,
+            disable=not (bar and sys.stderr.isatty()),
         )  # fmt: skip
         self.total_steps = total_steps
 
@@ -31,8 +32,7 @@ class Console:
         """Show the means of a log interval."""
         networks = {k: v for k, v in values.items() if isinstance(v, dict)}
         text = "  ".join(
-            f"{name} loss {v['loss']:.3f} top-1 {100 * v['top1']:.1f}%"
-            for name, v in networks.items()
+            f"{name} {_loss(v['loss'])}top-1 {100 * v['top1']:.1f}%" for name, v in networks.items()
         )
         text += f"  {values['images_per_second']:.0f} images/s"
         if self.bar.disable:
@@ -54,6 +54,11 @@ class Console:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _loss(mean: float) -> str:
+    """Nothing for a network that did not train."""
+    return "" if math.isnan(mean) else f"loss {mean:.3f} "
 
 
 class Sink(Protocol):

@@ -21,6 +21,7 @@ class TrainingMeter:
         self.networks, self.device = list(networks), device
         count = len(self.networks)
         self.samples = torch.zeros((), dtype=torch.float64, device=device)
+        self.trained = torch.zeros(count, dtype=torch.float64, device=device)  # samples with a loss
         self.sums = torch.zeros(count, len(_SUMS), dtype=torch.float64, device=device)
         # correct ones less confidence, summed by network and bin: all that the ECE needs
         self.gaps = torch.zeros(count * BINS, dtype=torch.float64, device=device)
@@ -33,12 +34,13 @@ class TrainingMeter:
     def update(
         self,
         logits: Mapping[str, Tensor],  # (B, C) each
-        target: Tensor,  # (B,)
-        losses: Mapping[str, Tensor],  # 0-dim, each a share of the step's mean
+        target: Tensor,  # (B,), or (B, C) soft labels, which count as their likeliest class
+        losses: Mapping[str, Tensor],  # 0-dim, each a share of the step's mean; of those that train
         statistics: Mapping[str, Tensor],  # (B,) each
         step_samples: float,
     ) -> None:
         """Add one part of a step's batch. No host sync."""
+        target = target.argmax(-1) if target.ndim == 2 else target
         x = torch.stack([logits[name].detach().float() for name in self.networks])  # (K, B, C)
         log_p = torch.log_softmax(x, -1)
         p = log_p.exp()
@@ -46,10 +48,13 @@ class TrainingMeter:
         correct = first[..., 0].double()  # (K, B)
         confidence = p.amax(-1).double()
         label = target.expand(len(x), -1)[..., None]
-        self.samples += torch.ones_like(target).sum()
+        self.samples += len(target)
+        for row, name in enumerate(self.networks):
+            self.trained[row] += len(target) * (name in losses)
+        no_loss = torch.zeros((), device=self.device)
         self.sums += torch.stack(
             (
-                torch.stack([losses[name].detach().double() for name in self.networks])
+                torch.stack([losses.get(name, no_loss).detach().double() for name in self.networks])
                 * step_samples,
                 correct.sum(-1),
                 first.any(-1).double().sum(-1),
@@ -67,10 +72,12 @@ class TrainingMeter:
         """The interval's means, as they go into metrics.jsonl, and start anew. Syncs."""
         samples = max(self.samples.item(), 1.0)
         eces = self.gaps.view(-1, BINS).abs().sum(-1) / samples
+        means = self.sums / samples
+        means[:, 0] = self.sums[:, 0] / self.trained  # NaN: frozen, or paused all the while
         values: dict[str, object] = {
-            name: dict(zip(_SUMS, means, strict=True)) | {"ece": ece}
-            for name, means, ece in zip(
-                self.networks, (self.sums / samples).tolist(), eces.tolist(), strict=True
+            name: dict(zip(_SUMS, of_network, strict=True)) | {"ece": ece}
+            for name, of_network, ece in zip(
+                self.networks, means.tolist(), eces.tolist(), strict=True
             )
         }
         values |= {name: total.item() / samples for name, total in self.statistics.items()}
@@ -78,17 +85,17 @@ class TrainingMeter:
         return values
 
     def reset(self) -> None:
-        for tensor in (self.samples, self.sums, self.gaps):
+        for tensor in (self.samples, self.trained, self.sums, self.gaps):
             tensor.zero_()
         self.statistics = {}
 
     def state_dict(self) -> dict[str, object]:
         return {
-            "samples": self.samples, "sums": self.sums, "gaps": self.gaps,
-            "statistics": self.statistics,
+            "samples": self.samples, "trained": self.trained, "sums": self.sums,
+            "gaps": self.gaps, "statistics": self.statistics,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Tensor | dict[str, Tensor]]) -> None:
-        for name in ("samples", "sums", "gaps"):
+        for name in ("samples", "trained", "sums", "gaps"):
             getattr(self, name).copy_(state[name])
         self.statistics = {k: v.to(self.device) for k, v in dict(state["statistics"]).items()}

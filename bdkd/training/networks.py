@@ -10,43 +10,68 @@ from bdkd.models import create_model
 
 
 class Networks(nn.Module):
-    """The networks of a recipe by name; a forward pass gives the logits of each."""
+    """The networks of a recipe by name; a forward pass gives the logits of each.
 
-    def __init__(self, members: Mapping[str, nn.Module]) -> None:
+    Args:
+        frozen: names of networks that never train: they stay in evaluation mode, and no graph of
+            them is kept.
+    """
+
+    def __init__(
+        self, members: Mapping[str, nn.Module], frozen: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleDict(members)
+        self.frozen = frozen
+        for name in frozen:
+            self.members[name].requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Networks":
+        super().train(mode)
+        for name in self.frozen:
+            self.members[name].eval()
+        return self
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that train, by name."""
+        return {n: network for n, network in self.members.items() if n not in self.frozen}
 
     def forward(self, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Logits ``(B, C)`` by network, each from its own view where there is more than one."""
         inputs = views if len(views) > 1 else views * len(self.members)
-        return {
-            name: network(images)
-            for (name, network), images in zip(self.members.items(), inputs, strict=True)
-        }
+        logits = {}
+        for (name, network), images in zip(self.members.items(), inputs, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
+                logits[name] = network(images)
+        return logits
 
 
 def build_networks(
-    configs: Mapping[str, NetworkConfig], num_classes: int, channels: int
+    configs: Mapping[str, NetworkConfig],
+    frozen: frozenset[str],
+    num_classes: int,
+    channels: int,
 ) -> Networks:
     """Fresh networks as configured. ``ValueError`` names an unknown model or option."""
     return Networks(
         {
             name: create_model(config.model, num_classes, channels, **config.options)
             for name, config in configs.items()
-        }
+        },
+        frozen,
     )
 
 
 def build_optimizer(
     networks: Networks, configs: Mapping[str, NetworkConfig], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """One optimizer; two parameter groups a network, with weight decay and without.
+    """One optimizer; two parameter groups a network that trains, with weight decay and without.
 
     Each group carries its network's name and peak learning rate. Fused, because the fused kernels
     skip a step on the device itself (``found_inf``), without asking the host.
     """
     groups = []
-    for name, network in networks.members.items():
+    for name, network in networks.trained().items():
         peak_rate = configs[name].learning_rate or config.learning_rate
         decayed = [p for p in network.parameters() if p.ndim > 1]
         not_decayed = [p for p in network.parameters() if p.ndim <= 1]  # norms and biases

@@ -29,11 +29,12 @@ def plan(setup: Setup) -> str:
         network = setup.networks.members[name]
         parameters = sum(p.numel() for p in network.parameters())
         averaged = t.ema_decay is not None and config.role == "student"
+        frozen = name in setup.networks.frozen
         kept = activation_bytes(network, (micro_batch, info.channels, height, width))
-        memory += 4 * parameters * (copies + averaged) + kept
+        memory += 4 * parameters * (1 if frozen else copies + averaged) + kept
         lines.append(
-            f"network    {name} ({config.role}): {config.model}, {parameters:,} parameters, "
-            f"{mebibytes(kept)} of activations"
+            f"network    {name} ({config.role}{', frozen' * frozen}): {config.model}, "
+            f"{parameters:,} parameters, {mebibytes(kept)} of activations"
         )
     stop = "" if recipe.max_steps is None else f", stopping after {min(total, recipe.max_steps):,}"
     lines += [
@@ -50,8 +51,8 @@ def plan(setup: Setup) -> str:
 
 def activation_bytes(network: nn.Module, shape: tuple[int, ...]) -> int:
     """Bytes that autograd keeps of one forward pass in float32, parameters left out; computed on
-    the meta device, so nothing is allocated."""
-    network = copy.deepcopy(network).to("meta").train()
+    the meta device, so nothing is allocated. A frozen network keeps none."""
+    network = copy.deepcopy(network).to("meta")
     parameters = {id(p) for p in network.parameters()}
     kept: dict[int, int] = {}
 

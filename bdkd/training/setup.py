@@ -1,5 +1,6 @@
 """Everything a run needs before its first step: device, data, method, networks."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from bdkd.config import Recipe, check_recipe
 from bdkd.data import DataSource, create_source
 from bdkd.errors import RunError, UsageError
-from bdkd.objectives import Objective, create_objective
+from bdkd.objectives import Objective, create_objective, resolve_options
 from bdkd.training.checkpoint import load_weights
 from bdkd.training.networks import Networks, build_networks
 
@@ -26,12 +27,19 @@ class Setup:
 
     def __init__(self, recipe: Recipe, initial_weights: bool = True) -> None:
         check_recipe(recipe)
+        # What a run's files say of its method is what was used.
+        recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
         self.recipe = recipe
         self.device = choose_device(recipe.device)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         # Made first: it refuses networks that do not suit the method before any data is read.
         self.objective: Objective = create_objective(recipe.objective, recipe.networks)
+        if self.objective.controls and recipe.train.accumulate > 1:
+            raise UsageError(
+                f"train.accumulate must be 1 with the method {recipe.objective.name!r}, which "
+                f"decides on whole batches, got {recipe.train.accumulate}"
+            )
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         self.source: DataSource = create_source(recipe.data, recipe.seed, self.device, layout)
         images, batch_size = self.source.info.counts["train"], recipe.train.batch_size
@@ -42,7 +50,10 @@ class Setup:
         torch.manual_seed(recipe.seed)
         try:
             self.networks: Networks = build_networks(
-                recipe.networks, self.source.info.num_classes, self.source.info.channels
+                recipe.networks,
+                self.objective.frozen,
+                self.source.info.num_classes,
+                self.source.info.channels,
             )
         except ValueError as error:  # an unknown model or option, said in one line
             raise UsageError(str(error)) from error

@@ -82,8 +82,10 @@ class TrainingState:
     def check_and_clip(self, clip_norm: float | None) -> Tensor:
         """Whether every network's gradient norm is finite, 0-dim; each is clipped by its own."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for network in self.networks.members.values():
+        for network in self.networks.trained().values():
             parameters = [p for p in network.parameters() if p.grad is not None]
+            if not parameters:
+                continue  # it paused on this batch
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             finite = finite & norm.isfinite()
             if clip_norm is not None:

@@ -31,7 +31,10 @@ def forward_and_loss(
     dtype = AUTOCAST[options.precision]
     with torch.autocast(batch.target.device.type, dtype=dtype, enabled=dtype is not None):
         logits = networks(batch.views)
-    return logits, objective(logits, batch.target, normaliser, loss_scale)
+    active = None
+    if objective.controls:
+        active = objective.active((objective.measure(logits, batch.target) / normaliser).cpu())
+    return logits, objective(logits, batch.target, normaliser, loss_scale, active)
 
 
 def train_step(

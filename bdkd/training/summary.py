@@ -53,7 +53,7 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
         "selected_step": state.position.step,
         "split": "test",
         "images": setup.source.info.counts["test"],
-        "objective": asdict(recipe.objective),
+        "objective": {k: v for k, v in asdict(recipe.objective).items() if v is not None},
         "networks": {
             name: {**describe(setup, name, network, results[name]), **recalibrated[name]}
             for name, network in networks.items()

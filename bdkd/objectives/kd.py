@@ -1,0 +1,58 @@
+"""Knowledge distillation: students learn from teachers that were trained before.
+
+Source: Hinton, Vinyals, Dean, arXiv 1503.02531, with the weights and the temperature of
+RepDistiller and mdistiller.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from bdkd.config import NetworkConfig, ObjectiveConfig
+from bdkd.errors import UsageError
+from bdkd.objectives.base import Objective, ObjectiveOutput
+from bdkd.objectives.one_sided import OneSided
+
+
+class KD(Objective):
+    """``student_ce CE(s, y) + student_kd tau^2 KL(p_t || p_s)``; every teacher is frozen.
+
+    Of several teachers the divergences are averaged.
+    """
+
+    options: ClassVar[Mapping[str, object]] = {
+        "temperature": 4.0, "student_ce": 0.1, "student_kd": 0.9, "label_smoothing": 0.0,
+        "backend": "auto",
+    }  # fmt: skip
+
+    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+        super().__init__(config, networks)
+        if not self.teachers:
+            raise UsageError(
+                "objective.name = 'kd' needs a teacher, got none: set networks.NAME.role"
+            )
+        for name in self.teachers:
+            if networks[name].weights is None and not networks[name].options.get("pretrained"):
+                raise UsageError(
+                    f"objective.name = 'kd' learns from a trained teacher: set networks.{name}."
+                    "weights to its file (a run with objective.name = 'independent' makes one)"
+                )
+        self.frozen |= frozenset(self.teachers)
+        self.loss = OneSided(config, config.student_ce, config.student_kd)
+
+    def __call__(
+        self,
+        logits: Mapping[str, Tensor],
+        target: Tensor,
+        normaliser: float | Tensor,
+        grad_scale: float | Tensor,
+        active: frozenset[str] | None = None,
+    ) -> ObjectiveOutput:
+        teachers = [logits[name] for name in self.teachers]
+        return ObjectiveOutput(
+            {
+                name: self.loss(logits[name], teachers, target, normaliser, grad_scale)
+                for name in self.students
+            }
+        )

@@ -1,0 +1,77 @@
+"""Switchable online distillation: the teacher pauses while the student lags too far behind.
+
+Source: Qian et al., *Switchable Online Knowledge Distillation*, ECCV 2022, arXiv 2209.04996: the
+gap and the adaptive threshold of section 3, the losses of learning and of expert mode.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdkd.config import NetworkConfig, ObjectiveConfig
+from bdkd.errors import UsageError
+from bdkd.objectives.base import Objective, ObjectiveOutput
+from bdkd.objectives.one_sided import OneSided
+
+
+class SwitOKD(Objective):
+    """Student ``CE(s, y) + tau^2 KL(p_t || p_s)``, teacher ``CE(t, y) + tau^2 KL(p_s || p_t)``.
+
+    With the mean L1 distances of a batch ``a = |p_s - y|``, ``b = |p_t - y|``, ``g = |p_s - p_t|``,
+    the teacher pauses (*expert mode*: no loss, no backward pass, no step; its forward pass runs and
+    its batch norm follows the data) where ``b < a`` and ``g > a - exp(-b / (a + b)) b``; otherwise
+    both train (*learning mode*).
+    """
+
+    options: ClassVar[Mapping[str, object]] = {
+        "temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0,
+        "teacher_kd": 1.0, "label_smoothing": 0.0, "backend": "auto",
+    }  # fmt: skip
+    controls = True
+
+    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+        super().__init__(config, networks)
+        self.need_pair()
+        if self.frozen:
+            raise UsageError(
+                f"networks.{self.teachers[0]}.frozen must be false: switokd decides when it trains"
+            )
+        self.student, self.teacher = self.students[0], self.teachers[0]
+        self.temperature = float(config.temperature or 1.0)
+        self.student_loss = OneSided(config, config.student_ce, config.student_kd)
+        self.teacher_loss = OneSided(config, config.teacher_ce, config.teacher_kd)
+
+    @torch.no_grad()
+    def measure(self, logits: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """``(3,)``: the L1 distances a, b and g, summed over the samples, float64."""
+        tau = self.temperature
+        p_s, p_t = ((logits[n].double() / tau).softmax(-1) for n in (self.student, self.teacher))
+        y = target if target.ndim == 2 else F.one_hot(target, p_s.shape[-1])
+        return torch.stack([(p_s - y).abs().sum(), (p_t - y).abs().sum(), (p_s - p_t).abs().sum()])
+
+    def active(self, means: Tensor) -> frozenset[str]:
+        a, b, g = means.tolist()
+        # Not a number, or both already perfect: nothing to hold the teacher back for.
+        expert = b < a and g > a - math.exp(-b / (a + b)) * b
+        return frozenset({self.student} if expert else {self.student, self.teacher})
+
+    def __call__(
+        self,
+        logits: Mapping[str, Tensor],
+        target: Tensor,
+        normaliser: float | Tensor,
+        grad_scale: float | Tensor,
+        active: frozenset[str] | None = None,
+    ) -> ObjectiveOutput:
+        s, t = logits[self.student], logits[self.teacher]
+        losses = {self.student: self.student_loss(s, [t], target, normaliser, grad_scale)}
+        teaches = active is None or self.teacher in active
+        if teaches:
+            losses[self.teacher] = self.teacher_loss(t, [s], target, normaliser, grad_scale)
+        return ObjectiveOutput(
+            losses, {"teacher_active": torch.full(s.shape[:1], float(teaches), device=s.device)}
+        )
