@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    if os.environ.get("NO_COLOR"):  # https://no-color.org; tyro, imported later, has its own name
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     try:
         run(given)
     except Exception as error:

@@ -1,6 +1,8 @@
 """``bdkd train``: a recipe, overridden key by key, run or planned."""
 
+import contextlib
 import dataclasses
+import io
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,8 @@ class Arguments:
     """Continue the run in its folder; auto: if there is one to continue. Alone: require."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved plan (data, networks, steps, memory) and stop."""
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the run's folder at the end and nothing else, but for failures."""
 
 
 def run(given: list[str]) -> None:
@@ -33,15 +37,21 @@ def run(given: list[str]) -> None:
     given = _resume_alone(given)
     name = given[0] if given and not given[0].startswith("-") else None
     arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
-    arguments = _with_stored_config(arguments, given, name)
+    quiet = arguments.quiet and not arguments.dry_run
+    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        arguments = _with_stored_config(arguments, given, name)
+        if arguments.dry_run:
+            from bdkd.training.plan import plan
+            from bdkd.training.setup import Setup
 
-    if arguments.dry_run:
-        from bdkd.training.plan import plan
-        from bdkd.training.setup import Setup
+            print(plan(Setup(arguments.config)))
+        else:
+            _train(arguments)
+    if quiet:
+        print(arguments.config.run_dir)
 
-        print(plan(Setup(arguments.config)))
-        return
 
+def _train(arguments: Arguments) -> None:
     from bdkd.training.loop import train
     from bdkd.training.run_folder import RunFolder
     from bdkd.training.setup import Setup
@@ -50,7 +60,7 @@ def run(given: list[str]) -> None:
     folder = RunFolder(Path(arguments.config.run_dir))
     begins = arguments.resume == "never" or not folder.checkpoint_paths()
     setup = Setup(arguments.config, initial_weights=begins)
-    summary = train(setup, folder, arguments.resume)
+    summary = train(setup, folder, arguments.resume, bar=not arguments.quiet)
     print()
     print(results_table(summary))
     print()

@@ -21,11 +21,12 @@ from bdkd.training.summary import summarise
 VALIDATION_METRICS = ("top1", "top5", "nll", "ece", "mce", "brier", "entropy")
 
 
-def train(setup: Setup, folder: RunFolder, resume: str) -> dict[str, Any]:
+def train(setup: Setup, folder: RunFolder, resume: str, bar: bool = True) -> dict[str, Any]:
     """Train, evaluate, summarise. Returns what went into ``summary.json``.
 
     Args:
         resume: ``never``, ``auto`` or ``require``, as :meth:`RunFolder.open_for_training` has it.
+        bar: draw progress where standard error is a terminal.
 
     Raises:
         RunError: one line on what is missing, in the way or broke.
@@ -45,7 +46,7 @@ def train(setup: Setup, folder: RunFolder, resume: str) -> dict[str, Any]:
         folder.write_config(recipe)  # a refused resume has changed nothing
         folder.drop_after(state.position.step)
         sinks = open_sinks(recipe, folder.path, folder.events, state.position.step)
-        console = Console(last_step(state), state.position.step)
+        console = Console(last_step(state), state.position.step, bar)
         try:
             with StopRequest() as stop:
                 Run(setup, state, folder, sinks, console, stop).run()
