@@ -156,7 +156,8 @@ def test_any_network_by_name_of_any_checkpoint(run, tmp_path, capsys):
     main(["export", str(checkpoint), "--to", "safetensors", "--network", "teacher",
           "--output", str(target)])  # fmt: skip
     assert "teacher (resnet8)" in capsys.readouterr().out
-    assert list(evaluated(capsys, target, "val")["networks"]) == ["teacher"]
+    networks = evaluated(capsys, target, "val")["networks"]
+    assert {name: network["role"] for name, network in networks.items()} == {"teacher": "teacher"}
 
 
 def test_exported_weights_start_another_run(run, tmp_path):

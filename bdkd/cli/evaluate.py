@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bdkd.cli.table import results_table
+from bdkd.config import Recipe
 from bdkd.errors import RunError
 
 
@@ -46,15 +47,17 @@ def run(given: list[str]) -> None:
 
 def measure_run(arguments: Arguments) -> dict[str, Any]:
     """Every network of a run or checkpoint."""
+    from bdkd.config import parse_recipe
     from bdkd.training.checkpoint import load_checkpoint
     from bdkd.training.evaluate import evaluate
     from bdkd.training.loop import restore
+    from bdkd.training.setup import Setup
     from bdkd.training.state import TrainingState
 
     checkpoint = find_checkpoint(arguments.path)
     text, saved = load_checkpoint(checkpoint)
-    setup = _setup(arguments, text, checkpoint)
-    recipe = setup.recipe
+    recipe = _here(arguments, parse_recipe(text, source=str(checkpoint)))
+    setup = Setup(recipe, initial_weights=False)
     state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
     restore(state, checkpoint, saved)
     results = evaluate(
@@ -69,30 +72,31 @@ def measure_run(arguments: Arguments) -> dict[str, Any]:
 def measure_exported(arguments: Arguments) -> dict[str, Any]:
     """The network of a file that ``bdkd export`` wrote, on the data set of its run; float32, as
     the file is, whatever the precision of the training was."""
+    from bdkd.config import parse_recipe
     from bdkd.training.evaluate import evaluate
-    from bdkd.training.exported import open_network, read_exported
-    from bdkd.training.state import EMA_SUFFIX
+    from bdkd.training.exported import alone, open_network, read_exported
+    from bdkd.training.setup import Setup
 
     exported = read_exported(arguments.path)
     facts = exported.facts
-    setup = _setup(arguments, facts.recipe, arguments.path)
+    recipe = alone(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
+    setup = Setup(_here(arguments, recipe), initial_weights=False)
     info = setup.source.info
-    member = facts.network.removesuffix(EMA_SUFFIX)
-    if member not in setup.networks.members:
-        raise RunError(f"{arguments.path} contradicts itself: its recipe has no {member!r}")
     if (info.classes, info.normalisation) != (facts.classes, facts.normalisation):
         raise RunError(
             f"the data set here is not the one of {arguments.path}: its "
             f"{'classes' if info.classes != facts.classes else 'mean and standard deviation'} "
             "differ; give the right one with --data-root"
         )
-    reference = setup.networks.members[member]
+    [reference] = setup.networks.members.values()
     network = open_network(exported, reference, setup.device)
     batch_size = setup.recipe.train.batch_size
     results = evaluate({facts.network: network}, setup.source, arguments.split, batch_size, "fp32")
-    return _summary(
+    summary = _summary(
         arguments, setup, arguments.path, facts.step, {facts.network: reference}, results
     )
+    summary["networks"][facts.network] |= {"role": facts.role}
+    return summary
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -112,17 +116,12 @@ def find_checkpoint(path: Path) -> Path:
     return saved[0]
 
 
-def _setup(arguments: Arguments, recipe_text: str, source: Path):
-    """What a recipe needs, on the device and with the data that the arguments say."""
-    from bdkd.config import parse_recipe
-    from bdkd.training.setup import Setup
-
-    recipe = parse_recipe(recipe_text, source=str(source))
+def _here(arguments: Arguments, recipe: Recipe) -> Recipe:
+    """A recipe on the device and with the data that the arguments say."""
     data = recipe.data
     if arguments.data_root is not None:
         data = dataclasses.replace(data, root=arguments.data_root)
-    recipe = dataclasses.replace(recipe, device=arguments.device, data=data)
-    return Setup(recipe, initial_weights=False)
+    return dataclasses.replace(recipe, device=arguments.device, data=data)
 
 
 def _summary(
@@ -136,7 +135,7 @@ def _summary(
         "split": arguments.split,
         "images": setup.source.info.counts[arguments.split],
         "networks": {
-            name: describe(setup, name, network, results[name])
+            name: dict(describe(setup, name, network, results[name]))
             for name, network in networks.items()
         },
     }

@@ -28,6 +28,7 @@ from bdkd.training.exported import (
     VERSION,
     Facts,
     Format,
+    alone,
     decode,
     encode,
     open_network,
@@ -76,7 +77,7 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
     root = recipe.data.root if data_root is None else data_root
     setup = Setup(
         dataclasses.replace(
-            recipe,
+            alone(recipe, name),
             device="cpu",
             data=dataclasses.replace(recipe.data, root=root),
             train=dataclasses.replace(recipe.train, channels_last=False),

@@ -6,6 +6,7 @@ never code: ONNX is run by onnxruntime, without files beside it; safetensors are
 this very bdkd and torch make of the network that it names; torch then loads ours with its weights.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,9 +22,11 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe
 from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
 from bdkd.training.checkpoint import first_line, mismatched_keys
+from bdkd.training.state import EMA_SUFFIX
 
 Format = Literal["onnx", "export", "safetensors"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "export": ".pt2", "safetensors": ".safetensors"}
@@ -82,6 +85,24 @@ class Function(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.function(images)
+
+
+def alone(recipe: Recipe, network: str) -> Recipe:
+    """A recipe with one of its networks, as a student without a teacher: the others need not be
+    built, nor their weights be there, to run this one on the recipe's data.
+
+    Raises:
+        RunError: the recipe has no such network.
+    """
+    config = recipe.networks.get(network.removesuffix(EMA_SUFFIX))
+    if config is None:
+        raise RunError(f"a file of {network!r} says a recipe that has no such network")
+    student = NetworkConfig(model=config.model, role="student", options=config.options)
+    return dataclasses.replace(
+        recipe,
+        networks={network.removesuffix(EMA_SUFFIX): student},
+        objective=ObjectiveConfig(name="independent"),
+    )
 
 
 def is_exported(path: Path) -> bool:
