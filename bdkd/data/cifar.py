@@ -68,7 +68,7 @@ def _load(
     names = contents[layout.meta].get(layout.names)
     if not isinstance(names, list) or len(names) < 2:
         raise RunError(_wrong(layout, layout.meta, f"no list {layout.names!r}"))
-    classes = tuple(n.decode("utf-8") if isinstance(n, bytes) else str(n) for n in names)
+    classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names)
     parts = [_images(layout, contents, name, len(classes)) for name in layout.train]
     training = Images(
         torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
