@@ -208,9 +208,14 @@ class Race:
 
 
 def cases(
-    sizes: Mapping[str, list[Size]], device: str, cache: int, modes: tuple[str, ...] = MODES[:1]
+    sizes: Mapping[str, list[Size]],
+    device: str,
+    cache: int,
+    modes: tuple[str, ...] = MODES[:1],
+    sweep: bool = False,
 ) -> Iterator[Case]:
-    """A case for each work and size; ``modes`` are torch.compile's."""
+    """A case for each work and size; ``modes`` are torch.compile's; a ``sweep`` over the number of
+    classes is drawn as a picture."""
     for work, its_sizes in sizes.items():
         for size in its_sizes:
             torch._dynamo.reset()
@@ -219,7 +224,7 @@ def cases(
             yield Case(
                 f"{work}: {size}",
                 {"work": work, "rows": size.rows, "classes": size.classes, "dtype": size.dtype,
-                 "temperature": size.temperature},
+                 "temperature": size.temperature, "sweep": sweep},
                 tuple(contenders), len(race.inputs), absent, race.forget,
             )  # fmt: skip
 

@@ -29,11 +29,12 @@ def loss_cpu(settings: Settings) -> Iterator[Case]:
     shapes = ((128, 100), (1024, 1000), (256, 21841), (64, 128256))
     both = [Size(*shape, dtype) for dtype in ("fp32", "bf16") for shape in shapes]
     both.append(Size(1024, 1000, "fp32", 1.0))
-    # One amount of work over the number of classes, for the pictures.
-    both += [Size(2**21 // classes, classes) for classes in (10, 100, 1000, 10_000, 100_000)]
     imagenet = [Size(1024, 1000)]
     parts = [Size(1024, 1000), Size(64, 128256)]
     yield from cases({"both": both}, "cpu", settings.cache)
+    # One amount of work over the number of classes, for the pictures.
+    sweep = [Size(2**21 // classes, classes) for classes in (10, 100, 1000, 10_000, 100_000)]
+    yield from cases({"both": sweep}, "cpu", settings.cache, sweep=True)
     yield from cases(
         {"forward": parts, "kd": parts, "ce": parts, "heads": imagenet}, "cpu", settings.cache
     )
@@ -54,7 +55,7 @@ def loss_gpu(settings: Settings) -> Iterator[Case]:
     sweep = [Size(2**25 // c, c, "bf16") for c in (10, 100, 1000, 10_000, 32_000, 100_000)]
     parts = [Size(4096, 1000, "bf16"), Size(8192, 32000, "bf16")]
     yield from cases({"both": both[:3]}, "cuda", settings.cache, MODES)
-    yield from cases({"both": sweep}, "cuda", settings.cache)
+    yield from cases({"both": sweep}, "cuda", settings.cache, sweep=True)
     yield from cases({"kd": parts, "ce": parts, "forward": parts}, "cuda", settings.cache)
     yield from cases({"heads": parts[1:], "both": both[3:]}, "cuda", settings.cache)
 
