@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bdkd.cli.table import results_table
-from bdkd.config import Recipe, differing_keys, load_recipe, shipped_recipes
+from bdkd.config import ObjectiveConfig, Recipe, differing_keys, load_recipe, shipped_recipes
 from bdkd.errors import RunError, UsageError
 
 Resume = Literal["never", "auto", "require"]
@@ -69,7 +69,13 @@ def _train(arguments: Arguments) -> None:
 
 
 def parse(given: list[str], default: Recipe) -> Arguments:
-    """The command line over a recipe; a wrong option exits 2 with tyro's message."""
+    """The command line over a recipe; a wrong option exits 2 with tyro's message.
+
+    Another method than the recipe's begins from its own defaults: the recipe's options are its
+    method's."""
+    method = _value_of(given, "--objective.name")
+    if method is not None and method != default.objective.name:
+        default = dataclasses.replace(default, objective=ObjectiveConfig(method))
     return tyro.cli(
         Arguments,
         prog="bdkd train",
