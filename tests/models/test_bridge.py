@@ -1,0 +1,203 @@
+"""timm's and torchvision's networks behind our interface, and ours against theirs."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bdkd.errors import RunError
+from bdkd.models import create_model
+
+
+def warm(network: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Weights off their start and running statistics of ``x``, so that no term is a zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
+        for _ in range(20):
+            network(x)
+    return network.eval()
+
+
+def same_function(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
+    ours.eval()
+    theirs.eval()
+    with torch.no_grad():
+        want = theirs(x)
+        assert want.std() > 1e-3
+        torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x1_0"])
+def test_imagenet_networks_take_torchvisions_weights(torchvision, name):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=7)
+    x = torch.randn(4, 3, 64, 64)
+    ours = create_model(f"imagenet_{name}", 7)
+    ours.load_state_dict(warm(theirs, x).state_dict())  # strict: every name, every shape
+    same_function(ours, theirs, x)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_imagenet_resnets_take_timms_weights(timm, name):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=7)
+    x = torch.randn(4, 3, 64, 64)
+    ours = create_model(f"imagenet_{name}", 7)
+    ours.load_state_dict(warm(theirs, x).state_dict())
+    same_function(ours, theirs, x)
+
+
+@pytest.mark.parametrize("width", [1.0, 1.25])
+def test_mobilenet_v1_is_timms_but_for_its_activation(timm, width):
+    torch.manual_seed(0)
+    theirs = timm.create_model(f"mobilenetv1_{width:.2f}".replace(".", ""), num_classes=7,
+                               act_layer=nn.ReLU)  # fmt: skip
+    x = torch.randn(4, 3, 64, 64)
+    ours = create_model("imagenet_mobilenet_v1", 7, width=width)
+    weights = warm(theirs, x).state_dict().values()  # the same layers in the same order
+    ours.load_state_dict(dict(zip(ours.state_dict(), weights, strict=True)))
+    same_function(ours, theirs, x)
+
+
+@pytest.mark.parametrize("width", [0.35, 0.5, 1.4])
+def test_mobilenet_v2_scales_as_torchvisions(torchvision, width):
+    with torch.device("meta"):
+        theirs = torchvision.models.mobilenet_v2(width_mult=width)
+        ours = create_model("imagenet_mobilenet_v2", 1000, width=width)
+    shapes = {name: p.shape for name, p in theirs.state_dict().items()}
+    assert {name: p.shape for name, p in ours.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0"])
+def test_the_starting_weights_have_torchvisions_scale(torchvision, name):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, weights=None).state_dict()
+    for key, p in create_model(f"imagenet_{name}", 1000).state_dict().items():
+        if p.is_floating_point() and p.numel() > 2000:
+            assert p.std().item() == pytest.approx(theirs[key].std().item(), rel=0.1), key
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("timm:resnet18", 32, {"drop_rate": 0.1}),
+        ("timm:mobilenetv1_100", 32, {}),
+        ("timm:mobilenetv3_small_050", 32, {}),  # a hidden layer after the pooling
+        ("timm:vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 2}),
+        ("TIMM:resnet18.a1_in1k", 32, {}),  # with a tag, and the library in any case
+    ],
+)
+def test_a_timm_network_has_the_interface(timm, name, size, options):
+    torch.manual_seed(0)
+    network = create_model(name, 7, 1, **options).eval()
+    x = torch.randn(2, 1, size, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(x).shape == (2, 7)
+    features = network.forward_features(x)
+    assert features.shape == (2, network.num_features)
+    classifier = network.network.get_classifier()
+    torch.testing.assert_close(classifier(features), network(x))
+    network.train()(x).square().sum().backward()
+    assert classifier.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("torchvision:resnet18", 32, {"zero_init_residual": True}),
+        ("torchvision:mobilenet_v3_small", 32, {}),
+        ("torchvision:googlenet", 32, {}),
+        ("torchvision:swin_t", 64, {}),
+    ],
+)
+def test_a_torchvision_network_has_the_interface(torchvision, name, size, options):
+    torch.manual_seed(0)
+    network = create_model(name, 7, **options).eval()
+    x = torch.randn(2, 3, size, size)
+    features = network.forward_features(x)
+    assert features.shape == (2, network.num_features)
+    torch.testing.assert_close(network.classifier(features), network(x))
+    logits = network.train()(x)
+    assert logits.shape == (2, 7)
+    logits.square().sum().backward()
+    assert network.classifier.weight.grad.isfinite().all()
+
+
+def test_parameters_of_the_bridged_are_the_libraries(timm):
+    with torch.device("meta"):
+        for name in ("timm:resnet50", "torchvision:resnet50"):
+            network = create_model(name, 1000)
+            assert sum(p.numel() for p in network.parameters()) == 25_557_032
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "message"),
+    [
+        (
+            ("timm:resnt50", 7),
+            {},
+            "timm has no model 'resnt50'; the nearest name is 'timm:resnet50",
+        ),
+        (("timm:", 7), {}, "timm has no model ''; the nearest name is 'timm:"),
+        (("timm:hf-hub:timm/resnet18", 7), {}, "timm has no model 'hf-hub:timm/resnet18'"),
+        (("timm:resnet18", 7), {"foo": 1}, "timm:resnet18 cannot be built: TypeError.*'foo'"),
+        (("timm:resnet18.foo", 7), {}, "Invalid pretrained tag"),
+        (("timm:resnet18", 0), {}, "num_classes must be an integer >= 1"),
+        (("torchvision:resnt50", 7), {}, "the nearest name is 'torchvision:resnet50'"),
+        (("torchvision:resnet18", 7, 1), {}, "takes images of 3 channels, got in_channels = 1"),
+        (("torchvision:resnet18", 7), {"foo": 1}, "torchvision:resnet18 cannot be built.*'foo'"),
+        (("torchvision:resnet18", 7), {"pretrained": True}, "come from timm"),
+        (("torchvision:squeezenet1_0", 7), {}, "no linear classifier"),
+    ],
+)
+def test_bad_calls_say_what_is_needed(timm, call, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create_model(*call, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_of_the_wrong_size_names_the_right_one(timm):
+    network = create_model("timm:vit_tiny_patch16_224", 7, depth=1)
+    with pytest.raises(ValueError, match=r"takes images of 224x224 pixels, got 32x32.*img_size"):
+        network(torch.zeros(1, 3, 32, 32))
+
+
+def test_pretrained_weights_that_cannot_be_had_are_one_line(timm, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    # The hub's own switch for "no connection", and an empty cache.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RunError, match="timm's weights for resnet18 could not be had") as error:
+        create_model("timm:resnet18", 7, pretrained=True)
+    assert "\n" not in str(error.value)
+    with torch.device("meta"):  # a plan needs no values
+        create_model("timm:resnet18", 7, pretrained=True)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_missing_library_names_the_extra(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RunError, match=rf"{library} is not installed: pip install 'bdkd\[imagenet"):
+        create_model(f"{library}:resnet18", 10)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('operator torchvision::nms does not exist')",
+         "does not import .RuntimeError: operator torchvision::nms does not exist.: install the "
+         "torchvision that belongs to torch"),
+        ("import no_such_module_here", "timm needs no_such_module_here: pip install"),
+    ],
+)  # fmt: skip
+def test_a_broken_library_says_how(code, message, monkeypatch, tmp_path):
+    (tmp_path / "timm.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(RunError, match=message) as error:
+        create_model("timm:resnet18", 10)
+    assert "\n" not in str(error.value)
