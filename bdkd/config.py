@@ -133,7 +133,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW: decay of the two moments."""
     weight_decay: float = 5e-4
-    """Weight decay; norms and biases have none."""
+    """Weight decay; norms and biases have none, unless decay_norms."""
+    decay_norms: bool = False
+    """Let norms and biases decay too, as the distillation field's code does."""
 
 
 @dataclass(frozen=True)

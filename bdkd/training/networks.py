@@ -53,6 +53,13 @@ def build_networks(
     channels: int,
 ) -> Networks:
     """Fresh networks as configured. ``ValueError`` names an unknown model or option."""
+    for name, config in configs.items():
+        for option in ("num_classes", "in_channels"):
+            if option in config.options:
+                raise ValueError(
+                    f"networks.{name}.options must not hold {option}: the data set says it, the "
+                    "same for every network"
+                )
     return Networks(
         {
             name: create_model(config.model, num_classes, channels, **config.options)
@@ -73,9 +80,12 @@ def build_optimizer(
     groups = []
     for name, network in networks.trained().items():
         peak_rate = configs[name].learning_rate or config.learning_rate
-        decayed = [p for p in network.parameters() if p.ndim > 1]
-        not_decayed = [p for p in network.parameters() if p.ndim <= 1]  # norms and biases
+        least = 0 if config.decay_norms else 2  # norms and biases have one dimension
+        decayed = [p for p in network.parameters() if p.ndim >= least]
+        not_decayed = [p for p in network.parameters() if p.ndim < least]
         for parameters, decay in ((decayed, config.weight_decay), (not_decayed, 0.0)):
+            if not parameters:
+                continue
             groups.append(
                 {
                     "params": parameters,

@@ -1,0 +1,98 @@
+"""Every shipped recipe resolves, and its networks train on images like those of its data set."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from bdkd.cli import main
+from bdkd.config import check_recipe, load_recipe, parse_recipe, shipped_recipes, to_toml
+from bdkd.training.setup import Setup
+from bdkd.training.state import TrainingState
+from bdkd.training.step import train_step
+
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10}
+SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_resolves_and_comes_back_from_its_file(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    check_recipe(recipe)
+    assert parse_recipe(to_toml(recipe), "again") == recipe
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if "imagenet-" not in n[:9]])
+def test_a_pair_of_the_paper_trains(name):
+    """Two steps of four images: fast enough for a WRN-16-8, and a batch norm has its samples."""
+    recipe = load_recipe(name)
+    data = recipe.data
+    if data.source in SIZES:
+        data = dataclasses.replace(
+            data,
+            source="synthetic",
+            image_size=SIZES[data.source],
+            synthetic=dataclasses.replace(
+                data.synthetic, classes=CLASSES[data.source], images=10 * CLASSES[data.source]
+            ),
+        )
+    recipe = dataclasses.replace(
+        recipe, data=data, threads=1, train=dataclasses.replace(recipe.train, batch_size=4)
+    )
+    setup = Setup(recipe)
+    state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
+    batches = setup.source.train_batches(0, 0, 4, setup.objective.views)
+    setup.networks.train()
+    before = [p.detach().clone() for p in setup.networks.parameters()]
+    for _ in range(2):
+        train_step(state, setup.objective, next(batches), recipe.train)
+    assert not state.skipped.any()
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before, setup.networks.parameters(), strict=True)
+    ]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "needed"),
+    [
+        ('name = "x"\n[networks.a]\nmodel = "resnet8"\nrole = "teacher"\n',
+         r"no network is a student: set networks.a.role"),
+        ('name = "x"\n[networks.a]\nmodel = "resnet8"\nrole = "student"\n'
+         '[networks.a]\nmodel = "resnet8"\nrole = "teacher"\n', r"networks.*a"),
+        ('name = "x"\n[networks.a]\nmodel = "resnet8"\nrole = "student"\n'
+         '[networks.b]\nmodel = "resnet8"\nrole = "teacher"\noptions = {num_classes = 7}\n',
+         r"networks\.b\.options.*num_classes"),
+        ('name = "x"\n[objective]\nname = "switokd"\n'
+         '[networks.a]\nmodel = "resnet8"\nrole = "student"\n'
+         '[networks.b]\nmodel = "resnet8"\nrole = "student"\n'
+         '[networks.c]\nmodel = "resnet8"\nrole = "teacher"\n',
+         r"needs one student, got 2 \(a, b\): set networks.NAME.role"),
+    ],
+    ids=["no student", "two of one name", "unlike class counts", "three for two"],
+)  # fmt: skip
+def test_a_recipe_that_cannot_be_is_refused_in_one_line(recipe, needed, tmp_path, capsys):
+    path = tmp_path / "bad.toml"
+    path.write_text(recipe)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", str(path), "--run-dir", str(tmp_path / "run")])
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message.count("\n") == 1
+    assert re.search(needed, message), message
+
+
+def test_a_teacher_that_does_not_fit_is_named(tmp_path, capsys):
+    from bdkd.models import create_model
+
+    torch.save(create_model("resnet8", 7, 1).state_dict(), tmp_path / "teacher.pt")
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "digits", "--objective.name", "kd", "--run-dir", str(tmp_path / "run"),
+              "--networks.teacher.model", "resnet8",
+              "--networks.teacher.weights", str(tmp_path / "teacher.pt")])  # fmt: skip
+    message = capsys.readouterr().err
+    assert exit_.value.code == 1
+    assert "networks.teacher.weights" in message
+    assert "needed" in message
