@@ -54,13 +54,15 @@ def choose(backend: str, problem: Problem) -> ModuleType:
     if backend == "native":
         _require("native", native.AVAILABILITY)
         if device != "cpu":
-            raise RuntimeError(f"backend 'native' takes CPU tensors, got {device}")
+            raise RuntimeError(
+                f"backend 'native' takes CPU tensors, got {device}: 'auto' takes what fits"
+            )
         return native
     if backend == "triton":
         if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise RuntimeError(
-                f"backend 'triton' takes CUDA or ROCm tensors, got {device} "
-                "(TRITON_INTERPRET=1 in the environment lets it interpret CPU tensors)"
+                f"backend 'triton' takes CUDA or ROCm tensors, got {device}: 'auto' takes what "
+                "fits (TRITON_INTERPRET=1 in the environment lets it interpret CPU tensors)"
             )
         _require("triton", _triton_availability())
         return _triton_module()

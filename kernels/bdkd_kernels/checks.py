@@ -30,7 +30,12 @@ def prepare(
     if shape != teacher_shape:
         raise ValueError(
             "student_logits and teacher_logits must have one shape, "
-            f"got {tuple(shape)} and {tuple(teacher_shape)}"
+            f"got {tuple(shape)} and {tuple(teacher_shape)}: "
+            + (
+                "both networks see the same samples"
+                if shape[-1] == teacher_shape[-1]
+                else "both networks tell the same classes apart, in the same order"
+            )
         )
     device = student.device
     _same_device("teacher_logits", teacher, device)
@@ -42,7 +47,10 @@ def prepare(
     if sample_weight is not None:
         _check_tensor("sample_weight", sample_weight)
         if not sample_weight.is_floating_point():
-            raise TypeError(f"sample_weight must be floating, got {sample_weight.dtype}")
+            raise TypeError(
+                f"sample_weight must be floating, got {sample_weight.dtype}: "
+                "convert it with sample_weight.float()"
+            )
         if sample_weight.shape != leading:
             raise ValueError(
                 f"sample_weight must have shape {tuple(leading)}, one weight a sample, "
@@ -72,7 +80,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
 def raise_bad_label(row: int, label: int, classes: int, ignore_index: int) -> None:
     raise ValueError(
         f"target[{row}] is {label}: a label must be in [0, {classes}) "
-        f"or ignore_index ({ignore_index})"
+        f"or ignore_index ({ignore_index}), for logits of {classes} classes"
     )
 
 
@@ -85,11 +93,13 @@ def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
 
 def check_gradient_buffers(grads: object, student: Tensor, teacher: Tensor) -> None:
     if not isinstance(grads, tuple | list) or len(grads) != 2:
-        raise TypeError(f"grads must be a pair (ds, dt) of tensors or None, got {_kind(grads)}")
+        raise TypeError(f"grads must be a pair (ds, dt), each a tensor or None, got {_kind(grads)}")
     _check_gradient_buffer("grads[0]", grads[0], student)
     _check_gradient_buffer("grads[1]", grads[1], teacher)
     if grads[0] is not None and grads[0] is grads[1]:
-        raise ValueError("grads must be two tensors, got the same one twice")
+        raise ValueError(
+            "grads must be two tensors, got the same one twice: each network needs its own"
+        )
 
 
 def _kind(value: object) -> str:
@@ -104,14 +114,14 @@ def _check_gradient_buffer(name: str, buffer: Tensor | None, logits: Tensor) -> 
     if buffer.shape != logits.shape or buffer.dtype != logits.dtype:
         raise ValueError(
             f"{name} must have its logits' shape and dtype, {tuple(logits.shape)} {logits.dtype}, "
-            f"got {tuple(buffer.shape)} {buffer.dtype}"
+            f"got {tuple(buffer.shape)} {buffer.dtype}: make it with torch.empty_like(logits)"
         )
     if any(
         stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
     ):
         raise ValueError(
             f"{name} must hold each element once, got shape {tuple(buffer.shape)} with strides "
-            f"{buffer.stride()}"
+            f"{buffer.stride()}: an expanded tensor cannot be written to, make it .contiguous()"
         )
     _same_device(name, buffer, logits.device)
 
@@ -134,8 +144,13 @@ def _check_tensor(name: str, value: object) -> None:
         raise _no_tensor(name, value)
 
 
-def _no_tensor(name: str, value: object) -> TypeError:
-    return TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+def _no_tensor(name: str, value: object, needed: str = "a tensor") -> TypeError:
+    remedy = ""
+    if hasattr(value, "logits"):  # what a Hugging Face model returns
+        remedy = ": give its .logits"
+    elif hasattr(value, "__array__") or isinstance(value, tuple | list):
+        remedy = f": torch.as_tensor({name}) makes one"
+    return TypeError(f"{name} must be {needed}, got {type(value).__name__}{remedy}")
 
 
 def check_logits(name: str, logits: object) -> torch.Size:
@@ -143,9 +158,14 @@ def check_logits(name: str, logits: object) -> torch.Size:
     if not isinstance(logits, Tensor):
         raise _no_tensor(name, logits)
     if logits.dtype not in _STORAGE:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+        remedy = "labels go into target" if logits.dtype in _INTEGERS else "convert with .float()"
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}: {remedy}"
+        )
     if logits.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {logits.layout}")
+        raise TypeError(
+            f"{name} must be a dense tensor, got {logits.layout}: convert with .to_dense()"
+        )
     shape = logits.shape
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"{name} must have shape (..., C) with C >= 1, got {tuple(shape)}")
@@ -156,28 +176,38 @@ def _check_target(
     target: object, shape: torch.Size, leading: torch.Size, device: torch.device
 ) -> Tensor:
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor or None, got {type(target).__name__}")
+        raise _no_tensor("target", target, "a tensor or None")
     if target.dtype in _STORAGE:
         if target.shape != shape:
             raise ValueError(
                 f"a floating target holds soft labels of the logits' shape {tuple(shape)}, "
-                f"got {tuple(target.shape)}; labels need an integer type"
+                f"got {tuple(target.shape)}; labels need an integer type, target.long()"
             )
         target = target.detach()
     elif target.dtype in _INTEGERS:
         if target.shape != leading:
             raise ValueError(
                 f"target must have shape {tuple(leading)}, one label a sample, "
-                f"got {tuple(target.shape)}"
+                f"got {tuple(target.shape)}{_other_labels(target.shape, shape, leading)}"
             )
         if target.dtype != torch.int64:
             target = target.to(torch.int64)
     else:
         raise TypeError(
-            f"target must hold integer labels or floating soft labels, got {target.dtype}"
+            f"target must hold integer labels or floating soft labels, got {target.dtype}: "
+            "convert with .long() or .float()"
         )
     _same_device("target", target, device)
     return target
+
+
+def _other_labels(came: torch.Size, shape: torch.Size, leading: torch.Size) -> str:
+    """What to do with labels in one of the usual other forms."""
+    if came == shape:
+        return ": one-hot labels need a floating type, target.float()"
+    if came == (*leading, 1):
+        return ": give target.squeeze(-1)"
+    return ""
 
 
 def _check_grad_scale(grad_scale: object, device: torch.device) -> None:
@@ -199,5 +229,6 @@ def _check_grad_scale(grad_scale: object, device: torch.device) -> None:
 def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(
-            f"{name} must be on the student logits' device {device}, got {tensor.device}"
+            f"{name} must be on the student logits' device {device}, got {tensor.device}: "
+            f"move it with {name}.to({str(device)!r})"
         )

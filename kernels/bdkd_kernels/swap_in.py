@@ -18,7 +18,7 @@ pass more.
 """
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,8 @@ class LigerJSD(nn.Module):
     def __init__(self, beta: float = 0.5, ignore_index: int = -100, backend: str = "auto") -> None:
         super().__init__()
         _check_number("beta", beta, 0, 1)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
         check_name(backend)
         self.beta = beta
         self.ignore_index = ignore_index
@@ -126,6 +128,8 @@ class LigerJSD(nn.Module):
         _check_pair("log_q", log_q, "log_p", log_p)
         if shift_labels is not None:
             _check_labels("shift_labels", shift_labels, log_q)
+            # They say which samples count and nothing else: one beyond the vocabulary is no error.
+            shift_labels = torch.where(shift_labels == self.ignore_index, self.ignore_index, 0)
         if self.beta in (0, 1):
             direction: Divergence = "forward" if self.beta == 1 else "reverse"
             return _learner_kl(
@@ -171,6 +175,8 @@ class LigerKLDIVLoss(nn.Module):
             raise ValueError(
                 f"reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}{hint}"
             )
+        if not isinstance(log_target, bool):
+            raise TypeError(f"log_target must be a bool, got {log_target!r}")
         check_name(backend)
         self.reduction = reduction
         self.log_target = log_target
@@ -270,7 +276,7 @@ def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) 
 
 
 def _check_labels(name: str, labels: object, logits: Tensor) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype is torch.bool:
         came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be a tensor of integer labels or None, got {came}")
     if labels.shape != logits.shape[:1]:

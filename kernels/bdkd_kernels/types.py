@@ -86,7 +86,8 @@ class LossOptions:
             if type(value) is not float:
                 if isinstance(value, bool) or not isinstance(value, Real):
                     kind = type(value).__name__
-                    raise TypeError(f"{name} must be {needed}, got {value!r} ({kind})")
+                    hint = f": {name}.item() gives one" if isinstance(value, Tensor) else ""
+                    raise TypeError(f"{name} must be {needed}, got {value!r} ({kind}){hint}")
                 object.__setattr__(self, name, float(value))
             if not fits(value):
                 raise ValueError(f"{name} must be {needed}, got {value!r}")
