@@ -115,8 +115,7 @@ class LigerJSD(nn.Module):
     def __init__(self, beta: float = 0.5, ignore_index: int = -100, backend: str = "auto") -> None:
         super().__init__()
         _check_number("beta", beta, 0, 1)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        _check_integer("ignore_index", ignore_index)
         check_name(backend)
         self.beta = beta
         self.ignore_index = ignore_index
@@ -252,6 +251,11 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     number = float(value)
     if not (low <= number <= high if closed else low < number < high):
         raise ValueError(f"{name} must be {needed}, got {value!r}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) -> None:
