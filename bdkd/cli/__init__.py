@@ -12,6 +12,7 @@ from bdkd.errors import Interrupted, RunError, UsageError
 COMMANDS = {
     "train": "train the networks of a recipe together",
     "evaluate": "accuracy and calibration of a run's networks, or of an exported one",
+    "compare": "several methods and seeds on one recipe, side by side",
     "export": "one network of a run as ONNX, torch.export or safetensors",
     "data": "bring a data set here",
     "doctor": "what this machine can do, and how to bring what is missing",

@@ -1,0 +1,70 @@
+"""The figure of a comparison: every seed a dot, every method's mean a line."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from bdkd.evaluation.comparison import METRICS, Row
+from bdkd.evaluation.figures import INK, MUTED, NETWORK_COLOURS, _quiet, _save
+
+SHOWN = ("top1", "ece", "ece_scaled", "nll")
+
+
+def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw it and write it to ``path`` (a PNG), atomically: a row of panels a network, a panel a
+    metric, a column of dots a method. Methods are told apart by their names below, not by colour
+    alone; dots stand in the order of their seeds.
+
+    Raises:
+        ValueError: no rows.
+        OSError: ``path`` cannot be written; a file that was there is untouched.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if not rows:
+        raise ValueError("a comparison needs at least one method's runs")
+    networks = list(dict.fromkeys(row.network for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    metrics = [metric for metric in METRICS if metric.key in SHOWN]
+    width = max(2.4, 0.55 * len(methods) + 1.0)
+    figure = Figure(
+        figsize=(width * len(metrics), 0.8 + 2.9 * len(networks)), facecolor="white",
+        layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06),
+    )  # fmt: skip
+    grid = figure.subplots(len(networks), len(metrics), squeeze=False)
+    for axes_row, network in zip(grid, networks, strict=True):
+        of_network = {row.method: row for row in rows if row.network == network}
+        role = next(iter(of_network.values())).role
+        head = network if network == role else f"{network} ({role})"
+        for axes, metric in zip(axes_row, metrics, strict=True):
+            for place, method in enumerate(methods):
+                if method not in of_network:
+                    continue
+                cell = of_network[method].cells[metric.key]
+                colour = NETWORK_COLOURS[place % len(NETWORK_COLOURS)]
+                factor = 100 if metric.percent else 1
+                values = [factor * value for value in cell.values.values()]
+                if not values:
+                    continue
+                offsets = [0.36 * ((k + 0.5) / len(values) - 0.5) for k in range(len(values))]
+                axes.plot(
+                    [place + offset for offset in offsets], values,
+                    linestyle="", marker="o", markersize=4, color=colour, alpha=0.75,
+                    markeredgewidth=0,
+                )  # fmt: skip
+                mean = math.fsum(values) / len(values)
+                axes.plot([place - 0.32, place + 0.32], [mean] * 2, color=INK, linewidth=1.6)
+            axes.set_title(f"{head}: {metric.label}", fontsize=10, color=INK, loc="left")
+            _quiet(axes)
+            axes.set_xlim(-0.6, len(methods) - 0.4)
+            axes.set_xticks(
+                range(len(methods)), methods, rotation=40, ha="right", rotation_mode="anchor"
+            )
+            axes.grid(visible=False, axis="x")
+    seeds = max(len(row.seeds) for row in rows)
+    figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
+    figure.supxlabel(
+        f"a dot is one seed of up to {seeds}, a line the mean", fontsize=9, color=MUTED
+    )
+    _save(figure, path)
