@@ -95,7 +95,7 @@ def draw_sweep(result: dict[str, Any], path: Path) -> None:
         else:
             panel.set_yscale("log")
         panel.set_xlabel("classes", fontsize=10, color=INK)
-        _quiet(panel)
+        quiet(panel)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.05, 0.93), ncols=5,
                   fontsize=9.5, frameon=False, labelcolor=INK)  # fmt: skip
@@ -165,7 +165,7 @@ def draw_history(runs: Sequence[Mapping[str, dict[str, Any]]], path: Path) -> No
         axes.set_title(f"{suite}: our time over the copy's, by commit", fontsize=11, loc="left")
         axes.set_xticks(range(len(commits)), commits, rotation=20, ha="right")
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        _quiet(axes)
+        quiet(axes)
     save(figure, path)
 
 
@@ -177,7 +177,7 @@ def _row(case: dict[str, Any], name: str) -> dict[str, Any] | None:
     return None
 
 
-def _quiet(axes: "Axes") -> None:
+def quiet(axes: "Axes") -> None:
     """Little but the data: faint grid, no box."""
     axes.set_axisbelow(True)
     axes.grid(color=FAINT, linewidth=0.8)

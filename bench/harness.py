@@ -54,6 +54,7 @@ class Case:
     absent: Mapping[str, str] = field(default_factory=dict)  # peers that cannot run here: why
     forget: Callable[[], object] = lambda: None  # drops what calls have left in the buffer sets
     memory: bool = True  # whether peak memory means something here
+    patience: float = 1.0  # times as long as other cases may take
 
     @property
     def base(self) -> str:
@@ -173,7 +174,7 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
             row = {"name": contender.name, "kind": contender.kind, "note": contender.note,
                    "not_run": f"{type(error).__name__}: {reason}"[:200]}  # fmt: skip
         rows[contender.name] = row
-    times = _rounds(samplers, trials, seconds)
+    times = _rounds(samplers, trials, seconds * case.patience)
     base = times[case.base]
     limit = next((c.name for c in case.contenders if c.kind == "limit"), None)
     for name, taken in times.items():

@@ -68,21 +68,30 @@ def draw(size: Size, device: str, seed: int, teacher_learns: bool) -> Inputs:
 # What a user writes: torch.nn.functional, as in any distillation repository.
 
 
-def plain(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """BD-KD's two losses, eager."""
+def plain_rows(
+    s: Tensor, t: Tensor, y: Tensor, temperature: float, gamma: float = GAMMA
+) -> tuple[Tensor, Tensor]:
+    """BD-KD's two losses of every sample, eager."""
     s, t = s.float(), t.float()
     log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
     fixed_s, fixed_t = log_s.detach(), log_t.detach()
     entropy_s = -(fixed_s.exp() * fixed_s).sum(-1)
     entropy_t = -(fixed_t.exp() * fixed_t).sum(-1)
-    d1 = torch.where(entropy_t > entropy_s, GAMMA, 1.0)
-    d2 = torch.where(entropy_s > entropy_t, GAMMA, 1.0)
+    d1 = torch.where(entropy_t > entropy_s, gamma, 1.0)
+    d2 = torch.where(entropy_s > entropy_t, gamma, 1.0)
     forward = F.kl_div(log_s, fixed_t, reduction="none", log_target=True).sum(-1)
     reverse = F.kl_div(fixed_t, log_s, reduction="none", log_target=True).sum(-1)
-    student = F.cross_entropy(s, y) + temperature**2 * (d1 * forward + d2 * reverse).mean()
-    regulariser = F.kl_div(log_t, fixed_s, reduction="batchmean", log_target=True)
-    teacher = F.cross_entropy(t, y) + temperature**2 * regulariser
-    return student + teacher
+    regulariser = F.kl_div(log_t, fixed_s, reduction="none", log_target=True).sum(-1)
+    student = F.cross_entropy(s, y, reduction="none") + temperature**2 * (
+        d1 * forward + d2 * reverse
+    )
+    teacher = F.cross_entropy(t, y, reduction="none") + temperature**2 * regulariser
+    return student, teacher
+
+
+def plain(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
+    student, teacher = plain_rows(s, t, y, temperature)
+    return student.mean() + teacher.mean()
 
 
 def plain_kl(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:

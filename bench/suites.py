@@ -72,9 +72,23 @@ def startup(settings: Settings) -> Iterator[Case]:
     return cases(settings.quick)
 
 
+def step_cpu(settings: Settings) -> Iterator[Case]:
+    from suite_step import cases
+
+    return cases("cpu", settings.quick)
+
+
+def step_gpu(settings: Settings) -> Iterator[Case]:
+    from suite_step import cases
+
+    return cases("cuda", settings.quick)
+
+
 SUITES: dict[str, tuple[str, Callable[[Settings], Iterator[Case]]]] = {
     "loss_cpu": ("the loss on the CPU", loss_cpu),
     "loss_gpu": ("the loss on a GPU", loss_gpu),
+    "step_cpu": ("the two-network step on the CPU", step_cpu),
+    "step_gpu": ("the two-network step on a GPU", step_gpu),
     "metrics": ("metrics of a validation set", metrics),
     "startup": ("start-up", startup),
 }
@@ -92,4 +106,4 @@ def device_of(suite: str) -> str:
 
 
 def clock_of(suite: str) -> Clock:
-    return DeviceClock() if suite == "loss_gpu" else WallClock()
+    return DeviceClock() if device_of(suite) == "cuda" else WallClock()

@@ -1,0 +1,196 @@
+"""A whole training step: of the pair, beside its networks alone; of more networks and edges.
+
+``bdkd.training.step.train_step`` on one synthetic batch that stays on the device: forward passes,
+the loss, both backward passes, the check for non-finite values, the optimizer, the statistics.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from harness import Call, Case, Contender
+from losses import plain
+from torch import nn
+from torch.nn import functional as F
+
+from bdkd.config import (
+    NetworkConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    TrainConfig,
+)
+from bdkd.data import Batch
+from bdkd.objectives import create_objective, resolve_options
+from bdkd.training.networks import build_networks
+from bdkd.training.state import TrainingState
+from bdkd.training.step import AUTOCAST, train_step
+
+RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
+
+
+@dataclass(frozen=True)
+class Pair:
+    teacher: str
+    student: str
+    batch: int
+    side: int  # of the images, pixels
+    classes: int
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.teacher} with {self.student}, {self.batch} x 3 x {self.side} x {self.side}, "
+            f"{self.classes} classes, {self.precision}"
+        )
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    if quick:
+        yield _pair(Pair("resnet8", "resnet8", 4, 16, 10), device)
+        yield _cohorts("resnet8", 4, 16, device)
+    elif device == "cuda":
+        imagenet = ("imagenet_resnet50", "imagenet_mobilenet_v1")
+        for batch in (256, 512):
+            yield _pair(Pair(*imagenet, batch, 224, 1000, "bf16"), device)
+        yield _cohorts("resnet20", 512, 32, device)
+    else:
+        for precision in ("fp32", "bf16"):
+            yield _pair(Pair("wrn_16_2", "resnet20", 64, 32, 100, precision), device)
+        yield _cohorts("resnet8", 64, 32, device)
+
+
+class Run:
+    """``train_step`` of some networks, ready to be called."""
+
+    def __init__(
+        self, networks: dict[str, NetworkConfig], method: str, pair: Pair, device: str
+    ) -> None:
+        recipe = Recipe(
+            name="bench",
+            networks=networks,
+            objective=ObjectiveConfig(name=method),
+            optimizer=OptimizerConfig(learning_rate=RATE, momentum=MOMENTUM, weight_decay=DECAY),
+            schedule=ScheduleConfig(name="constant"),
+            # So long that no measurement comes to its end.
+            train=TrainConfig(epochs=10**6, batch_size=pair.batch, precision=pair.precision),
+            device=device,
+        )
+        recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
+        where = torch.device(device)
+        torch.manual_seed(0)
+        self.recipe = recipe
+        self.objective = create_objective(recipe.objective, networks)
+        self.networks = build_networks(networks, self.objective.frozen, pair.classes, 3)
+        self.networks.to(where).to(memory_format=torch.channels_last).train()
+        images = torch.randn(pair.batch, 3, pair.side, pair.side, device=where)
+        labels = torch.randint(pair.classes, (pair.batch,), device=where)
+        self.batch = Batch((images.contiguous(memory_format=torch.channels_last),), labels)
+        self.state = TrainingState(recipe, self.networks, 100 * pair.batch, where)
+
+    def step(self, i: int) -> None:
+        train_step(self.state, self.objective, self.batch, self.recipe.train)
+
+
+def _pair(pair: Pair, device: str) -> Case:
+    teacher, student = (
+        NetworkConfig(pair.teacher, "teacher"),
+        NetworkConfig(pair.student, "student"),
+    )
+    run = Run({"teacher": teacher, "student": student}, "bdkd", pair, device)
+    alone = [
+        Run({"student": NetworkConfig(model, "student")}, "independent", pair, device)
+        for model in (pair.teacher, pair.student)
+    ]
+    members = run.networks.members
+    loops = [Loop([copy.deepcopy(members[name])], run.batch, pair) for name in members]
+    both = Loop([copy.deepcopy(members[name]) for name in ("student", "teacher")], run.batch, pair)
+    logits = [torch.randn(pair.batch, pair.classes, device=device, requires_grad=True)
+              for _ in range(2)]  # fmt: skip
+
+    def loss_alone(i: int) -> None:
+        names = ("student", "teacher")
+        for x in logits:
+            x.grad = None
+        output = run.objective(dict(zip(names, logits, strict=True)), run.batch.target,
+                                     float(pair.batch), 1.0)  # fmt: skip
+        torch.stack(list(output.losses.values())).sum().backward()
+
+    by_step = _one_after_the_other(*(each.step for each in alone))
+    by_loop = _one_after_the_other(*(each.step for each in loops))
+    bare = "no check for non-finite values, no statistics"
+    found = [
+        _contender("the pair's step", run.step, "ours"),
+        _contender("teacher's step, then student's", by_step, "ours",
+                   "each alone with its cross entropy, by the same step"),
+        _contender("plain loops, each alone", by_loop, "peer", f"cross entropy alone; {bare}"),
+        _contender("a plain loop of the pair", both.step, "peer",
+                   f"BD-KD in eager PyTorch; {bare}"),
+        _contender("the loss alone", loss_alone, "ours", "forward and backward to the logits"),
+    ]  # fmt: skip
+    return Case(f"pair: {pair}", {"batch": pair.batch, "precision": pair.precision},
+                tuple(found), patience=4.0)  # fmt: skip
+
+
+def _cohorts(model: str, batch: int, side: int, device: str) -> Case:
+    """The same network in every place, so that cost over networks and edges is plain to see."""
+    size = Pair(model, model, batch, side, 100)
+    found = []
+    for teachers, students in ((1, 1), (1, 2), (2, 1), (2, 2), (0, 3), (1, 4)):
+        networks = {f"teacher{i}": NetworkConfig(model, "teacher") for i in range(teachers)}
+        networks |= {f"student{i}": NetworkConfig(model, "student") for i in range(students)}
+        edges = teachers * students or students * (students - 1)
+        who = f"{teachers} teacher{'s' * (teachers != 1)}, " if teachers else "peers: "
+        found.append(
+            _contender(
+                f"{who}{students} student{'s' * (students != 1)}",
+                Run(networks, "bdkd", size, device).step, "ours",
+                f"{len(networks)} networks, {edges} edge{'s' * (edges != 1)}: by networks alone "
+                f"{len(networks) / 2:g} times the pair",
+            )
+        )  # fmt: skip
+    alone = Run({"student": NetworkConfig(model, "student")}, "independent", size, device)
+    found.append(_contender("one network alone", alone.step, "ours", "cross entropy: 0.5 times"))
+    name = f"networks and edges: {model} in every place, {batch} x 3 x {side} x {side}, 100 classes"
+    return Case(name, {"batch": batch}, tuple(found), patience=4.0)
+
+
+def _contender(name: str, call: Call, kind, note: str = "") -> Contender:
+    # A step reads its learning rate on the host: timed between events, not as a graph.
+    return Contender(name, call, kind, note=note, capturable=False)
+
+
+class Loop:
+    """What a user writes for some networks: autocast, the loss, backward, a fused SGD each."""
+
+    def __init__(self, networks: list[nn.Module], batch: Batch, pair: Pair) -> None:
+        self.networks, self.batch, self.dtype = networks, batch, AUTOCAST[pair.precision]
+        self.optimizers = [
+            torch.optim.SGD(network.parameters(), RATE, MOMENTUM, weight_decay=DECAY,
+                            nesterov=True, fused=True)
+            for network in networks
+        ]  # fmt: skip
+
+    def step(self, i: int) -> None:
+        (images, *_), labels = self.batch
+        with torch.autocast(labels.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = [network(images) for network in self.networks]
+        if len(logits) == 1:
+            loss = F.cross_entropy(logits[0].float(), labels)
+        else:
+            loss = plain(logits[0], logits[1], labels, 1.0)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def _one_after_the_other(*calls: Callable[[int], object]) -> Call:
+    def run(i: int) -> None:
+        for call in calls:
+            call(i)
+
+    return run
