@@ -20,7 +20,7 @@ from small_runs import SMALL
 
 from bdkd.cli import main
 from bdkd.config import load_recipe
-from bdkd.errors import UsageError
+from bdkd.errors import RunError, UsageError
 from bdkd.training.checkpoint import load_checkpoint, network_weights
 from bdkd.training.export import choose_network
 from bdkd.training.exported import _difference
@@ -198,6 +198,24 @@ def test_the_network_that_is_meant():
             choose_network(two, averages, None)
     with pytest.raises(UsageError, match="did you mean 'student'"):
         choose_network(one, [], "studnet")
+
+
+def test_weights_of_a_file_replace_a_download():
+    """A teacher that began from timm's weights is built without them: no network is needed."""
+    from bdkd.training.exported import alone
+
+    recipe = load_recipe("digits")
+    teacher = dataclasses.replace(
+        recipe.networks["teacher"], model="timm:resnet18",
+        options={"pretrained": True, "img_size": 8}, weights="gone.pt",
+    )  # fmt: skip
+    recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
+    for name in ("teacher", "teacher_ema"):
+        [left] = alone(recipe, name).networks.values()
+        assert (left.model, left.options) == ("timm:resnet18", {"img_size": 8})
+        assert left.weights is None
+    with pytest.raises(RunError, match="no such network"):
+        alone(recipe, "other")
 
 
 # --- what is refused -----------------------------------------------------------------------------

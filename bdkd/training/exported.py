@@ -97,12 +97,18 @@ def alone(recipe: Recipe, network: str) -> Recipe:
     config = recipe.networks.get(network.removesuffix(EMA_SUFFIX))
     if config is None:
         raise RunError(f"a file of {network!r} says a recipe that has no such network")
-    student = NetworkConfig(model=config.model, role="student", options=config.options)
+    options = built_without_weights(config)
+    student = NetworkConfig(model=config.model, role="student", options=options)
     return dataclasses.replace(
         recipe,
         networks={network.removesuffix(EMA_SUFFIX): student},
         objective=ObjectiveConfig(name="independent"),
     )
+
+
+def built_without_weights(config: NetworkConfig) -> dict[str, bool | int | float | str]:
+    """The options of a network whose weights come from a file: nothing is to be downloaded."""
+    return {key: value for key, value in config.options.items() if key != "pretrained"}
 
 
 def is_exported(path: Path) -> bool:

@@ -3,7 +3,7 @@
 import json
 
 from bdkd.config import parse_recipe
-from bdkd.training.exported import Facts
+from bdkd.training.exported import Facts, built_without_weights
 
 MARK = "library_name: bdkd"  # by which a card of ours is known
 
@@ -26,7 +26,7 @@ METRICS = {
 def model_card(facts: Facts, file: str) -> str:
     """The card of the weights in ``file``, a name in the same folder."""
     recipe = parse_recipe(facts.recipe, source=file)
-    options = recipe.networks[facts.network.removesuffix("_ema")].options
+    options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
     arguments = [repr(facts.model), str(len(facts.classes)), str(facts.channels)]
     arguments += [f"{key}={value!r}" for key, value in options.items()]
     channels, height, width = facts.input_shape
