@@ -20,6 +20,7 @@ import tyro
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.cli.table import table
 from bdkd.config import (
+    NetworkConfig,
     ObjectiveConfig,
     Recipe,
     check_recipe,
@@ -66,7 +67,8 @@ class PlannedRun:
     method: str  # as the user wrote it
     seed: int
     recipe: Recipe  # resolved but for the weights of ``teachers``
-    teachers: tuple[str, ...]  # networks that start from the independent run of the same seed
+    frozen: frozenset[str]  # networks that the method does not train
+    teachers: tuple[str, ...]  # those that start from the independent run of the same seed
 
     @property
     def name(self) -> str:
@@ -187,10 +189,14 @@ def plan_runs(
     from bdkd.training.run_folder import RunFolder
 
     objectives = {method: parse_method(method, recipe) for method in methods}
-    teachers = {method: untrained_teachers(recipe, objectives[method]) for method in methods}
+    frozen = {method: frozen_networks(recipe, own) for method, own in objectives.items()}
+    teachers = {
+        method: tuple(name for name in names if not _has_weights(recipe.networks[name]))
+        for method, names in frozen.items()
+    }
     if any(teachers.values()) and TEACHERS not in methods:
         objectives = {TEACHERS: parse_method(TEACHERS, recipe), **objectives}
-        teachers[TEACHERS] = ()
+        frozen[TEACHERS], teachers[TEACHERS] = frozenset(), ()
     runs = []
     for seed in seeds:
         for method, objective in objectives.items():
@@ -199,7 +205,7 @@ def plan_runs(
                 run_dir=str(folder / run_name(method, seed)),
             )  # fmt: skip
             check_recipe(resolved)
-            runs.append(PlannedRun(method, seed, resolved, teachers[method]))
+            runs.append(PlannedRun(method, seed, resolved, frozen[method], teachers[method]))
     for planned in runs:
         if (stored := RunFolder(planned.path)).config.exists():
             weights = {f"networks.{name}.weights" for name in planned.teachers}
@@ -212,8 +218,8 @@ def plan_runs(
     return runs
 
 
-def untrained_teachers(recipe: Recipe, objective: ObjectiveConfig) -> tuple[str, ...]:
-    """Networks that the method freezes and that the recipe gives no trained weights.
+def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str]:
+    """Networks that the method does not train.
 
     Raises:
         UsageError: the networks do not suit the method.
@@ -224,13 +230,11 @@ def untrained_teachers(recipe: Recipe, objective: ObjectiveConfig) -> tuple[str,
         name: dataclasses.replace(network, weights=network.weights or "to be trained")
         for name, network in recipe.networks.items()
     }
-    made = create_objective(objective, filled)
-    return tuple(
-        name
-        for name, network in recipe.networks.items()
-        if name in made.frozen
-        and not (network.frozen or network.weights or network.options.get("pretrained"))
-    )
+    return create_objective(objective, filled).frozen
+
+
+def _has_weights(network: NetworkConfig) -> bool:
+    return bool(network.frozen or network.weights or network.options.get("pretrained"))
 
 
 def room_for(recipe: Recipe) -> int:
@@ -382,11 +386,10 @@ def report(
     from bdkd.training.checkpoint import write_atomically
     from bdkd.training.run_folder import to_json
 
-    runs = [comparison.Run(run.method, run.seed, read_summary(run)) for run in planned]
+    runs = [comparison.Run(run.method, run.seed, read_summary(run), run.frozen) for run in planned]
     rows = comparison.compare(runs, methods)
     some = runs[0].summary
-    notes = comparison.notes(methods[0], some["images"], any(
-        cell.test for row in rows for cell in row.cells.values()))  # fmt: skip
+    notes = comparison.notes(methods[0], some["images"], rows)
     made = sorted({run.method for run in planned if run.teachers})
     if made:
         notes.append(

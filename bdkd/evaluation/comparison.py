@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdkd.evaluation.paired import PairedTest, holm, paired_test
+from bdkd.evaluation.temperature import HIGHEST, LOWEST
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Metric:
     percent: bool  # a fraction in files, percent on screen
     digits: int
     tested: bool  # against the first method
+    headline: bool = False  # in the figure, and its test in the tables; the files have all
 
     def show(self, value: float | None, sign: str = "") -> str:
         if value is None:
@@ -30,11 +32,11 @@ class Metric:
 
 
 METRICS = (
-    Metric("top1", "top-1 %", True, 2, True),
-    Metric("ece", "ECE %", True, 2, True),
-    Metric("nll", "NLL", False, 4, True),
+    Metric("top1", "top-1 %", True, 2, True, True),
+    Metric("ece", "ECE %", True, 2, True, True),
+    Metric("nll", "NLL", False, 4, True, True),
     Metric("brier", "Brier", False, 4, True),
-    Metric("ece_scaled", "ECE % at T", True, 2, True),
+    Metric("ece_scaled", "ECE % at T", True, 2, True, True),
     Metric("nll_scaled", "NLL at T", False, 4, True),
     Metric("temperature", "T", False, 2, False),
 )
@@ -42,11 +44,13 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its method as the user wrote it, its seed, its ``summary.json``."""
+    """One finished run: its method as the user wrote it, its seed, its ``summary.json``, and the
+    networks that the method did not train: no test says anything of those."""
 
     method: str
     seed: int
     summary: Mapping[str, Any]
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ def _cells(
     tests: dict[str, PairedTest] = {}
     for method, of_method in values.items():
         paired = sorted(of_method.keys() & values.get(first, {}).keys())
-        if metric.tested and method != first and paired:
+        trained = all(network not in run.frozen for m in (method, first) for run in by_method[m])
+        if metric.tested and method != first and paired and trained:
             differences = [of_method[seed] - values[first][seed] for seed in paired]
             tests[method] = paired_test(differences)
     p_t = dict(zip(tests, holm([test.p_t for test in tests.values()]), strict=True))
@@ -150,13 +155,13 @@ def results(rows: Sequence[Row], network: str) -> tuple[list[str], list[list[str
 
 def differences(rows: Sequence[Row], network: str) -> tuple[list[str], list[list[str]]]:
     """Header and lines of one network's tests: a line for every method but the first and every
-    metric that is tested."""
+    headline metric."""
     header = ["method", "metric", "difference", "95% interval", "p (t)", "p (Wilcoxon)", "seeds"]
     lines = []
     for row in rows:
         for metric in METRICS:
             cell = row.cells[metric.key]
-            if row.network != network or cell.test is None:
+            if row.network != network or cell.test is None or not metric.headline:
                 continue
             low, high = (metric.show(v, "+") for v in (cell.test.low, cell.test.high))
             interval = "–" if cell.test.low is None else f"{low} to {high}"
@@ -169,8 +174,8 @@ def differences(rows: Sequence[Row], network: str) -> tuple[list[str], list[list
     return header, lines
 
 
-def notes(first: str, images: int, tested: bool) -> list[str]:
-    """What a reader must know of the tables, a sentence each."""
+def notes(first: str, images: int, rows: Sequence[Row]) -> list[str]:
+    """What a reader must know of the tables, a paragraph each."""
     text = [
         f"Mean ± standard deviation over seeds, on {images:,} test images. ECE: 15 bins, as "
         "trained. "
@@ -179,7 +184,17 @@ def notes(first: str, images: int, tested: bool) -> list[str]:
         "train s: seconds of training and evaluating all networks of one run, beside whatever else "
         "the machine did meanwhile: no claim of speed.",
     ]
-    if tested:
+    bounded = sum(
+        value in (LOWEST, HIGHEST)
+        for row in rows
+        for value in row.cells["temperature"].values.values()
+    )
+    if bounded:
+        text.append(
+            f"T has no minimum to stand at in {bounded} fits (a validation part without an error, "
+            f"or worse than chance): there it is at its bound, {LOWEST:g} or {HIGHEST:g}."
+        )
+    if any(cell.test for row in rows for cell in row.cells.values()):
         text.append(
             f"Differences are from {first}, seed by seed. p: paired t-test, and Wilcoxon's exact "
             "signed-rank test, which takes nothing as normal; both two-sided and corrected by Holm "

@@ -7,8 +7,6 @@ from pathlib import Path
 from bdkd.evaluation.comparison import METRICS, Row
 from bdkd.evaluation.figures import INK, MUTED, NETWORK_COLOURS, _quiet, _save
 
-SHOWN = ("top1", "ece", "ece_scaled", "nll")
-
 
 def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draw it and write it to ``path`` (a PNG), atomically: a row of panels a network, a panel a
@@ -26,7 +24,7 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
         raise ValueError("a comparison needs at least one method's runs")
     networks = list(dict.fromkeys(row.network for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    metrics = [metric for metric in METRICS if metric.key in SHOWN]
+    metrics = [metric for metric in METRICS if metric.headline]
     width = max(2.4, 0.55 * len(methods) + 1.0)
     figure = Figure(
         figsize=(width * len(metrics), 0.8 + 2.9 * len(networks)), facecolor="white",

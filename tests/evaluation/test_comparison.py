@@ -1,0 +1,239 @@
+"""Paired tests against scipy and brute force; tables of methods and seeds."""
+
+import csv
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from bdkd.evaluation.comparison import (
+    METRICS,
+    Run,
+    compare,
+    differences,
+    notes,
+    results,
+    to_csv,
+    to_markdown,
+)
+from bdkd.evaluation.comparison_figure import comparison_figure
+from bdkd.evaluation.paired import holm, paired_test, t_quantile, t_two_sided, wilcoxon
+
+# --- tests ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 30, 200])
+@pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
+def test_students_t_is_scipys(n, shift):
+    values = np.random.default_rng(n).normal(shift, 1, n)
+    came, expected = paired_test(values.tolist()), stats.ttest_1samp(values, 0)
+    interval = expected.confidence_interval(0.95)
+    assert came.n == n
+    assert came.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert came.p_t == pytest.approx(expected.pvalue, rel=1e-9)
+    assert (came.low, came.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("df", [1, 2, 9, 29, 1000])
+@pytest.mark.parametrize("t", [0.0, 1e-9, 0.5, 2.0, 12.0, 1e3])
+def test_the_distribution_of_t_is_scipys(t, df):
+    assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-9, abs=1e-300)
+    assert t_two_sided(-t, df) == t_two_sided(t, df)
+    assert t_quantile(0.975, df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 10, 25])
+def test_wilcoxon_without_ties_is_scipys(n):
+    for seed in range(5):
+        values = np.random.default_rng(seed).normal(0.4, 1, n)
+        expected = stats.wilcoxon(values, method="exact").pvalue
+        assert wilcoxon(values.tolist()) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.lists(st.integers(-4, 4), max_size=9))
+def test_wilcoxon_with_ties_counts_all_signs(values):
+    """Accuracies on few images are equal often."""
+    sizes = np.abs([v for v in values if v])
+    ranks = stats.rankdata(sizes)
+    observed = sum(r for r, v in zip(ranks, [v for v in values if v], strict=True) if v > 0)
+    sums = [
+        sum(r for r, positive in zip(ranks, signs, strict=True) if positive)
+        for signs in itertools.product((False, True), repeat=len(ranks))
+    ]
+    low, high = np.mean(np.array(sums) <= observed), np.mean(np.array(sums) >= observed)
+    # The same sizes as sevenths, which round: they still tie.
+    assert wilcoxon([(v + 3) / 7 - 3 / 7 for v in values]) == pytest.approx(
+        min(1, 2 * min(low, high)), rel=1e-12
+    )
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=6))
+def test_holm_is_the_closure_of_bonferroni(p_values):
+    """A hypothesis is rejected when every set of hypotheses that holds it is, by Bonferroni."""
+    known = [i for i, p in enumerate(p_values) if p is not None]
+    came = holm(p_values)
+    for i, p in enumerate(p_values):
+        if p is None:
+            assert came[i] is None
+            continue
+        sets = (
+            subset
+            for size in range(1, len(known) + 1)
+            for subset in itertools.combinations(known, size)
+            if i in subset
+        )
+        expected = max(min(1, len(s) * min(p_values[k] for k in s)) for s in sets)
+        assert came[i] == pytest.approx(expected, abs=1e-15)
+
+
+def test_what_no_test_can_tell_is_none():
+    one = paired_test([0.1])
+    assert (one.low, one.high, one.p_t, one.p_wilcoxon) == (None,) * 4
+    same = paired_test([0.3 - 0.2, 0.2 - 0.1, 0.1])  # equal to rounding
+    assert same.p_t is None
+    assert same.low is None
+    assert same.p_wilcoxon == 0.25
+    none = paired_test([0.0, 0.0, 0.0])
+    assert (none.p_t, none.p_wilcoxon) == (1.0, 1.0)
+    for bad in ([], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="finite differences"):
+            paired_test(bad)
+
+
+def test_a_true_null_is_rejected_as_often_as_said():
+    """Of 2,000 comparisons of a method with itself, on 8 seeds each."""
+    values = np.random.default_rng(0).normal(0, 1, (2000, 8))
+    tests = [paired_test(row.tolist()) for row in values]
+    for p in ("p_t", "p_wilcoxon"):
+        share = np.mean([getattr(test, p) < 0.05 for test in tests])
+        assert 0.03 < share < 0.066  # Wilcoxon's p-values are multiples of 1/128
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def summary(top1: float, ece: float = 0.05, **changes) -> dict:
+    """A summary.json of teacher and student, the student's figures given."""
+    student = {
+        "role": "student", "model": "small", "top1": top1, "ece": ece, "nll": 0.5, "brier": 0.1,
+        "temperature": 1.5, "ece_scaled": ece / 2, "nll_scaled": 0.4, **changes,
+    }  # fmt: skip
+    teacher = {**student, "role": "teacher", "model": "large", "top1": 0.9}
+    return {"wall_seconds": 10.0, "networks": {"teacher": teacher, "student": student}}
+
+
+@pytest.fixture
+def runs() -> list[Run]:
+    alone = [0.80, 0.82, 0.81, 0.83, 0.79]
+    gains = [0.02, 0.05, 0.01, 0.04, 0.03]
+    return [
+        *(Run("alone", seed, summary(top1)) for seed, top1 in enumerate(alone)),
+        *(
+            Run("both", s, summary(t + g))
+            for s, (t, g) in enumerate(zip(alone, gains, strict=True))
+        ),
+        # of another order, with a seed less, and a seed of its own
+        *(Run("frozen", s, summary(0.8), frozenset({"teacher"})) for s in (7, 3, 2, 1, 0)),
+    ]
+
+
+METHODS = ["alone", "both", "frozen"]
+
+
+def test_a_row_a_network_and_method_students_first(runs):
+    rows = compare(runs, METHODS)
+    assert [(r.network, r.method) for r in rows] == [
+        *(("student", m) for m in METHODS), *(("teacher", m) for m in METHODS),
+    ]  # fmt: skip
+    cell = rows[1].cells["top1"]
+    assert cell.mean == pytest.approx(0.84)
+    assert cell.std == pytest.approx(np.std([0.82, 0.87, 0.82, 0.87, 0.82], ddof=1))
+    expected = stats.ttest_1samp([0.02, 0.05, 0.01, 0.04, 0.03], 0).pvalue
+    assert cell.test.p_t == pytest.approx(expected)
+    assert cell.p_t == pytest.approx(2 * expected)  # two methods against the first
+    assert rows[0].cells["top1"].test is None
+    assert rows[1].cells["temperature"].test is None
+
+
+def test_pairs_are_the_seeds_that_both_have(runs):
+    row = compare(runs, METHODS)[2]
+    assert row.seeds == (0, 1, 2, 3, 7)
+    assert row.cells["top1"].test.n == 4
+    assert row.cells["top1"].test.mean == pytest.approx(0.8 - np.mean([0.80, 0.82, 0.81, 0.83]))
+
+
+def test_a_network_that_was_not_trained_is_shown_and_not_tested(runs):
+    rows = {(r.network, r.method): r for r in compare(runs, METHODS)}
+    frozen = rows["teacher", "frozen"].cells["top1"]
+    assert (frozen.mean, frozen.test) == (pytest.approx(0.9), None)
+    assert rows["teacher", "both"].cells["top1"].p_t == 1.0  # and counts for nobody's correction
+
+
+def test_what_is_missing_is_left_out_and_not_taken_as_a_number(runs):
+    runs[1] = Run("alone", 1, summary(0.8, temperature=None, ece_scaled=None, nll=math.nan))
+    row = compare(runs, METHODS)[0]
+    assert len(row.cells["ece_scaled"].values) == 4
+    assert len(row.cells["nll"].values) == 4
+    assert len(row.cells["top1"].values) == 5
+    nothing = [Run("alone", 0, summary(0.8, temperature=None, ece_scaled=None))]
+    rows = compare(nothing, ["alone"])
+    header, [line] = results(rows, "student")
+    assert line[header.index("ECE % at T")] == "–"
+    assert line[header.index("top-1 %")] == "80.00"  # of one seed, no spread
+    assert differences(rows, "student")[1] == []
+    assert not any("Differences" in note for note in notes("alone", 100, rows))
+
+
+def test_the_tables(runs):
+    rows = compare(runs, METHODS)
+    header, lines = results(rows, "student")
+    assert header[:2] == ["method", "top-1 %"]
+    assert lines[0][:2] == ["alone", "81.00 ± 1.58"]
+    assert lines[1][-2:] == ["5", "10"]
+    header, lines = differences(rows, "student")
+    assert lines[0][:3] == ["both", "top-1 %", "+3.00"]
+    assert lines[0][3] == "+1.04 to +4.96"
+    assert {line[1] for line in lines} == {"top-1 %", "ECE %", "NLL", "ECE % at T"}
+    # a difference that rounds to nothing has no sign
+    nll = next(line for line in lines if line[1] == "NLL")
+    assert nll[2] == "0.0000"
+    text = to_markdown(["method|", "b"], [["x", "1"]])
+    assert text == "| method\\| | b |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_the_csv_has_every_number(runs):
+    rows = compare(runs, METHODS)
+    lines = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert len(lines) == 2 * 3 * len(METRICS)
+    line = next(x for x in lines if (x["method"], x["network"], x["metric"]) ==
+                ("both", "student", "top1"))  # fmt: skip
+    cell = rows[1].cells["top1"]
+    assert float(line["mean"]) == cell.mean
+    assert float(line["p_t_holm"]) == cell.p_t
+    assert line["paired_seeds"] == "5"
+    first = next(x for x in lines if x["method"] == "alone")
+    assert first["difference"] == ""
+
+
+def test_a_temperature_at_its_bound_is_said(runs):
+    runs.append(Run("alone", 9, summary(0.8, temperature=0.05)))
+    text = " ".join(notes("alone", 359, compare(runs, METHODS)))
+    assert "2 fits" in text  # student and teacher
+    assert "359 test images" in text
+
+
+def test_the_figure_is_written_whole_or_not_at_all(runs, tmp_path):
+    rows = compare([*runs, Run("odd", 0, summary(0.8, ece_scaled=None))], [*METHODS, "odd"])
+    path = tmp_path / "comparison.png"
+    comparison_figure(rows, path, "a title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["comparison.png"]
+    with pytest.raises(ValueError, match="at least one"):
+        comparison_figure([], path, "a title")
+    with pytest.raises(OSError, match="nowhere"):
+        comparison_figure(rows, tmp_path / "nowhere" / "x.png", "a title")
