@@ -82,20 +82,28 @@ def parse_bdkd(arguments: list[str]) -> None:
         return
     assert command in COMMANDS, f"bdkd has no command {command!r}"
     module = import_module(f"bdkd.cli.{command}")
-    if command == "train":
+    if command in ("train", "compare"):
         name = rest[0] if rest and not rest[0].startswith("-") else "digits"
         recipe = load_recipe(name if name in shipped_recipes() else "digits")
         rest = rest if rest and rest[0] == name else [name, *rest]
+    if command == "train":
         module.parse(module._resume_alone(rest), recipe)
+    elif command == "compare":
+        default = module.Arguments(recipe=name, config=recipe)
+        for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
+            module.parse_method(method, recipe)
+    elif command == "data":
+        action = getattr(module, rest[0].capitalize())
+        tyro.cli(action, prog=f"bdkd data {rest[0]}", args=rest[1:])
     elif hasattr(module, "Arguments"):
         tyro.cli(module.Arguments, prog=f"bdkd {command}", args=rest)
 
 
 def run_bdkd(arguments: list[str]) -> None:
     parse_bdkd(arguments)
-    trains = arguments[0] == "train" and "--dry-run" not in arguments
-    if trains and "--resume" in arguments and "--max-steps" in arguments:
-        trains = False
+    if arguments[0] == "compare":
+        return  # many trainings in processes of their own: its tests run it
+    trains = arguments[0] == "train" and not {"--dry-run", "--help"}.intersection(arguments)
     code = exit_code([*arguments, *(FEW_STEPS if trains else [])])
     assert code == 0, f"bdkd {shlex.join(arguments)} exits {code}"
 
