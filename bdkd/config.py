@@ -272,13 +272,18 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.exists():
         raise UsageError(
-            f"unknown recipe {name_or_path!r}: {nearest(name_or_path, shipped_recipes())}, "
-            "or give a TOML file"
+            f"unknown recipe {name_or_path!r}: {nearest(name_or_path, shipped_recipes())} "
+            "(or give a TOML file)"
         )
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot read the recipe {path}: {error}") from error
+    except OSError as error:
+        raise RunError(
+            f"cannot read the recipe {path}: {error.strerror}: give the path of a TOML file, or "
+            "the name of a shipped recipe (bdkd train names them)"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"cannot read the recipe {path}: {error}: it is no UTF-8 text") from error
     return parse_recipe(text, source=str(path))
 
 
@@ -292,7 +297,8 @@ def parse_recipe(text: str, source: str) -> Recipe:
     try:
         recipe = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{source}: {error}") from error
+        remedy = "; every run's config.toml is a whole recipe" * ("missing required" in str(error))
+        raise UsageError(f"{source}: {error}{remedy}") from error
     # msgspec leaves defaults on the class; a copy has every field of its own
     return typing.cast(Recipe, _with_own_fields(recipe))
 

@@ -67,7 +67,8 @@ def run(given: list[str]) -> None:
     if command not in COMMANDS:
         from bdkd.config import nearest
 
-        raise UsageError(f"unknown command {command!r}: {nearest(command, list(COMMANDS))}")
+        known = [*COMMANDS, *(["--version", "--help", "--debug"] if command[0:1] == "-" else [])]
+        raise UsageError(f"unknown command {command!r}: {nearest(command, known)}")
     import_module(f"bdkd.cli.{command}").run(rest)
 
 

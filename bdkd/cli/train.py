@@ -11,7 +11,14 @@ from typing import Annotated, Literal
 import tyro
 
 from bdkd.cli.table import results_table
-from bdkd.config import ObjectiveConfig, Recipe, differing_keys, load_recipe, shipped_recipes
+from bdkd.config import (
+    ObjectiveConfig,
+    Recipe,
+    differing_keys,
+    load_recipe,
+    nearest,
+    shipped_recipes,
+)
 from bdkd.errors import RunError, UsageError
 
 Resume = Literal["never", "auto", "require"]
@@ -73,6 +80,7 @@ def parse(given: list[str], default: Recipe) -> Arguments:
 
     Another method than the recipe's begins from its own defaults: the recipe's options are its
     method's."""
+    _check_network_names(given, default)
     method = _value_of(given, "--objective.name")
     if method is not None and method != default.objective.name:
         default = dataclasses.replace(default, objective=ObjectiveConfig(method))
@@ -84,6 +92,18 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     )
 
 
+def _check_network_names(given: list[str], default: Recipe) -> None:
+    """tyro takes a network that the recipe lacks for an option like any other."""
+    for option in given:
+        group, _, rest = option.partition(".")
+        name, dot, _ = rest.partition(".")
+        if group == "--networks" and dot and name not in default.networks:
+            raise UsageError(
+                f"{option}: the recipe {default.name!r} has no network {name!r}: "
+                f"{nearest(name, list(default.networks))} (more are added in a recipe file)"
+            )
+
+
 def _without_recipe(given: list[str]) -> Arguments:
     """``--help`` shows the first shipped recipe's values; otherwise there must be a run to resume,
     whose folder knows its recipe."""
@@ -93,7 +113,7 @@ def _without_recipe(given: list[str]) -> Arguments:
     run_dir = _value_of(given, "--run-dir")
     if "--resume" not in given or run_dir is None:
         raise UsageError(
-            "bdkd train needs a recipe as its first argument: "
+            "train needs a recipe as its first argument: "
             f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
         )
     from bdkd.training.run_folder import RunFolder
@@ -137,6 +157,11 @@ def _resume_alone(given: list[str]) -> list[str]:
     for argument, following in pairwise([*given, ""]):
         expanded.append(argument)
         if argument == "--resume" and following not in values:
+            if following and not following.startswith("-"):
+                raise UsageError(
+                    f"--resume must be {', '.join(values)} or alone, which means require, "
+                    f"got {following!r} (a recipe comes first)"
+                )
             expanded.append("require")
     return expanded
 

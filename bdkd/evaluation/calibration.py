@@ -75,8 +75,8 @@ class Calibration:
     corrects: list[Tensor]  # a batch's correctness (B,) bool
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be >= 1, got {num_classes}")
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
         self.num_classes = num_classes
         self.counts = torch.zeros(3, BINS, dtype=torch.int64, device=device)
         self.sums = torch.zeros(4, BINS, dtype=torch.float64, device=device)
@@ -184,14 +184,21 @@ class Calibration:
         )
 
     def _check(self, logits: Tensor, target: Tensor) -> None:
+        for name, value in (("logits", logits), ("target", target)):
+            _check_tensor(name, value)
         if not logits.is_floating_point():
-            raise TypeError(f"logits must be floating, got {logits.dtype}")
+            raise TypeError(
+                f"logits must be floating, got {logits.dtype}: labels go into target, after them"
+            )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"logits must have shape (B, {self.num_classes}), got {tuple(logits.shape)}"
+                f"logits must have shape (B, {self.num_classes}), one column a class, "
+                f"got {tuple(logits.shape)}"
             )
         if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
-            raise TypeError(f"target must hold integer labels, got {target.dtype}")
+            raise TypeError(
+                f"target must hold integer labels, got {target.dtype}: convert with .long()"
+            )
         if target.shape != logits.shape[:1]:
             raise ValueError(
                 f"target must have shape ({logits.shape[0]},), one label a sample, "
@@ -201,7 +208,7 @@ class Calibration:
             if tensor.device != self.counts.device:
                 raise ValueError(
                     f"{name} must be on the calibration's device {self.counts.device}, "
-                    f"got {tensor.device}"
+                    f"got {tensor.device}: move it with {name}.to({str(self.counts.device)!r})"
                 )
         if target.device.type == "cpu":
             labels = target.long()  # comparing int8 with 1000 would wrap
@@ -210,7 +217,7 @@ class Calibration:
                 row = int(bad[0])
                 raise ValueError(
                     f"target[{row}] is {int(target[row])}: "
-                    f"a label must be in [0, {self.num_classes})"
+                    f"a label must be in [0, {self.num_classes}), for {self.num_classes} classes"
                 )
 
 
@@ -271,6 +278,7 @@ def bootstrap(
         level: the share of the distribution that the intervals span, in (0, 1).
     """
     confidence = _on_host(confidences, draws)  # (N,)
+    _check_tensor("corrects", corrects)
     correct = corrects.detach().to("cpu", torch.float64)  # (N,)
     if correct.shape != confidence.shape:
         raise ValueError(
@@ -322,14 +330,28 @@ def _adaptive_ece(confidences: Tensor, corrects: Tensor) -> float:  # (N,), (N,)
     return (totals[0] - totals[1]).abs().sum().item() / count
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        array = hasattr(value, "__array__") or isinstance(value, list | tuple)
+        remedy = f": torch.as_tensor({name}) makes one" if array else ""
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{remedy}")
+
+
 def _on_host(confidences: Tensor, draws: int) -> Tensor:
+    _check_tensor("confidences", confidences)
     if confidences.ndim != 1 or len(confidences) == 0:
         raise ValueError(
             f"confidences must have shape (N,) with N >= 1, got {tuple(confidences.shape)}"
         )
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
-    return confidences.detach().to("cpu", torch.float64)
+    confidence = confidences.detach().to("cpu", torch.float64)
+    if (confidence < 0).any() or (confidence > 1).any():  # not NaN, which is passed on
+        bad = confidence[(confidence < 0) | (confidence > 1)][0].item()
+        raise ValueError(
+            f"confidences must be fractions in [0, 1], the largest softmax, got {bad:g}"
+        )
+    return confidence
 
 
 def _chunks(draws: int, count: int) -> list[int]:

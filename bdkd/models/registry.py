@@ -94,6 +94,11 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
         RunError: timm or torchvision is missing or does not import, or the pretrained weights
             cannot be had.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name must be a string such as 'resnet20', got {name!r} ({type(name).__name__}): "
+            "list_models() names them all"
+        )
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{argument} must be an integer >= 1, got {value!r}")
