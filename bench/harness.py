@@ -55,6 +55,7 @@ class Case:
     forget: Callable[[], object] = lambda: None  # drops what calls have left in the buffer sets
     memory: bool = True  # whether peak memory means something here
     patience: float = 1.0  # times as long as other cases may take
+    device: str = "cpu"  # where its memory lies
 
     @property
     def base(self) -> str:
@@ -128,9 +129,13 @@ class DeviceClock:
         if contender.capturable:
             graph = torch.cuda.CUDAGraph()
             turns.next = 0
-            with torch.cuda.graph(graph):
-                turns.run(contender.call, sets)
-            return self._of("graph", graph.replay, sets)
+            try:
+                with torch.cuda.graph(graph):
+                    turns.run(contender.call, sets)
+            except RuntimeError:  # it syncs, or allocates as no graph may: the row says "events"
+                torch.cuda.synchronize()
+            else:
+                return self._of("graph", graph.replay, sets)
         return self._of("events", lambda: turns.run(contender.call, sets), sets)
 
     def _of(self, by: str, run: Callable[[], object], calls: int) -> Sampler:
@@ -170,6 +175,8 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
         except Exception as error:  # whatever a foreign package raises is its row's content
             if contender.kind != "peer":
                 raise
+            if case.device == "cuda":
+                torch.cuda.empty_cache()  # what an allocation that failed had gathered
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             row = {"name": contender.name, "kind": contender.kind, "note": contender.note,
                    "not_run": f"{type(error).__name__}: {reason}"[:200]}  # fmt: skip
@@ -240,7 +247,7 @@ def _peak_bytes(case: Case, contender: Contender) -> int:
     """Most bytes of tensors that a warmed-up call has alive at once, above what was there."""
     contender.call(0)
     case.forget()
-    if torch.cuda.is_available():
+    if case.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -132,7 +132,7 @@ def _pair(pair: Pair, device: str) -> Case:
         _contender("the loss alone", loss_alone, "ours", "forward and backward to the logits"),
     ]  # fmt: skip
     return Case(f"pair: {pair}", {"batch": pair.batch, "precision": pair.precision},
-                tuple(found), patience=4.0)  # fmt: skip
+                tuple(found), patience=4.0, device=device)  # fmt: skip
 
 
 def _cohorts(model: str, batch: int, side: int, device: str) -> Case:
@@ -155,7 +155,7 @@ def _cohorts(model: str, batch: int, side: int, device: str) -> Case:
     alone = Run({"student": NetworkConfig(model, "student")}, "independent", size, device)
     found.append(_contender("one network alone", alone.step, "ours", "cross entropy: 0.5 times"))
     name = f"networks and edges: {model} in every place, {batch} x 3 x {side} x {side}, 100 classes"
-    return Case(name, {"batch": batch}, tuple(found), patience=4.0)
+    return Case(name, {"batch": batch}, tuple(found), patience=4.0, device=device)
 
 
 def _contender(name: str, call: Call, kind, note: str = "") -> Contender:

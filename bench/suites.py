@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from harness import Case, Clock, DeviceClock, WallClock
@@ -60,6 +61,12 @@ def loss_gpu(settings: Settings) -> Iterator[Case]:
     yield from cases({"heads": parts[1:], "both": both[3:]}, "cuda", settings.cache)
 
 
+def loader(settings: Settings) -> Iterator[Case]:
+    from suite_loader import cases
+
+    return cases(settings.quick)
+
+
 def metrics(settings: Settings) -> Iterator[Case]:
     from suite_metrics import cases
 
@@ -89,8 +96,18 @@ SUITES: dict[str, tuple[str, Callable[[Settings], Iterator[Case]]]] = {
     "loss_gpu": ("the loss on a GPU", loss_gpu),
     "step_cpu": ("the two-network step on the CPU", step_cpu),
     "step_gpu": ("the two-network step on a GPU", step_gpu),
+    "loader": ("a batch from the data loader", loader),
     "metrics": ("metrics of a validation set", metrics),
     "startup": ("start-up", startup),
+}
+
+
+# What a suite cannot do without, beyond torch: modules of bdkd's own dependencies.
+_NEEDS = {
+    "step_cpu": ("msgspec", "tomli_w"),
+    "step_gpu": ("msgspec", "tomli_w"),
+    "loader": ("msgspec", "tomli_w"),
+    "startup": ("tyro", "msgspec", "tomli_w"),
 }
 
 
@@ -98,7 +115,8 @@ def cannot_run(suite: str) -> str | None:
     """Why a suite cannot run on this machine; None if it can."""
     if suite.endswith("_gpu") and not torch.cuda.is_available():
         return "there is no GPU here"
-    return None
+    missing = [module for module in _NEEDS.get(suite, ()) if find_spec(module) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def device_of(suite: str) -> str:
