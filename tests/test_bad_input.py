@@ -1,0 +1,288 @@
+"""Wrong input to every public function and every command, and what is said of it.
+
+A row gives the words that a stranger needs in the message: what came, what is needed, and, where it
+is not plain, what to do. Files and data that are broken have their own tests beside their readers.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bdkd
+from bdkd.cli import COMMANDS, main
+from bdkd.evaluation.calibration import Calibration, bootstrap, expected_ece
+from bdkd.evaluation.figures import reliability_diagram
+from bdkd.evaluation.temperature import fit_temperature
+
+N, C = 4, 3
+s, t = torch.zeros(N, C), torch.ones(N, C)
+y = torch.tensor([0, 1, 2, 0])
+loss = partial(bdkd.bdkd_loss, s, t, y)
+with_grads = partial(bdkd.bdkd_loss_and_grad, s, t, y)
+
+
+class ModelOutput:
+    """As a Hugging Face model returns."""
+
+    logits = s
+
+
+# (name, call, exception, words)
+FUNCTIONS = [
+    # --- the loss: tensors
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s.numpy(), t, y), TypeError,
+     ["student_logits must be a tensor", "got ndarray", "torch.as_tensor(student_logits)"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, ModelOutput(), y), TypeError,
+     ["teacher_logits", "got ModelOutput", "give its .logits"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(None, t, y), TypeError,
+     ["student_logits must be a tensor", "got NoneType"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(y, t, s), TypeError,
+     ["student_logits", "float32", "got torch.int64", "labels go into target"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t.to(torch.complex64), y), TypeError,
+     ["teacher_logits", "float32", "torch.complex64", ".float()"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s.to_sparse(), t, y), TypeError,
+     ["student_logits must be a dense tensor", "torch.sparse_coo", ".to_dense()"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t[:2], y), ValueError,
+     ["student_logits and teacher_logits", "(4, 3)", "(2, 3)", "same samples"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, torch.zeros(N, 5), y), ValueError,
+     ["student_logits and teacher_logits", "(4, 3)", "(4, 5)", "same classes"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s.sum(), t, y), ValueError,
+     ["student_logits", "(..., C)", "C >= 1", "got ()"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t.to("meta"), y), ValueError,
+     ["teacher_logits", "device cpu", "got meta", "teacher_logits.to('cpu')"]),
+    # --- the loss: labels and weights
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, [0, 1, 2, 0]), TypeError,
+     ["target must be a tensor or None", "got list", "torch.as_tensor(target)"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t), TypeError, ["bdkd_loss()", "'target'"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y.float()), ValueError,
+     ["floating target", "soft labels", "(4, 3)", "got (4,)", "target.long()"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, s.long()), ValueError,
+     ["target must have shape (4,)", "got (4, 3)", "target.float()"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y[:, None]), ValueError,
+     ["target must have shape (4,)", "got (4, 1)", "target.squeeze(-1)"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y[:2]), ValueError,
+     ["target must have shape (4,)", "one label a sample", "got (2,)"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y.bool()), TypeError,
+     ["target", "integer labels or floating soft labels", "torch.bool", ".long()"]),
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y + 1), ValueError,
+     ["target[2] is 3", "[0, 3)", "ignore_index (-100)", "3 classes"]),
+    ("bdkd_loss", lambda: loss(sample_weight=[1.0] * N), TypeError,
+     ["sample_weight must be a tensor", "got list", "torch.as_tensor(sample_weight)"]),
+    ("bdkd_loss", lambda: loss(sample_weight=y), TypeError,
+     ["sample_weight must be floating", "torch.int64", "sample_weight.float()"]),
+    ("bdkd_loss", lambda: loss(sample_weight=torch.ones(3)), ValueError,
+     ["sample_weight must have shape (4,)", "one weight a sample", "got (3,)"]),
+    # --- the loss: options
+    ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y, 4.0), TypeError, ["positional", "4"]),
+    ("bdkd_loss", lambda: loss(tau=4.0), TypeError, ["'tau'"]),
+    ("bdkd_loss", lambda: loss(temperature=0), ValueError, ["temperature", "> 0", "got 0"]),
+    ("bdkd_loss", lambda: loss(temperature="4"), TypeError, ["temperature", "> 0", "'4' (str)"]),
+    ("bdkd_loss", lambda: loss(temperature=torch.tensor(4.0)), TypeError,
+     ["temperature", "> 0", "Tensor", "temperature.item()"]),
+    ("bdkd_loss", lambda: loss(gamma=0.5), ValueError, ["gamma", ">= 1", "0.5"]),
+    ("bdkd_loss", lambda: loss(student_kd=-1), ValueError, ["student_kd", ">= 0", "-1"]),
+    ("bdkd_loss", lambda: loss(teacher_ce=float("nan")), ValueError, ["teacher_ce", ">= 0", "nan"]),
+    ("bdkd_loss", lambda: loss(teacher_divergence="KL"), ValueError,
+     ["teacher_divergence", "'reverse' or 'forward'", "'KL'"]),
+    ("bdkd_loss", lambda: loss(soften_entropy=1), TypeError, ["soften_entropy", "bool", "1"]),
+    ("bdkd_loss", lambda: loss(label_smoothing=2), ValueError, ["label_smoothing", "[0, 1]", "2"]),
+    ("bdkd_loss", lambda: loss(ignore_index=None), TypeError, ["ignore_index", "int", "None"]),
+    ("bdkd_loss", lambda: loss(reduction="batchmean"), ValueError,
+     ["reduction", "'mean', 'sum' or 'none'", "'batchmean'"]),
+    ("bdkd_loss", lambda: loss(grad_scale="1"), TypeError, ["grad_scale", "number", "str"]),
+    ("bdkd_loss", lambda: loss(grad_scale=torch.ones(2)), ValueError,
+     ["grad_scale", "0-dim", "(2,)"]),
+    ("bdkd_loss", lambda: loss(backend="cuda"), ValueError,
+     ["backend", "auto, triton, native, reference", "'cuda'"]),
+    ("BDKDLoss", lambda: bdkd.BDKDLoss(temperature=-1), ValueError, ["temperature", "> 0", "-1"]),
+    ("BDKDLoss", lambda: bdkd.BDKDLoss(backend="gpu"), ValueError, ["backend", "native", "'gpu'"]),
+    ("BDKDLoss", lambda: bdkd.BDKDLoss(T=4), TypeError, ["'T'"]),
+    ("BDKDLoss", lambda: bdkd.BDKDLoss()(s, t), TypeError, ["'target'"]),
+    ("bdkd_loss_and_grad", lambda: with_grads(grads=s), TypeError,
+     ["grads must be a pair (ds, dt)", "got Tensor"]),
+    ("bdkd_loss_and_grad", lambda: with_grads(grads=(s, t, s)), TypeError,
+     ["grads must be a pair (ds, dt)", "a tuple of 3"]),
+    ("bdkd_loss_and_grad", lambda: with_grads(grads=(s.clone(), t.half())), ValueError,
+     ["grads[1]", "(4, 3) torch.float32", "torch.float16", "torch.empty_like(logits)"]),
+    ("bdkd_loss_and_grad", lambda: with_grads(grads=(s[:1].expand(N, C), None)), ValueError,
+     ["grads[0]", "each element once", "strides (0, 1)", ".contiguous()"]),
+    ("bdkd_loss_and_grad", lambda: with_grads(grads=(s, s)), ValueError,
+     ["grads must be two tensors", "same one twice", "its own"]),
+    # --- the swap-in names
+    ("DistillKL", lambda: bdkd.DistillKL(0), ValueError, ["T must be", "> 0", "got 0"]),
+    ("DistillKL", lambda: bdkd.DistillKL("4"), TypeError, ["T must be", "number", "'4' (str)"]),
+    ("DistillKL", lambda: bdkd.DistillKL(4)(s[None], t[None]), ValueError,
+     ["y_s must have shape (N, C)", "got (1, 4, 3)", "flatten(0, -2)"]),
+    ("DistillKL", lambda: bdkd.DistillKL(4)(s, t[:2]), ValueError,
+     ["y_s and y_t must have one shape", "(4, 3)", "(2, 3)"]),
+    ("DistillKL", lambda: bdkd.DistillKL(4)(s, t.to("meta")), ValueError,
+     ["y_s and y_t must be on one device", "cpu", "meta"]),
+    ("kd_loss", lambda: bdkd.kd_loss(s, t, -1.0), ValueError, ["temperature", "> 0", "-1.0"]),
+    ("kd_loss", lambda: bdkd.kd_loss(s, t, 4.0, False), TypeError, ["positional", "4"]),
+    ("kd_loss", lambda: bdkd.kd_loss(s, t, 4.0, reduce=None), TypeError,
+     ["reduce", "bool", "None"]),
+    ("kd_loss", lambda: bdkd.kd_loss(s, t.numpy(), 4.0), TypeError,
+     ["logits_teacher must be a tensor", "ndarray", "torch.as_tensor(logits_teacher)"]),
+    ("LigerJSD", lambda: bdkd.LigerJSD(1.5), ValueError, ["beta", "[0, 1]", "1.5"]),
+    ("LigerJSD", lambda: bdkd.LigerJSD(ignore_index=1.5), TypeError,
+     ["ignore_index", "int", "1.5"]),
+    ("LigerJSD", lambda: bdkd.LigerJSD()(s, t, y[:2]), ValueError,
+     ["shift_labels must have shape (4,)", "got (2,)"]),
+    ("LigerJSD", lambda: bdkd.LigerJSD(1)(s, t, y.float()), TypeError,
+     ["shift_labels", "integer labels or None", "torch.float32"]),
+    ("LigerKLDIVLoss", lambda: bdkd.LigerKLDIVLoss(reduction="none"), ValueError,
+     ["reduction", "'mean', 'batchmean' or 'sum'", "'none'", "torch.nn.KLDivLoss"]),
+    ("LigerKLDIVLoss", lambda: bdkd.LigerKLDIVLoss(1e-10), TypeError, ["positional"]),
+    ("LigerKLDIVLoss", lambda: bdkd.LigerKLDIVLoss(log_target=1), TypeError,
+     ["log_target", "bool", "1"]),
+    ("LigerKLDIVLoss", lambda: bdkd.LigerKLDIVLoss()(s.long(), t), TypeError,
+     ["y_pred", "float32", "torch.int64"]),
+    # --- models
+    ("create_model", lambda: bdkd.create_model("resnet9", 10), ValueError,
+     ["no model named 'resnet9'", "'resnet8'"]),
+    ("create_model", lambda: bdkd.create_model(18, 10), TypeError,
+     ["name must be a string", "'resnet20'", "18 (int)", "list_models()"]),
+    ("create_model", lambda: bdkd.create_model("resnet8", 0), ValueError,
+     ["num_classes", "integer >= 1", "0"]),
+    ("create_model", lambda: bdkd.create_model("resnet8", "10"), ValueError,
+     ["num_classes", "integer >= 1", "'10'"]),
+    ("create_model", lambda: bdkd.create_model("resnet8", 10, in_channels=0), ValueError,
+     ["in_channels", "integer >= 1", "0"]),
+    ("create_model", lambda: bdkd.create_model("resnet8", 10, depth=3), ValueError,
+     ["'resnet8' has no option 'depth'", "width"]),
+    ("create_model", lambda: bdkd.create_model("resnet8", 10, width="x"), ValueError,
+     ["width", "number > 0", "'x'"]),
+    ("create_model", lambda: bdkd.create_model("wrn_15_2", 10), ValueError,
+     ["6n + 4", "16", "D = 15"]),
+    # --- evaluation
+    ("Calibration", lambda: Calibration("10"), ValueError, ["num_classes", "integer >= 1", "'10'"]),
+    ("Calibration", lambda: Calibration(C).update(s.numpy(), y), TypeError,
+     ["logits must be a tensor", "ndarray", "torch.as_tensor(logits)"]),
+    ("Calibration", lambda: Calibration(C).update(y, s), TypeError,
+     ["logits must be floating", "torch.int64", "labels go into target"]),
+    ("Calibration", lambda: Calibration(5).update(s, y), ValueError,
+     ["logits must have shape (B, 5)", "got (4, 3)"]),
+    ("Calibration", lambda: Calibration(C).update(s, y.float()), TypeError,
+     ["target", "integer labels", "torch.float32", ".long()"]),
+    ("Calibration", lambda: Calibration(C).update(s, y[:2]), ValueError,
+     ["target must have shape (4,)", "got (2,)"]),
+    ("Calibration", lambda: Calibration(C).update(s, y + 1), ValueError,
+     ["target[2] is 3", "[0, 3)", "3 classes"]),
+    ("Calibration", lambda: Calibration(C).update(s.to("meta"), y), ValueError,
+     ["logits", "device cpu", "got meta", "logits.to('cpu')"]),
+    ("Calibration", lambda: Calibration(C).compute(), ValueError, ["no samples", "update()"]),
+    ("Calibration", lambda: Calibration(C).merge(Calibration(5)), ValueError,
+     ["5 classes", "one of 3"]),
+    ("expected_ece", lambda: expected_ece(s), ValueError,
+     ["confidences must have shape (N,)", "got (4, 3)"]),
+    ("expected_ece", lambda: expected_ece(np.ones(3)), TypeError,
+     ["confidences must be a tensor", "ndarray", "torch.as_tensor"]),
+    ("expected_ece", lambda: expected_ece(torch.tensor([0.5, 97.0])), ValueError,
+     ["confidences", "[0, 1]", "got 97"]),
+    ("expected_ece", lambda: expected_ece(torch.rand(3), draws=0), ValueError,
+     ["draws", ">= 1", "0"]),
+    ("bootstrap", lambda: bootstrap(torch.rand(3), torch.ones(4)), ValueError,
+     ["corrects", "(3,)", "got (4,)"]),
+    ("bootstrap", lambda: bootstrap(torch.rand(3), [True] * 3), TypeError,
+     ["corrects must be a tensor", "list", "torch.as_tensor(corrects)"]),
+    ("bootstrap", lambda: bootstrap(torch.rand(3), torch.ones(3), level=95), ValueError,
+     ["level", "(0, 1)", "95"]),
+    ("fit_temperature", lambda: fit_temperature(s, y[:2]), ValueError,
+     ["logits must have shape (N, C)", "target (N,)", "(4, 3)", "(2,)"]),
+    ("reliability_diagram", lambda: reliability_diagram({}, Path("x.png"), "x"), ValueError,
+     ["at least one network"]),
+]  # fmt: skip
+
+# They take nothing that could be wrong, or are only ever made by the loss.
+TAKE_NOTHING = {"available_backends", "list_models", "BDKDOutput", "BDKDStats"}
+
+# (arguments, exit code, words); "file" is neither a recipe nor a checkpoint, "folder" is empty
+COMMAND_LINES = [
+    ("trian", 2, ["unknown command 'trian'", "'train'"]),
+    ("--versoin", 2, ["'--versoin'", "'--version'"]),
+    ("train", 2, ["needs a recipe as its first argument", "digits", "TOML file"]),
+    ("train digit", 2, ["unknown recipe 'digit'", "'digits'", "TOML file"]),
+    ("train missing.toml", 1, ["missing.toml", "No such file", "shipped recipe"]),
+    ("train folder", 1, ["folder", "Is a directory", "TOML file"]),
+    ("train file", 2, ["file is not valid TOML", "line 1"]),
+    ("train empty.toml", 2, ["empty.toml", "required field `name`", "config.toml"]),
+    ("train digits extra", 2, ["Unrecognized", "extra"]),
+    ("train digits --seed x", 2, ["--seed", "'x'", "INT", "default: 0"]),
+    ("train digits --networks.pupil.model resnet8", 2,
+     ["--networks.pupil.model", "no network 'pupil'", "teacher, student"]),
+    ("train digits --networks.student.modle resnet8", 2, ["modle", "--networks.student.model"]),
+    ("train digits --resume always", 2, ["--resume must be", "never, auto, require", "'always'"]),
+    ("train digits --resume --run-dir new", 1, ["nothing to resume", "new"]),
+    ("train digits --log tensorbord", 2, ["--log", "'tensorbord'", "'tensorboard'"]),
+    ("train digits --max-steps 0", 2, ["max_steps", "at least 1", "got 0"]),
+    ("train digits --device cuda:9", 1, ["no device cuda:9", "--device cpu"]),
+    ("evaluate", 2, ["Missing", "RUN_OR_FILE"]),
+    ("evaluate nothing", 1, ["no checkpoint at nothing", "config.toml", "checkpoints/"]),
+    ("evaluate folder", 1, ["no checkpoint at folder", "config.toml"]),
+    ("evaluate file", 1, ["refused to read file", "another file"]),
+    ("evaluate file --split train", 2, ["--split", "'train'", "'val', 'test'"]),
+    ("evaluate file --jsn", 2, ["--jsn", "--json"]),
+    ("export", 2, ["Missing", "RUN_OR_CHECKPOINT", "--to"]),
+    ("export nothing --to onnx", 1, ["no checkpoint at nothing", "config.toml"]),
+    ("export folder --to tflite", 2, ["--to", "'tflite'", "'onnx', 'export', 'safetensors'"]),
+    ("compare", 2, ["needs a recipe as its first argument", "digits"]),
+    ("compare digits --methods bdk", 2, ["unknown method 'bdk'", "'bdkd'"]),
+    ("compare digits --methods bdkd bdkd", 2, ["--methods", "'bdkd'", "more than once"]),
+    ("compare digits --methods bdkd --seeds x", 2, ["--seeds", "'x'", "INT"]),
+    ("data get", 2, ["unknown action 'get'", "'fetch'"]),
+    ("data fetch cifar10", 2, ["Missing", "--to"]),
+    ("data fetch cifar1 --to folder", 2, ["unknown data set 'cifar1'", "'cifar10'"]),
+    ("doctor now", 2, ["Unrecognized", "now"]),
+    ("doctor --jsno", 2, ["--jsno", "--json"]),
+]  # fmt: skip
+
+
+def identity(case) -> str:
+    return f"{case[0]}-{'-'.join(case[-1][-2:])}".replace(" ", "_")
+
+
+@pytest.mark.parametrize(("name", "call", "kind", "words"), FUNCTIONS, ids=map(identity, FUNCTIONS))
+def test_a_function_says_what_came_what_is_needed_and_what_to_do(name, call, kind, words):
+    with pytest.raises(kind) as raised:
+        call()
+    message = str(raised.value)
+    assert type(raised.value) is kind
+    assert "\n" not in message
+    assert len(message) < 300
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"), COMMAND_LINES, ids=[c[0] for c in COMMAND_LINES]
+)
+def test_a_command_says_what_came_what_is_needed_and_what_to_do(
+    line, code, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("neither a recipe nor a checkpoint")
+    (tmp_path / "empty.toml").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        main(line.split())
+    out, err = capsys.readouterr()
+    assert exit_.value.code == code
+    assert out == ""
+    assert "Traceback" not in err
+    plain = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", " ", err)
+    if err.startswith("bdkd: "):  # ours, and not the option library's
+        assert err.count("\n") == 1
+        assert not err.startswith("bdkd: bdkd")
+    for word in words:
+        assert word in " ".join(plain.split())
+    assert sorted(tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
+
+
+def test_every_public_name_and_every_command_is_attacked():
+    assert {case[0] for case in FUNCTIONS} >= set(bdkd.__all__) - TAKE_NOTHING
+    assert {line.split()[0] for line, *_ in COMMAND_LINES} >= set(COMMANDS)
