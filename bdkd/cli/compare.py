@@ -89,7 +89,7 @@ def run(given: list[str]) -> None:
     name = given[0] if given and not given[0].startswith("-") else None
     if name is None and not {"-h", "--help"} & set(given):
         raise UsageError(
-            "bdkd compare needs a recipe as its first argument: "
+            "compare needs a recipe as its first argument: "
             f"{', '.join(shipped_recipes())} or a TOML file"
         )
     name = name or shipped_recipes()[0]
