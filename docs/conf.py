@@ -1,5 +1,6 @@
 """Sphinx's settings. The pages need nothing from elsewhere: no script, font or style sheet."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ html_css_files = ["bdkd.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
+highlight_language = "none"
 pygments_style = "tango"
 pygments_dark_style = "native"
 
@@ -69,6 +71,12 @@ def keep_colons(app, what, name, obj, options, lines: list[str]) -> None:
         lines[first] = f"{types[0].removeprefix(':type: ')}: {lines[first]}"
 
 
+def plain_options(app, what, name, obj, options, lines: list[str]) -> None:
+    """The options' docstrings are the command line's help: plain text, where a star is a star."""
+    if what == "attribute" and name.startswith("bdkd.config."):
+        lines[:] = [re.sub(r"([*`|_])", r"\\\1", line) for line in lines]
+
+
 def skip_aliases(app, what, name, obj, skip: bool, options) -> bool:
     """Fields of named tuples stand in the signature already."""
     return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
@@ -77,5 +85,6 @@ def skip_aliases(app, what, name, obj, skip: bool, options) -> bool:
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-skip-member", skip_aliases)
     app.connect("autodoc-process-docstring", keep_colons, priority=600)  # after napoleon
+    app.connect("autodoc-process-docstring", plain_options, priority=700)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.config.html_math_renderer = "mathml"  # type: ignore[attr-defined]
