@@ -336,7 +336,7 @@ def _encode_onnx(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -
         del node.metadata_props[:]  # with stack traces: paths of the machine it was written on
     if model.ByteSize() >= 2**31:
         raise RunError("ONNX files end at 2 GiB: use --to safetensors or export")
-    for key, value in ((FACTS, facts), (DIGEST, _digest_of_bytes(_graph(model))(facts))):
+    for key, value in ((FACTS, facts), (DIGEST, _digest_of_bytes(_all_but_metadata(model))(facts))):
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
@@ -351,7 +351,7 @@ def _decode_onnx(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise RunError(f"{path} keeps weights in other files, which bdkd export never does")
-    return metadata, _digest_of_bytes(_graph(model))
+    return metadata, _digest_of_bytes(_all_but_metadata(model))
 
 
 def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
@@ -380,8 +380,13 @@ def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> 
     return Function(logits)
 
 
-def _graph(model) -> bytes:
-    return model.graph.SerializeToString(deterministic=True)
+def _all_but_metadata(model) -> bytes:
+    kept = [(entry.key, entry.value) for entry in model.metadata_props]
+    del model.metadata_props[:]
+    content = model.SerializeToString(deterministic=True)
+    for key, value in kept:
+        model.metadata_props.add(key=key, value=value)
+    return content
 
 
 # --- what they share -----------------------------------------------------------------------------
