@@ -162,7 +162,7 @@ def _backends() -> list[Finding]:
         title = "reference loss" if name == "reference" else f"{name} kernel"
         what = availability.reason
         if name == "triton" and _can_find("triton"):
-            what += f" (triton {version('triton')})"
+            what += f" (triton {_version('triton', 'pytorch-triton-rocm', 'pytorch-triton')})"
         findings.append(Finding(title, bool(availability), what, remedies.get(name, "")))
     return findings
 

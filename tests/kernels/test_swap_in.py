@@ -170,3 +170,20 @@ def test_the_options_show_in_the_repr():
     assert repr(DistillKL(4)) == "DistillKL(T=4, backend='auto')"
     assert "beta=0.5" in repr(LigerJSD())
     assert "batchmean" in repr(LigerKLDIVLoss(reduction="batchmean"))
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        lambda s, t: DistillKL(4.0)(s, t),
+        lambda s, t: kd_loss(s, t, 2.0),
+        lambda s, t: LigerJSD(0)(s, t, torch.arange(7)),
+        lambda s, t: LigerJSD(0.5)(s, t),
+        lambda s, t: LigerKLDIVLoss(reduction="sum", log_target=True)(s, t),
+    ],
+    ids=["DistillKL", "kd_loss", "LigerJSD-0", "LigerJSD-0.5", "LigerKLDIVLoss"],
+)
+def test_they_compile_to_one_graph(divergence):
+    s, t = logits(dtype=torch.float32)
+    compiled = torch.compile(divergence, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(s, t.detach()), divergence(s, t.detach()), [s], tolerance=1e-6)
