@@ -9,6 +9,7 @@ false alarm among them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def t_two_sided(t: float, df: float) -> float:
     return _incomplete_beta(df / (df + t * t), df / 2, 0.5)
 
 
+@cache  # a comparison asks for the same one dozens of times
 def t_quantile(p: float, df: float) -> float:
     """The value that Student's t stays below with probability ``p``, for 0.5 < p < 1."""
     if not 0.5 < p < 1:

@@ -1,0 +1,83 @@
+"""Temperature scaling at a run's end: fitted on the validation part, measured on the test."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bdkd.data import WHOLE, Batch, DataInfo
+from bdkd.evaluation.calibration import Calibration
+from bdkd.evaluation.temperature import fit_temperature
+from bdkd.training.recalibration import recalibrate
+
+
+class Source:
+    """Points of a plane; labels of the test part are drawn otherwise than those of the validation
+    part, so that a temperature fitted on the wrong one is another."""
+
+    def __init__(self, val: int = 300) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = {
+            split: torch.randn(count, 3, generator=generator)
+            for split, count in (("val", val), ("test", 200))
+        }
+        self.labels = {
+            split: torch.multinomial((sharpness * x).softmax(-1), 1, generator=generator)[:, 0]
+            for (split, x), sharpness in zip(self.images.items(), (0.5, 3.0), strict=True)
+            if len(x)
+        }
+        counts = {"train": 1, **{split: len(x) for split, x in self.images.items()}}
+        fields = dict.fromkeys(DataInfo.__dataclass_fields__)
+        self.info = DataInfo(**{**fields, "classes": ("a", "b", "c"), "counts": counts})
+
+    def eval_batches(self, split, batch_size, shard=WHOLE):
+        assert shard == WHOLE
+        for start in range(0, self.info.counts[split], batch_size):
+            part = slice(start, start + batch_size)
+            yield Batch((self.images[split][part],), self.labels[split][part])
+
+
+class Twice(nn.Module):
+    """Logits are twice the points; in training mode they would be noise."""
+
+    def forward(self, x):
+        return torch.randn_like(x) if self.training else 2 * x
+
+
+def test_the_validation_part_alone_decides_the_temperature():
+    source, networks = Source(), {"student": Twice()}
+    came = recalibrate(networks, source, 64, "fp32")["student"]
+    fitted = fit_temperature(2 * source.images["val"], source.labels["val"])
+    assert came["temperature"] == pytest.approx(fitted, rel=1e-9)
+    assert fitted > 2  # on the test part it would be below 1
+    x, y = 2 * source.images["test"].double() / fitted, source.labels["test"]
+    assert came["nll_scaled"] == pytest.approx(F.cross_entropy(x, y).item(), rel=1e-9)
+    meter = Calibration(3)
+    meter.update(x, y)
+    assert came["ece_scaled"] == pytest.approx(meter.compute().ece, rel=1e-9)
+    assert came["brier_scaled"] == pytest.approx(meter.compute().brier, rel=1e-9)
+    assert networks["student"].training  # put back
+
+
+def test_without_a_validation_part_or_finite_logits_there_is_none():
+    nothing = {"temperature": None, "ece_scaled": None, "nll_scaled": None, "brier_scaled": None}
+    assert recalibrate({"a": Twice()}, Source(val=0), 64, "fp32") == {"a": nothing}
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x + torch.nan
+
+    came = recalibrate({"a": Broken(), "b": Twice()}, Source(), 64, "fp32")
+    assert came["a"] == nothing
+    assert came["b"]["temperature"] is not None
+
+
+def test_low_precision_networks_are_fitted_on_the_logits_they_give():
+    source, linear = Source(), nn.Linear(3, 3)
+    came = recalibrate({"a": linear}, source, 64, "bf16")["a"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = linear(source.images["val"])
+    assert logits.dtype is torch.bfloat16
+    assert came["temperature"] == pytest.approx(
+        fit_temperature(logits.detach(), source.labels["val"]), rel=1e-9
+    )
