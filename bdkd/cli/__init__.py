@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train the networks of a recipe together",
     "evaluate": "accuracy and calibration of a run's networks, or of an exported one",
     "compare": "several methods and seeds on one recipe, side by side",
+    "report": "one HTML page of runs: results, curves, diagrams",
     "export": "one network of a run as ONNX, torch.export or safetensors",
     "data": "bring a data set here",
     "doctor": "what this machine can do, and how to bring what is missing",
@@ -36,11 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         code, message = outcome(error)
-        print(f"bdkd: {message}", file=sys.stderr)
+        if _this_rank_speaks(error):
+            print(f"bdkd: {message}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         print("bdkd: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _this_rank_speaks(error: Exception) -> bool:
+    if "RANK" not in os.environ:
+        return True
+    from bdkd.training.distributed import report_failure  # torchrun started this process and others
+
+    return report_failure(error)
 
 
 def outcome(error: Exception) -> tuple[int, str]:

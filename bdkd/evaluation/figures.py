@@ -99,7 +99,7 @@ def _draw_reliability(axes: "Axes", result: CalibrationResult) -> None:
             style = _OVER if confidence > accuracy else _UNDER
             axes.bar(height=abs(confidence - accuracy), bottom=shared, **style, **bar)
         axes.plot(
-            [_CENTRES[k]] * 2, _wilson(accuracy, count),
+            [_CENTRES[k]] * 2, wilson(accuracy, count),
             color=INK, linewidth=1.1, solid_capstyle="butt", path_effects=halo,
         )  # fmt: skip
     axes.plot([0, 1], [0, 1], path_effects=halo, **_DIAGONAL)
@@ -249,7 +249,7 @@ def _quiet(axes: "Axes") -> None:
     axes.tick_params(labelsize=9, colors=MUTED)
 
 
-def _wilson(rate: float, count: int) -> tuple[float, float]:
+def wilson(rate: float, count: int) -> tuple[float, float]:
     """Wilson's 95% interval of a rate seen in ``count`` trials."""
     z = 1.959964
     centre = (rate + z * z / (2 * count)) / (1 + z * z / count)

@@ -103,7 +103,7 @@ def test_reliability_of_a_network_that_broke(tmp_path):
 
 @pytest.mark.parametrize(("rate", "count"), [(0.0, 1), (1.0, 3), (0.5, 10), (0.97, 5000)])
 def test_wilson_holds_the_rates_within_z_standard_errors(rate, count):
-    low, high = figures._wilson(rate, count)
+    low, high = figures.wilson(rate, count)
     assert -1e-12 <= low <= rate + 1e-12
     assert rate - 1e-12 <= high <= 1 + 1e-12
     for bound in (low, high):  # its definition: |rate - bound| = z sqrt(bound (1 - bound) / n)
