@@ -49,23 +49,23 @@ def run(names: list[str], trials: int, seconds: float, budget: float, threads: i
         }
         text = [f"{title}\n{results.head(result)}"]
         print(f"\n=== {text[0]}", flush=True)
-        skipped = 0
+        ran_out = False
         clock = clock_of(name)
         for case in make(settings):
-            if time.monotonic() > until:
-                skipped += 1
-                continue
+            if ran_out := time.monotonic() > until:
+                break
             measured = race(case, clock, trials, seconds)
             result["cases"].append(measured)
             result["others_share"] = neighbours.share()
             text.append(results.case_table(measured))
             print(f"\n{text[-1]}", flush=True)
             _leave(out, name, result, text)
-        if skipped:
-            text.append(f"time ran out: {skipped} cases were not run")
+        if ran_out:
+            text.append("time ran out: the remaining cases were not run")
         if warning := results.busy_warning(result):
             text.append(warning)
-        print("\n".join(text[len(result["cases"]) + 1 :]))
+        for line in text[len(result["cases"]) + 1 :]:
+            print(f"\n{line}", flush=True)
         _leave(out, name, result, text)
     print(f"\n{', '.join(f'{name}.json' for name in names)} in {out}")
 

@@ -17,6 +17,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,7 +279,10 @@ def main(arguments: list[str]) -> int:
         results.write(options.out / "accuracy.json",
                       {"schema": "accuracy-1", "date": machine.now(), "commit": commit,
                        "machine": where, "worst": worst(measured)})  # fmt: skip
-        draw_figure(measured, options.out / "accuracy.png", caption)
+        if find_spec("matplotlib"):
+            draw_figure(measured, options.out / "accuracy.png", caption)
+        else:
+            print("no picture: matplotlib is not installed")
     failed = failures(measured)
     for line in failed[:20]:
         print(line)

@@ -1,6 +1,8 @@
 """One batch from the data loader: images in memory, and JPEG files of ImageNet's layout."""
 
+import atexit
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -23,10 +25,11 @@ MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of ImageNet's pixels
 def cases(quick: bool) -> Iterator[Case]:
     yield _in_memory(32 if quick else 128, 400 if quick else 10_000)
     if find_spec("PIL") and find_spec("sklearn"):
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            write_jpegs(root, 16 if quick else 256)
-            yield _jpegs(root, 4 if quick else 32, 32 if quick else 224)
+        # Until the process ends: a case may be run long after it was made.
+        root = Path(tempfile.mkdtemp(prefix="bdkd-bench-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        write_jpegs(root, 16 if quick else 256)
+        yield _jpegs(root, 4 if quick else 32, 32 if quick else 224)
 
 
 def endless(epochs: Callable[[int], Iterable]) -> Call:

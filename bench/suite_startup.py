@@ -18,7 +18,8 @@ PEERS = ("liger_kernel.transformers",)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    contenders = [Contender(name, _run(command), "ours") for name, command in OURS.items()]
+    ours = dict(list(OURS.items())[:1]) if quick else OURS
+    contenders = [Contender(name, _run(command), "ours") for name, command in ours.items()]
     contenders.append(Contender("import torch", _run(["-c", "import torch"]), "limit"))
     absent = {}
     for module in () if quick else PEERS:

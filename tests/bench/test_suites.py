@@ -1,0 +1,247 @@
+"""Every suite runs for a moment, its table and JSON are whole; what cannot run says why. No time is
+asserted here."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import accuracy
+import figures
+import pytest
+import results
+import torch
+from harness import Contender, DeviceClock
+from suites import SUITES
+
+ROOT = Path(__file__).parents[2]
+main = runpy.run_path(str(ROOT / "bench" / "__main__.py"), run_name="bench_main")["main"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("suite", [name for name in SUITES if not name.endswith("_gpu")])
+def test_suite_runs_and_leaves_a_table_and_json(suite, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [suite, "--quick", "--trials", "1", "--seconds", "0.01", "--threads", "1"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    result = results.read(out / f"{suite}.json")
+    assert result["commit"]["id"] in printed
+    assert result["cases"]
+    for case in result["cases"]:
+        assert results.case_table(case) in printed
+        assert any(row["name"] == case["base"] for row in case["rows"])
+        for row in case["rows"]:
+            if "not_run" in row:
+                assert row["kind"] == "peer", row
+                continue
+            assert row["seconds"]["median"] > 0
+            assert row["trials"] >= 1
+            for kind, error in (row["error"] or {}).items():
+                low_precision = kind == "gradient" and case["parameters"]["dtype"] != "fp32"
+                assert error < (5e-3 if low_precision else 1e-6), (case["case"], row)
+    assert (out / f"{suite}.txt").read_text() in printed + "\n"
+    assert main(["compare", str(out), str(out)]) == 0
+    assert "1.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["los_cpu"], 2, "invalid choice"),
+        (["loss_cpu", "--trials", "0"], 2, "must be above 0"),
+        (["loss_cpu", "--threads", "many"], 2, "invalid int"),
+        (["compare", "nowhere.json", "nowhere.json"], 1, "nowhere.json"),
+        (["plot", "."], 1, "holds no results"),
+        (["history", "nowhere", "--out", "x.png"], 1, "nowhere"),
+        pytest.param(["loss_gpu"], 1, "no GPU", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there is a GPU: bench/gpu.sh runs the suite")),
+    ],
+)  # fmt: skip
+def test_wrong_calls_end_in_one_line(arguments, code, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        ended = main(arguments)
+    except SystemExit as error:
+        ended = error.code
+    assert ended == code
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+def test_suites_run_under_pytest_benchmark(tmp_path):
+    """In a process of its own: under xdist the plug-in switches itself off."""
+    path = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "ce and not torch.compile",
+               "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-only",
+               "--benchmark-max-time", "0.001", "--benchmark-min-rounds", "1",
+               "--benchmark-json", str(path)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {b["name"]: b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]}
+    ours = [info for name, info in found.items() if "cross entropies alone" in name]
+    assert ours[0]["error"]["loss"] < 1e-6
+
+
+def test_a_time_budget_ends_the_run_between_cases(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["step_cpu", "--quick", "--trials", "1", "--seconds", "0.01", "--budget", "1e-6",
+                 "--out", str(out)]) == 0  # fmt: skip
+    assert "time ran out" in capsys.readouterr().out
+    assert results.read(out / "step_cpu.json")["cases"] == []
+
+
+class FakeCuda:
+    """What DeviceClock asks of torch.cuda; a clock that each call of a contender moves on."""
+
+    def __init__(self, capture_fails: bool = False) -> None:
+        self.now = 0.0  # milliseconds
+        self.recorded: list = []
+        self.capturing = False
+        fake = self
+
+        class Graph:
+            def replay(self) -> None:
+                fake.now += self.length
+
+        class Capture:
+            def __init__(self, graph: Graph) -> None:
+                self.graph = graph
+
+            def __enter__(self) -> None:
+                self.before, fake.capturing = fake.now, True
+
+            def __exit__(self, *raised) -> None:
+                fake.capturing = False
+                self.graph.length, fake.now = fake.now - self.before, self.before
+                if capture_fails and raised[0] is None:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = fake.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: "Event") -> float:
+                return end.at - self.at
+
+        class Stream:
+            def wait_stream(self, other: "Stream") -> None:
+                pass
+
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *raised) -> None:
+                pass
+
+        self.CUDAGraph, self.graph, self.Event, self.Stream = Graph, Capture, Event, Stream
+        self.stream = lambda stream: stream
+        self.current_stream = Stream
+        self.synchronize = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("fails", "capturable", "by"),
+    [(False, True, "graph"), (True, True, "events"), (False, False, "events")],
+)
+def test_the_device_clock_divides_by_what_it_ran(monkeypatch, fails, capturable, by):
+    fake = FakeCuda(fails)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(**vars(fake)))
+    seen = []
+
+    def call(i: int) -> None:
+        seen.append(i)
+        fake.now += 0.25
+
+    # The namespace copied the clock's methods, which move on the fake itself.
+    sampler = DeviceClock().sampler(Contender("ours", call, "ours", capturable=capturable), 6)
+    assert sampler.by == by
+    assert sampler.sample() == pytest.approx(0.25e-3)
+    assert sampler.calls % 6 == 0
+    assert seen[:6] == [0, 1, 2, 3, 4, 5]
+
+
+def sweep_result(commit: str, date: str, factor: float = 1.0) -> dict:
+    def row(name, kind, seconds, units):
+        spreads = {"median": seconds, "p20": 0.9 * seconds, "p80": 1.2 * seconds}
+        return {"name": name, "kind": kind, "note": "", "bytes": 4000, "by": "wall", "trials": 5,
+                "calls": 1, "seconds": spreads, "ratio": spreads, "of_copy": 0.5,
+                "peak_bytes": 1000 * units, "error": None}  # fmt: skip
+
+    cases = [
+        {"case": f"both: {c}", "sets": 2, "base": "bdkd_loss, backward",
+         "parameters": {"classes": c, "rows": 1000 // c, "sweep": True, "dtype": "fp32",
+                        "temperature": 4.0},
+         "rows": [row("copy of both logits", "limit", 1e-6, 0),
+                  row("bdkd_loss, backward", "ours", factor * 2e-6, 2),
+                  row("eager", "peer", 1e-5, 9)]}
+        for c in (10, 100)
+    ]  # fmt: skip
+    return {"schema": 1, "suite": "loss_cpu", "date": date, "others_share": 0.0, "cases": cases,
+            "commit": {"id": commit, "date": date, "dirty": False},
+            "machine": {"cpu": "a", "threads": 1, "gpu": None, "versions": {"torch": "2"}},
+    }  # fmt: skip
+
+
+def test_pictures_are_made_of_stored_results_and_the_same_data_give_the_same_bytes(tmp_path):
+    first = sweep_result("aaa", "2026-01-01T00:00:00+00:00")
+    second = sweep_result("bbb", "2026-01-02T00:00:00+00:00", 0.5)
+    (path,) = figures.draw_all({"loss_cpu": first}, tmp_path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    figures.draw_all({"loss_cpu": first}, tmp_path)
+    assert path.read_bytes() == content
+    history = tmp_path / "history.png"
+    figures.draw_history([{"loss_cpu": first}, {"loss_cpu": second}], history)
+    assert history.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(results.ResultsError, match="no case"):
+        figures.draw_history([{"loss_cpu": first}], history)
+    with pytest.raises(results.ResultsError, match="no sweep"):
+        figures.draw_all({"metrics": first}, tmp_path)
+
+
+def test_accuracy_sweep_passes_and_draws(tmp_path, capsys):
+    assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "everywhere inside" in capsys.readouterr().out
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    names = {row["name"] for row in json.loads((tmp_path / "accuracy.json").read_text())["worst"]}
+    assert {"eager PyTorch", "eager, our reference"} <= names
+
+
+def test_accuracy_finds_an_implementation_that_is_off():
+    """The verdict can fail: on a wrong loss, on a NaN, and only where the best other is better."""
+    cell = accuracy.Cell("fp32", "related", 1.0, 10, 4.0)
+    inputs = accuracy.draw(cell, "cpu")
+
+    def off(s, t, y, temperature):
+        student, teacher = accuracy.ours("reference")(s, t, y, temperature)
+        return 1.001 * student, teacher
+
+    def broken(s, t, y, temperature):
+        student, teacher = accuracy.ours("reference")(s, t, y, temperature)
+        return student * torch.nan, teacher
+
+    measured = []
+    for name, rows in (("bdkd, off", off), ("bdkd, broken", broken), ("eager", accuracy.plain)):
+        errors = accuracy.measure(rows, cell, *inputs)
+        measured.append({**cell._asdict(), "name": name, **errors._asdict()})
+    assert [row["loss"] > 1 for row in measured] == [True, True, False]
+    found = accuracy.failures(measured)
+    assert {line.split(":")[0] for line in found} == {"bdkd, off", "bdkd, broken"}
+    as_bad = [{**row, "name": row["name"].replace("bdkd", "peer")} for row in measured[:2]]
+    assert not [line for line in accuracy.failures([measured[0], as_bad[0]]) if "loss" in line]
