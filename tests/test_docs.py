@@ -165,6 +165,11 @@ def check_torchrun(arguments: list[str]) -> None:
     parse_bdkd(parsed.training_script_args)
 
 
+def check_srun(arguments: list[str]) -> None:
+    if "torchrun" in arguments:
+        check_torchrun(arguments[arguments.index("torchrun") + 1 :])
+
+
 def nothing(_: list[str]) -> None:
     """A command of the system's that changes nothing of ours."""
 
@@ -172,7 +177,7 @@ def nothing(_: list[str]) -> None:
 RUNNERS = {
     "bdkd": run_bdkd, "make": check_make, "pip": check_pip, "python": check_python,
     "pytest": check_paths, "bash": check_paths, "torchrun": check_torchrun,
-    **dict.fromkeys(("cd", "git", "tensorboard", "export", "srun", "sbatch"), nothing),
+    "srun": check_srun, **dict.fromkeys(("cd", "git", "tensorboard", "export", "sbatch"), nothing),
 }  # fmt: skip
 
 
@@ -228,6 +233,23 @@ def test_no_code_hides_from_the_test(page):
     outside = BLOCK.sub("", page.read_text("utf-8"))
     for paragraph in re.split(r"\n\s*\n", outside):
         assert not re.match(r"    \S", paragraph) or re.match(r"\s+[-*\d]", paragraph), paragraph
+
+
+def test_every_example_is_shown():
+    page = (DOCS / "in-your-trainer.md").read_text("utf-8")
+    examples = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(re.findall(r"{literalinclude} \.\./examples/(\S+)", page)) == examples
+
+
+def test_every_data_source_and_method_is_in_its_table():
+    from bdkd.data import SOURCES
+    from bdkd.objectives import OBJECTIVES
+
+    for page, names in (("data.md", SOURCES), ("objectives.md", OBJECTIVES)):
+        text = (DOCS / page).read_text("utf-8")
+        rows = " ".join(re.findall(r"^\|([^|]*)\|", text, re.M))
+        missing = [name for name in names if f"`{name}`" not in rows]
+        assert not missing, f"docs/{page} does not tell of {missing}"
 
 
 # --- messages ------------------------------------------------------------------------------------
