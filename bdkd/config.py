@@ -32,12 +32,12 @@ class DataConfig:
     """Where the images come from and how they are varied."""
 
     source: str = "digits"
-    """The data source: digits, cifar10, cifar100, tiny-imagenet, folder or synthetic."""
+    """The data source: digits, cifar10, cifar100, tiny-imagenet, imagenet, folder or synthetic."""
     root: str | None = None
     """Folder of the data set, for sources that read one."""
     image_size: int | None = None
     """Side in pixels, for sources that resize; without it, their own (folder and synthetic: 32,
-    tiny-imagenet: 64)."""
+    tiny-imagenet: 64, imagenet: 224)."""
     validation: float = 0.1
     """Share of the training images held out to choose the best checkpoint by; 0: all of them train,
     and train.select must be last."""
@@ -58,6 +58,29 @@ class DataConfig:
     """Augmentation: mirror each training image with probability 1/2."""
     cutout: int = 0
     """Augmentation: set a random square of this side in pixels to the mean colour."""
+    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
+    """imagenet: a file an image, train/<wnid>/*.JPEG; tar shards of webdataset; or TFRecords."""
+    loader: Literal["auto", "dali", "pillow"] = "auto"
+    """imagenet: decode with NVIDIA DALI or with Pillow; auto: with DALI where it is installed."""
+    workers: int | None = None
+    """imagenet: threads (dali) or processes (pillow) that decode, a rank; without it, one for each
+    processor that the rank has. 0: pillow in the training's own process."""
+    exclude: str | None = None
+    """imagenet: a list of images to leave out, as bdkd data check writes it."""
+    smallest_crop: float = 0.08
+    """imagenet: smallest share of the image's area that a random crop takes."""
+    progressive: tuple[tuple[int, int], ...] = ()
+    """imagenet: training resolution by epoch, as pairs of first epoch and side in pixels; after the
+    last one, and without any, data.image_size. Evaluation is always at data.image_size."""
+    rand_augment: tuple[int, int] | None = None
+    """imagenet: RandAugment's number of operations an image, and their magnitude in [0, 10]."""
+    erasing: float = 0.0
+    """imagenet: probability that a random rectangle of a training image is erased."""
+    mixup: float = 0.0
+    """imagenet: alpha of mixup, which blends each image and label with its neighbour's; 0: off."""
+    cutmix: float = 0.0
+    """imagenet: alpha of CutMix, which pastes a part of the neighbour; 0: off. With mixup, each
+    image has the one or the other."""
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -369,6 +392,25 @@ def check_recipe(recipe: Recipe) -> None:
         ("data.pixel_noise", d.pixel_noise, 0 <= d.pixel_noise <= 1, "in [0, 1]"),
         ("data.crop", d.crop, d.crop >= 0, "at least 0"),
         ("data.cutout", d.cutout, d.cutout >= 0, "at least 0"),
+        ("data.workers", d.workers, d.workers is None or d.workers >= 0, "at least 0"),
+        ("data.smallest_crop", d.smallest_crop, 0 < d.smallest_crop <= 1, "in (0, 1]"),
+        (
+            "data.progressive",
+            d.progressive,
+            all(epoch >= 0 and 8 <= side <= 4096 for epoch, side in d.progressive)
+            and [epoch for epoch, _ in d.progressive]
+            == sorted({epoch for epoch, _ in d.progressive}),
+            "pairs of a first epoch, ascending, and a side in [8, 4096]",
+        ),
+        (
+            "data.rand_augment",
+            d.rand_augment,
+            d.rand_augment is None or (d.rand_augment[0] >= 1 and 0 <= d.rand_augment[1] <= 10),
+            "a number of operations of at least 1, and a magnitude in [0, 10]",
+        ),
+        ("data.erasing", d.erasing, 0 <= d.erasing <= 1, "in [0, 1]"),
+        ("data.mixup", d.mixup, d.mixup >= 0, "at least 0"),
+        ("data.cutmix", d.cutmix, d.cutmix >= 0, "at least 0"),
         (
             "data.image_size",
             d.image_size,
