@@ -195,6 +195,11 @@ class TrainConfig:
     """Keep images and weights in the channels-last layout."""
     compile: bool = False
     """Compile the networks' forward passes and the objective with torch.compile."""
+    tf32: bool = True
+    """On a GPU, let float32 matrix products and convolutions round their inputs to TF32."""
+    deterministic: bool = False
+    """Only operators that repeat their result bit for bit: on a GPU slower, and a resumed run is
+    the run that was never stopped to the last bit; a CPU's runs are so without it."""
     clip_norm: float | None = None
     """Clip each network's gradient to this norm."""
     ema_decay: float | None = None
@@ -268,6 +273,7 @@ class Recipe:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = {
     "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps",
+    "data_wait", "memory_mib", "mfu",
     "forward_weight", "reverse_weight", "forward_kl", "reverse_kl",
     *("clear", "forward", "items", "keys", "pop", "type", "update", "values"),  # ModuleDict's own
 }  # fmt: skip
