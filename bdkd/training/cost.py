@@ -1,0 +1,84 @@
+"""What a step costs by its shapes alone: floating-point operations, and bytes kept for the backward
+pass. Computed on the meta device, so nothing is allocated."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bdkd.training.networks import build_networks
+from bdkd.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one network.
+
+    FLOPs are those of convolutions and matrix products, a multiplication and an addition being two,
+    as ``torch.utils.flop_counter`` counts them.
+    """
+
+    parameters: int
+    forward: int  # FLOPs an image
+    step: int  # FLOPs an image, forward and backward; of a frozen network the forward pass alone
+    kept: int  # bytes an image that autograd keeps from the forward for the backward pass
+
+
+def costs(setup: Setup, image_size: tuple[int, int] | None = None) -> dict[str, Cost]:
+    """The cost of each network of a run, by name.
+
+    Args:
+        image_size: height and width in pixels; without it, the data's.
+    """
+    recipe, info = setup.recipe, setup.source.info
+    if setup.ranks.alone:
+        networks = copy.deepcopy(setup.networks)
+    else:  # theirs may be sharded, or have batch norms that only a GPU computes
+        with torch.random.fork_rng(devices=[]):
+            networks = build_networks(
+                recipe.networks, setup.objective.frozen, info.num_classes, info.channels
+            )
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    shape = (info.channels, *(image_size or info.image_size))
+    return {
+        name: cost_of(network, shape, name not in networks.frozen, half[recipe.train.precision])
+        for name, network in networks.members.items()
+    }
+
+
+def cost_of(
+    network: nn.Module, shape: tuple[int, ...], trains: bool, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """The cost of a network for images of ``shape``; the network is moved to the meta device.
+
+    Args:
+        dtype: what the activations are stored as. Autocast does not reach the meta device, so the
+            whole network takes that type; what it then keeps is autocast's but for normalisations
+            that autocast leaves in float32.
+    """
+    parameters = sum(p.numel() for p in network.parameters())
+    network = network.to("meta", dtype).train(trains)
+    images = torch.empty(2, *shape, device="meta", dtype=dtype)  # 2: batch norm refuses one value
+    own = {id(p) for p in network.parameters()}
+    kept: dict[int, Tensor] = {}  # an id is unique only while its tensor lives
+
+    def pack(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[id(tensor)] = tensor
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.set_grad_enabled(trains):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = network(images)
+        forward = counter.get_total_flops()
+        if trains:
+            logits.sum().backward()
+    return Cost(
+        parameters,
+        forward // len(images),
+        counter.get_total_flops() // len(images),
+        sum(tensor.numel() * tensor.element_size() for tensor in kept.values()) // len(images),
+    )

@@ -1,0 +1,263 @@
+"""Where the time of a step goes: named ranges, a trace of some steps, and a table made from it.
+
+The trace is what ``torch.profiler.tensorboard_trace_handler`` writes: torch-tb-profiler, Perfetto
+and Holistic Trace Analysis read it. The table is read from that file and from nothing else.
+"""
+
+import bisect
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, record_function, schedule, tensorboard_trace_handler
+
+from bdkd.errors import RunError
+from bdkd.training.checkpoint import first_line, write_atomically
+
+# Compilation, cuDNN's search for algorithms and the first allocations are over by then.
+SETTLING_STEPS = 10
+OTHER, IDLE = "other", "device idle"
+_STEP = "ProfilerStep#"  # what torch.profiler calls a step
+_DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+_LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
+
+_NOTHING: AbstractContextManager = contextlib.nullcontext()
+_recorded: set[str] | None = None  # names of the ranges since recording began; None: it is off
+
+
+def named_range(name: str) -> AbstractContextManager:
+    """A context whose time ``bdkd train --profile`` shows under this name. Without a profiler it
+    does nothing, and a compiled graph does not see it."""
+    if torch.compiler.is_compiling() or _recorded is None:
+        return _NOTHING
+    _recorded.add(name)
+    return record_function(name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    share: float  # of the recorded time; all rows together are 1
+    milliseconds: float  # a step
+
+
+class StepProfiler:
+    """Records some of the steps that remain and writes ``profile/*.pt.trace.json``; the first rank
+    also writes ``profile.json`` and shows the table.
+
+    Args:
+        steps: to record; fewer where fewer remain.
+        remaining: steps of the run from now on.
+        folder: the run's.
+        rank: of this process; each writes a trace of its own.
+        show: takes the lines to print.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        remaining: int,
+        folder: Path,
+        device: torch.device,
+        show: Callable[[str], object],
+        rank: int = 0,
+    ) -> None:
+        self.steps = min(steps, remaining)
+        settling = min(SETTLING_STEPS, remaining - self.steps)
+        warm_up = min(2, settling)
+        self.folder, self.show, self.rank = folder, show, rank
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with warnings.catch_warnings():
+            # said by the table, where no step is left to warm up on
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")
+            plan = schedule(wait=settling - warm_up, warmup=warm_up, active=self.steps, repeat=1)
+        self.cold = settling < SETTLING_STEPS
+        self.profiler = torch.profiler.profile(
+            activities=activities, schedule=plan, on_trace_ready=self._finish
+        )
+
+    def __enter__(self) -> "StepProfiler":
+        global _recorded
+        _recorded = set()
+        if self.steps:
+            self.profiler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _recorded
+        if _recorded is not None and self.steps:  # the run ended before the last step to record
+            self.profiler.on_trace_ready = None
+            self.profiler.stop()
+        _recorded = None
+
+    def step(self) -> None:
+        """To be called after each step."""
+        if _recorded is not None:
+            self.profiler.step()
+
+    def _finish(self, profiler: torch.profiler.profile) -> None:
+        global _recorded
+        names, _recorded = _recorded or set(), None
+        traces = self.folder / "profile"
+        worker = f"rank-{self.rank}"
+        try:
+            tensorboard_trace_handler(str(traces), worker)(profiler)
+            trace = max(traces.glob(f"{worker}.*.pt.trace.json"), key=lambda p: p.stat().st_mtime)
+            events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: none there, or cut off
+            raise RunError(
+                f"cannot write the trace in {traces}: {first_line(error)}; make room there and "
+                "continue with --resume, or train without --profile"
+            ) from error
+        if self.rank:
+            return
+        host, device = where_time_goes(events, names)
+        rows = device or host
+        text = json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+        path = self.folder / "profile.json"
+        write_atomically(path, lambda file: file.write(text.encode()))
+        self.show(table(host, device, self.steps, self.cold))
+        self.show(f"trace   {trace}")
+
+
+class _Segment(NamedTuple):
+    """A stretch of the training thread's time in one range and in none inside it."""
+
+    begin: float  # microseconds
+    end: float
+    name: str
+
+
+def where_time_goes(
+    events: Iterable[dict[str, Any]], names: Iterable[str]
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the host's wall time and of the device's, from a trace's events; no rows for a device
+    that there is not.
+
+    The host's time is that of the thread which trains: each stretch counts for the innermost of the
+    named ranges, else as "other". The device's work counts for the range in which the host launched
+    it, whatever the thread: backward passes launch from one of autograd's own. Work that overlaps
+    on several streams is shared out evenly; where nothing ran, the device was idle.
+
+    Args:
+        events: Chrome trace events, as torch.profiler writes them.
+        names: the ranges to tell apart.
+    """
+    events = [event for event in events if event.get("ph") == "X"]
+    known = set(names)
+    annotations = [event for event in events if event.get("cat") == "user_annotation"]
+    steps = [event for event in annotations if event["name"].startswith(_STEP)]
+    thread = {(event["pid"], event["tid"]) for event in steps}
+    inside = [event for event in annotations if event["name"] in known]
+    spans = [
+        _Segment(event["ts"], event["ts"] + event["dur"], name)
+        for event, name in [(e, OTHER) for e in steps] + [(e, e["name"]) for e in inside]
+        if (event["pid"], event["tid"]) in thread
+    ]
+    segments = _innermost(spans)
+    count = max(len(steps), 1)
+    host: dict[str, float] = {}
+    for segment in segments:
+        host[segment.name] = host.get(segment.name, 0.0) + segment.end - segment.begin
+
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    begins = [segment.begin for segment in segments]
+    work = []
+    for event in events:
+        launch = launched.get(event.get("args", {}).get("correlation"))
+        if event.get("cat") not in _DEVICE_WORK or launch is None:
+            continue
+        index = bisect.bisect_right(begins, launch) - 1
+        if index >= 0 and launch <= segments[index].end:
+            name = segments[index].name
+            work.append(_Segment(event["ts"], event["ts"] + event["dur"], name))
+    return _rows(host, host, count), _rows(_shared_out(work), host, count)
+
+
+def _innermost(spans: Sequence[_Segment]) -> list[_Segment]:
+    """Nested spans as consecutive segments, each with the name of the innermost span there."""
+    segments: list[_Segment] = []
+    open_spans: list[_Segment] = []
+    now = 0.0
+
+    def advance(to: float) -> None:
+        nonlocal now
+        if open_spans and to > now:
+            segments.append(_Segment(now, to, open_spans[-1].name))
+        now = to
+
+    for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
+        while open_spans and open_spans[-1].end <= span.begin:
+            advance(open_spans[-1].end)
+            open_spans.pop()
+        advance(span.begin)
+        open_spans.append(span)
+    while open_spans:
+        advance(open_spans[-1].end)
+        open_spans.pop()
+    return segments
+
+
+def _shared_out(work: Sequence[_Segment]) -> dict[str, float]:
+    """Microseconds by name from the first work's begin to the last one's end; gaps idle."""
+    edges = sorted(
+        [(segment.begin, 1, segment.name) for segment in work]
+        + [(segment.end, -1, segment.name) for segment in work]
+    )
+    totals: dict[str, float] = {}
+    running: dict[str, int] = {}
+    for (moment, change, name), (following, _, _) in pairwise(edges):
+        running[name] = running.get(name, 0) + change
+        at_once = sum(running.values())
+        for each, number in running.items():
+            if number:
+                totals[each] = totals.get(each, 0.0) + (following - moment) * number / at_once
+        if not at_once:
+            totals[IDLE] = totals.get(IDLE, 0.0) + following - moment
+    return totals
+
+
+def _rows(microseconds: dict[str, float], order: Iterable[str], steps: int) -> list[Row]:
+    """Rows in the order in which the ranges first came; what has no name of its own comes last."""
+    whole = sum(microseconds.values())
+    ranks = {name: rank for rank, name in enumerate(order)} | {OTHER: 10**6, IDLE: 10**6 + 1}
+    return [
+        Row(name, microseconds[name] / whole, microseconds[name] / 1000 / steps)
+        for name in sorted(microseconds, key=ranks.__getitem__)
+    ]
+
+
+def table(host: Sequence[Row], device: Sequence[Row], steps: int, cold: bool) -> str:
+    """The rows as text: the device's time where there is a device, and the host's beside it."""
+    rows = device or host
+    waits = {row.name: row.milliseconds for row in host}
+    names = [row.name for row in rows] + [n for n in waits if n not in {r.name for r in rows}]
+    by_name = {row.name: row for row in rows}
+    width = max(map(len, [*names, "where a step's time went"]))
+    head = f"{'where a step’s time went':{width}}  share   ms a step"
+    lines = [head + ("   ms of the host" if device else "")]
+    for name in names:
+        row = by_name.get(name, Row(name, 0.0, 0.0))
+        line = f"{name:{width}}  {100 * row.share:5.1f}%  {row.milliseconds:9.2f}"
+        if device:
+            line += f"  {waits[name]:15.2f}" if name in waits else f"  {'':15}"
+        lines.append(line.rstrip())
+    what = "device's time by the range that launched it" if device else "wall time"
+    text = f"({what}, mean of {steps} step{'s' * (steps != 1)}"
+    lines.append(text + ("; first steps, so compilation and warm-up are in it)" if cold else ")"))
+    return "\n".join(lines)
