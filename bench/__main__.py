@@ -94,8 +94,8 @@ def _run(arguments: list[str]) -> int:
                                      epilog=f"suites: {', '.join(SUITES)}")  # fmt: skip
     parser.add_argument("suites", nargs="*", choices=[*SUITES, []], metavar="SUITE")
     parser.add_argument("--trials", type=_positive(int), default=20, help="rounds a case (20)")
-    parser.add_argument("--seconds", type=_positive(float), default=6.0,
-                        help="of a case's rounds, once there are five (6)")  # fmt: skip
+    parser.add_argument("--seconds", type=_positive(float), default=4.0,
+                        help="of a case's rounds, once there are five (4)")  # fmt: skip
     parser.add_argument("--budget", type=_positive(float), default=1e9,
                         help="seconds after which no case begins (none)")  # fmt: skip
     parser.add_argument("--threads", type=_positive(int), default=torch.get_num_threads(),
