@@ -78,7 +78,7 @@ def all_reduce(size: float, gpus: int, m: Machine, messages: int = 1) -> float:
     return within + between + messages * 2 * math.ceil(math.log2(nodes)) * m.hop
 
 
-def step(gpus: int, batch: int, m: Machine = Machine(), p: Pair = Pair()) -> Step:  # noqa: B008
+def step(gpus: int, batch: int, m: Machine = Machine(), p: Pair = Pair()) -> Step:
     """A step of ``batch`` images over all GPUs.
 
     The backward pass is two thirds of the computing; a bucket is exchanged as soon as it is full,
@@ -95,19 +95,19 @@ def step(gpus: int, batch: int, m: Machine = Machine(), p: Pair = Pair()) -> Ste
                 images / math.ceil(gpus / m.gpus) / m.core_jpegs)  # fmt: skip
 
 
-def checkpoint_bytes(p: Pair = Pair()) -> float:  # noqa: B008
+def checkpoint_bytes(p: Pair = Pair()) -> float:
     """Weights and momentum of both networks and the student's average, in float32."""
     return 4 * (2 * p.parameters + p.student)
 
 
-def best_interval(gpus: int, m: Machine = Machine(), p: Pair = Pair()) -> float:  # noqa: B008
+def best_interval(gpus: int, m: Machine = Machine(), p: Pair = Pair()) -> float:
     """Seconds between checkpoints that lose least: sqrt(2 x stall x time between interruptions)
     (Young 1974). Only the snapshot stalls; the file is written beside the training."""
     stall = checkpoint_bytes(p) / m.pcie
     return math.sqrt(2 * stall / (m.interruptions * gpus))
 
 
-def table(weak: int | None, m: Machine = Machine(), p: Pair = Pair()) -> str:  # noqa: B008
+def table(weak: int | None, m: Machine = Machine(), p: Pair = Pair()) -> str:
     """The projection: ``weak`` images a GPU, or a global batch of 4,096 kept."""
     head = (
         "| GPUs | batch | a GPU | compute ms | all-reduce ms | exposed ms | in bf16 | efficiency | "
@@ -128,7 +128,7 @@ def table(weak: int | None, m: Machine = Machine(), p: Pair = Pair()) -> str:  #
     return "\n".join(lines)
 
 
-def reliability(m: Machine = Machine(), p: Pair = Pair()) -> str:  # noqa: B008
+def reliability(m: Machine = Machine(), p: Pair = Pair()) -> str:
     """Interruptions and checkpoints."""
     size = checkpoint_bytes(p)
     lines = [

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -21,6 +22,10 @@ from bdkd.config import (
 )
 from bdkd.errors import RunError, UsageError
 
+if TYPE_CHECKING:
+    from bdkd.training.distributed import Ranks
+    from bdkd.training.run_folder import RunFolder
+
 Resume = Literal["never", "auto", "require"]
 
 
@@ -34,40 +39,58 @@ class Arguments:
     resume: Resume = "never"
     """Continue the run in its folder; auto: if there is one to continue. Alone: require."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved plan (data, networks, steps, memory) and stop."""
+    """Print the resolved plan (data, networks, operations, steps, memory, hours) and stop."""
+    images_per_second: float | None = None
+    """With --dry-run: the speed to plan the hours with; without it, 1,000 images/s."""
+    profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """Record so many steps once ten have gone by: a trace in the folder's profile/, and a table of
+    where their time went. Alone: 8."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the run's folder at the end and nothing else, but for failures."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, then plan or train."""
-    given = _resume_alone(given)
-    name = given[0] if given and not given[0].startswith("-") else None
-    arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
+    """Parse, then plan or train, on all the ranks that torchrun started."""
+    from bdkd.training.distributed import first_rank_speaks, join_ranks, speak_into
+    from bdkd.training.run_folder import RunFolder
+
+    with first_rank_speaks():
+        given = _resume_alone(given)
+        name = given[0] if given and not given[0].startswith("-") else None
+        arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
     quiet = arguments.quiet and not arguments.dry_run
-    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-        arguments = _with_stored_config(arguments, given, name)
-        if arguments.dry_run:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext(),
+        join_ranks(arguments.config.distributed.timeout, arguments.config.device) as ranks,
+    ):
+        asked = arguments
+        arguments = ranks.from_first(lambda: _with_stored_config(_of_launch(asked), given, name))
+        folder = RunFolder(Path(str(arguments.config.run_dir)))
+        if not arguments.dry_run:
+            if not ranks.first:
+                speak_into(folder.logs, ranks.rank)
+            _train(arguments, folder, ranks)
+        elif ranks.first:
             from bdkd.training.plan import plan
             from bdkd.training.setup import Setup
 
-            print(plan(Setup(arguments.config)))
-        else:
-            _train(arguments)
-    if quiet:
+            print(plan(Setup(arguments.config), arguments.images_per_second))
+    if quiet and ranks.first:
         print(arguments.config.run_dir)
 
 
-def _train(arguments: Arguments) -> None:
+def _train(arguments: Arguments, folder: "RunFolder", ranks: "Ranks") -> None:
+    from bdkd.training.distributed import launch_identity
     from bdkd.training.loop import train
-    from bdkd.training.run_folder import RunFolder
     from bdkd.training.setup import Setup
 
-    assert arguments.config.run_dir is not None
-    folder = RunFolder(Path(arguments.config.run_dir))
-    begins = arguments.resume == "never" or not folder.checkpoint_paths()
-    setup = Setup(arguments.config, initial_weights=begins)
-    summary = train(setup, folder, arguments.resume, bar=not arguments.quiet)
+    begins = ranks.from_first(lambda: arguments.resume == "never" or not folder.checkpoint_paths())
+    setup = Setup(arguments.config, initial_weights=begins, ranks=ranks)
+    summary = train(
+        setup, folder, arguments.resume, not arguments.quiet, launch_identity(), arguments.profile
+    )
+    if not ranks.first:
+        return
     print()
     print(results_table(summary))
     print()
@@ -84,12 +107,23 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     method = _value_of(given, "--objective.name")
     if method is not None and method != default.objective.name:
         default = dataclasses.replace(default, objective=ObjectiveConfig(method))
-    return tyro.cli(
+    arguments = tyro.cli(
         Arguments,
         prog="bdkd train",
-        args=given,
+        args=_profile_alone(given),
         default=Arguments(recipe=given[0], config=default),
     )
+    rate = arguments.images_per_second
+    if rate is not None and not arguments.dry_run:
+        raise UsageError("--images-per-second plans a run: give --dry-run with it")
+    if rate is not None and not 0 < rate < math.inf:
+        raise UsageError(f"--images-per-second must be above 0 and finite, got {rate}")
+    if arguments.profile < 0 or (arguments.profile and arguments.dry_run):
+        raise UsageError(
+            f"--profile must be a number of steps from 1 on and without --dry-run, "
+            f"got {arguments.profile}"
+        )
+    return arguments
 
 
 def _check_network_names(given: list[str], default: Recipe) -> None:
@@ -150,6 +184,21 @@ def _with_stored_config(arguments: Arguments, given: list[str], name: str | None
     return dataclasses.replace(arguments, config=config)
 
 
+def _of_launch(arguments: Arguments) -> Arguments:
+    """A restart by torchrun continues what the same torchrun began, in the same folder."""
+    from bdkd.training.distributed import launch_identity
+    from bdkd.training.run_folder import RunFolder, default_run_dir
+
+    launch, config = launch_identity(), arguments.config
+    if launch is None or arguments.resume != "never":
+        return arguments
+    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config, "auto")
+    if not RunFolder(run_dir).launched_by(launch):
+        return arguments
+    config = dataclasses.replace(config, run_dir=str(run_dir))
+    return dataclasses.replace(arguments, config=config, resume="auto")
+
+
 def _resume_alone(given: list[str]) -> list[str]:
     """``--resume`` without a value means ``require``."""
     values = ("never", "auto", "require")
@@ -163,6 +212,16 @@ def _resume_alone(given: list[str]) -> list[str]:
                     f"got {following!r} (a recipe comes first)"
                 )
             expanded.append("require")
+    return expanded
+
+
+def _profile_alone(given: list[str]) -> list[str]:
+    """``--profile`` without a value means 8 steps."""
+    expanded = []
+    for argument, following in pairwise([*given, ""]):
+        expanded.append(argument)
+        if argument == "--profile" and (not following or following.startswith("-")):
+            expanded.append("8")
     return expanded
 
 

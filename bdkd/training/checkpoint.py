@@ -13,7 +13,7 @@ from torch import nn
 
 from bdkd.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
 _KEYS = {"format", "recipe", "state"}
 
 

@@ -9,6 +9,7 @@ Two process groups: ``group`` carries tensors (NCCL for those on a GPU, gloo for
 
 import contextlib
 import datetime
+import io
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ _LOST = re.compile(
     r"gloo|NCCL|ncclComm|pair closure|Connection (closed|reset|refused)|Broken pipe|Timed out",
     re.IGNORECASE,
 )
+_own_files: list[IO[str]] = []  # what this process prints into, if not on the terminal
+_SPEAK_SECONDS = 2.0  # in which the first rank says what it has to say
 _REPORT_SECONDS = 5.0  # how long a rank that lost another waits for the others to say the same
 
 
@@ -248,6 +251,24 @@ def launch_identity() -> str | None:
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
+@contextlib.contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """While all ranks do the same, one of them says what is wrong with it: the others are silent,
+    and wait with their exit, upon which torchrun would end the one that speaks."""
+    if not launched() or os.environ["RANK"] == "0":
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except SystemExit:
+        time.sleep(_SPEAK_SECONDS)
+        raise
+    except UsageError as error:
+        time.sleep(_SPEAK_SECONDS)
+        raise SystemExit(2) from error
+
+
 def speak_into(folder: Path, rank: int) -> None:
     """Append what this process prints from now on, its libraries included, to a file of its own."""
     try:
@@ -257,6 +278,7 @@ def speak_into(folder: Path, rank: int) -> None:
         raise RunError(
             f"cannot write the log of rank {rank} in {folder}: {error.strerror or error}"
         ) from error
+    _own_files.append(file)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     now = datetime.datetime.now().isoformat(" ", "seconds")
     file.write(f"--- rank {rank} on {socket.gethostname()}, {now}, restart {attempt}\n")
@@ -265,18 +287,19 @@ def speak_into(folder: Path, rank: int) -> None:
         os.dup2(file.fileno(), descriptor)
 
 
-def report_failure(error: BaseException) -> None:
-    """Leave the error where torchrun looks for the first one that failed, and let the first rank
-    speak before this one's exit makes torchrun end them all."""
-    if not launched() or isinstance(error, Interrupted):
-        return
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+def report_failure(error: BaseException) -> bool:
+    """Leave the error where torchrun looks for the first that failed. Whether this rank should say
+    it: the first rank on the terminal, another in its own file, where it leaves the trace too."""
+    first, failed = os.environ.get("RANK", "0") == "0", not isinstance(error, Interrupted)
+    if failed and "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-    if os.environ["RANK"] != "0":
-        traceback.print_exception(error)  # in this rank's own file
-        time.sleep(2)
+    if failed and not first:
+        if _own_files:
+            traceback.print_exception(error)
+        time.sleep(_SPEAK_SECONDS)  # upon this rank's exit torchrun ends the first one too
+    return first or bool(_own_files)
 
 
 def _store(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:

@@ -3,60 +3,118 @@
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from bdkd.data import Batch
 from bdkd.errors import Interrupted, RunError
+from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint, snapshot
 from bdkd.training.evaluate import evaluate
 from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
+from bdkd.training.profile import StepProfiler, in_range
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.signals import StopRequest
 from bdkd.training.state import Best, TrainingState
-from bdkd.training.step import forward_and_loss, train_step
+from bdkd.training.step import Forward, compiled, forward_and_loss, train_step, warm_up
 from bdkd.training.summary import summarise
+from bdkd.training.usage import Usage
 
 VALIDATION_METRICS = ("top1", "top5", "nll", "ece", "mce", "brier", "entropy")
 
 
-def train(setup: Setup, folder: RunFolder, resume: str, bar: bool = True) -> dict[str, Any]:
-    """Train, evaluate, summarise. Returns what went into ``summary.json``.
+def train(
+    setup: Setup,
+    folder: RunFolder,
+    resume: str,
+    bar: bool = True,
+    launch: str | None = None,
+    profiled_steps: int = 0,
+) -> dict[str, Any]:
+    """Train, evaluate, summarise. Returns what went into ``summary.json``, on the first rank.
+
+    The first rank alone reads and writes the folder.
 
     Args:
         resume: ``never``, ``auto`` or ``require``, as :meth:`RunFolder.open_for_training` has it.
         bar: draw progress where standard error is a terminal.
+        launch: identity of the ``torchrun`` that started this, whose restarts continue the run.
+        profiled_steps: how many to record in ``profile/`` and ``profile.json``.
 
     Raises:
         RunError: one line on what is missing, in the way or broke.
-        Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
-    recipe = setup.recipe
-    state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
+    recipe, ranks = setup.recipe, setup.ranks
+    state = TrainingState(
+        recipe, setup.networks, setup.source.info.counts["train"], setup.device,
+        ranks=ranks, sharded=setup.sharded, controls=setup.objective.controls,
+    )  # fmt: skip
     check_sinks(recipe)
+    writer = BackgroundWriter()
+
+    def open_folder() -> tuple[bool, tuple[Path, dict[str, Any]] | None]:
+        continues = folder.open_for_training(resume, launch)
+        return continues, folder.newest_state(warn=print) if continues else None
+
     try:
-        continues = folder.open_for_training(resume)
-        found = folder.newest_state(warn=print) if continues else None
+        continues, found = ranks.from_first(open_folder)
+        forward = compiled() if recipe.train.compile else forward_and_loss
+        settle(setup, state, forward)
         if found is not None:
             restore(state, *found)
         if continues:
             where = found[0] if found else "the beginning: no checkpoint was written"
             print(f"continuing at step {state.position.step}, from {where}", flush=True)
-        folder.write_config(recipe)  # a refused resume has changed nothing
-        folder.drop_after(state.position.step)
-        sinks = open_sinks(recipe, folder.path, folder.events, state.position.step)
-        console = Console(last_step(state), state.position.step, bar)
+        sinks = []
+        if ranks.first:
+            folder.write_config(recipe)  # a refused resume has changed nothing
+            folder.drop_after(state.position.step)
+            sinks = open_sinks(recipe, folder.path, folder.events, state.position.step)
+        console = Console(last_step(state), state.position.step, bar and ranks.first)
         try:
-            with StopRequest() as stop:
-                Run(setup, state, folder, sinks, console, stop).run()
+            # Alone, nobody can keep a step from ending.
+            with (
+                StopRequest(None if ranks.alone else recipe.distributed.grace) as stop,
+                StepProfiler(profiled_steps, last_step(state) - state.position.step, folder.path,
+                             setup.device, console.line, ranks.rank) as profiler,
+            ):  # fmt: skip
+                Run(setup, state, folder, sinks, console, stop, writer, forward, profiler).run()
         finally:
             console.close()
             for sink in sinks:
                 sink.close()
-        return summarise(setup, state, folder)
+        return summarise(setup, whole(setup, state, folder), folder) if ranks.first else {}
     finally:
+        writer.wait()
         folder.close()
+
+
+def settle(setup: Setup, state: TrainingState, forward: Forward) -> None:
+    """Let several ranks agree on the order in which gradients are added up, which DDP finds in its
+    first steps: a resumed run then adds them as the run that was never stopped does."""
+    if state.ranks.alone:
+        return
+    info, size = setup.source.info, setup.recipe.train.batch_size
+    mine = state.ranks.shard.of_batch(size)
+    count = mine.stop - mine.start
+    images = torch.zeros(count, info.channels, *info.image_size, device=state.device)
+    target = torch.zeros(count, dtype=torch.int64, device=state.device)
+    batch = Batch((images,) * setup.objective.views, target)
+    warm_up(state, setup.objective, batch, setup.recipe.train, forward)
+
+
+def whole(setup: Setup, state: TrainingState, folder: RunFolder) -> TrainingState:
+    """The state on the first rank alone, to look at when the training is over."""
+    if not setup.sharded:
+        return state
+    images, device = setup.source.info.counts["train"], setup.device
+    alone = TrainingState(setup.recipe, setup.fresh_networks(), images, device)
+    alone.load_state_dict(load_checkpoint(folder.step_path(state.position.step))[1])
+    return alone
 
 
 def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
@@ -74,6 +132,16 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
         raise RunError(
             f"{path} was trained on {images} images, the data now has {state.train_images}: "
             "restore the data set or data.validation, or choose another --run-dir"
+        )
+    before, now = len(saved["ranks"]), state.ranks.world
+    if before != now:
+        print(
+            f"resuming on {now} rank{'s' * (now > 1)} what {before} began: the batches stay as "
+            "they were, image for image, and so does the learning rate; sums round otherwise, "
+            "dropout draws anew, and batch norm without distributed.sync_batch_norm normalises "
+            f"over {state.recipe.train.batch_size // now} images instead of "
+            f"{state.recipe.train.batch_size // before}",
+            flush=True,
         )
 
 
@@ -93,13 +161,16 @@ class Run:
         sinks: list[Sink],
         console: Console,
         stop: StopRequest,
+        writer: BackgroundWriter,
+        forward: Forward,
+        profiler: StepProfiler,
     ) -> None:
         self.setup, self.state, self.folder = setup, state, folder
-        self.sinks, self.console, self.stop = sinks, console, stop
-        self.recipe = setup.recipe
+        self.profiler, self.usage = profiler, Usage(setup)
+        self.sinks, self.console, self.stop, self.writer = sinks, console, stop, writer
+        self.recipe, self.ranks, self.forward = setup.recipe, setup.ranks, forward
         self.end = last_step(state)
-        compiled = self.recipe.train.compile
-        self.forward = torch.compile(forward_and_loss) if compiled else forward_and_loss
+        self.saved = time.monotonic()  # when the last checkpoint was
         self.since = time.monotonic()  # what position.seconds does not count yet
         self.clock = time.monotonic()  # of the log interval; stands still while evaluating, saving
         self.images = 0
@@ -108,41 +179,54 @@ class Run:
         """Every step that remains."""
         recipe, position = self.recipe, self.state.position
         self.setup.networks.train()
-        if position.validation_due:  # the run was stopped before it came to that
-            self.validate()
+        if position.validation_due and self.validate():  # the run was stopped before it came to it
+            self.save(newest=False, best=True)
         while position.step < self.end:
             epoch = position.epoch
             batches = self.setup.source.train_batches(
-                epoch, position.seen, recipe.train.batch_size, self.setup.objective.views
-            )
-            for batch in batches:
+                epoch, position.seen, recipe.train.batch_size, self.setup.objective.views,
+                self.ranks.shard,
+            )  # fmt: skip
+            for batch in self.usage.watch(batches):
+                self.ranks.place = f"step {position.step + 1}"
                 train_step(self.state, self.setup.objective, batch, recipe.train, self.forward)
                 self.console.step()
-                self.images += len(batch.target)
+                self.images += recipe.train.batch_size
                 last = position.step == self.end
                 if position.step % recipe.log_every == 0 or last:
                     self.log_interval(epoch)
                 epoch_ended = position.epoch > epoch
                 evaluated = epoch_ended and position.epoch % recipe.evaluate_every == 0
                 position.validation_due = evaluated or last
-                if self.stop.signal is not None and not last:
-                    self.save_and_stop(self.stop.signal)
+                signal, overdue = self.ranks.agree(self.stop.signal or 0, int(self.overdue()))
+                if signal and not last:
+                    self.save_and_stop(signal)
                 # Evaluated before it is saved: a checkpoint knows the result of its own step.
-                if position.validation_due:
-                    self.validate()
-                due = position.step % recipe.checkpoint.every_steps == 0
-                if last or (due and not self.state.in_a_skipped_row()):
-                    self.save()
+                best = position.validation_due and self.validate()
+                due = overdue or position.step % recipe.checkpoint.every_steps == 0
+                newest = last or (bool(due) and not self.state.in_a_skipped_row())
+                if newest or best:
+                    self.save(newest, best)
+                self.profiler.step()
                 if last:
                     break
             if position.epoch == epoch and position.step < self.end:
                 # resumed with larger batches or fewer images: no whole batch is left of the epoch
                 position.epoch, position.seen = epoch + 1, 0
+        self.finish_files()
 
+    def overdue(self) -> bool:
+        """Whether the first rank's clock asks for a checkpoint; clocks may differ."""
+        minutes = self.recipe.checkpoint.every_minutes
+        late = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
+        return late and self.ranks.first
+
+    @in_range("log")
     def log_interval(self, epoch: int) -> None:
         """Read the device: the means since the last time, and whether steps were skipped."""
         position = self.state.position
-        values = self.state.meter.read()  # waits for the device, so that the clock is right
+        # waits for the device, so that the clock is right
+        values = self.state.meter.read(self.ranks)
         seconds = time.monotonic() - self.clock
         line = {
             "step": position.step,
@@ -150,6 +234,7 @@ class Run:
             "split": "train",
             **values,
             "images_per_second": self.images / seconds,
+            **self.usage.read(self.images, seconds),
             "learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "skipped_steps": self.check_skipped(),
         }
@@ -181,16 +266,18 @@ class Run:
             )
         return total
 
-    def validate(self) -> None:
-        """Evaluate on the validation part, where there is one; keep the best student."""
+    @in_range("evaluation")
+    def validate(self) -> bool:
+        """Evaluate on the validation part, where there is one; whether the student is the best."""
         began = time.monotonic()
         state, recipe = self.state, self.recipe
         state.position.validation_due = False
         if not self.setup.source.info.counts["val"]:
-            return
+            return False
+        self.ranks.place = f"the evaluation after step {state.position.step}"
         results = evaluate(
             state.evaluated_networks(), self.setup.source, "val", recipe.train.batch_size,
-            recipe.train.precision,
+            recipe.train.precision, self.ranks,
         )  # fmt: skip
         self.log(
             {
@@ -210,31 +297,64 @@ class Run:
         self.console.line(f"epoch {state.position.epoch}  validation  {shown}")
         judged = state.judged_networks()
         top1 = sum(results[name].top1 for name in judged) / len(judged)
-        # Of equals the later one: its learning rate had come further down.
-        if state.best is None or top1 >= state.best.top1:
-            state.best = Best(state.position.step, top1)
-            self.folder.save_best(state.position.step, recipe, state.state_dict())
         self.clock += time.monotonic() - began
+        # Of equals the later one: its learning rate had come further down.
+        if state.best is not None and top1 < state.best.top1:
+            return False
+        state.best = Best(state.position.step, top1)
+        return True
 
-    def save(self) -> Path:
-        """Write a checkpoint."""
+    @in_range("checkpoint")
+    def save(self, newest: bool, best: bool) -> None:
+        """Take a snapshot of this step and let it be written, as the newest checkpoint, the best
+        student, or both."""
         began = time.monotonic()
         self.count_time()
-        recipe, step = self.recipe, self.state.position.step
-        path = self.folder.save(step, recipe, self.state.state_dict(), recipe.checkpoint.keep)
-        self.clock += time.monotonic() - began
-        return path
+        recipe, step, folder = self.recipe, self.state.position.step, self.folder
+        self.ranks.place = f"the checkpoint of step {step}"
+        state = self.state.state_dict()
+        if state is not None:
+            self.warn_of_lost_checkpoint()
+            state = snapshot(state)
+            self.writer.submit(
+                partial(folder.save, step, recipe, state, recipe.checkpoint.keep)
+                if newest else None,
+                partial(folder.save_best, step, recipe, state) if best else None,
+            )  # fmt: skip
+        self.saved = time.monotonic()
+        self.clock += self.saved - began
+
+    def warn_of_lost_checkpoint(self) -> None:
+        """A checkpoint that could not be written does not end a run: the next one tries again."""
+        self.writer.wait()
+        if error := self.writer.take_failure():
+            self.console.line(f"warning: training goes on without this checkpoint: {error}")
 
     def save_and_stop(self, signal_number: int) -> NoReturn:
         """Answer a signal."""
-        path = self.save()
+        self.save(newest=True, best=False)
+        self.finish_files()
+        step = self.state.position.step
         raise Interrupted(
             signal_number,
-            f"stopped at step {self.state.position.step}, saved in {path}; continue with: "
+            f"stopped at step {step}, saved in {self.folder.step_path(step)}; continue with: "
             f"bdkd train --resume --run-dir {shlex.quote(str(self.folder.path))}",
         )
 
+    def finish_files(self) -> None:
+        """What the run leaves must be written now."""
+        if self.ranks.first:
+            self.writer.finish()
+            self.folder.flush_metrics()
+
     def log(self, values: dict[str, Any]) -> None:
-        self.folder.append_metrics(values)
-        for sink in self.sinks:
-            sink.scalars(values["step"], flat_scalars(values))
+        if not self.ranks.first:
+            return
+        if warning := self.folder.append_metrics(values):
+            self.console.line(f"warning: {warning}")
+        for sink in list(self.sinks):
+            try:
+                sink.scalars(values["step"], flat_scalars(values))
+            except RunError as error:  # metrics.jsonl has it all
+                self.console.line(f"warning: training goes on without this log: {error}")
+                self.sinks.remove(sink)

@@ -1,9 +1,12 @@
 """Running means of a log interval, kept on the device and read once, when they are logged."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from bdkd.training.distributed import ALONE, Ranks
 
 BINS = 15
 _SUMS = ("loss", "top1", "top5", "nll", "entropy")
@@ -68,8 +71,10 @@ class TrainingMeter:
         for name, value in statistics.items():
             self.statistics[name] = self.statistics.get(name, 0) + value.detach().double().sum()
 
-    def read(self) -> dict[str, object]:
-        """The interval's means, as they go into metrics.jsonl, and start anew. Syncs."""
+    def read(self, ranks: Ranks = ALONE) -> dict[str, object]:
+        """The interval's means over all ranks, as they go into metrics.jsonl, and start anew.
+        Syncs."""
+        ranks.sum(self.samples, self.trained, self.sums, self.gaps, *self.statistics.values())
         samples = max(self.samples.item(), 1.0)
         eces = self.gaps.view(-1, BINS).abs().sum(-1) / samples
         means = self.sums / samples
@@ -95,7 +100,11 @@ class TrainingMeter:
             "gaps": self.gaps, "statistics": self.statistics,
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Tensor | dict[str, Tensor]]) -> None:
-        for name in ("samples", "trained", "sums", "gaps"):
-            getattr(self, name).copy_(state[name])
-        self.statistics = {k: v.to(self.device) for k, v in dict(state["statistics"]).items()}
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Go on from the sums of some saved meters: one's own, or several to be counted as one."""
+        self.reset()
+        for state in states:
+            for name in ("samples", "trained", "sums", "gaps"):
+                getattr(self, name).add_(state[name].to(self.device))
+            for name, value in state["statistics"].items():
+                self.statistics[name] = self.statistics.get(name, 0) + value.to(self.device)

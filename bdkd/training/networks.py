@@ -1,12 +1,16 @@
 """K networks as one module: evaluated, compiled, wrapped and saved as one."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bdkd.config import NetworkConfig, OptimizerConfig
+from bdkd.config import DistributedConfig, NetworkConfig, OptimizerConfig
 from bdkd.models import create_model
+from bdkd.training.distributed import Ranks, copy_flat, flatten
+from bdkd.training.profile import named_range
 
 
 class Networks(nn.Module):
@@ -41,7 +45,8 @@ class Networks(nn.Module):
         inputs = views if len(views) > 1 else views * len(self.members)
         logits = {}
         for (name, network), images in zip(self.members.items(), inputs, strict=True):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
+            trains = torch.is_grad_enabled() and name not in self.frozen
+            with named_range(f"{name} forward"), torch.set_grad_enabled(trains):
                 logits[name] = network(images)
         return logits
 
@@ -69,20 +74,61 @@ def build_networks(
     )
 
 
+def on_all_ranks(
+    networks: Networks, sharded: Iterable[str], ranks: Ranks, config: DistributedConfig
+) -> nn.Module:
+    """All networks under one DDP, so that there is one order of collectives: the gradients become
+    their means over the ranks during the backward pass. The sharded ones see to theirs themselves.
+
+    Running statistics are each rank's own and no rank's training sees them: the first rank's are
+    saved, and evaluated everywhere. The graph is taken to be the same in every step.
+    """
+    if ranks.alone:
+        return networks
+    ignored = [
+        f"members.{name}.{key}" for name in sharded for key in networks.members[name].state_dict()
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(networks, ignored)
+    with warnings.catch_warnings():
+        # deprecated for a name that torch 2.8 does not have
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+        model = DistributedDataParallel(
+            networks, process_group=ranks.group, broadcast_buffers=False,
+            gradient_as_bucket_view=True, static_graph=True,
+        )  # fmt: skip
+    if config.compress == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        model.register_comm_hook(ranks.group, bf16_compress_hook)
+    return model
+
+
+def unsharded(parameter: nn.Parameter) -> nn.Parameter:
+    """All of a parameter, which every rank updates."""
+    return parameter
+
+
 def build_optimizer(
-    networks: Networks, configs: Mapping[str, NetworkConfig], config: OptimizerConfig
+    networks: Networks,
+    configs: Mapping[str, NetworkConfig],
+    config: OptimizerConfig,
+    own_part: Callable[[nn.Parameter], nn.Parameter],
 ) -> torch.optim.Optimizer:
     """One optimizer; two parameter groups a network that trains, with weight decay and without.
 
     Each group carries its network's name and peak learning rate. Fused, because the fused kernels
     skip a step on the device itself (``found_inf``), without asking the host.
+
+    Args:
+        own_part: what of a sharded parameter this rank updates.
     """
     groups = []
     for name, network in networks.trained().items():
         peak_rate = configs[name].learning_rate or config.learning_rate
         least = 0 if config.decay_norms else 2  # norms and biases have one dimension
-        decayed = [p for p in network.parameters() if p.ndim >= least]
-        not_decayed = [p for p in network.parameters() if p.ndim < least]
+        own = [own_part(p) for p in network.parameters()]
+        decayed = [p for p in own if p.ndim >= least]
+        not_decayed = [p for p in own if p.ndim < least]
         for parameters, decay in ((decayed, config.weight_decay), (not_decayed, 0.0)):
             if not parameters:
                 continue
@@ -119,19 +165,11 @@ class SavedBuffers:
         for buffer in buffers:
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
         self.groups = list(by_dtype.values())
-        self.saved = [_flat(group) for group in self.groups]
+        self.saved = [flatten(group) for group in self.groups]
 
     @torch.no_grad()
     def restore(self, where: Tensor) -> None:
         """Put the copy back where the 0-dim condition holds; it is never read on the host."""
         for group, saved in zip(self.groups, self.saved, strict=True):
             # A selection, not a blend: 0 * NaN would carry the NaN over.
-            kept = torch.where(where, saved, _flat(group))
-            pieces = kept.split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(
-                group, [piece.view_as(b) for piece, b in zip(pieces, group, strict=True)]
-            )
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+            copy_flat(group, torch.where(where, saved, flatten(group)))

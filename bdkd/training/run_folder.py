@@ -138,13 +138,16 @@ class RunFolder:
         named = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in self.checkpoints.iterdir())
         return sorted((p for match, p in named if match and match[1] == kind), reverse=True)
 
+    def step_path(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.pt"
+
     def best_path(self, step: int) -> Path:
         return self.checkpoints / f"best-{step:08d}.pt"
 
     def save(self, step: int, recipe: Recipe, state: Mapping[str, Any], keep: int) -> Path:
         """Write the checkpoint of a step. Of the older ones the newest ``keep - 1`` stay, and the
         best students that those that stay know of."""
-        path = self.checkpoints / f"step-{step:08d}.pt"
+        path = self.step_path(step)
         save_checkpoint(path, to_toml(recipe), state)
         kept, dropped = self.checkpoint_paths()[:keep], self.checkpoint_paths()[keep:]
         known = [p for p in self.checkpoint_paths("best") if step_of(p) <= step_of(kept[-1])]

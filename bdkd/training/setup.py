@@ -10,6 +10,8 @@ from bdkd.data import DataSource, create_source
 from bdkd.errors import RunError, UsageError
 from bdkd.objectives import Objective, create_objective, resolve_options
 from bdkd.training.checkpoint import load_weights
+from bdkd.training.device import set_flags
+from bdkd.training.distributed import ALONE, Ranks, local_rank
 from bdkd.training.networks import Networks, build_networks
 
 
@@ -19,20 +21,23 @@ class Setup:
     Args:
         initial_weights: read ``networks.NAME.weights``. A run that has a checkpoint does not need
             them any more, and their files may be gone.
+        ranks: the processes that train together.
 
     Raises:
         UsageError: a value of the recipe does not fit, or names nothing there is.
         RunError: data or weights are missing or cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, initial_weights: bool = True) -> None:
+    def __init__(self, recipe: Recipe, initial_weights: bool = True, ranks: Ranks = ALONE) -> None:
         check_recipe(recipe)
         # What a run's files say of its method is what was used.
         recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
-        self.recipe = recipe
-        self.device = choose_device(recipe.device)
+        self.recipe, self.ranks = recipe, ranks
+        self.device = choose_device(recipe.device, local_rank())
+        check_ranks(recipe, ranks, self.device)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
+        set_flags(self.device, recipe.train)
         # Made first: it refuses networks that do not suit the method before any data is read.
         self.objective: Objective = create_objective(recipe.objective, recipe.networks)
         if self.objective.controls and recipe.train.accumulate > 1:
@@ -48,26 +53,60 @@ class Setup:
                 f"train.batch_size must be at most the {images} training images, got {batch_size}"
             )
         torch.manual_seed(recipe.seed)
-        try:
-            self.networks: Networks = build_networks(
-                recipe.networks,
-                self.objective.frozen,
-                self.source.info.num_classes,
-                self.source.info.channels,
-            )
-        except ValueError as error:  # an unknown model or option, said in one line
-            raise UsageError(str(error)) from error
+        self.networks: Networks = self.fresh_networks()
         for name, config in recipe.networks.items():
             if initial_weights and config.weights is not None:
                 load_weights(self.networks.members[name], name, Path(config.weights))
-        self.networks.to(self.device)
-        self.networks.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        self.sharded = [] if ranks.alone else [n for n, c in recipe.networks.items() if c.shard]
+        if recipe.distributed.sync_batch_norm and not ranks.alone:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.networks, ranks.group)
+        if self.sharded:
+            from bdkd.training.sharding import shard
+
+            for name in self.sharded:
+                shard(self.networks.members[name], ranks, self.device)
+
+    def fresh_networks(self) -> Networks:
+        """The networks with random weights, whole, on the device."""
+        info, train = self.source.info, self.recipe.train
+        try:
+            networks = build_networks(
+                self.recipe.networks, self.objective.frozen, info.num_classes, info.channels
+            )
+        except ValueError as error:  # an unknown model or option, said in one line
+            raise UsageError(str(error)) from error
+        layout = torch.channels_last if train.channels_last else torch.contiguous_format
+        networks.to(self.device)
+        networks.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        return networks
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+def check_ranks(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
+    """Raise ``UsageError`` for what does not suit so many ranks."""
+    if ranks.alone:
+        return
+    train = recipe.train
+    if train.batch_size // ranks.world < train.accumulate:
+        raise UsageError(
+            f"train.batch_size must be at least {ranks.world * train.accumulate}, an image for "
+            f"each of the {ranks.world} ranks and parts, got {train.batch_size}"
+        )
+    if recipe.distributed.sync_batch_norm and device.type == "cpu":
+        raise UsageError("distributed.sync_batch_norm must be false on CPUs: torch has it on GPUs")
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` is a GPU where there is one; of several ranks of a machine each takes its own."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(
+                f"no GPU for local rank {local_rank}: there are {torch.cuda.device_count()}, so "
+                "give torchrun at most as many --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,16 +1,26 @@
 """The one owner of everything that a checkpoint holds."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bdkd.config import Recipe
+from bdkd.data.base import mix_seed
+from bdkd.training.checkpoint import snapshot
+from bdkd.training.distributed import ALONE, Ranks
 from bdkd.training.meter import TrainingMeter
-from bdkd.training.networks import Networks, build_optimizer
+from bdkd.training.networks import Networks, build_optimizer, on_all_ranks, unsharded
 from bdkd.training.schedule import rate_factor
+
+if TYPE_CHECKING:
+    from bdkd.training.sharding import Sharding
 
 EMA_SUFFIX = "_ema"
 
@@ -35,13 +45,40 @@ class Best:
 
 
 class TrainingState:
-    """Networks, optimizer, loss scale, averages, position, random state and counters of a run."""
+    """Networks, optimizer, loss scale, averages, position, random state and counters of a run.
+
+    Args:
+        sharded: networks whose weights are shared out among the ranks.
+        controls: the method decides batch by batch which networks train.
+
+    Attributes:
+        model: the networks as a step calls them, under DDP where there are several ranks.
+    """
 
     def __init__(
-        self, recipe: Recipe, networks: Networks, train_images: int, device: torch.device
+        self,
+        recipe: Recipe,
+        networks: Networks,
+        train_images: int,
+        device: torch.device,
+        *,
+        ranks: Ranks = ALONE,
+        sharded: Sequence[str] = (),
+        controls: bool = False,
     ) -> None:
-        self.recipe, self.networks, self.device = recipe, networks, device
-        self.optimizer = build_optimizer(networks, recipe.networks, recipe.optimizer)
+        self.recipe, self.networks, self.device, self.ranks = recipe, networks, device, ranks
+        # DDP waits for a gradient of every network, and one may pause.
+        self.model = (
+            networks if controls else on_all_ranks(networks, sharded, ranks, recipe.distributed)
+        )
+        self.sharding: Sharding | None = None
+        own_part = unsharded
+        if sharded:
+            from bdkd.training import sharding  # a second to import
+
+            self.sharding = sharding.Sharding(sharded)
+            own_part = self.sharding.own_part
+        self.optimizer = build_optimizer(networks, recipe.networks, recipe.optimizer, own_part)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
         self.students = [n for n, config in recipe.networks.items() if config.role == "student"]
         self.ema: dict[str, nn.Module] = {}
@@ -58,6 +95,8 @@ class TrainingState:
         self.best: Best | None = None
         # (3,) on the device: steps skipped, skipped in a row now, longest such row since last read
         self.skipped = torch.zeros(3, dtype=torch.int64, device=device)
+        if not ranks.first:  # each rank's dropout is its own
+            torch.manual_seed(mix_seed(recipe.seed, 2, ranks.rank))
 
     def evaluated_networks(self) -> dict[str, nn.Module]:
         """Every network by name, the students' averages among them."""
@@ -69,8 +108,23 @@ class TrainingState:
         return list(self.ema) or self.students or list(self.networks.members)
 
     def loss_scale(self) -> Tensor:
-        """What the losses will be multiplied by, 0-dim on the device."""
-        return self.scaler.scale(torch.ones((), device=self.device))
+        """What the losses will be multiplied by, 0-dim on the device. Each rank's losses are shares
+        of the whole batch's mean, and the ranks' gradients are averaged where a sum is wanted."""
+        return self.scaler.scale(torch.full((), float(self.ranks.world), device=self.device))
+
+    def exchanging(self, last: bool) -> AbstractContextManager:
+        """The gradients travel between the ranks in the backward pass of a step's last part."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def unscale_gradients(self) -> None:
+        """Take the loss scale out of the gradients, once they are those of all ranks."""
+        if self.model is self.networks:
+            self.ranks.average_gradients(
+                p.grad for p in self.networks.parameters() if p.grad is not None
+            )
+        self.scaler.unscale_(self.optimizer)
 
     def set_learning_rate(self) -> None:
         factor = rate_factor(
@@ -82,11 +136,13 @@ class TrainingState:
     def check_and_clip(self, clip_norm: float | None) -> Tensor:
         """Whether every network's gradient norm is finite, 0-dim; each is clipped by its own."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for network in self.networks.trained().values():
+        for name, network in self.networks.trained().items():
             parameters = [p for p in network.parameters() if p.grad is not None]
             if not parameters:
                 continue  # it paused on this batch
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.sharding is not None and name in self.sharding.names:
+                norm = self.sharding.whole(norm)
             finite = finite & norm.isfinite()
             if clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
@@ -96,6 +152,8 @@ class TrainingState:
         """Step, or not: the fused optimizer decides on the device, as it does for a GradScaler."""
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # gradients are unscaled
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        if self.sharding is not None:
+            self.sharding.take_gradients()
         self.optimizer.step()
         self.scaler.update()
 
@@ -135,26 +193,39 @@ class TrainingState:
         Syncs, as saving does."""
         return int(self.skipped[1]) > 0
 
-    def state_dict(self) -> dict[str, object]:
-        """Tensors and plain values only: what ``torch.load(weights_only=True)`` can read."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Tensors and plain values only: what ``torch.load(weights_only=True)`` can read. All ranks
+        must call it; the first has the whole, the others None."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        own = {"rng": rng, "meter": self.meter.state_dict()}
+        networks, optimizer = self.networks.state_dict(), self.optimizer.state_dict()
+        if self.sharding is not None:
+            networks = self.sharding.gather_weights(networks)
+            optimizer = self.sharding.gather_moments(self.optimizer, optimizer)
+        of_ranks = self.ranks.gather(own if self.ranks.alone else snapshot(own))
+        if of_ranks is None:
+            return None
         return {
             "train_images": self.train_images,
-            "networks": self.networks.state_dict(),
+            "networks": networks,
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
-            "meter": self.meter.state_dict(),
             "skipped": self.skipped,
             "position": dict(vars(self.position)),
             "best": dict(vars(self.best)) if self.best else None,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "ranks": of_ranks,
         }
 
-    def load_state_dict(self, saved: Mapping[str, dict]) -> None:
-        """Go on from a saved state, bit for bit. What the saved run did not have (averages, a loss
-        scale) begins afresh."""
-        self.networks.load_state_dict(saved["networks"])
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state, bit for bit where there are as many ranks as then. What the
+        saved run did not have (averages, a loss scale) begins afresh."""
+        networks, optimizer = saved["networks"], saved["optimizer"]
+        if self.sharding is not None:
+            networks = self.sharding.share_out_weights(networks, self.networks.state_dict())
+            optimizer = self.sharding.share_out_moments(self.optimizer, optimizer)
+        self.networks.load_state_dict(networks)
         for name, average in self.ema.items():
             student = self.networks.members[name.removesuffix(EMA_SUFFIX)]
             average.load_state_dict(saved["ema"].get(name) or student.state_dict())
@@ -162,15 +233,26 @@ class TrainingState:
         # been given anew.
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(optimizer)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        self.meter.load_state_dict(saved["meter"])
         self.skipped = torch.as_tensor(saved["skipped"]).to(self.device)
         self.position = Position(**saved["position"])
         self.best = Best(**saved["best"]) if saved["best"] else None
-        torch.set_rng_state(saved["rng"]["cpu"].cpu())
-        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu(), self.device)
+        self._load_of_ranks(saved["ranks"])
+
+    def _load_of_ranks(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Random state and meter are each rank's own. For another number of ranks the random state
+        begins anew, and the first rank's meter counts what all had counted."""
+        rank, world = self.ranks.rank, self.ranks.world
+        if len(saved) != world:
+            self.meter.load_state_dict(*(own["meter"] for own in saved if rank == 0))
+            torch.manual_seed(mix_seed(self.recipe.seed, 2, rank, self.position.step))
+            return
+        self.meter.load_state_dict(saved[rank]["meter"])
+        rng = saved[rank]["rng"]
+        torch.set_rng_state(rng["cpu"].cpu())
+        if self.device.type == "cuda" and rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)

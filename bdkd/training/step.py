@@ -3,38 +3,63 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdkd.config import TrainConfig
 from bdkd.data import Batch
 from bdkd.objectives import Objective, ObjectiveOutput
-from bdkd.training.networks import Networks, SavedBuffers
+from bdkd.training.distributed import Ranks
+from bdkd.training.networks import SavedBuffers
+from bdkd.training.profile import named_range
 from bdkd.training.state import TrainingState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Forward = Callable[
-    [Networks, Objective, Batch, TrainConfig, float, Tensor],
+    [nn.Module, Objective, Batch, TrainConfig, float, Tensor, Ranks],
     tuple[dict[str, Tensor], ObjectiveOutput],
 ]
 
 
 def forward_and_loss(
-    networks: Networks,
+    model: nn.Module,
     objective: Objective,
     batch: Batch,
     options: TrainConfig,
     normaliser: float,
     loss_scale: Tensor,
+    ranks: Ranks,
 ) -> tuple[dict[str, Tensor], ObjectiveOutput]:
     """Logits and losses of all networks: what ``train.compile`` compiles as one."""
     dtype = AUTOCAST[options.precision]
     with torch.autocast(batch.target.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = networks(batch.views)
+        logits = model(batch.views)
     active = None
-    if objective.controls:
-        active = objective.active((objective.measure(logits, batch.target) / normaliser).cpu())
-    return logits, objective(logits, batch.target, normaliser, loss_scale, active)
+    if objective.controls:  # on the whole batch, so that all ranks decide alike
+        sums = objective.measure(logits, batch.target)
+        ranks.sum(sums)
+        active = objective.active((sums / normaliser).cpu())
+    with named_range("loss"):
+        return logits, objective(logits, batch.target, normaliser, loss_scale, active)
+
+
+def compiled() -> Forward:
+    """:func:`forward_and_loss` as one graph, in which a profile tells no networks apart."""
+    function = torch.compile(forward_and_loss)
+
+    def call(
+        model: nn.Module,
+        objective: Objective,
+        batch: Batch,
+        options: TrainConfig,
+        normaliser: float,
+        loss_scale: Tensor,
+        ranks: Ranks,
+    ) -> tuple[dict[str, Tensor], ObjectiveOutput]:
+        with named_range("forward and loss, compiled"):
+            return function(model, objective, batch, options, normaliser, loss_scale, ranks)
+
+    return call
 
 
 def train_step(
@@ -44,25 +69,57 @@ def train_step(
     options: TrainConfig,
     forward: Forward = forward_and_loss,
 ) -> None:
-    """One optimizer step of all networks over one batch. Nothing is read from the device."""
+    """One optimizer step of all networks over one batch, of which ``batch`` is this rank's part.
+    Nothing is read from the device."""
     buffers = SavedBuffers(state.networks.buffers())
-    samples = float(len(batch.target))
-    for part in batch.split(options.accumulate):
-        logits, output = forward(
-            state.networks, objective, part, options, samples, state.loss_scale()
-        )
-        total = torch.stack(list(output.losses.values())).sum()
-        # A loss that is not finite makes every network's gradients NaN: all of them skip the step
-        # together, or the pair would drift apart.
-        total = total * torch.where(total.detach().isfinite(), 1.0, torch.nan)
-        state.scaler.scale(total).backward()
-        state.meter.update(logits, part.target, output.losses, output.statistics, samples)
+    samples, scale = float(options.batch_size), state.loss_scale()
+    parts = batch.split(options.accumulate)
+    for part in parts:
+        with state.exchanging(part is parts[-1]):
+            logits, output = forward(
+                state.model, objective, part, options, samples, scale, state.ranks
+            )
+            total = torch.stack(list(output.losses.values())).sum()
+            # A loss that is not finite makes every network's gradients NaN, on all ranks: all of
+            # them skip the step together, or they would drift apart.
+            total = total * torch.where(total.detach().isfinite(), scale, torch.nan)
+            with named_range("backward"):
+                total.backward()
+        with named_range("statistics"):
+            state.meter.update(logits, part.target, output.losses, output.statistics, samples)
 
-    state.scaler.unscale_(state.optimizer)
-    finite = state.check_and_clip(options.clip_norm)
-    state.set_learning_rate()
-    state.optimizer_step(finite)
-    buffers.restore(where=~finite)  # a forward pass with a NaN has moved batch norm's statistics
-    state.update_ema(finite)
-    state.optimizer.zero_grad()
-    state.advance(len(batch.target), finite)
+    with named_range("optimizer"):
+        state.unscale_gradients()
+        finite = state.check_and_clip(options.clip_norm)
+        state.set_learning_rate()
+        state.optimizer_step(finite)
+        buffers.restore(where=~finite)  # a forward with a NaN has moved batch norm's statistics
+        state.update_ema(finite)
+        state.networks.zero_grad()
+        state.advance(options.batch_size, finite)
+
+
+def warm_up(
+    state: TrainingState,
+    objective: Objective,
+    batch: Batch,
+    options: TrainConfig,
+    forward: Forward = forward_and_loss,
+) -> None:
+    """Two passes over a batch, whose gradients are thrown away; of the state nothing changes."""
+    buffers, rng = SavedBuffers(state.networks.buffers()), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None
+    part, training = batch.split(options.accumulate)[-1], state.networks.training
+    state.networks.train()
+    for _ in range(2):
+        _, output = forward(
+            state.model, objective, part, options, float(options.batch_size), state.loss_scale(),
+            state.ranks,
+        )  # fmt: skip
+        torch.stack(list(output.losses.values())).sum().backward()
+        state.networks.zero_grad()
+    state.networks.train(training)
+    buffers.restore(where=torch.ones((), dtype=torch.bool, device=state.device))
+    torch.set_rng_state(rng)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, state.device)

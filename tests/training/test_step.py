@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bdkd.config import ObjectiveConfig, OptimizerConfig
 from bdkd.data import Batch
 from bdkd.objectives import create_objective
+from bdkd.training.distributed import ALONE
 from bdkd.training.step import forward_and_loss, train_step
 
 
@@ -137,7 +138,7 @@ def test_clipping_is_by_network():
     state = tiny_state(NoNorm)
     objective = objective_of(state)
     _, output = forward_and_loss(
-        state.networks, objective, a_batch(), state.recipe.train, 16.0, torch.ones(())
+        state.networks, objective, a_batch(), state.recipe.train, 16.0, torch.ones(()), ALONE
     )
     torch.stack(list(output.losses.values())).sum().backward()
     norm = {
