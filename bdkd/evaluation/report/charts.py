@@ -75,7 +75,7 @@ class Scale:
     def _of(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
-    def ticks(self, most: int = 6) -> list[float]:
+    def ticks(self, most: int = 6, whole: bool = False) -> list[float]:
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             every = [m * 10.0**p for p in powers for m in (1, 2, 5)]
@@ -87,6 +87,7 @@ class Scale:
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+        step = max(step, 1.0) if whole else step
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [k * step for k in range(first, last + 1)]
 
@@ -162,7 +163,7 @@ def line_chart(
         x = Scale(*_room(float(xs.min()), float(xs.max()), 0.0), left, width - right)
     y = Scale(*_room(float(ys.min()), float(ys.max()), 0.05), height - bottom, top)
     tick = _tick_percent if form is percent else number
-    content: list[object] = [*_frame(x, y, number, tick, x_label)]
+    content: list[object] = [*_frame(x, y, number, tick, x_label, whole=True)]
     for line in shown:
         if line.low is not None and line.high is not None:
             content.append(_band(line, x, y))
@@ -236,7 +237,9 @@ def _room(low: float, high: float, share: float) -> tuple[float, float]:
     return low - share * size, high + share * size
 
 
-def _frame(x: Scale, y: Scale, x_form: Format, y_form: Format, x_label: str) -> list[Html]:
+def _frame(
+    x: Scale, y: Scale, x_form: Format, y_form: Format, x_label: str, whole: bool = False
+) -> list[Html]:
     """Faint grid, ticks, and the name of the horizontal axis."""
     parts = []
     for value in y.ticks():
@@ -244,7 +247,7 @@ def _frame(x: Scale, y: Scale, x_form: Format, y_form: Format, x_label: str) -> 
             tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"),
             tag("text", y_form(value), x=x.start - 6, y=y(value) + 3.5, class_="tick end"),
         ]
-    for value in x.ticks():
+    for value in x.ticks(whole=whole):
         parts.append(tag("text", x_form(value), x=x(value), y=y.start + 15, class_="tick middle"))
     parts += [
         tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"),
@@ -297,7 +300,8 @@ def scatter(title: str, points: np.ndarray, labels: np.ndarray, names: Sequence[
     for k, label in enumerate(np.unique(labels)):
         here = places[labels == label]
         dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in here.tolist())
-        clouds.append(tag("path", d=dots, class_=f"cloud {colour(k)}"))
+        shape = " square" if k >= COLOURS else ""
+        clouds.append(tag("path", d=dots, class_=f"cloud {colour(k)}{shape}"))
         middle = here[np.abs(here - np.median(here, 0)).sum(1).argmin()]
         name = str(names[label]) if label < len(names) else str(label)
         short = name if len(name) <= 14 else name[:13] + "…"

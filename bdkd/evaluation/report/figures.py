@@ -319,4 +319,4 @@ def spread(values: np.ndarray, form: Format) -> str:
     mean = form(float(values.mean()))
     if len(values) == 1:
         return mean
-    return f"{mean} ± {form(float(values.std(ddof=1)))}"
+    return f"{mean.removesuffix('%')} ± {form(float(values.std(ddof=1)))}"

@@ -53,6 +53,7 @@ def table(
     rows: Sequence[Sequence[object]],
     caption: str | None = None,
     head_rows: int = 1,
+    class_: str | None = None,
 ) -> Html:
     """A table whose first ``head_rows`` columns name their row."""
     return tag(
@@ -74,6 +75,7 @@ def table(
                     for row in rows
                 ),
             ),
+            class_=class_,
         ),
         class_="scroll",
         tabindex=0,

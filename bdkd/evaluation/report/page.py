@@ -105,8 +105,9 @@ def _tile(group: Group, style: int) -> Html:
         tag("p", charts.swatch(style), tag("bdi", group.label), class_="tile-name"),
         tag("p", percent(float(top1.mean())) if seeds else "running", class_="tile-number"),
         tag("p", "top-1 of the student" + (f", {seeds} seeds" if seeds > 1 else "")),
-        tag("p", "ECE ", tag("b", percent(float(ece.mean())) if len(ece) else "–"),
-            " · teacher ", tag("b", percent(float(against.mean())) if len(against) else "–")),
+        tag("p", "its ECE ", tag("b", percent(float(ece.mean())) if len(ece) else "–")),
+        tag("p", "teacher ", tag("b", percent(float(against.mean()))))
+        if len(against) else None,
     )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def _results(groups: Sequence[Group]) -> list[Html]:
             rows.append([
                 join([charts.swatch(k), tag("bdi", group.label)]),
                 tag("bdi", name),
-                f"{run.role(name)}: {run.model(name)}",
+                run.model(name) + ("" if run.role(name) in name else f", {run.role(name)}"),
                 f"{size:,.0f}" if size == size else "–",
                 len(group.results(name, "top1")),
                 *(figures.spread(group.results(name, m), form) for m, _, form in shown),
@@ -146,7 +147,7 @@ def _results(groups: Sequence[Group]) -> list[Html]:
                           *(label for _, label, _ in shown), "agrees with teacher"]  # fmt: skip
     return [
         table(head, rows, "Test images; mean ± standard deviation where there are several seeds",
-              head_rows=2),
+              head_rows=2, class_="results"),
         tag("p", "ECE if calibrated: what a perfectly calibrated network with the same confidences "
                  "would show on so few images. Agreement: the share of test images that student "
                  "and teacher take for the same class.", class_="note"),
@@ -167,15 +168,16 @@ def _agreement(group: Group, name: str) -> str:
 
 
 def _comparisons(comparisons: Sequence[tuple[Path, str]]) -> list[Html]:
-    parts = []
-    for folder, markdown in comparisons:
-        parts.append(tag("h3", f"Comparison in {folder.resolve().name}"))
-        parts += _from_markdown(markdown)
-    return parts
+    return [
+        tag("details",
+            tag("summary", f"Tables and tests of bdkd compare in {folder.resolve().name}"),
+            *_from_markdown(markdown), class_="run")
+        for folder, markdown in comparisons
+    ]  # fmt: skip
 
 
 def _from_markdown(markdown: str) -> list[Html]:
-    """Tables as tables, the rest as text."""
+    """Headings and tables as such, the rest as text; pictures lie beside the Markdown."""
     parts: list[Html] = []
     rows: list[list[object]] = []
     for line in [*markdown.splitlines(), ""]:
@@ -186,10 +188,12 @@ def _from_markdown(markdown: str) -> list[Html]:
                 rows.append(list(cells))
             continue
         if rows:
-            parts.append(table(rows[0], rows[1:], "comparison"))
+            parts.append(table(rows[0], rows[1:]))
             rows = []
-        if stripped:
-            parts.append(tag("p", stripped.lstrip("# "), class_="note"))
+        if stripped.startswith("#"):
+            parts.append(tag("h3", stripped.lstrip("# ")))
+        elif stripped and not stripped.startswith("!["):
+            parts.append(tag("p", stripped.strip("`"), class_="note"))
     return parts
 
 
