@@ -144,6 +144,6 @@ def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= {f"{split}/{key}/{name}": number for name, number in value.items()}
-        elif key not in ("step", "split"):
+        elif key not in ("step", "split") and value is not None:
             flat[f"{split}/{key}"] = value
     return flat

@@ -1,15 +1,18 @@
 """What a run would do, said before it does it."""
 
-import copy
-
-import torch
-from torch import Tensor, nn
-
+from bdkd.training.cost import costs
 from bdkd.training.setup import Setup
 
+# Tensors of a parameter's size that an optimizer keeps; SGD without momentum keeps none.
+MOMENTS = {"sgd": 1, "adamw": 2}
 
-def plan(setup: Setup) -> str:
-    """Data, networks, steps and an estimate of memory, as lines of text."""
+
+def plan(setup: Setup, images_per_second: float | None = None) -> str:
+    """Data, networks, operations, steps, an estimate of memory and of hours, as lines of text.
+
+    Args:
+        images_per_second: the speed to reckon the hours with; without it, 1,000.
+    """
     recipe, info = setup.recipe, setup.source.info
     t, o, s = recipe.train, recipe.optimizer, recipe.schedule
     steps = info.counts["train"] // t.batch_size
@@ -23,49 +26,45 @@ def plan(setup: Setup) -> str:
         f"{info.num_classes} classes",
     ]
     micro_batch = t.batch_size // t.accumulate
-    copies = 1 + 1 + {"sgd": int(o.momentum > 0), "adamw": 2}[o.name]  # weights, gradients, moments
-    memory = 0
-    for name, config in recipe.networks.items():
-        network = setup.networks.members[name]
-        parameters = sum(p.numel() for p in network.parameters())
+    moments = 0 if o.name == "sgd" and not o.momentum else MOMENTS[o.name]
+    memory = operations = 0
+    for name, cost in costs(setup).items():
+        config, frozen = recipe.networks[name], name in setup.networks.frozen
         averaged = t.ema_decay is not None and config.role == "student"
-        frozen = name in setup.networks.frozen
-        kept = activation_bytes(network, (micro_batch, info.channels, height, width))
-        memory += 4 * parameters * (1 if frozen else copies + averaged) + kept
+        copies = 1 if frozen else 1 + 1 + moments + averaged  # weights, gradients, moments, average
+        kept = cost.kept * micro_batch
+        memory += 4 * cost.parameters * copies + kept
+        operations += cost.step
         lines.append(
             f"network    {name} ({config.role}{', frozen' * frozen}): {config.model}, "
-            f"{parameters:,} parameters, {mebibytes(kept)} of activations"
+            f"{cost.parameters:,} parameters, {_flops(cost.forward)} an image forward, "
+            f"{mebibytes(kept)} of activations"
         )
     stop = "" if recipe.max_steps is None else f", stopping after {min(total, recipe.max_steps):,}"
+    images = t.batch_size * min(total, recipe.max_steps or total)
+    rate = images_per_second or 1000.0
     lines += [
+        f"operations {_flops(operations)} an image forward and backward, "
+        f"{_flops(operations * t.batch_size)} a step (convolutions and matrix products; a multiply "
+        "and an add are 2)",
         f"steps      {steps:,} an epoch, {t.epochs} epochs, {total:,} in all{stop}; batch "
         f"{t.batch_size} in {t.accumulate} part{'s' * (t.accumulate > 1)}, {t.precision}",
+        f"time       {images / rate / 3600:,.2f} hours at {rate:,.0f} images/s, without the "
+        "evaluations",
         f"optimizer  {o.name}, peak learning rate {o.learning_rate}, {s.name} schedule, "
         f"warm-up {s.warmup:g} {s.unit}",
         f"memory     about {mebibytes(memory)}: weights, gradients, optimizer state, and "
-        "activations kept for the backward pass in float32",
+        f"activations kept for the backward pass in {t.precision}",
         f"folder     {recipe.run_dir}",
     ]
     return "\n".join(lines)
 
 
-def activation_bytes(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Bytes that autograd keeps of one forward pass in float32, parameters left out; computed on
-    the meta device, so nothing is allocated. A frozen network keeps none."""
-    network = copy.deepcopy(network).to("meta")
-    parameters = {id(p) for p in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in parameters:
-            kept[id(tensor)] = tensor.numel() * tensor.element_size()
-            alive.append(tensor)  # an id is unique only while its tensor lives
-        return tensor
-
-    alive: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(torch.empty(shape, device="meta"))
-    return sum(kept.values())
+def _flops(count: int) -> str:
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}"
+    return f"{count / 1e3:,.3g} kFLOP"
 
 
 def mebibytes(count: int) -> str:

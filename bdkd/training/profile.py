@@ -6,6 +6,7 @@ and Holistic Trace Analysis read it. The table is read from that file and from n
 
 import bisect
 import contextlib
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +14,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.profiler import ProfilerActivity, record_function, schedule, tensorboard_trace_handler
 
 from bdkd.errors import RunError
 from bdkd.training.checkpoint import first_line, write_atomically
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Compilation, cuDNN's search for algorithms and the first allocations are over by then.
 SETTLING_STEPS = 10
@@ -41,6 +44,20 @@ def named_range(name: str) -> AbstractContextManager:
     return record_function(name)
 
 
+def in_range(name: str) -> Callable[[Function], Function]:
+    """Decorator: the function's time stands under this name."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with named_range(name):
+                return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table."""
@@ -55,7 +72,7 @@ class StepProfiler:
     also writes ``profile.json`` and shows the table.
 
     Args:
-        steps: to record; fewer where fewer remain.
+        steps: to record; fewer where fewer remain, and none for 0.
         remaining: steps of the run from now on.
         folder: the run's.
         rank: of this process; each writes a trace of its own.
@@ -72,9 +89,13 @@ class StepProfiler:
         rank: int = 0,
     ) -> None:
         self.steps = min(steps, remaining)
-        settling = min(SETTLING_STEPS, remaining - self.steps)
-        warm_up = min(2, settling)
         self.folder, self.show, self.rank = folder, show, rank
+        settling = min(SETTLING_STEPS, remaining - self.steps)
+        self.cold = settling < SETTLING_STEPS
+        self.profiler: torch.profiler.profile | None = None
+        if not self.steps:
+            return
+        warm_up = min(2, settling)
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -82,33 +103,33 @@ class StepProfiler:
             # said by the table, where no step is left to warm up on
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
             plan = schedule(wait=settling - warm_up, warmup=warm_up, active=self.steps, repeat=1)
-        self.cold = settling < SETTLING_STEPS
         self.profiler = torch.profiler.profile(
-            activities=activities, schedule=plan, on_trace_ready=self._finish
+            activities=activities, schedule=plan, on_trace_ready=self._finish, acc_events=True
         )
 
     def __enter__(self) -> "StepProfiler":
         global _recorded
-        _recorded = set()
-        if self.steps:
+        if self.profiler is not None:
+            _recorded = set()
             self.profiler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         global _recorded
-        if _recorded is not None and self.steps:  # the run ended before the last step to record
+        _recorded = None
+        if self.profiler is not None:  # the run ended before the last step to record
             self.profiler.on_trace_ready = None
             self.profiler.stop()
-        _recorded = None
 
     def step(self) -> None:
         """To be called after each step."""
-        if _recorded is not None:
+        if self.profiler is not None:
             self.profiler.step()
 
     def _finish(self, profiler: torch.profiler.profile) -> None:
         global _recorded
         names, _recorded = _recorded or set(), None
+        self.profiler = None  # what it holds of the trace is no longer needed
         traces = self.folder / "profile"
         worker = f"rank-{self.rank}"
         try:
