@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdkd.config import DistributedConfig, NetworkConfig, OptimizerConfig
 from bdkd.models import create_model
+from bdkd.training import apex_optimizers
 from bdkd.training.distributed import Ranks, copy_flat, flatten
 from bdkd.training.profile import named_range
 
@@ -140,6 +141,8 @@ def build_optimizer(
                     "peak_rate": peak_rate,
                 }
             )
+    if config.name in apex_optimizers.CLASSES:
+        return apex_optimizers.build(config, groups)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, config.learning_rate, config.betas, fused=True)
     nesterov = config.nesterov and config.momentum > 0

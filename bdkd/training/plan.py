@@ -4,7 +4,7 @@ from bdkd.training.cost import costs
 from bdkd.training.setup import Setup
 
 # Tensors of a parameter's size that an optimizer keeps; SGD without momentum keeps none.
-MOMENTS = {"sgd": 1, "adamw": 2}
+MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2, "novograd": 1}
 
 
 def plan(setup: Setup, images_per_second: float | None = None) -> str:

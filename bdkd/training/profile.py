@@ -89,7 +89,7 @@ class StepProfiler:
         rank: int = 0,
     ) -> None:
         self.steps = min(steps, remaining)
-        self.folder, self.show, self.rank = folder, show, rank
+        self.folder, self.device, self.show, self.rank = folder, device, show, rank
         settling = min(SETTLING_STEPS, remaining - self.steps)
         self.cold = settling < SETTLING_STEPS
         self.profiler: torch.profiler.profile | None = None
@@ -144,8 +144,13 @@ class StepProfiler:
         if self.rank:
             return
         host, device = where_time_goes(events, names)
-        rows = device or host
-        text = json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+        written = {
+            "device": str(self.device),
+            "steps": self.steps,
+            "phases": [asdict(row) for row in device or host],
+            "host": [asdict(row) for row in host],
+        }
+        text = json.dumps(written, indent=2) + "\n"
         path = self.folder / "profile.json"
         write_atomically(path, lambda file: file.write(text.encode()))
         self.show(table(host, device, self.steps, self.cold))

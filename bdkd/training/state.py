@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdkd.config import Recipe
 from bdkd.data.base import mix_seed
+from bdkd.training import apex_optimizers
 from bdkd.training.checkpoint import snapshot
 from bdkd.training.distributed import ALONE, Ranks
 from bdkd.training.meter import TrainingMeter
@@ -149,12 +150,14 @@ class TrainingState:
         return finite
 
     def optimizer_step(self, finite: Tensor) -> None:
-        """Step, or not: the fused optimizer decides on the device, as it does for a GradScaler."""
+        """Step, or not: the fused optimizer decides on the device, as it does for a GradScaler.
+        Apex's cannot, so for them the host waits, as a GradScaler lets it."""
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # gradients are unscaled
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         if self.sharding is not None:
             self.sharding.take_gradients()
-        self.optimizer.step()
+        if self.recipe.optimizer.name not in apex_optimizers.CLASSES or bool(finite):
+            self.optimizer.step()
         self.scaler.update()
 
     @torch.no_grad()
