@@ -145,8 +145,8 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """One optimizer for all networks, with parameter groups for each."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
+    name: Literal["sgd", "adamw", "lamb", "novograd"] = "sgd"
+    """SGD with momentum, or AdamW; LAMB and NovoGrad on a GPU, where NVIDIA's apex is installed."""
     learning_rate: float = 0.1
     """Peak learning rate, for the whole batch."""
     momentum: float = 0.9
@@ -154,7 +154,7 @@ class OptimizerConfig:
     nesterov: bool = True
     """SGD: Nesterov's momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW: decay of the two moments."""
+    """AdamW, LAMB, NovoGrad: decay of the two moments."""
     weight_decay: float = 5e-4
     """Weight decay; norms and biases have none, unless decay_norms."""
     decay_norms: bool = False
