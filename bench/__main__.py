@@ -29,6 +29,7 @@ from suites import SUITES, Settings, cannot_run, clock_of, device_of
 def run(names: list[str], trials: int, seconds: float, budget: float, threads: int, quick: bool,
         out: Path) -> None:  # fmt: skip
     """Measure suites and write ``out/SUITE.json`` and ``out/SUITE.txt`` after every case."""
+    out.mkdir(parents=True, exist_ok=True)  # refused now, not after minutes
     torch.set_num_threads(threads)
     until = time.monotonic() + budget
     for name in names:
@@ -87,6 +88,9 @@ def main(arguments: list[str]) -> int:
     except (results.ResultsError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; the cases that were done are kept", file=sys.stderr)
+        return 130
 
 
 def _run(arguments: list[str]) -> int:

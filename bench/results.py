@@ -40,21 +40,31 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"cannot read {path}: {error}") from error
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+    result = _load(path)
+    if result.get("schema") != SCHEMA or not result.keys() >= _FIELDS:
         raise ResultsError(f"{path} holds no results of schema {SCHEMA}")
     return result
 
 
+_FIELDS = {"suite", "date", "commit", "machine", "others_share", "cases"}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"cannot read {path}: {error}") from error
+    return result if isinstance(result, dict) else {}
+
+
 def read_all(path: Path) -> dict[str, dict[str, Any]]:
-    """Results by suite: those of a file, or of all files of a folder."""
+    """Results by suite: those of a file, or of all files of a folder (other JSON, as accuracy.json,
+    is passed over)."""
     if not path.is_dir():
         result = read(path)
         return {result["suite"]: result}
-    found = {result["suite"]: result for result in map(read, sorted(path.glob("*.json")))}
+    files = [file for file in sorted(path.glob("*.json")) if "suite" in _load(file)]
+    found = {result["suite"]: result for result in map(read, files)}
     if not found:
         raise ResultsError(f"{path} holds no results")
     return found

@@ -182,7 +182,7 @@ def test_compare_tells_what_changed_and_what_cannot_be_compared():
         results.compare(before, {"metrics": result("metrics")})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1, "suite": "a"}'])
 def test_files_that_are_no_results_are_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
@@ -200,6 +200,11 @@ def test_results_come_back_as_they_were_written(tmp_path):
     results.write(tmp_path / "metrics.json", result("metrics"))
     assert results.read_all(tmp_path) == {"loss_cpu": result(), "metrics": result("metrics")}
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".json"]
+    (tmp_path / "accuracy.json").write_text('{"schema": "accuracy-1"}')
+    assert set(results.read_all(tmp_path)) == {"loss_cpu", "metrics"}
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(results.ResultsError, match=r"broken\.json"):
+        results.read_all(tmp_path)
 
 
 def test_the_machine_is_described_and_can_be_written_as_json():

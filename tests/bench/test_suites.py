@@ -59,6 +59,7 @@ def test_suite_runs_and_leaves_a_table_and_json(suite, tmp_path, capsys):
         (["los_cpu"], 2, "invalid choice"),
         (["loss_cpu", "--trials", "0"], 2, "must be above 0"),
         (["loss_cpu", "--threads", "many"], 2, "invalid int"),
+        (["metrics", "--quick", "--out", "a file"], 1, "a file"),
         (["compare", "nowhere.json", "nowhere.json"], 1, "nowhere.json"),
         (["plot", "."], 1, "holds no results"),
         (["history", "nowhere", "--out", "x.png"], 1, "nowhere"),
@@ -68,6 +69,7 @@ def test_suite_runs_and_leaves_a_table_and_json(suite, tmp_path, capsys):
 )  # fmt: skip
 def test_wrong_calls_end_in_one_line(arguments, code, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("a file").touch()
     try:
         ended = main(arguments)
     except SystemExit as error:
