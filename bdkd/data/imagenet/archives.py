@@ -1,0 +1,174 @@
+"""Images inside webdataset's tar shards and inside TFRecords, each found by its place in the file.
+
+Only headers are read here. The formats: POSIX tar with members ``KEY.jpg`` and ``KEY.cls`` (a label
+as text) side by side; TFRecord frames (length, its checksum, data, its checksum) of ``Example``
+messages with ``image/encoded`` and ``image/class/label``.
+"""
+
+import mmap
+import os
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bdkd.data.imagenet.index import Index, names_array
+from bdkd.errors import RunError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
+ENCODED, LABEL = b"image/encoded", b"image/class/label"
+
+
+class Found(NamedTuple):
+    """An image in an archive."""
+
+    name: str
+    offset: int
+    size: int
+    label: int
+
+
+def index_tars(root: Path, archives: list[Path]) -> Index:
+    """Every labelled image of webdataset shards.
+
+    Raises:
+        RunError: a shard is no whole tar file, or an image in it has no label.
+    """
+    return _index(root, archives, _images_of_tar)
+
+
+def index_tfrecords(root: Path, archives: list[Path]) -> Index:
+    """Every image of TFRecord files. The checksums are not verified; the decoder sees what is bad.
+
+    Raises:
+        RunError: a file is cut short or holds other records.
+    """
+    return _index(root, archives, _images_of_tfrecord)
+
+
+def _index(root: Path, archives: list[Path], images_of: Callable[[Path], Iterator[Found]]) -> Index:
+    # Threads: on a network's disk the time goes into waiting for headers.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda path: list(images_of(path)), archives))
+    flat = [image for images in found for image in images]
+    if not flat:
+        raise RunError(f"no image in {archives[0]} and the {len(archives) - 1} files beside it")
+    return Index(
+        root,
+        tuple(str(path.relative_to(root)) for path in archives),
+        np.repeat(np.arange(len(archives), dtype=np.int32), [len(images) for images in found]),
+        names_array([image.name for image in flat]),
+        np.asarray([image.label for image in flat], np.int64),
+        np.asarray([image.offset for image in flat], np.int64),
+        np.asarray([image.size for image in flat], np.int64),
+    )
+
+
+def _images_of_tar(path: Path) -> Iterator[Found]:
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, file = member.name.rpartition("/")
+                key, _, suffix = file.partition(".")
+                key = f"{folder}/{key}" if folder else key
+                if not member.isfile():
+                    continue
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    images[key] = member
+                elif suffix == "cls":
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    labels[key] = int(stream.read())
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        raise RunError(f"{path} is no whole tar shard of webdataset: {error}") from error
+    size = path.stat().st_size
+    for key, member in images.items():
+        if key not in labels:
+            raise RunError(f"{path}: the image {member.name} has no label, a file {key}.cls")
+        if member.offset_data + member.size > size:
+            raise RunError(f"{path} was cut short: fetch it again")
+        yield Found(member.name, member.offset_data, member.size, labels[key])
+
+
+def _images_of_tfrecord(path: Path) -> Iterator[Found]:
+    end = path.stat().st_size
+    if end == 0:
+        return
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        position = number = 0
+        while position < end:
+            header = content[position : position + 8]
+            length = struct.unpack("<Q", header)[0] if len(header) == 8 else end
+            start = position + 12
+            position = start + length + 4
+            if position > end:
+                raise RunError(
+                    f"{path} is no whole TFRecord file (record {number} ends beyond it): fetch it "
+                    "again"
+                )
+            try:
+                encoded, label = _image_and_label(content, start, start + length)
+            except (KeyError, ValueError, IndexError) as error:
+                raise RunError(
+                    f"{path}, record {number}: no Example with image/encoded and "
+                    f"image/class/label ({error})"
+                ) from error
+            yield Found(str(number), encoded[0], encoded[1] - encoded[0], label)
+            number += 1
+
+
+def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[int, int], int]:
+    """Place of the encoded image and the label of one Example:
+    ``{1: features {1: entry {1: name, 2: feature {1: bytes list | 3: integer list {1: value}}}}}``.
+    """
+    values: dict[bytes, tuple[int, int]] = {}
+    for _, features in _fields(content, start, end, 1):
+        for _, entry in _fields(content, *features, 1):
+            parts = dict(_fields(content, *entry))
+            name = content[slice(*parts[1])]
+            if name in (ENCODED, LABEL):
+                _, values_list = next(_fields(content, *parts[2]))
+                values[name] = next(place for _, place in _fields(content, *values_list, 1))
+    label, _ = _varint(content, values[LABEL][0])
+    return values[ENCODED], label - (label >> 63 << 64)
+
+
+def _fields(
+    content: mmap.mmap, start: int, end: int, only: int | None = None
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Number and place of each field of a protocol buffers message."""
+    while start < end:
+        key, start = _varint(content, start)
+        kind = key & 7
+        if kind == 2:  # bytes, a message, packed numbers
+            length, start = _varint(content, start)
+        elif kind == 0:
+            length = _varint(content, start)[1] - start
+        else:
+            length = {1: 8, 5: 4}[kind]
+        if start + length > end:
+            raise ValueError("a field ends beyond its message")
+        if only is None or key >> 3 == only:
+            yield key >> 3, (start, start + length)
+        start += length
+
+
+def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
+    """An integer of seven bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = content[position]
+        position += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, position

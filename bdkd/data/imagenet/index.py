@@ -1,0 +1,110 @@
+"""Where each image of a split lies: in a file of its own, or at a place in a tar or TFRecord file.
+
+All formats come to the same thing here, so order, augmentation and resuming do not depend on them.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bdkd.errors import RunError
+
+WHOLE_FILE = -1
+
+
+class Item(NamedTuple):
+    """One image's bytes. It holds what a worker process needs, and no more."""
+
+    path: str
+    member: str  # within the file, where it holds several
+    offset: int
+    size: int  # bytes, or WHOLE_FILE
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.member})" if self.member else self.path
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            RunError: the file is gone, cannot be read, or ends too soon.
+        """
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if self.size == WHOLE_FILE:
+                    return file.readall()
+                content = os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            raise RunError(f"cannot read the image {self}: {error.strerror}") from error
+        if len(content) < self.size:
+            raise RunError(f"cannot read the image {self}: the file was cut short")
+        return content
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of a split; flat arrays, for there are 1.3 million."""
+
+    root: Path
+    containers: tuple[str, ...]  # folders of image files, or archives, below the root
+    container: np.ndarray  # (N,) int32, which of them
+    names: np.ndarray  # (N,) bytes: file in the folder, or member of the archive
+    labels: np.ndarray  # (N,) int64
+    offsets: np.ndarray | None = None  # (N,) int64; None: a file an image
+    sizes: np.ndarray | None = None  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def item(self, i: int) -> Item:
+        container, name = self._place(i)
+        path = os.path.join(self.root, container)
+        if self.offsets is None or self.sizes is None:
+            return Item(os.path.join(path, name), "", 0, WHOLE_FILE)
+        return Item(path, name, int(self.offsets[i]), int(self.sizes[i]))
+
+    def identity(self, i: int) -> str:
+        """What a list of images calls it, whatever the place of the data set."""
+        container, name = self._place(i)
+        return f"{container}/{name}" if self.offsets is None else f"{container}#{name}"
+
+    def _place(self, i: int) -> tuple[str, str]:
+        return self.containers[self.container[i]], os.fsdecode(bytes(self.names[i]))
+
+    def take(self, chosen: np.ndarray, labels: np.ndarray | None = None) -> "Index":
+        """Some of the images, ``chosen`` (M,) indices, perhaps with other labels (M,)."""
+        return Index(
+            self.root,
+            self.containers,
+            self.container[chosen],
+            self.names[chosen],
+            self.labels[chosen] if labels is None else labels,
+            None if self.offsets is None else self.offsets[chosen],
+            None if self.sizes is None else self.sizes[chosen],
+        )
+
+    def without(self, excluded: set[str]) -> "Index":
+        """The images whose identity is not listed."""
+        if not excluded:
+            return self
+        kept = [i for i in range(len(self)) if self.identity(i) not in excluded]
+        return self.take(np.asarray(kept, np.int64))
+
+
+def names_array(names: Sequence[str]) -> np.ndarray:
+    """Names as bytes of one length: a fifth of the memory that strings take."""
+    return np.array([os.fsencode(name) for name in names] or [b""], np.bytes_)[: len(names)]
+
+
+def read_exclusions(path: Path) -> set[str]:
+    """Identities of images in a list that ``bdkd data check`` wrote: one a line, the reason behind
+    a tab."""
+    try:
+        lines = path.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise RunError(f"cannot read data.exclude, {path}: {error.strerror}") from error
+    return {line.split("\t", 1)[0] for line in lines if line and not line.startswith("#")}

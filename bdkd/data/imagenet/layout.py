@@ -1,0 +1,154 @@
+"""The ways in which ImageNet lies on disks: a folder a class, webdataset shards, TFRecords.
+
+Its test images have no public labels, so, as everywhere in the literature, ``val`` is the test set;
+validation images are held out of ``train``.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bdkd.data.imagenet.archives import index_tars, index_tfrecords
+from bdkd.data.imagenet.index import Index, names_array
+from bdkd.errors import RunError
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+SORT_VAL = (
+    "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r f w _; do mkdir -p val/$w && "
+    "mv val/$f.JPEG val/$w/; done"
+)
+
+
+class Layout(NamedTuple):
+    """A data set as it was found; classes may be empty."""
+
+    classes: tuple[str, ...]
+    train: Index
+    val: Index
+
+    def require_images(self) -> None:
+        """Raise ``RunError`` for the first class without two training images."""
+        counts = np.bincount(self.train.labels, minlength=len(self.classes))
+        for name, count in zip(self.classes, counts, strict=True):
+            if count < 2:
+                raise RunError(
+                    f"the class {name} in {self.train.root / 'train'} holds {count} images: it "
+                    "needs at least 2 (fetch it again, or remove its folder in train and val)"
+                )
+
+
+def find(root: Path, format: str) -> Layout:
+    """Index a data set; nothing is decoded.
+
+    Raises:
+        RunError: it is not there, or not laid out as the format has it.
+    """
+    if not root.is_dir():
+        raise RunError(f"no data set at {root}: data.root must name an existing folder")
+    return {"folder": _folders, "webdataset": _webdataset, "tfrecord": _tfrecord}[format](root)
+
+
+def _folders(root: Path) -> Layout:
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise RunError(
+                f"no folder {root / split}: data.root must hold train/<wnid>/*.JPEG and "
+                f"val/<wnid>/*.JPEG{_other_format(root)}"
+            )
+    classes = _class_folders(root / "train")
+    if len(classes) < 2:
+        raise RunError(f"{root / 'train'} must hold a folder for each of at least 2 classes")
+    in_val = _class_folders(root / "val")
+    if not in_val:
+        raise RunError(
+            f"{root / 'val'} is flat: its images belong into a folder for each class, "
+            "val/<wnid>/*.JPEG. With the ground truth of Kaggle's archive (LOC_val_solution.csv), "
+            f"in {root}: {SORT_VAL}"
+        )
+    unknown = sorted(set(in_val) - set(classes))
+    if unknown:
+        raise RunError(
+            f"{root / 'val'} holds classes that {root / 'train'} does not have: "
+            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
+        )
+    number = {name: label for label, name in enumerate(classes)}
+    return Layout(
+        classes, _scan(root, "train", classes, number), _scan(root, "val", in_val, number)
+    )
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    with os.scandir(folder) as entries:
+        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+
+
+def _scan(root: Path, split: str, folders: tuple[str, ...], number: dict[str, int]) -> Index:
+    """Every image file in the folders, sorted: the order on disk is not one to rely on."""
+    names: list[str] = []
+    container: list[int] = []
+    for place, folder in enumerate(folders):
+        with os.scandir(root / split / folder) as entries:
+            found = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES))
+        names += found
+        container += [place] * len(found)
+    within = np.asarray(container, np.int32)
+    labels = np.asarray([number[folder] for folder in folders], np.int64)[within]
+    containers = tuple(f"{split}/{folder}" for folder in folders)
+    return Index(root, containers, within, names_array(names), labels)
+
+
+def _webdataset(root: Path) -> Layout:
+    train = index_tars(root, _archives(root, "train", "*.tar"))
+    val = index_tars(root, _archives(root, "val", "*.tar"))
+    return _labelled_by_number(root, train, val)
+
+
+def _tfrecord(root: Path) -> Layout:
+    train = index_tfrecords(root, _archives(root, "train", "*"))
+    val = index_tfrecords(root, _archives(root, "val", "*"))
+    if min(train.labels.min(), val.labels.min()) == 1:
+        # The field's TFRecords number ImageNet's classes from 1: 0 was to be the background.
+        train = train.take(np.arange(len(train)), train.labels - 1)
+        val = val.take(np.arange(len(val)), val.labels - 1)
+    return _labelled_by_number(root, train, val)
+
+
+def _archives(root: Path, split: str, pattern: str) -> list[Path]:
+    """``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` stands for ``validation`` too."""
+    ours = [entry for entry in sorted(root.iterdir()) if split in entry.name]
+    found = [file for folder in ours if folder.is_dir() for file in sorted(folder.glob(pattern))]
+    found += [file for file in ours if file.is_file() and file.match(pattern)]
+    found = [file for file in found if file.is_file() and not file.name.endswith((".idx", ".txt"))]
+    if not found:
+        raise RunError(
+            f"no archives {split}{pattern} in {root} or in a folder {split} of it"
+            f"{_other_format(root)}"
+        )
+    return found
+
+
+def _labelled_by_number(root: Path, train: Index, val: Index) -> Layout:
+    """Class names are in ``classes.txt``, a line each, or else are the numbers."""
+    count = int(max(train.labels.max(), val.labels.max())) + 1
+    if min(train.labels.min(), val.labels.min()) < 0:
+        raise RunError(f"the archives in {root} hold a negative label")
+    listed = root / "classes.txt"
+    classes = tuple(map(str, range(count)))
+    if listed.exists():
+        classes = tuple(listed.read_text("utf-8").splitlines())
+        if len(classes) < count:
+            raise RunError(f"{listed} names {len(classes)} classes, the labels go to {count - 1}")
+    return Layout(classes, train, val)
+
+
+def _other_format(root: Path) -> str:
+    """A hint where the folder holds another format than the one asked for."""
+    entries = {entry.name for folder in (root, root / "train") if folder.is_dir()
+               for entry in folder.iterdir()}  # fmt: skip
+    if any(name.endswith(".tar") for name in entries):
+        return "; it holds tar files: shards of webdataset need data.format = webdataset"
+    if any("-of-" in name or name.endswith(".tfrecord") for name in entries):
+        return "; it holds what looks like TFRecords: data.format = tfrecord"
+    return "; bdkd data check ROOT tells what is there"

@@ -1,0 +1,174 @@
+"""ImageNet, and what is laid out like it: too large for the memory, decoded on the way."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdkd.config import DataConfig
+from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split, epoch_order
+from bdkd.data.imagenet.draws import draws
+from bdkd.data.imagenet.index import Index
+from bdkd.data.imagenet.loader import Loader, Request
+from bdkd.data.imagenet.mixing import (
+    ERASING_DRAWS,
+    check_neighbours,
+    draw_mix,
+    erase,
+    erasing_boxes,
+    mix_images,
+    mix_labels,
+)
+from bdkd.data.imagenet.rand_augment import draw_operations, rand_augment
+from bdkd.data.imagenet.windows import DRAWS
+
+SIDE = 224
+# Of ImageNet's training images, as the field has them.
+MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+WINDOW, OPERATIONS, ERASING = range(3)  # what random numbers are for
+
+MakeLoader = Callable[[torch.device, torch.dtype, Tensor, Tensor], Loader]
+
+
+class ImageNet:
+    """Training images cut, flipped, varied and mixed; evaluation by the field's central crop.
+
+    Args:
+        splits: ``train``, ``val`` and ``test``.
+        dtype: of the training images; those of evaluation are float32.
+    """
+
+    def __init__(
+        self,
+        splits: dict[Split, Index],
+        classes: tuple[str, ...],
+        config: DataConfig,
+        make_loader: MakeLoader,
+        *,
+        seed: int,
+        device: torch.device,
+        memory_format: torch.memory_format,
+        dtype: torch.dtype,
+    ) -> None:
+        self.splits, self.config, self.seed, self.device = splits, config, seed, device
+        self.memory_format, self.dtype = memory_format, dtype
+        self.mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
+        self.training = make_loader(device, dtype, self.mean, self.std)
+        self.evaluation = make_loader(device, torch.float32, self.mean, self.std)
+        side = config.image_size or SIDE
+        counts: dict[Split, int] = {split: len(index) for split, index in splits.items()}
+        self.info = DataInfo(
+            "imagenet", classes, 3, (side, side), counts, Normalisation(MEAN, STD, 255.0)
+        )
+
+    def side(self, epoch: int) -> int:
+        """The training resolution of an epoch, in pixels."""
+        steps = [side for first, side in self.config.progressive if first <= epoch]
+        return steps[-1] if steps else self.info.image_size[0]
+
+    def train_batches(
+        self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
+    ) -> Iterator[Batch]:
+        images, side, mine = self.splits["train"], self.side(epoch), shard.of_batch(batch_size)
+        if self._mixes:
+            check_neighbours(batch_size, mine)
+        order = epoch_order(self.seed, epoch, len(images)).numpy()
+        positions = range(start, len(order) - batch_size + 1, batch_size)
+
+        def places(position: int) -> np.ndarray:
+            return np.arange(position, position + batch_size)[mine]
+
+        def requests() -> Iterator[Request]:
+            for position in positions:
+                items = [images.item(i) for i in order[places(position)]]
+                drawn = [
+                    draws(self.seed, epoch, (WINDOW, view), places(position), DRAWS)
+                    for view in range(views)
+                ]
+                yield Request(
+                    items * views, side, np.concatenate(drawn),
+                    self.config.smallest_crop, self.config.flip,
+                )  # fmt: skip
+
+        raw = self.config.rand_augment is not None
+        largest = views * (mine.stop - mine.start)
+        with closing(self.training.batches(requests(), largest, raw)) as decoded:
+            for position, pixels in zip(positions, decoded, strict=True):
+                varied = [
+                    self._varied(view, epoch, number, places(position))
+                    for number, view in enumerate(pixels.chunk(views))
+                ]
+                labels = self._here(images.labels[order[places(position)]])
+                yield self._mixed(varied, labels, epoch, position, batch_size, mine)
+
+    def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
+        images = self.splits[split]
+        mine = np.arange(len(images))[shard.of_split(len(images))]
+        parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+
+        def requests() -> Iterator[Request]:
+            for part in parts:
+                items = [images.item(i) for i in part]
+                yield Request(items, self.info.image_size[0], None, 1.0, False)
+
+        with closing(self.evaluation.batches(requests(), batch_size, False)) as decoded:
+            for part, pixels in zip(parts, decoded, strict=True):
+                layout = pixels.contiguous(memory_format=self.memory_format)
+                yield Batch((layout,), self._here(images.labels[part]))
+
+    @property
+    def _mixes(self) -> bool:
+        return self.config.mixup > 0 or self.config.cutmix > 0
+
+    def _varied(
+        self,
+        images: Tensor,  # (B, 3, side, side), pixels where RandAugment is on
+        epoch: int,
+        view: int,
+        places: np.ndarray,  # (B,)
+    ) -> Tensor:
+        """One view with what else varies each image for itself."""
+        if self.config.rand_augment is not None:
+            count, magnitude = self.config.rand_augment
+            drawn = draws(self.seed, epoch, (OPERATIONS, view), places, 2 * count)
+            images = rand_augment(images.float(), draw_operations(drawn, count), magnitude)
+            images = images.sub_(self.mean).div_(self.std).to(self.dtype)
+        if self.config.erasing:
+            drawn = draws(self.seed, epoch, (ERASING, view), places, ERASING_DRAWS)
+            boxes = erasing_boxes(self.config.erasing, drawn, images.shape[-1])
+            images = erase(images, self._here(boxes))
+        return images.contiguous(memory_format=self.memory_format)
+
+    def _mixed(
+        self,
+        views: list[Tensor],  # (B, 3, side, side) each
+        labels: Tensor,  # (B,)
+        epoch: int,
+        position: int,
+        batch_size: int,
+        mine: slice,
+    ) -> Batch:
+        """The batch, its views mixed alike: they share one target."""
+        if not self._mixes:
+            return Batch(tuple(views), labels)
+        drawn = draw_mix(self.config, self.seed, epoch, position, batch_size, views[0].shape[-1])
+        share, cut, box = (self._here(part[mine]) for part in drawn)
+        return Batch(
+            tuple(
+                mix_images(view, share, cut, box).contiguous(memory_format=self.memory_format)
+                for view in views
+            ),
+            mix_labels(labels, share, self.info.num_classes),
+        )
+
+    def _here(self, array: np.ndarray) -> Tensor:
+        """On the device, without waiting for what it is at."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

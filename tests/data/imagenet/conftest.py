@@ -1,0 +1,22 @@
+"""The trees that the tests of this folder read; none of them writes into one."""
+
+from pathlib import Path
+
+import pytest
+from imagenet_trees import make_tars, make_tfrecords, make_tree
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """5 classes of 24 training and 5 validation images."""
+    return make_tree(tmp_path_factory.mktemp("imagenet") / "tree", 5, 24, 5)
+
+
+@pytest.fixture(scope="session")
+def tars(tree) -> Path:
+    return make_tars(tree, tree.parent / "tars", 3)
+
+
+@pytest.fixture(scope="session")
+def tfrecords(tree) -> Path:
+    return make_tfrecords(tree, tree.parent / "tfrecords", 3)

@@ -1,0 +1,116 @@
+"""A data set in ImageNet's layouts, made of scikit-learn's two photographs."""
+
+import io
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+HEIGHT, WIDTH = 375, 500  # ImageNet's commonest size
+
+
+def wnid(label: int) -> str:
+    return f"n{label:08d}"
+
+
+def make_tree(root: Path, classes: int, training: int, validation: int) -> Path:
+    """``training`` and ``validation`` images a class: crops and mirror images, tinted by class, of
+    three sizes. No two are alike."""
+    photographs = load_sample_images().images
+    rng = np.random.default_rng(0)
+    for split, count in (("train", training), ("val", validation)):
+        for label in range(classes):
+            folder = root / split / wnid(label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = ((HEIGHT, WIDTH), (WIDTH - 80, HEIGHT), (200, 180))[number % 3]
+                whole = photographs[(label + number) % 2]
+                top = rng.integers(whole.shape[0] - height + 1)
+                left = rng.integers(whole.shape[1] - width + 1)
+                pixels = whole[top : top + height, left : left + width].astype(np.int16)
+                pixels[..., label % 3] += 20 * label
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                if rng.random() < 0.5:
+                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                image.save(folder / f"{wnid(label)}_{number}.JPEG", quality=90)
+    return root
+
+
+def labelled(root: Path, split: str) -> list[tuple[Path, int]]:
+    """The files of a split and their labels, in the order of the index."""
+    folders = sorted((root / split).iterdir())
+    return [(file, label) for label, folder in enumerate(folders)
+            for file in sorted(folder.iterdir())]  # fmt: skip
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def make_tars(tree: Path, root: Path, shards: int) -> Path:
+    """The tree as webdataset shards, in the tree's order."""
+    root.mkdir()
+    for split in ("train", "val"):
+        files = labelled(tree, split)
+        for shard in range(shards):
+            first, last = len(files) * shard // shards, len(files) * (shard + 1) // shards
+            with tarfile.open(root / f"{split}-{shard:04d}.tar", "w") as tar:
+                for number, (file, label) in enumerate(files[first:last]):
+                    for name, content in (
+                        (f"{number:06d}.cls", str(label).encode()),
+                        (f"{number:06d}.jpg", file.read_bytes()),
+                        (f"{number:06d}.json", b"{}"),
+                    ):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    return root
+
+
+def make_tfrecords(tree: Path, root: Path, shards: int) -> Path:
+    """The tree as TFRecords with labels from 1, as the field's have them."""
+    root.mkdir()
+    for split, name in (("train", "train"), ("val", "validation")):
+        files = labelled(tree, split)
+        for shard in range(shards):
+            first, last = len(files) * shard // shards, len(files) * (shard + 1) // shards
+            with open(root / f"{name}-{shard:05d}-of-{shards:05d}", "wb") as file:
+                for image, label in files[first:last]:
+                    file.write(record(example(image.read_bytes(), label + 1)))
+    return root
+
+
+def record(content: bytes) -> bytes:
+    """A TFRecord frame, its checksums left at 0."""
+    return struct.pack("<QI", len(content), 0) + content + struct.pack("<I", 0)
+
+
+def example(image: bytes, label: int) -> bytes:
+    """An Example message, with features beside those that are read."""
+    features = [
+        ("image/height", _field(3, _field(1, _varint(375)))),
+        ("image/encoded", _field(1, _field(1, image))),
+        ("image/class/text", _field(1, _field(1, b"a class"))),
+        ("image/class/label", _field(3, _field(1, _varint(label)))),
+        ("image/score", _field(2, _field(1, struct.pack("<f", 0.5)))),
+    ]
+    entries = [_field(1, _field(1, name.encode()) + _field(2, value)) for name, value in features]
+    return _field(1, b"".join(entries))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    value &= 2**64 - 1
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
