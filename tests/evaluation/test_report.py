@@ -212,8 +212,9 @@ def test_seeds_are_averaged_and_methods_told_apart(tmp_path):
     assert warnings == []
     assert "9 runs · 3 configurations" in page.text
     assert "91.00 ± 1.00%" in page.text
-    assert "bdkd (gamma = 1.0)" in page.text
-    assert "bdkd (gamma = 2.0)" in page.text
+    assert "over 3 seeds" in page.text
+    assert "bdkd (gamma = 1)" in page.text
+    assert "bdkd (gamma = 2)" in page.text
     assert "objective.gamma" in page.text
     assert "91.00 ± 1.00" in page.text
     assert "<b>n</b> = 3" in page.text  # as text

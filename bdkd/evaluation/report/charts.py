@@ -29,6 +29,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def three_decimals(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
 def percent(value: float) -> str:
     """A fraction in percent."""
     return f"{100 * value:.2f}%" if math.isfinite(value) else "–"

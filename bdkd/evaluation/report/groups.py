@@ -163,7 +163,11 @@ def differing(groups: Sequence[Group]) -> dict[str, list[object]]:
 def _tell_apart(groups: Sequence[Group]) -> None:
     keys = differing(groups)
     for index, group in enumerate(groups):
-        told = [f"{_brief(key)} = {of[index]}" for key, of in keys.items() if of[index] is not None]
+        told = [
+            f"{_brief(key)} = {_plain(of[index])}"
+            for key, of in keys.items()
+            if of[index] is not None
+        ]
         shown = told if len(told) <= 3 else [*told[:3], "…"]
         if shown:
             group.label += f" ({', '.join(shown)[:80]})"
@@ -173,6 +177,10 @@ def _tell_apart(groups: Sequence[Group]) -> None:
     for group in groups:
         if seen[group.label] > 1:
             group.label += f" [{group.runs[0].name}]"
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _brief(key: str) -> str:

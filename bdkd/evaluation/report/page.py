@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from . import charts, figures, reliability
-from .charts import number, percent
+from .charts import number, percent, three_decimals
 from .groups import Group, differing
 from .markup import Html, join, printable, table, tag
 from .runs import Run
@@ -116,42 +116,58 @@ def _results(groups: Sequence[Group]) -> list[Html]:
         ("top1", "top-1", percent),
         ("ece", "ECE", percent),
         ("ece_if_calibrated", "ECE if calibrated", percent),
-        ("ece_scaled", "ECE, T scaled", percent),
-        ("nll", "NLL", number),
-        ("brier", "Brier", number),
+        ("ece_scaled", "ECE after T scaling", percent),
+        ("nll", "NLL", three_decimals),
+        ("brier", "Brier", three_decimals),
     ]
     shown = [
         m for m in metrics
         if any(len(g.results(n, m[0])) for g in groups for n in g.networks)
     ]  # fmt: skip
     rows: list[list[object]] = []
+    seeds: list[int] = []
     for k, group in enumerate(groups):
         for name in group.networks:
-            finished = [run for run in group.runs if len(group.results(name, "top1"))]
-            if not finished:
+            run = next((r for r in group.runs if np.isfinite(r.result(name, "top1"))), None)
+            if run is None:
                 continue
-            run = next((r for r in group.runs if name in r.networks and r.summary), group.runs[0])
             size = run.result(name, "parameters")
+            seeds.append(len(group.results(name, "top1")))
             rows.append([
                 join([charts.swatch(k), tag("bdi", group.label)]),
                 tag("bdi", name),
                 run.model(name) + ("" if run.role(name) in name else f", {run.role(name)}"),
-                f"{size:,.0f}" if size == size else "–",
-                len(group.results(name, "top1")),
-                *(figures.spread(group.results(name, m), form) for m, _, form in shown),
+                f"{size:,.0f}" if np.isfinite(size) else "–",
+                *(_of_seeds(group.results(name, m), m, form) for m, _, form in shown),
                 _agreement(group, name),
             ])  # fmt: skip
     if not rows:
         return [tag("p", "No run is finished yet: what follows is how far they are.")]
-    head: list[object] = ["method", "network", "model", "parameters", "seeds",
+    head: list[object] = ["method", "network", "model", "parameters",
                           *(label for _, label, _ in shown), "agrees with teacher"]  # fmt: skip
+    caption = "Test images"
+    if max(seeds) > 1:
+        caption += "; mean ± standard deviation over seeds"
+    if len(set(seeds)) > 1:
+        head.insert(4, "seeds")
+        for row, count in zip(rows, seeds, strict=True):
+            row.insert(4, count)
+    elif seeds[0] > 1:
+        caption = caption.replace("over seeds", f"over {seeds[0]} seeds")
     return [
-        table(head, rows, "Test images; mean ± standard deviation where there are several seeds",
-              head_rows=2, class_="results"),
+        table(head, rows, caption, head_rows=2, class_="results"),
         tag("p", "ECE if calibrated: what a perfectly calibrated network with the same confidences "
-                 "would show on so few images. Agreement: the share of test images that student "
-                 "and teacher take for the same class.", class_="note"),
+                 "would show on so few images. ECE after T scaling: with the logits divided by one "
+                 "temperature, fitted on the validation part. Agreement: the share of test images "
+                 "that student and teacher take for the same class.", class_="note"),
     ]  # fmt: skip
+
+
+def _of_seeds(values: np.ndarray, metric: str, form: charts.Format) -> str:
+    """Mean and deviation; what chance leaves hardly differs between seeds."""
+    if metric == "ece_if_calibrated" and len(values):
+        return form(float(values.mean()))
+    return figures.spread(values, form)
 
 
 def _agreement(group: Group, name: str) -> str:
