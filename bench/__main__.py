@@ -51,7 +51,7 @@ def run(names: list[str], trials: int, seconds: float, budget: float, threads: i
         text = [f"{title}\n{results.head(result)}"]
         print(f"\n=== {text[0]}", flush=True)
         ran_out = False
-        clock = clock_of(name)
+        clock = clock_of(name, quick)
         for case in make(settings):
             if ran_out := time.monotonic() > until:
                 break

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bdkd.config import DataConfig, SyntheticConfig
-from bdkd.data import create_source
+from bdkd.data import DataSource, create_source
 
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of ImageNet's pixels
 
@@ -97,28 +96,37 @@ def write_jpegs(root: Path, count: int) -> None:
 
 def _jpegs(root: Path, batch: int, side: int) -> Case:
     paths = sorted((root / "train").rglob("*.JPEG"))
-    found, absent = [], {}
-    for name, source in _sources(root, side).items():
-        if isinstance(source, str):
-            absent[name] = source
-        else:
-            found.append(Contender(name, endless(source(batch)), "ours"))
+    found = []
+    # Another package's "nvidia" may be there without this one.
+    dali = bool(find_spec("nvidia") and find_spec("nvidia.dali"))
+    threads = torch.get_num_threads()
+    for kind in ("dali", "pillow") if dali else ("pillow",):
+        config = DataConfig(source="imagenet", root=str(root), image_size=side, flip=True,
+                            validation=0.0, loader=kind, workers=threads)  # fmt: skip
+        source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
+        note = f"{threads} workers; its order and crops are a function of (seed, epoch, index)"
+        call = endless(_epochs(source, batch))
+        found.append(Contender(f"bdkd, {kind}", call, "ours", note=note))
     loader = DataLoader(_Pillow(paths, side), batch, shuffle=True, drop_last=True)
-    kind: Literal["ours", "peer"] = "peer" if found else "ours"
-    note = "no workers: what one thread of Python does"
-    found.append(Contender("DataLoader and Pillow", endless(lambda epoch: loader), kind, note=note))
-    if find_spec("nvidia.dali"):
-        found.append(Contender("DALI's own reader", endless(_dali(paths, batch, side)),
-                               note="as its documentation has it, torch's threads"))  # fmt: skip
+    found.append(
+        Contender("DataLoader and Pillow", endless(lambda epoch: loader),
+                  note="no workers: what one thread of Python does")
+    )  # fmt: skip
+    absent = {}
+    if dali:
+        found.append(
+            Contender("DALI's own reader", endless(_dali(paths, batch, side)),
+                      note=f"as its documentation has it, {threads} threads")
+        )  # fmt: skip
     else:
-        absent["DALI's own reader"] = "nvidia-dali is not installed"
+        absent = dict.fromkeys(("bdkd, dali", "DALI's own reader"), "nvidia-dali is not installed")
     name = f"{batch} JPEGs of 500 x 375: decode, random resized crop to {side}, flip, normalise"
     return Case(name, {"batch": batch, "side": side}, tuple(found), absent=absent, memory=False,
                 patience=4.0)  # fmt: skip
 
 
-def _sources(root: Path, side: int) -> dict:
-    return {}
+def _epochs(source: DataSource, batch: int) -> Callable[[int], Iterable]:
+    return lambda epoch: source.train_batches(epoch, 0, batch, 1)
 
 
 class _Pillow(Dataset):
