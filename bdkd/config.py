@@ -93,7 +93,8 @@ class NetworkConfig:
     role: Literal["student", "teacher"]
     """What the network is to the others."""
     weights: str | None = None
-    """File of weights to start from: a state dict (.pt, .safetensors) or a run's checkpoint."""
+    """Weights to start from: a state dict (.pt, .safetensors), a run's checkpoint, or the run's
+    folder (its selected checkpoint)."""
     frozen: bool = False
     """It never trains: no gradient, no step, batch norm at rest (offline distillation)."""
     learning_rate: float | None = None

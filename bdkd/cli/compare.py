@@ -311,10 +311,10 @@ def train_all(
         for run in runs
         if run.name not in outcomes
     ]  # fmt: skip
-    say(f"{len(runs)} runs in {folder}, {len(outcomes)} of them finished before, {at_once} at a "
-        "time")  # fmt: skip
     try:
         with StopRequest() as stop:
+            say(f"{len(runs)} runs in {folder}, {len(outcomes)} of them finished before, {at_once} at a "
+                "time")  # fmt: skip
             run_jobs(jobs, at_once, done, lambda: stop.signal is not None or bool(broken))
     finally:
         bar.close()
@@ -333,15 +333,14 @@ def train_all(
 def prepare(run: PlannedRun, folder: Path) -> list[str]:
     """Write the run's ``config.toml``, unless it is there; the command that trains or continues
     it."""
-    from bdkd.cli.evaluate import find_checkpoint
-    from bdkd.training.run_folder import RunFolder
+    from bdkd.training.run_folder import RunFolder, selected_checkpoint
 
     stored = RunFolder(run.path)
     if not stored.config.exists():
         teachers = folder / run_name(TEACHERS, run.seed)
         networks = dict(run.recipe.networks)
         for name in run.teachers:
-            weights = str(find_checkpoint(teachers))
+            weights = str(selected_checkpoint(teachers))
             networks[name] = dataclasses.replace(networks[name], weights=weights)
         stored.path.mkdir(parents=True, exist_ok=True)
         stored.write_config(dataclasses.replace(run.recipe, networks=networks))

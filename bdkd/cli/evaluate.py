@@ -51,10 +51,11 @@ def measure_run(arguments: Arguments) -> dict[str, Any]:
     from bdkd.training.checkpoint import load_checkpoint
     from bdkd.training.evaluate import evaluate
     from bdkd.training.loop import restore
+    from bdkd.training.run_folder import selected_checkpoint
     from bdkd.training.setup import Setup
     from bdkd.training.state import TrainingState
 
-    checkpoint = find_checkpoint(arguments.path)
+    checkpoint = selected_checkpoint(arguments.path)
     text, saved = load_checkpoint(checkpoint)
     recipe = _here(arguments, parse_recipe(text, source=str(checkpoint)))
     setup = Setup(recipe, initial_weights=False)
@@ -97,29 +98,6 @@ def measure_exported(arguments: Arguments) -> dict[str, Any]:
     )
     summary["networks"][facts.network] |= {"role": facts.role}
     return summary
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that a path means."""
-    from bdkd.training.run_folder import RunFolder
-
-    if path.is_file():
-        return path
-    folder = RunFolder(path)
-    if not path.is_dir() or not folder.config.exists():
-        raise RunError(
-            f"no run and no checkpoint at {path}: give the folder of a run (it holds config.toml "
-            "and checkpoints/) or a file from there"
-        )
-    saved = folder.checkpoint_paths()
-    if folder.read_config().train.select == "best":
-        saved = folder.checkpoint_paths("best") or saved
-    if not saved:
-        raise RunError(
-            f"the run {path} has no checkpoint yet: wait for its first, or bdkd train --resume "
-            f"--run-dir {path}"
-        )
-    return saved[0]
 
 
 def _here(arguments: Arguments, recipe: Recipe) -> Recipe:

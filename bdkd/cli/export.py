@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bdkd.cli.evaluate import find_checkpoint
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -35,10 +33,11 @@ def run(given: list[str]) -> None:
 
     from bdkd.training.export import check_output, export, open_trained
     from bdkd.training.exported import SUFFIXES
+    from bdkd.training.run_folder import selected_checkpoint
 
     if arguments.output is not None:
         check_output(arguments.to, arguments.output, arguments.force)
-    checkpoint = find_checkpoint(arguments.path)
+    checkpoint = selected_checkpoint(arguments.path)
     trained = open_trained(checkpoint, arguments.network, arguments.data_root)
     facts = trained.facts
     output = arguments.output or (

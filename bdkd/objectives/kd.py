@@ -36,7 +36,8 @@ class KD(Objective):
             if networks[name].weights is None and not networks[name].options.get("pretrained"):
                 raise UsageError(
                     f"objective.name = 'kd' learns from a trained teacher: set networks.{name}."
-                    "weights to its file (a run with objective.name = 'independent' makes one)"
+                    "weights to its file or to the folder of the run that trained it (one with "
+                    "objective.name = 'independent', say)"
                 )
         self.frozen |= frozenset(self.teachers)
         self.loss = OneSided(config, config.student_ce, config.student_kd)

@@ -253,6 +253,27 @@ class RunFolder:
         self._unwritten.clear()
 
 
+def selected_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: a file, or the selected one of a run's folder."""
+    if path.is_file():
+        return path
+    folder = RunFolder(path)
+    if not path.is_dir() or not folder.config.exists():
+        raise RunError(
+            f"no run and no checkpoint at {path}: give the folder of a run (it holds config.toml "
+            "and checkpoints/) or a file from there"
+        )
+    saved = folder.checkpoint_paths()
+    if folder.read_config().train.select == "best":
+        saved = folder.checkpoint_paths("best") or saved
+    if not saved:
+        raise RunError(
+            f"the run {path} has no checkpoint yet: wait for its first, or bdkd train --resume "
+            f"--run-dir {path}"
+        )
+    return saved[0]
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.stem.split("-")[1])

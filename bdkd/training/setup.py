@@ -13,6 +13,7 @@ from bdkd.training.checkpoint import load_weights
 from bdkd.training.device import set_flags
 from bdkd.training.distributed import ALONE, Ranks, local_rank
 from bdkd.training.networks import Networks, build_networks
+from bdkd.training.run_folder import selected_checkpoint
 
 
 class Setup:
@@ -56,7 +57,9 @@ class Setup:
         self.networks: Networks = self.fresh_networks()
         for name, config in recipe.networks.items():
             if initial_weights and config.weights is not None:
-                load_weights(self.networks.members[name], name, Path(config.weights))
+                path = Path(config.weights)
+                file = selected_checkpoint(path) if path.is_dir() else path
+                load_weights(self.networks.members[name], name, file)
         self.sharded = [] if ranks.alone else [n for n, c in recipe.networks.items() if c.shard]
         if recipe.distributed.sync_batch_norm and not ranks.alone:
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.networks, ranks.group)
