@@ -173,8 +173,10 @@ def page_of(paths, tmp_path, tsne=False) -> tuple[Page, list[str]]:
 def test_a_finished_run_shows_every_figure(tmp_path, capsys):
     run = make_run(tmp_path / "mine")
     (run / "profile.json").write_text(
-        json.dumps({"phases": [{"name": "backward", "milliseconds": 4.5},
-                               {"name": "data wait", "milliseconds": 0.5}, {"name": "odd"}, 3]})
+        json.dumps({"device": "cuda:0", "steps": 20,
+                    "phases": [{"name": "backward", "milliseconds": 4.5, "share": 0.9},
+                               {"name": "data wait", "milliseconds": 0.5}, {"name": "odd"}, 3],
+                    "host": [{"name": "optimizer", "milliseconds": 2.0}]})
     )  # fmt: skip
     output = tmp_path / "out.html"
     report([str(run), "--output", str(output), "--title", "My runs"])
@@ -185,7 +187,8 @@ def test_a_finished_run_shows_every_figure(tmp_path, capsys):
         "My runs", "90.00%", "Student accuracy", "Accuracy gap between teacher and student",
         "Student calibration error", "Reliability of bdkd: student", "Entropy H (nats): bdkd",
         "Entropy gap on the test images", "Weight of the forward KL", "Forward KL",
-        "t-SNE of bdkd: student", "t-SNE of bdkd: teacher", "backward: 4.5 ms", "10.00%",
+        "t-SNE of bdkd: student", "t-SNE of bdkd: teacher", "mine, cuda:0", "backward: 4.5 ms",
+        "10.00%", "Mean of 20 recorded steps of 5 ms", "mine, host", "optimizer: 2 ms",
         "Training speed", "cat", "role = 'student'",
     ):  # fmt: skip
         assert shown in page.text, shown

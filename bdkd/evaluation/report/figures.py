@@ -281,35 +281,44 @@ def feature_maps(groups: Sequence[Group]) -> list[Html]:
 
 
 def step_times(groups: Sequence[Group]) -> list[Html]:
-    """Where the time of a step went, of runs that were profiled (``profile.json``: ``phases``, a
-    list of objects with ``name`` and ``milliseconds`` a step)."""
+    """Where the time of a step went, of runs with a ``profile.json``: its ``phases`` are of the
+    device, its ``host`` of the thread that trains; rows have ``name`` and ``milliseconds``."""
     cards = []
-    for group in groups:
-        for run in group.runs:
-            phases = run.profile.get("phases")
-            rows = [
-                (str(phase.get("name", "?")), as_number(phase.get("milliseconds")))
-                for phase in (phases if isinstance(phases, list) else [])
-                if isinstance(phase, dict)
-            ]
-            rows = [(name, value) for name, value in rows if math.isfinite(value) and value >= 0]
-            if not rows:
-                continue
-            total = sum(value for _, value in rows) or 1.0
-            shares: list[list[object]] = [
-                [tag("bdi", name), f"{value:.3g} ms", percent(value / total)]
-                for name, value in rows
-            ]
-            title = f"Where a step's time went: {run.name}"
-            drawn = card(
-                title,
-                charts.bar_list(title, rows, lambda value: f"{value:.3g} ms"),
-                tag("details", tag("summary", "Numbers"),
-                    table(["phase", "a step", "share"], shares)),
-            )  # fmt: skip
-            if drawn:
-                cards.append(drawn)
-    return cards[:MANY]
+    for run in (run for group in groups for run in group.runs):
+        device = str(run.profile.get("device", "device"))
+        parts = [(device, run.profile.get("phases"))]
+        if run.profile.get("host") != run.profile.get("phases"):
+            parts.append(("host", run.profile.get("host")))
+        for where, phases in parts:
+            if rows := _phases(phases):
+                steps = as_number(run.profile.get("steps"))
+                cards.append(_times(f"{run.name}, {where}", rows, steps))
+    return [drawn for drawn in cards[:MANY] if drawn is not None]
+
+
+def _phases(given: object) -> list[tuple[str, float]]:
+    rows = [
+        (str(phase.get("name", "?")), as_number(phase.get("milliseconds")))
+        for phase in (given if isinstance(given, list) else [])
+        if isinstance(phase, dict)
+    ]
+    return [(name, value) for name, value in rows if math.isfinite(value) and value >= 0]
+
+
+def _times(what: str, rows: Sequence[tuple[str, float]], steps: float) -> Html | None:
+    total = sum(value for _, value in rows) or 1.0
+    shares: list[list[object]] = [
+        [tag("bdi", name), f"{value:.3g} ms", percent(value / total)] for name, value in rows
+    ]
+    title = f"Where a step's time went: {what}"
+    return card(
+        title,
+        charts.bar_list(title, rows, lambda value: f"{value:.3g} ms"),
+        tag("details", tag("summary", "Numbers"), table(["phase", "a step", "share"], shares)),
+        note=f"Mean of {steps:.0f} recorded steps of {total:.3g} ms."
+        if math.isfinite(steps)
+        else None,
+    )
 
 
 def spread(values: np.ndarray, form: Format) -> str:
