@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bdkd.cli.report import run as report
 from bdkd.errors import RunError, UsageError
@@ -343,9 +345,42 @@ def test_paths_without_a_run_and_pages_that_cannot_be_written(tmp_path):
         write_report([run], tmp_path / "no" / "r.html", tsne=False)
     with pytest.raises(RunError, match=r"cannot write .*: .* another --output"):
         write_report([run], tmp_path / "empty", tsne=False)
+    with pytest.raises(RunError, match=r"cannot write /dev/full: No space left"):
+        write_report([run], Path("/dev/full"), tsne=False)
+    assert Path("/dev/full").is_char_device()
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    write_report([run], tmp_path / "link.html", tsne=False)
+    assert (tmp_path / "link.html").is_symlink()
+    for name in ("link.html", "page.html"):
+        (tmp_path / name).unlink()
     with pytest.raises(UsageError, match="needs at least one run's folder"):
         report([])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "run"]
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["networks", "student", "teacher", "top1", "ece", "role", "model", "step",
+                         "epoch", "split", "objective", "name", "phases", "host", "milliseconds",
+                         "loss", "entropy", "forward_weight", "", "seed"]) | st.text(max_size=5),
+        inner, max_size=6,
+    ),
+    max_leaves=25,
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(summary=ANY, profile=ANY, lines=st.lists(ANY, max_size=4), step=st.integers(0, 9))
+def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory, summary, profile, lines, step):
+    run = tmp_path_factory.mktemp("any") / "run"
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "profile.json").write_text(json.dumps(profile))
+    stepped = [line | {"step": step} if isinstance(line, dict) else line for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stepped))
+    page_of([run], run)
 
 
 def test_without_scikit_learn_the_page_says_what_brings_it(tmp_path, monkeypatch):

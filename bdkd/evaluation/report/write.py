@@ -25,15 +25,22 @@ def write_report(
     """
     runs = [read_run(path) for path in find_runs(paths)]
     page, warnings = render(group_runs(runs), read_comparisons(paths), tsne, title)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        try:
-            temporary.write_text(page, "utf-8")
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write(page, output.resolve())
     except OSError as error:
         raise RunError(
             f"cannot write {output}: {error.strerror or error}; choose another --output"
         ) from error
     return warnings
+
+
+def _write(page: str, output: Path) -> None:
+    if output.exists() and not output.is_file():  # /dev/stdout must not be replaced by a file
+        output.write_text(page, "utf-8")
+        return
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, "utf-8")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
