@@ -77,7 +77,7 @@ class Run:
     def result(self, network: str, metric: str) -> float:
         """A number of the summary, or NaN."""
         value = _table(_table(self.summary, "networks"), network).get(metric)
-        return as_number(value)
+        return _known(value)
 
     def result_of_run(self, metric: str) -> float:
         """A number of the summary's head, or NaN."""
@@ -197,7 +197,7 @@ def _read_metrics(
                     continue
                 step, epoch = as_number(values.get("step")), as_number(values.get("epoch"))
                 split = str(values.get("split"))
-                if split != "train" and epoch >= 1:
+                if split != "train" and 1 <= epoch <= step:
                     rate = step / epoch  # too large by part of an epoch where the run was stopped
                     steps_per_epoch = min(steps_per_epoch or math.inf, rate) or None
                 for network, metric, value in _numbers(values):
@@ -218,7 +218,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         values = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not text, or nested without end
         return None
-    if not isinstance(values, dict) or not math.isfinite(as_number(values.get("step"))):
+    if not isinstance(values, dict) or not 0 <= as_number(values.get("step")) < 1e12:
         return None
     return values
 
