@@ -15,7 +15,7 @@ COMMANDS = {
     "compare": "several methods and seeds on one recipe, side by side",
     "report": "one HTML page of runs: results, curves, diagrams",
     "export": "one network of a run as ONNX, torch.export or safetensors",
-    "data": "bring a data set here",
+    "data": "bring a data set here, or look one through",
     "doctor": "what this machine can do, and how to bring what is missing",
 }
 

@@ -1,15 +1,19 @@
-"""``bdkd data``: data sets, brought here."""
+"""``bdkd data``: data sets, brought here and looked through."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from bdkd.config import nearest
-from bdkd.errors import UsageError
+from bdkd.errors import RunError, UsageError
 
-ACTIONS = {"fetch": "download a data set, check its hash and unpack it"}
+ACTIONS = {
+    "fetch": "download a data set, check its hash and unpack it",
+    "check": "count the images of an ImageNet-like data set, and list what cannot be decoded",
+}
+SHOWN = 10  # bad files; the list has all of them
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,32 @@ class Fetch:
     """Folder to put it in; a recipe's data.root names the same."""
 
 
+@dataclass(frozen=True)
+class Check:
+    """Count classes and images, and decode every one, in parallel. What cannot be decoded is
+    written into a list, which a training leaves out with --data.exclude. Exits 1 if there is any,
+    or if a class lacks images."""
+
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
+    """Folder of the data set, a recipe's data.root."""
+    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
+    """How its images lie there, a recipe's data.format."""
+    workers: int | None = None
+    """Processes that decode; without it, one for each processor."""
+    to: Path = Path("bad-files.txt")
+    """File of the list."""
+
+
 def run(given: list[str]) -> None:
     """Dispatch to an action."""
     if not given or given[0] in ("-h", "--help"):
-        lines = [f"  {name}  {what}" for name, what in ACTIONS.items()]
+        lines = [f"  {name:5}  {what}" for name, what in ACTIONS.items()]
         print("\n".join(["usage: bdkd data ACTION [options]", "", *lines]))
         return
     action, *rest = given
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}: {nearest(action, list(ACTIONS))}")
-    fetch(rest)
+    {"fetch": fetch, "check": check}[action](rest)
 
 
 def fetch(given: list[str]) -> None:
@@ -43,3 +63,42 @@ def fetch(given: list[str]) -> None:
 
     folder = fetching.fetch(arguments.name, arguments.to.expanduser())
     print(f"{arguments.name} is in {folder}: train with --data.root {arguments.to}")
+
+
+def check(given: list[str]) -> None:
+    """``bdkd data check ROOT``."""
+    arguments = tyro.cli(Check, prog="bdkd data check", args=given)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {arguments.workers}")
+
+    from bdkd.data.imagenet import check as checking
+
+    root, to = arguments.root.expanduser(), arguments.to.expanduser()
+    report = checking.check(root, arguments.format, arguments.workers)
+    for split, counts in report.counts.items():
+        print(
+            f"{split:5}  {counts.sum():,} images of {(counts > 0).sum():,} classes, "
+            f"{counts.min():,} to {counts.max():,} a class"
+        )
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.most_common())
+    print(f"kinds  {kinds or 'none'}")
+    for identity, reason in report.bad[:SHOWN]:
+        print(f"bad    {identity}: {reason}")
+    if len(report.bad) > SHOWN:
+        print(f"bad    and {len(report.bad) - SHOWN:,} more")
+    if report.bad or to.exists():  # an older list must not tell of another day
+        checking.write_list(report, root, to)
+    problems = []
+    if report.bad:
+        problems.append(
+            f"{len(report.bad):,} of {report.images:,} images cannot be decoded, listed in {to}: "
+            f"fetch them again, or train with --data.exclude {to}"
+        )
+    if lacking := report.lacking:
+        named = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        problems.append(
+            f"{len(lacking):,} classes have fewer than 2 training images or none in val ({named})"
+        )
+    if problems:
+        raise RunError("; ".join(problems))
+    print("good   every image can be decoded")

@@ -1,0 +1,139 @@
+"""Every image of a data set decoded once, before a training meets the bad ones."""
+
+import io
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from bdkd.data.imagenet.index import Index, Item
+from bdkd.data.imagenet.layout import find
+from bdkd.data.imagenet.loader import decoded, processors
+from bdkd.data.imagenet.pillow import leave_signals_to_the_parent
+from bdkd.errors import RunError
+
+CHUNK = 32  # images of a task
+KINDS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # what both loaders decode
+
+
+@dataclass
+class Report:
+    """What a data set holds."""
+
+    classes: tuple[str, ...]
+    counts: dict[str, np.ndarray]
+    """Images of each class, ``(classes,)``, by split."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Readable images by file format and mode (JPEG RGB, JPEG CMYK, ...)."""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """What cannot be decoded, as ``data.exclude`` names it, and why."""
+
+    @property
+    def images(self) -> int:
+        return int(sum(counts.sum() for counts in self.counts.values()))
+
+    @property
+    def lacking(self) -> list[str]:
+        """Classes with fewer than two training images, or none of validation."""
+        few = (self.counts["train"] < 2) | (self.counts["val"] < 1)
+        return [self.classes[label] for label in np.flatnonzero(few)]
+
+
+def check(root: Path, format: str, workers: int | None = None) -> Report:
+    """Decode everything, in ``workers`` processes (without a number: one a processor). A bar is
+    drawn where standard error is a terminal.
+
+    Raises:
+        RunError: no data set is there, Pillow is missing, or a process was killed.
+    """
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
+    found = find(root, format)
+    splits = {"train": found.train, "val": found.val}
+    report = Report(
+        found.classes,
+        {
+            name: np.bincount(index.labels, minlength=len(found.classes))
+            for name, index in splits.items()
+        },
+    )
+    with tqdm(
+        total=report.images, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    ) as bar:
+        for index in splits.values():
+            for identity, kind, reason in _examined(index, workers or processors()):
+                bar.update()
+                if reason:
+                    report.bad.append((identity, reason))
+                else:
+                    report.kinds[kind] += 1
+    return report
+
+
+def _examined(index: Index, workers: int) -> Iterator[tuple[str, str, str]]:
+    """Identity, kind and, of a bad one, the reason of each image, in their order."""
+    chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
+    waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
+    pool = ProcessPoolExecutor(workers, initializer=leave_signals_to_the_parent, initargs=(0,))
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(examine, [index.item(i) for i in chunk])))
+            if len(waiting) > 4 * workers:
+                yield from _answers(index, *waiting.popleft())
+        while waiting:
+            yield from _answers(index, *waiting.popleft())
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that decoded images was killed, by lack of memory or by someone: run it "
+            "again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _answers(
+    index: Index, chunk: range, future: Future[list[tuple[str, str]]]
+) -> Iterator[tuple[str, str, str]]:
+    for i, (kind, reason) in zip(chunk, future.result(), strict=True):
+        yield index.identity(i), kind, reason
+
+
+def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """Kind of each image, and why it is bad, if it is."""
+    from PIL import Image
+
+    answers = []
+    for item in items:
+        try:
+            decoded(item)
+            with Image.open(io.BytesIO(item.read())) as image:
+                kind = f"{image.format} {image.mode}"
+        except RunError as error:
+            cause = error.__cause__ or error
+            answers.append(("", " ".join(str(cause).split(" <_io")[0].split())))
+            continue
+        known = kind.split()[0] in KINDS
+        answers.append((kind, "" if known else f"a {kind}, which DALI does not decode"))
+    return answers
+
+
+def write_list(report: Report, root: Path, to: Path) -> None:
+    """The bad images, a line each, for ``data.exclude``; whole or not at all."""
+    lines = [f"# bdkd data check {root}: {len(report.bad)} of {report.images} images"]
+    lines += [f"{identity}\t{reason}" for identity, reason in report.bad]
+    beside = to.with_name(f".{to.name}.{os.getpid()}")
+    try:
+        beside.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
+        beside.replace(to)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {to}: {error.strerror}") from error
