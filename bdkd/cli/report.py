@@ -32,7 +32,7 @@ def run(given: list[str]) -> None:
     from bdkd.evaluation.report import write_report
 
     if not arguments.runs:
-        raise UsageError("bdkd report needs at least one run's folder, such as runs/mine")
+        raise UsageError("report needs at least one run's folder, such as runs/mine")
     for warning in write_report(arguments.runs, arguments.output, arguments.tsne, arguments.title):
         print(f"bdkd: {warning}", file=sys.stderr)
     print(arguments.output)
