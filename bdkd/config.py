@@ -196,6 +196,9 @@ class TrainConfig:
     """Keep images and weights in the channels-last layout."""
     compile: bool = False
     """Compile the networks' forward passes and the objective with torch.compile."""
+    cuda_graph: bool = False
+    """Capture a whole step as one CUDA graph for each shape of a batch, and replay it: for small
+    networks, which the host launches more slowly than a GPU computes them. Not measured yet."""
     tf32: bool = True
     """On a GPU, let float32 matrix products and convolutions round their inputs to TF32."""
     deterministic: bool = False
