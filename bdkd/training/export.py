@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import bdkd
 from bdkd.config import Recipe, nearest, parse_recipe, to_toml
 from bdkd.data import Split
 from bdkd.errors import RunError, UsageError
@@ -240,7 +239,7 @@ def _metrics(split: str, images: int, values: Mapping[str, Any]) -> dict[str, An
 
 def _versions() -> dict[str, str]:
     found = {"bdkd": version("bdkd"), "torch": str(torch.__version__)}
-    commit = _commit(Path(bdkd.__file__))
+    commit = _commit(Path(__file__))
     return found | ({"commit": commit} if commit else {})
 
 
