@@ -139,17 +139,22 @@ def test_methods_can_be_added_and_kd_takes_its_teacher_from_the_same_seed(compar
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """A comparison in its own process group, as a terminal starts it, up to some step of a run."""
-    process = subprocess.Popen(
+    """A comparison in its own process group, as a terminal starts it."""
+    return subprocess.Popen(
         [sys.executable, "-m", "bdkd", "compare", *TINY, *LONGER, "--folder", str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def start_and_train(folder: Path) -> subprocess.Popen:
+    """The same, up to some step of its first run."""
+    process = start(folder)
     metrics = folder / "independent-seed0" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5)
     return process
 
 
-def wait_until(condition, seconds: float = 120) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
@@ -169,9 +174,9 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(whole, tmp_path):
-    process = start(tmp_path)
+    process = start_and_train(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 130, errors
     assert errors.count("\n") == 1
     assert "continue with the same command: bdkd compare digits" in errors
@@ -183,8 +188,20 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(whole, tmp_path):
         assert_same_weights(tmp_path / name, whole / name)
 
 
-def test_runs_do_not_outlive_a_comparison_that_is_killed(tmp_path):
+def test_ctrl_c_while_everything_is_being_imported_is_not_lost(tmp_path):
+    """The server of the runs' processes gets it too, and must not die of it."""
     process = start(tmp_path)
+    assert process.stdout is not None
+    assert "2 runs in" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 130, errors
+    assert errors.count("\n") == 1
+    assert "0 of 2 runs are finished" in errors
+
+
+def test_runs_do_not_outlive_a_comparison_that_is_killed(tmp_path):
+    process = start_and_train(tmp_path)
     process.kill()
     process.communicate()
     wait_until(lambda: saved(tmp_path))  # they are told, and save

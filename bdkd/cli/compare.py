@@ -313,8 +313,8 @@ def train_all(
     ]  # fmt: skip
     try:
         with StopRequest() as stop:
-            say(f"{len(runs)} runs in {folder}, {len(outcomes)} of them finished before, {at_once} at a "
-                "time")  # fmt: skip
+            before = f"{len(outcomes)} of them finished before"
+            say(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
             run_jobs(jobs, at_once, done, lambda: stop.signal is not None or bool(broken))
     finally:
         bar.close()

@@ -1,12 +1,14 @@
 """Many ``bdkd`` commands, a process each, some at a time; stopped together, each by itself."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,6 +67,8 @@ def run_jobs(
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         multiprocessing.set_forkserver_preload(PRELOADED)
+        with _sigint_blocked():
+            forkserver.ensure_running()
     pending, running = list(jobs), list[_Running]()
     outcomes: dict[str, Outcome] = {}
 
@@ -110,9 +114,26 @@ def _start(context, job: Job, arguments: Sequence[str]) -> _Running:
     process = context.Process(
         target=_run, args=(list(arguments), str(job.output), theirs), name=job.name
     )
-    process.start()
+    if sys.platform == "linux":
+        process.start()  # may wait for seconds until the server has imported all it should
+    else:
+        with _sigint_blocked():
+            process.start()
     theirs.close()
     return _Running(job, process, answer)
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """A process that is started here never sees a SIGINT, not even while it imports: a Ctrl-C goes
+    to every process of a terminal, and is for the one that started them to pass on. That one gets
+    it when this ends."""
+    resource_tracker.ensure_running()  # else it is started meanwhile, and unblocks SIGINT
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _outcome(one: _Running) -> Outcome:
@@ -133,8 +154,6 @@ def _outcome(one: _Running) -> Outcome:
 
 def _run(arguments: list[str], output: str, answer: Connection) -> None:
     """In the process: one command, as the command line would run it."""
-    # A Ctrl-C goes to every process of a terminal: the one that started us passes it on as SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
