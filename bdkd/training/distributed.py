@@ -222,7 +222,6 @@ def join_ranks(timeout: float, device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not ranks.lost(error):
             raise
-        traceback.print_exc(file=sys.stdout if ranks.first else sys.stderr)
         raise RunError(
             f"{ranks.who_is_missing()}; what was saved is whole, continue with --resume"
         ) from error
@@ -291,13 +290,19 @@ def report_failure(error: BaseException) -> bool:
     """Leave the error where torchrun looks for the first that failed. Whether this rank should say
     it: the first rank on the terminal, another in its own file, where it leaves the trace too."""
     first, failed = os.environ.get("RANK", "0") == "0", not isinstance(error, Interrupted)
+    if failed and _own_files:
+        traceback.print_exception(error)
     if failed and "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        if isinstance(error, RunError | UsageError):  # one line says it all
+            error = error.with_traceback(None)
+            error.__cause__, error.__suppress_context__ = None, True
+        try:
+            raise error
+        except BaseException:
+            get_error_handler().record_exception(error)
     if failed and not first:
-        if _own_files:
-            traceback.print_exception(error)
         time.sleep(_SPEAK_SECONDS)  # upon this rank's exit torchrun ends the first one too
     return first or bool(_own_files)
 

@@ -65,10 +65,11 @@ def evaluate(
 def _keep_step(networks: Mapping[str, nn.Module], source: DataSource, passes: int) -> None:
     """Forward passes for nothing: a sharded network's ranks need one another in each of them, also
     where one has fewer images."""
+    shape = (1, source.info.channels, *source.info.image_size)
     for network in networks.values():
-        device = next(network.parameters()).device
+        like = next(network.parameters())
         for _ in range(passes):
-            network(torch.zeros(1, source.info.channels, *source.info.image_size, device=device))
+            network(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
 def _no_images(network: nn.Module, source: DataSource) -> Calibration:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,10 +99,23 @@ def on_all_ranks(
             gradient_as_bucket_view=True, static_graph=True,
         )  # fmt: skip
     if config.compress == "bf16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        model.register_comm_hook(ranks.group, bf16_compress_hook)
+        model.register_comm_hook(ranks.group, average_in_bf16)
     return model
+
+
+def average_in_bf16(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """The mean over the ranks of a bucket of gradients, rounded to bf16 on its way. torch's own
+    hook refuses gloo."""
+    rounded = (bucket.buffer() / group.size()).bfloat16()
+    work = dist.all_reduce(rounded, group=group, async_op=True)
+    assert work is not None
+
+    def rounded_back(done: torch.futures.Future) -> Tensor:
+        return bucket.buffer().copy_(done.value()[0])
+
+    return work.get_future().then(rounded_back)
 
 
 def unsharded(parameter: nn.Parameter) -> nn.Parameter:

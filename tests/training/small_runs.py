@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bdkd.config import NetworkConfig, load_recipe
+from bdkd.training.distributed import ALONE
 from bdkd.training.networks import Networks
 from bdkd.training.state import TrainingState
 
@@ -69,16 +70,36 @@ class Tiny(nn.Sequential):
         )  # fmt: skip
 
 
-def tiny_state(make=Tiny, *, optimizer=None, **train) -> TrainingState:
+def tiny_state(
+    make=Tiny,
+    *,
+    optimizer=None,
+    dtype=torch.float32,
+    frozen=frozenset(),
+    distributed=None,
+    ranks=ALONE,
+    sharded=(),
+    controls=False,
+    **train,
+) -> TrainingState:
     """A training state of two tiny networks, teacher and student."""
     recipe = load_recipe("digits")
-    train_config = dataclasses.replace(recipe.train, batch_size=16, **train)
-    optimizer = optimizer or recipe.optimizer
-    networks = {
-        "teacher": NetworkConfig("tiny", "teacher"),
-        "student": NetworkConfig("tiny", "student"),
-    }
-    recipe = dataclasses.replace(recipe, train=train_config, networks=networks, optimizer=optimizer)
+    names = {name: NetworkConfig("tiny", name) for name in ("teacher", "student")}
+    recipe = dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, **{"batch_size": 16, **train}),
+        networks=names,
+        optimizer=optimizer or recipe.optimizer,
+        distributed=distributed or recipe.distributed,
+    )
     torch.manual_seed(0)
-    return TrainingState(recipe, Networks({name: make() for name in networks}), 1000,
-                         torch.device("cpu"))  # fmt: skip
+    networks = Networks({name: make() for name in names}, frozen).to(dtype)
+    if sharded:
+        from bdkd.training.sharding import shard
+
+        for name in sharded:
+            shard(networks.members[name], ranks, torch.device("cpu"))
+    return TrainingState(
+        recipe, networks, 1000, torch.device("cpu"),
+        ranks=ranks, sharded=sharded, controls=controls,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Runs under torchrun, and what is done to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from small_runs import metrics
+
+# One epoch of 19 steps of two small networks, all that a checkpoint carries switched on.
+TINY = [
+    "digits", "--networks.teacher.model", "resnet8", "--train.epochs", "1",
+    "--train.ema-decay", "0.9", "--train.clip-norm", "5", "--checkpoint.every-steps", "4",
+    "--log-every", "1", "--log",
+]  # fmt: skip
+
+
+class Launch:
+    """A ``torchrun`` of ``bdkd train`` on so many ranks."""
+
+    def __init__(self, ranks: int, run: Path, *arguments: str, options: tuple[str, ...] = ()):
+        self.run, self.ranks = run, ranks
+        run.parent.mkdir(parents=True, exist_ok=True)
+        self.output = run.with_name(f"{run.name}.out")
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+                    "--standalone", *options, "-m", "--", "bdkd", "train", *arguments,
+                    "--run-dir", str(run),
+                ],
+                stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in [*self.pids().values(), self.process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def pids(self) -> dict[int, int]:
+        """Process of each rank that lives."""
+        found = {}
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        for pid in listed.read_text().split() if listed.exists() else []:
+            try:
+                entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            rank = [e[5:] for e in entries if e.startswith(b"RANK=")]
+            if rank:
+                found[int(rank[0])] = int(pid)
+        return found
+
+    def until(self, ready: Callable[[], bool], seconds: float = 240) -> None:
+        """Wait for a condition; a launch that ends before it has failed."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, f"nothing came in {seconds} s: {self.text()}"
+            time.sleep(0.005)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: steps_done(self.run) >= step)
+
+    def signal(self, rank: int, number: int) -> None:
+        os.kill(self.pids()[rank], number)
+
+    def end(self, seconds: float = 240) -> int:
+        return self.process.wait(seconds)
+
+
+def steps_done(run: Path) -> int:
+    """The last step that the run's metrics tell of; 0 where there is none."""
+    try:
+        done = metrics(run)
+    except (OSError, ValueError):  # not there yet, or its last line is being written
+        return 0
+    return max((line["step"] for line in done), default=0)

@@ -1,0 +1,101 @@
+"""Several ranks do what one does: the same training, the same figures, the same decisions."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from rank_checks import LARGEST, main
+
+SEVERAL = range(2, LARGEST + 1)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What every check gave, by its name and number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(main, (str(folder),), LARGEST)
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+def close(a, b, tolerance: float) -> bool:
+    """Nested numbers, nearly equal; what is NaN in one is so in the other."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    return a == pytest.approx(b, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("check", ["training", "training_switokd", "training_accumulated"])
+def test_training_in_float64_is_the_same_however_many_ranks(check, world, found):
+    """A batch of 16 divides by 2 and 4 and not by 3; the means of the log are over all ranks."""
+    one, several = found[f"{check}-1"], found[f"{check}-{world}"]
+    assert furthest(several["weights"], one["weights"]) < 1e-10
+    assert close(several["means"], one["means"], 1e-6)  # the meter's softmax is in float32
+    assert one["means"]["student"]["loss"] > 0
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_ten_steps_in_float32_agree_to_1e_5(world, found):
+    one, several = found["training_float32-1"], found[f"training_float32-{world}"]
+    assert furthest(several["weights"], one["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_gradients_in_bf16_train_nearly_the_same(world, found):
+    exact, rounded = found["training_float32-1"], found[f"training_compressed-{world}"]
+    assert 1e-6 < furthest(rounded["weights"], exact["weights"]) < 1e-2
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("check", ["evaluation", "evaluation_of_two"])
+def test_evaluation_gives_the_same_figures_however_many_ranks(check, world, found):
+    """103 images, and 2: divisible by no number of ranks, and fewer than there are."""
+    one, several = found[f"{check}-1"], found[f"{check}-{world}"]
+    assert close(several, one, 1e-12)
+    counts = [(r["count"], r["top1"], r["bin_count"]) for r in one.values()]
+    assert [(r["count"], r["top1"], r["bin_count"]) for r in several.values()] == counts
+
+
+@pytest.mark.parametrize("world", range(1, LARGEST + 1))
+def test_a_nan_on_one_rank_skips_the_step_on_all(world, found):
+    came = found[f"poisoned-{world}"]
+    assert came["unchanged"] == [True] * world  # batch norm's statistics too
+    assert came["skipped"] == [[1, 1, 1]] * world
+
+
+@pytest.mark.parametrize("world", range(1, LARGEST + 1))
+def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(world, found):
+    """Dropout, which each rank draws for itself, and the means of the log included."""
+    came = found[f"resumed-{world}"]
+    assert came["same"] == [True] * world
+    assert came["drawn"] == [True] * world
+    assert came["means"][0] == came["means"][1]
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("check", ["sharded", "sharded_adamw"])
+def test_a_sharded_teacher_trains_like_a_whole_one(check, world, found):
+    """Also from its own checkpoint, on as many ranks and on one."""
+    one, several = found[f"{check}-1"], found[f"{check}-{world}"]
+    assert furthest(several["weights"], one["weights"]) < 1e-10
+    assert furthest(several["alone"], one["weights"]) < 1e-10
+    assert several["nll"] == pytest.approx(one["nll"], abs=1e-10)
+    assert several["part"] < 0.8 * one["part"]
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_what_one_rank_asks_all_learn_one_step_later(world, found):
+    answers = [(0, 0), (world - 1, 0), (0, 5)]
+    assert found[f"agreements-{world}"]["answers"] == [answers] * world
+    assert found["agreements-1"]["answers"] == [[(0, 0), (0, 5), (0, 0)]]  # alone: at once
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_an_error_of_the_first_rank_is_that_of_all(world, found):
+    assert found[f"errors-{world}"]["said"] == ["the disk has gone"] * world
