@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vision import mended_torchvision
 
 from bdkd.evaluation.calibration import (
     BINS,
@@ -195,6 +196,7 @@ def test_saturated_confidences_stay_in_the_last_of_fifteen_bins():
 
 
 def test_torchmetrics_agrees():
+    mended_torchvision()  # which torchmetrics imports
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     logits, target = random_case(3000, 10, seed=5)

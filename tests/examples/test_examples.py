@@ -1,7 +1,6 @@
 """Every example runs to its end here and learns; what it says changes is what stands in it."""
 
 import ast
-import functools
 import os
 import re
 import runpy
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiler import COMPILER
+from vision import mended_torchvision
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -22,22 +22,6 @@ IN_A_PROCESS = [name for name in EXAMPLES if name != "ddp_by_hand"]  # that one 
 @pytest.fixture(autouse=True)
 def _torchvision_imports():
     mended_torchvision()
-
-
-@functools.cache  # what it returns must live as long as the process
-def mended_torchvision() -> torch.library.Library | None:
-    """Beside a CPU build of torch, PyPI's torchvision stops at operators that it cannot find, and
-    timm, lightning and transformers import it. With their schemas defined it imports."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return None  # not installed: nothing to mend
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
 
 
 def accuracy(printed: str) -> float:

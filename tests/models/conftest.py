@@ -3,16 +3,12 @@
 import importlib
 
 import pytest
-import torch
+from vision import mended_torchvision
 
 
 @pytest.fixture(scope="session")
 def torchvision():
-    """torchvision, or a skip that says why.
-
-    Beside a torch it was not built for, its operators are missing and its import fails at the
-    first. Its networks need none of them: declaring two is enough. Users get a clear line instead.
-    """
+    """torchvision, or a skip that says why. Users for whom it does not import get a clear line."""
     return _library("torchvision")
 
 
@@ -22,14 +18,8 @@ def timm(torchvision):  # which timm imports
 
 
 def _library(name):
+    mended_torchvision()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         pytest.skip(f"{name} is not installed: {error}")
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-    signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    for operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operator}", signature)
-    return importlib.import_module(name)
