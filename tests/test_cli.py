@@ -182,7 +182,7 @@ USAGE = {
     "data source": (["train", "digits", "--data.source", "digit"], ["'digit'", "'digits'"]),
     "roles": (
         ["train", "digits", "--networks.student.role", "teacher"],
-        ["one student, got 0", "networks.NAME.role"],
+        ["no network is a student", "networks.teacher.role"],
     ),
     "value": (["train", "digits", "--train.epochs", "0"], ["train.epochs", "at least 1", "0"]),
     "accumulate": (["train", "digits", "--train.accumulate", "3"], ["train.accumulate", "64"]),
