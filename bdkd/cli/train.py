@@ -220,7 +220,8 @@ def _profile_alone(given: list[str]) -> list[str]:
     expanded = []
     for argument, following in pairwise([*given, ""]):
         expanded.append(argument)
-        if argument == "--profile" and (not following or following.startswith("-")):
+        number = following.removeprefix("-").isdigit()
+        if argument == "--profile" and not number and following[:1] in ("", "-"):
             expanded.append("8")
     return expanded
 

@@ -27,7 +27,7 @@ def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
     """
     name = CLASSES[config.name]
     optimizers = _import(config.name)
-    if any(p.device.type != "cuda" for group in groups for p in group["params"]):
+    if not _on_gpus(groups):
         raise UsageError(
             f"optimizer.name must be sgd or adamw on a CPU, got {config.name}: apex's {name} needs "
             "a GPU"
@@ -45,6 +45,10 @@ def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
             f"optimizer.name = {config.name!r}: {error}: build apex with its CUDA extensions, see "
             "https://github.com/NVIDIA/apex"
         ) from error
+
+
+def _on_gpus(groups: list[dict[str, Any]]) -> bool:
+    return all(p.device.type == "cuda" for group in groups for p in group["params"])
 
 
 def _import(option: str) -> Any:

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +11,8 @@ import torch
 
 from bdkd.data import Batch
 from bdkd.errors import Interrupted, RunError
+from bdkd.training import captured
+from bdkd.training.captured import CapturedStep
 from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint, snapshot
 from bdkd.training.evaluate import evaluate
 from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
@@ -54,6 +56,8 @@ def train(
         ranks=ranks, sharded=setup.sharded, controls=setup.objective.controls,
     )  # fmt: skip
     check_sinks(recipe)
+    if recipe.train.cuda_graph:
+        captured.check(setup)
     writer = BackgroundWriter()
 
     def open_folder() -> tuple[bool, tuple[Path, dict[str, Any]] | None]:
@@ -169,6 +173,9 @@ class Run:
         self.profiler, self.usage = profiler, Usage(setup)
         self.sinks, self.console, self.stop, self.writer = sinks, console, stop, writer
         self.recipe, self.ranks, self.forward = setup.recipe, setup.ranks, forward
+        self.step: Callable[[Batch], None] = (
+            CapturedStep(setup, state, forward) if self.recipe.train.cuda_graph else self.one_step
+        )
         self.end = last_step(state)
         self.saved = time.monotonic()  # when the last checkpoint was
         self.since = time.monotonic()  # what position.seconds does not count yet
@@ -189,7 +196,7 @@ class Run:
             )  # fmt: skip
             for batch in self.usage.watch(batches):
                 self.ranks.place = f"step {position.step + 1}"
-                train_step(self.state, self.setup.objective, batch, recipe.train, self.forward)
+                self.step(batch)
                 self.console.step()
                 self.images += recipe.train.batch_size
                 last = position.step == self.end
@@ -215,6 +222,9 @@ class Run:
                 position.epoch, position.seen = epoch + 1, 0
         self.finish_files()
 
+    def one_step(self, batch: Batch) -> None:
+        train_step(self.state, self.setup.objective, batch, self.recipe.train, self.forward)
+
     def overdue(self) -> bool:
         """Whether the first rank's clock asks for a checkpoint; clocks may differ."""
         minutes = self.recipe.checkpoint.every_minutes
@@ -235,7 +245,7 @@ class Run:
             **values,
             "images_per_second": self.images / seconds,
             **self.usage.read(self.images, seconds),
-            "learning_rate": self.state.optimizer.param_groups[0]["lr"],
+            "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
             "skipped_steps": self.check_skipped(),
         }
         self.log(line)

@@ -69,7 +69,7 @@ class TrainingMeter:
         bins = torch.bucketize(confidence, self.edges) + self.first_bins  # (K, B)
         self.gaps.index_add_(0, bins.flatten(), (correct - confidence).flatten())
         for name, value in statistics.items():
-            self.statistics[name] = self.statistics.get(name, 0) + value.detach().double().sum()
+            self._statistic(name).add_(value.detach().double().sum())
 
     def read(self, ranks: Ranks = ALONE) -> dict[str, object]:
         """The interval's means over all ranks, as they go into metrics.jsonl, and start anew.
@@ -90,9 +90,16 @@ class TrainingMeter:
         return values
 
     def reset(self) -> None:
-        for tensor in (self.samples, self.trained, self.sums, self.gaps):
+        for tensor in (
+            self.samples, self.trained, self.sums, self.gaps, *self.statistics.values(),
+        ):  # fmt: skip
             tensor.zero_()
-        self.statistics = {}
+
+    def _statistic(self, name: str) -> Tensor:
+        """A sum by its name. Once there, it keeps its place: a captured step adds to it there."""
+        if name not in self.statistics:
+            self.statistics[name] = torch.zeros((), dtype=torch.float64, device=self.device)
+        return self.statistics[name]
 
     def state_dict(self) -> dict[str, object]:
         return {
@@ -107,4 +114,4 @@ class TrainingMeter:
             for name in ("samples", "trained", "sums", "gaps"):
                 getattr(self, name).add_(state[name].to(self.device))
             for name, value in state["statistics"].items():
-                self.statistics[name] = self.statistics.get(name, 0) + value.to(self.device)
+                self._statistic(name).add_(value.to(self.device))

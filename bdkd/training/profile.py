@@ -253,7 +253,7 @@ def _shared_out(work: Sequence[_Segment]) -> dict[str, float]:
         for each, number in running.items():
             if number:
                 totals[each] = totals.get(each, 0.0) + (following - moment) * number / at_once
-        if not at_once:
+        if not at_once and following > moment:
             totals[IDLE] = totals.get(IDLE, 0.0) + following - moment
     return totals
 

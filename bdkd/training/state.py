@@ -132,7 +132,11 @@ class TrainingState:
             self.recipe.schedule, self.position.step, self.steps_per_epoch, self.total_steps
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_rate"] * factor
+            rate = group["peak_rate"] * factor
+            if isinstance(group["lr"], Tensor):  # of a captured step, which knows its address
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def check_and_clip(self, clip_norm: float | None) -> Tensor:
         """Whether every network's gradient norm is finite, 0-dim; each is clipped by its own."""
@@ -179,12 +183,15 @@ class TrainingState:
             if buffers:
                 torch._foreach_copy_(buffers, list(student.buffers()))
 
-    def advance(self, samples: int, finite: Tensor) -> None:
-        """Count the step and its images; an epoch ends when no whole batch is left of it."""
+    def count_skipped(self, finite: Tensor) -> None:
+        """Count the step if it was skipped, on the device."""
         total, row, longest = self.skipped
         skipped = (~finite).long()
         row = (row + skipped) * skipped
-        self.skipped = torch.stack((total + skipped, row, torch.maximum(longest, row)))
+        self.skipped.copy_(torch.stack((total + skipped, row, torch.maximum(longest, row))))
+
+    def advance(self, samples: int) -> None:
+        """Count the step and its images; an epoch ends when no whole batch is left of it."""
         self.position.step += 1
         self.position.seen += samples
         if self.position.seen + samples > self.train_images:
@@ -241,7 +248,7 @@ class TrainingState:
             group.update(own)
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        self.skipped = torch.as_tensor(saved["skipped"]).to(self.device)
+        self.skipped.copy_(torch.as_tensor(saved["skipped"]))
         self.position = Position(**saved["position"])
         self.best = Best(**saved["best"]) if saved["best"] else None
         self._load_of_ranks(saved["ranks"])

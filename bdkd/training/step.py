@@ -71,6 +71,20 @@ def train_step(
 ) -> None:
     """One optimizer step of all networks over one batch, of which ``batch`` is this rank's part.
     Nothing is read from the device."""
+    state.set_learning_rate()
+    update(state, objective, batch, options, forward)
+    state.advance(options.batch_size)
+
+
+def update(
+    state: TrainingState,
+    objective: Objective,
+    batch: Batch,
+    options: TrainConfig,
+    forward: Forward = forward_and_loss,
+) -> None:
+    """What the device does in a step. It is the same work in every step, and what outlives it is
+    changed in place: so it can be captured once and replayed."""
     buffers = SavedBuffers(state.networks.buffers())
     samples, scale = float(options.batch_size), state.loss_scale()
     parts = batch.split(options.accumulate)
@@ -91,12 +105,11 @@ def train_step(
     with named_range("optimizer"):
         state.unscale_gradients()
         finite = state.check_and_clip(options.clip_norm)
-        state.set_learning_rate()
         state.optimizer_step(finite)
         buffers.restore(where=~finite)  # a forward with a NaN has moved batch norm's statistics
         state.update_ema(finite)
         state.networks.zero_grad()
-        state.advance(options.batch_size, finite)
+        state.count_skipped(finite)
 
 
 def warm_up(

@@ -1,0 +1,143 @@
+"""Operations and memory by shapes alone, against counts by hand and what a real step keeps."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from bdkd.cli import main
+from bdkd.config import load_recipe
+from bdkd.models import create_model
+from bdkd.training.cost import cost_of, costs
+from bdkd.training.device import PEAKS, peak_flops, peak_memory_mib, peak_of, set_flags
+from bdkd.training.setup import Setup
+
+
+def a_network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1),
+                         nn.Flatten(), nn.Linear(4 * 64, 10))  # fmt: skip
+
+
+def test_operations_are_those_counted_by_hand():
+    first, second, last = 2 * 64 * 8 * 27, 2 * 64 * 4 * 8, 2 * 256 * 10
+    cost = cost_of(a_network(), (3, 8, 8), trains=True)
+    assert cost.forward == first + second + last
+    # backward: each layer's weights, and each one's input but the images
+    assert cost.step == cost.forward + first + 2 * second + 2 * last
+    assert cost.parameters == 8 * 27 + 8 + 4 * 8 + 4 + 2560 + 10
+
+
+def test_a_frozen_network_costs_its_forward_pass():
+    cost = cost_of(a_network(), (3, 8, 8), trains=False)
+    assert cost.step == cost.forward > 0
+    assert cost.kept == 0
+
+
+def test_published_operations_of_resnet50():
+    """4.09 G multiply-adds at 224 x 224 (torchvision's model page)."""
+    cost = cost_of(create_model("imagenet_resnet50", 1000), (3, 224, 224), trains=True)
+    assert cost.forward == pytest.approx(2 * 4.09e9, rel=0.01)
+    assert cost.step == pytest.approx(3 * cost.forward, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_memory_is_what_a_real_forward_pass_keeps(dtype):
+    network = create_model("resnet20", 10, in_channels=3).train()
+    cost = cost_of(copy.deepcopy(network), (3, 32, 32), trains=True, dtype=dtype)
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    images = torch.randn(8, 3, 32, 32)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(images)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) / 8
+    assert cost.kept == pytest.approx(real, rel=0.15)
+
+
+def test_counting_leaves_the_networks_and_the_random_state_alone():
+    setup = Setup(load_recipe("digits"))
+    before, state = copy.deepcopy(setup.networks.state_dict()), torch.get_rng_state()
+    found = costs(setup)
+    assert list(found) == ["teacher", "student"]
+    assert found["teacher"].step > found["student"].step > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in setup.networks.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert costs(setup, (16, 16))["teacher"].forward > 3 * found["teacher"].forward
+
+
+def test_the_plan_tells_operations_and_hours(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["train", "digits", "--dry-run", "--images-per-second", "10"])
+    text = capsys.readouterr().out
+    assert "12.6 MFLOP an image forward" in text
+    assert "42.4 MFLOP an image forward and backward, 2.71 GFLOP a step" in text
+    assert f"{570 * 64 / 10 / 3600:.2f} hours at 10 images/s" in text
+    main(["train", "digits", "--dry-run", "--max-steps", "100"])
+    assert f"{100 * 64 / 1000 / 3600:.2f} hours at 1,000 images/s" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the device ----------------------------------------------------------------------------------
+
+TRAIN = load_recipe("digits").train
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "peak"),
+    [
+        ("NVIDIA H200", "bf16", True, 989.5),
+        ("NVIDIA H100 80GB HBM3", "fp16", True, 989.5),
+        ("NVIDIA H100 PCIe", "bf16", True, 756),
+        ("NVIDIA A100-SXM4-80GB", "bf16", True, 312),
+        ("NVIDIA A100-SXM4-80GB", "fp32", True, 156),
+        ("NVIDIA A100-SXM4-80GB", "fp32", False, 19.5),
+        ("NVIDIA A100 80GB PCIe", "bf16", True, 312),
+        ("Tesla V100-SXM2-16GB", "fp32", True, 15.7),  # it has no TF32
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", True, None),  # a part of one
+        ("NVIDIA A10G", "bf16", True, None),  # no A10
+        ("Intel something", "bf16", True, None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_and_the_precision(name, precision, tf32, peak):
+    train = dataclasses.replace(TRAIN, precision=precision, tf32=tf32)
+    assert peak_of(name, train) == (None if peak is None else peak * 1e12)
+
+
+def test_every_peak_is_ordered():
+    for pattern, half, tf32, single in PEAKS:
+        assert half > single, pattern
+        assert tf32 is None or half > tf32 >= single, pattern
+
+
+def test_flags_are_the_recipes_whatever_a_run_before_left():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    kept = (torch.are_deterministic_algorithms_enabled(), matmul.allow_tf32, cudnn.allow_tf32,
+            cudnn.benchmark, cudnn.deterministic)  # fmt: skip
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    try:
+        for tf32 in (True, False):
+            for deterministic in (True, False):
+                train = dataclasses.replace(TRAIN, tf32=tf32, deterministic=deterministic)
+                set_flags(gpu, train)
+                assert (matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
+                assert torch.are_deterministic_algorithms_enabled() == deterministic
+                assert (cudnn.benchmark, cudnn.deterministic) == (not deterministic, deterministic)
+        set_flags(cpu, TRAIN)
+        assert not cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(kept[0])
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept[1:]
+
+
+def test_a_cpu_has_no_published_peak_and_the_memory_of_its_process():
+    assert peak_flops(torch.device("cpu"), TRAIN) is None
+    assert 50 < peak_memory_mib(torch.device("cpu")) < 1e6

@@ -1,0 +1,269 @@
+"""Where a step's time goes: named ranges, the trace, the table, and what the metrics say of it."""
+
+import json
+import time
+
+import pytest
+import torch
+from small_runs import SMALL, bdkd, tiny_state
+from test_step import a_batch, objective_of
+
+from bdkd.data import Batch
+from bdkd.errors import RunError
+from bdkd.training import profile
+from bdkd.training.profile import (
+    IDLE,
+    OTHER,
+    SETTLING_STEPS,
+    StepProfiler,
+    named_range,
+    table,
+    where_time_goes,
+)
+from bdkd.training.step import train_step
+
+RANGES = {
+    "data wait", "teacher forward", "student forward", "loss", "backward", "statistics",
+    "optimizer", OTHER,
+}  # fmt: skip
+
+
+def profiled(folder, steps: int, remaining: int, done: int, **options) -> list[str]:
+    """What is said while so many steps are done."""
+    said: list[str] = []
+    state = tiny_state()
+    objective = objective_of(state)
+    state.networks.train()
+    with StepProfiler(steps, remaining, folder, torch.device("cpu"), said.append, **options) as p:
+        for seed in range(done):
+            with named_range("data wait"):
+                batch = a_batch(seed=seed)
+            train_step(state, objective, batch, state.recipe.train)
+            p.step()
+    return said
+
+
+def test_the_last_steps_of_a_short_run_are_recorded(tmp_path):
+    said = profiled(tmp_path, steps=2, remaining=5, done=5)
+    written = json.loads((tmp_path / "profile.json").read_text())
+    rows = {row["name"]: row for row in written["phases"]}
+    assert rows.keys() == RANGES
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+    assert (written["steps"], written["device"]) == (2, "cpu")
+    assert written["host"] == written["phases"]
+
+    (trace,) = (tmp_path / "profile").glob("rank-0.*.pt.trace.json")
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert [name for name in names if str(name).startswith("ProfilerStep#")] == [
+        "ProfilerStep#3", "ProfilerStep#4",
+    ]  # fmt: skip
+    assert names.count("teacher forward") == 2
+    assert "student forward " in said[0]
+    assert "mean of 2 steps" in said[0]
+    assert said[1].endswith(str(trace))
+
+
+def test_a_range_is_its_wall_time(tmp_path):
+    """Against a clock of our own: a sleep of 30 ms inside another range."""
+    step, work, sleep = map(torch.profiler.record_function, ("ProfilerStep#0", "work", "sleep"))
+    with torch.profiler.profile() as recorded, step, work:
+        torch.randn(64, 64).sum()
+        with sleep:
+            began = time.perf_counter()
+            time.sleep(0.03)
+            slept = 1000 * (time.perf_counter() - began)
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    host, device = where_time_goes(events, {"work", "sleep"})
+    rows = {row.name: row for row in host}
+    assert rows["sleep"].milliseconds == pytest.approx(slept, rel=0.2)
+    assert rows["work"].milliseconds > 0  # without the sleep inside it
+    assert sum(row.share for row in host) == pytest.approx(1)
+    assert device == []
+
+
+def span(cat: str, name: str, ts: float, dur: float, tid: int = 1, correlation=None) -> dict:
+    args = {} if correlation is None else {"correlation": correlation}
+    return {"ph": "X", "cat": cat, "name": name, "pid": 1, "tid": tid, "ts": ts, "dur": dur,
+            "args": args}  # fmt: skip
+
+
+# One step of 100 us. The host: 10 wait, 20 forward, 30 backward (which launches from thread 2),
+# 40 of its own. The device begins at 15: 20 of forward, a gap of 5, then two streams of backward,
+# 20 and 10, that overlap by 10, and 5 of a copy whose launch no range holds.
+TRACE = [
+    span("user_annotation", "ProfilerStep#7", 0, 100),
+    span("user_annotation", "data wait", 0, 10),
+    span("user_annotation", "forward", 10, 20),
+    span("user_annotation", "Optimizer.step#SGD.step", 12, 3),  # torch's own: no range of ours
+    span("user_annotation", "backward", 30, 30),
+    span("user_annotation", "backward", 30, 30, tid=9),  # another thread's is no step of ours
+    span("cuda_runtime", "cudaLaunchKernel", 12, 1, correlation=1),
+    span("kernel", "conv", 15, 20, tid=70, correlation=1),
+    span("cuda_runtime", "cudaLaunchKernel", 31, 1, tid=2, correlation=2),
+    span("kernel", "dgrad", 40, 20, tid=70, correlation=2),
+    span("cuda_driver", "cuLaunchKernel", 33, 1, tid=2, correlation=3),
+    span("kernel", "wgrad", 50, 10, tid=71, correlation=3),
+    span("cuda_runtime", "cudaMemcpyAsync", 80, 1, correlation=4),
+    span("gpu_memcpy", "Memcpy HtoD", 85, 5, tid=70, correlation=4),
+    span("cuda_runtime", "cudaLaunchKernel", 150, 1, correlation=5),
+    span("kernel", "of a later step", 151, 5, tid=70, correlation=5),
+    span("kernel", "of an unknown launch", 60, 5, tid=70, correlation=6),
+    {"ph": "M", "name": "process_name"},
+]
+
+
+def test_the_devices_time_counts_where_it_was_launched_and_gaps_are_idle():
+    host, device = where_time_goes(TRACE, {"data wait", "forward", "backward"})
+    assert {row.name: row.milliseconds for row in host} == pytest.approx(
+        {"data wait": 0.01, "forward": 0.02, "backward": 0.03, OTHER: 0.04}
+    )
+    assert {row.name: row.milliseconds for row in device} == pytest.approx(
+        {"forward": 0.02, "backward": 0.02, OTHER: 0.005, IDLE: 0.005 + 0.025}
+    )
+    assert sum(row.share for row in device) == pytest.approx(1)
+    assert [row.name for row in device] == ["forward", "backward", OTHER, IDLE]
+    text = table(host, device, steps=1, cold=False)
+    lines = {line[:11].strip(): line for line in text.splitlines()}
+    assert lines["device idle"].split()[2] == "40.0%"
+    assert lines["data wait"].split() == ["data", "wait", "0.0%", "0.00", "0.01"]
+
+
+def test_a_captured_graphs_kernels_count_where_it_was_replayed():
+    """All kernels of a replay have the correlation of its one launch."""
+    events = [
+        span("user_annotation", "ProfilerStep#1", 0, 50),
+        span("user_annotation", "step, captured", 5, 10),
+        span("cuda_runtime", "cudaGraphLaunch", 6, 2, correlation=1),
+        *(span("kernel", f"kernel {i}", 10 + 5 * i, 5, tid=70, correlation=1) for i in range(4)),
+    ]
+    _, device = where_time_goes(events, {"step, captured"})
+    assert [(row.name, row.share) for row in device] == [("step, captured", 1.0)]
+
+
+def test_an_empty_trace_has_no_rows():
+    assert where_time_goes([], {"loss"}) == ([], [])
+
+
+def test_without_a_profiler_a_range_is_one_shared_nothing(tmp_path):
+    nothing = named_range("loss")
+    assert nothing is named_range("backward")
+    assert profiled(tmp_path, steps=0, remaining=9, done=1) == []
+    assert list(tmp_path.iterdir()) == []
+    with StepProfiler(1, 9, tmp_path, torch.device("cpu"), print):
+        assert named_range("loss") is not nothing
+    assert named_range("loss") is nothing
+
+
+def test_a_run_that_ends_while_recording_leaves_no_half_profile(tmp_path):
+    assert profiled(tmp_path, steps=3, remaining=3, done=2) == []
+    assert list(tmp_path.iterdir()) == []
+    assert profile._recorded is None
+    assert profiled(tmp_path, steps=1, remaining=1, done=1)  # and the profiler is free again
+
+
+def test_the_first_steps_are_left_out_where_there_are_enough(tmp_path):
+    for remaining, cold in ((SETTLING_STEPS + 3, False), (SETTLING_STEPS + 2, True)):
+        profiler = StepProfiler(3, remaining, tmp_path, torch.device("cpu"), print)
+        assert profiler.cold == cold
+
+
+def test_only_the_first_rank_speaks_and_each_writes_its_trace(tmp_path):
+    assert profiled(tmp_path, steps=1, remaining=1, done=1, rank=1) == []
+    assert [path.name[:6] for path in (tmp_path / "profile").iterdir()] == ["rank-1"]
+    assert not (tmp_path / "profile.json").exists()
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "profile").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot write the trace in .*profile.*without --profile"):
+        profiled(tmp_path, steps=1, remaining=1, done=1)
+    assert profile._recorded is None
+
+
+def test_a_compiled_step_sees_no_range(tmp_path):
+    """A range inside a graph would break it in two."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with named_range("loss"):
+            return x.sin() + 1
+
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
+    with StepProfiler(1, 9, tmp_path, torch.device("cpu"), print):
+        assert torch.equal(compiled(torch.ones(3)), f(torch.ones(3)))
+
+
+def test_the_command_line_records_and_says_where_the_time_went(tmp_path):
+    run = tmp_path / "run"
+    done = bdkd("train", *SMALL, "--max-steps", "4", "--run-dir", str(run), "--profile", "2")
+    assert done.returncode == 0, done.stderr
+    assert "where a step’s time went" in done.stdout
+    assert "teacher forward" in done.stdout
+    phases = json.loads((run / "profile.json").read_text())["phases"]
+    assert sum(row["share"] for row in phases) == pytest.approx(1)
+    assert {row["name"] for row in phases} >= RANGES | {"log"}
+    (trace,) = (run / "profile").iterdir()
+    assert json.loads(trace.read_text())["traceEvents"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if line["split"] == "train"):
+        assert 0 < line["data_wait"] < 1
+        assert 50 < line["memory_mib"] < 1e5
+        assert line["mfu"] is None  # no peak is published for this CPU
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--profile", "-3"], "--profile must be a number of steps"),
+        (["--profile", "--dry-run"], "--profile must be a number of steps"),
+        (["--images-per-second", "100"], "give --dry-run"),
+        (["--dry-run", "--images-per-second", "0"], "above 0"),
+        (["--dry-run", "--images-per-second", "inf"], "above 0"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    from bdkd.cli.train import parse
+    from bdkd.config import load_recipe
+    from bdkd.errors import UsageError
+
+    with pytest.raises(UsageError, match=message):
+        parse(["digits", *options], load_recipe("digits"))
+
+
+def test_profile_alone_means_eight_steps():
+    from bdkd.cli.train import parse
+    from bdkd.config import load_recipe
+
+    recipe = load_recipe("digits")
+    assert parse(["digits", "--profile"], recipe).profile == 8
+    assert parse(["digits", "--profile", "--seed", "1"], recipe).profile == 8
+    assert parse(["digits", "--profile", "20"], recipe).profile == 20
+    assert parse(["digits"], recipe).profile == 0
+
+
+def test_a_wait_for_data_is_counted():
+    from bdkd.config import load_recipe
+    from bdkd.training.setup import Setup
+    from bdkd.training.usage import Usage
+
+    usage = Usage(Setup(load_recipe("digits")))
+
+    def slow():
+        for _ in range(2):
+            time.sleep(0.02)
+            yield Batch((torch.zeros(4, 1, 8, 8),), torch.zeros(4, dtype=torch.int64))
+
+    began = time.monotonic()
+    for _ in usage.watch(slow()):
+        time.sleep(0.02)
+    values = usage.read(8, time.monotonic() - began)
+    assert 0.2 < values["data_wait"] < 0.9
+    assert values["mfu"] is None
+    assert usage.read(8, 1.0)["data_wait"] == 0  # an interval of its own
+
+    usage.peak = 1e12  # as if the device were one that is known
+    flops = usage.flops_an_image()
+    assert usage.read(500, 2.0)["mfu"] == pytest.approx(flops * 250 / 1e12)
+    before, usage.image_size = flops, (16, 16)  # progressive resolution
+    assert usage.flops_an_image() > 3 * before
