@@ -1,0 +1,187 @@
+"""The captured step, on a twin of CUDA graphs: operators are recorded with their tensors, once, and
+replayed on the same tensors without a line of Python, as a graph does.
+
+What the twin cannot show waits for a GPU: streams, the graph's memory pool, and how fast it is.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_runs import tiny_state
+from test_step import OPTIMIZERS, a_batch, everything, objective_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bdkd.errors import UsageError
+from bdkd.training.captured import WARM_UP, CapturedStep, check
+from bdkd.training.step import forward_and_loss, train_step
+
+
+@pytest.fixture(autouse=True)
+def labels_as_on_a_gpu(monkeypatch):
+    """On a CPU the labels are checked on the host; on a GPU nothing reads them."""
+    monkeypatch.setattr("bdkd_kernels.reference.check_labels", lambda *_: None)
+
+
+class Recorder(TorchDispatchMode):
+    """Operators and their tensors, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.name() != "aten::_local_scalar_dense", "the host reads a tensor"
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, out in self.calls:
+            fresh = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(fresh), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # a graph's tensors have their places
+
+
+def tensors_of(state) -> list[Tensor]:
+    """All that outlives a step."""
+    moments = [x for own in state.optimizer.state.values() for x in own.values()]
+    meter = state.meter
+    return [
+        *state.networks.state_dict(keep_vars=True).values(), *moments, state.skipped,
+        *(x for average in state.ema.values() for x in average.state_dict().values()),
+        meter.samples, meter.trained, meter.sums, meter.gaps, *meter.statistics.values(),
+    ]  # fmt: skip
+
+
+class Captures:
+    """Records a function and undoes what it did, since a capture does nothing."""
+
+    def __init__(self, state) -> None:
+        self.state, self.count = state, 0
+
+    def __call__(self, function):
+        self.count += 1
+        live = tensors_of(self.state)
+        before = [tensor.detach().clone() for tensor in live]
+        with Recorder() as recorder:
+            function()
+        with torch.no_grad():
+            for tensor, old in zip(live, before, strict=True):
+                tensor.copy_(old)
+        return recorder.replay
+
+
+def a_captured(state) -> tuple[CapturedStep, Captures]:
+    captures = Captures(state)
+    # The native kernel is called with pointers, past the dispatcher that the twin listens to.
+    setup = SimpleNamespace(recipe=state.recipe, device=torch.device("cpu"),
+                            objective=objective_of(state, backend="reference"))  # fmt: skip
+    state.networks.train()
+    return CapturedStep(setup, state, forward_and_loss, captures), captures
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
+    """Learning rates that warm up, a NaN after the capture, a smaller batch that is captured anew,
+    a meter that is read and goes on."""
+    plain, other = (
+        tiny_state(optimizer=OPTIMIZERS[optimizer], ema_decay=0.9, clip_norm=1.0,
+                   accumulate=accumulate)
+        for _ in range(2)
+    )  # fmt: skip
+    objective = objective_of(plain, backend="reference")
+    step, captures = a_captured(other)
+    plain.networks.train()
+    for group in plain.optimizer.param_groups:  # AdamW divides its rate in double precision
+        group["lr"] = torch.tensor(group["lr"])
+    sizes = [16] * (WARM_UP + 4) + [8] * (WARM_UP + 2) + [16]
+    for number, size in enumerate(sizes):
+        batch = a_batch(size, seed=number, poisoned=number == WARM_UP + 1)
+        train_step(plain, objective, batch, plain.recipe.train)
+        step(batch)
+        if number == WARM_UP + 2:
+            assert str(other.meter.read()) == str(plain.meter.read())  # NaN is NaN here
+    assert captures.count == 2
+    expected = everything(plain)
+    for key, value in everything(other).items():
+        assert torch.equal(value, expected[key]), key
+    assert other.skipped.tolist() == plain.skipped.tolist() == [1, 0, 1]
+    assert vars(other.position) == vars(plain.position)
+    assert str(other.meter.read()) == str(plain.meter.read())
+    rates = [float(group["lr"]) for group in other.optimizer.param_groups]
+    assert rates == [float(group["lr"]) for group in plain.optimizer.param_groups]
+    assert rates[0] != float(a_captured(tiny_state())[0].state.optimizer.param_groups[0]["lr"])
+
+
+def test_nothing_that_outlives_a_step_moves():
+    state = tiny_state(ema_decay=0.9)
+    objective = objective_of(state)
+    state.networks.train()
+    train_step(state, objective, a_batch(seed=0), state.recipe.train)
+    places = [tensor.data_ptr() for tensor in tensors_of(state)]
+    for seed in range(1, 4):
+        train_step(state, objective, a_batch(seed=seed), state.recipe.train)
+        state.meter.read()
+    assert [tensor.data_ptr() for tensor in tensors_of(state)] == places
+    state.load_state_dict(tiny_state(ema_decay=0.9).state_dict())
+    kept = {id(x) for own in state.optimizer.state.values() for x in own.values()}
+    moved = [t for t, place in zip(tensors_of(state), places, strict=True)
+             if t.data_ptr() != place and id(t) not in kept]  # fmt: skip
+    assert moved == []  # but the moments, which the optimizer loads anew, before any capture
+
+
+def test_a_checkpoint_of_a_captured_run_resumes_uncaptured_and_back(tmp_path):
+    whole, first = tiny_state(), tiny_state()
+    step, _ = a_captured(first)
+    objective = objective_of(whole, backend="reference")
+    whole.networks.train()
+    for seed in range(8):
+        train_step(whole, objective, a_batch(seed=seed), whole.recipe.train)
+    for seed in range(5):
+        step(a_batch(seed=seed))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    for captured in (False, True):
+        state = tiny_state()
+        state.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        again = a_captured(state)[0]
+        if not captured:
+            state = tiny_state()
+            state.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            assert all(isinstance(g["lr"], float) for g in state.optimizer.param_groups)
+        state.networks.train()
+        for seed in range(5, 8):
+            batch = a_batch(seed=seed)
+            again(batch) if captured else train_step(state, objective, batch, state.recipe.train)
+        expected = everything(whole)
+        for key, value in everything(state).items():
+            assert torch.equal(value, expected[key]), (captured, key)
+
+
+def a_setup(device="cuda", alone=True, controls=False, optimizer="sgd"):
+    return SimpleNamespace(
+        device=torch.device(device), ranks=SimpleNamespace(alone=alone),
+        objective=SimpleNamespace(controls=controls),
+        recipe=SimpleNamespace(objective=SimpleNamespace(name="switokd"),
+                               optimizer=SimpleNamespace(name=optimizer)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (a_setup(device="cpu"), r"on a GPU \(device is cpu\)"),
+        (a_setup(alone=False), "with one rank"),
+        (a_setup(controls=True), "not with switokd"),
+        (a_setup(optimizer="lamb"), "not with lamb"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(setup, message):
+    check(a_setup())
+    with pytest.raises(UsageError, match=message):
+        check(setup)
