@@ -1,0 +1,109 @@
+"""A rank is killed, torchrun starts the ranks again, and the run ends as if nothing had been."""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+from launches import TINY, Launch, steps_done
+from small_runs import bdkd
+from test_resume import assert_same_end
+
+from bdkd.cli import main
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """By number of ranks, the run that nobody kills."""
+    folder, done = tmp_path_factory.mktemp("whole"), {}
+
+    def of(ranks: int):
+        if ranks not in done:
+            with Launch(ranks, folder / str(ranks), *TINY) as launch:
+                assert launch.end() == 0, launch.text()
+            done[ranks] = launch.run
+        return done[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_killed_rank_comes_back_by_itself_bit_for_bit(ranks, whole_run, tmp_path):
+    with Launch(ranks, tmp_path / "run", *TINY, options=("--max-restarts", "3")) as launch:
+        launch.until_step(10)
+        launch.signal(ranks - 1, signal.SIGKILL)
+        assert launch.end() == 0, launch.text()
+    continued = re.search(r"continuing at step (\d+), from .*step-\d+\.pt", launch.text())
+    assert continued, launch.text()
+    assert int(continued[1]) >= 4  # checkpoint.every-steps is 4
+    assert_same_end(launch.run, whole_run(ranks))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_kills_at_random_moments(ranks, whole_run, tmp_path):
+    """Of a random rank, at a random moment, twenty times in one run."""
+    kills, chance = 20, random.Random(ranks)
+    options = ("--max-restarts", str(kills), "--monitor-interval", "0.1")
+    with Launch(ranks, tmp_path / "run", *TINY, options=options) as launch:
+        for index in range(kills):
+            # Each attempt begins at the last checkpoint; the later ones are let go further.
+            goal = min(18, index + chance.randrange(2))
+            launch.until(lambda g=goal, i=index: restarts(launch) >= i and begun(launch, g))
+            time.sleep(chance.random() * 0.05)
+            pids = launch.pids()
+            launch.signal(chance.choice(sorted(pids)), signal.SIGKILL)
+            print(f"kill {index + 1} at step {steps_done(launch.run)}")
+        assert launch.end() == 0, launch.text()
+    assert_same_end(launch.run, whole_run(ranks))
+
+
+def restarts(launch: Launch) -> int:
+    return launch.text().count("continuing at step")
+
+
+def begun(launch: Launch, step: int) -> bool:
+    """Whether this attempt trains, and has come to a step."""
+    continued = launch.text().rpartition("continuing at step")[2]
+    said = [int(number) for number in re.findall(r"^step (\d+)/", continued, re.MULTILINE)]
+    return bool(said) and said[-1] >= step and len(launch.pids()) == launch.ranks
+
+
+def test_another_number_of_ranks_goes_on_at_the_same_image(tmp_path):
+    """SIGUSR1, as Slurm sends it before its time is up; then one process takes the run over."""
+    options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
+    with Launch(2, tmp_path / "run", *TINY, options=options) as launch:
+        launch.until_step(6)
+        launch.process.send_signal(signal.SIGUSR1)
+        assert launch.end() == 1, launch.text()  # torchrun's own
+    stopped = re.search(r"bdkd: stopped at step (\d+), saved in (.*);", launch.text())
+    assert stopped, launch.text()
+    assert (
+        'Traceback (most recent call last):\n  File "/'
+        not in (launch.run / "logs" / "rank-1.log").read_text()
+    )
+    done = bdkd("train", "--resume", "--run-dir", str(launch.run), timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing at step {stopped[1]}, from {stopped[2]}" in done.stdout
+    assert "resuming on 1 rank what 2 began" in done.stdout
+    assert "over 64 images instead of 32" in done.stdout
+    assert f"step {int(stopped[1]) + 1}/19" in done.stdout
+
+
+def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    arguments = [
+        "train", "digits", "--run-dir", str(run), "--log", "--max-steps", "1",
+        "--networks.teacher.model", "resnet8",
+    ]  # fmt: skip
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    main(arguments)
+    main(arguments)
+    assert "continuing at step 1" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    for _ in range(2):  # what was refused once is refused when torchrun tries again
+        with pytest.raises(SystemExit) as refused:
+            main(arguments)
+        assert refused.value.code == 1
+        assert "already holds a run" in capsys.readouterr().err
