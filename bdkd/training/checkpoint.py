@@ -83,6 +83,10 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self._thread is not None:
@@ -90,7 +94,7 @@ class BackgroundWriter:
 
     def take_failure(self) -> RunError | None:
         """What went wrong with the last set, told once; None while it is being written."""
-        if self._thread is None or self._thread.is_alive():
+        if self.busy():
             return None
         error, self._failure = self._failure, None
         if error is not None and not isinstance(error, RunError):

@@ -1,0 +1,82 @@
+"""How long a checkpoint keeps the training loop from its steps.
+
+    python bench/checkpoint_stall.py [--every 50] [--checkpoints 6] [--recipe digits]
+
+A run in one process with its checkpoints on, in a folder of its own. *Stall* is the time that the
+loop spends in taking a snapshot, and in waiting for the file before where it is not written yet;
+*slower* is how much longer the median step takes while a file is being written beside it. Both are
+given as shares of the time between two checkpoints.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bdkd.config import CheckpointConfig, load_recipe
+from bdkd.training import loop
+from bdkd.training.run_folder import RunFolder
+from bdkd.training.setup import Setup
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--checkpoints", type=int, default=6)
+    arguments = parser.parse_args()
+
+    stalls: list[tuple[float, float]] = []  # when a save ended, and how long it held the loop
+    steps: list[tuple[float, bool]] = []  # seconds of a step, and whether a file was being written
+    save, step = loop.Run.save, loop.train_step
+    current: list[loop.Run] = []
+
+    def timed_save(self: loop.Run, newest: bool, best: bool) -> None:
+        current[:] = [self]
+        began = time.perf_counter()
+        save(self, newest, best)
+        stalls.append((time.perf_counter(), time.perf_counter() - began))
+
+    def timed_step(*given, **named) -> None:
+        writing = bool(current) and current[0].writer.busy()
+        began = time.perf_counter()
+        step(*given, **named)
+        steps.append((time.perf_counter() - began, writing))
+
+    loop.Run.save, loop.train_step = timed_save, timed_step  # type: ignore[method-assign]
+    total = arguments.every * arguments.checkpoints
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(arguments.recipe)
+        recipe = dataclasses.replace(
+            recipe, max_steps=total + 1, run_dir=folder, log=(), evaluate_every=10**6,
+            checkpoint=CheckpointConfig(every_steps=arguments.every),
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            loop.train(Setup(recipe), RunFolder(Path(folder)), "never")
+        size = max(p.stat().st_size for p in (Path(folder) / "checkpoints").glob("step-*"))
+
+    regular = stalls[: arguments.checkpoints]
+    between = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(regular))
+    stall = statistics.median(seconds for _, seconds in regular)
+    quiet = statistics.median(seconds for seconds, writing in steps if not writing)
+    busy = [seconds for seconds, writing in steps if writing]
+    slower = (statistics.median(busy) - quiet) * len(busy) / len(regular) if busy else 0.0
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.recipe}, "
+        f"{len(regular)} checkpoints of {size / 1e6:.1f} MB, {arguments.every} steps apart\n"
+        f"  time between them       {1e3 * between:9.1f} ms  (step {1e3 * quiet:.1f} ms)\n"
+        f"  stall of the loop       {1e3 * stall:9.2f} ms  {stall / between:8.2%}\n"
+        f"  steps beside a write    {1e3 * slower:9.2f} ms  {slower / between:8.2%}  "
+        f"({len(busy) / len(regular):.1f} a checkpoint)"
+    )
+
+
+if __name__ == "__main__":
+    main()
