@@ -29,6 +29,27 @@ def test_operations_are_those_counted_by_hand():
     assert cost.parameters == 8 * 27 + 8 + 4 * 8 + 4 + 2560 + 10
 
 
+def test_a_depthwise_convolution_is_counted_by_its_groups():
+    """torch's own counter takes its backward pass for that of a full one."""
+    depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False)
+    network = nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), depthwise, nn.Flatten(),
+                            nn.Linear(64 * 64, 10))  # fmt: skip
+    first, middle, last = 2 * 64 * 64 * 64, 2 * 64 * 64 * 9, 2 * 4096 * 10
+    cost = cost_of(network, (64, 8, 8), trains=True)
+    assert cost.forward == first + middle + last
+    assert cost.step == cost.forward + first + 2 * middle + 2 * last
+
+
+def test_a_transposed_convolution_is_counted_from_its_input():
+    network = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False),
+                            nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2, bias=False),
+                            nn.Flatten(), nn.Linear(6 * 64, 10, bias=False))  # fmt: skip
+    first, middle, last = 2 * 16 * 8 * 4, 2 * 16 * 8 * 3 * 4, 2 * 384 * 10
+    cost = cost_of(network, (4, 4, 4), trains=True)
+    assert cost.forward == first + middle + last
+    assert cost.step == cost.forward + first + 2 * middle + 2 * last
+
+
 def test_a_frozen_network_costs_its_forward_pass():
     cost = cost_of(a_network(), (3, 8, 8), trains=False)
     assert cost.step == cost.forward > 0
