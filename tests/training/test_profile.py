@@ -196,7 +196,9 @@ def test_a_compiled_step_sees_no_range(tmp_path):
 
 def test_the_command_line_records_and_says_where_the_time_went(tmp_path):
     run = tmp_path / "run"
-    done = bdkd("train", *SMALL, "--max-steps", "4", "--run-dir", str(run), "--profile", "2")
+    done = bdkd(
+        "train", *SMALL, "--max-steps", "4", "--run-dir", str(run), "--profile", "2", timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "where a step’s time went" in done.stdout
     assert "teacher forward" in done.stdout
