@@ -208,6 +208,7 @@ def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
             f"  both, as DDP has them     {1e3 * together:8.2f} ms\n"
             f"  of the all-reduce, hidden {hidden:8.0%}"
         )
+    dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
 
 
