@@ -14,6 +14,7 @@ from bdkd.training.device import set_flags
 from bdkd.training.distributed import ALONE, Ranks, local_rank
 from bdkd.training.networks import Networks, build_networks
 from bdkd.training.run_folder import selected_checkpoint
+from bdkd.training.step import AUTOCAST
 
 
 class Setup:
@@ -47,7 +48,10 @@ class Setup:
                 f"decides on whole batches, got {recipe.train.accumulate}"
             )
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        self.source: DataSource = create_source(recipe.data, recipe.seed, self.device, layout)
+        dtype = AUTOCAST[recipe.train.precision] or torch.float32
+        self.source: DataSource = create_source(
+            recipe.data, recipe.seed, self.device, layout, dtype
+        )
         images, batch_size = self.source.info.counts["train"], recipe.train.batch_size
         if images < batch_size:
             raise UsageError(

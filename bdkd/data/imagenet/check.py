@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bdkd.data.imagenet.index import Index, Item
 from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import decoded, processors
-from bdkd.data.imagenet.pillow import leave_signals_to_the_parent
+from bdkd.data.imagenet.pillow import leave_signals_to_the_parent, worker_context
 from bdkd.errors import RunError
 
 CHUNK = 32  # images of a task
@@ -83,7 +83,12 @@ def _examined(index: Index, workers: int) -> Iterator[tuple[str, str, str]]:
     """Identity, kind and, of a bad one, the reason of each image, in their order."""
     chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
     waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
-    pool = ProcessPoolExecutor(workers, initializer=leave_signals_to_the_parent, initargs=(0,))
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=worker_context(),
+        initializer=leave_signals_to_the_parent,
+        initargs=(0,),
+    )
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(examine, [index.item(i) for i in chunk])))

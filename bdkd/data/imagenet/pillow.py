@@ -1,7 +1,9 @@
 """The loader for machines without DALI: Pillow in torch's worker processes."""
 
+import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +48,7 @@ class Pillow:
             num_workers=self.workers,
             prefetch_factor=AHEAD if self.workers else None,
             worker_init_fn=leave_signals_to_the_parent if self.workers else None,
+            multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
         for pixels in loader:
@@ -80,6 +83,16 @@ def _cut(image: "Image.Image", window: Window, side: int) -> np.ndarray:
     cut = cut.resize((to_width, to_height), Image.Resampling.BILINEAR)
     square = np.asarray(cut)[square_top : square_top + side, square_left : square_left + side]
     return square[:, ::-1] if mirrored else square
+
+
+def worker_context() -> BaseContext:
+    """How workers are started: from a server process without threads. A plain fork of a process
+    whose other threads (DALI's, OpenMP's) hold a lock hung now and then."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+    return context
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

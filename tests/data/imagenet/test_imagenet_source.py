@@ -1,0 +1,333 @@
+"""ImageNet as the trainer sees it: order, augmentation, splits, and what is said of bad files."""
+
+import multiprocessing
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from imagenet_trees import encoded, labelled, wnid
+from PIL import Image
+
+from bdkd.config import DataConfig
+from bdkd.data import Shard, create_source
+from bdkd.errors import RunError, UsageError
+
+LOADERS = ("dali", "pillow")
+
+
+def imagenet(root, seed=0, dtype=torch.float32, **options):
+    # Pillow decodes in this process, but where its workers are the point: they take a while to come
+    options = {"image_size": 64, "workers": 0, "flip": True, "loader": "pillow"} | options
+    config = DataConfig(source="imagenet", root=str(root), **options)
+    return create_source(config, seed, torch.device("cpu"), torch.channels_last, dtype)
+
+
+def same(batches, others):
+    pairs = list(zip(batches, others, strict=True))
+    return bool(pairs) and all(
+        torch.equal(a.target, b.target)
+        and all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+        for a, b in pairs
+    )
+
+
+@pytest.fixture
+def copy(tree, tmp_path):
+    """A tree to break."""
+    return shutil.copytree(tree, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_resumed_in_the_middle_is_the_epoch(tree, loader):
+    """Bit by bit, everything that is random included, from a source that was made anew."""
+    options = {"rand_augment": (2, 9), "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+    whole = list(imagenet(tree, loader=loader, **options).train_batches(3, 0, 16, 2))
+    assert len(whole) == 6  # of 110: the ragged rest is left out
+    again = imagenet(tree, loader=loader, **options)
+    assert same(whole[3:], again.train_batches(3, 48, 16, 2))
+    assert not same(whole[3:4], list(again.train_batches(4, 48, 16, 2))[:1])
+    assert not torch.equal(*whole[0].views)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_pipeline_that_was_left_in_mid_epoch_does_not_disturb_the_next(tree, loader):
+    source = imagenet(tree, loader=loader)
+    first = list(source.train_batches(0, 0, 16, 1))
+    for batch in (abandoned := source.train_batches(1, 0, 16, 1)):
+        assert len(batch.target) == 16
+        break
+    evaluated = list(source.eval_batches("test", 10))  # between the batches of an epoch
+    abandoned.close()
+    assert same(first, source.train_batches(0, 0, 16, 1))
+    assert same(evaluated, source.eval_batches("test", 10))
+
+
+def test_both_loaders_show_the_same_pixels_in_the_same_order(tree):
+    """Of decoders and filters that round differently, so to a few hundredths of a deviation."""
+    dali, pillow = (imagenet(tree, loader=loader, image_size=224) for loader in LOADERS)
+    pairs = [
+        (dali.train_batches(0, 64, 22, 1), pillow.train_batches(0, 64, 22, 1)),
+        (dali.eval_batches("test", 8), pillow.eval_batches("test", 8)),
+    ]
+    for one, other in pairs:
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.target, b.target)
+            assert a.views[0].shape == b.views[0].shape
+            assert a.views[0].is_contiguous(memory_format=torch.channels_last)
+            assert b.views[0].is_contiguous(memory_format=torch.channels_last)
+            difference = (a.views[0] - b.views[0]).abs().flatten(1)
+            assert difference.mean(1).max() < 0.02  # 1 of 255 is 0.017
+            assert difference.max() < 0.5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_whole_out_and_change_nothing(tree, world):
+    options = {"rand_augment": (1, 5), "erasing": 0.3, "mixup": 0.4}
+    source = imagenet(tree, **options)
+    whole = list(source.train_batches(1, 12, 12, 1))
+    parts = [list(source.train_batches(1, 12, 12, 1, Shard(r, world))) for r in range(world)]
+    for number, batch in enumerate(whole):
+        of_ranks = [part[number] for part in parts]
+        assert torch.equal(torch.cat([part.target for part in of_ranks]), batch.target)
+        views = torch.cat([part.views[0] for part in of_ranks])
+        torch.testing.assert_close(views, batch.views[0], rtol=0, atol=1e-5)
+    seen = [b.views[0] for r in range(world)
+            for b in source.eval_batches("test", 4, Shard(r, world))]  # fmt: skip
+    assert sum(map(len, seen)) == 25
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 25
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_evaluation_sees_every_image_once_at_the_fields_crop(tree, loader):
+    source = imagenet(tree, loader=loader, image_size=224)
+    batches = list(source.eval_batches("test", 10))
+    assert [len(batch.target) for batch in batches] == [10, 10, 5]
+    files = labelled(tree, "val")
+    assert torch.cat([b.target for b in batches]).tolist() == [label for _, label in files]
+    mean, std = (
+        np.array(v) for v in (source.info.normalisation.mean, source.info.normalisation.std)
+    )
+    with Image.open(files[0][0]) as image:  # 500x375: 256 high, 341 wide
+        resized = image.resize((341, 256), Image.Resampling.BILINEAR)
+    expected = (np.asarray(resized, np.float64)[16:240, 59:283] - mean) / std
+    found = batches[0].views[0][0].permute(1, 2, 0).double().numpy()
+    assert np.abs(found - expected).mean() < 0.02
+
+
+def test_splits_do_not_overlap_and_come_from_their_folders(tree):
+    source = imagenet(tree)
+    names = {split: {index.identity(i) for i in range(len(index))}
+             for split, index in source.splits.items()}  # fmt: skip
+    assert {split: len(found) for split, found in names.items()} == {
+        "train": 110, "val": 10, "test": 25,
+    }  # fmt: skip
+    assert not names["train"] & names["val"]
+    assert names["train"] | names["val"] == {
+        str(file.relative_to(tree)) for file, _ in labelled(tree, "train")
+    }
+    assert imagenet(tree, validation=0.0).info.counts["train"] == 120
+    assert imagenet(tree, train_images=50).info.counts["train"] == 50
+    noisy, clean = imagenet(tree, label_noise=0.2).splits["train"], source.splits["train"]
+    assert (noisy.labels != clean.labels).sum() == 22
+
+
+@pytest.mark.parametrize(("format", "fixture"), [("webdataset", "tars"), ("tfrecord", "tfrecords")])
+def test_archives_give_what_the_folders_give(tree, format, fixture, request):
+    archives = request.getfixturevalue(fixture)
+    folders, packed = imagenet(tree), imagenet(archives, format=format)
+    assert packed.info.counts == folders.info.counts
+    assert same(folders.train_batches(2, 32, 32, 1), packed.train_batches(2, 32, 32, 1))
+    assert same(folders.eval_batches("test", 25), packed.eval_batches("test", 25))
+    with_dali = imagenet(archives, format=format, loader="dali")
+    assert same(
+        imagenet(tree, loader="dali").train_batches(2, 64, 32, 1),
+        with_dali.train_batches(2, 64, 32, 1),
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_training_resolution_follows_the_epoch_and_evaluation_does_not(tree, loader):
+    source = imagenet(tree, loader=loader, progressive=((0, 32), (2, 48)))
+    sides = [next(iter(source.train_batches(epoch, 96, 8, 1))).views[0].shape[-1]
+             for epoch in range(4)]  # fmt: skip
+    assert sides == [32, 32, 48, 48]
+    assert next(iter(source.eval_batches("val", 4))).views[0].shape[-1] == 64
+    assert imagenet(tree, progressive=((5, 32),)).side(0) == 64
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_images_have_the_dtype_of_the_training(tree, loader, dtype):
+    wide, narrow = imagenet(tree, loader=loader), imagenet(tree, dtype=dtype, loader=loader)
+    a = next(iter(wide.train_batches(0, 96, 8, 1))).views[0]
+    b = next(iter(narrow.train_batches(0, 96, 8, 1))).views[0]
+    assert b.dtype == dtype
+    torch.testing.assert_close(a, b.float(), rtol=2**-8, atol=1e-3)
+    assert next(iter(narrow.eval_batches("val", 8))).views[0].dtype == torch.float32
+
+
+def odd(kind: str, image: Image.Image) -> bytes:
+    return {
+        "cmyk": lambda: encoded(image.convert("CMYK"), "JPEG"),
+        "grey": lambda: encoded(image.convert("L"), "JPEG"),
+        "png": lambda: encoded(image, "PNG"),
+        "rgba": lambda: encoded(image.convert("RGBA"), "PNG"),
+        "progressive": lambda: encoded(image, "JPEG", progressive=True),
+        "1x1": lambda: encoded(image.resize((1, 1)), "JPEG"),
+        "1x900": lambda: encoded(image.resize((1, 900)), "JPEG"),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "grey", "png", "rgba", "progressive", "1x1", "1x900"])
+def test_odd_images_train_and_both_loaders_agree_on_them(copy, kind):
+    for split in ("train", "val"):
+        file, _ = labelled(copy, split)[3]
+        with Image.open(file) as image:
+            image.load()
+        file.write_bytes(odd(kind, image))
+    seen = []
+    for loader in LOADERS:
+        source = imagenet(copy, loader=loader, validation=0.0)
+        training = [b.views[0] for b in source.train_batches(0, 0, 24, 1)]
+        seen.append(torch.cat([*training, *(b.views[0] for b in source.eval_batches("test", 25))]))
+    assert len(seen[0]) == 145
+    assert (seen[0] - seen[1]).abs().flatten(1).mean(1).max() < 0.05
+
+
+BAD = {
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "header": lambda whole: whole[:700],
+    "text": lambda whole: b"this is a text\n" * 40,
+    "empty": lambda whole: b"",
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    ("split", "kind"), [*(("train", kind) for kind in BAD), ("val", "truncated")]
+)
+def test_a_bad_file_is_named_in_one_line(copy, loader, kind, split):
+    file, _ = labelled(copy, split)[7]
+    file.write_bytes(BAD[kind](file.read_bytes()))
+    source = imagenet(copy, loader=loader, validation=0.0, smallest_crop=1.0)
+    batches = source.train_batches(0, 0, 12, 1)
+    with pytest.raises(RunError, match=r"cannot decode the image .*data\.exclude") as raised:
+        list(batches if split == "train" else source.eval_batches("test", 12))
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+    listed = copy.parent / "bad-files.txt"
+    listed.write_text(f"# by hand\n{file.relative_to(copy)}\tno image\n")
+    left = imagenet(copy, loader=loader, validation=0.0, exclude=str(listed))
+    assert sum(left.info.counts.values()) == 144
+    assert len(list(left.train_batches(0, 0, 12, 1))) == left.info.counts["train"] // 12
+    assert sum(len(b.target) for b in left.eval_batches("test", 12)) == left.info.counts["test"]
+
+
+def test_an_image_that_only_dali_refuses_is_named(copy):
+    file, _ = labelled(copy, "train")[7]
+    with Image.open(file) as image:
+        file.write_bytes(encoded(image, "GIF"))
+    source = imagenet(copy, loader="dali", validation=0.0)
+    with pytest.raises(RunError, match=f"{file}: DALI"):
+        list(source.train_batches(0, 0, 12, 1))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_that_vanishes_is_named(copy, loader):
+    source = imagenet(copy, loader=loader, validation=0.0)
+    file, _ = labelled(copy, "train")[50]
+    file.unlink()
+    with pytest.raises(RunError, match=f"cannot read the image {file}: No such file"):
+        list(source.train_batches(0, 0, 12, 1))
+
+
+def test_pillows_workers_do_the_same_and_are_gone_when_an_epoch_is_left(tree, copy):
+    before = set(multiprocessing.active_children())
+    batches = imagenet(tree, workers=2).train_batches(0, 0, 8, 1)
+    first = [next(batches), next(batches)]
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert not set(multiprocessing.active_children()) - before
+    assert same(first, list(imagenet(tree).train_batches(0, 0, 8, 1))[:2])
+
+    file, _ = labelled(copy, "train")[7]
+    file.write_text("no image")
+    with pytest.raises(RunError, match=f"cannot decode the image {file}"):
+        list(imagenet(copy, workers=1, validation=0.0).train_batches(0, 0, 8, 1))
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_layouts_that_cannot_be_are_refused_in_one_line(copy, tree, tars, tmp_path):
+    def refused(match, root=copy, **options):
+        with pytest.raises(RunError, match=match) as raised:
+            imagenet(root, **options)
+        assert "\n" not in str(raised.value)
+
+    refused("no data set at .*nowhere", root=tmp_path / "nowhere")
+    refused("no archives train", format="webdataset")
+    refused(r"data\.format = webdataset", root=tars)
+    refused("no whole TFRecord|no Example", root=tars, format="tfrecord")
+    (copy / "train" / wnid(9)).mkdir()
+    refused(f"the class {wnid(9)} in .* holds 0 images")
+    (copy / "train" / wnid(9)).rmdir()
+    (copy / "val" / wnid(7)).mkdir()
+    refused(f"does not have: {wnid(7)}")
+    for folder in list((copy / "val").iterdir()):
+        for file in list(folder.iterdir()):
+            file.rename(copy / "val" / file.name)
+        folder.rmdir()
+    refused(r"val is flat.*LOC_val_solution\.csv.*mkdir -p")
+    shutil.rmtree(copy / "val")
+    refused(r"no folder .*val: data\.root must hold")
+
+
+def test_archives_that_are_cut_short_are_named(tree, tars, tfrecords, tmp_path):
+    for archives, format, name in (
+        (tars, "webdataset", "train-0001.tar"),
+        (tfrecords, "tfrecord", "train-00001-of-00003"),
+    ):
+        root = shutil.copytree(archives, tmp_path / format)
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(RunError, match=name):
+            imagenet(root, format=format)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"crop": 4}, r"data\.crop does not apply"),
+        ({"cutout": 8}, r"data\.cutout does not apply"),
+        ({"pixel_noise": 0.1}, r"data\.pixel_noise does not apply"),
+        ({"train_images": 3}, r"data\.train_images must be between 5"),
+    ],
+)
+def test_options_of_other_sources_are_refused(tree, options, match):
+    with pytest.raises(UsageError, match=match):
+        imagenet(tree, **options)
+
+
+def test_other_sources_refuse_options_of_this_one():
+    config = DataConfig(source="synthetic", mixup=0.2)
+    with pytest.raises(UsageError, match=r"data\.mixup is an option of the source imagenet"):
+        create_source(config, 0, torch.device("cpu"), torch.channels_last)
+
+
+def test_a_list_of_another_data_set_is_refused(tree, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_text("train/n9/no.JPEG\tbad\n")
+    with pytest.raises(UsageError, match="names no image of"):
+        imagenet(tree, exclude=str(listed))
+    with pytest.raises(RunError, match=r"cannot read data\.exclude"):
+        imagenet(tree, exclude=str(tmp_path / "none.txt"))
+    listed.write_text("# 0 of 145 images\n")
+    assert imagenet(tree, exclude=str(listed)).info.counts["train"] == 110
+
+
+def test_mixing_needs_its_neighbours_on_one_rank(tree):
+    source = imagenet(tree, cutmix=1.0)
+    with pytest.raises(UsageError, match="even number of images"):
+        next(source.train_batches(0, 0, 10, 1, Shard(0, 2)))
+    next(source.train_batches(0, 0, 9, 1))  # the last one alone
