@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -443,7 +444,7 @@ def test_diverging_training_stops_and_names_the_last_good_checkpoint(tmp_path, c
     assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-00000001.pt"]
 
 
-def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_is_whole(tmp_path):
+def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_is_whole(tmp_path):
     """A file size limit stands in for the disk: the writes fail in the same place."""
     run = tmp_path / "run"
     script = (
@@ -461,8 +462,12 @@ def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_is_whole(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "step-00000002.pt" in done.stderr
+    assert "cannot write" in done.stderr
     assert "--resume" in done.stderr
+    warned = re.findall(
+        r"^warning: .* without this checkpoint: .*step-(\d+)\.pt", done.stdout, re.M
+    )
+    assert warned[:2] == ["00000002", "00000003"]  # training went on and tried again
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000001.pt"]
     again = bdkd("train", "--resume", "--max-steps", "3", "--run-dir", str(run))
     assert again.returncode == 0, again.stderr
