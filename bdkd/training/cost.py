@@ -104,7 +104,7 @@ def _convolution_backward(
     **_: object,
 ) -> int:
     """FLOPs of a convolution's backward pass: each of the two gradients takes what the forward pass
-    took. torch's own count of a grouped weight gradient is too large by the number of groups, and that
-    of a step of MobileNetV1 3.5 times."""
+    took. torch's own count of a grouped weight gradient is too large by the number of groups, which
+    makes a step of MobileNetV1 3.5 times too large."""
     once = 2 * math.prod(images if transposed else grad_out) * math.prod(weight[1:])
     return once * sum(output_mask[:2])
