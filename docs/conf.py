@@ -21,7 +21,7 @@ version = release = bdkd.__version__
 extensions = [
     "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
 ]  # fmt: skip
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "evidence/**"]
 source_suffix = {".md": "markdown"}
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
