@@ -2,7 +2,9 @@
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Generator, Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING
 
@@ -51,11 +53,21 @@ class Pillow:
             multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        for pixels in loader:
-            if isinstance(pixels, RunError):
-                raise pixels
-            images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            yield images if raw else images.float().sub_(self.mean).div_(self.std).to(self.dtype)
+        try:
+            for pixels in loader:
+                if isinstance(pixels, RunError):
+                    raise pixels
+                images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                if not raw:
+                    images = images.float().sub_(self.mean).div_(self.std).to(self.dtype)
+                yield images
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise RunError(
+                "a process that decoded images was killed, by lack of memory or by someone: "
+                "resume with fewer data.workers"
+            ) from error
 
 
 class Decoder(Dataset):
@@ -92,6 +104,13 @@ def worker_context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+    if threading.current_thread() is threading.main_thread():
+        # What the server ignores from its start, its workers ignore from theirs: Ctrl-C.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, previous)
     return context
 
 
