@@ -176,12 +176,20 @@ def _with_stored_config(arguments: Arguments, given: list[str], name: str | None
         if changed:
             print(f"resuming with changed {', '.join(changed)}")
         if name:
-            ignored = set(differing_keys(stored, load_recipe(name))) - {"run_dir"}
-            overridden = set(differing_keys(arguments.config, load_recipe(name)))
+            recipe = _with_method_options(load_recipe(name))
+            ignored = set(differing_keys(stored, recipe)) - {"run_dir"}
+            overridden = set(differing_keys(_with_method_options(arguments.config), recipe))
             if edited := sorted(ignored - overridden - set(changed)):
                 print(f"kept from {folder.config}, unlike {name}: {', '.join(edited)}")
     config = dataclasses.replace(config, run_dir=str(run_dir))
     return dataclasses.replace(arguments, config=config)
+
+
+def _with_method_options(recipe: Recipe) -> Recipe:
+    """The recipe with its method's own defaults written out, as a run's folder has them."""
+    from bdkd.objectives import resolve_options
+
+    return dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
 
 
 def _of_launch(arguments: Arguments) -> Arguments:

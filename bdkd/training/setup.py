@@ -36,12 +36,12 @@ class Setup:
         recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
         self.recipe, self.ranks = recipe, ranks
         self.device = choose_device(recipe.device, local_rank())
-        check_ranks(recipe, ranks, self.device)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         set_flags(self.device, recipe.train)
         # Made first: it refuses networks that do not suit the method before any data is read.
         self.objective: Objective = create_objective(recipe.objective, recipe.networks)
+        check_ranks(recipe, self.objective, ranks, self.device)
         if self.objective.controls and recipe.train.accumulate > 1:
             raise UsageError(
                 f"train.accumulate must be 1 with the method {recipe.objective.name!r}, which "
@@ -88,7 +88,7 @@ class Setup:
         return networks
 
 
-def check_ranks(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
+def check_ranks(recipe: Recipe, objective: Objective, ranks: Ranks, device: torch.device) -> None:
     """Raise ``UsageError`` for what does not suit so many ranks."""
     if ranks.alone:
         return
@@ -97,6 +97,11 @@ def check_ranks(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
         raise UsageError(
             f"train.batch_size must be at least {ranks.world * train.accumulate}, an image for "
             f"each of the {ranks.world} ranks and parts, got {train.batch_size}"
+        )
+    if objective.controls and any(network.shard for network in recipe.networks.values()):
+        raise UsageError(
+            f"networks.NAME.shard must be false with the method {recipe.objective.name!r}, which "
+            "lets a teacher pause"
         )
     if recipe.distributed.sync_batch_norm and device.type == "cpu":
         raise UsageError("distributed.sync_batch_norm must be false on CPUs: torch has it on GPUs")

@@ -1,9 +1,16 @@
 """Several ranks do what one does: the same training, the same figures, the same decisions."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.multiprocessing as mp
 from rank_checks import LARGEST, main
+
+from bdkd.config import ObjectiveConfig, load_recipe
+from bdkd.errors import UsageError
+from bdkd.training.distributed import Ranks
+from bdkd.training.setup import Setup
 
 SEVERAL = range(2, LARGEST + 1)
 
@@ -99,3 +106,37 @@ def test_what_one_rank_asks_all_learn_one_step_later(world, found):
 @pytest.mark.parametrize("world", SEVERAL)
 def test_an_error_of_the_first_rank_is_that_of_all(world, found):
     assert found[f"errors-{world}"]["said"] == ["the disk has gone"] * world
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"batch_size": 8, "accumulate": 4}}, "train.batch_size must be at least 12"),
+        ({"distributed": {"sync_batch_norm": True}}, "sync_batch_norm must be false on CPUs"),
+        ({"objective": {"name": "switokd"}, "shard": True}, "shard must be false"),
+    ],
+    ids=["batch", "batch norm", "shard"],
+)
+def test_what_does_not_suit_so_many_ranks_is_refused(changes, said):
+    recipe = load_recipe("digits")
+    if changes.pop("shard", False):
+        teacher = dataclasses.replace(recipe.networks["teacher"], shard=True)
+        recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
+        recipe = dataclasses.replace(recipe, objective=ObjectiveConfig())
+    for key, values in changes.items():
+        value = dataclasses.replace(getattr(recipe, key), **values)
+        recipe = dataclasses.replace(recipe, **{key: value})
+    with pytest.raises(UsageError, match=said):
+        Setup(recipe, ranks=Ranks(0, 3))
+    assert Setup(recipe).sharded == []  # alone all of it is in order
+
+
+def test_batch_norm_over_all_ranks_is_torchs_on_gpus(monkeypatch):
+    """torch has it for GPUs alone: here it is only seen to be taken."""
+    monkeypatch.setattr("bdkd.training.setup.check_ranks", lambda *_: None)
+    recipe = load_recipe("digits")
+    synced = dataclasses.replace(recipe.distributed, sync_batch_norm=True)
+    setup = Setup(dataclasses.replace(recipe, distributed=synced), ranks=Ranks(0, 2))
+    kinds = {type(module) for module in setup.networks.modules()}
+    assert torch.nn.SyncBatchNorm in kinds
+    assert torch.nn.BatchNorm2d not in kinds
