@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """Images and labels of some samples, on the device."""
 
     views: tuple[Tensor, ...]  # one or more augmentations of the images, (B, C, H, W) each
-    target: Tensor  # (B,) int64
+    target: Tensor  # (B,) int64, or (B, C) soft labels of mixed images
 
     def split(self, parts: int) -> list["Batch"]:
         """The batch as so many equal batches."""
