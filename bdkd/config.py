@@ -278,8 +278,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = {
     "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps",
     "data_wait", "memory_mib", "mfu",
-    "forward_weight", "reverse_weight", "forward_kl", "reverse_kl",
-    *("clear", "forward", "items", "keys", "pop", "type", "update", "values"),  # ModuleDict's own
+    "forward_weight", "reverse_weight", "forward_kl", "reverse_kl", "teacher_active",
 }  # fmt: skip
 
 
@@ -354,6 +353,8 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ``UsageError`` for the first value that is out of range, by its key."""
+    from torch import nn  # the networks become one nn.ModuleDict, whose own names are taken
+
     t, d, s, o = recipe.train, recipe.data, recipe.schedule, recipe.optimizer
     checks = [
         (
@@ -462,12 +463,14 @@ def check_recipe(recipe: Recipe) -> None:
                 checks.append((key, number, math.isfinite(part), "finite"))
     for name, network in recipe.networks.items():
         usable = NAME.fullmatch(name) is not None and "." not in name and name not in RESERVED
+        usable = usable and not hasattr(nn.ModuleDict(), name)
         checks.append(
             (
                 f"the network name {name!r}",
                 name,
                 usable and not name.endswith("_ema"),
-                "letters, digits, - and _, not ending in _ema and no key of metrics.jsonl",
+                "letters, digits, - and _, not ending in _ema, no key of metrics.jsonl and no "
+                "attribute of torch.nn.ModuleDict",
             )
         )
         checks.append((f"networks.{name}.shard", network.shard,

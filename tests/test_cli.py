@@ -250,7 +250,9 @@ def test_a_wrong_recipe_file_is_named_with_its_key(text, expected, capsys, tmp_p
         assert part in message
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "step", "items", "x_ema", "a b"])
+@pytest.mark.parametrize(
+    "name", ["a.b", "", "step", "items", "x_ema", "a b", "train", "teacher_active"]
+)
 def test_a_network_name_that_cannot_be_a_key_is_refused(name, capsys, tmp_path):
     text = to_toml(load_recipe("digits")).replace("networks.teacher", f'networks."{name}"')
     (tmp_path / "mine.toml").write_text(text)

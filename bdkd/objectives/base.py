@@ -64,6 +64,12 @@ class Objective(ABC):
                     f"networks.{name}.frozen must be false: {name!r} is a student, which trains"
                 )
 
+        if config.student_ce == 0 and config.student_kd == 0:
+            raise UsageError(
+                "objective.student_ce and objective.student_kd must not both be 0: the student "
+                f"({', '.join(self.students)}) would learn nothing"
+            )
+
     @abstractmethod
     def __call__(
         self,

@@ -110,10 +110,7 @@ def choose_network(recipe: Recipe, averages: Sequence[str], asked: str | None) -
     names = [*recipe.networks, *averages]
     if asked is not None:
         if asked not in names:
-            raise UsageError(
-                f"--network {asked!r} is not in the run: {nearest(asked, names)} "
-                f"(it has {', '.join(names)})"
-            )
+            raise UsageError(f"--network {asked!r} is not in the run: {nearest(asked, names)}")
         return asked
     students = [name for name, network in recipe.networks.items() if network.role == "student"]
     candidates = list(averages) or students or names

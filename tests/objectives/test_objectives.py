@@ -333,6 +333,7 @@ STUDENT, TEACHER = NetworkConfig("x", "student"), NetworkConfig("x", "teacher")
         ({"gamma": 0.5}, PAIR, r"objective\.gamma must be .*>= 1.*0\.5"),
         ({"name": "dml", "temperature": -1.0}, PAIR, r"objective\.temperature must be .*> 0.*-1"),
         ({"name": "independent", "temperature": 2.0}, PAIR, r"objective\.temperature is not an"),
+        ({"student_ce": 0.0, "student_kd": 0.0}, PAIR, r"student_kd must not both be 0.*\(s\)"),
         ({"name": "dlm"}, PAIR, "unknown method 'dlm': did you mean 'dml'"),
     ],
 )  # fmt: skip
