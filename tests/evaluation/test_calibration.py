@@ -268,8 +268,8 @@ def test_nothing_counted_and_empty_batches():
 @pytest.mark.parametrize(
     ("logits", "target", "error", "message"),
     [
-        (torch.zeros(4, 2), torch.zeros(4).long(), ValueError, r"\(B, 3\), got \(4, 2\)"),
-        (torch.zeros(3), torch.zeros(()).long(), ValueError, r"\(B, 3\), got \(3,\)"),
+        (torch.zeros(4, 2), torch.zeros(4).long(), ValueError, r"\(B, 3\).*got \(4, 2\)"),
+        (torch.zeros(3), torch.zeros(()).long(), ValueError, r"\(B, 3\).*got \(3,\)"),
         (torch.zeros(4, 3), torch.zeros(5).long(), ValueError, r"\(4,\).*got \(5,\)"),
         (torch.zeros(4, 3), torch.zeros(4, 3).long(), ValueError, r"\(4,\).*got \(4, 3\)"),
         (torch.zeros(4, 3), torch.zeros(4), TypeError, "integer labels, got torch.float32"),

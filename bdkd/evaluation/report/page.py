@@ -288,6 +288,8 @@ def _time(groups: Sequence[Group], epochs: bool) -> list[Html]:
         *figures.step_times(groups),
         figures.step_metric(groups, epochs, "images_per_second", "Training speed (images/s)",
                             number, "Evaluation and saving do not count."),
+        figures.step_metric(groups, epochs, "data_wait", "Waiting for data (share of the time)",
+                            percent, "What a faster loader would save."),
     ])  # fmt: skip
 
 

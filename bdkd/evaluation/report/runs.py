@@ -17,7 +17,14 @@ from bdkd.evaluation.predictions import Predictions, read_predictions
 
 NETWORK_METRICS = frozenset({"loss", "top1", "ece", "nll", "entropy"})
 STEP_METRICS = frozenset(
-    {"forward_weight", "reverse_weight", "forward_kl", "reverse_kl", "images_per_second"}
+    {
+        "forward_weight",
+        "reverse_weight",
+        "forward_kl",
+        "reverse_kl",
+        "images_per_second",
+        "data_wait",
+    }
 )
 
 
