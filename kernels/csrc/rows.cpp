@@ -21,13 +21,24 @@ enum Stat { kForwardKL, kReverseKL, kStudentEntropy, kTeacherEntropy, kStudentCE
             kForwardWeight, kReverseWeight, kStudentConfidence, kTeacherConfidence,
             kStudentCorrect, kTeacherCorrect, kStats };
 
-struct NetworkSums {  // over one row, of one network
-  double max = 0;
-  double z = 0, z1 = 0;          // of e at tau, at 1
-  double az = 0, xz1 = 0;        // of a e; of (logit - max) e at 1
-  double gap = 0;                // of e (a_t - a_s)
-  double z_gap = 0;              // teacher's: of e_t - e_s
-  double x = 0, qx = 0, q = 0;   // of logit - max; of q (logit - max); of q
+// Rows whose scalars (logarithms, divergences, weights, coefficients) are worked out side by side,
+// a lane each: for few classes they cost more than the classes do. No row's result depends on which
+// others stand beside it.
+constexpr int kGroup = 8;
+constexpr int64_t kGroupBytes = 96 << 10;  // what is kept of a group's rows: it stays near
+
+struct NetworkSums {  // over each row of a group, of one network
+  using Each = double[kGroup];
+  Each max{};
+  Each z{}, z1{};         // of e at tau, at 1
+  Each az{}, xz1{};       // of a e; of (logit - max) e at 1
+  Each gap{};             // of e (a_t - a_s)
+  Each z_gap{};           // teacher's: of e_t - e_s
+  Each x{}, qx{}, q{};    // of logit - max; of q (logit - max); of q
+
+  void clear(int k) {  // all but max
+    z[k] = z1[k] = az[k] = xz1[k] = gap[k] = z_gap[k] = 0;
+  }
 };
 
 template <class R>
@@ -67,10 +78,32 @@ INLINE Mask<R> first_lanes(int64_t n) {  // all ones in lanes < n
   return loaded<Mask<R>>(kMask.zeros - n);
 }
 
+// The largest of a 2-byte type without a conversion: as integers the bits of positive numbers are in
+// order, those of negative ones in reverse, and any positive one is larger.
+template <class R, class S>
+NOINLINE double row_max_of_bits(const S* row, int64_t count) {  // of a vector's width or more
+  constexpr int W = BDKD_BYTES / 2, half = lanes<R>;
+  using B = Vec<int16_t, W>;
+  using V = Vec<R, half>;
+  B largest = loaded<B>(row), smallest = largest;
+  const auto take = [&](int64_t i) INLINE_LAMBDA {
+    const B v = loaded<B>(row + i);
+    largest = v > largest ? v : largest, smallest = v < smallest ? v : smallest;
+  };
+  for (int64_t i = W; i + W <= count; i += W) take(i);
+  take(count - W);  // the rest, and some a second time
+  largest = largest >= 0 ? largest : smallest;
+  V halves[2];
+  for (int k = 0; k < 2; ++k) halves[k] = load<R>((const S*)&largest + k * half);
+  return lane_max(larger<V>(halves[0], halves[1]));
+}
+
 // Of a row with a NaN, anything: the row's sums are NaN whatever is subtracted.
 template <class R, class S>
 INLINE double row_max(const S* row, int64_t count) {
   constexpr int W = lanes<R>;
+  if constexpr (sizeof(S) == 2)
+    if (count >= 8 * W) return row_max_of_bits<R, S>(row, count);
   using V = Vec<R, W>;
   V a = V{} - (R)INFINITY, b = a;
   int64_t i = 0;
@@ -167,13 +200,17 @@ struct Rows {
   // exp(x) = exp(x / tau)^tau: for tau of 1, 2, 4, 8 by squaring; -1: another exponential.
   const int squarings = tau == 1 ? 0 : tau == 2 ? 1 : tau == 4 ? 2 : tau == 8 ? 3 : -1;
   const bool kept = 5 * padded * (int64_t)sizeof(R) <= kKeptBytes;
-  R* const q = scratch<R>((kept ? 6 : 1) * padded);  // (C,) the soft label, smoothed
-  // Of one row, where they are kept: e at tau and at 1, and a_t - a_s. Each (C,), padded with 0.
-  R* const es = q + padded;
-  R* const et = es + padded;
-  R* const gap = et + padded;
-  R* const e1s = squarings == 0 ? es : gap + padded;
-  R* const e1t = squarings == 0 ? et : e1s + padded;
+  const int64_t per_row = (kept ? 6 : 1) * padded;
+  const int64_t fitting = kept ? kGroupBytes / (per_row * (int64_t)sizeof(R)) : 1;
+  const int group = fitting > kGroup ? kGroup : fitting > 1 ? (int)fitting : 1;  // rows at once
+  R* const memory = scratch<R>(group * per_row);
+
+  // Of row k of the group: (C,) the soft label, smoothed, padded with 0.
+  INLINE R* q_of(int k) const { return memory + k * per_row; }
+  // Where they are kept: for every vector of classes e of both at tau, a_t - a_s, and unless tau is 1
+  // e of both at 1, side by side: one pointer, and no two streams a power of two apart.
+  INLINE R* kept_of(int k) const { return q_of(k) + padded; }
+  static constexpr int kKept = 5;
 
   // The exponential at temperature 1, by squaring or anew.
   static INLINE V at_one(V e, V x, int squarings) {
@@ -187,20 +224,19 @@ struct Rows {
   // What rows rarely need has loops of its own, or `rare`, so that the common loop's sums stay in
   // registers; branches on the options inside it are predicted and cost nothing that was measured.
   template <bool rare>
-  NOINLINE void sums(const S* s, const S* t, const S* ds, const S* dt, bool careful, NetworkSums& student,
-                     NetworkSums& teacher) const {
-    const R max_s = student.max, max_t = teacher.max, to_log2 = this->to_log2;
+  NOINLINE void sums(const S* s, const S* t, const S* ds, const S* dt, bool careful, int k,
+                     NetworkSums& student, NetworkSums& teacher) const {
+    const R max_s = student.max[k], max_t = teacher.max[k], to_log2 = this->to_log2;
     const int64_t C = this->C;
     const int squarings = this->squarings;
     const bool kd = !rare || this->kd, kept = this->kept, plain_entropy = this->plain_entropy;
-    R *const es = this->es, *const et = this->et, *const gap = this->gap;
-    R *const e1s = this->e1s, *const e1t = this->e1t;
+    R* keep = kept_of(k);
     const S *const next_s = s + call.student.stride, *const next_t = t + call.teacher.stride;
     const bool fetch = !call.streaming;
     for (int64_t block = 0; block < C; block += kBlock * W) {
       V zs{}, zt{}, zg{}, z1s{}, z1t{}, azs{}, azt{}, gs{}, gt{}, xz1s{}, xz1t{};
       const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
-      for (int64_t i = block; i < end; i += W) {
+      for (int64_t i = block; i < end; i += W, keep += kKept * W) {
         V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
         V as = xs * to_log2, at = xt * to_log2;
         V e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
@@ -219,9 +255,9 @@ struct Rows {
         }
         V g = at - as;
         if (kept) {
-          memcpy(es + i, &e_s, sizeof e_s);
-          memcpy(et + i, &e_t, sizeof e_t);
-          memcpy(gap + i, &g, sizeof g);
+          memcpy(keep, &e_s, sizeof e_s);
+          memcpy(keep + W, &e_t, sizeof e_t);
+          memcpy(keep + 2 * W, &g, sizeof g);
         }
         zs += e_s;
         zt += e_t;
@@ -235,8 +271,8 @@ struct Rows {
         if (squarings != 0) {
           const V e1_s = at_one(e_s, xs, squarings), e1_t = at_one(e_t, xt, squarings);
           if (kept) {
-            memcpy(e1s + i, &e1_s, sizeof e1_s);
-            memcpy(e1t + i, &e1_t, sizeof e1_t);
+            memcpy(keep + 3 * W, &e1_s, sizeof e1_s);
+            memcpy(keep + 4 * W, &e1_t, sizeof e1_t);
           }
           z1s += e1_s;
           z1t += e1_t;
@@ -246,26 +282,27 @@ struct Rows {
           }
         }
       }
-      student.z += lane_sum<R>(zs), teacher.z += lane_sum<R>(zt);
+      student.z[k] += lane_sum<R>(zs), teacher.z[k] += lane_sum<R>(zt);
       if (kd) {
-        student.az += lane_sum<R>(azs), teacher.az += lane_sum<R>(azt);
-        student.gap += lane_sum<R>(gs), teacher.gap += lane_sum<R>(gt);
-        teacher.z_gap += lane_sum<R>(zg);
+        student.az[k] += lane_sum<R>(azs), teacher.az[k] += lane_sum<R>(azt);
+        student.gap[k] += lane_sum<R>(gs), teacher.gap[k] += lane_sum<R>(gt);
+        teacher.z_gap[k] += lane_sum<R>(zg);
       }
       if (squarings != 0) {
-        student.z1 += lane_sum<R>(z1s), teacher.z1 += lane_sum<R>(z1t);
-        if (rare) student.xz1 += lane_sum<R>(xz1s), teacher.xz1 += lane_sum<R>(xz1t);
+        student.z1[k] += lane_sum<R>(z1s), teacher.z1[k] += lane_sum<R>(z1t);
+        if (rare) student.xz1[k] += lane_sum<R>(xz1s), teacher.xz1[k] += lane_sum<R>(xz1t);
       }
     }
     if (squarings == 0) {
-      student.z1 = student.z, teacher.z1 = teacher.z;
-      student.xz1 = student.az * kLn2, teacher.xz1 = teacher.az * kLn2;
+      student.z1[k] = student.z[k], teacher.z1[k] = teacher.z[k];
+      student.xz1[k] = student.az[k] * kLn2, teacher.xz1[k] = teacher.az[k] * kLn2;
     }
   }
 
   // Label smoothing's sum of logit - max, or a soft label's sums of q and of q (logit - max).
-  NOINLINE void target_sums(const S* s, NetworkSums& network) const {
-    const R max = network.max;
+  NOINLINE void target_sums(const S* s, int k, NetworkSums& network) const {
+    const R max = network.max[k];
+    const R* const q = q_of(k);
     for (int64_t block = 0; block < C; block += kBlock * W) {
       V sum_x{}, sum_qx{}, sum_q{};
       const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
@@ -279,36 +316,38 @@ struct Rows {
           sum_qx += weight == 0 ? V{} : weight * x;
         }
       }
-      network.x += lane_sum<R>(sum_x), network.qx += lane_sum<R>(sum_qx), network.q += lane_sum<R>(sum_q);
+      network.x[k] += lane_sum<R>(sum_x), network.qx[k] += lane_sum<R>(sum_qx), network.q[k] += lane_sum<R>(sum_q);
     }
   }
 
-  // One row's gradients: (e (gap + offset) - partner) over a row's exponentials and a_t - a_s, which
+  // A group's gradients: (e (gap + offset) - partner) over a row's exponentials and a_t - a_s, which
   // is  forward (p_s - p_t) + reverse p_s (ln(p_s / p_t) - R)  and its like with the sums put in.
   struct Coefficients {
-    R gap = 0, offset = 0;  // of e (a_t - a_s) and of e
-    R partner = 0;          // of the partner's e
-    R softmax = 0;          // of e at temperature 1
-    R target = 0;           // of q
-    R uniform = 0;          // of every class (label smoothing)
+    using Each = R[kGroup];
+    Each gap{}, offset{};  // of e (a_t - a_s) and of e
+    Each partner{};        // of the partner's e
+    Each softmax{};        // of e at temperature 1
+    Each target{};         // of q
+    Each uniform{};        // of every class (label smoothing)
   };
 
   template <bool rare, bool kept>
-  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, int64_t label, bool careful, R max_s, R max_t,
-                          const Coefficients& student, const Coefficients& teacher) const {
+  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, int64_t label, bool careful, int row,
+                          R max_s, R max_t, const Coefficients& student,
+                          const Coefficients& teacher) const {
     struct {
       V gap, offset, partner, softmax, target, uniform;
     } ks, kt;
-    const auto spread = [](auto& wide, const Coefficients& k) {
-      wide = {V{} + k.gap,     V{} + k.offset, V{} + k.partner,
-              V{} + k.softmax, V{} + k.target, V{} + k.uniform};
+    const auto spread = [row](auto& wide, const Coefficients& k) {
+      wide = {V{} + k.gap[row],     V{} + k.offset[row], V{} + k.partner[row],
+              V{} + k.softmax[row], V{} + k.target[row], V{} + k.uniform[row]};
     };
     spread(ks, student), spread(kt, teacher);
     const int64_t C = this->C, label_vector = labels ? label / W * W : -1;
     const int squarings = this->squarings;
     const R to_log2 = this->to_log2;
-    const R *const es = this->es, *const et = this->et, *const e1s = this->e1s, *const e1t = this->e1t;
-    const R *const gap = this->gap, *const q = this->q;
+    const R *const q = q_of(row), *keep = kept_of(row);
+    const int of_one = squarings == 0 ? 0 : 3 * W;
     const bool soft = this->soft, spread_target = soft || smooth, forward = o.teacher_forward;
     const bool student_kd = !rare || o.student_kd != 0, teacher_kd = !rare || o.teacher_kd != 0;
     const bool student_ce = !rare || this->student_ce, teacher_ce = !rare || this->teacher_ce;
@@ -331,8 +370,9 @@ struct Rows {
     for (int64_t i = 0; i < C; i += W) {
       V e_s, e_t, g, e1_s{}, e1_t{};
       if (kept) {
-        e_s = loaded<V>(es + i), e_t = loaded<V>(et + i), g = loaded<V>(gap + i);
-        e1_s = loaded<V>(e1s + i), e1_t = loaded<V>(e1t + i);
+        e_s = loaded<V>(keep), e_t = loaded<V>(keep + W), g = loaded<V>(keep + 2 * W);
+        e1_s = loaded<V>(keep + of_one), e1_t = loaded<V>(keep + of_one + W);
+        keep += kKept * W;
       } else {
         const V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
         const V as = xs * to_log2, at = xt * to_log2;
@@ -365,123 +405,170 @@ struct Rows {
     }
   }
 
-  void ignored(int64_t row, S* ds, S* dt) const {
-    if (ds) memset((void*)ds, 0, C * sizeof(S));
-    if (dt) memset((void*)dt, 0, C * sizeof(S));
-    for (int stat = 0; call.stats && stat < kStats; ++stat) ((R*)call.stats)[stat * call.rows + row] = 0;
-    if (call.student_loss) call.student_loss[row] = call.teacher_loss[row] = 0;
-  }
-
   static double upstream(const Logits& logits, int64_t row) {
     return logits.upstream ? (double)((const R*)logits.upstream)[row] : logits.scale;
   }
 
-  void operator()(int64_t row, const S* s, const S* t, S* ds, S* dt) const {
-    int64_t label = labels ? ((const int64_t*)call.target)[row] : -1;
-    if (labels && label == o.ignore_index) return ignored(row, ds, dt);
-    const bool no_such_label = labels && (label < 0 || label >= C);
-    if (no_such_label) label = 0;
-    if (soft) label = soft_row<R>(call, row, q);
-
+  // Rows first .. first + n, n <= group; s, t, ds and dt point at the first of them.
+  void operator()(int64_t first, int n, const S* s, const S* t, S* ds, S* dt) const {
+    const auto at = [](auto* rows, int64_t stride, int k) { return rows ? rows + k * stride : nullptr; };
+    const auto &of_s = call.student, &of_t = call.teacher;
     NetworkSums student, teacher;
-    student.max = row_max<R>(s, C), teacher.max = row_max<R>(t, C);
-    const double label_s = label < 0 ? 0 : value(s[label]) - student.max;
-    const double label_t = label < 0 ? 0 : value(t[label]) - teacher.max;
-    const bool correct_s = label >= 0 && label_s == 0 && is_first<R>(s, label, student.max);
-    const bool correct_t = label >= 0 && label_t == 0 && is_first<R>(t, label, teacher.max);
-
-    const double max_s = student.max, max_t = teacher.max;
-    if (kd && !plain_entropy) sums<false>(s, t, ds, dt, false, student, teacher);
-    else sums<true>(s, t, ds, dt, false, student, teacher);
-    // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
-    const bool careful = kd && !std::isfinite(student.az + teacher.az + student.gap + teacher.gap +
-                                              student.xz1 + teacher.xz1);
-    if (careful) {
-      student = teacher = {};
-      student.max = max_s, teacher.max = max_t;
-      sums<true>(s, t, ds, dt, true, student, teacher);
+    Scalars row;
+    for (int k = 0; k < n; ++k) {
+      const S *const s_k = s + k * of_s.stride, *const t_k = t + k * of_t.stride;
+      S *const ds_k = at(ds, of_s.gradient_stride, k), *const dt_k = at(dt, of_t.gradient_stride, k);
+      row.counted[k] = one_row(first + k, k, s_k, t_k, ds_k, dt_k, student, teacher, row);
+      if (row.counted[k]) continue;
+      if (ds) memset((void*)ds_k, 0, C * sizeof(S));
+      if (dt) memset((void*)dt_k, 0, C * sizeof(S));
     }
-    if (student_ce && (soft || smooth)) target_sums(s, student);
-    if (teacher_ce && (soft || smooth)) target_sums(t, teacher);
-
-    const double q_sum = soft ? (student_ce ? student.q : teacher.q) : 1;
-    const double log_z1s = std::log(student.z1), log_z1t = std::log(teacher.z1);
-    double ce_s = 0, ce_t = 0;
-    const double smoothing = o.label_smoothing;
-    auto cross_entropy = [&](const NetworkSums& sums, double label_x, double log_z1) {
-      if (no_such_label) return (double)NAN;
-      if (soft) return q_sum * log_z1 - sums.qx;
-      double loss = log_z1 - label_x;
-      return smooth ? (1 - smoothing) * loss + smoothing * (log_z1 - sums.x / C) : loss;
-    };
-    if (student_ce) ce_s = cross_entropy(student, label_s, log_z1s);
-    if (teacher_ce) ce_t = cross_entropy(teacher, label_t, log_z1t);
-
-    double entropy_s = 0, entropy_t = 0, d1 = 0, d2 = 0, forward = 0, reverse = 0, log2_zt_over_zs = 0;
-    if (kd) {
-      const double log_zs = squarings == 0 ? log_z1s : std::log(student.z);
-      const double log_zt = squarings == 0 ? log_z1t : std::log(teacher.z);
-      // Near distributions: the sums' own roundings, 1e-7 of each, would drown their divergence.
-      const double change = teacher.z_gap / student.z;
-      log2_zt_over_zs = (std::abs(change) < 0.5 ? std::log1p(change) : log_zt - log_zs) * kLog2E;
-      if (plain_entropy) {
-        entropy_s = log_z1s - student.xz1 / student.z1, entropy_t = log_z1t - teacher.xz1 / teacher.z1;
-      } else {
-        entropy_s = log_zs - kLn2 * student.az / student.z;
-        entropy_t = log_zt - kLn2 * teacher.az / teacher.z;
-      }
-      d1 = entropy_t > entropy_s ? o.gamma : 1, d2 = entropy_s > entropy_t ? o.gamma : 1;
-      forward = kLn2 * (teacher.gap / teacher.z - log2_zt_over_zs);
-      reverse = kLn2 * (log2_zt_over_zs - student.gap / student.z);
-    }
-
-    const double weight = call.weight ? (double)((const R*)call.weight)[row] : 1;
-    auto to_target = [&](Coefficients& k, double scale, double z1) {
-      k.softmax = (no_such_label ? NAN : scale) * q_sum / z1;
-      k.target = scale * (labels ? 1 - smoothing : 1);
-      k.uniform = scale * smoothing / C;
-    };
-    Coefficients of_s, of_t;
-    if (ds) {
-      const double scale = weight * call.per_row * upstream(call.student, row);
-      const double kd_scale = scale * o.student_kd * tau;
-      of_s.gap = -kd_scale * d2 * kLn2 / student.z;
-      of_s.offset = kd_scale * (d1 + d2 * (kLn2 * log2_zt_over_zs - reverse)) / student.z;
-      of_s.partner = kd_scale * d1 / teacher.z;
-      if (student_ce) to_target(of_s, scale * o.student_ce, student.z1);
-    }
-    if (dt) {
-      const double scale = weight * call.per_row * upstream(call.teacher, row);
-      const double kd_scale = scale * o.teacher_kd * tau;
-      of_t.gap = kd_scale * kLn2 / teacher.z;
-      of_t.offset =
-          kd_scale * (o.teacher_forward ? -kLn2 * log2_zt_over_zs - forward : 1) / teacher.z;
-      of_t.partner = kd_scale / student.z;
-      if (teacher_ce) to_target(of_t, scale * o.teacher_ce, teacher.z1);
-    }
-    if (ds || dt) {
+    Coefficients to_s, to_t;
+    for (int k = 0; k < n; k += lanes<double>) scalars(first, k, n, student, teacher, row, to_s, to_t);
+    if (!ds && !dt) return;
+    for (int k = 0; k < n; ++k) {
+      if (!row.counted[k]) continue;
       // The common loops multiply an absent term by 0. The rare one leaves it out: of a row that
       // holds what is not finite, and where it would cost exponentials.
-      const bool rare = careful || !kd || o.teacher_forward || (squarings < 0 && !(student_ce && teacher_ce));
+      const bool rare =
+          row.careful[k] || !kd || o.teacher_forward || (squarings < 0 && !(student_ce && teacher_ce));
       const auto run = rare ? (kept ? &Rows::gradients<true, true> : &Rows::gradients<true, false>)
                             : (kept ? &Rows::gradients<false, true> : &Rows::gradients<false, false>);
-      (this->*run)(s, t, ds, dt, label, careful, max_s, max_t, of_s, of_t);
+      (this->*run)(s + k * of_s.stride, t + k * of_t.stride, at(ds, of_s.gradient_stride, k),
+                   at(dt, of_t.gradient_stride, k), row.label[k], row.careful[k], k, student.max[k],
+                   teacher.max[k], to_s, to_t);
+    }
+  }
+
+  struct Scalars {  // of each row of a group, beside its sums
+    using Each = double[kGroup];
+    int64_t label[kGroup];
+    bool careful[kGroup];
+    Each counted{}, q{};              // 0: ignored; the sum of its target
+    Each label_s{}, label_t{};        // the label's logit - max
+    Each correct_s{}, correct_t{};
+    Each weight{}, upstream_s{}, upstream_t{};
+  };
+
+  // Row k's maxima and sums; false where it is ignored.
+  bool one_row(int64_t number, int k, const S* s, const S* t, const S* ds, const S* dt, NetworkSums& student,
+               NetworkSums& teacher, Scalars& row) const {
+    int64_t label = labels ? ((const int64_t*)call.target)[number] : -1;
+    if (labels && label == o.ignore_index) return false;
+    const bool no_such_label = labels && (label < 0 || label >= C);
+    if (no_such_label) label = 0;
+    if (soft) label = soft_row<R>(call, number, q_of(k));
+
+    const double max_s = student.max[k] = row_max<R>(s, C), max_t = teacher.max[k] = row_max<R>(t, C);
+    if (label >= 0) {
+      row.label_s[k] = value(s[label]) - max_s, row.label_t[k] = value(t[label]) - max_t;
+      row.correct_s[k] = row.label_s[k] == 0 && is_first<R>(s, label, max_s);
+      row.correct_t[k] = row.label_t[k] == 0 && is_first<R>(t, label, max_t);
+    }
+    if (kd && !plain_entropy) sums<false>(s, t, ds, dt, false, k, student, teacher);
+    else sums<true>(s, t, ds, dt, false, k, student, teacher);
+    // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
+    row.careful[k] = kd && !std::isfinite(student.az[k] + teacher.az[k] + student.gap[k] + teacher.gap[k] +
+                                          student.xz1[k] + teacher.xz1[k]);
+    if (row.careful[k]) {
+      student.clear(k), teacher.clear(k);
+      sums<true>(s, t, ds, dt, true, k, student, teacher);
+    }
+    if (student_ce && (soft || smooth)) target_sums(s, k, student);
+    if (teacher_ce && (soft || smooth)) target_sums(t, k, teacher);
+
+    row.label[k] = label;
+    row.q[k] = soft ? (student_ce ? student.q[k] : teacher.q[k]) : 1;
+    if (no_such_label) row.q[k] = row.label_s[k] = row.label_t[k] = NAN;
+    row.weight[k] = call.weight ? (double)((const R*)call.weight)[number] : 1;
+    row.upstream_s[k] = upstream(call.student, number), row.upstream_t[k] = upstream(call.teacher, number);
+    return true;
+  }
+
+  // What follows from the sums: losses, statistics and coefficients of rows k .. k + lanes of a group
+  // of n. Lanes of ignored rows hold anything until they are written, as 0.
+  NOINLINE void scalars(int64_t first, int k, int n, const NetworkSums& student, const NetworkSums& teacher,
+                        const Scalars& row, Coefficients& to_s, Coefficients& to_t) const {
+    constexpr int D = lanes<double>;
+    using W = Vec<double, D>;
+    const auto of = [k](const double* each) INLINE_LAMBDA { return loaded<W>(each + k); };
+    const W one = W{} + 1, counted = of(row.counted), per_z1s = 1 / of(student.z1), per_z1t = 1 / of(teacher.z1);
+    const W log_z1s = log_of<W>(of(student.z1)), log_z1t = log_of<W>(of(teacher.z1)), q_sum = of(row.q);
+    const double smoothing = o.label_smoothing;
+    const auto cross_entropy = [&](const NetworkSums& sums, W label_x, W log_z1) INLINE_LAMBDA {
+      if (soft) return q_sum * log_z1 - of(sums.qx);
+      const W loss = log_z1 - label_x;
+      return smooth ? (1 - smoothing) * loss + smoothing * (log_z1 - of(sums.x) / (double)C) : loss;
+    };
+    W ce_s{}, ce_t{};
+    if (student_ce) ce_s = cross_entropy(student, of(row.label_s), log_z1s);
+    if (teacher_ce) ce_t = cross_entropy(teacher, of(row.label_t), log_z1t);
+
+    W entropy_s{}, entropy_t{}, d1{}, d2{}, forward{}, reverse{}, log_zt_over_zs{};
+    W per_zs = per_z1s, per_zt = per_z1t, log_zs = log_z1s, log_zt = log_z1t;
+    if (kd) {
+      if (squarings != 0) {
+        per_zs = 1 / of(student.z), per_zt = 1 / of(teacher.z);
+        log_zs = log_of<W>(of(student.z)), log_zt = log_of<W>(of(teacher.z));
+      }
+      // Near distributions: the sums' own roundings, 1e-7 of each, would drown their divergence.
+      const W change = of(teacher.z_gap) * per_zs;
+      log_zt_over_zs = (change < 0.25) & (change > -0.25) ? log1p_near_0<W>(change) : log_zt - log_zs;
+      if (plain_entropy) {
+        entropy_s = log_z1s - of(student.xz1) * per_z1s, entropy_t = log_z1t - of(teacher.xz1) * per_z1t;
+      } else {
+        entropy_s = log_zs - kLn2 * of(student.az) * per_zs, entropy_t = log_zt - kLn2 * of(teacher.az) * per_zt;
+      }
+      d1 = entropy_t > entropy_s ? W{} + o.gamma : one, d2 = entropy_s > entropy_t ? W{} + o.gamma : one;
+      forward = kLn2 * of(teacher.gap) * per_zt - log_zt_over_zs;
+      reverse = log_zt_over_zs - kLn2 * of(student.gap) * per_zs;
     }
 
+    const auto put = [k](R* each, W value) INLINE_LAMBDA {
+      const Vec<R, D> narrow = __builtin_convertvector(value, Vec<R, D>);
+      memcpy((void*)(each + k), &narrow, sizeof narrow);
+    };
+    const auto to_target = [&](Coefficients& to, W scale, W per_z1) INLINE_LAMBDA {
+      put(to.softmax, scale * q_sum * per_z1);
+      put(to.target, scale * (labels ? 1 - smoothing : 1));
+      put(to.uniform, scale * (smoothing / C));
+    };
+    const W weight = of(row.weight);
+    if (call.student.gradient) {
+      const W scale = weight * call.per_row * of(row.upstream_s), kd_scale = scale * o.student_kd * tau;
+      put(to_s.gap, -kd_scale * d2 * kLn2 * per_zs);
+      put(to_s.offset, kd_scale * (d1 + d2 * (log_zt_over_zs - reverse)) * per_zs);
+      put(to_s.partner, kd_scale * d1 * per_zt);
+      if (student_ce) to_target(to_s, scale * o.student_ce, per_z1s);
+    }
+    if (call.teacher.gradient) {
+      const W scale = weight * call.per_row * of(row.upstream_t), kd_scale = scale * o.teacher_kd * tau;
+      put(to_t.gap, kd_scale * kLn2 * per_zt);
+      put(to_t.offset, kd_scale * (o.teacher_forward ? -log_zt_over_zs - forward : one) * per_zt);
+      put(to_t.partner, kd_scale * per_zs);
+      if (teacher_ce) to_target(to_t, scale * o.teacher_ce, per_z1t);
+    }
+
+    const auto write = [&](auto* rows, W value) INLINE_LAMBDA {
+      using T = std::decay_t<decltype(*rows)>;
+      const auto narrow = __builtin_convertvector(counted != 0 ? value : W{}, Vec<T, D>);
+      if (n - k >= D) memcpy((void*)(rows + first + k), &narrow, sizeof narrow);
+      else memcpy((void*)(rows + first + k), &narrow, sizeof(T) * (n - k));
+    };
     if (call.stats) {
-      const double stats[kStats] = {
-          forward, reverse, entropy_s, entropy_t, ce_s, ce_t, d1, d2, 1 / student.z1, 1 / teacher.z1,
-          (double)(correct_s && student.z1 == student.z1), (double)(correct_t && teacher.z1 == teacher.z1)};
-      for (int stat = 0; stat < kStats; ++stat) ((R*)call.stats)[stat * call.rows + row] = stats[stat];
+      const W z1s = of(student.z1), z1t = of(teacher.z1);
+      const W stats[kStats] = {forward, reverse, entropy_s, entropy_t, ce_s, ce_t, d1, d2, per_z1s, per_z1t,
+                               z1s == z1s ? of(row.correct_s) : W{}, z1t == z1t ? of(row.correct_t) : W{}};
+      for (int stat = 0; stat < kStats; ++stat) write((R*)call.stats + stat * call.rows, stats[stat]);
     }
     if (call.student_loss) {
-      double student_loss = 0, teacher_loss = 0;
+      W student_loss{}, teacher_loss{};
       if (o.student_kd != 0) student_loss += o.student_kd * tau * tau * (d1 * forward + d2 * reverse);
       if (o.teacher_kd != 0) teacher_loss += o.teacher_kd * tau * tau * (o.teacher_forward ? forward : reverse);
       if (student_ce) student_loss += o.student_ce * ce_s;
       if (teacher_ce) teacher_loss += o.teacher_ce * ce_t;
-      call.student_loss[row] = weight * student_loss;
-      call.teacher_loss[row] = weight * teacher_loss;
+      write(call.student_loss, weight * student_loss);
+      write(call.teacher_loss, weight * teacher_loss);
     }
   }
 
@@ -499,12 +586,12 @@ struct Subnormals {  // exponentials that small would cost 150 cycles each: on x
 template <class S>
 void run(const Call& call, int64_t begin, int64_t end) {
   const Subnormals are_zero;
-  const Rows<S> one_row{call};
+  const Rows<S> rows{call};
   const auto &s = call.student, &t = call.teacher;
-  for (int64_t row = begin; row < end; ++row)
-    one_row(row, (const S*)s.rows + row * s.stride, (const S*)t.rows + row * t.stride,
-            s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
-            t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
+  for (int64_t row = begin; row < end; row += rows.group)
+    rows(row, end - row < rows.group ? end - row : rows.group, (const S*)s.rows + row * s.stride,
+         (const S*)t.rows + row * t.stride, s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
+         t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
 }
 
 // Two storage types: each row goes through a copy in the compute type.
@@ -521,7 +608,7 @@ void run_mixed(const Call& mixed, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
     widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);
-    one_row(row, a, b, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
+    one_row(row, 1, a, b, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
     if (s.gradient) narrow<R>(s.storage, a, call.classes, s.gradient, row * s.gradient_stride);
     if (t.gradient) narrow<R>(t.storage, b, call.classes, t.gradient, row * t.gradient_stride);
   }
