@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from bdkd.cli import main
-from bdkd.config import check_recipe, load_recipe, parse_recipe, shipped_recipes, to_toml
+from bdkd.config import (
+    ObjectiveConfig,
+    check_recipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    to_toml,
+)
+from bdkd.errors import UsageError
+from bdkd.objectives import switch_method
 from bdkd.training.setup import Setup
 from bdkd.training.state import TrainingState
 from bdkd.training.step import train_step
@@ -96,3 +105,27 @@ def test_a_teacher_that_does_not_fit_is_named(tmp_path, capsys):
     assert exit_.value.code == 1
     assert "networks.teacher.weights" in message
     assert "needed" in message
+
+
+def test_a_method_that_pauses_networks_is_not_one_graph():
+    """In one graph of all networks the backward pass would reach a paused teacher."""
+    recipe = load_recipe("digits")
+    recipe = dataclasses.replace(
+        recipe,
+        objective=ObjectiveConfig("switokd"),
+        train=dataclasses.replace(recipe.train, compile=True),
+    )
+    with pytest.raises(UsageError, match=r"train\.compile must be false with the method 'switokd'"):
+        Setup(recipe)
+
+
+def test_another_method_keeps_what_a_recipe_says_of_all_methods():
+    config = ObjectiveConfig(
+        "bdkd", gamma=3.0, temperature=2.0, label_smoothing=0.1, backend="native"
+    )
+    assert switch_method(config, "dml") == ObjectiveConfig(
+        "dml", label_smoothing=0.1, backend="native"
+    )
+    assert switch_method(config, "independent") == ObjectiveConfig(
+        "independent", label_smoothing=0.1
+    )

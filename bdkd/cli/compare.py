@@ -31,8 +31,6 @@ from bdkd.config import (
 )
 from bdkd.errors import Interrupted, RunError, UsageError
 
-# What a recipe says of all methods, not of its own: labels, and the code that computes.
-SHARED_OPTIONS = ("label_smoothing", "backend")
 TEACHERS = "independent"  # the method that trains teachers for methods that need trained ones
 
 
@@ -148,17 +146,14 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
 
 def parse_method(label: str, recipe: Recipe) -> ObjectiveConfig:
     """``kd:temperature=2`` as an objective, with every option set."""
-    from bdkd.objectives import OBJECTIVES, resolve_options
+    from bdkd.objectives import OBJECTIVES, resolve_options, switch_method
 
     name, _, text = label.partition(":")
     if name not in OBJECTIVES:
         raise UsageError(f"unknown method {name!r}: {nearest(name, list(OBJECTIVES))}")
     config = recipe.objective
     if name != config.name:
-        shared = {
-            key: getattr(config, key) for key in SHARED_OPTIONS if key in OBJECTIVES[name].options
-        }
-        config = ObjectiveConfig(name=name, **shared)
+        config = switch_method(config, name)
     types = typing.get_type_hints(ObjectiveConfig)
     options: dict[str, Any] = {}
     for option in filter(None, text.split(",")):

@@ -13,7 +13,6 @@ import tyro
 
 from bdkd.cli.table import results_table
 from bdkd.config import (
-    ObjectiveConfig,
     Recipe,
     differing_keys,
     load_recipe,
@@ -102,11 +101,13 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     """The command line over a recipe; a wrong option exits 2 with tyro's message.
 
     Another method than the recipe's begins from its own defaults: the recipe's options are its
-    method's."""
+    method's, but for those that are of all methods alike."""
     _check_network_names(given, default)
     method = _value_of(given, "--objective.name")
     if method is not None and method != default.objective.name:
-        default = dataclasses.replace(default, objective=ObjectiveConfig(method))
+        from bdkd.objectives import switch_method
+
+        default = dataclasses.replace(default, objective=switch_method(default.objective, method))
     arguments = tyro.cli(
         Arguments,
         prog="bdkd train",

@@ -13,7 +13,14 @@ from bdkd.objectives.kd import KD
 from bdkd.objectives.kdcl import KDCL
 from bdkd.objectives.switokd import SwitOKD
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput", "create_objective", "resolve_options"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "ObjectiveOutput",
+    "create_objective",
+    "resolve_options",
+    "switch_method",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "bdkd": BDKD,
@@ -48,6 +55,14 @@ def resolve_options(config: ObjectiveConfig) -> ObjectiveConfig:
             )
         resolved[option.name] = options[option.name] if given is None else given
     return dataclasses.replace(config, **resolved)  # type: ignore[arg-type]
+
+
+def switch_method(config: ObjectiveConfig, name: str) -> ObjectiveConfig:
+    """Where another method than a recipe's begins: from its own defaults, and from what the recipe
+    says of all methods alike (the labels, and the code that computes)."""
+    options = OBJECTIVES[name].options if name in OBJECTIVES else ()
+    shared = {key: getattr(config, key) for key in ("label_smoothing", "backend") if key in options}
+    return ObjectiveConfig(name, **shared)
 
 
 def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> Objective:

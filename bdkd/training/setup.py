@@ -42,6 +42,11 @@ class Setup:
         # Made first: it refuses networks that do not suit the method before any data is read.
         self.objective: Objective = create_objective(recipe.objective, recipe.networks)
         check_ranks(recipe, self.objective, ranks, self.device)
+        if self.objective.controls and recipe.train.compile:
+            raise UsageError(
+                f"train.compile must be false with the method {recipe.objective.name!r}, which "
+                "pauses networks: one graph of all networks would train them all"
+            )
         if self.objective.controls and recipe.train.accumulate > 1:
             raise UsageError(
                 f"train.accumulate must be 1 with the method {recipe.objective.name!r}, which "
