@@ -302,6 +302,11 @@ def test_a_frozen_teacher_has_no_loss(name):
     torch.testing.assert_close(out.losses["s"], trained.losses["s"])
 
 
+def test_a_frozen_teacher_needs_no_weights():
+    frozen = PAIR | {"t": NetworkConfig("x", "teacher", frozen=True)}
+    create_objective(ObjectiveConfig(teacher_ce=0.0, teacher_kd=0.0), frozen)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_soft_labels_of_one_class_are_labels(name):
     objective = create_objective(ObjectiveConfig(name), TRAINED)
@@ -330,6 +335,7 @@ STUDENT, TEACHER = NetworkConfig("x", "student"), NetworkConfig("x", "teacher")
          r"networks\.t\.frozen must be false"),
         ({}, PAIR | {"s": NetworkConfig("x", "student", frozen=True)},
          r"networks\.s\.frozen must be false"),
+        ({"teacher_ce": 0.0, "teacher_kd": 0.0}, PAIR, r"set networks\.t\.frozen"),
         ({"gamma": 0.5}, PAIR, r"objective\.gamma must be .*>= 1.*0\.5"),
         ({"name": "dml", "temperature": -1.0}, PAIR, r"objective\.temperature must be .*> 0.*-1"),
         ({"name": "independent", "temperature": 2.0}, PAIR, r"objective\.temperature is not an"),
