@@ -72,8 +72,8 @@ class Objective(ABC):
         trained = [name for name in self.teachers if name not in self.frozen]
         if trained and config.teacher_ce == 0 and config.teacher_kd == 0:
             raise UsageError(
-                "objective.teacher_ce and objective.teacher_kd must not both be 0: the teacher would "
-                f"learn nothing, and weight decay would shrink it; set networks.{trained[0]}.frozen"
+                "objective.teacher_ce and objective.teacher_kd must not both be 0: the teacher "
+                f"would learn nothing and weight decay shrink it; set networks.{trained[0]}.frozen"
             )
 
     @abstractmethod
