@@ -52,6 +52,9 @@ class Pillow:
             worker_init_fn=leave_signals_to_the_parent if self.workers else None,
             multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",
+            # Its workers' seed, which nothing here uses, would be drawn from the random state of
+            # the training: once more in a resumed epoch, after which dropout draws otherwise.
+            generator=torch.Generator(),
         )
         try:
             for pixels in loader:

@@ -51,6 +51,16 @@ def test_an_epoch_resumed_in_the_middle_is_the_epoch(tree, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_data_draw_nothing_from_the_random_state_of_the_training(tree, loader):
+    """An epoch that is begun twice, because it was resumed, would leave dropout another state."""
+    before = torch.get_rng_state()
+    source = imagenet(tree, loader=loader)
+    assert next(source.train_batches(0, 0, 8, 1))
+    assert next(source.eval_batches("val", 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_pipeline_that_was_left_in_mid_epoch_does_not_disturb_the_next(tree, loader):
     source = imagenet(tree, loader=loader)
     first = list(source.train_batches(0, 0, 16, 1))
