@@ -132,4 +132,25 @@ class Neighbours:
         ticks = [float(x) / os.sysconf("SC_CLK_TCK") for x in fields]
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
-        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own + _living_descendants()
+
+
+def _living_descendants() -> float:
+    """Processor seconds of this process's children, theirs, and so on (a loader's workers), which
+    ``os.times`` counts only once they have ended."""
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # a name may hold spaces
+        except OSError:  # it has just ended
+            continue
+        pid = int(stat.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    total = 0
+    for pid in ticks:
+        above = parents.get(pid)
+        while above is not None and above != os.getpid():
+            above = parents.get(above)
+        total += ticks[pid] if above is not None else 0
+    return total / os.sysconf("SC_CLK_TCK")
