@@ -103,3 +103,11 @@ class Objective(ABC):
                     f"({', '.join(names) or 'none'}): set networks.NAME.role, or choose a method "
                     "for any number of networks (bdkd, dml, kdcl)"
                 )
+
+    def need_several(self) -> None:
+        """Raise ``UsageError`` unless there are at least two networks."""
+        if len(names := [*self.students, *self.teachers]) < 2:
+            raise UsageError(
+                f"objective.name = {self.config.name!r} needs at least two networks, got "
+                f"{', '.join(names)}"
+            )

@@ -9,9 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.errors import UsageError
 from bdkd.objectives.base import Objective, ObjectiveOutput
-from bdkd.objectives.one_sided import OneSided
+from bdkd.objectives.one_sided import by_role
 
 
 class DML(Objective):
@@ -25,14 +24,8 @@ class DML(Objective):
 
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
-        if len(networks) < 2:
-            raise UsageError(
-                f"objective.name = 'dml' needs at least two networks, got {', '.join(networks)}"
-            )
-        self.losses = {
-            **{n: OneSided(config, config.student_ce, config.student_kd) for n in self.students},
-            **{n: OneSided(config, config.teacher_ce, config.teacher_kd) for n in self.teachers},
-        }
+        self.need_several()
+        self.losses = by_role(config, self.students, self.teachers)
 
     def __call__(
         self,

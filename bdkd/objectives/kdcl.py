@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.errors import UsageError
 from bdkd.objectives.base import Objective, ObjectiveOutput
-from bdkd.objectives.one_sided import OneSided
+from bdkd.objectives.one_sided import by_role
 
 
 class KDCL(Objective):
@@ -28,16 +27,10 @@ class KDCL(Objective):
 
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
-        if len(networks) < 2:
-            raise UsageError(
-                f"objective.name = 'kdcl' needs at least two networks, got {', '.join(networks)}"
-            )
+        self.need_several()
         self.views = len(networks)
         self.ensemble = {"naive": naive, "minlogit": minlogit}[str(config.ensemble)]
-        self.losses = {
-            **{n: OneSided(config, config.student_ce, config.student_kd) for n in self.students},
-            **{n: OneSided(config, config.teacher_ce, config.teacher_kd) for n in self.teachers},
-        }
+        self.losses = by_role(config, self.students, self.teachers)
 
     def __call__(
         self,

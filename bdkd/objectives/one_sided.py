@@ -62,3 +62,13 @@ class OneSided:
             for partner in partners
         )
         return total / share
+
+
+def by_role(
+    config: ObjectiveConfig, students: Sequence[str], teachers: Sequence[str]
+) -> dict[str, OneSided]:
+    """The loss of every network by name, with the two weights of its role."""
+    return {
+        **{name: OneSided(config, config.student_ce, config.student_kd) for name in students},
+        **{name: OneSided(config, config.teacher_ce, config.teacher_kd) for name in teachers},
+    }
