@@ -10,7 +10,7 @@ from bdkd.data import Batch
 from bdkd.objectives import Objective, ObjectiveOutput
 from bdkd.training.distributed import Ranks
 from bdkd.training.networks import SavedBuffers
-from bdkd.training.profile import named_range
+from bdkd.training.profile import in_range, named_range
 from bdkd.training.state import TrainingState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,21 +45,7 @@ def forward_and_loss(
 
 def compiled() -> Forward:
     """:func:`forward_and_loss` as one graph, in which a profile tells no networks apart."""
-    function = torch.compile(forward_and_loss)
-
-    def call(
-        model: nn.Module,
-        objective: Objective,
-        batch: Batch,
-        options: TrainConfig,
-        normaliser: float,
-        loss_scale: Tensor,
-        ranks: Ranks,
-    ) -> tuple[dict[str, Tensor], ObjectiveOutput]:
-        with named_range("forward and loss, compiled"):
-            return function(model, objective, batch, options, normaliser, loss_scale, ranks)
-
-    return call
+    return in_range("forward and loss, compiled")(torch.compile(forward_and_loss))
 
 
 def train_step(
