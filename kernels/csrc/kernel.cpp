@@ -182,16 +182,23 @@ EXPORT int64_t bdkd_run(const void* packed) {
   call.per_row = options->mean && counted != 0 ? 1 / counted : 1;
   call.stats = a.stats;
   // Gradients too large for the caches that their reader could find them in go past them. That
-  // takes rows of whole vectors.
+  // takes whole vectors, of both networks alike.
   constexpr int64_t kStreamed = 16 << 20;
-  int64_t bytes = 0, misaligned = 0;
+  int64_t bytes = 0;
+  uint64_t misaligned = 0, apart = 0;
+  const Logits* before = nullptr;
   for (const Logits* network : {&call.student, &call.teacher}) {
     if (!network->gradient) continue;
     const int64_t size = kStorageSize[network->storage];
     bytes += rows * classes * size;
     misaligned |= ((uintptr_t)network->gradient | network->gradient_stride * size) % 64;
+    if (before)
+      apart = ((uintptr_t)network->gradient - (uintptr_t)before->gradient |
+               (network->gradient_stride - before->gradient_stride) * size) % 64;
+    before = network;
   }
-  call.streaming = bytes >= kStreamed && !misaligned;
+  call.streaming = bytes >= kStreamed && !apart;
+  call.aligned = !misaligned;
 
   std::unique_ptr<double[]> losses;
   if (a.loss_s) {

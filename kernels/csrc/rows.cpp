@@ -200,7 +200,7 @@ struct Rows {
   // exp(x) = exp(x / tau)^tau: for tau of 1, 2, 4, 8 by squaring; -1: another exponential.
   const int squarings = tau == 1 ? 0 : tau == 2 ? 1 : tau == 4 ? 2 : tau == 8 ? 3 : -1;
   const bool kept = 5 * padded * (int64_t)sizeof(R) <= kKeptBytes;
-  const int64_t per_row = (kept ? 6 : 1) * padded;
+  const int64_t per_row = kept ? 6 * padded : padded + W;  // of q, a vector may begin anywhere
   const int64_t fitting = kept ? kGroupBytes / (per_row * (int64_t)sizeof(R)) : 1;
   const int group = fitting > kGroup ? kGroup : fitting > 1 ? (int)fitting : 1;  // rows at once
   R* const memory = scratch<R>(group * per_row);
@@ -211,6 +211,10 @@ struct Rows {
   // e of both at 1, side by side: one pointer, and no two streams a power of two apart.
   INLINE R* kept_of(int k) const { return q_of(k) + padded; }
   static constexpr int kKept = 5;
+
+  // Past the cache: in whole aligned vectors, which rows that keep their exponentials vector by vector
+  // must begin with, and others come to after a head.
+  const bool streaming = call.streaming && (call.aligned || !kept);
 
   // The exponential at temperature 1, by squaring or anew.
   static INLINE V at_one(V e, V x, int squarings) {
@@ -232,7 +236,6 @@ struct Rows {
     const bool kd = !rare || this->kd, kept = this->kept, plain_entropy = this->plain_entropy;
     R* keep = kept_of(k);
     const S *const next_s = s + call.student.stride, *const next_t = t + call.teacher.stride;
-    const bool fetch = !call.streaming;
     for (int64_t block = 0; block < C; block += kBlock * W) {
       V zs{}, zt{}, zg{}, z1s{}, z1t{}, azs{}, azt{}, gs{}, gt{}, xz1s{}, xz1t{};
       const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
@@ -241,12 +244,10 @@ struct Rows {
         V as = xs * to_log2, at = xt * to_log2;
         V e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
         const bool partial = i + W > C;
-        if (fetch) {  // this loop waits for arithmetic, its neighbours for memory
-          __builtin_prefetch(next_s + i);
-          __builtin_prefetch(next_t + i);
-          if (ds) __builtin_prefetch(ds + i, 1);
-          if (dt) __builtin_prefetch(dt + i, 1);
-        }
+        __builtin_prefetch(next_s + i);  // this loop waits for arithmetic, its neighbours for memory
+        __builtin_prefetch(next_t + i);
+        if (ds) __builtin_prefetch(ds + i, 1);
+        if (dt) __builtin_prefetch(dt + i, 1);
         if (partial) {
           const Mask<R> real = first_lanes<R>(C - i);
           e_s = real ? e_s : V{}, e_t = real ? e_t : V{};
@@ -343,7 +344,7 @@ struct Rows {
               V{} + k.softmax[row], V{} + k.target[row], V{} + k.uniform[row]};
     };
     spread(ks, student), spread(kt, teacher);
-    const int64_t C = this->C, label_vector = labels ? label / W * W : -1;
+    const int64_t C = this->C, own_label = labels ? label : -1;
     const int squarings = this->squarings;
     const R to_log2 = this->to_log2;
     const R *const q = q_of(row), *keep = kept_of(row);
@@ -351,30 +352,32 @@ struct Rows {
     const bool soft = this->soft, spread_target = soft || smooth, forward = o.teacher_forward;
     const bool student_kd = !rare || o.student_kd != 0, teacher_kd = !rare || o.teacher_kd != 0;
     const bool student_ce = !rare || this->student_ce, teacher_ce = !rare || this->teacher_ce;
-    const bool streaming = call.streaming;
+    const bool streaming = this->streaming;
 
     const auto toward_target = [&](V gradient, int64_t i, V e1, const auto& k) INLINE_LAMBDA {
       gradient += e1 * k.softmax;
       if (spread_target) gradient -= soft ? loaded<V>(q + i) * k.target : k.uniform;
-      if (i == label_vector) {
+      if ((uint64_t)(own_label - i) < (uint64_t)W) {
         const Mask<R> it = first_lanes<R>(label - i + 1) & ~first_lanes<R>(label - i);
         gradient -= it ? k.target : V{};
       }
       return gradient;
     };
-    const auto put = [&](S* row, int64_t i, V gradient) INLINE_LAMBDA {
-      if (i + W > C) store_some<R>(row + i, gradient, C - i);
+    const auto put = [&](S* row, int64_t i, int64_t end, V gradient) INLINE_LAMBDA {
+      if (i + W > end) store_some<R>(row + i, gradient, end - i);
       else if (streaming) store_past_the_cache<R>(row + i, gradient);
       else store<R>(row + i, gradient);
     };
-    for (int64_t i = 0; i < C; i += W) {
+    constexpr int64_t whole = W * sizeof(S);
+    const int64_t head = streaming ? -(uintptr_t)(ds ? ds : dt) % whole / sizeof(S) : 0;
+    for (int64_t i = 0, end = head ? head : C; i < C; i = i < head ? head : i + W, end = C) {
       V e_s, e_t, g, e1_s{}, e1_t{};
       if (kept) {
         e_s = loaded<V>(keep), e_t = loaded<V>(keep + W), g = loaded<V>(keep + 2 * W);
         e1_s = loaded<V>(keep + of_one), e1_t = loaded<V>(keep + of_one + W);
         keep += kKept * W;
       } else {
-        const V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
+        const V xs = load_at<R>(s, i, end) - max_s, xt = load_at<R>(t, i, end) - max_t;
         const V as = xs * to_log2, at = xt * to_log2;
         e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
         g = at - as;
@@ -389,7 +392,7 @@ struct Rows {
           gradient -= e_t * ks.partner;
         }
         if (student_ce) gradient = toward_target(gradient, i, e1_s, ks);
-        put(ds, i, gradient);
+        put(ds, i, end, gradient);
       }
       if (dt) {
         V gradient{};
@@ -400,7 +403,7 @@ struct Rows {
           gradient = e_t * kt.offset - e_s * kt.partner;
         }
         if (teacher_ce) gradient = toward_target(gradient, i, e1_t, kt);
-        put(dt, i, gradient);
+        put(dt, i, end, gradient);
       }
     }
   }
@@ -465,6 +468,7 @@ struct Rows {
       row.correct_s[k] = row.label_s[k] == 0 && is_first<R>(s, label, max_s);
       row.correct_t[k] = row.label_t[k] == 0 && is_first<R>(t, label, max_t);
     }
+    if (streaming) ds = dt = nullptr;  // not to be fetched
     if (kd && !plain_entropy) sums<false>(s, t, ds, dt, false, k, student, teacher);
     else sums<true>(s, t, ds, dt, false, k, student, teacher);
     // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.

@@ -76,6 +76,54 @@ def everything(s, t, y, **options):
     return [out.student, out.teacher, *out.stats, ds, dt]
 
 
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
+@pytest.mark.parametrize(
+    ("storage", "classes", "student_begins", "teacher_begins", "soft"),
+    [
+        (FP32, 21841, 0, 0, False),  # no row but the first begins a cache line
+        (FP32, 21841, 3, 3, True),  # nor does that one
+        (FP32, 21841, 3, 5, False),  # the two gradients lie apart: not stored past the cache
+        (FP32, 1000, 1, 1, False),  # rows that keep their exponentials, likewise
+        (FP32, 16384, 0, 0, False),  # every row begins a line
+        (BF16, 21841, 7, 7, False),
+        (FP64, 10007, 1, 1, False),
+    ],
+)
+def test_gradients_stored_past_the_cache(
+    storage, classes, student_begins, teacher_begins, soft, name
+):
+    """16 MiB of gradients or more: the same bits as those of few rows, wherever the rows begin, and
+    nothing beside them written."""
+    rows = (16 << 20) // (2 * classes * storage.itemsize) + 1
+    s, t = (3 * torch.randn(2, rows, classes)).to(storage)
+    target = torch.rand(rows, classes) if soft else torch.randint(classes, (rows,))
+    buffers = [torch.full((rows * classes + 64,), 7.0, dtype=storage) for _ in range(2)]
+    grads = tuple(
+        buffer[begin : begin + rows * classes].view(rows, classes)
+        for buffer, begin in zip(buffers, (student_begins, teacher_begins), strict=True)
+    )
+    options = {"temperature": 4.0, "reduction": "sum", "backend": "native"}
+    best = native.set_instruction_set()
+    native.set_instruction_set(name or best)
+    try:
+        bdkd_loss_and_grad(s, t, target, grads=grads, **options)
+        few = [
+            bdkd_loss_and_grad(*(x[i : i + 9] for x in (s, t, target)), **options)[1]
+            for i in range(0, rows, 9)
+        ]
+        bdkd_loss_and_grad(s, t, target, grads=(s, t), **options)
+    finally:
+        native.set_instruction_set(best)
+    for k, (buffer, begin) in enumerate(
+        zip(buffers, (student_begins, teacher_begins), strict=True)
+    ):
+        expected = torch.cat([gradients[k] for gradients in few])
+        assert torch.equal(grads[k], expected)
+        assert torch.equal((s, t)[k], expected)  # in the place of the logits
+        assert (buffer[:begin] == 7).all()
+        assert (buffer[begin + rows * classes :] == 7).all()
+
+
 @pytest.mark.parametrize("storage", [FP32, BF16])
 def test_threads_change_no_bit(storage, two_threads):
     rng = torch.Generator().manual_seed(5)
