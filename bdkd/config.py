@@ -195,7 +195,9 @@ class TrainConfig:
     channels_last: bool = True
     """Keep images and weights in the channels-last layout."""
     compile: bool = False
-    """Compile the networks' forward passes and the objective with torch.compile."""
+    """Compile forward passes, losses and backward passes with torch.compile: one graph of all
+    networks. With several ranks, whose DDP exchanges gradients while they come, and with a torch
+    that cannot, the backward passes are a graph of their own."""
     cuda_graph: bool = False
     """Capture a whole step as one CUDA graph for each shape of a batch, and replay it: for small
     networks, which the host launches more slowly than a GPU computes them. Not measured yet."""

@@ -14,7 +14,7 @@ from bdkd.errors import UsageError
 from bdkd.training.profile import named_range
 from bdkd.training.setup import Setup
 from bdkd.training.state import TrainingState
-from bdkd.training.step import Forward, update
+from bdkd.training.step import Passes, update
 
 # Steps done as they are before one is captured: moments, cuDNN's choices and compiled code exist
 # by then, and the allocator has settled.
@@ -41,14 +41,14 @@ class CapturedStep:
         self,
         setup: Setup,
         state: TrainingState,
-        forward: Forward,
+        passes: Passes,
         capture: Callable[[Replay], Replay] | None = None,
     ) -> None:
         if capture is None:
             check(setup)
             capture = _Graphs(setup.device)
         self.state, self.objective, self.options = state, setup.objective, setup.recipe.train
-        self.forward, self.capture = forward, capture
+        self.passes, self.capture = passes, capture
         for group in state.optimizer.param_groups:
             group["lr"] = torch.as_tensor(float(group["lr"]), device=setup.device)
             if "capturable" in group:  # AdamW asks for the promise; its fused step keeps it anyway
@@ -76,7 +76,7 @@ class CapturedStep:
         self.state.advance(self.options.batch_size)
 
     def _update(self, batch: Batch) -> None:
-        update(self.state, self.objective, batch, self.options, self.forward)
+        update(self.state, self.objective, batch, self.options, self.passes)
 
     def _on_a_side_stream(self, batch: Batch) -> None:
         if batch.target.device.type != "cuda":

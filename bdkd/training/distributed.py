@@ -9,6 +9,7 @@ Two process groups: ``group`` carries tensors (NCCL for those on a GPU, gloo for
 
 import contextlib
 import datetime
+import hashlib
 import io
 import os
 import re
@@ -35,8 +36,15 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _own_files: list[IO[str]] = []  # what this process prints into, if not on the terminal
+_terminals: list[IO[str]] = []  # and where it printed before
+_stores: list[dist.Store] = []  # of the ranks that this process has joined
 _SPEAK_SECONDS = 2.0  # in which the first rank says what it has to say
+_FIRST_SECONDS = 1.0  # in which it says what others would say too
 _REPORT_SECONDS = 5.0  # how long a rank that lost another waits for the others to say the same
+
+
+class Lost(RunError):
+    """Another rank ended or does not answer."""
 
 
 class Ranks:
@@ -214,6 +222,7 @@ def join_ranks(timeout: float, device: str) -> Iterator[Ranks]:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {_first_line(error)}"
         ) from error
     store.set(f"host/{rank}", socket.gethostname())
+    _stores.append(store)
     ranks = Ranks(
         rank, world, group=dist.group.WORLD, control=control, store=store, timeout=timeout
     )
@@ -222,7 +231,7 @@ def join_ranks(timeout: float, device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not ranks.lost(error):
             raise
-        raise RunError(
+        raise Lost(
             f"{ranks.who_is_missing()}; what was saved is whole, continue with --resume"
         ) from error
     else:
@@ -278,6 +287,7 @@ def speak_into(folder: Path, rank: int) -> None:
             f"cannot write the log of rank {rank} in {folder}: {error.strerror or error}"
         ) from error
     _own_files.append(file)
+    _terminals.append(os.fdopen(os.dup(2), "w", buffering=1))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     now = datetime.datetime.now().isoformat(" ", "seconds")
     file.write(f"--- rank {rank} on {socket.gethostname()}, {now}, restart {attempt}\n")
@@ -302,9 +312,23 @@ def report_failure(error: BaseException) -> bool:
             raise error
         except BaseException:
             get_error_handler().record_exception(error)
+    if failed and isinstance(error, RunError | UsageError) and not isinstance(error, Lost):
+        _tell(error, first)
     if failed and not first:
         time.sleep(_SPEAK_SECONDS)  # upon this rank's exit torchrun ends the first one too
     return first or bool(_own_files)
+
+
+def _tell(error: Exception, first: bool) -> None:
+    """On the terminal, what another rank than the first has met: once, and not what the first says
+    there itself."""
+    if not first:
+        time.sleep(_FIRST_SECONDS)
+    said = hashlib.sha256(str(error).encode(errors="replace")).hexdigest()
+    with contextlib.suppress(RuntimeError, dist.DistError, OSError):  # who hears it may be gone
+        if all(store.add(f"said/{said}", 1) == 1 for store in _stores):
+            for terminal in _terminals:
+                print(f"bdkd: rank {os.environ['RANK']}: {error}", file=terminal)
 
 
 def _store(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:

@@ -14,6 +14,7 @@ from bdkd.errors import Interrupted, RunError
 from bdkd.training import captured
 from bdkd.training.captured import CapturedStep
 from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint, snapshot
+from bdkd.training.compiled import compiled, count_shapes
 from bdkd.training.evaluate import evaluate
 from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
 from bdkd.training.profile import StepProfiler, in_range
@@ -21,7 +22,7 @@ from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.signals import StopRequest
 from bdkd.training.state import Best, TrainingState
-from bdkd.training.step import Forward, compiled, forward_and_loss, train_step, warm_up
+from bdkd.training.step import Passes, forward_and_backward, train_step, warm_up
 from bdkd.training.summary import summarise
 from bdkd.training.usage import Usage
 
@@ -66,8 +67,10 @@ def train(
 
     try:
         continues, found = ranks.from_first(open_folder)
-        forward = compiled() if recipe.train.compile else forward_and_loss
-        settle(setup, state, forward)
+        passes: Passes = forward_and_backward
+        if recipe.train.compile:
+            passes = compiled(state.networks, ranks.alone, count_shapes(recipe))
+        settle(setup, state, passes)
         if found is not None:
             restore(state, *found)
         if continues:
@@ -86,7 +89,7 @@ def train(
                 StepProfiler(profiled_steps, last_step(state) - state.position.step, folder.path,
                              setup.device, console.line, ranks.rank) as profiler,
             ):  # fmt: skip
-                Run(setup, state, folder, sinks, console, stop, writer, forward, profiler).run()
+                Run(setup, state, folder, sinks, console, stop, writer, passes, profiler).run()
         finally:
             console.close()
             for sink in sinks:
@@ -97,7 +100,7 @@ def train(
         folder.close()
 
 
-def settle(setup: Setup, state: TrainingState, forward: Forward) -> None:
+def settle(setup: Setup, state: TrainingState, passes: Passes) -> None:
     """Let several ranks agree on the order in which gradients are added up, which DDP finds in its
     first steps: a resumed run then adds them as the run that was never stopped does."""
     if state.ranks.alone:
@@ -108,7 +111,7 @@ def settle(setup: Setup, state: TrainingState, forward: Forward) -> None:
     images = torch.zeros(count, info.channels, *info.image_size, device=state.device)
     target = torch.zeros(count, dtype=torch.int64, device=state.device)
     batch = Batch((images,) * setup.objective.views, target)
-    warm_up(state, setup.objective, batch, setup.recipe.train, forward)
+    warm_up(state, setup.objective, batch, setup.recipe.train, passes)
 
 
 def whole(setup: Setup, state: TrainingState, folder: RunFolder) -> TrainingState:
@@ -166,15 +169,15 @@ class Run:
         console: Console,
         stop: StopRequest,
         writer: BackgroundWriter,
-        forward: Forward,
+        passes: Passes,
         profiler: StepProfiler,
     ) -> None:
         self.setup, self.state, self.folder = setup, state, folder
         self.profiler, self.usage = profiler, Usage(setup)
         self.sinks, self.console, self.stop, self.writer = sinks, console, stop, writer
-        self.recipe, self.ranks, self.forward = setup.recipe, setup.ranks, forward
+        self.recipe, self.ranks, self.passes = setup.recipe, setup.ranks, passes
         self.step: Callable[[Batch], None] = (
-            CapturedStep(setup, state, forward) if self.recipe.train.cuda_graph else self.one_step
+            CapturedStep(setup, state, passes) if self.recipe.train.cuda_graph else self.one_step
         )
         self.end = last_step(state)
         self.saved = time.monotonic()  # when the last checkpoint was
@@ -223,7 +226,7 @@ class Run:
         self.finish_files()
 
     def one_step(self, batch: Batch) -> None:
-        train_step(self.state, self.setup.objective, batch, self.recipe.train, self.forward)
+        train_step(self.state, self.setup.objective, batch, self.recipe.train, self.passes)
 
     def overdue(self) -> bool:
         """Whether the first rank's clock asks for a checkpoint; clocks may differ."""

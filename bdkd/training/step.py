@@ -1,6 +1,6 @@
 """One batch's way through: the whole of a training step, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,13 @@ from bdkd.data import Batch
 from bdkd.objectives import Objective, ObjectiveOutput
 from bdkd.training.distributed import Ranks
 from bdkd.training.networks import SavedBuffers
-from bdkd.training.profile import in_range, named_range
+from bdkd.training.profile import named_range
 from bdkd.training.state import TrainingState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Forward = Callable[
+# Of one part of a step's batch; the gradients are added to what the parameters hold.
+Passes = Callable[
     [nn.Module, Objective, Batch, TrainConfig, float, Tensor, Ranks],
     tuple[dict[str, Tensor], ObjectiveOutput],
 ]
@@ -30,7 +31,7 @@ def forward_and_loss(
     loss_scale: Tensor,
     ranks: Ranks,
 ) -> tuple[dict[str, Tensor], ObjectiveOutput]:
-    """Logits and losses of all networks: what ``train.compile`` compiles as one."""
+    """Logits and losses of all networks."""
     dtype = AUTOCAST[options.precision]
     with torch.autocast(batch.target.device.type, dtype=dtype, enabled=dtype is not None):
         logits = model(batch.views)
@@ -43,9 +44,28 @@ def forward_and_loss(
         return logits, objective(logits, batch.target, normaliser, loss_scale, active)
 
 
-def compiled() -> Forward:
-    """:func:`forward_and_loss` as one graph, in which a profile tells no networks apart."""
-    return in_range("forward and loss, compiled")(torch.compile(forward_and_loss))
+def scaled_sum(losses: Mapping[str, Tensor], loss_scale: Tensor) -> Tensor:
+    """What a step differentiates. Where a loss is not finite it makes every network's gradients
+    NaN, on all ranks: all of them skip the step together, or they would drift apart."""
+    total = torch.stack(list(losses.values())).sum()
+    return total * torch.where(total.detach().isfinite(), loss_scale, torch.nan)
+
+
+def forward_and_backward(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    options: TrainConfig,
+    normaliser: float,
+    loss_scale: Tensor,
+    ranks: Ranks,
+    forward: Passes = forward_and_loss,
+) -> tuple[dict[str, Tensor], ObjectiveOutput]:
+    """Both passes of all networks, as autograd makes the second of the first."""
+    logits, output = forward(model, objective, batch, options, normaliser, loss_scale, ranks)
+    with named_range("backward"):
+        scaled_sum(output.losses, loss_scale).backward()
+    return logits, output
 
 
 def train_step(
@@ -53,12 +73,12 @@ def train_step(
     objective: Objective,
     batch: Batch,
     options: TrainConfig,
-    forward: Forward = forward_and_loss,
+    passes: Passes = forward_and_backward,
 ) -> None:
     """One optimizer step of all networks over one batch, of which ``batch`` is this rank's part.
     Nothing is read from the device."""
     state.set_learning_rate()
-    update(state, objective, batch, options, forward)
+    update(state, objective, batch, options, passes)
     state.advance(options.batch_size)
 
 
@@ -67,7 +87,7 @@ def update(
     objective: Objective,
     batch: Batch,
     options: TrainConfig,
-    forward: Forward = forward_and_loss,
+    passes: Passes = forward_and_backward,
 ) -> None:
     """What the device does in a step. It is the same work in every step, and what outlives it is
     changed in place: so it can be captured once and replayed."""
@@ -76,15 +96,9 @@ def update(
     parts = batch.split(options.accumulate)
     for part in parts:
         with state.exchanging(part is parts[-1]):
-            logits, output = forward(
+            logits, output = passes(
                 state.model, objective, part, options, samples, scale, state.ranks
             )
-            total = torch.stack(list(output.losses.values())).sum()
-            # A loss that is not finite makes every network's gradients NaN, on all ranks: all of
-            # them skip the step together, or they would drift apart.
-            total = total * torch.where(total.detach().isfinite(), scale, torch.nan)
-            with named_range("backward"):
-                total.backward()
         with named_range("statistics"):
             state.meter.update(logits, part.target, output.losses, output.statistics, samples)
 
@@ -103,7 +117,7 @@ def warm_up(
     objective: Objective,
     batch: Batch,
     options: TrainConfig,
-    forward: Forward = forward_and_loss,
+    passes: Passes = forward_and_backward,
 ) -> None:
     """Two passes over a batch, whose gradients are thrown away; of the state nothing changes."""
     buffers, rng = SavedBuffers(state.networks.buffers()), torch.get_rng_state()
@@ -111,11 +125,10 @@ def warm_up(
     part, training = batch.split(options.accumulate)[-1], state.networks.training
     state.networks.train()
     for _ in range(2):
-        _, output = forward(
+        passes(
             state.model, objective, part, options, float(options.batch_size), state.loss_scale(),
             state.ranks,
         )  # fmt: skip
-        torch.stack(list(output.losses.values())).sum().backward()
         state.networks.zero_grad()
     state.networks.train(training)
     buffers.restore(where=torch.ones((), dtype=torch.bool, device=state.device))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from bdkd.errors import UsageError
 from bdkd.training.captured import WARM_UP, CapturedStep, check
-from bdkd.training.step import forward_and_loss, train_step
+from bdkd.training.step import forward_and_backward, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def a_captured(state) -> tuple[CapturedStep, Captures]:
     setup = SimpleNamespace(recipe=state.recipe, device=torch.device("cpu"),
                             objective=objective_of(state, backend="reference"))  # fmt: skip
     state.networks.train()
-    return CapturedStep(setup, state, forward_and_loss, captures), captures
+    return CapturedStep(setup, state, forward_and_backward, captures), captures
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -1,0 +1,245 @@
+"""``train.compile``: one graph of both passes of all networks, or two; the same training.
+
+``aot_eager`` makes inductor's graphs and runs them uncompiled, in a fraction of the time.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from compiler import COMPILER
+from small_runs import Tiny, tiny_state
+from test_step import OPTIMIZERS, a_batch, everything, objective_of
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bdkd.config import load_recipe
+from bdkd.data import Batch
+from bdkd.training.compiled import add_gradients, compiled, count_shapes
+from bdkd.training.distributed import ALONE, Ranks
+from bdkd.training.step import forward_and_backward, train_step, warm_up
+
+ONE_GRAPH = hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Dynamo counts the graphs of a function over the whole process."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_flag(monkeypatch):
+    """A torch that cannot take the backward pass into a graph."""
+    monkeypatch.setattr("bdkd.training.compiled._FLAG", "no_such_flag")
+
+
+class Drops(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.3), nn.Linear(16, 10))
+
+
+def steps(state, batches, backend=None, alone=True, shapes=2, **options):
+    """Train, compiled if there is a backend; the number of graphs that took."""
+    passes, counter = forward_and_backward, None
+    if backend is not None:
+        counter = CompileCounterWithBackend(backend)
+        passes = compiled(state.model, alone, shapes, counter)
+    objective = objective_of(state, **options)
+    state.networks.train()
+    if not alone:  # as a run begins
+        warm_up(state, objective, batches[0], state.recipe.train, passes)
+    for batch in batches:
+        train_step(state, objective, batch, state.recipe.train, passes)
+    return counter and counter.frame_count
+
+
+def assert_same(one, other, **tolerance):
+    expected = everything(one)
+    torch.testing.assert_close(everything(other), expected, **tolerance)
+
+
+def backward_in(counter) -> list[bool]:
+    """Of each graph, whether a gradient is made in it."""
+    return [
+        any(node.target is torch.autograd.grad for node in graph.graph.nodes)
+        for graph in counter.graphs
+    ]
+
+
+CASES = {
+    "sgd": {"clip_norm": 1.0, "ema_decay": 0.9},
+    "adamw": {"optimizer": OPTIMIZERS["adamw"]},
+    "four parts": {"accumulate": 4},
+    "bf16": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_run_is_the_same_run(case):
+    """A step with a NaN among its steps."""
+    eager, other = tiny_state(**CASES[case]), tiny_state(**CASES[case])
+    batches = [a_batch(seed=i, poisoned=i == 2) for i in range(6)]
+    steps(eager, batches)
+    assert steps(other, batches, "aot_eager") == 1
+    assert_same(eager, other)
+    assert other.skipped.tolist() == eager.skipped.tolist() == [1, 0, 1]
+    assert str(other.meter.read()) == str(eager.meter.read())
+
+
+def test_what_the_compiler_makes_of_it_trains_alike():
+    eager, other = tiny_state(), tiny_state()
+    batches = [a_batch(seed=i) for i in range(3)]
+    steps(eager, batches)
+    assert steps(other, batches, COMPILER) == 1
+    assert_same(eager, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not ONE_GRAPH, reason="this torch lacks the flag: its twin is two graphs below")
+def test_the_backward_pass_is_in_the_graph():
+    state, counter = tiny_state(), CompileCounterWithBackend("aot_eager")
+    passes = compiled(state.model, True, backend=counter)
+    batch = a_batch()
+    passes(state.model, objective_of(state), batch, state.recipe.train, 16.0, torch.ones(()), ALONE)
+    assert backward_in(counter) == [True]
+    assert all(p.grad is not None for p in state.networks.parameters())
+
+
+def test_without_the_flag_there_are_two_graphs_and_the_same_run(without_flag):
+    eager, other = tiny_state(accumulate=2), tiny_state(accumulate=2)
+    batches = [a_batch(seed=i, poisoned=i == 2) for i in range(4)]
+    steps(eager, batches)
+    counter = CompileCounterWithBackend("aot_eager")
+    passes = compiled(other.model, True, backend=counter)
+    other.networks.train()
+    for batch in batches:
+        train_step(other, objective_of(other), batch, other.recipe.train, passes)
+    assert backward_in(counter) == [False]
+    assert_same(eager, other)
+
+
+def test_under_ddp_autograd_makes_the_gradients(tmp_path):
+    """DDP's hooks exchange them as they come."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ranks = Ranks(0, 1, group=dist.group.WORLD)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ranks, "alone", False)
+            states = [tiny_state(ranks=ranks, accumulate=2) for _ in range(2)]
+            exchanged = []
+            states[1].model.register_comm_hook(None, lambda _, bucket: exchanged.append(1) or
+                                               _done(bucket.buffer()))  # fmt: skip
+            batches = [a_batch(seed=i) for i in range(3)]
+            steps(states[0], batches, alone=False)
+            steps(states[1], batches, "aot_eager", alone=False)
+        assert len(exchanged) >= len(batches)
+        assert_same(*states)
+    finally:
+        dist.destroy_process_group()
+
+
+def _done(value):
+    future = torch.futures.Future()
+    future.set_result(value)
+    return future
+
+
+def test_a_frozen_teacher_gets_no_gradient():
+    frozen = frozenset({"teacher"})
+    eager, other = tiny_state(frozen=frozen), tiny_state(frozen=frozen)
+    for state in (eager, other):
+        state.recipe = dataclasses.replace(
+            state.recipe, networks={n: dataclasses.replace(c, frozen=n == "teacher")
+                                    for n, c in state.recipe.networks.items()})  # fmt: skip
+    batches = [a_batch(seed=i) for i in range(3)]
+    before = everything(other)
+    steps(eager, batches, name="bdkd")
+    assert steps(other, batches, "aot_eager", name="bdkd") == 1
+    assert_same(eager, other)
+    assert all(torch.equal(v, before[k]) for k, v in everything(other).items() if "teacher" in k)
+
+
+def test_a_compiled_run_resumes_as_if_it_had_not_stopped(tmp_path):
+    """Dropout draws in the graph from the random state that a checkpoint holds."""
+    batches = [a_batch(seed=i) for i in range(6)]
+    whole, first, second = (tiny_state(Drops, ema_decay=0.9) for _ in range(3))
+    torch.manual_seed(1)
+    steps(whole, batches, "aot_eager")
+    torch.manual_seed(1)
+    steps(first, batches[:3], "aot_eager")
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(2)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(second, batches[3:], "aot_eager")
+    assert_same(whole, second, rtol=0, atol=0)
+    assert not torch.equal(everything(first)["members.student.1.weight"],
+                           everything(second)["members.student.1.weight"])  # fmt: skip
+
+
+class Breaks(Tiny):
+    """What dynamo cannot take in one piece."""
+
+    def forward(self, x):
+        x = self[0](x)
+        torch._dynamo.graph_break()
+        return super().forward(x) if x.shape[1] == 1 else self[4](self[3](self[2](self[1](x))))
+
+
+def test_a_network_that_breaks_the_graph_trains_alike():
+    eager, other = tiny_state(Breaks), tiny_state(Breaks)
+    batches = [a_batch(seed=i) for i in range(3)]
+    steps(eager, batches)
+    assert steps(other, batches, "aot_eager") > 1
+    assert_same(eager, other)
+
+
+class TwoBiases(nn.Module):
+    """Two biases with one gradient, and a parameter that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 10), nn.Linear(64, 10)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.a(x.flatten(1)) + self.b(x.flatten(1))
+
+
+def test_gradients_do_not_share_memory():
+    """Or clipping would scale one of them twice."""
+    eager, other = (tiny_state(TwoBiases, clip_norm=0.01, accumulate=2) for _ in range(2))
+    batches = [a_batch(seed=i) for i in range(3)]
+    steps(eager, batches)
+    steps(other, batches, COMPILER)
+    assert_same(eager, other, rtol=1e-4, atol=1e-6)
+    p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 3))
+    one = torch.ones(3, 2).T
+    add_gradients([p, q], [one, one])
+    assert p.grad.data_ptr() != q.grad.data_ptr()
+    assert p.grad.stride() == q.grad.stride() == p.stride()
+    add_gradients([p, q], [one, None])
+    assert p.grad.unique().tolist() == [2]
+    assert q.grad.unique().tolist() == [1]
+
+
+class AnySize(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, 10))  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["one graph", "two graphs"])
+def test_every_size_of_images_is_compiled_once(flag, request):
+    """Of progressive resolution: more of them than dynamo's own limit."""
+    if not flag:
+        request.getfixturevalue("without_flag")
+    recipe, sides = load_recipe("digits"), range(8, 12)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(
+        recipe.data, image_size=sides[-1], progressive=tuple(enumerate(sides))))  # fmt: skip
+    shapes = count_shapes(recipe)
+    assert shapes == len(sides)
+    batches = [Batch((torch.randn(16, 1, side, side),), a_batch().target) for side in sides]
+    state = tiny_state(AnySize)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert steps(state, batches * 2, "aot_eager", shapes=shapes) == len(sides)
