@@ -11,12 +11,15 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
 from bdkd.data.imagenet.index import Index, names_array
+from bdkd.data.imagenet.kept import kept
 from bdkd.errors import RunError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -32,22 +35,35 @@ class Found(NamedTuple):
     label: int
 
 
-def index_tars(root: Path, archives: list[Path]) -> Index:
-    """Every labelled image of webdataset shards.
+def index_tars(root: Path, archives: list[Path], fresh: bool = False) -> Index:
+    """Every labelled image of webdataset shards, as they were read before or, ``fresh``, anew.
 
     Raises:
         RunError: a shard is no whole tar file, or an image in it has no label.
     """
-    return _index(root, archives, _images_of_tar)
+    return kept("tar", root, archives, lambda: _index(root, archives, _images_of_tar), fresh)
 
 
-def index_tfrecords(root: Path, archives: list[Path]) -> Index:
-    """Every image of TFRecord files. The checksums are not verified; the decoder sees what is bad.
+def index_tfrecords(root: Path, archives: list[Path], fresh: bool = False) -> Index:
+    """Every image of TFRecord files, as they were read before or, ``fresh``, anew. Of the checksums
+    those of the lengths are verified: the others need every byte read (:func:`damaged_records`).
 
     Raises:
         RunError: a file is cut short or holds other records.
     """
-    return _index(root, archives, _images_of_tfrecord)
+    return kept(
+        "tfrecord", root, archives, lambda: _index(root, archives, _images_of_tfrecord), fresh
+    )
+
+
+def damaged_records(path: Path) -> dict[str, str]:
+    """The records whose checksum does not fit their data, and why that is bad."""
+    with _records(path) as records:
+        return {
+            str(number): "the record's checksum does not fit its data: it was damaged on the way"
+            for number, content, start, end in records
+            if masked(crc32c_long(content[start:end])) != _uint32(content, end)
+        }
 
 
 def _index(root: Path, archives: list[Path], images_of: Callable[[Path], Iterator[Found]]) -> Index:
@@ -97,33 +113,53 @@ def _images_of_tar(path: Path) -> Iterator[Found]:
 
 
 def _images_of_tfrecord(path: Path) -> Iterator[Found]:
-    end = path.stat().st_size
-    if end == 0:
+    with _records(path) as records:
+        for number, content, start, end in records:
+            try:
+                encoded, label = _image_and_label(content, start, end)
+            except (KeyError, ValueError, IndexError, StopIteration) as error:
+                raise RunError(
+                    f"{path}, record {number}: no Example with image/encoded and "
+                    f"image/class/label ({str(error) or 'one is empty'})"
+                ) from error
+            yield Found(str(number), encoded[0], encoded[1] - encoded[0], label)
+
+
+@contextmanager
+def _records(path: Path) -> Iterator[Iterator[tuple[int, mmap.mmap, int, int]]]:
+    """Number, file, begin and end of the data of each record."""
+    if path.stat().st_size == 0:  # which cannot be mapped
+        yield iter(())
         return
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        position = number = 0
-        while position < end:
-            header = content[position : position + 8]
-            length = struct.unpack("<Q", header)[0] if len(header) == 8 else end
-            start = position + 12
-            position = start + length + 4
-            if position > end:
-                raise RunError(
-                    f"{path} is no whole TFRecord file (record {number} ends beyond it): fetch it "
-                    "again"
-                )
-            try:
-                encoded, label = _image_and_label(content, start, start + length)
-            except (KeyError, ValueError, IndexError) as error:
-                raise RunError(
-                    f"{path}, record {number}: no Example with image/encoded and "
-                    f"image/class/label ({error})"
-                ) from error
-            yield Found(str(number), encoded[0], encoded[1] - encoded[0], label)
-            number += 1
+        yield _frames(path, content)
+
+
+def _frames(path: Path, content: mmap.mmap) -> Iterator[tuple[int, mmap.mmap, int, int]]:
+    position = number = 0
+    while position < len(content):
+        header = content[position : position + 12]
+        if len(header) == 12 and masked(crc32c(header[:8])) != _uint32(header, 8):
+            raise RunError(
+                f"{path}, record {number}: the checksum of its length does not fit; the file was "
+                "damaged, or is no TFRecord: fetch it again"
+            )
+        start = position + 12
+        end = start + struct.unpack("<Q", header[:8])[0] if len(header) == 12 else len(content)
+        position = end + 4
+        if position > len(content):
+            raise RunError(
+                f"{path} is no whole TFRecord file (record {number} ends beyond it): fetch it again"
+            )
+        yield number, content, start, end
+        number += 1
+
+
+def _uint32(content: bytes | mmap.mmap, position: int) -> int:
+    return int.from_bytes(content[position : position + 4], "little")
 
 
 def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[int, int], int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from bdkd.data.imagenet.archives import damaged_records
 from bdkd.data.imagenet.index import Index, Item
 from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import decoded, processors
@@ -57,7 +58,7 @@ def check(root: Path, format: str, workers: int | None = None) -> Report:
         import PIL  # noqa: F401
     except ImportError as error:
         raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
-    found = find(root, format)
+    found = find(root, format, fresh=True)
     splits = {"train": found.train, "val": found.val}
     report = Report(
         found.classes,
@@ -70,7 +71,9 @@ def check(root: Path, format: str, workers: int | None = None) -> Report:
         total=report.images, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
     ) as bar:
         for index in splits.values():
-            for identity, kind, reason in _examined(index, workers or processors()):
+            for identity, kind, reason in _examined(
+                index, workers or processors(), format == "tfrecord"
+            ):
                 bar.update()
                 if reason:
                     report.bad.append((identity, reason))
@@ -79,23 +82,38 @@ def check(root: Path, format: str, workers: int | None = None) -> Report:
     return report
 
 
-def _examined(index: Index, workers: int) -> Iterator[tuple[str, str, str]]:
-    """Identity, kind and, of a bad one, the reason of each image, in their order."""
+def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, str, str]]:
+    """Identity, kind and, of a bad one, the reason of each image, in their order; of ``records``
+    the checksums are verified too."""
     chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
     waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
+    damaged: dict[int, Future[dict[str, str]]] = {}  # of a TFRecord file
     pool = ProcessPoolExecutor(
         workers,
         mp_context=worker_context(),
         initializer=leave_signals_to_the_parent,
         initargs=(0,),
     )
+
+    def answers() -> Iterator[tuple[str, str, str]]:
+        chunk, future = waiting.popleft()
+        for i, (kind, reason) in zip(chunk, future.result(), strict=True):
+            identity = index.identity(i)
+            if records:
+                name = identity.rpartition("#")[2]
+                reason = damaged[index.container[i]].result().get(name) or reason
+            yield identity, kind, reason
+
     try:
         for chunk in chunks:
+            for number in {*index.container[chunk]} - {*damaged} if records else ():
+                path = index.root / index.containers[number]
+                damaged[number] = pool.submit(damaged_records, path)
             waiting.append((chunk, pool.submit(examine, [index.item(i) for i in chunk])))
             if len(waiting) > 4 * workers:
-                yield from _answers(index, *waiting.popleft())
+                yield from answers()
         while waiting:
-            yield from _answers(index, *waiting.popleft())
+            yield from answers()
     except BrokenProcessPool as error:
         raise RunError(
             "a process that decoded images was killed, by lack of memory or by someone: run it "
@@ -103,13 +121,6 @@ def _examined(index: Index, workers: int) -> Iterator[tuple[str, str, str]]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _answers(
-    index: Index, chunk: range, future: Future[list[tuple[str, str]]]
-) -> Iterator[tuple[str, str, str]]:
-    for i, (kind, reason) in zip(chunk, future.result(), strict=True):
-        yield index.identity(i), kind, reason
 
 
 def examine(items: Sequence[Item]) -> list[tuple[str, str]]:

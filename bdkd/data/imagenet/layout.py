@@ -39,15 +39,18 @@ class Layout(NamedTuple):
                 )
 
 
-def find(root: Path, format: str) -> Layout:
-    """Index a data set; nothing is decoded.
+def find(root: Path, format: str, fresh: bool = False) -> Layout:
+    """Index a data set; nothing is decoded. That of unchanged archives is kept from run to run,
+    but where it is asked for ``fresh``. Folders are walked every time: it takes seconds.
 
     Raises:
         RunError: it is not there, or not laid out as the format has it.
     """
     if not root.is_dir():
         raise RunError(f"no data set at {root}: data.root must name an existing folder")
-    return {"folder": _folders, "webdataset": _webdataset, "tfrecord": _tfrecord}[format](root)
+    if format == "folder":
+        return _folders(root)
+    return {"webdataset": _webdataset, "tfrecord": _tfrecord}[format](root, fresh)
 
 
 def _folders(root: Path) -> Layout:
@@ -99,15 +102,15 @@ def _scan(root: Path, split: str, folders: tuple[str, ...], number: dict[str, in
     return Index(root, containers, within, names_array(names), labels)
 
 
-def _webdataset(root: Path) -> Layout:
-    train = index_tars(root, _archives(root, "train", "*.tar"))
-    val = index_tars(root, _archives(root, "val", "*.tar"))
+def _webdataset(root: Path, fresh: bool) -> Layout:
+    train = index_tars(root, _archives(root, "train", "*.tar"), fresh)
+    val = index_tars(root, _archives(root, "val", "*.tar"), fresh)
     return _labelled_by_number(root, train, val)
 
 
-def _tfrecord(root: Path) -> Layout:
-    train = index_tfrecords(root, _archives(root, "train", "*"))
-    val = index_tfrecords(root, _archives(root, "val", "*"))
+def _tfrecord(root: Path, fresh: bool) -> Layout:
+    train = index_tfrecords(root, _archives(root, "train", "*"), fresh)
+    val = index_tfrecords(root, _archives(root, "val", "*"), fresh)
     if min(train.labels.min(), val.labels.min()) == 1:
         # The field's TFRecords number ImageNet's classes from 1: 0 was to be the background.
         train = train.take(np.arange(len(train)), train.labels - 1)

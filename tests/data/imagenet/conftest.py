@@ -6,6 +6,13 @@ import pytest
 from imagenet_trees import make_tars, make_tfrecords, make_tree
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where what is kept from run to run goes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bdkd"
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
     """5 classes of 24 training and 5 validation images."""

@@ -10,15 +10,18 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 HEIGHT, WIDTH = 375, 500  # ImageNet's commonest size
+SIZES = ((HEIGHT, WIDTH), (WIDTH - 80, HEIGHT), (200, 180))
 
 
 def wnid(label: int) -> str:
     return f"n{label:08d}"
 
 
-def make_tree(root: Path, classes: int, training: int, validation: int) -> Path:
+def make_tree(
+    root: Path, classes: int, training: int, validation: int, sizes: tuple = SIZES
+) -> Path:
     """``training`` and ``validation`` images a class: crops and mirror images, tinted by class, of
-    three sizes. No two are alike."""
+    some sizes in turn. No two are alike."""
     photographs = load_sample_images().images
     rng = np.random.default_rng(0)
     for split, count in (("train", training), ("val", validation)):
@@ -26,12 +29,12 @@ def make_tree(root: Path, classes: int, training: int, validation: int) -> Path:
             folder = root / split / wnid(label)
             folder.mkdir(parents=True)
             for number in range(count):
-                height, width = ((HEIGHT, WIDTH), (WIDTH - 80, HEIGHT), (200, 180))[number % 3]
+                height, width = sizes[number % len(sizes)]
                 whole = photographs[(label + number) % 2]
                 top = rng.integers(whole.shape[0] - height + 1)
                 left = rng.integers(whole.shape[1] - width + 1)
                 pixels = whole[top : top + height, left : left + width].astype(np.int16)
-                pixels[..., label % 3] += 20 * label
+                pixels[..., label % 3] += 20 * label % 256
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
                 if rng.random() < 0.5:
                     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -86,8 +89,28 @@ def make_tfrecords(tree: Path, root: Path, shards: int) -> Path:
 
 
 def record(content: bytes) -> bytes:
-    """A TFRecord frame, its checksums left at 0."""
-    return struct.pack("<QI", len(content), 0) + content + struct.pack("<I", 0)
+    """A TFRecord frame."""
+    length = struct.pack("<Q", len(content))
+    return length + checksum(length) + content + checksum(content)
+
+
+def checksum(content: bytes) -> bytes:
+    """As TFRecords have it, a byte at a time."""
+    register = 0xFFFFFFFF
+    for byte in content:
+        register = AFTER_BYTE[register & 255 ^ byte] ^ register >> 8
+    register ^= 0xFFFFFFFF
+    return struct.pack("<I", ((register >> 15 | register << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _after_byte(byte: int) -> int:
+    """By the definition: a division of polynomials, bit by bit."""
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+    return byte
+
+
+AFTER_BYTE = [_after_byte(byte) for byte in range(256)]
 
 
 def example(image: bytes, label: int) -> bytes:

@@ -1,13 +1,19 @@
 """Training on ImageNet's layout by two ranks: what one of them dies of, and what comes back."""
 
+import dataclasses
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
-from imagenet_trees import labelled
+import torch
 from launches import Launch
 from test_resume import assert_same_end
+
+from bdkd.config import load_recipe
+from bdkd.data import Shard, create_source
+from bdkd.data.base import epoch_order
 
 # 108 images in 8 batches an epoch, of which the two ranks take unequal parts; the second epoch is
 # larger, everything is varied, and the checkpoints lie in the middle of the epochs.
@@ -34,13 +40,30 @@ def test_two_ranks_killed_in_mid_epoch_end_as_two_that_were_not(tree, tmp_path, 
     assert_same_end(launch.run, whole.run)
 
 
-def test_a_bad_file_ends_both_ranks_and_is_named(tree, tmp_path):
+def test_a_bad_file_of_another_rank_than_the_first_is_one_line(tree, tmp_path):
+    """On the terminal, from the rank that met it; its own log tells more."""
     root = shutil.copytree(tree, tmp_path / "tree")
-    for file, _ in labelled(root, "train")[::20]:
-        file.write_bytes(file.read_bytes()[:2000])
+    config = dataclasses.replace(load_recipe("imagenet-smoke").data, root=str(root))
+    images = create_source(config, 0, torch.device("cpu"), torch.channels_last).splits["train"]
+    place = 13 + Shard(1, 2).of_batch(13).start  # the first of rank 1 in the second step
+    file = Path(images.item(int(epoch_order(0, 0, len(images))[place])).path)
+    file.write_bytes(file.read_bytes()[:2000])
     data = ["--data.root", str(root), "--data.loader", "pillow", "--data.workers", "1"]
     with Launch(2, tmp_path / "run", *SMALL, *data) as launch:
         assert launch.end() == 1, launch.text()
         assert not launch.pids()
-    text = launch.text() + "".join(f.read_text() for f in (launch.run / "logs").glob("*.log"))
-    assert re.search(r"cannot decode the image .*data\.exclude", text), text
+    said = re.findall(r"^bdkd: .*cannot decode.*$", launch.text(), re.MULTILINE)
+    assert len(said) == 1, launch.text()
+    assert said[0].startswith(f"bdkd: rank 1: cannot decode the image {file}: ")
+    assert "data.exclude" in said[0]
+    assert "Traceback" in (launch.run / "logs" / "rank-1.log").read_text()
+
+
+def test_what_all_ranks_meet_is_said_once(tree, tmp_path):
+    root = shutil.copytree(tree, tmp_path / "tree")
+    shutil.rmtree(root / "val")
+    with Launch(2, tmp_path / "run", *SMALL, "--data.root", str(root)) as launch:
+        assert launch.end() == 1, launch.text()
+    said = re.findall(r"^bdkd: .*$", launch.text(), re.MULTILINE)
+    assert len(said) == 1, launch.text()
+    assert "no folder" in said[0]

@@ -1,0 +1,174 @@
+"""The index of archives, which is kept, and what their checksums tell."""
+
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from imagenet_trees import checksum, example, record
+
+from bdkd.cli import main
+from bdkd.data.imagenet import archives
+from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
+from bdkd.data.imagenet.layout import find
+from bdkd.errors import RunError
+
+COLUMNS = ("container", "names", "labels", "offsets", "sizes")
+
+
+def same(a, b) -> bool:
+    return (a.root, a.containers) == (b.root, b.containers) and all(
+        np.array_equal(getattr(a, column), getattr(b, column)) for column in COLUMNS
+    )
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The archives whose headers were read."""
+    seen = []
+    for name in ("_images_of_tar", "_images_of_tfrecord"):
+        read = getattr(archives, name)
+        monkeypatch.setattr(archives, name, lambda path, r=read: seen.append(path.name) or r(path))
+    return seen
+
+
+@pytest.mark.parametrize(("format", "fixture"), [("webdataset", "tars"), ("tfrecord", "tfrecords")])
+def test_headers_are_read_once(format, fixture, request, reads, cache):
+    root = request.getfixturevalue(fixture)
+    first = find(root, format)
+    assert len(reads) == 6
+    again = find(root, format)
+    assert len(reads) == 6
+    assert same(first.train, again.train)
+    assert same(first.val, again.val)
+    assert first.classes == again.classes
+    find(root, format, fresh=True)
+    assert len(reads) == 12
+    assert len(list(cache.iterdir())) == 2  # a file a split, and nothing half written
+
+
+def test_an_archive_that_changed_is_read_again(tfrecords, tmp_path, reads):
+    """Even if its size and the time of writing are set back."""
+    root = shutil.copytree(tfrecords, tmp_path / "copy")
+    before, file = find(root, "tfrecord"), root / "train-00001-of-00003"
+    times, whole = file.stat(), file.read_bytes()
+    frames = [0]
+    while frames[-1] < len(whole):
+        frames.append(frames[-1] + 16 + int.from_bytes(whole[frames[-1] :][:8], "little"))
+    file.write_bytes(whole[frames[1] :] + whole[: frames[1]])  # the first record comes last
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    reads.clear()
+    after = find(root, "tfrecord")
+    assert len(reads) == 3  # of train; val is as it was
+    assert not same(before.train, after.train)
+    (root / "train-00002-of-00003").unlink()
+    assert len(find(root, "tfrecord").train) == 80
+
+
+@pytest.mark.parametrize("harm", ["cut", "text", "other"])
+def test_what_is_kept_and_broken_is_made_anew(harm, tars, reads, cache):
+    first = find(tars, "webdataset")
+    for file in cache.iterdir():
+        if harm == "cut":
+            file.write_bytes(file.read_bytes()[:500])
+        elif harm == "text":
+            file.write_text("no index")
+        else:
+            np.savez(file, stamps=np.zeros(3))
+    assert same(find(tars, "webdataset").train, first.train)
+    assert len(reads) == 12
+
+
+@pytest.mark.parametrize("place", ["a file", "no home", "read-only"])
+def test_where_nothing_can_be_kept_it_is_read_again(place, tars, reads, tmp_path, monkeypatch):
+    if place == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        monkeypatch.chdir(tmp_path)
+    else:
+        # /proc takes no folder even from root, which a mode would not stop
+        (tmp_path / "file").touch()
+        nowhere = {"a file": tmp_path / "file", "read-only": "/proc/bdkd"}[place]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere))
+    for _ in range(2):
+        assert len(find(tars, "webdataset").train) == 120
+    assert len(reads) == 12
+    assert not (tmp_path / "~").exists()
+
+
+def test_runs_that_start_at_once_keep_one_index(tars, cache):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: find(tars, "webdataset", fresh=True).train, range(8)))
+    assert all(same(found[0], other) for other in found)
+    assert same(find(tars, "webdataset").train, found[0])
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_checksums_are_those_of_the_definition():
+    # RFC 3720, appendix B.4
+    for content, expected in ((bytes(32), 0x8A9136AA), (bytes(range(32)), 0x46DD794E),
+                              (b"\xff" * 32, 0x62A8AB43), (b"123456789", 0xE3069283)):  # fmt: skip
+        assert crc32c(content) == crc32c_long(content) == expected
+    noise = np.random.default_rng(0)
+    for length in (4, 5, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 110_001):
+        content = noise.bytes(length)
+        assert masked(crc32c_long(content)).to_bytes(4, "little") == checksum(content)
+    assert crc32c(b"") == 0
+
+
+@pytest.fixture
+def broken(tfrecords, tmp_path):
+    """TFRecords of which the third record of one file has one bit turned."""
+
+    def make(where: str):
+        root = shutil.copytree(tfrecords, tmp_path / "broken")
+        file = root / "train-00001-of-00003"
+        content, start = bytearray(file.read_bytes()), 0
+        for _ in range(2):
+            start += 16 + int.from_bytes(content[start : start + 8], "little")
+        length = int.from_bytes(content[start : start + 8], "little")
+        content[start + {"length": 1, "of length": 9, "data": 12 + length // 2,
+                         "of data": 12 + length + 2}[where]] ^= 16  # fmt: skip
+        file.write_bytes(content)
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("where", ["length", "of length"])
+def test_a_damaged_length_is_named_with_its_record(where, broken):
+    with pytest.raises(RunError, match=r"train-00001-of-00003, record 2: the checksum") as raised:
+        find(broken(where), "tfrecord")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("where", ["data", "of data"])
+def test_damaged_data_are_found_by_the_check_and_left_out(where, broken, tmp_path, capfd):
+    root, listed = broken(where), tmp_path / "bad.txt"
+    assert len(find(root, "tfrecord").train) == 120
+    with pytest.raises(SystemExit) as exit_:
+        main(["data", "check", str(root), "--format", "tfrecord", "--to", str(listed),
+              "--workers", "1"])  # fmt: skip
+    assert exit_.value.code == 1
+    out, err = capfd.readouterr()
+    assert "bad    train-00001-of-00003#2: the record's checksum does not fit" in out
+    assert re.search(r"^bdkd: 1 of 145 images cannot be decoded", err, re.MULTILINE)
+    assert listed.read_text().splitlines()[1].startswith("train-00001-of-00003#2\t")
+
+
+def test_records_that_are_cut_or_empty_are_named(tmp_path):
+    whole = record(example(b"an image", 1))
+    (tmp_path / "validation").write_bytes(whole)
+    for content, match in (
+        (whole * 2 + whole[:7], r"train is no whole TFRecord file \(record 2"),
+        (whole + whole[:-3], r"train is no whole TFRecord file \(record 1"),
+        (record(b""), r"train, record 0: no Example"),
+        (record(b"\x0a\xff\xff\xff\xff\xff\x01"), r"train, record 0: no Example"),
+        (record(b"\x0a\x14\x0a\x12\x0a\x0dimage/encoded\x12\x00"), r"train, record 0: no Example"),
+    ):
+        (tmp_path / "train").write_bytes(content)
+        with pytest.raises(RunError, match=match) as raised:
+            find(tmp_path, "tfrecord")
+        assert "\n" not in str(raised.value)
