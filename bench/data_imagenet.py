@@ -1,5 +1,6 @@
 """Images a second and core that the ImageNet loaders decode and augment on the CPU, DALI and Pillow
-in turn: ``python bench/data_imagenet.py [--images 256] [--rounds 5]``.
+in turn: ``python bench/data_imagenet.py [--images 256] [--rounds 5]``. And what a start costs, for
+which it must be known where each image lies: ``python bench/data_imagenet.py --index 40000``.
 
 500x375 JPEGs of quality 90 made of scikit-learn's photographs, read from a file each: a random
 resized crop to 224, mirrored, normalised, channels-last float32. One thread decodes in either
@@ -8,37 +9,30 @@ less, and wall time is printed beside it.
 """
 
 import argparse
+import io
+import os
 import statistics
+import struct
 import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
+from suite_loader import HEIGHT, WIDTH, write_jpegs
 
 from bdkd.config import DataConfig
 from bdkd.data import DataSource, create_source
+from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
+from bdkd.data.imagenet.index import Item
+from bdkd.data.imagenet.layout import find
+from bdkd.data.imagenet.loader import decoded
 
-HEIGHT, WIDTH = 375, 500
 BATCH = 64
-
-
-def make_images(root: Path, count: int) -> None:
-    """Two classes of crops, and two images a class to test on."""
-    photographs = load_sample_images().images
-    rng = np.random.default_rng(0)
-    for split, images in (("train", count), ("val", 4)):
-        for number in range(images):
-            whole = photographs[number % 2]
-            top = rng.integers(whole.shape[0] - HEIGHT + 1)
-            left = rng.integers(whole.shape[1] - WIDTH + 1)
-            folder = root / split / f"class{number % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = np.ascontiguousarray(whole[top : top + HEIGHT, left : left + WIDTH])
-            Image.fromarray(pixels).save(folder / f"{number}.JPEG", quality=90)
+IMAGENET = 1_331_167  # images of train and val
+SHARDS = 8
 
 
 def epoch(source: DataSource, number: int) -> tuple[float, float]:
@@ -49,15 +43,10 @@ def epoch(source: DataSource, number: int) -> tuple[float, float]:
     return images / (time.process_time() - processor), images / (time.perf_counter() - wall)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=256, help="JPEGs (256)")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader (5)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def decoding(images: int, rounds: int) -> None:
     rates: dict[str, list[tuple[float, float]]] = {"dali": [], "pillow": []}
     with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), options.images)
+        write_jpegs(Path(folder), images)
         sources = {
             # Pillow in this process, so that its time is counted too.
             loader: create_source(
@@ -69,13 +58,13 @@ def main() -> None:
             )
             for loader in ("dali", "pillow")
         }  # fmt: skip
-        for number in range(-1, options.rounds):
+        for number in range(-1, rounds):
             for loader, source in sources.items():
                 found = epoch(source, max(number, 0))
                 if number >= 0:  # the first one warms up
                     rates[loader].append(found)
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {options.rounds} rounds of "
-          f"{options.images // BATCH * BATCH} images of {WIDTH}x{HEIGHT}")  # fmt: skip
+    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {rounds} rounds of "
+          f"{images // BATCH * BATCH} images of {WIDTH}x{HEIGHT}")  # fmt: skip
     print("loader  images/s a core: median (least, most)   images/s of wall time")
     for loader, found in rates.items():
         core, wall = zip(*found, strict=True)
@@ -83,6 +72,87 @@ def main() -> None:
               f"   {statistics.median(wall):21.0f}")  # fmt: skip
     ratio = statistics.median(a[0] / b[0] for a, b in zip(*rates.values(), strict=True))
     print(f"dali / pillow, a core: {ratio:.2f}")
+
+
+def indexing(images: int) -> None:
+    """Names alone count: the images are of a few bytes."""
+    print(f"{images:,} training images, headers and names in the machine's memory")
+    print(f"{'':12}    us an image, first   again   seconds for ImageNet's {IMAGENET:,}")
+    for format, write in (("folder", _folders), ("webdataset", _tars), ("tfrecord", _records)):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
+            root = Path(folder, "set")
+            for split, count in (("train", images), ("val", images // 25)):
+                write(root, split, count)
+            first, again = (_seconds(lambda r=root, f=format: find(r, f)) for _ in range(2))
+            each = images + images // 25
+            print(f"{format:12}  {1e6 * first / each:20.2f}  {1e6 * again / each:6.2f}   "
+                  f"{first / each * IMAGENET:.1f}, then {again / each * IMAGENET:.1f}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        write_jpegs(Path(folder), 2)
+        file = next(Path(folder).rglob("*.JPEG"))
+        content, item = file.read_bytes(), Item(str(file), "", 0, -1)
+        both = [(_seconds(lambda: crc32c_long(content)), _seconds(lambda: decoded(item)))
+                for _ in range(30)]  # fmt: skip
+        print(f"checksum of a record of {len(content):,} bytes: "
+              f"{1e3 * statistics.median(a for a, _ in both):.2f} ms, of the time of decoding it "
+              f"{statistics.median(a / b for a, b in both):.2f}")  # fmt: skip
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _folders(root: Path, split: str, images: int) -> None:
+    for label in range(100):
+        folder = root / split / f"n{label:08d}"
+        folder.mkdir(parents=True)
+        for number in range(images // 100):
+            (folder / f"{folder.name}_{number}.JPEG").touch()
+
+
+def _tars(root: Path, split: str, images: int) -> None:
+    root.mkdir(exist_ok=True)
+    for shard in range(SHARDS):
+        with tarfile.open(root / f"{split}-{shard:04d}.tar", "w") as tar:
+            for number in range(images // SHARDS):
+                for suffix, content in (("cls", b"%d" % (number % 10)), ("jpg", b"an image")):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def _records(root: Path, split: str, images: int) -> None:
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    def feature(name: bytes, values: bytes) -> bytes:
+        return field(1, field(1, name) + field(2, values))
+
+    root.mkdir(exist_ok=True)
+    for shard in range(SHARDS):
+        with open(root / f"{split}-{shard:05d}-of-{SHARDS:05d}", "wb") as file:
+            for number in range(images // SHARDS):
+                image = feature(b"image/encoded", field(1, field(1, b"an image")))
+                label = feature(b"image/class/label", field(3, field(1, bytes([1 + number % 10]))))
+                content = field(1, image + label)
+                for part in (struct.pack("<Q", len(content)), content):
+                    file.write(part + struct.pack("<I", masked(crc32c(part))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=256, help="JPEGs (256)")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader (5)")
+    parser.add_argument("--index", type=int, metavar="IMAGES", help="time the index of so many")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.index:
+        indexing(options.index)
+    else:
+        decoding(options.images, options.rounds)
 
 
 if __name__ == "__main__":

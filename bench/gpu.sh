@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go of at most 8 minutes, without network:
 #     bench/gpu.sh FOLDER
-# The device tests, the race of the losses, the step, the data loader (DALI where it is installed)
+# The device tests, the race of the losses, the step, training from JPEGs (DALI where it is installed)
 # and the errors against float64; a table, JSON and a log of each go into FOLDER as they are made.
 # Needs torch and triton (2.11 and 3.6, or newer) and a C compiler for torch.compile; pytest for the
 # tests; nothing has to be installed or built. What else is missing leaves out its part, and says so.
@@ -51,7 +51,7 @@ else
 fi
 part loss_gpu 150 "$python" bench loss_gpu --out "$out" --seconds 0.8 --budget 125 || failed=1
 part step_gpu 60 "$python" bench step_gpu --out "$out" --seconds 2 --budget 40 || true
-part loader 30 "$python" bench loader --out "$out" --seconds 1 --budget 15 || true
+part loader 40 "$python" bench loader --out "$out" --seconds 1 --budget 25 || true
 part accuracy 45 "$python" bench/accuracy.py --quick --out "$out" || true
 if has matplotlib; then
     part pictures 15 "$python" bench plot "$out" || true

@@ -41,6 +41,7 @@ class Contender:
     note: str = ""  # what it leaves out of the case's work, or does on top of it
     error: Callable[[], Mapping[str, float]] | None = None  # against float64
     capturable: bool = True  # by a CUDA graph
+    lead: int = 0  # calls before a sample, untimed: they use up what was made ready meanwhile
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,35 @@ class _Turns:
 
 
 class WallClock:
-    """Real time; ``now`` returns seconds."""
+    """Real time; ``now`` returns seconds, ``settle`` when the work that was asked for is done."""
 
     def __init__(
-        self, now: Callable[[], float] = time.perf_counter, shortest: float = SHORTEST_SAMPLE
+        self,
+        now: Callable[[], float] = time.perf_counter,
+        shortest: float = SHORTEST_SAMPLE,
+        settle: Callable[[], object] = lambda: None,
     ) -> None:
-        self.now, self.shortest = now, shortest
+        self.now, self.shortest, self.settle = now, shortest, settle
 
     def sampler(self, contender: Contender, sets: int) -> Sampler:
         turns = _Turns(sets)
         turns.run(contender.call, 1)  # compiles
+        self.settle()
         # Caches and branch predictors: every set once, or a tenth of a second; once if it is slow.
         taken, begin = 0, self.now()
         while taken == 0 or (taken < max(3, sets) and self.now() - begin < 0.1):
             turns.run(contender.call, 1)
+            self.settle()
             taken += 1
         each = max((self.now() - begin) / taken, 1e-9)
         calls = max(1, round(self.shortest / each))
 
         def sample() -> float:
+            turns.run(contender.call, contender.lead)
+            self.settle()
             begin = self.now()
             turns.run(contender.call, calls)
+            self.settle()
             return (self.now() - begin) / calls
 
         return Sampler("wall", calls, sample)

@@ -1,6 +1,8 @@
-"""One batch from the data loader: images in memory, and JPEG files of ImageNet's layout."""
+"""One batch from the data loader: images in memory, and JPEG files of ImageNet's layout; and what a
+training step takes with such files, beside the same step on a batch that is there already."""
 
 import atexit
+import os
 import random
 import shutil
 import tempfile
@@ -11,24 +13,43 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import Call, Case, Contender
+from suite_step import Pair, Run
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from bdkd.config import DataConfig, SyntheticConfig
-from bdkd.data import DataSource, create_source
+from bdkd.config import DataConfig, NetworkConfig, SyntheticConfig
+from bdkd.data import Batch, DataSource, create_source
+from bdkd.data.imagenet import dali, pillow
+from bdkd.training.step import AUTOCAST
 
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of ImageNet's pixels
+WIDTH, HEIGHT = 500, 375  # ImageNet's commonest size
+QUALITY = 90
+JPEGS = f"JPEGs of {WIDTH} x {HEIGHT}" + ("" if find_spec("sklearn") else " (noise)")
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    yield _in_memory(32 if quick else 128, 400 if quick else 10_000)
-    if find_spec("PIL") and find_spec("sklearn"):
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    """What only a GPU can tell comes first there: the time on a borrowed one is short."""
+    images = 16 if quick else 256
+    batch, side = (4, 32) if quick else (32, 224)
+    if find_spec("PIL"):
         # Until the process ends: a case may be run long after it was made.
         root = Path(tempfile.mkdtemp(prefix="bdkd-bench-"))
         atexit.register(shutil.rmtree, root, ignore_errors=True)
-        write_jpegs(root, 16 if quick else 256)
-        yield _jpegs(root, 4 if quick else 32, 32 if quick else 224)
+        # Every file so often that an epoch has the steps of a real one, not a start every few.
+        write_jpegs(root, images, 1 if quick else 40)
+        if quick:
+            yield _training(root, Pair("resnet8", "resnet8", 4, 32, 10), device)
+        elif device == "cuda":
+            imagenet = ("imagenet_resnet50", "imagenet_mobilenet_v1")
+            yield _training(root, Pair(*imagenet, 256, 224, 1000, "bf16"), device)
+            yield _jpegs(root, 256, side, device)
+        else:
+            imagenet = ("imagenet_resnet18", "imagenet_mobilenet_v1")
+            yield _training(root, Pair(*imagenet, 32, 64, 1000), device)
+        yield _jpegs(root, batch, side, "cpu")
+    yield _in_memory(32 if quick else 128, 400 if quick else 10_000)
 
 
 def endless(epochs: Callable[[int], Iterable]) -> Call:
@@ -76,53 +97,131 @@ def _in_memory(batch: int, images: int) -> Case:
     return Case(name, {"batch": batch}, found)
 
 
-def write_jpegs(root: Path, count: int) -> None:
-    """``count`` JPEGs of 500 x 375, cut from scikit-learn's two photographs, in two classes for
-    each of ``train`` and ``val``."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    rng = random.Random(0)
-    photographs = [Image.fromarray(x) for x in load_sample_images().images]
-    for number in range(count):
-        image = photographs[number % 2]
-        left, top = rng.randrange(image.width - 500), rng.randrange(image.height - 375)
-        for split in ("train", "val"):
+def write_jpegs(root: Path, count: int, repeats: int = 1) -> None:
+    """``count`` JPEGs in two classes to train on, each under ``repeats`` names, and two a class to
+    test on."""
+    photographs = _photographs()
+    rng = np.random.default_rng(0)
+    for split, images in (("train", count), ("val", 4)):
+        for number in range(images):
+            whole = photographs[number % 2]
+            left = int(rng.integers(whole.width - WIDTH + 1))
+            top = int(rng.integers(whole.height - HEIGHT + 1))
             folder = root / split / f"n{number % 2:08d}"
             folder.mkdir(parents=True, exist_ok=True)
-            crop = image.crop((left, top, left + 500, top + 375))
-            crop.save(folder / f"{number}.JPEG", quality=90)
+            file = folder / f"{number}_0.JPEG"
+            whole.crop((left, top, left + WIDTH, top + HEIGHT)).save(file, quality=QUALITY)
+            for again in range(1, repeats if split == "train" else 1):
+                os.link(file, folder / f"{number}_{again}.JPEG")
 
 
-def _jpegs(root: Path, batch: int, side: int) -> Case:
-    paths = sorted((root / "train").rglob("*.JPEG"))
-    found = []
+def _photographs() -> list:
+    """Two of 640 x 427 pixels: scikit-learn's, or in its absence noise, coarse and fine, that makes
+    JPEGs of about as many bytes."""
+    from PIL import Image
+
+    if find_spec("sklearn"):
+        from sklearn.datasets import load_sample_images
+
+        return [Image.fromarray(x) for x in load_sample_images().images]
+    found, rng = [], np.random.default_rng(0)
+    for _ in range(2):
+        pixels = np.zeros((427, 640, 3))
+        for cells, strength in ((4, 60), (16, 30), (64, 16), (256, 12), (640, 6)):
+            noise = rng.normal(128, strength, (cells * 2 // 3, cells, 3)).clip(0, 255)
+            smooth = Image.fromarray(noise.astype(np.uint8)).resize((640, 427), 3)
+            pixels += np.asarray(smooth, float) - 128
+        found.append(Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)))
+    return found
+
+
+def _imagenet(
+    root: Path, kind: str, side: int, device: str, dtype: torch.dtype = torch.float32
+) -> DataSource:
+    config = DataConfig(source="imagenet", root=str(root), image_size=side, flip=True,
+                        validation=0.0, loader=kind, workers=_workers(device))  # fmt: skip
+    return create_source(config, 0, torch.device(device), torch.channels_last, dtype)
+
+
+def _workers(device: str) -> int:
+    """As ``data.workers`` has it without a number; a CPU also trains, on so many threads."""
+    return len(os.sched_getaffinity(0)) if device == "cuda" else torch.get_num_threads()
+
+
+def _kinds(device: str) -> tuple[str, ...]:
+    """Processes that decode start slowly, and no GPU waits for them by choice."""
+    if not _dali_is_here():
+        return ("pillow",)
+    return ("dali",) if device == "cuda" else ("dali", "pillow")
+
+
+def _ready(kind: str, device: str) -> int:
+    """Batches that a loader may have ready."""
+    return dali.AHEAD + 1 if kind == "dali" else pillow.AHEAD * _workers(device) + 1
+
+
+def _dali_is_here() -> bool:
     # Another package's "nvidia" may be there without this one.
-    dali = bool(find_spec("nvidia") and find_spec("nvidia.dali"))
-    threads = torch.get_num_threads()
-    for kind in ("dali", "pillow") if dali else ("pillow",):
-        config = DataConfig(source="imagenet", root=str(root), image_size=side, flip=True,
-                            validation=0.0, loader=kind, workers=threads)  # fmt: skip
-        source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
-        note = f"{threads} workers; its order and crops are a function of (seed, epoch, index)"
-        call = endless(_epochs(source, batch))
-        found.append(Contender(f"bdkd, {kind}", call, "ours", note=note))
-    loader = DataLoader(_Pillow(paths, side), batch, shuffle=True, drop_last=True)
-    found.append(
-        Contender("DataLoader and Pillow", endless(lambda epoch: loader),
-                  note="no workers: what one thread of Python does")
-    )  # fmt: skip
-    absent = {}
-    if dali:
+    return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
+
+
+def _training(root: Path, pair: Pair, device: str) -> Case:
+    networks = {name: NetworkConfig(getattr(pair, name), name) for name in ("teacher", "student")}
+    run = Run(networks, "bdkd", pair, device)
+    dtype = AUTOCAST[pair.precision] or torch.float32
+    (images, *_), labels = run.batch
+    there = Batch((images.to(dtype),), labels)
+
+    def step(batches: Call) -> Call:
+        def call(i: int) -> None:
+            run.batch = batches(i)  # type: ignore[assignment]
+            run.step(i)
+
+        return call
+
+    found, kinds = [], _kinds(device)
+    for kind in kinds:
+        source = _imagenet(root, kind, pair.side, device, dtype)
         found.append(
-            Contender("DALI's own reader", endless(_dali(paths, batch, side)),
-                      note=f"as its documentation has it, {threads} threads")
+            Contender(f"from JPEGs by {kind}", step(endless(_epochs(source, pair.batch))), "ours",
+                      note=f"{_workers(device)} workers", lead=_ready(kind, device))
+        )  # fmt: skip
+    note = f"x ours: images/s by {kinds[0]} over images/s from data that cost nothing"
+    found.append(Contender("from a batch that is there", step(lambda i: there), "ours", note=note))
+    absent = {} if _dali_is_here() else {"from JPEGs by dali": "nvidia-dali is not installed"}
+    name = f"training from {JPEGS}: {pair}"
+    return Case(name, {"batch": pair.batch, "side": pair.side, "precision": pair.precision},
+                tuple(found), absent=absent, memory=False, patience=4.0, device=device)  # fmt: skip
+
+
+def _jpegs(root: Path, batch: int, side: int, device: str) -> Case:
+    paths = sorted((root / "train").rglob("*.JPEG"))
+    found, workers = [], _workers(device)
+    for kind in _kinds(device):
+        note = f"{workers} workers; its order and crops are a function of (seed, epoch, index)"
+        call = endless(_epochs(_imagenet(root, kind, side, device), batch))
+        found.append(Contender(f"bdkd, {kind}", call, "ours", note=note,
+                               lead=_ready(kind, device)))  # fmt: skip
+    if device == "cpu":
+        loader = DataLoader(_Pillow(paths, side), batch, shuffle=True, drop_last=True)
+        found.append(
+            Contender("DataLoader and Pillow", endless(lambda epoch: loader),
+                      note="no workers: what one thread of Python does")
+        )  # fmt: skip
+    absent = {}
+    if _dali_is_here():
+        found.append(
+            Contender("DALI's own reader", endless(_dali(paths, batch, side, device)),
+                      note=f"as its documentation has it, {workers} threads",
+                      lead=_ready("dali", device))
         )  # fmt: skip
     else:
         absent = dict.fromkeys(("bdkd, dali", "DALI's own reader"), "nvidia-dali is not installed")
-    name = f"{batch} JPEGs of 500 x 375: decode, random resized crop to {side}, flip, normalise"
+    name = (
+        f"{batch} {JPEGS} to the {device}: decode, random resized crop to {side}, flip, normalise"
+    )
     return Case(name, {"batch": batch, "side": side}, tuple(found), absent=absent, memory=False,
-                patience=4.0)  # fmt: skip
+                patience=4.0, device=device)  # fmt: skip
 
 
 def _epochs(source: DataSource, batch: int) -> Callable[[int], Iterable]:
@@ -156,15 +255,17 @@ class _Pillow(Dataset):
         return (image_ - mean) / std, 0
 
 
-def _dali(paths: list[Path], batch: int, side: int) -> Callable[[int], Iterable]:
+def _dali(paths: list[Path], batch: int, side: int, device: str) -> Callable[[int], Iterable]:
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    @pipeline_def(batch_size=batch, num_threads=torch.get_num_threads(), device_id=None)
+    on_gpu = device == "cuda"
+
+    @pipeline_def(batch_size=batch, num_threads=_workers(device), device_id=0 if on_gpu else None)
     def pipeline():
         files, labels = fn.readers.file(files=[str(p) for p in paths], random_shuffle=True,
                                         name="reader")  # fmt: skip
-        images = fn.decoders.image_random_crop(files, device="cpu")
+        images = fn.decoders.image_random_crop(files, device="mixed" if on_gpu else "cpu")
         images = fn.resize(images, size=(side, side))
         images = fn.crop_mirror_normalize(
             images, mean=MEAN, std=STD, output_layout="HWC", dtype=types.FLOAT,

@@ -64,7 +64,7 @@ def loss_gpu(settings: Settings) -> Iterator[Case]:
 def loader(settings: Settings) -> Iterator[Case]:
     from suite_loader import cases
 
-    return cases(settings.quick)
+    return cases(settings.device, settings.quick)
 
 
 def metrics(settings: Settings) -> Iterator[Case]:
@@ -120,13 +120,17 @@ def cannot_run(suite: str) -> str | None:
 
 
 def device_of(suite: str) -> str:
+    if suite == "loader" and torch.cuda.is_available():  # where training will want its batches
+        return "cuda"
     return "cuda" if suite.endswith("_gpu") else "cpu"
 
 
 def clock_of(suite: str, quick: bool) -> Clock:
-    if device_of(suite) == "cuda":
-        return DeviceClock()
-    if suite == "loader" and not quick:
+    on_gpu = device_of(suite) == "cuda"
+    if suite == "loader":
         # Loaders decode ahead while others have their turns: a sample long enough to use that up.
-        return WallClock(shortest=1.0)
-    return WallClock()
+        # Half of the work is the host's, so it is real time on a GPU too.
+        if on_gpu:
+            return WallClock(shortest=0.5, settle=torch.cuda.synchronize)
+        return WallClock() if quick else WallClock(shortest=1.0)
+    return DeviceClock() if on_gpu else WallClock()

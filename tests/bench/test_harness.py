@@ -222,3 +222,28 @@ def test_neighbours_are_seen_where_the_system_tells(monkeypatch):
     assert neighbours.share() == 0.5
     monkeypatch.setattr(neighbours, "_read", lambda: None)
     assert neighbours.share() is None
+
+
+class Ahead:
+    """A contender that has some calls' work ready when its turn comes; a second each for the rest,
+    which it asks of another processor."""
+
+    def __init__(self, ready: int) -> None:
+        self.now, self.ready, self.asked = 0.0, ready, 0
+
+    def call(self, i: int) -> None:
+        self.asked += self.ready <= 0
+        self.ready -= 1
+
+    def settle(self) -> None:
+        self.now, self.asked = self.now + self.asked, 0
+
+
+def test_what_was_ready_before_and_what_is_not_done_yet_are_counted_right():
+    work = Ahead(ready=0)
+    clock = WallClock(lambda: work.now, 4.0, work.settle)
+    for lead, expected in ((3, 1.0), (0, 0.25)):
+        sampler = clock.sampler(Contender("x", work.call, lead=lead), 1)
+        work.ready = 3  # what it did while others had their turns
+        assert sampler.calls == 4
+        assert sampler.sample() == expected
