@@ -18,7 +18,13 @@ from unittest import mock
 
 import torch
 from bdkd_kernels import triton_backend, triton_launch
-from bdkd_kernels.triton_rows import gradient_kernel, loop_kernel, tile_kernel
+from bdkd_kernels.triton_rows import (
+    gradient_kernel,
+    loop_kernel,
+    sum_kernel,
+    tile_kernel,
+    totals_kernel,
+)
 from bdkd_kernels.types import LossOptions, Problem
 from issue_slots import loop_slots, resources, tile_slots
 from triton.backends.compiler import GPUTarget
@@ -88,14 +94,15 @@ def compile_kernels(target: str, call) -> dict[str, object]:
         return kernel
 
     run = JITFunction.run
-    for function in (tile_kernel, loop_kernel, gradient_kernel):
+    for function in (totals_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_kernel):
         function.device_caches.clear()  # by device number: another target has the same
     driver.set_active(_Absent(TARGETS[target]))
     nvidia = TARGETS[target].backend == "cuda"
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.multiple(triton_backend, _NVIDIA=nvidia, _ORDERED_STORES=nvidia),
-        mock.patch.multiple(triton_backend, _plans={}, _compiled={}),
+        mock.patch.dict(triton_backend._plans, clear=True),
+        mock.patch.dict(triton_backend._backward_plans, clear=True),
     ):
         call()
     return kernels

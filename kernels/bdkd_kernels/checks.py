@@ -85,9 +85,15 @@ def raise_bad_label(row: int, label: int, classes: int, ignore_index: int) -> No
 
 
 def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a look at the labels is free of a device sync (or asked for) and not being traced."""
+    """Whether a look at the labels is free of a device sync (or asked for) and not being traced or
+    vmapped."""
     if target is None or target.is_floating_point() or torch.compiler.is_compiling():
         return False
+    inner = target
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            return False
+        inner = torch._C._functorch.get_unwrapped(inner)
     return target.device.type == "cpu" or os.environ.get("BDKD_CHECK_LABELS") == "1"
 
 
@@ -177,7 +183,9 @@ def _check_target(
 ) -> Tensor:
     if not isinstance(target, Tensor):
         raise _no_tensor("target", target, "a tensor or None")
-    if target.dtype in _STORAGE:
+    if target.dtype == torch.int64 and target.shape == leading:
+        pass  # as nearly always
+    elif target.dtype in _STORAGE:
         if target.shape != shape:
             raise ValueError(
                 f"a floating target holds soft labels of the logits' shape {tuple(shape)}, "
@@ -211,6 +219,8 @@ def _other_labels(came: torch.Size, shape: torch.Size, leading: torch.Size) -> s
 
 
 def _check_grad_scale(grad_scale: object, device: torch.device) -> None:
+    if type(grad_scale) is float and abs(grad_scale) < math.inf:
+        return  # as nearly always
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim != 0 or not grad_scale.is_floating_point():
             raise ValueError(

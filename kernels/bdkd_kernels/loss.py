@@ -199,7 +199,7 @@ def _unflatten(
 ) -> BDKDOutput:
     if logits.ndim != 2:
         leading = logits.shape[:-1]
-        stats = BDKDStats(*(x.reshape(leading) for x in stats))
+        stats = BDKDStats(stats.table.reshape(12, *leading))
         if reduction == "none":
             student, teacher = student.reshape(leading), teacher.reshape(leading)
     return BDKDOutput(student, teacher, stats)

@@ -35,7 +35,7 @@ def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Te
     student_rows, teacher_rows, stats = row_losses(s, t, problem.target, o)
 
     if counted is not None:
-        stats = BDKDStats(*(torch.where(counted, x, 0.0) for x in stats))
+        stats = BDKDStats(torch.where(counted, stats.table, 0.0))
     return (
         reduce(student_rows, counted, problem.sample_weight, o.reduction),
         reduce(teacher_rows, counted, problem.sample_weight, o.reduction),
@@ -54,17 +54,17 @@ def loss_and_grad(
     def losses(logits: dict[str, Tensor]):
         rows = problem._replace(student=logits.get("s", s), teacher=logits.get("t", t))
         student, teacher, stats = loss(rows)
-        return (student, teacher), stats
+        return (student, teacher), stats.table
 
     # torch's annotation forgets what has_aux returns.
-    (student, teacher), pull_back, stats = torch.func.vjp(losses, wanted, has_aux=True)  # type: ignore[misc]
+    (student, teacher), pull_back, table = torch.func.vjp(losses, wanted, has_aux=True)  # type: ignore[misc]
     upstream = tuple(torch.ones_like(x) * grad_scale for x in (student, teacher))
     (gradients,) = pull_back(upstream)
     with torch.no_grad():
         for net, buffer in (("s", ds), ("t", dt)):
             if buffer is not None:
                 buffer.copy_(gradients[net])
-    return student, teacher, stats
+    return student, teacher, BDKDStats(table)
 
 
 def row_losses(
@@ -74,16 +74,19 @@ def row_losses(
     student_loss, teacher_loss = s.new_zeros(len(s)), t.new_zeros(len(t))  # (N,)
     zero = s.new_zeros(len(s))
     F = R = H_s = H_t = CE_s = CE_t = d1 = d2 = zero
+    log_q_s, log_q_t = log_softmax(s), log_softmax(t)  # at temperature 1
 
     if o.student_kd or o.teacher_kd:
         τ = o.temperature
         # A network sees its partner's logits as constants: each loss trains one network.
-        log_p_s, log_p_t = log_softmax(s, τ), log_softmax(t, τ)
+        log_p_s = log_q_s if τ == 1 else log_softmax(s, τ)
+        log_p_t = log_q_t if τ == 1 else log_softmax(t, τ)
         const_p_s, const_p_t = log_p_s.detach(), log_p_t.detach()
 
-        τ_H = τ if o.soften_entropy else 1.0
-        H_s = entropy(log_softmax(s.detach(), τ_H))
-        H_t = entropy(log_softmax(t.detach(), τ_H))
+        if o.soften_entropy:
+            H_s, H_t = entropy(const_p_s), entropy(const_p_t)
+        else:
+            H_s, H_t = entropy(log_q_s.detach()), entropy(log_q_t.detach())
         d1, d2 = balance(H_s, H_t, o.gamma)
 
         if o.student_kd:
@@ -102,18 +105,18 @@ def row_losses(
 
     if target is not None:
         if o.student_ce:
-            CE_s = cross_entropy(log_softmax(s), target, o)
+            CE_s = cross_entropy(log_q_s, target, o)
             student_loss = student_loss + o.student_ce * CE_s
         if o.teacher_ce:
-            CE_t = cross_entropy(log_softmax(t), target, o)
+            CE_t = cross_entropy(log_q_t, target, o)
             teacher_loss = teacher_loss + o.teacher_ce * CE_t
 
-    confidence_s, correct_s = confidence(s.detach(), target)
-    confidence_t, correct_t = confidence(t.detach(), target)
-    stats = BDKDStats(
-        F, R, H_s, H_t, CE_s, CE_t, d1, d2, confidence_s, confidence_t, correct_s, correct_t
+    confidence_s, correct_s = confidence(s.detach(), log_q_s.detach(), target)
+    confidence_t, correct_t = confidence(t.detach(), log_q_t.detach(), target)
+    stats = torch.stack(
+        [F, R, H_s, H_t, CE_s, CE_t, d1, d2, confidence_s, confidence_t, correct_s, correct_t]
     )
-    return student_loss, teacher_loss, BDKDStats(*(x.detach() for x in stats))
+    return student_loss, teacher_loss, BDKDStats(stats.detach())
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -176,9 +179,9 @@ def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
     return loss * torch.where(in_range, 1.0, torch.nan)  # no such class: NaN, gradients too
 
 
-def confidence(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
     """Largest softmax at temperature 1, and 1.0 where the first largest logit is the label's."""
-    largest = log_softmax(logits).amax(-1).exp()
+    largest = log_q.amax(-1).exp()
     if target is None:
         return largest, torch.zeros_like(largest)
     label = target.argmax(-1) if target.is_floating_point() else target

@@ -2,12 +2,14 @@
 launches: the mean's denominator where rows may not count, the rows, the sum of the losses."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from . import ops, triton_launch
 from .checks import check_labels as raise_for_bad_labels
@@ -63,95 +65,126 @@ def _forward(
         raise_for_bad_labels(target, student.shape[1], o.ignore_index)
     rows = student.shape[0]
     device = student.device
-    if device.index is not None and device.index != torch.cuda.current_device():
+    if _is_elsewhere(device):
         with torch.cuda.device(device):
             return _forward(problem, grad_scale, ds, dt, False)
-    logits = (student, teacher, ds, dt)
-    key = (
-        o, device.index, student.shape[1], rows < 2**31,
-        *[None if x is None else (x.dtype, x.stride(0), x.data_ptr() % 16) for x in logits],
-        None if target is None else (target.dtype, target.ndim, target.data_ptr() % 16),
-        None if weight is None else weight.data_ptr() % 16,
-        grad_scale.dtype if isinstance(grad_scale, Tensor) else None,
-    )  # fmt: skip
+    # The mean's denominator, in parts; 0 where it is the number of rows.
+    parts = 0
+    if o.reduction == "mean" and (weight is not None or (target is not None and target.ndim == 1)):
+        parts = min(256, triton_launch.block_of(-(-rows // 4096)))
+    tensors = (student, teacher, target, weight, ds, dt)
+    addresses, kinds = _described(tensors)
+    scale_type = grad_scale.dtype if isinstance(grad_scale, Tensor) else None
+    key = (o, device.index, student.shape[1], rows < 2**31, parts, scale_type, *kinds)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(problem, ds, dt)
-    dtype, terms = plan.dtype, plan.terms
+        plan = _plans[key] = _plan(problem, ds, dt, parts)
+    dtype, per_row = plan.dtype, plan.terms.per_row
     programs = -(-rows // plan.rows)
 
-    totals, parts = None, 1
-    if terms.mean and (weight is not None or terms.target == "labels"):
-        parts = min(256, triton.next_power_of_2(-(-rows // 4096)))
-        totals = torch.empty(parts, dtype=torch.float64, device=device)
-        _run(totals_kernel, (*key, "totals"), parts, 4, target, weight, totals, rows,
-             o.ignore_index, terms.target == "labels", 1024)  # fmt: skip
-
-    losses = rows if terms.per_row else programs
-    student_losses = torch.empty(losses, dtype=dtype, device=device)
-    teacher_losses = torch.empty(losses, dtype=dtype, device=device)
-    records = torch.empty((rows, _RECORD), dtype=dtype, device=device)
+    # All that the launches leave for each other, in one allocation: see triton_rows._totals.
+    records = torch.empty(rows * _RECORD + parts + 2 * programs, dtype=dtype, device=device)
+    shape = (rows,) if per_row else ()
+    losses = (torch.empty(shape, dtype=dtype, device=device),
+              torch.empty(shape, dtype=dtype, device=device))  # fmt: skip
     scale = _exact(grad_scale, dtype, device)
-    _run(
-        plan.kernel, (*key, parts), programs, plan.warps,
-        student, teacher, target, weight, totals, scale, ds, dt,
-        student_losses, teacher_losses, records, rows, *plan.numbers, *plan.shape,
-        parts, isinstance(scale, Tensor), _TYPES[dtype], terms,
+    at, losses_at = records.data_ptr(), tuple(x.data_ptr() for x in losses)
+    stream = 0 if _INTERPRETED else driver.active.get_current_stream(device.index)
+    if parts:
+        plan.totals(parts, stream, (target, weight, records), (*addresses[2:4], at),
+                    (rows, o.ignore_index, *plan.totals_shape))  # fmt: skip
+    row_losses, row_losses_at = (losses, losses_at) if per_row else (_NO_LOSSES, _NO_LOSSES)
+    plan.losses(
+        programs, stream, (*tensors, *row_losses, records), (*addresses, *row_losses_at, at),
+        (scale, rows, *plan.numbers, isinstance(scale, Tensor), _TYPES[dtype], plan.terms),
     )  # fmt: skip
+    if not per_row:
+        plan.sum(1, stream, (*losses, records), (*losses_at, at),
+                 (rows, programs, *plan.sum_shape))  # fmt: skip
+    return (
+        *losses,
+        records.as_strided((_STATISTICS, rows), (1, _RECORD)),
+        records.as_strided((_STATE, rows), (1, _RECORD)),
+    )
 
-    if not terms.per_row:
-        if losses > 1:
-            sums = [torch.empty((), dtype=dtype, device=device) for _ in range(2)]
-            _run(sum_kernel, (dtype, device.index, "sum"), 1, 4, student_losses, teacher_losses,
-                 *sums, losses, 1024)  # fmt: skip
-            student_losses, teacher_losses = sums
-        else:
-            student_losses, teacher_losses = student_losses[0], teacher_losses[0]
-    return student_losses, teacher_losses, records[:, :_STATISTICS].t(), records[:, :_STATE].t()
+
+_NO_LOSSES = (None, None)
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether it is not the current device, on which Triton launches."""
+    return device.index is not None and device.index != torch.cuda.current_device()
+
+
+def _described(tensors: tuple[Tensor | None, ...]) -> tuple[list, list]:
+    """Their addresses, and all of them that compiled code depends on."""
+    addresses: list[Any] = [None if x is None else x.data_ptr() for x in tensors]
+    kinds = [None if x is None else (x.dtype, x.stride(), address % 16)
+             for x, address in zip(tensors, addresses, strict=True)]  # fmt: skip
+    return addresses, kinds
+
+
+class _Launcher:
+    """Launches one kernel: from the second time on without Triton's binding and hashing of its 40
+    arguments, and with addresses in the place of tensors, which the driver need not look up."""
+
+    def __init__(self, kernel: Any, warps: int, early: bool) -> None:
+        self.kernel, self.compiled = kernel, None
+        self.options = {"num_warps": warps, **({"launch_pdl": True} if early else {})}
+
+    def __call__(self, programs: int, stream: int, tensors, addresses, numbers) -> None:
+        compiled = self.compiled
+        if compiled is None:  # so it stays where kernels are interpreted
+            self.compiled = self.kernel[(programs,)](*tensors, *numbers, **self.options)
+            return
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *addresses, *numbers,
+        )  # fmt: skip
 
 
 class _Plan(NamedTuple):
-    """What is the same in every call of one kind, in the order of the kernel's arguments."""
+    """What is the same in every call of one kind: by everything that a launch depends on but the
+    number of rows."""
 
-    kernel: Any
-    rows: int  # a program
-    warps: int
+    totals: _Launcher
+    losses: _Launcher
+    sum: _Launcher
+    rows: int  # a program of `losses`
     dtype: torch.dtype
     terms: Terms
-    numbers: tuple  # classes to ignore_index
-    shape: tuple  # ROW_ALIGN to PADDED
+    numbers: tuple  # of `losses`, in the order of its arguments, C to PARTS
+    totals_shape: tuple  # LABELS to OVERLAPPED
+    sum_shape: tuple  # PARTS to OVERLAPPED
 
 
-# By everything that a launch depends on but the number of rows.
 _plans: dict[tuple, _Plan] = {}
-_compiled: dict[tuple, Any] = {}
 
 
-def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None) -> _Plan:
+def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) -> _Plan:
     student, teacher, _, _, o = problem
     classes, dtype = student.shape[1], compute_dtype(student, teacher)
-    terms = _terms(problem, ds is not None, dt is not None)
+    early = _NVIDIA and driver.active.get_current_target().arch >= 90
+    terms = replace(_terms(problem, ds is not None, dt is not None), overlapped=early)
     launch = _launch(problem, ds, dt)
     strides = (student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt))
-    numbers = (classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index)
     aligned, padded = (_divisor(*strides), _divisor(classes)), classes % launch.block != 0
     if isinstance(launch, triton_launch.Tile):
-        shape = (*aligned, launch.rows, launch.block, launch.chunk, padded)
-        return _Plan(tile_kernel, launch.rows, launch.warps, dtype, terms, numbers, shape)
-    blocks = (*aligned, launch.lanes, launch.each, launch.apart, launch.stages, padded)
-    return _Plan(loop_kernel, 1, launch.warps, dtype, terms, numbers, blocks)
-
-
-def _run(kernel, key: tuple, programs: int, warps: int, *arguments) -> None:
-    """Launch; from the second time on without Triton's binding and hashing of 40 arguments. ``key``
-    stands for all that it would specialise on."""
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments)
-        return
-    compiled = kernel[(programs,)](*arguments, num_warps=warps)
-    if compiled is not None:  # it is where kernels are interpreted
-        _compiled[key] = compiled
+        kernel, rows = tile_kernel, launch.rows
+        shape: tuple = (launch.rows, launch.block // launch.beside, launch.beside, launch.chunk, padded)
+    else:
+        kernel, rows = loop_kernel, 1
+        shape = (launch.lanes, launch.each, launch.apart, launch.stages, padded)
+    return _Plan(
+        totals=_Launcher(totals_kernel, 4, False),
+        losses=_Launcher(kernel, launch.warps, early and parts > 0),
+        sum=_Launcher(sum_kernel, 4, early),
+        rows=rows, dtype=dtype, terms=terms,
+        numbers=(classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index,
+                 *aligned, *shape, parts),
+        totals_shape=(terms.target == "labels", 1024, early),
+        sum_shape=(parts, 1024, early),
+    )  # fmt: skip
 
 
 def _backward(
@@ -165,23 +198,37 @@ def _backward(
 ) -> None:
     student, teacher, target, _, o = problem
     assert state is not None  # it comes from _forward
-    dtype = compute_dtype(student, teacher)
     rows, classes = student.shape
-    terms = _terms(problem, ds is not None, dt is not None)
+    device = student.device
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            _backward(problem, state, student_upstream, teacher_upstream, ds, dt, announced)
+        return
+    tensors = (student, teacher, target, state, student_upstream, teacher_upstream, ds, dt)
+    addresses, kinds = _described(tensors)
+    announced_type = announced.dtype if isinstance(announced, Tensor) else type(announced)
+    key = (o, device.index, classes, rows < 2**31, announced_type, *kinds)
+    plan = _backward_plans.get(key)
+    if plan is None:
+        dtype = compute_dtype(student, teacher)
+        terms = _terms(problem, ds is not None, dt is not None)
+        strides = map(_row_stride, (student, teacher, ds, dt))
+        numbers = (
+            classes, *strides, state.stride(1), state.stride(0), _row_stride(student_upstream),
+            _row_stride(teacher_upstream), *_numbers(o, terms, classes, dtype, gamma=False),
+            o.ignore_index, min(2048, triton_launch.block_of(classes)),
+        )  # fmt: skip
+        plan = _backward_plans[key] = _Launcher(gradient_kernel, 4, False), dtype, terms, numbers
+    launcher, dtype, terms, numbers = plan
     if announced is not None:
-        announced = _exact(announced, dtype, student.device)
+        announced = _exact(announced, dtype, device)
     kind = "none" if announced is None else "tensor" if isinstance(announced, Tensor) else "number"
-    gradient_kernel[(min(rows, 1024),)](
-        student, teacher, target, state, student_upstream, teacher_upstream, announced, ds, dt,
-        rows, classes, student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt),
-        state.stride(1), state.stride(0), _row_stride(student_upstream),
-        _row_stride(teacher_upstream), *_numbers(o, terms, classes, dtype, gamma=False),
-        o.ignore_index,
-        BLOCK=min(2048, triton.next_power_of_2(classes)), ANNOUNCED=kind, DTYPE=_TYPES[dtype],
-        TERMS=terms, num_warps=4,
-    )  # fmt: skip
+    stream = 0 if _INTERPRETED else driver.active.get_current_stream(device.index)
+    launcher(min(rows, 1024), stream, tensors, addresses,
+             (announced, rows, *numbers, kind, _TYPES[dtype], terms))  # fmt: skip
 
 
+_backward_plans: dict[tuple, tuple[_Launcher, torch.dtype, Terms, tuple]] = {}
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -247,10 +294,10 @@ def _divisor(*numbers: int) -> int:
 def _launch(problem: Problem, ds: Tensor | None, dt: Tensor | None):
     tensors = [x for x in (problem.student, problem.teacher, ds, dt) if x is not None]
     itemsize = max(x.element_size() for x in tensors)
-    aligned = all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors
-    )
-    return triton_launch.choose(problem.student.shape[1], itemsize, aligned)
+    vector = 1  # Triton knows of an address that it divides by 16 or nothing
+    if all(x.data_ptr() % 16 == 0 for x in tensors):
+        vector = min(16 // itemsize, _divisor(*(x.stride(0) for x in tensors)))
+    return triton_launch.choose(problem.student.shape[1], itemsize, vector)
 
 
 _fused = ops.Fused("triton", _forward, _backward, state_rows=_STATE)

@@ -21,6 +21,7 @@ class Tile:
 
     rows: int
     block: int  # classes, padded to a power of two
+    beside: int  # neighbouring classes that the threads of a row take at a time
     warps: int
 
     @property
@@ -50,24 +51,24 @@ def block_of(classes: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def choose(classes: int, itemsize: int, aligned: bool, tile_classes: int = TILE_CLASSES):
+def choose(classes: int, itemsize: int, vector: int, tile_classes: int = TILE_CLASSES):
     """The launch for rows of ``classes``; ``itemsize`` is the larger of both networks', in bytes,
-    and ``aligned`` says that every row begins at 16 bytes."""
+    and ``vector`` how many neighbouring logits one access may take."""
     if classes == 1:
-        return Tile(128, 1, 4)
+        return Tile(128, 1, 1, 4)
     block = max(16, block_of(classes))
     if classes <= tile_classes:
-        if block <= 256:
-            # Several rows, 4 pairs a thread: with 8, a thread of 10 classes holds the values of 8
-            # rows, and spills.
-            return Tile(512 // block, block, 4)
-        # 32 pairs a thread: a thread's instructions for its row count half as much a pair as with
-        # 16, and at 1024 classes no value crosses a warp.
-        return Tile(1, block, max(1, block // 1024))
+        # Every thread of a row computes the row's own values: so they are few, with 32 pairs each;
+        # 16 to 64 classes, where 32 would spill. To 1024 classes a program is one warp, and no
+        # value crosses it.
+        threads = block // (32 if block > 64 else 16)  # of a row
+        if threads < 32:
+            return Tile(32 // threads, block, threads * vector, 1)
+        return Tile(1, block, block, threads // 32)
     # A row of both networks waits in L2 for its second sweep: few rows at a time where they are
     # long. 132 multiprocessors with one row each of 65536 bf16 classes hold 35 MB. Copies of single
     # logits, as in rows that are not aligned, cost more slots than their latency.
     warps = 8 if classes <= 16384 else 16
-    if aligned:
+    if vector * itemsize == 16:
         return Loop(32 * warps, 16 // itemsize, False, 3, warps)
     return Loop(32 * warps, 8, True, 1, warps)

@@ -7,7 +7,7 @@ Notation of this file, for one row. ``c = log2(e) / temperature`` and ``M = max(
     e1 = e ** temperature       exp(logits - max): squarings of e      Z1 = sum e1
     d  = log2 p_t - log2 p_s  = (a_t - a_s) + (log2 Z_s - log2 Z_t)
 
-Suffix ``_s`` is the student's, ``_t`` the teacher's; values of a row are (ROWS, 1) in the tile
+Suffix ``_s`` is the student's, ``_t`` the teacher's; values of a row are (1, ROWS, 1) in the tile
 kernel and scalars in the loop kernel, so that the same helpers serve both.
 
 Four measures keep issue slots, not only bytes, at bay. Exponentials at temperature 1 are powers of
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # A row's record: the 12 statistics in BDKDStats' order, then for the backward pass M_s, 1 / Z_s,
 # 1 / Z1_s, M_t, 1 / Z_t, 1 / Z1_t, log2 Z_s / Z_t, the row's weight and the target's sum. Beside
@@ -63,6 +64,8 @@ class Terms:
     # A barrier orders the stores before and after it, to one address, of a program's threads. So it
     # is on NVIDIA; on AMD Triton's barrier waits for shared memory alone (seen in gfx942's code).
     ordered_stores: bool
+    # A launch begins while the one before it still runs, and waits where it reads what that wrote.
+    overlapped: bool = False
 
     @property
     def kd(self) -> bool:
@@ -202,20 +205,29 @@ def _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS: tl.constexpr, CAREFUL: tl.
 
 
 @triton.jit
-def _row_weight(sample_weight, totals, rows, counted, N, DTYPE: tl.constexpr,
+def _row_weight(sample_weight, records, rows, counted, N, DTYPE: tl.constexpr,
                 PARTS: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
     """What the row's losses are multiplied by: its weight over the denominator of the mean."""
     weight = tl.where(counted, 1.0, 0.0).to(DTYPE)
     if sample_weight is not None:
         weight = tl.where(counted, tl.load(sample_weight + rows, counted, other=0.0).to(DTYPE), 0.0)
     if TERMS.mean:
-        if totals is None:
+        if PARTS == 0:
             total = N.to(DTYPE)
         else:
-            total = tl.sum(tl.load(totals + tl.arange(0, PARTS))).to(DTYPE)
+            if TERMS.overlapped:
+                gdc_wait()
+            total = tl.sum(tl.load(_totals(records, N) + tl.arange(0, PARTS)))
             total = tl.where(total == 0.0, 1.0, total)
         weight = weight / total
     return weight
+
+
+@triton.jit
+def _totals(records, N):
+    """The denominator of the mean, in PARTS, behind the records; behind it every program's sum of
+    the student's losses, then of the teacher's."""
+    return records + N.to(tl.int64) * RECORD
 
 
 @triton.jit
@@ -239,13 +251,13 @@ def _cross_entropy(log_z1, a_y, q_a, mean_a, mass, in_range, temperature, smooth
 
 @triton.jit
 def _store_record(records, rows, mask, FIRST: tl.constexpr, values):
-    """Fields of the rows' records, from FIRST on. Rows (ROWS, 1) are summed over their one column:
+    """Fields of the rows' records, from FIRST on. Rows (1, ROWS, 1) are summed over what is one:
     triton 3.6 fails to lay out a value that is both stored and needed elsewhere."""
-    if len(rows.shape) == 2:
-        record = records + tl.sum(rows, 1) * RECORD + FIRST
-        written = tl.max(mask.to(tl.int32), 1) != 0
+    if len(rows.shape) == 3:
+        record = records + tl.sum(tl.sum(rows, 2), 0) * RECORD + FIRST
+        written = tl.max(tl.max(mask.to(tl.int32), 2), 0) != 0
         for i in tl.static_range(len(values)):
-            tl.store(record + i, tl.sum(values[i], 1), written)
+            tl.store(record + i, tl.sum(tl.sum(values[i], 2), 0), written)
     else:
         record = records + rows * RECORD + FIRST
         for i in tl.static_range(len(values)):
@@ -309,16 +321,16 @@ def _earlier(rows, y, m, C, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """Whether a class before ``y`` is as large as ``m``, as an int."""
     found = tl.zeros_like(y)
     for start in range(0, C, CHUNK):
-        cols = start + tl.arange(0, CHUNK)[None, :]
+        cols = start + tl.arange(0, CHUNK)[None, None, :]
         x = _load(rows + cols, cols < y, True, DTYPE)
-        found = tl.maximum(found, tl.max((x == m).to(tl.int32), 1, keep_dims=True))
+        found = tl.maximum(found, tl.max((x == m).to(tl.int32), 2, keep_dims=True))
     return found
 
 
 @triton.jit
 def _right(s_rows, t_rows, y, in_range, s_y, t_y, m_s, m_t, confidence_s, confidence_t, C,
            CHUNK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Whether the first largest logit is the label's, in the shape of ``y``, (ROWS, 1). With an
+    """Whether the first largest logit is the label's, in the shape of ``y``, (1, ROWS, 1). With an
     earlier one as large, confidence is at most a half: else there is no need to look."""
     right_s = (y >= 0) & in_range & (s_y == m_s)
     right_t = (y >= 0) & in_range & (t_y == m_t)
@@ -355,25 +367,25 @@ def _store_labels(
 
 @triton.jit
 def _max_2(a, b):
-    """Maxima over the classes, (ROWS, 1) each, of two (ROWS, BLOCK). Joined, they take one exchange
-    between warps."""
-    a, b = tl.split(tl.max(tl.join(a, b), 1))
-    return a[:, None], b[:, None]
+    """Maxima over the classes, (1, ROWS, 1) each, of two (APART, ROWS, BESIDE). Joined, they take
+    one exchange between warps."""
+    a, b = tl.split(tl.max(tl.max(tl.join(a, b), 0), 1))
+    return a[None, :, None], b[None, :, None]
 
 
 @triton.jit
 def _sum_of_joined(x):
     """Threads add in a tree, the interpreter one after the other: there, float64 stands in."""
     if INTERPRETED:
-        return tl.sum(x.to(tl.float64), 1).to(x.dtype)
+        return tl.sum(tl.sum(x.to(tl.float64), 0), 1).to(x.dtype)
     else:
-        return tl.sum(x, 1)
+        return tl.sum(tl.sum(x, 0), 1)
 
 
 @triton.jit
 def _sum_2(a, b):
     a, b = tl.split(_sum_of_joined(tl.join(a, b)))
-    return a[:, None], b[:, None]
+    return a[None, :, None], b[None, :, None]
 
 
 @triton.jit
@@ -381,7 +393,7 @@ def _sum_4(a, b, c, d):
     ab, cd = tl.split(_sum_of_joined(tl.join(tl.join(a, b), tl.join(c, d))))
     a, b = tl.split(ab)
     c, d = tl.split(cd)
-    return a[:, None], b[:, None], c[:, None], d[:, None]
+    return a[None, :, None], b[None, :, None], c[None, :, None], d[None, :, None]
 
 
 @triton.jit
@@ -398,30 +410,39 @@ def _labels(target, rows, active, C, ignore_index, TERMS: tl.constexpr):
 
 @triton.jit
 def _tile(
-    student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+    student, teacher, target, sample_weight, scale, ds, dt, records,
     rows, active, N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
-    SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+    APART: tl.constexpr, BESIDE: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
+    PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows (ROWS, 1) that stay in registers. Returns both weighted losses and the rows whose sums
-    are NaN: of these nothing was written."""
-    cols = tl.arange(0, BLOCK)[None, :]
+    """Rows (1, ROWS, 1) that stay in registers. Returns both weighted losses and the rows whose
+    sums are NaN: of these nothing was written.
+
+    Triton lays threads along the last dimension first, then along the rows, never along the first
+    where these fill a warp: so BESIDE says how many threads share a row, and each of them
+    computes all of the row's own values.
+    """
+    cols = tl.arange(0, APART)[:, None, None] * BESIDE + tl.arange(0, BESIDE)[None, None, :]
     inside = cols < C
     y, in_range, counted = _labels(target, rows, active, C, ignore_index, TERMS)
-    mask = (counted & inside) if PADDED else counted
+    # With a divergence, rows to be ignored are read like the others, so that no load waits for a
+    # label: all their factors are 0, and where they are not finite they come back as suspects.
+    read = active if TERMS.kd else counted
+    mask = (read & inside) if PADDED else read
     s_rows, t_rows = student + rows * s_stride, teacher + rows * t_stride
-    s = _load(s_rows + cols, mask, PADDED, DTYPE)  # (ROWS, BLOCK)
+    s = _load(s_rows + cols, mask, PADDED, DTYPE)  # (APART, ROWS, BESIDE)
     t = _load(t_rows + cols, mask, PADDED, DTYPE)
     q = None
     q_sum = 1.0
     if TERMS.target == "soft":
         q = tl.load(target + rows * C + cols, mask, other=0.0).to(DTYPE)
-        y = tl.argmax(tl.where(inside, q, float("-inf")), 1, keep_dims=True)
+        largest = tl.max(tl.max(tl.where(inside, q, float("-inf")), 0), 1)[None, :, None]
+        y = tl.min(tl.min(tl.where(inside & (q == largest), cols, C - 1), 0), 1)[None, :, None]
         if TERMS.smooth:
             q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
-        q_sum = tl.sum(q, 1, keep_dims=True)
+        q_sum = tl.sum(tl.sum(q, 0), 1)[None, :, None]
     elif TERMS.smooth:
         q = smoothing_each
 
@@ -485,7 +506,7 @@ def _tile(
         hit_s, hit_t = right_s.to(DTYPE), right_t.to(DTYPE)
 
     write = active & (suspect == suspect)
-    weight = _row_weight(sample_weight, totals, rows, counted, N, DTYPE, PARTS, TERMS)
+    weight = _row_weight(sample_weight, records, rows, counted, N, DTYPE, PARTS, TERMS)
     if TERMS.student_grad or TERMS.teacher_grad:
         k_scale = tl.load(scale).to(DTYPE) if SCALE_AT else scale
         k = _coefficients(
@@ -632,7 +653,7 @@ def _block(start, LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr):
 
 @triton.jit
 def _row_rest(
-    sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+    sums, student, teacher, target, sample_weight, scale, ds, dt, records,
     row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each,
@@ -661,7 +682,7 @@ def _row_rest(
         # From moments: good enough for the gradient, not for the value.
         R = (x * r_s + log_ratio) * -LN2
         F = (x_t * r_t + log_ratio) * LN2
-    weight = _row_weight(sample_weight, totals, row, counted, N, DTYPE, PARTS, TERMS)
+    weight = _row_weight(sample_weight, records, row, counted, N, DTYPE, PARTS, TERMS)
     k_scale = tl.load(scale).to(DTYPE) if SCALE_AT else scale
     k = _coefficients(
         tl.where(counted, weight * k_scale, 0.0), in_range | (counted == 0), q_sum, temperature,
@@ -683,7 +704,7 @@ def _row_rest(
         if TERMS.teacher_ce:
             CE_t = _cross_entropy(l1_t, _log2_e(t_y, c, M_t), qa_t, mean_t, q_sum, in_range,
                                   temperature, smoothing, TERMS)  # fmt: skip
-        one = tl.zeros((1, 1), tl.int32)  # _right takes rows
+        one = tl.zeros((1, 1, 1), tl.int32)  # _right takes rows
         right_s, right_t = _right(
             s_row, t_row, y + one, in_range, s_y + one, t_y + one, m_s, m_t, confidence_s + one,
             confidence_t + one, C, LANES, DTYPE,
@@ -750,7 +771,7 @@ def _row_rest(
 
 @triton.jit
 def _row(
-    student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+    student, teacher, target, sample_weight, scale, ds, dt, records,
     row, N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
@@ -772,7 +793,7 @@ def _row(
     loss_s, loss_t = 0.0 * suspect, 0.0 * suspect
     if careful:
         loss_s, loss_t = _row_rest(
-            sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+            sums, student, teacher, target, sample_weight, scale, ds, dt, records,
             row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
             smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
@@ -780,7 +801,7 @@ def _row(
         )  # fmt: skip
     elif suspect == suspect:
         loss_s, loss_t = _row_rest(
-            sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+            sums, student, teacher, target, sample_weight, scale, ds, dt, records,
             row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
             smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
@@ -790,7 +811,7 @@ def _row(
         sums = _row_sums(s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
                          LANES, K, APART, STAGES, PADDED, DTYPE, TERMS, True)  # fmt: skip
         loss_s, loss_t = _row_rest(
-            sums, student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+            sums, student, teacher, target, sample_weight, scale, ds, dt, records,
             row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
             smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
@@ -863,12 +884,11 @@ def tile_kernel(
     teacher,
     target,  # (N,) int64, (N, C) floating, or None
     sample_weight,  # (N,) or None
-    totals,  # (PARTS,) float64, their sum the denominator of the mean; None: N
-    scale,  # of the gradients: 0-dim if SCALE_AT, else a number
     ds, dt,  # gradients, or None
-    student_losses,  # (N,) if TERMS.per_row, else (programs,): each program's sum
+    student_losses,  # (N,) if TERMS.per_row, else None
     teacher_losses,
-    records,  # (N, RECORD)
+    records,  # (N, RECORD), and behind them what _totals says
+    scale,  # of the gradients: 0-dim if SCALE_AT, else a number
     N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing,  # label smoothing, and its share of each class
@@ -876,21 +896,25 @@ def tile_kernel(
     ignore_index,
     ROW_ALIGN: tl.constexpr,  # what divides all four strides; what divides C
     CLASS_ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
-    PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, APART: tl.constexpr, BESIDE: tl.constexpr,  # classes: APART * BESIDE
+    CHUNK: tl.constexpr, PADDED: tl.constexpr,
+    PARTS: tl.constexpr,  # of the denominator of the mean; 0: it is N
+    SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, each loaded once, of both networks, and kept in registers."""
+    if TERMS.overlapped:
+        gdc_launch_dependents()
     C = _multiple(C, CLASS_ALIGN)
     s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
     ds_stride, dt_stride = _multiple(ds_stride, ROW_ALIGN), _multiple(dt_stride, ROW_ALIGN)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    rows = first + tl.arange(0, ROWS)[None, :, None]  # (1, ROWS, 1)
     loss_s, loss_t, bad = _tile(
-        student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+        student, teacher, target, sample_weight, scale, ds, dt, records,
         rows, rows < N, N, C, s_stride, t_stride, ds_stride, dt_stride,
         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
         smoothing, smoothing_each, ignore_index,
-        BLOCK, CHUNK, PADDED, PARTS, SCALE_AT, DTYPE, TERMS,
+        APART, BESIDE, CHUNK, PADDED, PARTS, SCALE_AT, DTYPE, TERMS,
     )  # fmt: skip
     if TERMS.kd or TERMS.target == "soft":  # noqa: SIM102  # the outer one is for the compiler
         if tl.max(bad.to(tl.int32)) != 0:
@@ -899,7 +923,7 @@ def tile_kernel(
                 here = rows == row
                 if tl.max((bad & here).to(tl.int32)) != 0:
                     again_s, again_t = _row(
-                        student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+                        student, teacher, target, sample_weight, scale, ds, dt, records,
                         row, N, C, s_stride, t_stride, ds_stride, dt_stride,
                         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
                         smoothing, smoothing_each, ignore_index,
@@ -911,14 +935,28 @@ def tile_kernel(
         tl.store(student_losses + rows, loss_s, rows < N)
         tl.store(teacher_losses + rows, loss_t, rows < N)
     else:
-        tl.store(student_losses + tl.program_id(0), tl.sum(loss_s))
-        tl.store(teacher_losses + tl.program_id(0), tl.sum(loss_t))
+        _store_losses(student_losses, teacher_losses, records, N, tl.sum(loss_s), tl.sum(loss_t),
+                      PARTS, TERMS)  # fmt: skip
+
+
+@triton.jit
+def _store_losses(student_losses, teacher_losses, records, N, loss_s, loss_t,
+                  PARTS: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
+    """Of one program."""
+    program = tl.program_id(0)
+    if TERMS.per_row:
+        tl.store(student_losses + program, loss_s)
+        tl.store(teacher_losses + program, loss_t)
+    else:
+        losses = _totals(records, N) + PARTS
+        tl.store(losses + program, loss_s)
+        tl.store(losses + tl.num_programs(0) + program, loss_t)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def loop_kernel(
-    student, teacher, target, sample_weight, totals, scale, ds, dt,
-    student_losses, teacher_losses, records,
+    student, teacher, target, sample_weight, ds, dt,
+    student_losses, teacher_losses, records, scale,
     N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
@@ -928,26 +966,30 @@ def loop_kernel(
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """One row a program, in blocks, of any length; the arguments are `tile_kernel`'s."""
+    if TERMS.overlapped:
+        gdc_launch_dependents()
     C = _multiple(C, CLASS_ALIGN)
     s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
     ds_stride, dt_stride = _multiple(ds_stride, ROW_ALIGN), _multiple(dt_stride, ROW_ALIGN)
     row = tl.program_id(0).to(tl.int64)
     loss_s, loss_t = _row(
-        student, teacher, target, sample_weight, totals, scale, ds, dt, records,
+        student, teacher, target, sample_weight, scale, ds, dt, records,
         row, N, C, s_stride, t_stride, ds_stride, dt_stride,
         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
         smoothing, smoothing_each, ignore_index,
         LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE, TERMS, False,
     )  # fmt: skip
-    tl.store(student_losses + row, loss_s)
-    tl.store(teacher_losses + row, loss_t)
+    _store_losses(student_losses, teacher_losses, records, N, loss_s, loss_t, PARTS, TERMS)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def totals_kernel(
-    target, sample_weight, totals, N, ignore_index, LABELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Before: ``totals`` (programs,), the weights of the rows that count, in parts."""
+    target, sample_weight, records, N, ignore_index,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """Before: the weights of the rows that count, added up, a part a program."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     part = tl.zeros((BLOCK,), tl.float64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, N, tl.num_programs(0) * BLOCK):
@@ -959,24 +1001,31 @@ def totals_kernel(
             part += tl.where(counted, 1.0, 0.0)
         else:
             part += tl.load(sample_weight + rows, counted, other=0.0).to(tl.float64)
-    tl.store(totals + tl.program_id(0), tl.sum(part))
+    tl.store(_totals(records, N) + tl.program_id(0), tl.sum(part))
 
 
-@triton.jit(do_not_specialize=["count"])
-def sum_kernel(student_losses, teacher_losses, student, teacher, count, BLOCK: tl.constexpr):
-    """After: one program adds up what the others left, in float64 and always in the same order."""
+@triton.jit(do_not_specialize=["N", "count"])
+def sum_kernel(
+    student, teacher, records, N, count,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """After: one program adds up what ``count`` others left, in float64 and always in the same
+    order."""
+    if OVERLAPPED:
+        gdc_wait()
+    losses = _totals(records, N) + PARTS
     sum_s, sum_t = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        sum_s += tl.load(student_losses + at, at < count, other=0.0).to(tl.float64)
-        sum_t += tl.load(teacher_losses + at, at < count, other=0.0).to(tl.float64)
+        sum_s += tl.load(losses + at, at < count, other=0.0).to(tl.float64)
+        sum_t += tl.load(losses + count + at, at < count, other=0.0).to(tl.float64)
     tl.store(student, tl.sum(sum_s))
     tl.store(teacher, tl.sum(sum_t))
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def gradient_kernel(
-    student, teacher, target, state, student_upstream, teacher_upstream, announced, ds, dt,
+    student, teacher, target, state, student_upstream, teacher_upstream, ds, dt, announced,
     N, C, s_stride, t_stride, ds_stride, dt_stride,
     state_row, state_field,  # strides of the state, a record a row
     student_upstream_stride, teacher_upstream_stride,  # 0: one for all rows
@@ -987,7 +1036,8 @@ def gradient_kernel(
     """Gradients from the logits and the rows' records. Rows whose upstream is ``announced`` (0-dim
     where ANNOUNCED is "tensor", not there where it is "none") have theirs, and are left alone."""
     g_s, g_t = tl.zeros((), DTYPE), tl.zeros((), DTYPE)
-    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+    for at in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        row = tl.cast(at, tl.int64)  # the interpreter's is Python's
         if TERMS.student_grad:
             g_s = tl.load(student_upstream + row * student_upstream_stride).to(DTYPE)
         if TERMS.teacher_grad:

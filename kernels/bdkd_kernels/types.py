@@ -1,42 +1,129 @@
 """What goes into the loss and what comes out of it, the same for every backend."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 Reduction = Literal["mean", "sum", "none"]
 Divergence = Literal["reverse", "forward"]
 
 
-class BDKDStats(NamedTuple):
-    """Statistics of one call, each of the logits' leading shape, detached, float32 (float64 for
-    float64 logits).
+class BDKDStats(Sequence[Tensor]):
+    """Statistics of one call by name, each of the logits' leading shape, detached, float32 (float64
+    for float64 logits).
 
-    Divergences and entropies are in nats. Rows that are ignored hold 0 everywhere; so do the
-    statistics of a term whose weight is 0 (both cross entropies; divergences, entropies and
-    weights when ``student_kd`` and ``teacher_kd`` are both 0). Confidence is the largest softmax
-    at temperature 1; correct is 1.0 where the first largest logit is the label's, else 0.0 (and
-    0.0 without a target).
+    In all but its making it is a named tuple of twelve tensors, the rows of one, ``table``, of
+    shape ``(12, ...)``; a row is looked up when it is asked for, since twelve views made in every
+    call take a tenth of a small batch's step. (Where torch.func or a map over a tree has been at
+    them, ``table`` is a tuple of twelve.)
+    Samples that are ignored hold 0 everywhere; so do the statistics of a term whose weight is 0
+    (both cross entropies; divergences, entropies and weights when ``student_kd`` and
+    ``teacher_kd`` are both 0).
     """
 
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_ce: Tensor
-    teacher_ce: Tensor
-    forward_weight: Tensor
-    reverse_weight: Tensor
-    student_confidence: Tensor
-    teacher_confidence: Tensor
-    student_correct: Tensor
-    teacher_correct: Tensor
+    __slots__ = ("table",)
+    _fields: ClassVar[tuple[str, ...]]
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    @property
+    def forward_kl(self) -> Tensor:
+        """KL(p_t || p_s), nats."""
+        return self.table[0]
+
+    @property
+    def reverse_kl(self) -> Tensor:
+        """KL(p_s || p_t), nats."""
+        return self.table[1]
+
+    @property
+    def student_entropy(self) -> Tensor:
+        """In nats, of the softened distribution or (``soften_entropy=False``) at 1."""
+        return self.table[2]
+
+    @property
+    def teacher_entropy(self) -> Tensor:
+        """Likewise."""
+        return self.table[3]
+
+    @property
+    def student_ce(self) -> Tensor:
+        """Cross entropy, nats."""
+        return self.table[4]
+
+    @property
+    def teacher_ce(self) -> Tensor:
+        """Cross entropy, nats."""
+        return self.table[5]
+
+    @property
+    def forward_weight(self) -> Tensor:
+        """d1: ``gamma`` or 1."""
+        return self.table[6]
+
+    @property
+    def reverse_weight(self) -> Tensor:
+        """d2: ``gamma`` or 1."""
+        return self.table[7]
+
+    @property
+    def student_confidence(self) -> Tensor:
+        """The largest softmax at temperature 1."""
+        return self.table[8]
+
+    @property
+    def teacher_confidence(self) -> Tensor:
+        """The largest softmax at temperature 1."""
+        return self.table[9]
+
+    @property
+    def student_correct(self) -> Tensor:
+        """1.0 where the first largest logit is the label's, else (and without a target) 0.0."""
+        return self.table[10]
+
+    @property
+    def teacher_correct(self) -> Tensor:
+        """Likewise."""
+        return self.table[11]
+
+    def __len__(self) -> int:
+        return len(STATISTICS)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.table)
+
+    @overload
+    def __getitem__(self, which: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, which: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, which):
+        return tuple(self)[which]
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(STATISTICS, self, strict=True))
+
+    def __repr__(self) -> str:
+        return f"BDKDStats({', '.join(f'{name}={x}' for name, x in self._asdict().items())})"
+
+
+STATISTICS = tuple(name for name, what in vars(BDKDStats).items() if isinstance(what, property))
+BDKDStats._fields = STATISTICS
+# What torch.func and torch.export hand through as they do a tuple. Row by row: vmap's dimension of
+# the batch would come before that of the table.
+register_pytree_node(
+    BDKDStats,
+    lambda stats: (list(stats), None),
+    lambda rows, _: BDKDStats(tuple(rows)),  # type: ignore[arg-type]
+    serialized_type_name="bdkd.BDKDStats",
+)
 
 
 class BDKDOutput(NamedTuple):

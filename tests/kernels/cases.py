@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from bdkd_kernels import BDKDStats, bdkd_loss, bdkd_loss_and_grad, reference
+from bdkd_kernels.types import STATISTICS
 from torch import Tensor
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -408,7 +409,7 @@ def compare(x: Inputs, got: Result, name: str) -> None:
         amplified = rows * absolute * max(1.0, o[f"{side}_kd"] * o["temperature"] ** 2)
         truth_value = getattr(want, side)
         close(f"{name} {side}", value, truth_value, relative * truth_value.abs() + amplified)
-    for stat in BDKDStats._fields:
+    for stat in STATISTICS:
         value, truth_value = getattr(got.stats, stat), getattr(want.stats, stat)
         assert value.dtype == (FP64 if wide else FP32), f"{name} {stat}: {value.dtype}"
         assert not value.requires_grad, f"{name} {stat} requires grad"

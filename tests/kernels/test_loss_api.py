@@ -13,6 +13,7 @@ import pytest
 import torch
 from bdkd_kernels import BDKDLoss, available_backends, bdkd_loss, bdkd_loss_and_grad
 from bdkd_kernels.types import LossOptions
+from torch.utils._pytree import tree_map
 
 import bdkd
 
@@ -229,11 +230,13 @@ def test_losses_unpack_and_name_their_parts():
     assert teacher is out.teacher
     assert stats is out.stats
     assert type(out) is bdkd.BDKDOutput
-    assert stats._fields == (
+    assert tuple(stats._asdict()) == (
         "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "student_ce",
         "teacher_ce", "forward_weight", "reverse_weight", "student_confidence",
         "teacher_confidence", "student_correct", "teacher_correct",
     )  # fmt: skip
+    for name, row in stats._asdict().items():
+        assert torch.equal(getattr(stats, name), row)
 
 
 def test_loss_and_grad_is_detached_and_its_gradients_are_autograds():
@@ -280,3 +283,33 @@ def test_importing_bdkd_imports_torch_and_nothing_heavier():
     assert not foreign
     assert len(new) < 40, new
     assert "bdkd.training" not in new
+
+
+def test_statistics_are_used_as_a_named_tuple():
+    s, t = torch.randn(2, 3, 4, 5)
+    stats = bdkd_loss(s, t, None).stats
+    assert stats._fields[0] == "forward_kl"
+    assert len(stats) == len(stats._fields) == 12
+    forward_kl, reverse_kl, *_ = stats
+    assert forward_kl.shape == (3, 4)
+    assert torch.equal(stats[1], reverse_kl)
+    assert torch.equal(stats[:2][0], forward_kl)
+    assert torch.equal(stats[-1], stats.teacher_correct)
+    assert list(stats._asdict()) == list(stats._fields)
+    for name, value in stats._asdict().items():
+        assert torch.equal(value, getattr(stats, name))
+        assert name in repr(stats)
+
+
+def test_statistics_pass_through_torch_func():
+    s, t = torch.randn(2, 4, 5)
+
+    def student_loss(logits):
+        out = bdkd_loss(logits, t, None)
+        return out.student, out.stats
+
+    gradient, stats = torch.func.grad(student_loss, has_aux=True)(s)
+    assert gradient.shape == s.shape
+    assert torch.allclose(stats.forward_kl, bdkd_loss(s, t, None).stats.forward_kl)
+    lists = tree_map(torch.Tensor.tolist, stats)
+    assert lists.reverse_kl == stats.reverse_kl.tolist()

@@ -2,6 +2,7 @@
 an autograd node that gives its gradients away."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -131,11 +132,23 @@ def test_transforms_of_torch_func_take_the_reference():
     torch.testing.assert_close(ds, gradients(s, t, y)[0])
 
 
+def test_vmap_gives_what_every_batch_gives_alone():
+    batches = [draw(5, 7, seed) for seed in (14, 15, 16)]
+    s, t, y = (torch.stack(x).detach() for x in zip(*batches, strict=True))
+    out = torch.func.vmap(bdkd_loss)(s, t, y)
+    ds = torch.func.vmap(torch.func.grad(lambda *x: bdkd_loss(*x).student))(s, t, y)
+    for k, batch in enumerate(batches):
+        alone = bdkd_loss(*batch)
+        torch.testing.assert_close(out.student[k], alone.student)
+        torch.testing.assert_close([x[k] for x in out.stats], list(alone.stats))
+        torch.testing.assert_close(ds[k], gradients(*batch)[0])
+
+
 def test_gradients_are_given_away_not_copied():
     """Accumulation into an empty ``.grad`` clones a gradient that anything else refers to."""
     s, t, y = draw(64, 1000, 7)
     out = bdkd_loss(s, t, y, backend="native")
-    made = [loss.grad_fn.node.gradient.data_ptr() for loss in out[:2]]
+    made = [x.gradient.data_ptr() for x in out.student.grad_fn.call.made]
     (out.student + out.teacher).backward()
     assert [s.grad.data_ptr(), t.grad.data_ptr()] == made
 
@@ -181,6 +194,53 @@ def test_another_upstream_is_computed_not_rescaled():
         assert torch.equal(a, b)
         assert (a == 0).float().mean() < 1e-3
         torch.testing.assert_close(a.double(), right, atol=1e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("above", "passes"),
+    [((1.0, 1.0), 0), ((8.0, 8.0), 1), ((1.0, 8.0), 1), ((8.0, 1.0), 2), ((8.0, 3.0), 2)],
+)
+def test_passes_of_the_kernel_that_a_late_scale_costs(above, passes, monkeypatch):
+    backward, asked = native._fused._backward, []
+
+    def watched(*arguments):
+        asked.append(True)
+        backward(*arguments)
+
+    monkeypatch.setattr(native._fused, "_backward", watched)
+    s, t, y = draw(5, 7, 12)
+    out = bdkd_loss(s, t, y, backend="native")
+    made = {x.gradient.data_ptr() for x in out.student.grad_fn.call.made}
+    if above[0] == above[1]:
+        (above[0] * (out.student + out.teacher)).backward()
+    else:
+        (above[0] * out.student + above[1] * out.teacher).backward()
+    assert len(asked) == passes
+    assert {s.grad.data_ptr(), t.grad.data_ptr()} == made  # still given away, not copied
+
+
+def test_two_threads_go_backward_at_once():
+    """Each through one loss; the one that comes first would make the other's gradient too."""
+    s, t, y = draw(64, 1000, 13)
+    want = [gradients(s, t, y, (scale, scale)) for scale in (8.0, 3.0)]
+    for same in (True, False) * 20:
+        out = bdkd_loss(s, t, y, backend="native")
+        gate, got = threading.Barrier(2), {}
+
+        def work(network, scale, out=out, gate=gate, got=got):
+            gate.wait()
+            (got[network],) = torch.autograd.grad(scale * out[network], (s, t)[network])
+
+        threads = [
+            threading.Thread(target=work, args=(0, 8.0)),
+            threading.Thread(target=work, args=(1, 8.0 if same else 3.0)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert torch.equal(got[0], want[0][0])
+        assert torch.equal(got[1], want[0 if same else 1][1])
 
 
 def test_works_under_autocast_and_checkpoint():
