@@ -201,6 +201,9 @@ class TrainConfig:
     cuda_graph: bool = False
     """Capture a whole step as one CUDA graph for each shape of a batch, and replay it: for small
     networks, which the host launches more slowly than a GPU computes them. Not measured yet."""
+    overlap: bool = False
+    """Run the networks beside each other on one GPU, each on a stream of its own: for networks that
+    leave parts of it idle, most of all with cuda_graph. Not measured yet."""
     tf32: bool = True
     """On a GPU, let float32 matrix products and convolutions round their inputs to TF32."""
     deterministic: bool = False

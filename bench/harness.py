@@ -41,6 +41,7 @@ class Contender:
     note: str = ""  # what it leaves out of the case's work, or does on top of it
     error: Callable[[], Mapping[str, float]] | None = None  # against float64
     capturable: bool = True  # by a CUDA graph
+    images: int | None = None  # that a call trains on
     lead: int = 0  # calls before a sample, untimed: they use up what was made ready meanwhile
 
 
@@ -175,7 +176,7 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
     for contender in case.contenders:
         row: dict[str, Any] = {
             "name": contender.name, "kind": contender.kind, "note": contender.note,
-            "bytes": contender.bytes,
+            "bytes": contender.bytes, "images": contender.images,
         }  # fmt: skip
         try:
             row["error"] = dict(contender.error()) if contender.error else None

@@ -5,8 +5,9 @@ One file a suite::
     {"schema": 1, "suite": ..., "title": ..., "date": ..., "command": ...,
      "commit": {"id": ..., "date": ..., "dirty": ...}, "machine": {...}, "others_share": ...,
      "cases": [{"case": ..., "parameters": {...}, "sets": ..., "base": ..., "rows": [
-        {"name": ..., "kind": "ours" | "peer" | "limit", "note": ..., "bytes": ..., "by": ...,
-         "trials": ..., "calls": ..., "seconds": {"median": ..., "p20": ..., "p80": ...},
+        {"name": ..., "kind": "ours" | "peer" | "limit", "note": ..., "bytes": ...,
+         "images": ..., "by": ..., "trials": ..., "calls": ...,
+         "seconds": {"median": ..., "p20": ..., "p80": ...},
          "ratio": {...}, "of_copy": ..., "peak_bytes": ..., "error": {"loss": ...,
          "gradient": ...}}, or {"name": ..., "kind": ..., "note": ..., "not_run": why}]}]}
 
@@ -99,8 +100,8 @@ def busy_warning(result: dict[str, Any]) -> str | None:
 def case_table(case: dict[str, Any]) -> str:
     """One case: a line a contender, notes below."""
     kinds = list(dict.fromkeys(k for row in case["rows"] for k in row.get("error") or {}))
-    header = ["", "median", "p20", "p80", "x ours", "[p20, p80]", "GB/s", "of copy", "extra",
-              *(f"{kind} error" for kind in kinds)]  # fmt: skip
+    header = ["", "median", "p20", "p80", "x ours", "[p20, p80]", "images/s", "GB/s", "of copy",
+              "extra", *(f"{kind} error" for kind in kinds)]  # fmt: skip
     lines: list[list[str]] = []
     notes: list[str] = []
     for row in case["rows"]:
@@ -116,10 +117,13 @@ def case_table(case: dict[str, Any]) -> str:
         seconds = [_time(row["seconds"][key]) for key in ("median", "p20", "p80")]
         is_base = row["name"] == case["base"]
         rate = row["bytes"] / row["seconds"]["median"] / 1e9 if row["bytes"] else None
+        # A rate is for quoting, and those of a CPU are not.
+        images = row.get("images") if row["by"] != "wall" else None
         lines.append([
             name, *seconds,
             "1" if is_base else f"{ratio['median']:.2f}",
             "" if is_base else f"[{ratio['p20']:.2f}, {ratio['p80']:.2f}]",
+            "" if images is None else f"{images / row['seconds']['median']:,.0f}",
             "" if rate is None else f"{rate:.1f}",
             f"{row['of_copy']:.0%}" if row.get("of_copy") is not None else "",
             _bytes(row.get("peak_bytes")),

@@ -6,8 +6,9 @@ the loss, both backward passes, the check for non-finite values, the optimizer, 
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from harness import Call, Case, Contender
@@ -25,9 +26,14 @@ from bdkd.config import (
 )
 from bdkd.data import Batch
 from bdkd.objectives import create_objective, resolve_options
+from bdkd.training.captured import CapturedStep
+from bdkd.training.compiled import compiled
+from bdkd.training.distributed import ALONE
 from bdkd.training.networks import build_networks
+from bdkd.training.overlap import overlapped
+from bdkd.training.setup import Setup
 from bdkd.training.state import TrainingState
-from bdkd.training.step import AUTOCAST, train_step
+from bdkd.training.step import AUTOCAST, Passes, forward_and_backward, train_step
 
 RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
 
@@ -50,24 +56,35 @@ class Pair:
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
-        yield _pair(Pair("resnet8", "resnet8", 4, 16, 10), device)
+        yield _pair(Pair("resnet8", "resnet8", 4, 16, 10), device, ["compiled"])
         yield _cohorts("resnet8", 4, 16, device)
     elif device == "cuda":
         imagenet = ("imagenet_resnet50", "imagenet_mobilenet_v1")
-        for batch in (256, 512):
-            yield _pair(Pair(*imagenet, batch, 224, 1000, "bf16"), device)
+        # A captured step keeps all its activations: one of them, and none of the largest batch.
+        ways = ["overlapped", "overlapped and captured", "compiled"]
+        yield _pair(Pair(*imagenet, 256, 224, 1000, "bf16"), device, ways)
+        yield _pair(Pair(*imagenet, 512, 224, 1000, "bf16"), device, ["overlapped", "compiled"])
+        yield _pair(Pair("wrn_16_2", "resnet20", 128, 32, 100, "bf16"), device, WAYS)
         yield _cohorts("resnet20", 512, 32, device)
     else:
         for precision in ("fp32", "bf16"):
-            yield _pair(Pair("wrn_16_2", "resnet20", 64, 32, 100, precision), device)
+            pair = Pair("wrn_16_2", "resnet20", 64, 32, 100, precision)
+            yield _pair(pair, device, ["compiled"])
         yield _cohorts("resnet8", 64, 32, device)
 
 
 class Run:
-    """``train_step`` of some networks, ready to be called."""
+    """``train_step`` of some networks, ready to be called, compiled, overlapped or captured."""
 
     def __init__(
-        self, networks: dict[str, NetworkConfig], method: str, pair: Pair, device: str
+        self,
+        networks: dict[str, NetworkConfig],
+        method: str,
+        pair: Pair,
+        device: str,
+        compiles: bool = False,
+        overlaps: bool = False,
+        captures: bool = False,
     ) -> None:
         recipe = Recipe(
             name="bench",
@@ -90,17 +107,38 @@ class Run:
         labels = torch.randint(pair.classes, (pair.batch,), device=where)
         self.batch = Batch((images.contiguous(memory_format=torch.channels_last),), labels)
         self.state = TrainingState(recipe, self.networks, 100 * pair.batch, where)
+        self.device, self.ranks = where, ALONE
+        self.passes: Passes = forward_and_backward
+        setup = cast(Setup, self)  # all of one that is looked at
+        if compiles:
+            self.passes = compiled(self.networks, alone=True)
+        if overlaps:
+            self.passes = overlapped(setup)
+        self.captured = CapturedStep(setup, self.state, self.passes) if captures else None
 
     def step(self, i: int) -> None:
-        train_step(self.state, self.objective, self.batch, self.recipe.train)
+        if self.captured is not None:
+            self.captured(self.batch)
+        else:
+            train_step(self.state, self.objective, self.batch, self.recipe.train, self.passes)
 
 
-def _pair(pair: Pair, device: str) -> Case:
+WAYS = {
+    "compiled": {"compiles": True},
+    "overlapped": {"overlaps": True},
+    "captured": {"captures": True},
+    "overlapped and captured": {"overlaps": True, "captures": True},
+    "compiled and captured": {"compiles": True, "captures": True},
+}
+
+
+def _pair(pair: Pair, device: str, ways: Iterable[str]) -> Case:
     teacher, student = (
         NetworkConfig(pair.teacher, "teacher"),
         NetworkConfig(pair.student, "student"),
     )
-    run = Run({"teacher": teacher, "student": student}, "bdkd", pair, device)
+    networks = {"teacher": teacher, "student": student}
+    run = Run(networks, "bdkd", pair, device)
     alone = [
         Run({"student": NetworkConfig(model, "student")}, "independent", pair, device)
         for model in (pair.teacher, pair.student)
@@ -123,12 +161,16 @@ def _pair(pair: Pair, device: str) -> Case:
     by_loop = _one_after_the_other(*(each.step for each in loops))
     bare = "no check for non-finite values, no statistics"
     found = [
-        _contender("the pair's step", run.step, "ours"),
+        _contender("the pair's step", run.step, "ours", images=pair.batch),
+        *(_contender(f"the pair's step, {way}",
+                     Run(networks, "bdkd", pair, device, **WAYS[way]).step, "ours",
+                     images=pair.batch) for way in ways),
         _contender("teacher's step, then student's", by_step, "ours",
-                   "each alone with its cross entropy, by the same step"),
-        _contender("plain loops, each alone", by_loop, "peer", f"cross entropy alone; {bare}"),
+                   "each alone with its cross entropy, by the same step", pair.batch),
+        _contender("plain loops, each alone", by_loop, "peer", f"cross entropy alone; {bare}",
+                   pair.batch),
         _contender("a plain loop of the pair", both.step, "peer",
-                   f"BD-KD in eager PyTorch; {bare}"),
+                   f"BD-KD in eager PyTorch; {bare}", pair.batch),
         _contender("the loss alone", loss_alone, "ours", "forward and backward to the logits"),
     ]  # fmt: skip
     return Case(f"pair: {pair}", {"batch": pair.batch, "precision": pair.precision},
@@ -158,9 +200,9 @@ def _cohorts(model: str, batch: int, side: int, device: str) -> Case:
     return Case(name, {"batch": batch}, tuple(found), patience=4.0, device=device)
 
 
-def _contender(name: str, call: Call, kind, note: str = "") -> Contender:
+def _contender(name: str, call: Call, kind, note: str = "", images: int | None = None) -> Contender:
     # A step reads its learning rate on the host: timed between events, not as a graph.
-    return Contender(name, call, kind, note=note, capturable=False)
+    return Contender(name, call, kind, note=note, images=images, capturable=False)
 
 
 class Loop:

@@ -11,7 +11,7 @@ import torch
 
 from bdkd.data import Batch
 from bdkd.errors import Interrupted, RunError
-from bdkd.training import captured
+from bdkd.training import captured, overlap
 from bdkd.training.captured import CapturedStep
 from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint, snapshot
 from bdkd.training.compiled import compiled, count_shapes
@@ -59,6 +59,8 @@ def train(
     check_sinks(recipe)
     if recipe.train.cuda_graph:
         captured.check(setup)
+    if recipe.train.overlap:
+        overlap.check(setup)
     writer = BackgroundWriter()
 
     def open_folder() -> tuple[bool, tuple[Path, dict[str, Any]] | None]:
@@ -70,6 +72,8 @@ def train(
         passes: Passes = forward_and_backward
         if recipe.train.compile:
             passes = compiled(state.networks, ranks.alone, count_shapes(recipe))
+        if recipe.train.overlap:
+            passes = overlap.overlapped(setup)
         settle(setup, state, passes)
         if found is not None:
             restore(state, *found)

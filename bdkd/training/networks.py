@@ -1,7 +1,8 @@
 """K networks as one module: evaluated, compiled, wrapped and saved as one."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,13 @@ from bdkd.models import create_model
 from bdkd.training import apex_optimizers
 from bdkd.training.distributed import Ranks, copy_flat, flatten
 from bdkd.training.profile import named_range
+
+RunAll = Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]]
+
+
+def in_turn(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """What the calls return, one after the other."""
+    return [call() for call in calls]
 
 
 class Networks(nn.Module):
@@ -42,15 +50,19 @@ class Networks(nn.Module):
         """The networks that train, by name."""
         return {n: network for n, network in self.members.items() if n not in self.frozen}
 
-    def forward(self, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def forward(self, views: tuple[Tensor, ...], run: RunAll = in_turn) -> dict[str, Tensor]:
         """Logits ``(B, C)`` by network, each from its own view where there is more than one."""
         inputs = views if len(views) > 1 else views * len(self.members)
-        logits = {}
-        for (name, network), images in zip(self.members.items(), inputs, strict=True):
-            trains = torch.is_grad_enabled() and name not in self.frozen
-            with named_range(f"{name} forward"), torch.set_grad_enabled(trains):
-                logits[name] = network(images)
-        return logits
+        calls = [
+            partial(self._logits, name, images)
+            for name, images in zip(self.members, inputs, strict=True)
+        ]
+        return dict(zip(self.members, run(calls), strict=True))
+
+    def _logits(self, name: str, images: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled() and name not in self.frozen
+        with named_range(f"{name} forward"), torch.set_grad_enabled(trains):
+            return self.members[name](images)
 
 
 def build_networks(

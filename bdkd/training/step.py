@@ -9,7 +9,7 @@ from bdkd.config import TrainConfig
 from bdkd.data import Batch
 from bdkd.objectives import Objective, ObjectiveOutput
 from bdkd.training.distributed import Ranks
-from bdkd.training.networks import SavedBuffers
+from bdkd.training.networks import RunAll, SavedBuffers, in_turn
 from bdkd.training.profile import named_range
 from bdkd.training.state import TrainingState
 
@@ -30,11 +30,12 @@ def forward_and_loss(
     normaliser: float,
     loss_scale: Tensor,
     ranks: Ranks,
+    run: RunAll = in_turn,
 ) -> tuple[dict[str, Tensor], ObjectiveOutput]:
     """Logits and losses of all networks."""
     dtype = AUTOCAST[options.precision]
     with torch.autocast(batch.target.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = model(batch.views)
+        logits = model(batch.views, run)
     active = None
     if objective.controls:  # on the whole batch, so that all ranks decide alike
         sums = objective.measure(logits, batch.target)

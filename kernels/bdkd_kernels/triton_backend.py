@@ -171,7 +171,8 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
     aligned, padded = (_divisor(*strides), _divisor(classes)), classes % launch.block != 0
     if isinstance(launch, triton_launch.Tile):
         kernel, rows = tile_kernel, launch.rows
-        shape: tuple = (launch.rows, launch.block // launch.beside, launch.beside, launch.chunk, padded)
+        apart = launch.block // launch.beside
+        shape: tuple = (launch.rows, apart, launch.beside, launch.chunk, padded)
     else:
         kernel, rows = loop_kernel, 1
         shape = (launch.lanes, launch.each, launch.apart, launch.stages, padded)

@@ -1,0 +1,122 @@
+"""Networks beside each other: who waits for whom, on a model of streams; the same training, on
+streams that a CPU has in name, and on a GPU's own."""
+
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_runs import Tiny, tiny_state
+from test_step import a_batch, everything, objective_of
+
+from bdkd.errors import UsageError
+from bdkd.training.overlap import Streams, check, overlapped
+from bdkd.training.step import train_step
+
+CPU = torch.device("cpu")
+
+
+class Device:
+    """Streams of work, each piece of which knows what it comes after."""
+
+    def __init__(self) -> None:
+        self.after: dict[str, set[str]] = {}
+        self.current = self.Stream()
+
+    class Stream:
+        def __init__(self, device=None) -> None:
+            self.done: set[str] = set()
+
+        def wait_stream(self, other) -> None:
+            self.done |= other.done
+
+    def current_stream(self, device):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def work(self, name: str) -> torch.Tensor:
+        self.after[name] = set(self.current.done)
+        self.current.done.add(name)
+        return torch.zeros(1)
+
+
+def test_networks_wait_for_the_batch_and_the_loss_for_all_networks(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    streams = Streams(CPU, 3)
+    steps = [[f"{name} {step}" for name in ("batch", "a", "b", "c", "loss")] for step in (0, 1)]
+    for batch, *networks, loss in steps:
+        device.work(batch)
+        assert len(streams.run([partial(device.work, name) for name in networks])) == 3
+        device.work(loss)
+    for batch, *networks, loss in steps:
+        for name in networks:
+            assert batch in device.after[name]
+            assert not device.after[name] & (set(networks) - {name}), "nobody waits for a partner"
+        assert device.after[loss] >= {batch, *networks}
+    assert "loss 0" in device.after["c 1"], "memory of the step before may be used again"
+
+
+def a_run(device: torch.device):
+    state = tiny_state(ema_decay=0.9)
+    setup = SimpleNamespace(device=device, networks=state.networks)
+    state.networks.train()
+    return state, overlapped(setup)
+
+
+def test_trains_as_one_after_the_other():
+    plain, _ = a_run(CPU)
+    other, passes = a_run(CPU)
+    objective = objective_of(plain)
+    for seed in range(4):
+        train_step(plain, objective, a_batch(seed=seed), plain.recipe.train)
+        train_step(other, objective, a_batch(seed=seed), other.recipe.train, passes)
+    expected = everything(plain)
+    for key, value in everything(other).items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: see the model of streams above")
+def test_real_streams_give_the_same_logits_and_gradients():
+    device = torch.device("cuda", torch.cuda.current_device())
+    networks = [Tiny(width).to(device).train() for width in (64, 256)]
+    streams = Streams(device, 2)
+    for seed in range(50):  # a missing wait shows now and then
+        images = a_batch(4096, seed=seed).views[0].to(device)
+        results = []
+        for run in (streams.run, lambda calls: [call() for call in calls]):
+            logits = run([partial(network, images * 2) for network in networks])
+            (logits[0] * logits[1].detach()).sum().add((logits[1] ** 2).sum()).backward()
+            gradients = [p.grad.clone() for network in networks for p in network.parameters()]
+            for network in networks:
+                network.zero_grad()
+            results.append([*logits, *gradients])
+        torch.testing.assert_close(*results)
+
+
+def a_setup(device="cuda", alone=True, compiles=False):
+    return SimpleNamespace(
+        device=torch.device(device), ranks=SimpleNamespace(alone=alone),
+        recipe=SimpleNamespace(train=SimpleNamespace(compile=compiles)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (a_setup(device="cpu"), r"on a GPU \(device is cpu\)"),
+        (a_setup(alone=False), "with one rank"),
+        (a_setup(compiles=True), r"without train\.compile"),
+    ],
+)
+def test_where_there_is_one_order_it_is_refused(setup, message):
+    check(a_setup())
+    with pytest.raises(UsageError, match=message):
+        check(setup)
