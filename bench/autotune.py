@@ -8,6 +8,7 @@ tunes. A launch is named as ``triton_launch`` names it; times are GPU times by g
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ from triton.runtime.errors import OutOfResources
 CLASSES = (10, 100, 256, 500, 1000, 2048, 4096, 8192, 16384, 21841, 32000, 65536, 128256)
 
 
-def candidates(classes: int, itemsize: int, aligned: bool) -> list[Tile | Loop]:
+def candidates(classes: int, itemsize: int, vector: int) -> list[Tile | Loop]:
+    aligned = vector * itemsize == 16
     found: list[Tile | Loop] = []
     block = max(16, triton_launch.block_of(classes))
     if classes <= 16384:
@@ -36,7 +38,8 @@ def candidates(classes: int, itemsize: int, aligned: bool) -> list[Tile | Loop]:
             for pairs in (4, 8, 16, 32):  # a thread
                 rows, rest = divmod(32 * warps * pairs, block)
                 if rest == 0 and rows >= 1 and (rows == 1 or block <= 512):
-                    found.append(Tile(rows, block, warps))
+                    beside = min(block, block // pairs * vector) if rows > 1 else block
+                    found.append(Tile(rows, block, max(1, beside), warps))
     if classes > 1024:
         for warps in (4, 8, 16, 32):
             for stages in (1, 2, 3, 4) if aligned else (1,):
@@ -61,9 +64,9 @@ def main() -> None:
             dtype = DTYPES[dtype_name]
             rows = max(1024, min(8192, 2**28 // classes))
             x = Race(Size(rows, classes, dtype_name), "both", "cuda", cache)
-            aligned = classes * dtype.itemsize % 16 == 0
-            shipped = triton_launch.choose(classes, dtype.itemsize, aligned)
-            for launch in dict.fromkeys([shipped, *candidates(classes, dtype.itemsize, aligned)]):
+            vector = math.gcd(16 // dtype.itemsize, classes)
+            shipped = triton_launch.choose(classes, dtype.itemsize, vector)
+            for launch in dict.fromkeys([shipped, *candidates(classes, dtype.itemsize, vector)]):
                 triton_backend._plans.clear()
                 with mock.patch.object(triton_launch, "choose", return_value=launch):
                     try:

@@ -128,9 +128,13 @@ class _Launcher:
     """Launches one kernel: from the second time on without Triton's binding and hashing of its 40
     arguments, and with addresses in the place of tensors, which the driver need not look up."""
 
-    def __init__(self, kernel: Any, warps: int, early: bool) -> None:
+    def __init__(self, kernel: Any, warps: int, early: bool = False, registers: int = 0) -> None:
         self.kernel, self.compiled = kernel, None
-        self.options = {"num_warps": warps, **({"launch_pdl": True} if early else {})}
+        self.options: dict[str, Any] = {"num_warps": warps}
+        if early:
+            self.options["launch_pdl"] = True
+        if registers:
+            self.options["maxnreg"] = registers
 
     def __call__(self, programs: int, stream: int, tensors, addresses, numbers) -> None:
         compiled = self.compiled
@@ -171,14 +175,15 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
     aligned, padded = (_divisor(*strides), _divisor(classes)), classes % launch.block != 0
     if isinstance(launch, triton_launch.Tile):
         kernel, rows = tile_kernel, launch.rows
+        registers = 255 if _NVIDIA else 0  # ptxas would rather have 128 or 168, and spill a few
         apart = launch.block // launch.beside
         shape: tuple = (launch.rows, apart, launch.beside, launch.chunk, padded)
     else:
-        kernel, rows = loop_kernel, 1
+        kernel, rows, registers = loop_kernel, 1, 0
         shape = (launch.lanes, launch.each, launch.apart, launch.stages, padded)
     return _Plan(
-        totals=_Launcher(totals_kernel, 4, False),
-        losses=_Launcher(kernel, launch.warps, early and parts > 0),
+        totals=_Launcher(totals_kernel, 4),
+        losses=_Launcher(kernel, launch.warps, early and parts > 0, registers),
         sum=_Launcher(sum_kernel, 4, early),
         rows=rows, dtype=dtype, terms=terms,
         numbers=(classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index,
@@ -219,7 +224,7 @@ def _backward(
             _row_stride(teacher_upstream), *_numbers(o, terms, classes, dtype, gamma=False),
             o.ignore_index, min(2048, triton_launch.block_of(classes)),
         )  # fmt: skip
-        plan = _backward_plans[key] = _Launcher(gradient_kernel, 4, False), dtype, terms, numbers
+        plan = _backward_plans[key] = _Launcher(gradient_kernel, 4), dtype, terms, numbers
     launcher, dtype, terms, numbers = plan
     if announced is not None:
         announced = _exact(announced, dtype, device)

@@ -58,10 +58,13 @@ def choose(classes: int, itemsize: int, vector: int, tile_classes: int = TILE_CL
         return Tile(128, 1, 1, 4)
     block = max(16, block_of(classes))
     if classes <= tile_classes:
-        # Every thread of a row computes the row's own values: so they are few, with 32 pairs each;
-        # 16 to 64 classes, where 32 would spill. To 1024 classes a program is one warp, and no
-        # value crosses it.
-        threads = block // (32 if block > 64 else 16)  # of a row
+        # Every thread of a row computes the row's own values: so they are few, with 32 pairs each,
+        # and less where these would spill. To 1024 classes a program is one warp, and no value
+        # crosses it.
+        pairs = 32 if block > 128 or (block == 128 and vector > 2) else 16
+        if block <= 32 and vector == 1:
+            pairs = 8
+        threads = block // pairs  # of a row
         if threads < 32:
             return Tile(32 // threads, block, threads * vector, 1)
         return Tile(1, block, block, threads // 32)

@@ -18,11 +18,13 @@ pytest.importorskip("triton", reason="no triton for this platform: native and re
 _SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
 _RUNS = (
     # Every shape of the launch table; 21841 aligns with nothing, 262144 pads nothing.
-    "--targets sm_90 --dtypes bf16 --classes 10 100 1000 4096 8192 21841 32000 262144",
+    "--targets sm_90 --dtypes bf16 --classes 10 11 17 33 66 100 101",
+    "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 32000 262144",
     "--targets sm_90 --dtypes fp32 --classes 1000 4096 21841 32000 262144 --backward",
     "--targets sm_90 --dtypes fp16 fp64 --classes 1000 128256",
     "--targets sm_80 sm_100 --dtypes bf16 fp32 --classes 1000 262144",
-    "--targets sm_80 sm_100 --dtypes fp16 --classes 10 4096",
+    "--targets sm_80 sm_100 --dtypes fp16 --classes 10 11 17 40 65 66 129 4096",
+    "--targets sm_80 --dtypes fp32 --classes 3 16 17 40 66 100",
     "--targets sm_90 --dtypes fp32 --classes 1000 32000 --variants",
     "--targets gfx942 --dtypes bf16 --classes 1000",  # 15 s: AMD's compiler
 )
@@ -64,6 +66,16 @@ def test_issue_slots_of_the_row_kernel(compiled):
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
     assert slots[1000] <= 55
     assert slots[4096] <= 55
+
+
+def test_issue_slots_of_few_classes(compiled):
+    """What a row's own values cost; with no two logits in one access, more threads share a row."""
+    slots = {x["classes"]: x["slots"] for x in compiled
+             if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
+    assert slots[10] <= 80
+    assert slots[100] <= 65
+    assert slots[101] <= 110
+    assert slots[11] <= 205
 
 
 def test_issue_slots_of_the_loop_kernel(compiled):
