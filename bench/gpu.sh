@@ -50,7 +50,8 @@ else
     failed=1
 fi
 part loss_gpu 150 "$python" bench loss_gpu --out "$out" --seconds 0.8 --budget 125 || failed=1
-part step_gpu 150 "$python" bench step_gpu --out "$out" --seconds 2 --budget 120 || true
+part dispatch 40 "$python" bench dispatch --out "$out" --seconds 1 --budget 25 || true
+part step_gpu 130 "$python" bench step_gpu --out "$out" --seconds 2 --budget 100 || true
 part loader 40 "$python" bench loader --out "$out" --seconds 1 --budget 25 || true
 part accuracy 45 "$python" bench/accuracy.py --quick --out "$out" || true
 if has matplotlib; then

@@ -61,6 +61,12 @@ def loss_gpu(settings: Settings) -> Iterator[Case]:
     yield from cases({"heads": parts[1:], "both": both[3:]}, "cuda", settings.cache)
 
 
+def dispatch(settings: Settings) -> Iterator[Case]:
+    from suite_dispatch import cases
+
+    return cases(settings.device, settings.quick)
+
+
 def loader(settings: Settings) -> Iterator[Case]:
     from suite_loader import cases
 
@@ -94,6 +100,7 @@ def step_gpu(settings: Settings) -> Iterator[Case]:
 SUITES: dict[str, tuple[str, Callable[[Settings], Iterator[Case]]]] = {
     "loss_cpu": ("the loss on the CPU", loss_cpu),
     "loss_gpu": ("the loss on a GPU", loss_gpu),
+    "dispatch": ("what a call costs the host", dispatch),
     "step_cpu": ("the two-network step on the CPU", step_cpu),
     "step_gpu": ("the two-network step on a GPU", step_gpu),
     "loader": ("a batch from the data loader", loader),
@@ -120,7 +127,7 @@ def cannot_run(suite: str) -> str | None:
 
 
 def device_of(suite: str) -> str:
-    if suite == "loader" and torch.cuda.is_available():  # where training will want its batches
+    if suite in ("dispatch", "loader") and torch.cuda.is_available():  # where training happens
         return "cuda"
     return "cuda" if suite.endswith("_gpu") else "cpu"
 
@@ -133,4 +140,6 @@ def clock_of(suite: str, quick: bool) -> Clock:
         if on_gpu:
             return WallClock(shortest=0.5, settle=torch.cuda.synchronize)
         return WallClock() if quick else WallClock(shortest=1.0)
+    if suite == "dispatch" and on_gpu:
+        return WallClock(settle=torch.cuda.synchronize)
     return DeviceClock() if on_gpu else WallClock()

@@ -1,0 +1,77 @@
+"""What a call costs the host: batches so small that little else is left of it, in warm caches.
+
+On a GPU the time from call to return, launches included: the device, which takes less, is waited
+for once a sample.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from bdkd_kernels import bdkd_loss
+from harness import Case, Contender
+from losses import Race, Size, ours, plain
+from torch import Tensor
+
+TEMPERATURE = 4.0
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    small = [Size(8, 10), Size(128, 100), Size(1024, 1000, "bf16")]
+    for size in small[:1] if quick else small if device == "cuda" else small[:2]:
+        torch._dynamo.reset()
+        race = Race(size, "both", device, cache=0)
+        found = [
+            Contender("bdkd_loss, no gradients", _no_gradients(race), "ours"),
+            Contender("bdkd_loss", _forward(race), "ours", note="both gradients made; no backward"),
+            Contender("bdkd_loss, backward", race.step(ours(TEMPERATURE)), "ours"),
+            Contender("bdkd_loss_and_grad", race.at_once, "ours", note="into tensors it was given"),
+            Contender("autograd alone, backward", race.step(_nothing), "limit",
+                      note="two functions that hand over a gradient, an addition"),
+            Contender("eager, backward", race.step(_eager), note="no statistics of the samples"),
+            Contender("torch.compile, backward",
+                      race.step(torch.compile(_eager, fullgraph=True, dynamic=False)),
+                      note="no statistics of the samples"),
+        ]  # fmt: skip
+        yield Case(
+            f"host: {size}", {"rows": size.rows, "classes": size.classes, "dtype": size.dtype},
+            tuple(found), len(race.inputs), forget=race.forget, memory=False, device=device,
+        )  # fmt: skip
+
+
+def _no_gradients(race: Race) -> Callable[[int], object]:
+    sets = [(x.student.detach(), x.teacher.detach(), x.labels) for x in race.inputs]
+
+    def call(i: int) -> object:
+        return bdkd_loss(*sets[i], temperature=TEMPERATURE)
+
+    return call
+
+
+def _forward(race: Race) -> Callable[[int], object]:
+    def call(i: int) -> object:
+        s, t, y, _ = race.inputs[i]
+        return bdkd_loss(s, t, y, temperature=TEMPERATURE)
+
+    return call
+
+
+def _eager(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return plain(s, t, y, TEMPERATURE)
+
+
+class _HandOver(torch.autograd.Function):
+    """The least that an autograd function in Python can be."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        ctx.gradient = torch.empty_like(logits)
+        return torch.empty((), device=logits.device)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient
+
+
+def _nothing(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return _HandOver.apply(s) + _HandOver.apply(t)
