@@ -43,7 +43,7 @@ if has pytest; then
     # own options want plug-ins that may not be here.
     workers=()
     has xdist && workers=(-n 8)
-    part tests 170 "$python" -m pytest -q "${workers[@]}" -p no:cacheprovider --noconftest \
+    part tests 165 "$python" -m pytest -q "${workers[@]}" -p no:cacheprovider --noconftest \
         -o addopts= tests/kernels/test_triton_gpu.py || failed=1
 else
     echo "== tests: pytest is not installed"
@@ -53,7 +53,7 @@ part loss_gpu 150 "$python" bench loss_gpu --out "$out" --seconds 0.8 --budget 1
 part dispatch 40 "$python" bench dispatch --out "$out" --seconds 1 --budget 25 || true
 part step_gpu 130 "$python" bench step_gpu --out "$out" --seconds 2 --budget 100 || true
 part loader 40 "$python" bench loader --out "$out" --seconds 1 --budget 25 || true
-part accuracy 45 "$python" bench/accuracy.py --quick --out "$out" || true
+part accuracy 40 "$python" bench/accuracy.py --quick --out "$out" || true
 if has matplotlib; then
     part pictures 15 "$python" bench plot "$out" || true
 fi

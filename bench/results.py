@@ -100,10 +100,11 @@ def busy_warning(result: dict[str, Any]) -> str | None:
 def case_table(case: dict[str, Any]) -> str:
     """One case: a line a contender, notes below."""
     kinds = list(dict.fromkeys(k for row in case["rows"] for k in row.get("error") or {}))
-    header = ["", "median", "p20", "p80", "x ours", "[p20, p80]", "images/s", "GB/s", "of copy",
-              "extra", *(f"{kind} error" for kind in kinds)]  # fmt: skip
+    header = ["", "median", "p20", "p80", "x ours", "[p20, p80]", "images/s", "predicted",
+              "GB/s", "of copy", "extra", *(f"{kind} error" for kind in kinds)]  # fmt: skip
     lines: list[list[str]] = []
     notes: list[str] = []
+    limit = next((r for r in case["rows"] if r["kind"] == "limit" and r.get("bytes")), None)
     for row in case["rows"]:
         name = row["name"]
         if note := row.get("note"):
@@ -116,6 +117,9 @@ def case_table(case: dict[str, Any]) -> str:
         ratio, error = row["ratio"], row.get("error") or {}
         seconds = [_time(row["seconds"][key]) for key in ("median", "p20", "p80")]
         is_base = row["name"] == case["base"]
+        predicted = ""  # from its bytes and the copy's bandwidth
+        if limit and row["bytes"] and row["kind"] == "ours":
+            predicted = _time(limit["seconds"]["median"] * row["bytes"] / limit["bytes"])
         rate = row["bytes"] / row["seconds"]["median"] / 1e9 if row["bytes"] else None
         # A rate is for quoting, and those of a CPU are not.
         images = row.get("images") if row["by"] != "wall" else None
@@ -124,6 +128,7 @@ def case_table(case: dict[str, Any]) -> str:
             "1" if is_base else f"{ratio['median']:.2f}",
             "" if is_base else f"[{ratio['p20']:.2f}, {ratio['p80']:.2f}]",
             "" if images is None else f"{images / row['seconds']['median']:,.0f}",
+            predicted,
             "" if rate is None else f"{rate:.1f}",
             f"{row['of_copy']:.0%}" if row.get("of_copy") is not None else "",
             _bytes(row.get("peak_bytes")),
