@@ -13,6 +13,7 @@ from bdkd.config import OptimizerConfig
 from bdkd.errors import RunError, UsageError
 
 CLASSES = {"lamb": "FusedLAMB", "novograd": "FusedNovoGrad"}
+DEVICES = ("cuda",)
 
 
 def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -26,12 +27,8 @@ def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
         RunError: apex is missing, is PyPI's, or was built without its CUDA extensions.
     """
     name = CLASSES[config.name]
+    check(config, groups[0]["params"][0].device)
     optimizers = _import(config.name)
-    if not _on_gpus(groups):
-        raise UsageError(
-            f"optimizer.name must be sgd or adamw on a CPU, got {config.name}: apex's {name} needs "
-            "a GPU"
-        )
     # Gradients are clipped before, network by network, by train.clip_norm. (A limit of 0 would
     # divide by it.)
     own = {"max_grad_norm": math.inf} if config.name == "lamb" else {}
@@ -47,8 +44,16 @@ def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
         ) from error
 
 
-def _on_gpus(groups: list[dict[str, Any]]) -> bool:
-    return all(p.device.type == "cuda" for group in groups for p in group["params"])
+def check(config: OptimizerConfig, device: torch.device) -> None:
+    """Raise ``UsageError`` or ``RunError``, as :func:`build` does, before there are networks."""
+    if config.name not in CLASSES:
+        return
+    if device.type not in DEVICES:
+        raise UsageError(
+            f"optimizer.name must be sgd or adamw on a CPU, got {config.name}: apex's "
+            f"{CLASSES[config.name]} needs a GPU"
+        )
+    _import(config.name)
 
 
 def _import(option: str) -> Any:

@@ -5,16 +5,20 @@ graph is launched once. Captured by hand, and not by ``torch.compile``'s own gra
 for each compiled function, and chained ones of two networks fail (pytorch#160281).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from bdkd.data import Batch
 from bdkd.errors import UsageError
 from bdkd.training.profile import named_range
-from bdkd.training.setup import Setup
 from bdkd.training.state import TrainingState
 from bdkd.training.step import Passes, update
+
+if TYPE_CHECKING:
+    from bdkd.training.setup import Setup
 
 # Steps done as they are before one is captured: moments, cuDNN's choices and compiled code exist
 # by then, and the allocator has settled.
@@ -39,14 +43,17 @@ class CapturedStep:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: "Setup",
         state: TrainingState,
         passes: Passes,
         capture: Callable[[Replay], Replay] | None = None,
     ) -> None:
+        # One stream for the steps before a capture and for the captures: what torch keeps a stream
+        # (free memory, workspaces, autograd's places) is there when a capture begins.
+        self.stream = torch.cuda.Stream(setup.device) if setup.device.type == "cuda" else None
         if capture is None:
             check(setup)
-            capture = _Graphs(setup.device)
+            capture = _Graphs(self.stream)
         self.state, self.objective, self.options = state, setup.objective, setup.recipe.train
         self.passes, self.capture = passes, capture
         for group in state.optimizer.param_groups:
@@ -62,7 +69,8 @@ class CapturedStep:
         self.state.set_learning_rate()
         if self.warm.get(shape, 0) < WARM_UP:
             self.warm[shape] = self.warm.get(shape, 0) + 1
-            self._on_a_side_stream(batch)
+            with _beside(self.stream):
+                self._update(batch)
         else:
             if shape not in self.captured:
                 own = Batch(tuple(view.clone() for view in batch.views), batch.target.clone())
@@ -78,33 +86,37 @@ class CapturedStep:
     def _update(self, batch: Batch) -> None:
         update(self.state, self.objective, batch, self.options, self.passes)
 
-    def _on_a_side_stream(self, batch: Batch) -> None:
-        if batch.target.device.type != "cuda":
-            self._update(batch)
-            return
-        stream = torch.cuda.Stream(batch.target.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._update(batch)
-        torch.cuda.current_stream().wait_stream(stream)
+
+@contextlib.contextmanager
+def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on another stream, after all that came before and before all that comes after."""
+    if stream is None:
+        yield
+        return
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        yield
+    here.wait_stream(stream)
 
 
 class _Graphs:
     """CUDA graphs that share one pool of memory: only one of them runs at a time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream, self.pool = stream, torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Replay) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
         # thread_local: a loader's threads may allocate meanwhile, as DALI's do
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
             function()
         return graph.replay
 
 
-def check(setup: Setup) -> None:
+def check(setup: "Setup") -> None:
     """Raise ``UsageError`` where a whole step cannot be captured."""
     recipe = setup.recipe
     for fits, needed in (

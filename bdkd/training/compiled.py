@@ -6,20 +6,29 @@ see the gradients while autograd is making them, and where torch lacks the flag 
 possible: there forward passes and losses are one graph and their backward passes another.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bdkd.config import Recipe, TrainConfig
 from bdkd.data import Batch
+from bdkd.errors import RunError
 from bdkd.objectives import Objective, ObjectiveOutput
+from bdkd.training.checkpoint import first_line
 from bdkd.training.distributed import Ranks
 from bdkd.training.profile import in_range
 from bdkd.training.step import Passes, forward_and_backward, forward_and_loss, scaled_sum
 
+if TYPE_CHECKING:
+    from bdkd.training.setup import Setup
+
 _FLAG = "trace_autograd_ops"
+_WITHOUT = "or train without train.compile"
 
 
 def compiled(
@@ -32,6 +41,8 @@ def compiled(
         alone: one rank trains, without DDP.
         shapes: of batches that will come. Each is compiled by itself: a graph for images of any
             size does without inductor's choice of layout (pytorch#102670).
+
+    A call for a new shape takes minutes, and says so; it raises ``RunError`` where torch fails.
     """
     from torch._dynamo import config  # a second to import
 
@@ -42,6 +53,7 @@ def compiled(
         settings[_FLAG] = True
     function = losses_and_gradients if one_graph else forward_and_loss
     call = config.patch(settings)(torch.compile(function, dynamic=False, backend=backend))
+    call = _announced(call)
     if not one_graph:
         return partial(forward_and_backward, forward=in_range("forward and loss, compiled")(call))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -53,6 +65,56 @@ def compiled(
         return logits, output
 
     return passes
+
+
+def _announced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function, which says when it compiles and what came of it."""
+    seen = set()
+
+    def announced(*arguments: Any, **options: Any) -> Any:
+        (batch,) = (each for each in arguments if isinstance(each, Batch))
+        (ranks,) = (each for each in arguments if isinstance(each, Ranks))
+        say = _say if ranks.first else lambda line: None
+        shape = tuple((x.shape, x.stride(), x.dtype) for x in (*batch.views, batch.target))
+        if shape in seen:
+            return call(*arguments, **options)
+        size = "x".join(map(str, batch.views[0].shape))
+        say(f"compiling the step for batches of {size}, which may take minutes")
+        began = time.monotonic()
+        try:
+            result = call(*arguments, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            inner = getattr(error, "inner_exception", error)
+            raise RunError(
+                f"train.compile: torch could not compile the step: {type(inner).__name__}: "
+                f"{first_line(inner)}; mend that {_WITHOUT}"
+            ) from error
+        seen.add(shape)
+        say(f"compiled, and done once, in {time.monotonic() - began:.0f} s")
+        return result
+
+    return announced
+
+
+def _say(line: str) -> None:
+    with tqdm.external_write_mode():  # a progress bar makes way for it
+        print(line, flush=True)
+
+
+def check(setup: "Setup") -> None:
+    """Raise ``RunError`` where nothing can be compiled on a CPU."""
+    if setup.device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RunError(
+            "train.compile needs a C++ compiler on a CPU, and there is none: install g++, name "
+            f"another in the environment variable CXX, {_WITHOUT}"
+        ) from error
 
 
 def count_shapes(recipe: Recipe) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from bdkd.data import Batch
 from bdkd.errors import Interrupted, RunError
-from bdkd.training import captured, overlap
+from bdkd.training import overlap
 from bdkd.training.captured import CapturedStep
 from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint, snapshot
 from bdkd.training.compiled import compiled, count_shapes
@@ -19,7 +19,7 @@ from bdkd.training.evaluate import evaluate
 from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
 from bdkd.training.profile import StepProfiler, in_range
 from bdkd.training.run_folder import RunFolder
-from bdkd.training.setup import Setup
+from bdkd.training.setup import Setup, check_step
 from bdkd.training.signals import StopRequest
 from bdkd.training.state import Best, TrainingState
 from bdkd.training.step import Passes, forward_and_backward, train_step, warm_up
@@ -57,10 +57,7 @@ def train(
         ranks=ranks, sharded=setup.sharded, controls=setup.objective.controls,
     )  # fmt: skip
     check_sinks(recipe)
-    if recipe.train.cuda_graph:
-        captured.check(setup)
-    if recipe.train.overlap:
-        overlap.check(setup)
+    check_step(setup)
     writer = BackgroundWriter()
 
     def open_folder() -> tuple[bool, tuple[Path, dict[str, Any]] | None]:

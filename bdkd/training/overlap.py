@@ -8,16 +8,19 @@ wait for the loss's gradients, and joins all of them at its end. Captured as a C
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bdkd.errors import UsageError
-from bdkd.training.setup import Setup
 from bdkd.training.step import Passes, forward_and_backward, forward_and_loss
 
+if TYPE_CHECKING:
+    from bdkd.training.setup import Setup
 
-def overlapped(setup: Setup) -> Passes:
+
+def overlapped(setup: "Setup") -> Passes:
     """:func:`forward_and_backward`, whose networks run beside each other."""
     streams = Streams(setup.device, len(setup.networks.members))
     return partial(forward_and_backward, forward=partial(forward_and_loss, run=streams.run))
@@ -47,7 +50,7 @@ class Streams:
         return results
 
 
-def check(setup: Setup) -> None:
+def check(setup: "Setup") -> None:
     """Raise ``UsageError`` where the networks cannot run beside each other."""
     for fits, needed in (
         (setup.device.type == "cuda", f"on a GPU (device is {setup.device})"),

@@ -90,6 +90,7 @@ class StepProfiler:
     ) -> None:
         self.steps = min(steps, remaining)
         self.folder, self.device, self.show, self.rank = folder, device, show, rank
+        self.traces = folder / "profile"
         settling = min(SETTLING_STEPS, remaining - self.steps)
         self.cold = settling < SETTLING_STEPS
         self.profiler: torch.profiler.profile | None = None
@@ -130,19 +131,31 @@ class StepProfiler:
         global _recorded
         names, _recorded = _recorded or set(), None
         self.profiler = None  # what it holds of the trace is no longer needed
-        traces = self.folder / "profile"
-        worker = f"rank-{self.rank}"
         try:
-            tensorboard_trace_handler(str(traces), worker)(profiler)
-            trace = max(traces.glob(f"{worker}.*.pt.trace.json"), key=lambda p: p.stat().st_mtime)
+            said = self._write(profiler, names)
+        except (OSError, RuntimeError, ValueError, RunError) as error:
+            # ValueError: cut off. A run is worth more than its profile.
+            said = [
+                f"warning: training goes on without the profile: cannot write {self.traces}: "
+                f"{first_line(error)}; make room there"
+            ]
+        for line in said:
+            self.show(line)
+
+    def _write(self, profiler: torch.profiler.profile, names: set[str]) -> list[str]:
+        """Write the trace and what it says; what to show of it."""
+        worker = f"rank-{self.rank}"
+        before = set(self.traces.glob("*"))
+        try:
+            tensorboard_trace_handler(str(self.traces), worker)(profiler)
+            (trace,) = set(self.traces.glob(f"{worker}.*.pt.trace.json")) - before
             events = json.loads(trace.read_text("utf-8"))["traceEvents"]
-        except (OSError, RuntimeError, ValueError) as error:  # ValueError: none there, or cut off
-            raise RunError(
-                f"cannot write the trace in {traces}: {first_line(error)}; make room there and "
-                "continue with --resume, or train without --profile"
-            ) from error
+        except (OSError, RuntimeError, ValueError):
+            for half in set(self.traces.glob(f"{worker}.*")) - before:
+                half.unlink()
+            raise
         if self.rank:
-            return
+            return []
         host, device = where_time_goes(events, names)
         written = {
             "device": str(self.device),
@@ -153,8 +166,7 @@ class StepProfiler:
         text = json.dumps(written, indent=2) + "\n"
         path = self.folder / "profile.json"
         write_atomically(path, lambda file: file.write(text.encode()))
-        self.show(table(host, device, self.steps, self.cold))
-        self.show(f"trace   {trace}")
+        return [table(host, device, self.steps, self.cold), f"trace   {trace}"]
 
 
 class _Segment(NamedTuple):

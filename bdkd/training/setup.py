@@ -9,6 +9,7 @@ from bdkd.config import Recipe, check_recipe
 from bdkd.data import DataSource, create_source
 from bdkd.errors import RunError, UsageError
 from bdkd.objectives import Objective, create_objective, resolve_options
+from bdkd.training import apex_optimizers, captured, compiled, overlap
 from bdkd.training.checkpoint import load_weights
 from bdkd.training.device import set_flags
 from bdkd.training.distributed import ALONE, Ranks, local_rank
@@ -21,8 +22,9 @@ class Setup:
     """The parts of a run, made from its recipe.
 
     Args:
-        initial_weights: read ``networks.NAME.weights``. A run that has a checkpoint does not need
-            them any more, and their files may be gone.
+        initial_weights: a run begins: read ``networks.NAME.weights``, and refuse what its steps
+            cannot do here before any data is read. A run that has a checkpoint does not need the
+            weights any more, and their files may be gone; where it is evaluated it makes no step.
         ranks: the processes that train together.
 
     Raises:
@@ -52,6 +54,8 @@ class Setup:
                 f"train.accumulate must be 1 with the method {recipe.objective.name!r}, which "
                 f"decides on whole batches, got {recipe.train.accumulate}"
             )
+        if initial_weights:
+            check_step(self)
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         dtype = AUTOCAST[recipe.train.precision] or torch.float32
         self.source: DataSource = create_source(
@@ -91,6 +95,18 @@ class Setup:
         networks.to(self.device)
         networks.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         return networks
+
+
+def check_step(setup: Setup) -> None:
+    """Raise ``UsageError`` or ``RunError`` for what a step of this run cannot do here."""
+    train = setup.recipe.train
+    if train.cuda_graph:
+        captured.check(setup)
+    if train.overlap:
+        overlap.check(setup)
+    if train.compile:
+        compiled.check(setup)
+    apex_optimizers.check(setup.recipe.optimizer, setup.device)
 
 
 def check_ranks(recipe: Recipe, objective: Objective, ranks: Ranks, device: torch.device) -> None:
@@ -134,4 +150,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise RunError(
             f"no device {name} here ({torch.cuda.device_count()} GPUs): use --device cpu"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and kernels are the current device's
     return device

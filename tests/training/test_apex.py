@@ -72,7 +72,7 @@ def package(tmp_path, monkeypatch):
 def apex(package: Path, monkeypatch):
     (package / "__init__.py").write_text("")
     (package / "optimizers.py").write_text(TWIN)
-    monkeypatch.setattr(apex_optimizers, "_on_gpus", lambda groups: True)
+    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
 
 
 @pytest.mark.parametrize("name", apex_optimizers.CLASSES)
@@ -122,13 +122,15 @@ def test_a_cpu_is_refused_before_anything_is_trained(package):
         tiny_state(optimizer=OptimizerConfig("novograd"))
 
 
-def test_pypis_apex_is_told_apart(package):
+def test_pypis_apex_is_told_apart(package, monkeypatch):
+    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
     (package / "__init__.py").write_text("from pyramid.session import nothing")
     with pytest.raises(RunError, match=r"PyPI's unrelated package: .* -m pip uninstall apex"):
         tiny_state(optimizer=OptimizerConfig("lamb"))
 
 
-def test_no_apex_says_where_it_is(package):
+def test_no_apex_says_where_it_is(package, monkeypatch):
+    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
     package.rmdir()
     with pytest.raises(RunError, match="not installed: build NVIDIA's"):
         tiny_state(optimizer=OptimizerConfig("lamb"))
@@ -138,6 +140,6 @@ def test_apex_without_its_extensions_says_so(package, monkeypatch):
     (package / "__init__.py").write_text("")
     refuse = 'raise RuntimeError("apex.optimizers.FusedLAMB requires cuda extensions")'
     (package / "optimizers.py").write_text(f"def FusedLAMB(*_, **__):\n    {refuse}\n")
-    monkeypatch.setattr(apex_optimizers, "_on_gpus", lambda groups: True)
+    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
     with pytest.raises(RunError, match="requires cuda extensions: build apex with"):
         tiny_state(optimizer=OptimizerConfig("lamb"))

@@ -4,11 +4,12 @@
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from compiler import COMPILER
+from compiler import COMPILER, HAS_COMPILER
 from small_runs import Tiny, tiny_state
 from test_step import OPTIMIZERS, a_batch, everything, objective_of
 from torch import nn
@@ -16,7 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bdkd.config import load_recipe
 from bdkd.data import Batch
-from bdkd.training.compiled import add_gradients, compiled, count_shapes
+from bdkd.errors import RunError
+from bdkd.training.compiled import _announced, add_gradients, check, compiled, count_shapes
 from bdkd.training.distributed import ALONE, Ranks
 from bdkd.training.step import forward_and_backward, train_step, warm_up
 
@@ -243,3 +245,35 @@ def test_every_size_of_images_is_compiled_once(flag, request):
     state = tiny_state(AnySize)
     with torch._dynamo.config.patch(recompile_limit=1):
         assert steps(state, batches * 2, "aot_eager", shapes=shapes) == len(sides)
+
+
+def test_a_new_shape_is_announced_once_and_by_the_first_rank_alone(capsys):
+    state = tiny_state()
+    steps(state, [a_batch(16), a_batch(16), a_batch(8)], "eager")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in said] == [
+        "compiling the step for batches of 16x1x8x8", "compiled",
+        "compiling the step for batches of 8x1x8x8", "compiled",
+    ]  # fmt: skip
+    call = _announced(lambda batch, ranks: ranks.rank)
+    assert call(a_batch(4), Ranks(rank=1, world=2)) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_what_torch_cannot_compile_is_one_line():
+    def broken(graph, inputs):
+        raise ValueError("no such operator\nand more")
+
+    with pytest.raises(RunError, match=r"^train\.compile: torch could not compile the step: "
+                       r"ValueError: no such operator; mend that or train without"):  # fmt: skip
+        steps(tiny_state(), [a_batch()], broken)
+
+
+def test_a_machine_without_a_compiler_is_refused_before_any_step(monkeypatch):
+    setup = SimpleNamespace(device=torch.device("cpu"))
+    if HAS_COMPILER:
+        check(setup)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(RunError, match=r"needs a C\+\+ compiler on a CPU"):
+        check(setup)
+    check(SimpleNamespace(device=torch.device("cuda")))

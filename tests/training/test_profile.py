@@ -1,6 +1,8 @@
 """Where a step's time goes: named ranges, the trace, the table, and what the metrics say of it."""
 
 import json
+import re
+import resource
 import time
 
 import pytest
@@ -9,7 +11,6 @@ from small_runs import SMALL, bdkd, tiny_state
 from test_step import a_batch, objective_of
 
 from bdkd.data import Batch
-from bdkd.errors import RunError
 from bdkd.training import profile
 from bdkd.training.profile import (
     IDLE,
@@ -175,11 +176,27 @@ def test_only_the_first_rank_speaks_and_each_writes_its_trace(tmp_path):
     assert not (tmp_path / "profile.json").exists()
 
 
-def test_a_trace_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "profile").write_text("in the way")
-    with pytest.raises(RunError, match=r"cannot write the trace in .*profile.*without --profile"):
-        profiled(tmp_path, steps=1, remaining=1, done=1)
+@pytest.mark.parametrize("which", ["profile", "profile.json"])
+def test_training_goes_on_where_the_profile_cannot_be_written(tmp_path, which):
+    if which == "profile":
+        (tmp_path / which).write_text("in the way")
+    else:
+        (tmp_path / which).mkdir()
+    (line,) = profiled(tmp_path, steps=1, remaining=3, done=3)
+    assert re.match(r"warning: training goes on without the profile: cannot write .*profile", line)
     assert profile._recorded is None
+
+
+def test_a_full_disk_ends_the_profile_and_not_the_run(tmp_path):
+    """A limit on a file's size stands in: the trace is larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        (line,) = profiled(tmp_path, steps=1, remaining=3, done=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line.startswith("warning: training goes on without the profile: cannot write")
+    assert list((tmp_path / "profile").iterdir()) == []
 
 
 def test_a_compiled_step_sees_no_range(tmp_path):
