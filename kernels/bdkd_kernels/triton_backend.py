@@ -33,6 +33,7 @@ _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
 _INTERPRETED = triton.knobs.runtime.interpret
 _OLDEST = (3, 6)
 _NVIDIA = torch.version.hip is None and not _INTERPRETED
+_AMD = torch.version.hip is not None and not _INTERPRETED
 _ORDERED_STORES = torch.version.hip is None
 
 
@@ -74,8 +75,7 @@ def _forward(
         parts = min(256, triton_launch.block_of(-(-rows // 4096)))
     tensors = (student, teacher, target, weight, ds, dt)
     addresses, kinds = _described(tensors)
-    scale_type = grad_scale.dtype if isinstance(grad_scale, Tensor) else None
-    key = (o, device.index, student.shape[1], rows < 2**31, parts, scale_type, *kinds)
+    key = (o, device.index, student.shape[1], _count(rows), parts, _kind(grad_scale), *kinds)
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(problem, ds, dt, parts)
@@ -119,9 +119,29 @@ def _is_elsewhere(device: torch.device) -> bool:
 def _described(tensors: tuple[Tensor | None, ...]) -> tuple[list, list]:
     """Their addresses, and all of them that compiled code depends on."""
     addresses: list[Any] = [None if x is None else x.data_ptr() for x in tensors]
-    kinds = [None if x is None else (x.dtype, x.stride(), address % 16)
-             for x, address in zip(tensors, addresses, strict=True)]  # fmt: skip
+    kinds: list[Any] = [None if x is None else (x.dtype, x.stride(), address % 16)
+                        for x, address in zip(tensors, addresses, strict=True)]  # fmt: skip
+    if _AMD:
+        kinds += [x is not None and _within_2_gib(x) for x in tensors]
     return addresses, kinds
+
+
+def _kind(scale: float | Tensor | None) -> Any:
+    """Likewise, of a scale."""
+    if isinstance(scale, Tensor):
+        return scale.dtype, scale.data_ptr() % 16, _AMD and _within_2_gib(scale)
+    return type(scale)
+
+
+def _count(rows: int) -> Any:
+    """Likewise, of the number of rows: the width of its integer and, on AMD, what it makes of the
+    size of the records. Of 2**23 rows they are within 2 GiB."""
+    return rows if _AMD and rows > 2**23 else rows < 2**31
+
+
+def _within_2_gib(tensor: Tensor) -> bool:
+    """Whether Triton compiles offsets of 32 bits for it, on AMD."""
+    return tensor.untyped_storage().size() < 2**31
 
 
 class _Launcher:
@@ -212,8 +232,7 @@ def _backward(
         return
     tensors = (student, teacher, target, state, student_upstream, teacher_upstream, ds, dt)
     addresses, kinds = _described(tensors)
-    announced_type = announced.dtype if isinstance(announced, Tensor) else type(announced)
-    key = (o, device.index, classes, rows < 2**31, announced_type, *kinds)
+    key = (o, device.index, classes, _count(rows), _kind(announced), *kinds)
     plan = _backward_plans.get(key)
     if plan is None:
         dtype = compute_dtype(student, teacher)

@@ -515,6 +515,8 @@ def _tile(
             TERMS,
         )  # fmt: skip
         into = (write & inside) if PADDED else write
+        if TERMS.target != "none":
+            tl.debug_barrier()  # gradients may go over logits: all threads have read the label's
         if TERMS.target == "labels" and not TERMS.ordered_stores:
             q = _smoothed_label(cols, y, smoothing, smoothing_each)
         ds_rows, dt_rows = ds, dt
@@ -719,6 +721,8 @@ def _row_rest(
             ds_row = ds + row * ds_stride
         if TERMS.teacher_grad:
             dt_row = dt + row * dt_stride
+        if TERMS.target != "none":
+            tl.debug_barrier()  # as in _tile
         blocks = tl.cdiv(C, LANES * K)
         for i in tl.range(blocks, num_stages=STAGES):
             cols = _block((blocks - 1 - i) * (LANES * K), LANES, K, APART)
@@ -902,7 +906,7 @@ def tile_kernel(
     SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, each loaded once, of both networks, and kept in registers."""
-    if TERMS.overlapped:
+    if TERMS.overlapped and not TERMS.per_row:  # else no launch of this call follows
         gdc_launch_dependents()
     C = _multiple(C, CLASS_ALIGN)
     s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
@@ -966,7 +970,7 @@ def loop_kernel(
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """One row a program, in blocks, of any length; the arguments are `tile_kernel`'s."""
-    if TERMS.overlapped:
+    if TERMS.overlapped and not TERMS.per_row:  # else no launch of this call follows
         gdc_launch_dependents()
     C = _multiple(C, CLASS_ALIGN)
     s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)

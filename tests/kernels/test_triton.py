@@ -6,18 +6,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiler import HAS_COMPILER
 
 pytest.importorskip("triton", reason="no triton for this platform: native and reference tests run")
 
 
-@pytest.mark.timeout(900)
-def test_interpreted_grid():
-    grid = Path(__file__).with_name("triton_grid.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(grid)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def run_by_itself(name: str, workers: str, interpreted: str) -> None:
+    """A file of tests whose process must begin in its own way."""
+    file = Path(__file__).with_name(name)
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", str(file),
+    ]  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.timeout(900)
+def test_interpreted_grid():
+    run_by_itself("triton_grid.py", workers="2", interpreted="1")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler for Triton's launcher: the grid runs")
+def test_what_the_driver_is_asked_for():
+    run_by_itself("triton_launches.py", workers="0", interpreted="0")
 
 
 def test_cpu_tensors_need_the_interpreter():
