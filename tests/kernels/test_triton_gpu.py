@@ -80,6 +80,28 @@ def test_streams_do_not_race(classes):
             assert all(map(torch.equal, gradients, want_gradients))
 
 
+@pytest.mark.parametrize("classes", [10, 1000, 40000])
+def test_calls_without_a_pause_between_them(classes):
+    """Launches begin early, in memory that the call before has just given back. Twin:
+    triton_launches.py, which looks at what waits for what."""
+    inputs = [draw(rows, classes) for rows in (1, 33, 257, 3000, 5, 1024)]
+    call = functools.partial(bdkd_loss_and_grad, temperature=4.0, backend="triton")
+    want = []
+    for s, t, y in inputs:
+        y[::3] = -100
+        want.append(call(s, t, y))
+        torch.cuda.synchronize()
+    kept = []
+    for _ in range(50):
+        for x in inputs:
+            out, gradients = call(*x)
+            kept.append((out.student, out.teacher, *(g[-1].clone() for g in gradients)))
+    torch.cuda.synchronize()
+    for i, got in enumerate(kept):
+        out, gradients = want[i % len(inputs)]
+        assert all(map(torch.equal, got, (out.student, out.teacher, *(g[-1] for g in gradients))))
+
+
 @pytest.mark.parametrize("classes", [1000, 40000])
 def test_cuda_graph_replay(classes):
     """Twin: triton_grid.py's test_compiles_without_a_graph_break (nothing is read on the host)."""
