@@ -13,6 +13,7 @@ from losses import Race, Size, ours, plain
 from torch import Tensor
 
 TEMPERATURE = 4.0
+_reference = ours(TEMPERATURE, "reference")
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -31,6 +32,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             Contender("torch.compile, backward",
                       race.step(torch.compile(_eager, fullgraph=True, dynamic=False)),
                       note="no statistics of the samples"),
+            Contender("eager reference, backward", race.step(_reference)),
+            Contender("torch.compile of it, backward",
+                      race.step(torch.compile(_reference, fullgraph=True, dynamic=False))),
         ]  # fmt: skip
         yield Case(
             f"host: {size}", {"rows": size.rows, "classes": size.classes, "dtype": size.dtype},

@@ -41,8 +41,6 @@ def compiled(
         alone: one rank trains, without DDP.
         shapes: of batches that will come. Each is compiled by itself: a graph for images of any
             size does without inductor's choice of layout (pytorch#102670).
-
-    A call for a new shape takes minutes, and says so; it raises ``RunError`` where torch fails.
     """
     from torch._dynamo import config  # a second to import
 
@@ -53,7 +51,6 @@ def compiled(
         settings[_FLAG] = True
     function = losses_and_gradients if one_graph else forward_and_loss
     call = config.patch(settings)(torch.compile(function, dynamic=False, backend=backend))
-    call = _announced(call)
     if not one_graph:
         return partial(forward_and_backward, forward=in_range("forward and loss, compiled")(call))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -67,22 +64,22 @@ def compiled(
     return passes
 
 
-def _announced(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function, which says when it compiles and what came of it."""
+def announced(passes: Passes) -> Passes:
+    """Compiled passes, whose first rank says when they compile, which takes minutes, and which
+    raise ``RunError`` where torch cannot compile them."""
     seen = set()
 
-    def announced(*arguments: Any, **options: Any) -> Any:
-        (batch,) = (each for each in arguments if isinstance(each, Batch))
-        (ranks,) = (each for each in arguments if isinstance(each, Ranks))
+    def watched(*arguments: Any) -> tuple[dict[str, Tensor], ObjectiveOutput]:
+        _, _, batch, _, _, _, ranks = arguments
         say = _say if ranks.first else lambda line: None
         shape = tuple((x.shape, x.stride(), x.dtype) for x in (*batch.views, batch.target))
         if shape in seen:
-            return call(*arguments, **options)
+            return passes(*arguments)
         size = "x".join(map(str, batch.views[0].shape))
         say(f"compiling the step for batches of {size}, which may take minutes")
         began = time.monotonic()
         try:
-            result = call(*arguments, **options)
+            result = passes(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             inner = getattr(error, "inner_exception", error)
             raise RunError(
@@ -93,7 +90,7 @@ def _announced(call: Callable[..., Any]) -> Callable[..., Any]:
         say(f"compiled, and done once, in {time.monotonic() - began:.0f} s")
         return result
 
-    return announced
+    return watched
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ from bdkd.errors import Interrupted, RunError
 from bdkd.training import overlap
 from bdkd.training.captured import CapturedStep
 from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint, snapshot
-from bdkd.training.compiled import compiled, count_shapes
+from bdkd.training.compiled import announced, compiled, count_shapes
 from bdkd.training.evaluate import evaluate
 from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
 from bdkd.training.profile import StepProfiler, in_range
@@ -68,7 +68,7 @@ def train(
         continues, found = ranks.from_first(open_folder)
         passes: Passes = forward_and_backward
         if recipe.train.compile:
-            passes = compiled(state.networks, ranks.alone, count_shapes(recipe))
+            passes = announced(compiled(state.networks, ranks.alone, count_shapes(recipe)))
         if recipe.train.overlap:
             passes = overlap.overlapped(setup)
         settle(setup, state, passes)

@@ -14,11 +14,12 @@ from small_runs import Tiny, tiny_state
 from test_step import OPTIMIZERS, a_batch, everything, objective_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.exc import InvalidCxxCompiler
 
 from bdkd.config import load_recipe
 from bdkd.data import Batch
 from bdkd.errors import RunError
-from bdkd.training.compiled import _announced, add_gradients, check, compiled, count_shapes
+from bdkd.training.compiled import add_gradients, announced, check, compiled, count_shapes
 from bdkd.training.distributed import ALONE, Ranks
 from bdkd.training.step import forward_and_backward, train_step, warm_up
 
@@ -47,7 +48,7 @@ def steps(state, batches, backend=None, alone=True, shapes=2, **options):
     passes, counter = forward_and_backward, None
     if backend is not None:
         counter = CompileCounterWithBackend(backend)
-        passes = compiled(state.model, alone, shapes, counter)
+        passes = announced(compiled(state.model, alone, shapes, counter))
     objective = objective_of(state, **options)
     state.networks.train()
     if not alone:  # as a run begins
@@ -255,8 +256,8 @@ def test_a_new_shape_is_announced_once_and_by_the_first_rank_alone(capsys):
         "compiling the step for batches of 16x1x8x8", "compiled",
         "compiling the step for batches of 8x1x8x8", "compiled",
     ]  # fmt: skip
-    call = _announced(lambda batch, ranks: ranks.rank)
-    assert call(a_batch(4), Ranks(rank=1, world=2)) == 1
+    second = announced(lambda *arguments: arguments)
+    assert second(None, None, a_batch(4), None, 1.0, None, Ranks(rank=1, world=2))[4] == 1.0
     assert capsys.readouterr().out == ""
 
 
@@ -273,7 +274,11 @@ def test_a_machine_without_a_compiler_is_refused_before_any_step(monkeypatch):
     setup = SimpleNamespace(device=torch.device("cpu"))
     if HAS_COMPILER:
         check(setup)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
     with pytest.raises(RunError, match=r"needs a C\+\+ compiler on a CPU"):
         check(setup)
     check(SimpleNamespace(device=torch.device("cuda")))
