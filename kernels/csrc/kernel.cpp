@@ -16,9 +16,6 @@
 #include <pthread.h>
 #endif
 
-#ifndef BDKD_SOURCES
-#define BDKD_SOURCES "unknown"
-#endif
 
 namespace portable { extern const RowKernels kernels; }
 #if defined(BDKD_X86)
@@ -95,7 +92,8 @@ struct Shared {
 };
 
 void run_all(const Call& call, RunRows run, int threads) {
-  constexpr int64_t kAlone = 16384;  // class pairs: waking a thread, 5 us or more, is a third of it
+  
+  constexpr int64_t kAlone = 8192;  // class pairs: waking a thread, 5 us or more, is a third of it
   const int64_t pairs = call.rows * call.classes;
   // Eight shares a thread, so that one that was interrupted is not waited for; of whole lines of
   // the statistics, 16 rows, or the threads would take them from each other row by row.
@@ -183,7 +181,8 @@ EXPORT int64_t bdkd_run(const void* packed) {
   call.stats = a.stats;
   // Gradients too large for the caches that their reader could find them in go past them. That
   // takes whole vectors, of both networks alike.
-  constexpr int64_t kStreamed = 16 << 20;
+  
+  constexpr int64_t kStreamed = 4 << 20;
   int64_t bytes = 0;
   uint64_t misaligned = 0, apart = 0;
   const Logits* before = nullptr;

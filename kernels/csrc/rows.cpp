@@ -1,10 +1,11 @@
 // The loss of one row: a pass for the maxima, one for the sums at both temperatures, one for the
 // gradients and the divergences. Compiled once per instruction set.
 //
-// Notation: a = (logit - max) log2(e) / tau, so that e = 2^a = exp((logit - max) / tau); Z = sum e;
-// p = e / Z. KL(p_t || p_s) = ln 2 (sum p_t (a_t - a_s) - log2(Z_t / Z_s)): of differences class by
-// class, which are small where the distributions are near, and of Z_t / Z_s from sum (e_t - e_s). A
-// difference of two sums over classes, as from E[u] and E[v], would lose such a divergence.
+// Notation: x = logit - max, e = exp(x / tau), e1 = exp(x); Z = sum e; p = e / Z; g = x_t - x_s.
+// KL(p_t || p_s) = sum p_t g / tau - ln(Z_t / Z_s): of differences class by class, which are small
+// where the distributions are near, and of Z_t / Z_s from sum (e_t - e_s). A difference of two sums
+// over classes, as from E[u] and E[v], would lose such a divergence.
+#include <initializer_list>
 #include <memory>
 
 #include "call.h"
@@ -13,8 +14,10 @@
 namespace BDKD_ISA {
 namespace {
 
-constexpr double kLn2 = 0.693147180559945309, kLog2E = 1.44269504088896341;
-constexpr int64_t kKeptBytes = 160 << 10;  // exponentials of one row pair that are kept, not redone
+constexpr double kLog2E = 1.44269504088896341;
+constexpr int64_t kKeptBytes = 48 << 10;  // of one row pair that are kept, not redone: they stay near
+constexpr int64_t kNearBytes = 512 << 10;  // of logits that the second cache holds beside others
+constexpr int64_t kChunk = 2048;  // classes of a longer row that go through both passes while they are near
 constexpr int kBlock = 64;  // vectors summed in the compute type before float64 takes them over
 
 enum Stat { kForwardKL, kReverseKL, kStudentEntropy, kTeacherEntropy, kStudentCE, kTeacherCE,
@@ -30,14 +33,14 @@ constexpr int64_t kGroupBytes = 96 << 10;  // what is kept of a group's rows: it
 struct NetworkSums {  // over each row of a group, of one network
   using Each = double[kGroup];
   Each max{};
-  Each z{}, z1{};         // of e at tau, at 1
-  Each az{}, xz1{};       // of a e; of (logit - max) e at 1
-  Each gap{};             // of e (a_t - a_s)
+  Each z{}, z1{};         // of e, of e1
+  Each xz{}, xz1{};       // of e x, of e1 x
+  Each gap{};             // of e g
   Each z_gap{};           // teacher's: of e_t - e_s
-  Each x{}, qx{}, q{};    // of logit - max; of q (logit - max); of q
+  Each x{}, qx{}, q{};    // of x; of q x; of q
 
   void clear(int k) {  // all but max
-    z[k] = z1[k] = az[k] = xz1[k] = gap[k] = z_gap[k] = 0;
+    z[k] = z1[k] = xz[k] = xz1[k] = gap[k] = z_gap[k] = 0;
   }
 };
 
@@ -197,107 +200,125 @@ struct Rows {
   const bool plain_entropy = kd && !o.soften_entropy;
   const double tau = kd ? o.temperature : 1.0;
   const R to_log2 = kLog2E / tau;
-  // exp(x) = exp(x / tau)^tau: for tau of 1, 2, 4, 8 by squaring; -1: another exponential.
-  const int squarings = tau == 1 ? 0 : tau == 2 ? 1 : tau == 4 ? 2 : tau == 8 ? 3 : -1;
-  const bool kept = 5 * padded * (int64_t)sizeof(R) <= kKeptBytes;
-  const int64_t per_row = kept ? 6 * padded : padded + W;  // of q, a vector may begin anywhere
+  // e1 = e^tau: by multiplications for a tau of 1, 2, 4, 8; 0: another exponential.
+  const int power = tau == 1 || tau == 2 || tau == 4 || tau == 8 ? (int)tau : 0;
+  const int64_t kept_vectors = power ? 3 : 5;
+  const bool kept = kept_vectors * padded * (int64_t)sizeof(R) <= kKeptBytes;
+  const int64_t per_vector = padded + W;  // a vector's width apart: no two begin a power of two apart
+  const int64_t per_row = per_vector * (soft + (kept ? kept_vectors : 0));
   const int64_t fitting = kept ? kGroupBytes / (per_row * (int64_t)sizeof(R)) : 1;
   const int group = fitting > kGroup ? kGroup : fitting > 1 ? (int)fitting : 1;  // rows at once
   R* const memory = scratch<R>(group * per_row);
 
   // Of row k of the group: (C,) the soft label, smoothed, padded with 0.
   INLINE R* q_of(int k) const { return memory + k * per_row; }
-  // Where they are kept: for every vector of classes e of both at tau, a_t - a_s, and unless tau is 1
-  // e of both at 1, side by side: one pointer, and no two streams a power of two apart.
-  INLINE R* kept_of(int k) const { return q_of(k) + padded; }
-  static constexpr int kKept = 5;
+  // Where they are kept: e_s, e_t, g, and where `power` is 0 both e1, of (C,) each.
+  INLINE R* kept_of(int k) const { return q_of(k) + per_vector * soft; }
 
-  // Past the cache: in whole aligned vectors, which rows that keep their exponentials vector by vector
-  // must begin with, and others come to after a head.
-  const bool streaming = call.streaming && (call.aligned || !kept);
+  const bool streaming = call.streaming && C >= 16 * W;  // past the cache; few classes fill no lines
 
-  // The exponential at temperature 1, by squaring or anew.
-  static INLINE V at_one(V e, V x, int squarings) {
-    if (squarings < 0) return exp2_of<R>(x * (R)kLog2E);
-    if (squarings > 0) e *= e;
-    if (squarings > 1) e *= e;
-    if (squarings > 2) e *= e;
+  // What rows rarely need has loops of its own, so that the common ones hold their sums in registers.
+  static constexpr int kRare = -1;  // in the place of `power`
+
+  template <int power>
+  static INLINE V at_one(V e, V x, int any_power) {
+    const int n = power == kRare ? any_power : power;
+    if (n == 0) return exp2_of<R>(x, V{} + (R)kLog2E);
+    if (n > 1) e *= e;
+    if (n > 2) e *= e;
+    if (n > 4) e *= e;
     return e;
   }
 
-  // What rows rarely need has loops of its own, or `rare`, so that the common loop's sums stay in
-  // registers; branches on the options inside it are predicted and cost nothing that was measured.
-  template <bool rare>
-  NOINLINE void sums(const S* s, const S* t, const S* ds, const S* dt, bool careful, int k,
-                     NetworkSums& student, NetworkSums& teacher) const {
-    const R max_s = student.max[k], max_t = teacher.max[k], to_log2 = this->to_log2;
+  // `e gap` and its like where e is 0, as of a masked class, and the other is not finite.
+  template <int power>
+  static INLINE V product(V e, V x, bool careful) {
+    return power == kRare && careful ? (e == 0 ? V{} : e * x) : e * x;
+  }
+
+  struct LaneSums {
+    V z{}, z1{}, xz{}, xz1{}, gap{};
+    INLINE void reduce(int k, NetworkSums& to) const {
+      to.z[k] += lane_sum<R>(z), to.z1[k] += lane_sum<R>(z1), to.xz[k] += lane_sum<R>(xz);
+      to.gap[k] += lane_sum<R>(gap);
+    }
+  };
+
+  // Adds those of classes [begin, end).
+  template <int power, bool kept>
+  NOINLINE void sums(const S* s, const S* t, int64_t begin, int64_t end, const S* next_s, const S* next_t,
+                     const S* ds, const S* dt, bool careful, int k, NetworkSums& student,
+                     NetworkSums& teacher) const {
+    constexpr bool rare = power == kRare;
+    const V to_log2 = V{} + this->to_log2, floor = (R)-4096 / to_log2;
+    const R max_s = student.max[k], max_t = teacher.max[k];
     const int64_t C = this->C;
-    const int squarings = this->squarings;
-    const bool kd = !rare || this->kd, kept = this->kept, plain_entropy = this->plain_entropy;
-    R* keep = kept_of(k);
-    const S *const next_s = s + call.student.stride, *const next_t = t + call.teacher.stride;
-    for (int64_t block = 0; block < C; block += kBlock * W) {
-      V zs{}, zt{}, zg{}, z1s{}, z1t{}, azs{}, azt{}, gs{}, gt{}, xz1s{}, xz1t{};
-      const int64_t end = block + kBlock * W < C ? block + kBlock * W : C;
-      for (int64_t i = block; i < end; i += W, keep += kKept * W) {
-        V xs = load_at<R>(s, i, C) - max_s, xt = load_at<R>(t, i, C) - max_t;
-        V as = xs * to_log2, at = xt * to_log2;
-        V e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
-        const bool partial = i + W > C;
+    const int any_power = this->power;
+    const bool kd = !rare || this->kd, keep = rare ? this->kept : kept, plain_entropy = rare && this->plain_entropy;
+    R* const keeps = kept_of(k);
+    const int64_t per_vector = this->per_vector;
+    for (int64_t block = begin; block < end; block += kBlock * W) {
+      LaneSums of_s, of_t;
+      V z_gap{};
+      const auto add = [&](int64_t i, auto whole) INLINE_LAMBDA {
+        V xs, xt;
+        if constexpr (whole) xs = load<R>(s + i) - max_s, xt = load<R>(t + i) - max_t;
+        else xs = load_some<R>(s + i, C - i) - max_s, xt = load_some<R>(t + i, C - i) - max_t;
+        V e_s = exp2_of<R>(rare && careful ? larger<V>(floor, xs) : xs, to_log2);
+        V e_t = exp2_of<R>(rare && careful ? larger<V>(floor, xt) : xt, to_log2);
+        V e1_s = at_one<power>(e_s, xs, any_power), e1_t = at_one<power>(e_t, xt, any_power);
         __builtin_prefetch(next_s + i);  // this loop waits for arithmetic, its neighbours for memory
         __builtin_prefetch(next_t + i);
         if (ds) __builtin_prefetch(ds + i, 1);
         if (dt) __builtin_prefetch(dt + i, 1);
-        if (partial) {
+        if constexpr (!whole) {
           const Mask<R> real = first_lanes<R>(C - i);
-          e_s = real ? e_s : V{}, e_t = real ? e_t : V{};
-          as = real ? as : V{}, at = real ? at : V{};
-          xs = real ? xs : V{} - (R)INFINITY, xt = real ? xt : V{} - (R)INFINITY;
+          e_s = real ? e_s : V{}, e_t = real ? e_t : V{}, e1_s = real ? e1_s : V{}, e1_t = real ? e1_t : V{};
+          xs = real ? xs : V{}, xt = real ? xt : V{};
         }
-        V g = at - as;
-        if (kept) {
-          memcpy(keep, &e_s, sizeof e_s);
-          memcpy(keep + W, &e_t, sizeof e_t);
-          memcpy(keep + 2 * W, &g, sizeof g);
+        const V g = xt - xs;
+        if (keep) {
+          R* to = keeps + i;
+          store<R>(to, e_s), store<R>(to += per_vector, e_t), store<R>(to += per_vector, g);
+          if (any_power == 0) store<R>(to += per_vector, e1_s), store<R>(to += per_vector, e1_t);
         }
-        zs += e_s;
-        zt += e_t;
+        of_s.z += e_s, of_t.z += e_t;
+        if constexpr (power != 1) of_s.z1 += e1_s, of_t.z1 += e1_t;
         if (kd) {
-          zg += e_t - e_s;
-          azs += rare && careful ? (e_s == 0 ? V{} : e_s * as) : e_s * as;
-          azt += rare && careful ? (e_t == 0 ? V{} : e_t * at) : e_t * at;
-          gs += rare && careful ? (e_s == 0 ? V{} : e_s * g) : e_s * g;
-          gt += rare && careful ? (e_t == 0 ? V{} : e_t * g) : e_t * g;
+          z_gap += e_t - e_s;
+          of_s.xz += product<power>(e_s, xs, careful), of_t.xz += product<power>(e_t, xt, careful);
+          of_s.gap += product<power>(e_s, g, careful), of_t.gap += product<power>(e_t, g, careful);
         }
-        if (squarings != 0) {
-          const V e1_s = at_one(e_s, xs, squarings), e1_t = at_one(e_t, xt, squarings);
-          if (kept) {
-            memcpy(keep + 3 * W, &e1_s, sizeof e1_s);
-            memcpy(keep + 4 * W, &e1_t, sizeof e1_t);
-          }
-          z1s += e1_s;
-          z1t += e1_t;
-          if (rare && plain_entropy) {
-            xz1s += careful || partial ? (e1_s == 0 ? V{} : e1_s * xs) : e1_s * xs;
-            xz1t += careful || partial ? (e1_t == 0 ? V{} : e1_t * xt) : e1_t * xt;
-          }
-        }
-      }
-      student.z[k] += lane_sum<R>(zs), teacher.z[k] += lane_sum<R>(zt);
-      if (kd) {
-        student.az[k] += lane_sum<R>(azs), teacher.az[k] += lane_sum<R>(azt);
-        student.gap[k] += lane_sum<R>(gs), teacher.gap[k] += lane_sum<R>(gt);
-        teacher.z_gap[k] += lane_sum<R>(zg);
-      }
-      if (squarings != 0) {
-        student.z1[k] += lane_sum<R>(z1s), teacher.z1[k] += lane_sum<R>(z1t);
-        if (rare) student.xz1[k] += lane_sum<R>(xz1s), teacher.xz1[k] += lane_sum<R>(xz1t);
-      }
+        if (plain_entropy)
+          of_s.xz1 += product<power>(e1_s, xs, careful), of_t.xz1 += product<power>(e1_t, xt, careful);
+      };
+      const int64_t stop = block + kBlock * W < end ? block + kBlock * W : end;
+      int64_t i = block;
+      for (; i + W <= stop; i += W) add(i, std::true_type{});
+      if (i < stop) add(i, std::false_type{});
+      of_s.reduce(k, student), of_t.reduce(k, teacher);
+      teacher.z_gap[k] += lane_sum<R>(z_gap);
+      if (plain_entropy) student.xz1[k] += lane_sum<R>(of_s.xz1), teacher.xz1[k] += lane_sum<R>(of_t.xz1);
     }
-    if (squarings == 0) {
-      student.z1[k] = student.z[k], teacher.z1[k] = teacher.z[k];
-      student.xz1[k] = student.az[k] * kLn2, teacher.xz1[k] = teacher.az[k] * kLn2;
-    }
+  }
+
+  // Goes over to larger maxima of row k where these are.
+  NOINLINE void raise(int k, double max_s, double max_t, NetworkSums& student, NetworkSums& teacher) const {
+    const double up_s = max_s - student.max[k], up_t = max_t - teacher.max[k];
+    const bool first = student.z[k] == 0;
+    if (up_s > 0 || first) student.max[k] = max_s;
+    if (up_t > 0 || first) teacher.max[k] = max_t;
+    if (first || !(up_s > 0 || up_t > 0)) return;
+    const double by_s = up_s > 0 ? up_s : 0, by_t = up_t > 0 ? up_t : 0;
+    const double f_s = std::exp(-by_s / tau), f_t = std::exp(-by_t / tau);
+    const auto raised = [k](NetworkSums& sums, double by, double f, double f1, double gap_by) {
+      sums.gap[k] = f * (sums.gap[k] + gap_by * sums.z[k]);
+      sums.xz[k] = f * (sums.xz[k] - by * sums.z[k]), sums.xz1[k] = f1 * (sums.xz1[k] - by * sums.z1[k]);
+      sums.z[k] *= f, sums.z1[k] *= f1;
+    };
+    teacher.z_gap[k] = f_t * teacher.z_gap[k] + (f_t - f_s) * student.z[k];
+    raised(student, by_s, f_s, std::exp(-by_s), by_s - by_t);
+    raised(teacher, by_t, f_t, std::exp(-by_t), by_s - by_t);
   }
 
   // Label smoothing's sum of logit - max, or a soft label's sums of q and of q (logit - max).
@@ -321,99 +342,137 @@ struct Rows {
     }
   }
 
-  // A group's gradients: (e (gap + offset) - partner) over a row's exponentials and a_t - a_s, which
-  // is  forward (p_s - p_t) + reverse p_s (ln(p_s / p_t) - R)  and its like with the sums put in.
+  // A group's gradients: (e (g gap + offset) - partner) over a row's exponentials, which is
+  // forward (p_s - p_t) + reverse p_s (ln(p_s / p_t) - R)  and its like with the sums put in.
   struct Coefficients {
     using Each = R[kGroup];
-    Each gap{}, offset{};  // of e (a_t - a_s) and of e
+    Each gap{}, offset{};  // of e g and of e
     Each partner{};        // of the partner's e
-    Each softmax{};        // of e at temperature 1
+    Each softmax{};        // of e1
     Each target{};         // of q
     Each uniform{};        // of every class (label smoothing)
   };
+  struct Spread {
+    V gap, offset, partner, softmax, target, uniform;
+    INLINE Spread(const Coefficients& k, int row)
+        : gap(V{} + k.gap[row]), offset(V{} + k.offset[row]), partner(V{} + k.partner[row]),
+          softmax(V{} + k.softmax[row]), target(V{} + k.target[row]), uniform(V{} + k.uniform[row]) {}
+  };
 
-  template <bool rare, bool kept>
-  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, int64_t label, bool careful, int row,
-                          R max_s, R max_t, const Coefficients& student,
+  // What is absent has coefficients of 0. Each term's parts stand together: of one class they are 0.
+  static INLINE V gradient_of(V e, V e_partner, V g, V e1, const Spread& k, bool with_gap) {
+    const V of_e = with_gap ? g * k.gap + k.offset : k.offset;
+    return e * of_e - e_partner * k.partner + e1 * k.softmax;
+  }
+
+  template <int power, bool kept>
+  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, const S* next_s, const S* next_t, int64_t label, int row, R max_s, R max_t, const Coefficients& student,
                           const Coefficients& teacher) const {
-    struct {
-      V gap, offset, partner, softmax, target, uniform;
-    } ks, kt;
-    const auto spread = [row](auto& wide, const Coefficients& k) {
-      wide = {V{} + k.gap[row],     V{} + k.offset[row], V{} + k.partner[row],
-              V{} + k.softmax[row], V{} + k.target[row], V{} + k.uniform[row]};
-    };
-    spread(ks, student), spread(kt, teacher);
-    const int64_t C = this->C, own_label = labels ? label : -1;
-    const int squarings = this->squarings;
-    const R to_log2 = this->to_log2;
-    const R *const q = q_of(row), *keep = kept_of(row);
-    const int of_one = squarings == 0 ? 0 : 3 * W;
-    const bool soft = this->soft, spread_target = soft || smooth, forward = o.teacher_forward;
-    const bool student_kd = !rare || o.student_kd != 0, teacher_kd = !rare || o.teacher_kd != 0;
-    const bool student_ce = !rare || this->student_ce, teacher_ce = !rare || this->teacher_ce;
+    constexpr bool rare = power == kRare;
+    const Spread ks(student, row), kt(teacher, row);
+    const V to_log2 = V{} + this->to_log2, floor = (R)-4096 / to_log2;
+    const int64_t C = this->C, own_label = labels ? label : -1, per_vector = this->per_vector;
+    const int any_power = this->power;
+    const R *const q = q_of(row), *const keeps = kept_of(row);
+    const bool soft = this->soft, smooth = this->smooth, forward = o.teacher_forward;
+    const bool student_kd = o.student_kd != 0, teacher_kd = o.teacher_kd != 0;
+    const bool student_ce = this->student_ce, teacher_ce = this->teacher_ce;
     const bool streaming = this->streaming;
 
-    const auto toward_target = [&](V gradient, int64_t i, V e1, const auto& k) INLINE_LAMBDA {
-      gradient += e1 * k.softmax;
-      if (spread_target) gradient -= soft ? loaded<V>(q + i) * k.target : k.uniform;
-      if ((uint64_t)(own_label - i) < (uint64_t)W) {
-        const Mask<R> it = first_lanes<R>(label - i + 1) & ~first_lanes<R>(label - i);
-        gradient -= it ? k.target : V{};
-      }
+    const auto minus_target = [&](V gradient, int64_t i, bool has_label, const Spread& k) INLINE_LAMBDA {
+      if (soft) gradient -= loaded<V>(q + i) * k.target;
+      if (smooth) gradient -= k.uniform;
+      if (has_label) gradient -= first_lanes<R>(label - i + 1) & ~first_lanes<R>(label - i) ? k.target : V{};
       return gradient;
     };
-    const auto put = [&](S* row, int64_t i, int64_t end, V gradient) INLINE_LAMBDA {
-      if (i + W > end) store_some<R>(row + i, gradient, end - i);
-      else if (streaming) store_past_the_cache<R>(row + i, gradient);
-      else store<R>(row + i, gradient);
-    };
-    constexpr int64_t whole = W * sizeof(S);
-    const int64_t head = streaming ? -(uintptr_t)(ds ? ds : dt) % whole / sizeof(S) : 0;
-    for (int64_t i = 0, end = head ? head : C; i < C; i = i < head ? head : i + W, end = C) {
-      V e_s, e_t, g, e1_s{}, e1_t{};
-      if (kept) {
-        e_s = loaded<V>(keep), e_t = loaded<V>(keep + W), g = loaded<V>(keep + 2 * W);
-        e1_s = loaded<V>(keep + of_one), e1_t = loaded<V>(keep + of_one + W);
-        keep += kKept * W;
+    const auto at = [&](int64_t i, int64_t end, auto whole) INLINE_LAMBDA {
+      const auto put = [&](S* row, V gradient) INLINE_LAMBDA {
+        if constexpr (!whole) store_some<R>(row + i, gradient, end - i);
+        else if (streaming) store_past_the_cache<R>(row + i, gradient);
+        else store<R>(row + i, gradient);
+      };
+      V xs, xt, e_s, e_t, g, e1_s{}, e1_t{};
+      if constexpr (kept) {
+        const R* from = keeps + i;
+        e_s = load<R>(from), e_t = load<R>(from += per_vector), g = load<R>(from += per_vector);
+        if constexpr (power == 0) e1_s = load<R>(from += per_vector), e1_t = load<R>(from += per_vector);
+        else e1_s = at_one<power>(e_s, V{}, 0), e1_t = at_one<power>(e_t, V{}, 0);
       } else {
-        const V xs = load_at<R>(s, i, end) - max_s, xt = load_at<R>(t, i, end) - max_t;
-        const V as = xs * to_log2, at = xt * to_log2;
-        e_s = exp2_of<R>(as), e_t = exp2_of<R>(at);
-        g = at - as;
-        if (ds && student_ce) e1_s = at_one(e_s, xs, squarings);
-        if (dt && teacher_ce) e1_t = at_one(e_t, xt, squarings);
+        if constexpr (whole) xs = load<R>(s + i) - max_s, xt = load<R>(t + i) - max_t;
+        else xs = load_some<R>(s + i, end - i) - max_s, xt = load_some<R>(t + i, end - i) - max_t;
+        e_s = exp2_of<R>(rare ? larger<V>(floor, xs) : xs, to_log2);
+        e_t = exp2_of<R>(rare ? larger<V>(floor, xt) : xt, to_log2);
+        g = xt - xs;
+        if (power > 0 || (ds && student_ce)) e1_s = at_one<power>(e_s, xs, any_power);
+        if (power > 0 || (dt && teacher_ce)) e1_t = at_one<power>(e_t, xt, any_power);
       }
+      if constexpr (whole && !kept) {
+        if (next_s) __builtin_prefetch(next_s + i, 0, 2), __builtin_prefetch(next_t + i, 0, 2);
+      }
+      const bool has_label = (uint64_t)(own_label - i) < (uint64_t)(end - i) && own_label - i < W;
       if (ds) {
         V gradient{};
-        if (student_kd) {
-          gradient = e_s * (g * ks.gap + ks.offset);
-          if (rare && careful) gradient = e_s == 0 ? V{} : gradient;
-          gradient -= e_t * ks.partner;
+        if constexpr (rare) {
+          if (student_kd) gradient = product<power>(e_s, g * ks.gap + ks.offset, true) - e_t * ks.partner;
+          if (student_ce) gradient += e1_s * ks.softmax;
+        } else {
+          gradient = gradient_of(e_s, e_t, g, e1_s, ks, true);
         }
-        if (student_ce) gradient = toward_target(gradient, i, e1_s, ks);
-        put(ds, i, end, gradient);
+        put(ds, student_ce ? minus_target(gradient, i, has_label, ks) : gradient);
       }
       if (dt) {
         V gradient{};
-        if (rare && teacher_kd && forward) {
-          gradient = e_t * (g * kt.gap + kt.offset);
-          if (careful) gradient = e_t == 0 ? V{} : gradient;
-        } else if (teacher_kd) {
-          gradient = e_t * kt.offset - e_s * kt.partner;
+        if constexpr (rare) {
+          const V of_e = forward ? g * kt.gap + kt.offset : kt.offset;
+          if (teacher_kd) gradient = product<power>(e_t, of_e, true) - e_s * kt.partner;
+          if (teacher_ce) gradient += e1_t * kt.softmax;
+        } else {
+          gradient = gradient_of(e_t, e_s, g, e1_t, kt, forward);
         }
-        if (teacher_ce) gradient = toward_target(gradient, i, e1_t, kt);
-        put(dt, i, end, gradient);
+        put(dt, teacher_ce ? minus_target(gradient, i, has_label, kt) : gradient);
       }
-    }
+    };
+    // Stores past the cache are of whole lines: what comes before the first is a head of its own.
+    int64_t i = streaming ? -(uintptr_t)(ds ? ds : dt) % (W * sizeof(S)) / sizeof(S) : 0;
+    if (i > C) i = C;
+    if (i) at(0, i, std::false_type{});
+    for (; i + W <= C; i += W) at(i, i + W, std::true_type{});
+    if (i < C) at(i, C, std::false_type{});
   }
+
+  using Sums = void (Rows::*)(const S*, const S*, int64_t, int64_t, const S*, const S*, const S*, const S*, bool, int,
+                              NetworkSums&, NetworkSums&) const;
+  using Gradients = void (Rows::*)(const S*, const S*, S*, S*, const S*, const S*, int64_t, int, R, R, const Coefficients&,
+                                   const Coefficients&) const;
+  template <int power>
+  INLINE void choose(Sums& sums, Gradients& gradients) const {
+    sums = kept ? &Rows::sums<power, true> : &Rows::sums<power, false>;
+    gradients = kept ? &Rows::gradients<power, true> : &Rows::gradients<power, false>;
+  }
+  struct Loops {
+    Sums sums;
+    Gradients gradients;
+  };
+  Loops loops() const {
+    Loops l;
+    switch (power) {
+      case 1: choose<1>(l.sums, l.gradients); break;
+      case 2: choose<2>(l.sums, l.gradients); break;
+      case 4: choose<4>(l.sums, l.gradients); break;
+      case 8: choose<8>(l.sums, l.gradients); break;
+      default: choose<0>(l.sums, l.gradients);
+    }
+    if (plain_entropy) l.sums = &Rows::sums<kRare, false>;
+    return l;
+  }
+  const Loops common = loops();
 
   static double upstream(const Logits& logits, int64_t row) {
     return logits.upstream ? (double)((const R*)logits.upstream)[row] : logits.scale;
   }
 
   // Rows first .. first + n, n <= group; s, t, ds and dt point at the first of them.
-  void operator()(int64_t first, int n, const S* s, const S* t, S* ds, S* dt) const {
+  void operator()(int64_t first, int n, int64_t last, const S* s, const S* t, S* ds, S* dt) const {
     const auto at = [](auto* rows, int64_t stride, int k) { return rows ? rows + k * stride : nullptr; };
     const auto &of_s = call.student, &of_t = call.teacher;
     NetworkSums student, teacher;
@@ -431,14 +490,11 @@ struct Rows {
     if (!ds && !dt) return;
     for (int k = 0; k < n; ++k) {
       if (!row.counted[k]) continue;
-      // The common loops multiply an absent term by 0. The rare one leaves it out: of a row that
-      // holds what is not finite, and where it would cost exponentials.
-      const bool rare =
-          row.careful[k] || !kd || o.teacher_forward || (squarings < 0 && !(student_ce && teacher_ce));
-      const auto run = rare ? (kept ? &Rows::gradients<true, true> : &Rows::gradients<true, false>)
-                            : (kept ? &Rows::gradients<false, true> : &Rows::gradients<false, false>);
-      (this->*run)(s + k * of_s.stride, t + k * of_t.stride, at(ds, of_s.gradient_stride, k),
-                   at(dt, of_t.gradient_stride, k), row.label[k], row.careful[k], k, student.max[k],
+      const auto run = row.careful[k] ? &Rows::gradients<kRare, false> : common.gradients;
+      const bool fetch = !kept && first + k + 1 < last && 2 * C * (int64_t)sizeof(S) <= kNearBytes;
+      const S *const s_k = s + k * of_s.stride, *const t_k = t + k * of_t.stride;
+      (this->*run)(s_k, t_k, at(ds, of_s.gradient_stride, k), at(dt, of_t.gradient_stride, k),
+                   fetch ? s_k + of_s.stride : nullptr, t_k + of_t.stride, row.label[k], k, student.max[k],
                    teacher.max[k], to_s, to_t);
     }
   }
@@ -462,21 +518,39 @@ struct Rows {
     if (no_such_label) label = 0;
     if (soft) label = soft_row<R>(call, number, q_of(k));
 
-    const double max_s = student.max[k] = row_max<R>(s, C), max_t = teacher.max[k] = row_max<R>(t, C);
+    if (streaming) {  // not to be fetched, but for the lines that a row shares with its neighbours
+      for (const S* row : {ds, dt})
+        if (row) __builtin_prefetch(row, 1), __builtin_prefetch(row + C - 1, 1);
+      ds = dt = nullptr;
+    }
+    const S *const next_s = s + group * call.student.stride, *const next_t = t + group * call.teacher.stride;
+    if (kept) {
+      student.max[k] = row_max<R>(s, C), teacher.max[k] = row_max<R>(t, C);
+      (this->*common.sums)(s, t, 0, C, next_s, next_t, ds, dt, false, k, student, teacher);
+    } else {
+      for (int64_t begin = 0; begin < C; begin += kChunk) {
+        const int64_t end = begin + kChunk < C ? begin + kChunk : C;
+        raise(k, row_max<R>(s + begin, end - begin), row_max<R>(t + begin, end - begin), student, teacher);
+        (this->*common.sums)(s, t, begin, end, s + kChunk, t + kChunk, ds, dt, false, k, student, teacher);
+      }
+    }
+    // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
+    row.careful[k] = !std::isfinite(student.xz[k] + teacher.xz[k] + student.gap[k] + teacher.gap[k] +
+                                    student.xz1[k] + teacher.xz1[k]);
+    if (row.careful[k]) {
+      student.clear(k), teacher.clear(k);
+      student.max[k] = row_max<R>(s, C), teacher.max[k] = row_max<R>(t, C);
+      sums<kRare, false>(s, t, 0, C, next_s, next_t, ds, dt, true, k, student, teacher);
+    }
+    if (power == 1) {
+      student.z1[k] = student.z[k], teacher.z1[k] = teacher.z[k];
+      student.xz1[k] = student.xz[k], teacher.xz1[k] = teacher.xz[k];
+    }
     if (label >= 0) {
+      const double max_s = student.max[k], max_t = teacher.max[k];
       row.label_s[k] = value(s[label]) - max_s, row.label_t[k] = value(t[label]) - max_t;
       row.correct_s[k] = row.label_s[k] == 0 && is_first<R>(s, label, max_s);
       row.correct_t[k] = row.label_t[k] == 0 && is_first<R>(t, label, max_t);
-    }
-    if (streaming) ds = dt = nullptr;  // not to be fetched
-    if (kd && !plain_entropy) sums<false>(s, t, ds, dt, false, k, student, teacher);
-    else sums<true>(s, t, ds, dt, false, k, student, teacher);
-    // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
-    row.careful[k] = kd && !std::isfinite(student.az[k] + teacher.az[k] + student.gap[k] + teacher.gap[k] +
-                                          student.xz1[k] + teacher.xz1[k]);
-    if (row.careful[k]) {
-      student.clear(k), teacher.clear(k);
-      sums<true>(s, t, ds, dt, true, k, student, teacher);
     }
     if (student_ce && (soft || smooth)) target_sums(s, k, student);
     if (teacher_ce && (soft || smooth)) target_sums(t, k, teacher);
@@ -511,7 +585,7 @@ struct Rows {
     W entropy_s{}, entropy_t{}, d1{}, d2{}, forward{}, reverse{}, log_zt_over_zs{};
     W per_zs = per_z1s, per_zt = per_z1t, log_zs = log_z1s, log_zt = log_z1t;
     if (kd) {
-      if (squarings != 0) {
+      if (power != 1) {
         per_zs = 1 / of(student.z), per_zt = 1 / of(teacher.z);
         log_zs = log_of<W>(of(student.z)), log_zt = log_of<W>(of(teacher.z));
       }
@@ -521,11 +595,11 @@ struct Rows {
       if (plain_entropy) {
         entropy_s = log_z1s - of(student.xz1) * per_z1s, entropy_t = log_z1t - of(teacher.xz1) * per_z1t;
       } else {
-        entropy_s = log_zs - kLn2 * of(student.az) * per_zs, entropy_t = log_zt - kLn2 * of(teacher.az) * per_zt;
+        entropy_s = log_zs - of(student.xz) * per_zs / tau, entropy_t = log_zt - of(teacher.xz) * per_zt / tau;
       }
       d1 = entropy_t > entropy_s ? W{} + o.gamma : one, d2 = entropy_s > entropy_t ? W{} + o.gamma : one;
-      forward = kLn2 * of(teacher.gap) * per_zt - log_zt_over_zs;
-      reverse = log_zt_over_zs - kLn2 * of(student.gap) * per_zs;
+      forward = of(teacher.gap) * per_zt / tau - log_zt_over_zs;
+      reverse = log_zt_over_zs - of(student.gap) * per_zs / tau;
     }
 
     const auto put = [k](R* each, W value) INLINE_LAMBDA {
@@ -540,16 +614,16 @@ struct Rows {
     const W weight = of(row.weight);
     if (call.student.gradient) {
       const W scale = weight * call.per_row * of(row.upstream_s), kd_scale = scale * o.student_kd * tau;
-      put(to_s.gap, -kd_scale * d2 * kLn2 * per_zs);
+      put(to_s.gap, -kd_scale * d2 / tau * per_zs);
       put(to_s.offset, kd_scale * (d1 + d2 * (log_zt_over_zs - reverse)) * per_zs);
       put(to_s.partner, kd_scale * d1 * per_zt);
       if (student_ce) to_target(to_s, scale * o.student_ce, per_z1s);
     }
     if (call.teacher.gradient) {
       const W scale = weight * call.per_row * of(row.upstream_t), kd_scale = scale * o.teacher_kd * tau;
-      put(to_t.gap, kd_scale * kLn2 * per_zt);
+      put(to_t.gap, kd_scale / tau * per_zt);
       put(to_t.offset, kd_scale * (o.teacher_forward ? -log_zt_over_zs - forward : one) * per_zt);
-      put(to_t.partner, kd_scale * per_zs);
+      put(to_t.partner, o.teacher_forward ? W{} : kd_scale * per_zs);
       if (teacher_ce) to_target(to_t, scale * o.teacher_ce, per_z1t);
     }
 
@@ -593,7 +667,7 @@ void run(const Call& call, int64_t begin, int64_t end) {
   const Rows<S> rows{call};
   const auto &s = call.student, &t = call.teacher;
   for (int64_t row = begin; row < end; row += rows.group)
-    rows(row, end - row < rows.group ? end - row : rows.group, (const S*)s.rows + row * s.stride,
+    rows(row, end - row < rows.group ? end - row : rows.group, end, (const S*)s.rows + row * s.stride,
          (const S*)t.rows + row * t.stride, s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
          t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
 }
@@ -612,7 +686,7 @@ void run_mixed(const Call& mixed, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
     widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);
-    one_row(row, 1, a, b, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
+    one_row(row, 1, row + 1, a, b, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
     if (s.gradient) narrow<R>(s.storage, a, call.classes, s.gradient, row * s.gradient_stride);
     if (t.gradient) narrow<R>(t.storage, b, call.classes, t.gradient, row * t.gradient_stride);
   }
