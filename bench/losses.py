@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad
+from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, buffers
 from harness import Case, Contender
 from torch import Tensor
 from torch.nn import functional as F
@@ -143,6 +143,7 @@ class Race:
     def forget(self) -> None:
         for x in (*(x for set_ in self.inputs for x in set_[:2]), *self.leaves):
             x.grad = None
+        buffers.release()  # or their bytes would not be seen as the next call's
 
     def step(self, loss: Loss) -> Callable[[int], object]:
         """The loss, ``backward()`` and fresh gradients on one buffer set."""

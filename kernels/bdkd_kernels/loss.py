@@ -1,9 +1,8 @@
 """What a user calls: the loss as a function and as a module. Checks, flattens, dispatches."""
 
-import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, buffers
 from .checks import as_rows, check_gradient_buffers, prepare
 from .types import BDKDOutput, BDKDStats, Divergence, Reduction, checked_options
 
@@ -130,8 +129,8 @@ def bdkd_loss_and_grad(
         neither = not (student_logits.requires_grad or teacher_logits.requires_grad)
         want_student = neither or student_logits.requires_grad
         want_teacher = neither or teacher_logits.requires_grad
-        ds = _new_gradient(student_logits) if want_student else None
-        dt = _new_gradient(teacher_logits) if want_teacher else None
+        ds = buffers.empty_like(student_logits.detach()) if want_student else None
+        dt = buffers.empty_like(teacher_logits.detach()) if want_teacher else None
     else:
         check_gradient_buffers(grads, student_logits, teacher_logits)
         ds, dt = grads
@@ -188,10 +187,6 @@ class BDKDLoss(nn.Module):
         o = self.options
         options = ", ".join(f"{name}={getattr(o, name)!r}" for name in o.__dataclass_fields__)
         return f"{options}, backend={self.backend!r}"
-
-
-def _new_gradient(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _unflatten(

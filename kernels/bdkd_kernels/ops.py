@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
+from . import buffers
 from .checks import check_labels, labels_can_be_read
 from .reference import compute_dtype
 from .types import BDKDStats, LossOptions, Problem
@@ -108,8 +109,8 @@ class Fused:
         if not _is_plain(problem):
             return self._loss_through_operator(problem, want_student, want_teacher)
 
-        ds = _empty_like(problem.student) if want_student else None  # (N, C)
-        dt = _empty_like(problem.teacher) if want_teacher else None  # (N, C)
+        ds = buffers.empty_like(problem.student) if want_student else None  # (N, C)
+        dt = buffers.empty_like(problem.teacher) if want_teacher else None  # (N, C)
         student, teacher, stats, state = self.forward(problem, grad_scale, ds, dt, True)
         if want_student or want_teacher:
             call = _Call(self, problem.options, grad_scale, ds, dt)
@@ -325,7 +326,7 @@ class _Call:
         gradients: list[Tensor | None] = [None, None]
         upstreams: list[Tensor | None] = [None, None]
         if made is None:
-            gradient, announced = _empty_like((student, teacher)[network]), None
+            gradient, announced = buffers.empty_like((student, teacher)[network]), None
         else:
             gradient, announced = made.gradient, made.scale()
             partner = self._take(1 - network)
@@ -439,11 +440,6 @@ def _is_plain(problem: Problem) -> bool:
     )
 
 
-def _empty_like(logits: Tensor) -> Tensor:
-    """Dense, whatever the strides of the logits."""
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
 def _gradients(problem: Problem, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
     """(N, C) each, zero where the network has no term; (0,) where no gradient is wanted."""
 
@@ -481,4 +477,4 @@ def _unit_stride(rows: Tensor) -> Tensor:
 
 def _unit_stride_buffer(buffer: Tensor | None) -> Tensor | None:
     """The buffer, or where its classes are strided a dense one to be copied into it."""
-    return buffer if buffer is None or _is_dense(buffer) else _empty_like(buffer)
+    return buffer if buffer is None or _is_dense(buffer) else buffers.empty_like(buffer)

@@ -1,0 +1,148 @@
+"""Gradient memory that is used again: only once nobody holds it, within a limit, never by two."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, buffers, native
+
+ROWS, CLASSES = 300, 1000  # 1.2 MB: just large enough to be kept
+
+pytestmark = pytest.mark.skipif(
+    buffers._owners is None, reason="this torch does not say who holds a storage: none is kept"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    buffers.release()
+    yield
+    buffers.release()
+
+
+def leaves(rows=ROWS, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    s, t = torch.randn(2, rows, CLASSES, generator=rng)
+    y = torch.randint(CLASSES, (rows,), generator=rng)
+    return s.requires_grad_(), t.requires_grad_(), y
+
+
+def step(s, t, y, **options):
+    s.grad = t.grad = None
+    out = bdkd_loss(s, t, y, temperature=4.0, **options)
+    (out.student + out.teacher).backward()
+
+
+@pytest.mark.skipif(not native.AVAILABILITY, reason="the reference makes no gradients of its own")
+def test_a_step_takes_the_last_one_s_memory():
+    s, t, y = leaves()
+    step(s, t, y)
+    first = s.grad.clone(), t.grad.clone()
+    addresses = {s.grad.data_ptr(), t.grad.data_ptr()}
+    for _ in range(3):
+        step(s, t, y)
+        assert {s.grad.data_ptr(), t.grad.data_ptr()} == addresses
+    assert torch.equal(s.grad, first[0])
+    assert torch.equal(t.grad, first[1])
+
+
+@pytest.mark.parametrize("keep", [lambda g: g, lambda g: g[3:, 2], lambda g: g.numpy(),
+                                  lambda g: g.detach(), lambda g: g.untyped_storage()])  # fmt: skip
+def test_what_anybody_holds_is_left_alone(keep):
+    s, t, y = leaves()
+    _, (ds, dt) = bdkd_loss_and_grad(s, t, y)
+    expected, held, address = ds.clone(), keep(ds), ds.data_ptr()
+    inside = torch.as_tensor(list(held) if isinstance(held, torch.UntypedStorage) else held).clone()
+    del ds, dt
+    gc.collect()
+    taken = [bdkd_loss_and_grad(s, t, y)[1] for _ in range(4)]
+    assert all(x.data_ptr() != address for pair in taken for x in pair)
+    now = torch.as_tensor(list(held) if isinstance(held, torch.UntypedStorage) else held)
+    assert torch.equal(now, inside)
+    del held, now, expected
+    gc.collect()
+    assert address in {buffers.empty_like(s.detach()).data_ptr() for _ in range(1)}
+
+
+def test_two_live_tensors_never_share():
+    like = torch.empty(ROWS, CLASSES)
+    for _ in range(3):
+        live = [buffers.empty_like(like) for _ in range(2 * buffers.COUNT)]
+        assert len({x.data_ptr() for x in live}) == len(live)
+        assert len(buffers._kept) <= buffers.COUNT
+
+
+def test_threads_never_share():
+    like = torch.empty(ROWS, CLASSES)
+    wrong = []
+
+    def work(number: float) -> None:
+        for _ in range(200):
+            mine = buffers.empty_like(like)
+            mine.fill_(number)
+            if not (mine == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(float(k),)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_limit_holds(monkeypatch):
+    monkeypatch.setattr(buffers, "LIMIT", 8 << 20)
+    for rows in range(300, 900, 50):
+        assert buffers.empty_like(torch.empty(rows, CLASSES)).shape == (rows, CLASSES)
+        assert sum(storage.nbytes() for storage in buffers._kept) <= buffers.LIMIT
+    large = buffers.empty_like(torch.empty(3000, CLASSES))  # more than all that may be kept
+    assert all(storage.data_ptr() != large.data_ptr() for storage in buffers._kept)
+
+
+def test_small_ones_are_not_kept():
+    buffers.empty_like(torch.empty(128, 100))
+    assert not buffers._kept
+
+
+def test_types_strides_and_resized_storages():
+    double = buffers.empty_like(torch.empty(ROWS, CLASSES, dtype=torch.float64))
+    address = double.data_ptr()
+    del double
+    strided = torch.empty(CLASSES, 2 * ROWS).t()  # as many bytes of another type
+    again = buffers.empty_like(strided)
+    assert (again.data_ptr(), again.dtype, again.shape) == (address, strided.dtype, strided.shape)
+    assert again.is_contiguous()
+    again.untyped_storage().resize_(0)
+    del again
+    assert buffers.empty_like(strided).untyped_storage().nbytes() == strided.numel() * 4
+
+
+def test_a_second_backward_makes_its_own():
+    s, t, y = leaves()
+    out = bdkd_loss(s, t, y)
+    out.student.backward(retain_graph=True)
+    first, kept = s.grad, s.grad.clone()
+    s.grad = None
+    out.student.backward()
+    assert s.grad.data_ptr() != first.data_ptr()
+    assert torch.equal(first, kept)
+    assert torch.equal(s.grad, kept)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment},
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_the_environment_sets_the_limit():
+    code = ("import torch; from bdkd_kernels import buffers; "
+            "buffers.empty_like(torch.empty(300, 1000)); print(len(buffers._kept))")  # fmt: skip
+    assert run(code, BDKD_BUFFER_MB="0").stdout.strip() == "0"
+    assert run(code, BDKD_BUFFER_MB="2").stdout.strip() == "1"
+    failed = run(code, BDKD_BUFFER_MB="much")
+    assert "BDKD_BUFFER_MB must be a whole number of MiB, got 'much'" in failed.stderr
