@@ -55,6 +55,7 @@ class Case:
     sets: int = 1
     absent: Mapping[str, str] = field(default_factory=dict)  # peers that cannot run here: why
     forget: Callable[[], object] = lambda: None  # drops what calls have left in the buffer sets
+    before: Callable[[], object] = lambda: None  # a sample: or it would pay for what others left
     memory: bool = True  # whether peak memory means something here
     patience: float = 1.0  # times as long as other cases may take
     device: str = "cpu"  # where its memory lies
@@ -191,7 +192,7 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
             row = {"name": contender.name, "kind": contender.kind, "note": contender.note,
                    "not_run": f"{type(error).__name__}: {reason}"[:200]}  # fmt: skip
         rows[contender.name] = row
-    times = _rounds(samplers, trials, seconds * case.patience)
+    times = _rounds(samplers, trials, seconds * case.patience, case.before)
     base = times[case.base]
     limit = next((c.name for c in case.contenders if c.kind == "limit"), None)
     for name, taken in times.items():
@@ -215,7 +216,9 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
     }
 
 
-def _rounds(samplers: dict[str, Sampler], trials: int, seconds: float) -> dict[str, list[float]]:
+def _rounds(
+    samplers: dict[str, Sampler], trials: int, seconds: float, before: Callable[[], object]
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in samplers}
     names = list(samplers)
     until = time.monotonic() + seconds
@@ -229,6 +232,7 @@ def _rounds(samplers: dict[str, Sampler], trials: int, seconds: float) -> dict[s
             turn = done // 2 % len(names)
             order = names[turn:] + names[:turn]
             for name in reversed(order) if done % 2 else order:
+                before()
                 times[name].append(samplers[name].sample())
             gc.collect(0)
     finally:

@@ -140,10 +140,15 @@ class Race:
         self.inputs = [draw(size, device, seed, learns) for seed in range(count)]
         self.leaves: list[Tensor] = []  # others that gather gradients
 
-    def forget(self) -> None:
+    def drop(self) -> None:
+        """The gradients that calls have left."""
         for x in (*(x for set_ in self.inputs for x in set_[:2]), *self.leaves):
             x.grad = None
-        buffers.release()  # or their bytes would not be seen as the next call's
+
+    def forget(self) -> None:
+        """Those, and their memory: or its bytes would not be seen as the next call's."""
+        self.drop()
+        buffers.release()
 
     def step(self, loss: Loss) -> Callable[[int], object]:
         """The loss, ``backward()`` and fresh gradients on one buffer set."""
@@ -247,7 +252,7 @@ def cases(
                 f"{work}: {size}",
                 {"work": work, "rows": size.rows, "classes": size.classes, "dtype": size.dtype,
                  "temperature": size.temperature, "sweep": sweep},
-                tuple(contenders), len(race.inputs), absent, race.forget, device=device,
+                tuple(contenders), len(race.inputs), absent, race.forget, race.drop, device=device,
             )  # fmt: skip
 
 

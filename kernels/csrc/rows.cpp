@@ -217,6 +217,8 @@ struct Rows {
 
   const bool streaming = call.streaming && C >= 16 * W;  // past the cache; few classes fill no lines
 
+  static constexpr int kFloor = -4096;  // of x to_log2, where a class may be masked: 2^ it is 0
+
   // What rows rarely need has loops of its own, so that the common ones hold their sums in registers.
   static constexpr int kRare = -1;  // in the place of `power`
 
@@ -230,7 +232,7 @@ struct Rows {
     return e;
   }
 
-  // `e gap` and its like where e is 0, as of a masked class, and the other is not finite.
+  // `e x`; carefully, 0 where e is, as of a masked class, whose x is not finite.
   template <int power>
   static INLINE V product(V e, V x, bool careful) {
     return power == kRare && careful ? (e == 0 ? V{} : e * x) : e * x;
@@ -250,7 +252,7 @@ struct Rows {
                      const S* ds, const S* dt, bool careful, int k, NetworkSums& student,
                      NetworkSums& teacher) const {
     constexpr bool rare = power == kRare;
-    const V to_log2 = V{} + this->to_log2, floor = (R)-4096 / to_log2;
+    const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2;
     const R max_s = student.max[k], max_t = teacher.max[k];
     const int64_t C = this->C;
     const int any_power = this->power;
@@ -264,9 +266,9 @@ struct Rows {
         V xs, xt;
         if constexpr (whole) xs = load<R>(s + i) - max_s, xt = load<R>(t + i) - max_t;
         else xs = load_some<R>(s + i, C - i) - max_s, xt = load_some<R>(t + i, C - i) - max_t;
-        V e_s = exp2_of<R>(rare && careful ? larger<V>(floor, xs) : xs, to_log2);
-        V e_t = exp2_of<R>(rare && careful ? larger<V>(floor, xt) : xt, to_log2);
-        V e1_s = at_one<power>(e_s, xs, any_power), e1_t = at_one<power>(e_t, xt, any_power);
+        const V ls = rare && careful ? larger<V>(floor, xs) : xs, lt = rare && careful ? larger<V>(floor, xt) : xt;
+        V e_s = exp2_of<R>(ls, to_log2), e_t = exp2_of<R>(lt, to_log2);
+        V e1_s = at_one<power>(e_s, ls, any_power), e1_t = at_one<power>(e_t, lt, any_power);
         __builtin_prefetch(next_s + i);  // this loop waits for arithmetic, its neighbours for memory
         __builtin_prefetch(next_t + i);
         if (ds) __builtin_prefetch(ds + i, 1);
@@ -302,7 +304,7 @@ struct Rows {
     }
   }
 
-  // Goes over to larger maxima of row k where these are.
+  // Row k's sums so far, and its maxima, for maxima of more of its classes.
   NOINLINE void raise(int k, double max_s, double max_t, NetworkSums& student, NetworkSums& teacher) const {
     const double up_s = max_s - student.max[k], up_t = max_t - teacher.max[k];
     const bool first = student.z[k] == 0;
@@ -370,7 +372,7 @@ struct Rows {
                           const Coefficients& teacher) const {
     constexpr bool rare = power == kRare;
     const Spread ks(student, row), kt(teacher, row);
-    const V to_log2 = V{} + this->to_log2, floor = (R)-4096 / to_log2;
+    const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2;
     const int64_t C = this->C, own_label = labels ? label : -1, per_vector = this->per_vector;
     const int any_power = this->power;
     const R *const q = q_of(row), *const keeps = kept_of(row);
@@ -400,9 +402,9 @@ struct Rows {
       } else {
         if constexpr (whole) xs = load<R>(s + i) - max_s, xt = load<R>(t + i) - max_t;
         else xs = load_some<R>(s + i, end - i) - max_s, xt = load_some<R>(t + i, end - i) - max_t;
-        e_s = exp2_of<R>(rare ? larger<V>(floor, xs) : xs, to_log2);
-        e_t = exp2_of<R>(rare ? larger<V>(floor, xt) : xt, to_log2);
         g = xt - xs;
+        if constexpr (rare) xs = larger<V>(floor, xs), xt = larger<V>(floor, xt);
+        e_s = exp2_of<R>(xs, to_log2), e_t = exp2_of<R>(xt, to_log2);
         if (power > 0 || (ds && student_ce)) e1_s = at_one<power>(e_s, xs, any_power);
         if (power > 0 || (dt && teacher_ce)) e1_t = at_one<power>(e_t, xt, any_power);
       }
@@ -535,8 +537,9 @@ struct Rows {
       }
     }
     // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
-    row.careful[k] = !std::isfinite(student.xz[k] + teacher.xz[k] + student.gap[k] + teacher.gap[k] +
-                                    student.xz1[k] + teacher.xz1[k]);
+    row.careful[k] = false;
+    for (const NetworkSums* of : {&student, &teacher})
+      row.careful[k] |= !std::isfinite(of->z1[k] + of->xz[k] + of->xz1[k] + of->gap[k]);
     if (row.careful[k]) {
       student.clear(k), teacher.clear(k);
       student.max[k] = row_max<R>(s, C), teacher.max[k] = row_max<R>(t, C);

@@ -222,7 +222,7 @@ alignas(64) constexpr float kRootsOf2[32] = {
 #endif
 
 // 2^(x c) for x <= 0 and a c > 0: 1 at 0, 0 below the normal range, NaN where x is NaN. With AVX-512
-// NaN also where x c is no float, which `floor_of` keeps it from.
+// NaN also where x c overflows, and for x = -inf: who may meet those gives a floor to x.
 template <class R>
 INLINE Vec<R, lanes<R>> exp2_of(Vec<R, lanes<R>> x, Vec<R, lanes<R>> c) {
   using V = Vec<R, lanes<R>>;

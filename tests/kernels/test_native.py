@@ -308,3 +308,50 @@ def test_clean_under_sanitizers(tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "portable: 4496 calls" in done.stdout
+
+
+def against_float64(s, t, y, temperature):
+    """Losses, statistics and gradients beside the reference's in float64, by the contract's
+    tolerances (SPEC, section 1)."""
+    # gamma 1: nearly equal entropies may take either branch of the weights.
+    options = {"temperature": temperature, "reduction": "none", "gamma": 1.0}
+    right, right_gradients = bdkd_loss_and_grad(
+        s.double(), t.double(), y, backend="reference", **options
+    )
+    got, gradients = bdkd_loss_and_grad(s, t, y, backend="native", **options)
+    absolute = 1e-6 * max(1.0, 2 * temperature**2)
+    for name in ("student", "teacher"):
+        a, b = getattr(got, name).double(), getattr(right, name)
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=absolute)
+    for a, b in zip(got.stats, right.stats, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
+    assert min(got.stats.forward_kl.min(), got.stats.reverse_kl.min()) >= -1e-6
+    for a, b in zip(gradients, right_gradients, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=5e-6 * max(1.0, 3 * temperature))
+
+
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0, 4.0, 8.0])
+def test_masks_and_rising_maxima_in_parts_of_a_row(temperature, name):
+    """Rows of up to five chunks whose maxima rise, fall, or lie in one of them; classes masked by
+    -inf or by the lowest float, singly and chunk by chunk; distributions that are nearly equal."""
+    rng = torch.Generator().manual_seed(11)
+    best = native.set_instruction_set()
+    native.set_instruction_set(name or best)
+    try:
+        for classes in (10, 1003, 4099, 10_007):
+            s, t = 3 * torch.randn(2, 8, classes, generator=rng)
+            slope = torch.linspace(0, 12, classes)
+            s[0], t[0] = s[0] + slope, t[0] - slope
+            s[1], t[1] = s[1] - slope, t[1] + slope
+            t[2] = s[2] + 1e-4 * torch.randn(classes, generator=rng) + slope
+            s[2] += slope
+            s[3, 0] = t[3, 1] = 40.0
+            y = torch.full((8,), classes - 1)
+            for row, mask in ((4, -torch.inf), (5, torch.finfo(FP32).min)):
+                s[row, : classes // 2] = t[row, : classes // 2] = mask
+                s[row + 2, 1::3] = t[row + 2, 1::3] = mask
+                y[row + 2] = 0
+            against_float64(s, t, y, temperature)
+    finally:
+        native.set_instruction_set(best)

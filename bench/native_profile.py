@@ -1,0 +1,77 @@
+"""Where the native kernel's time goes, pass by pass: perf's samples of one thread, sorted by function.
+
+    python bench/native_profile.py [--seconds 2]
+
+Wants perf (Debian: apt install linux-perf). It samples the processor's clock, which a virtual machine
+without hardware counters has too. Inputs beyond the caches, both losses and gradients, temperature 4.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+SIZES = [(128, 100, "float32"), (1024, 1000, "float32"), (256, 21841, "float32"),
+         (64, 128256, "float32"), (64, 128256, "bfloat16")]  # fmt: skip
+PASSES = {
+    "row_max": "maxima",
+    "::sums<": "sums",
+    "::gradients<": "gradients",
+    "::scalars": "scalars",
+}
+_LOOP = """
+import sys, time, torch
+from bdkd_kernels import bdkd_loss_and_grad
+rows, classes, dtype, seconds = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), float(sys.argv[4])
+torch.set_num_threads(1)
+count = max(2, min(64, (128 << 20) // (4 * rows * classes * dtype.itemsize)))
+sets = [tuple((2 * torch.randn(rows, classes)).to(dtype) for _ in range(4)) for _ in range(count)]
+target = torch.randint(classes, (rows,))
+until = time.perf_counter() + seconds
+while time.perf_counter() < until:
+    for s, t, ds, dt in sets:
+        bdkd_loss_and_grad(s, t, target, temperature=4.0, backend="native", grads=(ds, dt))
+"""  # noqa: E501
+
+
+def profile(perf: str, rows: int, classes: int, dtype: str, seconds: float) -> Counter:
+    """Percent of the library's own samples, by pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = str(Path(folder, "perf.data"))
+        size = [str(rows), str(classes), dtype, str(seconds)]
+        subprocess.run(
+            [perf, "record", "-q", "-e", "cpu-clock", "-F", "2000", "-o", data, sys.executable, "-c",
+             _LOOP, *size], check=True, capture_output=True,
+        )  # fmt: skip
+        report = subprocess.run(
+            [perf, "report", "-i", data, "--stdio", "--dso", "libbdkd_native.so", "--sort", "symbol",
+             "--percentage", "relative"], check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    shares: Counter = Counter()
+    for line in report.splitlines():
+        share, _, symbol = line.strip().partition("%")
+        if not line.startswith("#") and symbol:
+            name = next((p for mark, p in PASSES.items() if mark in symbol), "the rest")
+            shares[name] += float(share)
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each size")
+    seconds = parser.parse_args().seconds
+    perf = shutil.which("perf")
+    if perf is None:
+        sys.exit("native_profile.py needs perf, which is not here: apt install linux-perf")
+    names = ["sums", "gradients", "maxima", "scalars", "the rest"]
+    print(f"{'':26}" + "".join(f"{name:>11}" for name in names))
+    for rows, classes, dtype in SIZES:
+        shares = profile(perf, rows, classes, dtype, seconds)
+        print(f"{f'{rows} x {classes} {dtype}':26}" + "".join(f"{shares[n]:10.0f}%" for n in names))
+
+
+if __name__ == "__main__":
+    main()
