@@ -1,0 +1,37 @@
+"""The profile of the native kernel: its table where perf is, one line where it is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "native_profile.py"
+
+
+def test_without_perf_it_says_what_to_install():
+    done = subprocess.run(
+        [sys.executable, PROGRAM], env={"PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "native_profile.py needs perf, which is not here: apt install linux-perf"
+    )
+
+
+def test_a_report_is_summed_by_pass(tmp_path):
+    """With a stand-in for perf, which machines of CI may lack."""
+    perf = tmp_path / "perf"
+    perf.write_text(
+        "#!/bin/sh\n[ $1 = record ] && exit\n"
+        "echo '# a head'\n"
+        "echo '    60.00%  [.] portable::Rows<float>::sums<4, true>'\n"
+        "echo '    30.00%  [.] portable::Rows<float>::gradients<4, true>'\n"
+        "echo '     9.00%  [.] portable::Rows<float>::operator()'\n"
+    )
+    perf.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, PROGRAM], env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("1024 x 1000"))
+    assert row.split()[-5:] == ["60%", "30%", "9%", "0%", "0%"]
