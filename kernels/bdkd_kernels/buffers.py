@@ -43,18 +43,23 @@ def empty_like(logits: Tensor) -> Tensor:
     if size < SMALLEST or size > LIMIT or _owners is None:
         # Dense, whatever the strides of the logits.
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for _ in range(len(_kept)):
+    # The latest first: it may still be in the caches.
+    others, again = [], None
+    while _kept and again is None:
         try:
-            storage = _kept.popleft()  # out of every other thread's reach while it is looked at
+            storage = _kept.pop()  # out of every other thread's reach while it is looked at
         except IndexError:  # they have taken the rest
             break
         # Tensors count as owners, and whoever took the storage itself shares this very object.
         unowned = _owners(storage._cdata) == 1 and sys.getrefcount(storage) == 2
         if unowned and storage.nbytes() == size:
             again = logits.new_empty(0).set_(storage).resize_(logits.shape)
-            _kept.append(storage)
-            return again
-        _kept.append(storage)
+        else:
+            others.append(storage)
+    _kept.extend(reversed(others))
+    if again is not None:
+        _kept.append(again.untyped_storage())
+        return again
     fresh = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _kept.append(fresh.untyped_storage())
     _trim()

@@ -1,5 +1,5 @@
-// The loss of one row: a pass for the maxima, one for the sums at both temperatures, one for the
-// gradients and the divergences. Compiled once per instruction set.
+// The loss of one row: a pass for the maxima, one for the sums at both temperatures and of the
+// divergences, one for the gradients. Compiled once per instruction set.
 //
 // Notation: x = logit - max, e = exp(x / tau), e1 = exp(x); Z = sum e; p = e / Z; g = x_t - x_s.
 // KL(p_t || p_s) = sum p_t g / tau - ln(Z_t / Z_s): of differences class by class, which are small
@@ -246,7 +246,8 @@ struct Rows {
     }
   };
 
-  // Adds those of classes [begin, end).
+  // Adds those of classes [begin, end). Meanwhile the logits at `next_s` and `next_t` are fetched, and
+  // the gradients' lines, where `ds` and `dt` are not null.
   template <int power, bool kept>
   NOINLINE void sums(const S* s, const S* t, int64_t begin, int64_t end, const S* next_s, const S* next_t,
                      const S* ds, const S* dt, bool careful, int k, NetworkSums& student,
@@ -367,8 +368,10 @@ struct Rows {
     return e * of_e - e_partner * k.partner + e1 * k.softmax;
   }
 
+  // Of one row. `next_s`, `next_t`: a row to be fetched meanwhile, or null.
   template <int power, bool kept>
-  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, const S* next_s, const S* next_t, int64_t label, int row, R max_s, R max_t, const Coefficients& student,
+  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, const S* next_s, const S* next_t, int64_t label,
+                          int row, R max_s, R max_t, const Coefficients& student,
                           const Coefficients& teacher) const {
     constexpr bool rare = power == kRare;
     const Spread ks(student, row), kt(teacher, row);
@@ -411,7 +414,7 @@ struct Rows {
       if constexpr (whole && !kept) {
         if (next_s) __builtin_prefetch(next_s + i, 0, 2), __builtin_prefetch(next_t + i, 0, 2);
       }
-      const bool has_label = (uint64_t)(own_label - i) < (uint64_t)(end - i) && own_label - i < W;
+      const bool has_label = (uint64_t)(own_label - i) < (uint64_t)(end - i);
       if (ds) {
         V gradient{};
         if constexpr (rare) {
@@ -442,30 +445,27 @@ struct Rows {
     if (i < C) at(i, C, std::false_type{});
   }
 
-  using Sums = void (Rows::*)(const S*, const S*, int64_t, int64_t, const S*, const S*, const S*, const S*, bool, int,
-                              NetworkSums&, NetworkSums&) const;
-  using Gradients = void (Rows::*)(const S*, const S*, S*, S*, const S*, const S*, int64_t, int, R, R, const Coefficients&,
-                                   const Coefficients&) const;
-  template <int power>
-  INLINE void choose(Sums& sums, Gradients& gradients) const {
-    sums = kept ? &Rows::sums<power, true> : &Rows::sums<power, false>;
-    gradients = kept ? &Rows::gradients<power, true> : &Rows::gradients<power, false>;
-  }
+  using Sums = void (Rows::*)(const S*, const S*, int64_t, int64_t, const S*, const S*, const S*, const S*, bool,
+                              int, NetworkSums&, NetworkSums&) const;
+  using Gradients = void (Rows::*)(const S*, const S*, S*, S*, const S*, const S*, int64_t, int, R, R,
+                                   const Coefficients&, const Coefficients&) const;
   struct Loops {
     Sums sums;
     Gradients gradients;
   };
+  template <int power>
+  Loops loops_of() const {
+    return kept ? Loops{&Rows::sums<power, true>, &Rows::gradients<power, true>}
+                : Loops{&Rows::sums<power, false>, &Rows::gradients<power, false>};
+  }
   Loops loops() const {
-    Loops l;
-    switch (power) {
-      case 1: choose<1>(l.sums, l.gradients); break;
-      case 2: choose<2>(l.sums, l.gradients); break;
-      case 4: choose<4>(l.sums, l.gradients); break;
-      case 8: choose<8>(l.sums, l.gradients); break;
-      default: choose<0>(l.sums, l.gradients);
-    }
-    if (plain_entropy) l.sums = &Rows::sums<kRare, false>;
-    return l;
+    Loops common = power == 1   ? loops_of<1>()
+                   : power == 2 ? loops_of<2>()
+                   : power == 4 ? loops_of<4>()
+                   : power == 8 ? loops_of<8>()
+                                : loops_of<0>();
+    if (plain_entropy) common.sums = &Rows::sums<kRare, false>;
+    return common;
   }
   const Loops common = loops();
 
