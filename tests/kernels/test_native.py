@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, native
+from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, buffers, native
 from cases import BF16, CASES, FP16, FP32, FP64, SHORT, judge
 from edges import EDGES
 
@@ -273,6 +273,21 @@ def test_no_gradient_buffers_without_gradients(monkeypatch):
     made.clear()
     bdkd_loss(s, t, y, backend="native")
     assert sum(x.shape == s.shape for x in made) == 1
+
+
+def test_a_step_takes_the_last_one_s_memory():
+    """Autograd hands the gradients over as they are, and their memory comes back (buffers.py)."""
+    s, t = (x.requires_grad_() for x in torch.randn(2, 300, 1000))
+    y = torch.zeros(300, dtype=torch.int64)
+    buffers.release()
+    addresses = set()
+    for _ in range(3):
+        s.grad = t.grad = None
+        out = bdkd_loss(s, t, y, backend="native")
+        (out.student + out.teacher).backward()
+        addresses |= {s.grad.data_ptr(), t.grad.data_ptr()}
+    assert len(addresses) == 2
+    assert torch.equal(s.grad, bdkd_loss_and_grad(s, t, y, backend="native")[1][0])
 
 
 def test_outputs_follow_the_logits_not_the_default_device():
