@@ -15,6 +15,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import machine
+import results
+
 SIZES = [(128, 100, "float32"), (1024, 1000, "float32"), (256, 21841, "float32"),
          (64, 128256, "float32"), (64, 128256, "bfloat16")]  # fmt: skip
 # Where maxima are taken depends on the compiler, which may put them in their caller.
@@ -67,11 +70,17 @@ def main() -> None:
     perf = shutil.which("perf")
     if perf is None:
         sys.exit("native_profile.py needs perf, which is not here: apt install linux-perf")
+    command = f"python bench/native_profile.py --seconds {seconds:g}"
+    print(results.head({"machine": machine.describe(1, "cpu"), "commit": machine.commit(),
+                        "date": machine.now(), "command": command}), end="\n\n")  # fmt: skip
     names = ["sums", "gradients", "maxima", "scalars", "the rest"]
-    print(f"{'':26}" + "".join(f"{name:>11}" for name in names))
-    for rows, classes, dtype in SIZES:
-        shares = profile(perf, rows, classes, dtype, seconds)
-        print(f"{f'{rows} x {classes} {dtype}':26}" + "".join(f"{shares[n]:10.0f}%" for n in names))
+    rows = []
+    for size in SIZES:
+        shares = profile(perf, *size, seconds)
+        rows.append(
+            [f"{size[0]} x {size[1]} {size[2]}", *(f"{shares[name]:.0f}%" for name in names)]
+        )
+    print(results.aligned(["", *names], rows))
 
 
 if __name__ == "__main__":

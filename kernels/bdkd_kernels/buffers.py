@@ -1,10 +1,10 @@
 """Memory of gradients on the CPU that is used again once nobody holds it.
 
 The C library gives large blocks back to the system as soon as they are freed: a step whose fresh
-gradients fault their pages in anew, 4 KiB at a time, can take three times as long for it.
-So the storages of the latest large gradients are kept, and one that has no owner left is handed out
-again. At most ``LIMIT`` bytes are kept, and ``COUNT`` storages; ``BDKD_BUFFER_MB`` in the
-environment sets the limit, 0 keeps none.
+gradients fault their pages in anew can take longer for that than for the loss. So the storages of
+the latest large gradients are kept, and one that has no owner left is handed out again. At most
+``LIMIT`` bytes are kept, and ``COUNT`` storages; ``BDKD_BUFFER_MB`` in the environment sets the
+limit, 0 keeps none.
 """
 
 import os

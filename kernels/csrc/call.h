@@ -33,7 +33,6 @@ struct Call {
   void* stats;         // (12, N) of the compute type, or null
   double *student_loss, *teacher_loss;  // (N,), weighted, not yet divided
   bool streaming;      // gradients leave the cache: store past it, both networks alike
-  bool aligned;        // and every row of them begins a cache line
 };
 
 using RunRows = void (*)(const Call&, int64_t begin, int64_t end);

@@ -16,6 +16,9 @@
 #include <pthread.h>
 #endif
 
+#ifndef BDKD_SOURCES
+#define BDKD_SOURCES "unknown"
+#endif
 
 namespace portable { extern const RowKernels kernels; }
 #if defined(BDKD_X86)
@@ -92,8 +95,7 @@ struct Shared {
 };
 
 void run_all(const Call& call, RunRows run, int threads) {
-  
-  constexpr int64_t kAlone = 8192;  // class pairs: waking a thread, 5 us or more, is a third of it
+  constexpr int64_t kAlone = 8192;  // class pairs: what a thread that is awake gains below it, its waking costs
   const int64_t pairs = call.rows * call.classes;
   // Eight shares a thread, so that one that was interrupted is not waited for; of whole lines of
   // the statistics, 16 rows, or the threads would take them from each other row by row.
@@ -181,23 +183,20 @@ EXPORT int64_t bdkd_run(const void* packed) {
   call.stats = a.stats;
   // Gradients too large for the caches that their reader could find them in go past them. That
   // takes whole vectors, of both networks alike.
-  
   constexpr int64_t kStreamed = 4 << 20;
   int64_t bytes = 0;
-  uint64_t misaligned = 0, apart = 0;
+  uint64_t apart = 0;
   const Logits* before = nullptr;
   for (const Logits* network : {&call.student, &call.teacher}) {
     if (!network->gradient) continue;
     const int64_t size = kStorageSize[network->storage];
     bytes += rows * classes * size;
-    misaligned |= ((uintptr_t)network->gradient | network->gradient_stride * size) % 64;
     if (before)
       apart = ((uintptr_t)network->gradient - (uintptr_t)before->gradient |
                (network->gradient_stride - before->gradient_stride) * size) % 64;
     before = network;
   }
   call.streaming = bytes >= kStreamed && !apart;
-  call.aligned = !misaligned;
 
   std::unique_ptr<double[]> losses;
   if (a.loss_s) {
