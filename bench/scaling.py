@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -166,6 +165,8 @@ def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
+    from bdkd.training.distributed import end_process
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world)  # fmt: skip
@@ -211,10 +212,7 @@ def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
         )
     dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
-    # Not through the interpreter's end: there gloo now and then destroys a thread that still runs,
-    # and a rank whose work is done dies of it ("terminate called without an active exception").
-    sys.stdout.flush()
-    os._exit(0)
+    end_process(0)
 
 
 def measure(ranks: int, steps: int, width: int) -> None:

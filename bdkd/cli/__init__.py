@@ -29,20 +29,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     try:
         run(given)
+        code = 0
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, BrokenPipeError):
-            # The reader of our output has left: nothing more can be said to it. 128 + SIGPIPE
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        code, message = outcome(error)
-        if _this_rank_speaks(error):
-            print(f"bdkd: {message}", file=sys.stderr)
-        sys.exit(code)
+        code = _report(error, debug)
     except KeyboardInterrupt:
         print("bdkd: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    _exit(code)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Say what failed; the exit code."""
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output has left: nothing more can be said to it. 128 + SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    code, message = outcome(error)
+    if _this_rank_speaks(error):
+        print(f"bdkd: {message}", file=sys.stderr)
+    return code
+
+
+def _exit(code: int) -> None:
+    """Leave with a code; success by returning, for a caller in Python."""
+    if "RANK" in os.environ:
+        from bdkd.training.distributed import end_process, joined
+
+        if joined():
+            end_process(code)
+    if code:
+        sys.exit(code)
 
 
 def _this_rank_speaks(error: Exception) -> bool:

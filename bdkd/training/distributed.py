@@ -7,6 +7,7 @@ Two process groups: ``group`` carries tensors (NCCL for those on a GPU, gloo for
 ``control`` carries what the hosts agree on (gloo), beside the training.
 """
 
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -19,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -237,6 +238,25 @@ def join_ranks(timeout: float, device: str) -> Iterator[Ranks]:
     else:
         ranks.close()
         dist.destroy_process_group()  # after a failure the process ends with it
+
+
+def joined() -> bool:
+    """Whether this process has been a rank among others: then it ends by :func:`end_process`."""
+    return bool(_stores)
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank, its ``atexit`` functions run and what it printed written.
+
+    Not by the interpreter's own end: a thread of gloo that lets go of the last hold on a tensor
+    waits for the interpreter, and if that ends meanwhile the process dies of it (``terminate called
+    without an active exception``, SIGABRT) although its work is done. Those threads live as long
+    as anything refers to their group, so ``destroy_process_group`` need not end them."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def launched() -> bool:

@@ -16,7 +16,7 @@ from bdkd.data import Batch, DataInfo, Shard, Split
 from bdkd.errors import RunError
 from bdkd.objectives import create_objective
 from bdkd.training.checkpoint import snapshot
-from bdkd.training.distributed import ALONE, Ranks
+from bdkd.training.distributed import ALONE, Ranks, end_process
 from bdkd.training.evaluate import evaluate
 from bdkd.training.step import train_step, warm_up
 
@@ -255,3 +255,4 @@ def main(rank: int, folder: str) -> None:
         torch.save(vars(found), Path(folder) / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
+    end_process(0)

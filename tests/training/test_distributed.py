@@ -1,6 +1,8 @@
 """Several ranks do what one does: the same training, the same figures, the same decisions."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -140,3 +142,59 @@ def test_batch_norm_over_all_ranks_is_torchs_on_gpus(monkeypatch):
     kinds = {type(module) for module in setup.networks.modules()}
     assert torch.nn.SyncBatchNorm in kinds
     assert torch.nn.BatchNorm2d not in kinds
+
+
+ENDING = """
+import atexit, sys, time
+import torch
+import torch.distributed as dist
+from bdkd import cli
+from bdkd.errors import RunError
+from bdkd.training.distributed import join_ranks
+
+class Slow:
+    def __del__(self):  # in the interpreter's own end, which lets other threads run meanwhile
+        time.sleep(1)
+
+def busy():  # the thread of gloo comes back, and waits for the interpreter until that has begun
+    print("atexit", flush=False)
+    sys.setswitchinterval(60)
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        pass
+
+slow = Slow()
+atexit.register(busy)
+
+def command(given):
+    global held  # as the trainer's objects hold them
+    with join_ranks(60, "cpu") as ranks:
+        held = ranks
+        if not ranks.first:
+            time.sleep(1)  # the first rank is ending when its exchange comes about
+        work = dist.all_reduce(torch.ones(3), group=ranks.control, async_op=True)
+        if not ranks.first:
+            work.wait()
+        if given == ["fails"]:
+            raise RunError("no space left")
+    print("done", flush=False)
+
+cli.run = command
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "last"), [("ends", 0, "done"), ("fails", 1, "")])
+def test_a_rank_ends_as_it_should_while_gloo_still_holds_a_tensor(how, code, last, tmp_path):
+    """Its thread lets go of it when the interpreter is ending, and would take the process down."""
+    script = tmp_path / "rank.py"
+    script.write_text(ENDING)
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--log-dir", str(tmp_path), "--redirects", "3", str(script), how,
+    ]  # fmt: skip
+    ended = subprocess.run(launch, capture_output=True, text=True, timeout=120)
+    assert "SIGABRT" not in ended.stderr
+    assert ended.returncode == code, ended.stderr
+    (output,) = tmp_path.glob("*/attempt_0/0/stdout.log")
+    assert output.read_text().split() == [*last.split(), "atexit"]
