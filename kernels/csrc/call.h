@@ -35,7 +35,11 @@ struct Call {
   bool streaming;      // gradients leave the cache: store past it, both networks alike
 };
 
-using RunRows = void (*)(const Call&, int64_t begin, int64_t end);
+struct Shares {  // of the rows, which threads take until there are none left
+  int64_t rows, size, next;
+};
+
+using RunRows = void (*)(const Call&, Shares&);
 struct RowKernels {
   RunRows of[4];               // by the Storage of both
   RunRows mixed, mixed_wide;   // two storage types; where one is float64

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <system_error>
 #include <thread>
@@ -82,40 +83,32 @@ GompParallel team() {
 }
 #endif
 
-struct Shared {
+struct Work {
   const Call& call;
   RunRows run;
-  int64_t chunk;
-  std::atomic<int64_t> next{0};
+  Shares shares;
 
-  void work() {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < call.rows;)
-      run(call, begin, begin + chunk < call.rows ? begin + chunk : call.rows);
-  }
+  void operator()() { run(call, shares); }
 };
 
 void run_all(const Call& call, RunRows run, int threads) {
   constexpr int64_t kAlone = 8192;  // class pairs: what a thread that is awake gains below it, its waking costs
-  const int64_t pairs = call.rows * call.classes;
+  if (threads < 1 || call.rows * call.classes < kAlone || call.rows < 2) threads = 1;
   // Eight shares a thread, so that one that was interrupted is not waited for; of whole lines of
   // the statistics, 16 rows, or the threads would take them from each other row by row.
-  int64_t chunk = call.rows / (8 * (threads > 1 ? threads : 1));
-  chunk = chunk >= 16 ? chunk / 16 * 16 : call.classes < 4096 ? 16 : chunk > 1 ? chunk : 1;
-  if (threads <= 1 || pairs < kAlone || call.rows < 2) return run(call, 0, call.rows);
-
-  Shared shared{call, run, chunk};
+  int64_t size = call.rows / (8 * threads);
+  size = size >= 16 ? size / 16 * 16 : call.classes < 4096 ? 16 : size > 1 ? size : 1;
+  Work work{call, run, {call.rows, threads == 1 ? call.rows : size, 0}};
+  if (threads == 1) return work();
 #if !defined(_WIN32)
-  if (auto parallel = team()) {
-    parallel([](void* data) { static_cast<Shared*>(data)->work(); }, &shared, threads, 0);
-    return;
-  }
+  if (auto parallel = team()) return parallel([](void* work) { (*static_cast<Work*>(work))(); }, &work, threads, 0);
 #endif
   std::vector<std::thread> others;
   try {
-    for (int i = 1; i < threads; ++i) others.emplace_back(&Shared::work, &shared);
+    for (int i = 1; i < threads; ++i) others.emplace_back(std::ref(work));
   } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
   }
-  shared.work();
+  work();
   for (auto& thread : others) thread.join();
 }
 

@@ -1,5 +1,6 @@
 // The loss of one row: a pass for the maxima, one for the sums at both temperatures and of the
-// divergences, one for the gradients. Compiled once per instruction set.
+// divergences, one for the gradients. With 32 registers, the passes of three rows go through one loop:
+// the maxima of the next, the sums of this, the gradients of an earlier one. Compiled once per instruction set.
 //
 // Notation: x = logit - max, e = exp(x / tau), e1 = exp(x); Z = sum e; p = e / Z; g = x_t - x_s.
 // KL(p_t || p_s) = sum p_t g / tau - ln(Z_t / Z_s): of differences class by class, which are small
@@ -16,8 +17,9 @@ namespace {
 
 constexpr double kLog2E = 1.44269504088896341;
 constexpr int64_t kKeptBytes = 48 << 10;  // of one row pair that are kept, not redone: they stay near
-constexpr int64_t kNearBytes = 512 << 10;  // of logits that the second cache holds beside others
-constexpr int64_t kChunk = 2048;  // classes of a longer row that go through both passes while they are near
+constexpr int64_t kChunk = 1024;  // classes of a longer row that go through both passes while they are near
+constexpr int64_t kAheadBytes = 16 << 10;  // of logits from those in work to those that are fetched
+constexpr bool kWide = BDKD_BYTES == 64;  // 32 registers, which two loops in one take
 constexpr int kBlock = 64;  // vectors summed in the compute type before float64 takes them over
 
 enum Stat { kForwardKL, kReverseKL, kStudentEntropy, kTeacherEntropy, kStudentCE, kTeacherCE,
@@ -215,6 +217,9 @@ struct Rows {
   // Where they are kept: e_s, e_t, g, and where `power` is 0 both e1, of (C,) each.
   INLINE R* kept_of(int k) const { return q_of(k) + per_vector * soft; }
 
+  const int64_t far = kAheadBytes / (2 * C * (int64_t)sizeof(S));
+  const int64_t rows_ahead = far > 2 ? far : 2;  // so far down from a kept row are the logits that are fetched
+
   const bool streaming = call.streaming && C >= 16 * W;  // past the cache; few classes fill no lines
 
   static constexpr int kFloor = -4096;  // of x to_log2, where a class may be masked: 2^ it is 0
@@ -222,14 +227,24 @@ struct Rows {
   // What rows rarely need has loops of its own, so that the common ones hold their sums in registers.
   static constexpr int kRare = -1;  // in the place of `power`
 
+  // e1 of e: the root of it, which is squared last; and where `power` is 1 or 0, e1 itself.
   template <int power>
-  static INLINE V at_one(V e, V x, int any_power) {
+  static INLINE V root_at_one(V e, V x, int any_power) {
     const int n = power == kRare ? any_power : power;
     if (n == 0) return exp2_of<R>(x, V{} + (R)kLog2E);
-    if (n > 1) e *= e;
     if (n > 2) e *= e;
     if (n > 4) e *= e;
     return e;
+  }
+  template <int power>
+  static INLINE V at_one(V e, V x, int any_power) {
+    const V root = root_at_one<power>(e, x, any_power);
+    return (power == kRare ? any_power : power) > 1 ? root * root : root;
+  }
+
+  template <int power>
+  static INLINE V plus_at_one(V sum, V root, int any_power) {
+    return (power == kRare ? any_power : power) > 1 ? multiply_add<V>(root, root, sum) : sum + root;
   }
 
   // `e x`; carefully, 0 where e is, as of a masked class, whose x is not finite.
@@ -246,21 +261,47 @@ struct Rows {
     }
   };
 
-  // Adds those of classes [begin, end). Meanwhile the logits at `next_s` and `next_t` are fetched, and
-  // the gradients' lines, where `ds` and `dt` are not null.
-  template <int power, bool kept>
-  NOINLINE void sums(const S* s, const S* t, int64_t begin, int64_t end, const S* next_s, const S* next_t,
-                     const S* ds, const S* dt, bool careful, int k, NetworkSums& student,
-                     NetworkSums& teacher) const {
+  struct Pair {  // logits of both networks
+    const S *s, *t;
+    bool operator==(const Pair& other) const { return s == other.s && t == other.t; }
+    Pair operator+(int64_t classes) const { return {s + classes, t + classes}; }
+  };
+  Pair down(Pair row, int64_t n) const { return {row.s + n * call.student.stride, row.t + n * call.teacher.stride}; }
+
+  // Classes begin .. end of row k of the group, and what is done beside their sums.
+  struct Piece {
+    int k;
+    Pair row;
+    int64_t begin, end;
+    Pair next{};  // of as many classes, whose maxima are taken; or null
+    Pair fetched;  // of as many
+    const S *ds{}, *dt{};  // the row's gradients, to be fetched; or null
+    bool careful = false;
+  };
+
+  struct Maxima {
+    Pair of{};
+    R s{}, t{};
+  };
+
+  // Adds a piece's; `before_each` runs before each vector. Of all loops this one has the most arithmetic, under
+  // which memory's work hides: logits are fetched here, and those of the piece after it looked through.
+  template <int power, bool kept, bool fetch_gradients, class BeforeEach>
+  INLINE void add_up(const Piece& piece, NetworkSums& student, NetworkSums& teacher, BeforeEach before_each) {
     constexpr bool rare = power == kRare;
+    const int k = piece.k;
+    const bool careful = piece.careful;
+    const S *const s = piece.row.s, *const t = piece.row.t, *const ds = piece.ds, *const dt = piece.dt;
+    const Pair fetched = piece.fetched + -piece.begin, next = (piece.next.s ? piece.next : piece.row) + -piece.begin;
     const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2;
     const R max_s = student.max[k], max_t = teacher.max[k];
     const int64_t C = this->C;
     const int any_power = this->power;
     const bool kd = !rare || this->kd, keep = rare ? this->kept : kept, plain_entropy = rare && this->plain_entropy;
     R* const keeps = kept_of(k);
-    const int64_t per_vector = this->per_vector;
-    for (int64_t block = begin; block < end; block += kBlock * W) {
+    const int64_t per_vector = this->per_vector, end = piece.end;
+    V next_s = V{} - (R)INFINITY, next_t = next_s;
+    for (int64_t block = piece.begin; block < end; block += kBlock * W) {
       LaneSums of_s, of_t;
       V z_gap{};
       const auto add = [&](int64_t i, auto whole) INLINE_LAMBDA {
@@ -269,40 +310,63 @@ struct Rows {
         else xs = load_some<R>(s + i, C - i) - max_s, xt = load_some<R>(t + i, C - i) - max_t;
         const V ls = rare && careful ? larger<V>(floor, xs) : xs, lt = rare && careful ? larger<V>(floor, xt) : xt;
         V e_s = exp2_of<R>(ls, to_log2), e_t = exp2_of<R>(lt, to_log2);
-        V e1_s = at_one<power>(e_s, ls, any_power), e1_t = at_one<power>(e_t, lt, any_power);
-        __builtin_prefetch(next_s + i);  // this loop waits for arithmetic, its neighbours for memory
-        __builtin_prefetch(next_t + i);
-        if (ds) __builtin_prefetch(ds + i, 1);
-        if (dt) __builtin_prefetch(dt + i, 1);
+        V r1_s = root_at_one<power>(e_s, ls, any_power), r1_t = root_at_one<power>(e_t, lt, any_power);
+        __builtin_prefetch(fetched.s + i);
+        __builtin_prefetch(fetched.t + i);
+        if (fetch_gradients && ds) __builtin_prefetch(ds + i, 1);
+        if (fetch_gradients && dt) __builtin_prefetch(dt + i, 1);
+        if constexpr (kWide && whole)
+          next_s = larger<V>(next_s, load<R>(next.s + i)), next_t = larger<V>(next_t, load<R>(next.t + i));
         if constexpr (!whole) {
           const Mask<R> real = first_lanes<R>(C - i);
-          e_s = real ? e_s : V{}, e_t = real ? e_t : V{}, e1_s = real ? e1_s : V{}, e1_t = real ? e1_t : V{};
+          if constexpr (kWide) {
+            const V last_s = load_some<R>(next.s + i, C - i), last_t = load_some<R>(next.t + i, C - i);
+            next_s = real ? larger<V>(next_s, last_s) : next_s, next_t = real ? larger<V>(next_t, last_t) : next_t;
+          }
+          e_s = real ? e_s : V{}, e_t = real ? e_t : V{}, r1_s = real ? r1_s : V{}, r1_t = real ? r1_t : V{};
           xs = real ? xs : V{}, xt = real ? xt : V{};
         }
         const V g = xt - xs;
         if (keep) {
           R* to = keeps + i;
           store<R>(to, e_s), store<R>(to += per_vector, e_t), store<R>(to += per_vector, g);
-          if (any_power == 0) store<R>(to += per_vector, e1_s), store<R>(to += per_vector, e1_t);
+          if (power == 0 || (rare && any_power == 0))
+            store<R>(to += per_vector, r1_s), store<R>(to += per_vector, r1_t);
         }
         of_s.z += e_s, of_t.z += e_t;
-        if constexpr (power != 1) of_s.z1 += e1_s, of_t.z1 += e1_t;
+        if constexpr (power != 1) {
+          of_s.z1 = plus_at_one<power>(of_s.z1, r1_s, any_power);
+          of_t.z1 = plus_at_one<power>(of_t.z1, r1_t, any_power);
+        }
         if (kd) {
           z_gap += e_t - e_s;
           of_s.xz += product<power>(e_s, xs, careful), of_t.xz += product<power>(e_t, xt, careful);
           of_s.gap += product<power>(e_s, g, careful), of_t.gap += product<power>(e_t, g, careful);
         }
-        if (plain_entropy)
+        if (plain_entropy) {
+          const V e1_s = any_power > 1 ? r1_s * r1_s : r1_s, e1_t = any_power > 1 ? r1_t * r1_t : r1_t;
           of_s.xz1 += product<power>(e1_s, xs, careful), of_t.xz1 += product<power>(e1_t, xt, careful);
+        }
       };
       const int64_t stop = block + kBlock * W < end ? block + kBlock * W : end;
       int64_t i = block;
-      for (; i + W <= stop; i += W) add(i, std::true_type{});
-      if (i < stop) add(i, std::false_type{});
+      for (; i + W <= stop; i += W) before_each(), add(i, std::true_type{});
+      if (i < stop) before_each(), add(i, std::false_type{});
       of_s.reduce(k, student), of_t.reduce(k, teacher);
       teacher.z_gap[k] += lane_sum<R>(z_gap);
       if (plain_entropy) student.xz1[k] += lane_sum<R>(of_s.xz1), teacher.xz1[k] += lane_sum<R>(of_t.xz1);
     }
+    if constexpr (kWide) ahead = {piece.next, lane_max(next_s), lane_max(next_t)};
+  }
+
+  template <int power, bool kept>
+  NOINLINE void sums(const Piece& piece, NetworkSums& student, NetworkSums& teacher) {
+    add_up<power, kept, true>(piece, student, teacher, []() INLINE_LAMBDA {});
+  }
+
+  // Of `count` classes; taken already, as a rule.
+  INLINE Maxima maxima(Pair logits, int64_t count) const {
+    return ahead.of == logits ? ahead : Maxima{logits, (R)row_max<R>(logits.s, count), (R)row_max<R>(logits.t, count)};
   }
 
   // Row k's sums so far, and its maxima, for maxima of more of its classes.
@@ -362,40 +426,59 @@ struct Rows {
           softmax(V{} + k.softmax[row]), target(V{} + k.target[row]), uniform(V{} + k.uniform[row]) {}
   };
 
-  // What is absent has coefficients of 0. Each term's parts stand together: of one class they are 0.
-  static INLINE V gradient_of(V e, V e_partner, V g, V e1, const Spread& k, bool with_gap) {
-    const V of_e = with_gap ? g * k.gap + k.offset : k.offset;
-    return e * of_e - e_partner * k.partner + e1 * k.softmax;
-  }
+  struct Due {  // a row whose gradients are still to be made
+    bool waits = false, careful = false;
+    Pair row{};
+    S *ds{}, *dt{};
+    int64_t label = 0;
+    R max_s{}, max_t{};
+    int64_t made = 0;  // of its classes
+  };
 
-  // Of one row. `next_s`, `next_t`: a row to be fetched meanwhile, or null.
-  template <int power, bool kept>
-  NOINLINE void gradients(const S* s, const S* t, S* ds, S* dt, const S* next_s, const S* next_t, int64_t label,
-                          int row, R max_s, R max_t, const Coefficients& student,
-                          const Coefficients& teacher) const {
-    constexpr bool rare = power == kRare;
-    const Spread ks(student, row), kt(teacher, row);
-    const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2;
-    const int64_t C = this->C, own_label = labels ? label : -1, per_vector = this->per_vector;
-    const int any_power = this->power;
-    const R *const q = q_of(row), *const keeps = kept_of(row);
-    const bool soft = this->soft, smooth = this->smooth, forward = o.teacher_forward;
-    const bool student_kd = o.student_kd != 0, teacher_kd = o.teacher_kd != 0;
-    const bool student_ce = this->student_ce, teacher_ce = this->teacher_ce;
-    const bool streaming = this->streaming;
+  // Makes a row's gradients, vector by vector. What is absent has coefficients of 0; each term's parts stand
+  // together, so that of one class they are 0. `plain`: of both networks, stored past the cache, no target but
+  // a label.
+  template <int power, bool kept, bool plain>
+  struct Gradients {
+    static constexpr bool rare = power == kRare;
+    const Spread ks, kt;
+    const V to_log2, floor = (R)kFloor / to_log2;
+    const int64_t C, own_label, per_vector;
+    const int any_power;
+    const R *const q, *const keeps;
+    const bool soft, smooth, streaming, forward, student_kd, teacher_kd, student_ce, teacher_ce;
+    const S *const s, *const t;
+    S *const ds, *const dt;
+    const R max_s, max_t;
+    int64_t i;
 
-    const auto minus_target = [&](V gradient, int64_t i, bool has_label, const Spread& k) INLINE_LAMBDA {
-      if (soft) gradient -= loaded<V>(q + i) * k.target;
-      if (smooth) gradient -= k.uniform;
-      if (has_label) gradient -= first_lanes<R>(label - i + 1) & ~first_lanes<R>(label - i) ? k.target : V{};
-      return gradient;
-    };
-    const auto at = [&](int64_t i, int64_t end, auto whole) INLINE_LAMBDA {
-      const auto put = [&](S* row, V gradient) INLINE_LAMBDA {
-        if constexpr (!whole) store_some<R>(row + i, gradient, end - i);
-        else if (streaming) store_past_the_cache<R>(row + i, gradient);
-        else store<R>(row + i, gradient);
-      };
+    INLINE Gradients(const Rows& rows, const Due& due, int k)
+        : ks(rows.to_s, k), kt(rows.to_t, k), to_log2(V{} + rows.to_log2), C(rows.C),
+          own_label(rows.labels ? due.label : -1), per_vector(rows.per_vector), any_power(rows.power),
+          q(rows.q_of(k)), keeps(rows.kept_of(k)), soft(rows.soft), smooth(rows.smooth), streaming(rows.streaming),
+          forward(rows.o.teacher_forward), student_kd(rows.o.student_kd != 0), teacher_kd(rows.o.teacher_kd != 0),
+          student_ce(rows.student_ce), teacher_ce(rows.teacher_ce), s(due.row.s), t(due.row.t), ds(due.ds),
+          dt(due.dt), max_s(due.max_s), max_t(due.max_t), i(due.made) {
+      // Stores past the cache are of whole lines: what comes before the first is a head of its own.
+      int64_t head = (plain || streaming) && i == 0 ? -(uintptr_t)(ds ? ds : dt) % (W * sizeof(S)) / sizeof(S) : 0;
+      if (head > C) head = C;
+      if (head) make(head, std::false_type{});
+    }
+
+    static INLINE V gradient_of(V e, V e_partner, V g, V e1, const Spread& k) {
+      const V of_e = multiply_add<V>(g, k.gap, k.offset);
+      return multiply_add<V>(e1, k.softmax, multiply_add<V>(e, of_e, -(e_partner * k.partner)));
+    }
+
+    INLINE bool next() {  // vector; whether there was one left
+      if (i + W <= C) make(i + W, std::true_type{});
+      else if (i < C) make(C, std::false_type{});
+      else return false;
+      return true;
+    }
+
+    template <class Whole>
+    INLINE void make(int64_t end, Whole whole) {  // of classes i .. end
       V xs, xt, e_s, e_t, g, e1_s{}, e1_t{};
       if constexpr (kept) {
         const R* from = keeps + i;
@@ -411,139 +494,178 @@ struct Rows {
         if (power > 0 || (ds && student_ce)) e1_s = at_one<power>(e_s, xs, any_power);
         if (power > 0 || (dt && teacher_ce)) e1_t = at_one<power>(e_t, xt, any_power);
       }
-      if constexpr (whole && !kept) {
-        if (next_s) __builtin_prefetch(next_s + i, 0, 2), __builtin_prefetch(next_t + i, 0, 2);
+      V of_s{}, of_t{};
+      if constexpr (rare) {
+        const V of_e_t = forward ? g * kt.gap + kt.offset : kt.offset;
+        if (student_kd) of_s = product<power>(e_s, g * ks.gap + ks.offset, true) - e_t * ks.partner;
+        if (teacher_kd) of_t = product<power>(e_t, of_e_t, true) - e_s * kt.partner;
+        if (student_ce) of_s += e1_s * ks.softmax;
+        if (teacher_ce) of_t += e1_t * kt.softmax;
+      } else {
+        of_s = gradient_of(e_s, e_t, g, e1_s, ks), of_t = gradient_of(e_t, e_s, g, e1_t, kt);
       }
-      const bool has_label = (uint64_t)(own_label - i) < (uint64_t)(end - i);
-      if (ds) {
-        V gradient{};
-        if constexpr (rare) {
-          if (student_kd) gradient = product<power>(e_s, g * ks.gap + ks.offset, true) - e_t * ks.partner;
-          if (student_ce) gradient += e1_s * ks.softmax;
-        } else {
-          gradient = gradient_of(e_s, e_t, g, e1_s, ks, true);
-        }
-        put(ds, student_ce ? minus_target(gradient, i, has_label, ks) : gradient);
+      if (!plain && soft) {
+        const V q_i = loaded<V>(q + i);
+        if (student_ce) of_s -= q_i * ks.target;
+        if (teacher_ce) of_t -= q_i * kt.target;
       }
-      if (dt) {
-        V gradient{};
-        if constexpr (rare) {
-          const V of_e = forward ? g * kt.gap + kt.offset : kt.offset;
-          if (teacher_kd) gradient = product<power>(e_t, of_e, true) - e_s * kt.partner;
-          if (teacher_ce) gradient += e1_t * kt.softmax;
-        } else {
-          gradient = gradient_of(e_t, e_s, g, e1_t, kt, forward);
-        }
-        put(dt, teacher_ce ? minus_target(gradient, i, has_label, kt) : gradient);
+      if (!plain && smooth) of_s -= ks.uniform, of_t -= kt.uniform;
+      if ((uint64_t)(own_label - i) < (uint64_t)(end - i)) {
+        const Mask<R> at_label = first_lanes<R>(own_label - i + 1) & ~first_lanes<R>(own_label - i);
+        of_s -= at_label ? ks.target : V{}, of_t -= at_label ? kt.target : V{};
       }
-    };
-    // Stores past the cache are of whole lines: what comes before the first is a head of its own.
-    int64_t i = streaming ? -(uintptr_t)(ds ? ds : dt) % (W * sizeof(S)) / sizeof(S) : 0;
-    if (i > C) i = C;
-    if (i) at(0, i, std::false_type{});
-    for (; i + W <= C; i += W) at(i, i + W, std::true_type{});
-    if (i < C) at(i, C, std::false_type{});
+      const auto put = [&](S* row, V gradient) INLINE_LAMBDA {
+        if (!plain && !row) return;
+        if constexpr (!whole) store_some<R>(row + i, gradient, end - i);
+        else if (plain || streaming) store_past_the_cache<R>(row + i, gradient);
+        else store<R>(row + i, gradient);
+      };
+      put(ds, of_s);
+      put(dt, of_t);
+      i = end;
+    }
+  };
+
+  // Of row k of the group, or what is left of them.
+  template <int power, bool kept>
+  NOINLINE void gradients(int k) {
+    Gradients<power, kept, false> gradients(*this, due[k], k);
+    while (gradients.i + W <= C) gradients.make(gradients.i + W, std::true_type{});
+    if (gradients.i < C) gradients.make(C, std::false_type{});
   }
 
-  using Sums = void (Rows::*)(const S*, const S*, int64_t, int64_t, const S*, const S*, const S*, const S*, bool,
-                              int, NetworkSums&, NetworkSums&) const;
-  using Gradients = void (Rows::*)(const S*, const S*, S*, S*, const S*, const S*, int64_t, int, R, R,
-                                   const Coefficients&, const Coefficients&) const;
+  // A piece's sums, and as many gradients of the row that had its place in the group before: the ones wait
+  // for arithmetic and loads, the others for stores. What is kept of that row gives way vector by vector.
+  template <int power, bool kept>
+  NOINLINE void sums_and_gradients(const Piece& piece, NetworkSums& student, NetworkSums& teacher) {
+    Gradients<power, kept, true> gradients(*this, due[piece.k], piece.k);
+    add_up<power, kept, false>(piece, student, teacher, [&]() INLINE_LAMBDA { gradients.next(); });
+    due[piece.k].made = gradients.i;
+  }
+
   struct Loops {
-    Sums sums;
-    Gradients gradients;
+    void (Rows::*sums)(const Piece&, NetworkSums&, NetworkSums&);
+    void (Rows::*sums_and_gradients)(const Piece&, NetworkSums&, NetworkSums&);  // or null
+    void (Rows::*gradients)(int);
   };
-  template <int power>
+  template <int power, bool kept>
+  static Loops loops_of() {
+    // Gradients of 2 bytes made anew wait for arithmetic too.
+    if constexpr (kWide && W == 16 && power > 0 && (kept || sizeof(S) == 4))
+      return {&Rows::sums<power, kept>, &Rows::sums_and_gradients<power, kept>, &Rows::gradients<power, kept>};
+    else
+      return {&Rows::sums<power, kept>, nullptr, &Rows::gradients<power, kept>};
+  }
+  template <bool kept>
   Loops loops_of() const {
-    return kept ? Loops{&Rows::sums<power, true>, &Rows::gradients<power, true>}
-                : Loops{&Rows::sums<power, false>, &Rows::gradients<power, false>};
+    return power == 1   ? loops_of<1, kept>()
+           : power == 2 ? loops_of<2, kept>()
+           : power == 4 ? loops_of<4, kept>()
+           : power == 8 ? loops_of<8, kept>()
+                        : loops_of<0, kept>();
   }
   Loops loops() const {
-    Loops common = power == 1   ? loops_of<1>()
-                   : power == 2 ? loops_of<2>()
-                   : power == 4 ? loops_of<4>()
-                   : power == 8 ? loops_of<8>()
-                                : loops_of<0>();
+    Loops common = kept ? loops_of<true>() : loops_of<false>();
     if (plain_entropy) common.sums = &Rows::sums<kRare, false>;
+    const bool plain = streaming && call.student.gradient && call.teacher.gradient && !soft && !smooth;
+    if (!plain || plain_entropy) common.sums_and_gradients = nullptr;
     return common;
   }
   const Loops common = loops();
+  Coefficients to_s, to_t;
+  Due due[kGroup];
+  Maxima ahead;
 
   static double upstream(const Logits& logits, int64_t row) {
     return logits.upstream ? (double)((const R*)logits.upstream)[row] : logits.scale;
   }
 
-  // Rows first .. first + n, n <= group; s, t, ds and dt point at the first of them.
-  void operator()(int64_t first, int n, int64_t last, const S* s, const S* t, S* ds, S* dt) const {
-    const auto at = [](auto* rows, int64_t stride, int k) { return rows ? rows + k * stride : nullptr; };
-    const auto &of_s = call.student, &of_t = call.teacher;
+  void make_gradients(int k) {  // those that are due
+    if (!due[k].waits) return;
+    (this->*(due[k].careful ? &Rows::gradients<kRare, false> : common.gradients))(k);
+    due[k].waits = false;
+  }
+  void finish() {
+    for (int k = 0; k < group; ++k) make_gradients(k);
+  }
+
+  // Rows first .. first + n, n <= group; `last`: up to it this thread goes on. `logits`, ds and dt: of the
+  // first. Gradients may still be due afterwards: `finish` makes them.
+  void operator()(int64_t first, int n, int64_t last, Pair logits, S* ds, S* dt) {
     NetworkSums student, teacher;
     Scalars row;
+    const auto gradient = [](S* rows, int64_t stride, int k) { return rows ? rows + k * stride : nullptr; };
     for (int k = 0; k < n; ++k) {
-      const S *const s_k = s + k * of_s.stride, *const t_k = t + k * of_t.stride;
-      S *const ds_k = at(ds, of_s.gradient_stride, k), *const dt_k = at(dt, of_t.gradient_stride, k);
-      row.counted[k] = one_row(first + k, k, s_k, t_k, ds_k, dt_k, student, teacher, row);
+      S* const ds_k = gradient(ds, call.student.gradient_stride, k);
+      S* const dt_k = gradient(dt, call.teacher.gradient_stride, k);
+      row.counted[k] = one_row(first + k, k, last, down(logits, k), ds_k, dt_k, student, teacher, row);
       if (row.counted[k]) continue;
       if (ds) memset((void*)ds_k, 0, C * sizeof(S));
       if (dt) memset((void*)dt_k, 0, C * sizeof(S));
     }
-    Coefficients to_s, to_t;
+    finish();  // of places that no row of this group has taken
     for (int k = 0; k < n; k += lanes<double>) scalars(first, k, n, student, teacher, row, to_s, to_t);
     if (!ds && !dt) return;
     for (int k = 0; k < n; ++k) {
-      if (!row.counted[k]) continue;
-      const auto run = row.careful[k] ? &Rows::gradients<kRare, false> : common.gradients;
-      const bool fetch = !kept && first + k + 1 < last && 2 * C * (int64_t)sizeof(S) <= kNearBytes;
-      const S *const s_k = s + k * of_s.stride, *const t_k = t + k * of_t.stride;
-      (this->*run)(s_k, t_k, at(ds, of_s.gradient_stride, k), at(dt, of_t.gradient_stride, k),
-                   fetch ? s_k + of_s.stride : nullptr, t_k + of_t.stride, row.label[k], k, student.max[k],
-                   teacher.max[k], to_s, to_t);
+      Due& of = due[k];
+      of.waits = row.counted[k], of.careful = row.careful[k], of.row = down(logits, k);
+      of.ds = gradient(ds, call.student.gradient_stride, k), of.dt = gradient(dt, call.teacher.gradient_stride, k);
+      of.label = row.label[k], of.max_s = student.max[k], of.max_t = teacher.max[k], of.made = 0;
+      if (!common.sums_and_gradients) make_gradients(k);
     }
   }
 
   struct Scalars {  // of each row of a group, beside its sums
     using Each = double[kGroup];
-    int64_t label[kGroup];
-    bool careful[kGroup];
+    int64_t label[kGroup]{};
+    bool careful[kGroup]{};
     Each counted{}, q{};              // 0: ignored; the sum of its target
     Each label_s{}, label_t{};        // the label's logit - max
     Each correct_s{}, correct_t{};
     Each weight{}, upstream_s{}, upstream_t{};
   };
 
-  // Row k's maxima and sums; false where it is ignored.
-  bool one_row(int64_t number, int k, const S* s, const S* t, const S* ds, const S* dt, NetworkSums& student,
-               NetworkSums& teacher, Scalars& row) const {
+  // Row k's maxima and sums; false where it is ignored. Makes the gradients due in its place meanwhile.
+  bool one_row(int64_t number, int k, int64_t last, Pair logits, const S* ds, const S* dt, NetworkSums& student,
+               NetworkSums& teacher, Scalars& row) {
     int64_t label = labels ? ((const int64_t*)call.target)[number] : -1;
     if (labels && label == o.ignore_index) return false;
     const bool no_such_label = labels && (label < 0 || label >= C);
     if (no_such_label) label = 0;
     if (soft) label = soft_row<R>(call, number, q_of(k));
+    const auto [s, t] = logits;
 
     if (streaming) {  // not to be fetched, but for the lines that a row shares with its neighbours
-      for (const S* row : {ds, dt})
-        if (row) __builtin_prefetch(row, 1), __builtin_prefetch(row + C - 1, 1);
+      for (const S* of : {ds, dt})
+        if (of) __builtin_prefetch(of, 1), __builtin_prefetch(of + C - 1, 1);
       ds = dt = nullptr;
     }
-    const S *const next_s = s + group * call.student.stride, *const next_t = t + group * call.teacher.stride;
+    const bool together = due[k].waits && !due[k].careful;
+    if (!together) make_gradients(k);
+    const auto loop = together ? common.sums_and_gradients : common.sums;
     if (kept) {
-      student.max[k] = row_max<R>(s, C), teacher.max[k] = row_max<R>(t, C);
-      (this->*common.sums)(s, t, 0, C, next_s, next_t, ds, dt, false, k, student, teacher);
+      const Maxima max = maxima(logits, C);
+      student.max[k] = max.s, teacher.max[k] = max.t;
+      const Pair next = number + 1 < last ? down(logits, 1) : Pair{};
+      (this->*loop)({k, logits, 0, C, next, down(logits, rows_ahead), ds, dt}, student, teacher);
     } else {
       for (int64_t begin = 0; begin < C; begin += kChunk) {
         const int64_t end = begin + kChunk < C ? begin + kChunk : C;
-        raise(k, row_max<R>(s + begin, end - begin), row_max<R>(t + begin, end - begin), student, teacher);
-        (this->*common.sums)(s, t, begin, end, s + kChunk, t + kChunk, ds, dt, false, k, student, teacher);
+        const Maxima max = maxima(logits + begin, end - begin);
+        raise(k, max.s, max.t, student, teacher);
+        const Pair next = end + kChunk <= C ? logits + end : Pair{};
+        (this->*loop)({k, logits, begin, end, next, logits + (begin + 2 * kChunk), ds, dt}, student, teacher);
       }
     }
+    make_gradients(k);  // what is left of them
     // A class masked by -inf, or inf or NaN, shows as a NaN here: 0 * inf needs the careful path.
-    row.careful[k] = false;
+    bool& careful = row.careful[k] = false;
     for (const NetworkSums* of : {&student, &teacher})
-      row.careful[k] |= !std::isfinite(of->z1[k] + of->xz[k] + of->xz1[k] + of->gap[k]);
-    if (row.careful[k]) {
+      careful |= !std::isfinite(of->z1[k] + of->xz[k] + of->xz1[k] + of->gap[k]);
+    if (careful) {
       student.clear(k), teacher.clear(k);
       student.max[k] = row_max<R>(s, C), teacher.max[k] = row_max<R>(t, C);
-      sums<kRare, false>(s, t, 0, C, next_s, next_t, ds, dt, true, k, student, teacher);
+      sums<kRare, false>({k, logits, 0, C, {}, logits, nullptr, nullptr, true}, student, teacher);
     }
     if (power == 1) {
       student.z1[k] = student.z[k], teacher.z1[k] = teacher.z[k];
@@ -562,7 +684,8 @@ struct Rows {
     row.q[k] = soft ? (student_ce ? student.q[k] : teacher.q[k]) : 1;
     if (no_such_label) row.q[k] = row.label_s[k] = row.label_t[k] = NAN;
     row.weight[k] = call.weight ? (double)((const R*)call.weight)[number] : 1;
-    row.upstream_s[k] = upstream(call.student, number), row.upstream_t[k] = upstream(call.teacher, number);
+    row.upstream_s[k] = upstream(call.student, number);
+    row.upstream_t[k] = upstream(call.teacher, number);
     return true;
   }
 
@@ -624,7 +747,7 @@ struct Rows {
     }
     if (call.teacher.gradient) {
       const W scale = weight * call.per_row * of(row.upstream_t), kd_scale = scale * o.teacher_kd * tau;
-      put(to_t.gap, kd_scale / tau * per_zt);
+      put(to_t.gap, o.teacher_forward ? kd_scale / tau * per_zt : W{});
       put(to_t.offset, kd_scale * (o.teacher_forward ? -log_zt_over_zs - forward : one) * per_zt);
       put(to_t.partner, o.teacher_forward ? W{} : kd_scale * per_zs);
       if (teacher_ce) to_target(to_t, scale * o.teacher_ce, per_z1t);
@@ -664,35 +787,46 @@ struct Subnormals {  // exponentials that small would cost 150 cycles each: on x
 #endif
 };
 
+bool take(Shares& shares, int64_t& begin, int64_t& end) {
+  begin = __atomic_fetch_add(&shares.next, shares.size, __ATOMIC_RELAXED);
+  end = begin + shares.size < shares.rows ? begin + shares.size : shares.rows;
+  return begin < shares.rows;
+}
+
 template <class S>
-void run(const Call& call, int64_t begin, int64_t end) {
+void run(const Call& call, Shares& shares) {
   const Subnormals are_zero;
-  const Rows<S> rows{call};
+  Rows<S> rows{call};
   const auto &s = call.student, &t = call.teacher;
-  for (int64_t row = begin; row < end; row += rows.group)
-    rows(row, end - row < rows.group ? end - row : rows.group, end, (const S*)s.rows + row * s.stride,
-         (const S*)t.rows + row * t.stride, s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
-         t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
+  for (int64_t begin, end; take(shares, begin, end);)
+    for (int64_t row = begin; row < end; row += rows.group)
+      rows(row, end - row < rows.group ? end - row : rows.group, end,
+           {(const S*)s.rows + row * s.stride, (const S*)t.rows + row * t.stride},
+           s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
+           t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
+  rows.finish();
 }
 
 // Two storage types: each row goes through a copy in the compute type.
 template <class R>
-void run_mixed(const Call& mixed, int64_t begin, int64_t end) {
+void run_mixed(const Call& mixed, Shares& shares) {
   const Subnormals are_zero;
   Call call = mixed;
   call.streaming = false;
-  const Rows<R> one_row{call};
+  Rows<R> one_row{call};
   const int64_t padded = one_row.padded;
   const std::unique_ptr<R[]> memory(new R[2 * padded]);
   R *const a = memory.get(), *const b = a + padded;
   const auto &s = call.student, &t = call.teacher;
-  for (int64_t row = begin; row < end; ++row) {
-    widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
-    widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);
-    one_row(row, 1, row + 1, a, b, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
-    if (s.gradient) narrow<R>(s.storage, a, call.classes, s.gradient, row * s.gradient_stride);
-    if (t.gradient) narrow<R>(t.storage, b, call.classes, t.gradient, row * t.gradient_stride);
-  }
+  for (int64_t begin, end; take(shares, begin, end);)
+    for (int64_t row = begin; row < end; ++row) {
+      widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
+      widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);
+      one_row(row, 1, row + 1, {a, b}, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
+      one_row.finish();
+      if (s.gradient) narrow<R>(s.storage, a, call.classes, s.gradient, row * s.gradient_stride);
+      if (t.gradient) narrow<R>(t.storage, b, call.classes, t.gradient, row * t.gradient_stride);
+    }
 }
 
 }  // namespace

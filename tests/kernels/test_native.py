@@ -124,6 +124,50 @@ def test_gradients_stored_past_the_cache(
         assert (buffer[begin + rows * classes :] == 7).all()
 
 
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 8.0])  # 3: no power of another
+@pytest.mark.parametrize(
+    ("storage", "classes"),
+    [
+        (FP32, 999),  # rows begin anywhere in a cache line
+        (FP32, 2560),  # several blocks of sums
+        (FP32, 5000),  # exponentials are made anew, in parts of the row
+        (BF16, 3001),
+        (FP16, 4999),
+    ],
+)
+def test_no_row_depends_on_its_neighbours(storage, classes, temperature, name, two_threads):
+    """Large batches go through loops that work on several rows at once: the same bits as few rows,
+    ignored and masked ones, and those that follow them, included."""
+    rows = (4 << 20) // (2 * classes * storage.itemsize) + 7  # past the cache, and no whole group
+    rng = torch.Generator().manual_seed(11)
+    s, t = (3 * torch.randn(2, rows, classes, generator=rng)).to(storage)
+    y = torch.randint(classes, (rows,), generator=rng)
+    y[torch.rand(rows, generator=rng) < 0.2] = -100
+    masked = torch.rand(rows, generator=rng) < 0.2
+    s[masked, classes // 3 : classes // 2] = t[masked, classes // 3 : classes // 2] = -torch.inf
+    y[masked & (y >= 0)] = 1
+    options = {"temperature": temperature, "reduction": "none", "backend": "native"}
+    best = native.set_instruction_set()
+    native.set_instruction_set(name or best)
+    try:
+        out, grads = bdkd_loss_and_grad(s, t, y, **options)
+        few = [
+            bdkd_loss_and_grad(*(x[i : i + 3] for x in (s, t, y)), **options)
+            for i in range(0, rows, 3)
+        ]
+    finally:
+        native.set_instruction_set(best)
+    for k in range(2):
+        assert torch.equal(grads[k], torch.cat([gradients[k] for _, gradients in few]))
+        assert torch.equal(out[k], torch.cat([each[k] for each, _ in few]))
+    for statistic, parts in zip(
+        out.stats, zip(*(each.stats for each, _ in few), strict=True), strict=True
+    ):
+        assert torch.equal(statistic, torch.cat(parts))
+    assert masked.any() and all(torch.isfinite(g).all() for g in grads)
+
+
 @pytest.mark.parametrize("storage", [FP32, BF16])
 def test_threads_change_no_bit(storage, two_threads):
     rng = torch.Generator().manual_seed(5)
