@@ -12,7 +12,7 @@ import sys
 from collections import deque
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes: smaller ones stay with the C library
 COUNT = 16
@@ -31,7 +31,34 @@ LIMIT = _limit(os.environ.get("BDKD_BUFFER_MB"))
 _PLAIN = (Tensor, torch.nn.Parameter)
 # How many hold a storage; not public, so a torch without it keeps none.
 _owners = getattr(torch._C, "_storage_Use_Count", None)
-_kept: deque[UntypedStorage] = deque()  # the latest last
+
+
+class _Kept:
+    """Memory; what is handed out shares it with ``tensor``, and nothing else."""
+
+    __slots__ = ("address", "alone", "bytes", "dtype", "key", "shape", "storage", "tensor")
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, size: int) -> None:
+        with torch.inference_mode(False):  # its next user may be a step that trains
+            self.tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        self.shape, self.dtype, self.bytes = shape, dtype, size
+        self.address = self.tensor.data_ptr()
+        self.storage = self.tensor.untyped_storage()
+        self.key = self.storage._cdata
+        self.alone = self._holders()
+
+    def _holders(self) -> tuple[int, int]:
+        """Tensors, views and NumPy arrays count as the memory's owners; whoever took the storage
+        itself shares this very object."""
+        assert _owners is not None
+        return _owners(self.key), sys.getrefcount(self.storage)
+
+    def is_free(self) -> bool:
+        # another address: somebody has resized the storage
+        return self._holders() == self.alone and self.tensor.data_ptr() == self.address
+
+
+_kept: deque[_Kept] = deque()  # the latest last
 
 
 def empty_like(logits: Tensor) -> Tensor:
@@ -39,29 +66,29 @@ def empty_like(logits: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(logits) not in _PLAIN or not logits.is_cpu:
         size = 0
     else:
-        size = logits.numel() * logits.element_size()
+        size = logits.nbytes
     if size < SMALLEST or size > LIMIT or _owners is None:
         # Dense, whatever the strides of the logits.
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    shape, dtype = logits.shape, logits.dtype
     # The latest first: it may still be in the caches.
     others, again = [], None
     while _kept and again is None:
         try:
-            storage = _kept.pop()  # out of every other thread's reach while it is looked at
+            kept = _kept.pop()  # out of every other thread's reach while it is looked at
         except IndexError:  # they have taken the rest
             break
-        # Tensors count as owners, and whoever took the storage itself shares this very object.
-        unowned = _owners(storage._cdata) == 1 and sys.getrefcount(storage) == 2
-        if unowned and storage.nbytes() == size:
-            again = logits.new_empty(0).set_(storage).resize_(logits.shape)
+        if kept.shape == shape and kept.dtype == dtype and kept.is_free():
+            again = kept.tensor.data
         else:
-            others.append(storage)
+            others.append(kept)
     _kept.extend(reversed(others))
     if again is not None:
-        _kept.append(again.untyped_storage())
+        _kept.append(kept)
         return again
-    fresh = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _kept.append(fresh.untyped_storage())
+    kept = _Kept(shape, dtype, size)
+    fresh = kept.tensor.data
+    _kept.append(kept)
     _trim()
     return fresh
 
@@ -73,7 +100,7 @@ def release() -> None:
 
 def _trim() -> None:
     try:
-        while len(_kept) > COUNT or sum(storage.nbytes() for storage in list(_kept)) > LIMIT:
+        while len(_kept) > COUNT or sum(kept.bytes for kept in list(_kept)) > LIMIT:
             _kept.popleft()
     except IndexError:
         pass  # another thread has trimmed

@@ -96,9 +96,9 @@ def test_the_limit_holds(monkeypatch):
     monkeypatch.setattr(buffers, "LIMIT", 8 << 20)
     for rows in range(300, 900, 50):
         assert buffers.empty_like(torch.empty(rows, CLASSES)).shape == (rows, CLASSES)
-        assert sum(storage.nbytes() for storage in buffers._kept) <= buffers.LIMIT
+        assert sum(kept.bytes for kept in buffers._kept) <= buffers.LIMIT
     large = buffers.empty_like(torch.empty(3000, CLASSES))  # more than all that may be kept
-    assert all(storage.data_ptr() != large.data_ptr() for storage in buffers._kept)
+    assert all(kept.address != large.data_ptr() for kept in buffers._kept)
 
 
 def test_small_ones_are_not_kept():
@@ -106,17 +106,38 @@ def test_small_ones_are_not_kept():
     assert not buffers._kept
 
 
-def test_types_strides_and_resized_storages():
+def test_types_shapes_and_strides():
     double = buffers.empty_like(torch.empty(ROWS, CLASSES, dtype=torch.float64))
     address = double.data_ptr()
     del double
-    strided = torch.empty(CLASSES, 2 * ROWS).t()  # as many bytes of another type
+    strided = torch.empty(CLASSES, ROWS, dtype=torch.float64).t()
     again = buffers.empty_like(strided)
     assert (again.data_ptr(), again.dtype, again.shape) == (address, strided.dtype, strided.shape)
     assert again.is_contiguous()
-    again.untyped_storage().resize_(0)
     del again
-    assert buffers.empty_like(strided).untyped_storage().nbytes() == strided.numel() * 4
+    for other in (torch.empty(ROWS, 2 * CLASSES), torch.empty(2 * ROWS, CLASSES)):  # as many bytes
+        assert buffers.empty_like(other).data_ptr() != address
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_resized_storage_is_not_used_again(size):
+    like = torch.empty(ROWS, CLASSES)
+    taken = buffers.empty_like(like)
+    taken.untyped_storage().resize_(size)
+    del taken
+    assert buffers.empty_like(like).untyped_storage().nbytes() == like.nbytes
+    buffers.empty_like(like).fill_(1.0)
+
+
+def test_what_inference_mode_has_made_trains():
+    s, t, y = leaves()
+    with torch.inference_mode():
+        address = bdkd_loss_and_grad(s, t, y)[1][0].data_ptr()
+    for _ in range(2):  # the second time the gradients are added up in place
+        out = bdkd_loss(s, t, y)
+        (out.student + out.teacher).backward()
+    assert address in {s.grad.data_ptr(), t.grad.data_ptr()}
+    assert not s.grad.is_inference()
 
 
 def test_a_second_backward_makes_its_own():
