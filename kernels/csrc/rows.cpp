@@ -16,8 +16,7 @@ namespace BDKD_ISA {
 namespace {
 
 constexpr double kLog2E = 1.44269504088896341;
-constexpr int64_t kKeptBytes = 48 << 10;  // of one row pair that are kept, not redone: they stay near
-constexpr int64_t kChunk = 1024;  // classes of a longer row that go through both passes while they are near
+constexpr int64_t kChunk = 1024;  // classes of a row not kept that go through both passes while they are near
 constexpr int64_t kAheadBytes = 16 << 10;  // of logits from those in work to those that are fetched
 constexpr bool kWide = BDKD_BYTES == 64;  // 32 registers, which two loops in one take
 constexpr int kBlock = 64;  // vectors summed in the compute type before float64 takes them over
@@ -205,7 +204,10 @@ struct Rows {
   // e1 = e^tau: by multiplications for a tau of 1, 2, 4, 8; 0: another exponential.
   const int power = tau == 1 || tau == 2 || tau == 4 || tau == 8 ? (int)tau : 0;
   const int64_t kept_vectors = power ? 3 : 5;
-  const bool kept = kept_vectors * padded * (int64_t)sizeof(R) <= kKeptBytes;
+  // Exponentials are kept, not made again, while the second cache holds those of a row: but for float32 in
+  // wide vectors with two of them a class, which take no time of their own under what memory takes.
+  const int64_t kept_bytes = (kWide && sizeof(S) == 4 && power ? 48 : 512) << 10;
+  const bool kept = kept_vectors * padded * (int64_t)sizeof(R) <= kept_bytes;
   const int64_t per_vector = padded + W;  // a vector's width apart: no two begin a power of two apart
   const int64_t per_row = per_vector * (soft + (kept ? kept_vectors : 0));
   const int64_t fitting = kept ? kGroupBytes / (per_row * (int64_t)sizeof(R)) : 1;
@@ -217,8 +219,9 @@ struct Rows {
   // Where they are kept: e_s, e_t, g, and where `power` is 0 both e1, of (C,) each.
   INLINE R* kept_of(int k) const { return q_of(k) + per_vector * soft; }
 
-  const int64_t far = kAheadBytes / (2 * C * (int64_t)sizeof(S));
-  const int64_t rows_ahead = far > 2 ? far : 2;  // so far down from a kept row are the logits that are fetched
+  // So far down from a kept row, and so many classes further, are the logits that are fetched.
+  const int64_t rows_ahead = C > 2 * kChunk ? 1 : 1 + (kAheadBytes - 1) / (2 * C * (int64_t)sizeof(S));
+  const int64_t classes_ahead = C > 2 * kChunk ? 2 * kChunk : 0;
 
   const bool streaming = call.streaming && C >= 16 * W;  // past the cache; few classes fill no lines
 
@@ -551,7 +554,7 @@ struct Rows {
   template <int power, bool kept>
   static Loops loops_of() {
     // Gradients of 2 bytes made anew wait for arithmetic too.
-    if constexpr (kWide && W == 16 && power > 0 && (kept || sizeof(S) == 4))
+    if constexpr (kWide && W == 16 && (kept || sizeof(S) == 4))
       return {&Rows::sums<power, kept>, &Rows::sums_and_gradients<power, kept>, &Rows::gradients<power, kept>};
     else
       return {&Rows::sums<power, kept>, nullptr, &Rows::gradients<power, kept>};
@@ -647,7 +650,7 @@ struct Rows {
       const Maxima max = maxima(logits, C);
       student.max[k] = max.s, teacher.max[k] = max.t;
       const Pair next = number + 1 < last ? down(logits, 1) : Pair{};
-      (this->*loop)({k, logits, 0, C, next, down(logits, rows_ahead), ds, dt}, student, teacher);
+      (this->*loop)({k, logits, 0, C, next, down(logits, rows_ahead) + classes_ahead, ds, dt}, student, teacher);
     } else {
       for (int64_t begin = 0; begin < C; begin += kChunk) {
         const int64_t end = begin + kChunk < C ? begin + kChunk : C;
