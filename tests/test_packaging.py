@@ -8,13 +8,15 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from importlib.metadata import distribution, version
+from importlib.metadata import distribution, distributions, version
 from pathlib import Path
 
 import pytest
 import yaml
 from bdkd_kernels import available_backends
 from compiler import HAS_COMPILER
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import bdkd
 
@@ -165,6 +167,19 @@ def test_an_sdist_holds_what_a_build_and_a_reader_need(sdist):
 def test_a_plain_install_needs_little_more_than_torch():
     needed = {re.split(r"[^\w.-]", line)[0] for line in project()["dependencies"]}
     assert needed == {"torch", "numpy", "tyro", "msgspec", "tomli-w", "tqdm", "safetensors"}
+
+
+def test_every_pin_fits_the_oldest_python():
+    """A pin for a later patch release than Debian's 3.11.2 sends pip into minutes of search."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = f"{wanted.removeprefix('>=')}.0"
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert len(pins) > 100
+    here = {canonicalize_name(d.name): d.metadata["Requires-Python"] for d in distributions()}
+    named = {name: here.get(canonicalize_name(name)) for name in pins}
+    refused = {k: v for k, v in named.items() if v and not SpecifierSet(v).contains(oldest)}
+    assert not refused
+    assert sum(value is not None for value in named.values()) > 100
 
 
 def test_the_version_is_written_in_one_place():
