@@ -20,8 +20,8 @@ import results
 
 SIZES = [(128, 100, "float32"), (1024, 1000, "float32"), (256, 21841, "float32"),
          (64, 128256, "float32"), (64, 128256, "bfloat16")]  # fmt: skip
-# Where maxima are taken depends on the compiler, which may put them in their caller. Wide vectors take
-# most of them in the loop of the sums, and with large gradients all three passes are one loop.
+# Where maxima are taken depends on the compiler, which may put them in their caller. Wide vectors
+# take most of them in the loop of the sums; with large gradients all three passes are one loop.
 PASSES = {
     "::sums_and_gradients<": "both in one",
     "row_max": "maxima",

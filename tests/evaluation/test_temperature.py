@@ -67,7 +67,7 @@ def test_the_derivative_is_zero_there_or_a_bound_is_reached(seed, count, log_sha
     inverse = torch.tensor(1 / came, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(F.cross_entropy(inverse * x, y), inverse)
     if came == LOWEST:
-        assert slope <= 0  # a yet lower temperature would be better
+        assert slope <= 1e-12  # a yet lower temperature would be better, or it is flat there
     elif came == HIGHEST:
         assert slope >= 0
     else:
