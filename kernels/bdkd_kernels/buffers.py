@@ -14,6 +14,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from .types import PLAIN
+
 SMALLEST = 1 << 20  # bytes: smaller ones stay with the C library
 COUNT = 16
 
@@ -28,7 +30,6 @@ def _limit(text: str | None) -> int:
 
 
 LIMIT = _limit(os.environ.get("BDKD_BUFFER_MB"))
-_PLAIN = (Tensor, torch.nn.Parameter)
 # How many hold a storage; not public, so a torch without it keeps none.
 _owners = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -63,7 +64,7 @@ _kept: deque[_Kept] = deque()  # the latest last
 
 def empty_like(logits: Tensor) -> Tensor:
     """An uninitialised dense tensor of the logits' shape, dtype and device, its caller's alone."""
-    if torch.compiler.is_compiling() or type(logits) not in _PLAIN or not logits.is_cpu:
+    if torch.compiler.is_compiling() or type(logits) not in PLAIN or not logits.is_cpu:
         size = 0
     else:
         size = logits.nbytes

@@ -40,7 +40,7 @@ from torch.library import define, impl, register_autograd, register_fake
 from . import buffers
 from .checks import check_labels, labels_can_be_read
 from .reference import compute_dtype
-from .types import BDKDStats, LossOptions, Problem
+from .types import PLAIN, BDKDStats, LossOptions, Problem
 
 Losses = tuple[Tensor, Tensor, BDKDStats]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # losses, statistics, state
@@ -70,7 +70,6 @@ _BACKWARD_SCHEMA = (
     f"(Tensor? student_upstream, Tensor? teacher_upstream, {_INPUTS}, Tensor state, {_OPTIONS})"
     " -> (Tensor, Tensor)"
 )
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def flat_options(o: LossOptions) -> tuple[Any, ...]:
@@ -435,8 +434,8 @@ def _is_plain(problem: Problem) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or type(problem.student) not in _PLAIN
-        or type(problem.teacher) not in _PLAIN
+        or type(problem.student) not in PLAIN
+        or type(problem.teacher) not in PLAIN
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may do as it likes
 Reduction = Literal["mean", "sum", "none"]
 Divergence = Literal["reverse", "forward"]
 
