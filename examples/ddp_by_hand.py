@@ -11,6 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: imported later, by DDP, it would hold it
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -30,36 +31,40 @@ class Pair(nn.Module):
         return self.student(images), self.teacher(images)
 
 
+def main(device):
+    torch.manual_seed(0)  # the same data and the same first weights on every rank
+    labels = torch.randint(10, (1280,))
+    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
+    train = TensorDataset(images[:1024], labels[:1024])
+    sampler = DistributedSampler(train)
+    batch_size = 64 // dist.get_world_size()
+    loader = DataLoader(train, batch_size, sampler=sampler, drop_last=True)
+
+    pair = DistributedDataParallel(Pair().to(device))
+    optimizer = torch.optim.AdamW(pair.parameters(), lr=1e-2)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            out = bdkd_loss(*pair(x), y)  # this rank's mean; DDP averages the gradients
+            optimizer.zero_grad()
+            (out.student + out.teacher).backward()
+            optimizer.step()
+
+    # Ranks count whole images and sum the counts: averages of averages would be wrong.
+    mine = slice(1024 + dist.get_rank(), 1280, dist.get_world_size())
+    with torch.no_grad():
+        student_logits = pair.module.student(images[mine].to(device))
+    counts = torch.tensor([len(labels[mine]), 0], device=device)
+    counts[1] = (student_logits.argmax(1) == labels[mine].to(device)).sum()
+    dist.all_reduce(counts)
+    if dist.get_rank() == 0:
+        total, correct = counts.tolist()
+        print(f"student accuracy {correct / total:.1%} of {total}, {dist.get_world_size()} ranks")
+
+
 on_gpu = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 dist.init_process_group("nccl" if on_gpu else "gloo")
-
-torch.manual_seed(0)  # the same data and the same first weights on every rank
-labels = torch.randint(10, (1280,))
-images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
-train = TensorDataset(images[:1024], labels[:1024])
-sampler = DistributedSampler(train)
-loader = DataLoader(train, batch_size=64 // dist.get_world_size(), sampler=sampler, drop_last=True)
-
-pair = DistributedDataParallel(Pair().to(device))
-optimizer = torch.optim.AdamW(pair.parameters(), lr=1e-2)
-for epoch in range(3):
-    sampler.set_epoch(epoch)
-    for x, y in loader:
-        x, y = x.to(device), y.to(device)
-        out = bdkd_loss(*pair(x), y)  # the mean of this rank's samples; DDP averages the gradients
-        optimizer.zero_grad()
-        (out.student + out.teacher).backward()
-        optimizer.step()
-
-# Ranks count whole images and sum the counts: averages of averages would be wrong.
-mine = slice(1024 + dist.get_rank(), 1280, dist.get_world_size())
-with torch.no_grad():
-    student_logits = pair.module.student(images[mine].to(device))
-counts = torch.tensor([len(labels[mine]), 0], device=device)
-counts[1] = (student_logits.argmax(1) == labels[mine].to(device)).sum()
-dist.all_reduce(counts)
-if dist.get_rank() == 0:
-    total, correct = counts.tolist()
-    print(f"student accuracy {correct / total:.1%} of {total}, {dist.get_world_size()} ranks")
+main(device)  # DDP holds the group: it is gone before gloo's threads are to end
 dist.destroy_process_group()
