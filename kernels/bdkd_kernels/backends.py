@@ -37,19 +37,19 @@ def choose(backend: str, problem: Problem) -> ModuleType:
     Raises:
         RuntimeError: the named backend cannot run here, or not on this device, with the remedy.
     """
-    check_name(backend)
     student = problem.student
     if backend == "auto":
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return reference  # torch.func takes no operator of torch.library
         if student.is_cpu:
-            return native if native.AVAILABILITY else reference
+            return native if native.AVAILABILITY.available else reference
         if student.is_cuda:
             availability = _triton_availability()
             if availability:
                 return _triton_module()
             _tell_once(availability)
         return reference
+    check_name(backend)
     device = student.device.type
     if backend == "native":
         _require("native", native.AVAILABILITY)

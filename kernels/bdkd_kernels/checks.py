@@ -183,9 +183,9 @@ def _check_target(
 ) -> Tensor:
     if not isinstance(target, Tensor):
         raise _no_tensor("target", target, "a tensor or None")
-    if target.dtype == torch.int64 and target.shape == leading:
-        pass  # as nearly always
-    elif target.dtype in _STORAGE:
+    if target.dtype == torch.int64 and target.shape == leading and target.device == device:
+        return target  # as nearly always
+    if target.dtype in _STORAGE:
         if target.shape != shape:
             raise ValueError(
                 f"a floating target holds soft labels of the logits' shape {tuple(shape)}, "
@@ -198,8 +198,7 @@ def _check_target(
                 f"target must have shape {tuple(leading)}, one label a sample, "
                 f"got {tuple(target.shape)}{_other_labels(target.shape, shape, leading)}"
             )
-        if target.dtype != torch.int64:
-            target = target.to(torch.int64)
+        target = target.to(torch.int64)
     else:
         raise TypeError(
             f"target must hold integer labels or floating soft labels, got {target.dtype}: "

@@ -71,12 +71,12 @@ def _run(
     # One packed argument: as many by themselves would take ctypes longer than a small batch takes.
     bad = _library.bdkd_run(_packed(options) + _CALL.pack(
         *scales, rows, classes,
-        student.data_ptr(), student.stride(0), teacher.data_ptr(), teacher.stride(0),
+        student.data_ptr(), student.stride()[0], teacher.data_ptr(), teacher.stride()[0],
         0 if target is None else target.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if stats is None else stats.data_ptr(),
-        0 if ds is None else ds.data_ptr(), 0 if ds is None else ds.stride(0),
-        0 if dt is None else dt.data_ptr(), 0 if dt is None else dt.stride(0),
+        *((0, 0) if ds is None else (ds.data_ptr(), ds.stride()[0])),
+        *((0, 0) if dt is None else (dt.data_ptr(), dt.stride()[0])),
         0 if student_upstream is None else student_upstream.data_ptr(),
         0 if teacher_upstream is None else teacher_upstream.data_ptr(),
         0 if losses is None else losses[0].data_ptr(),

@@ -35,8 +35,15 @@ struct Call {
   bool streaming;      // gradients leave the cache: store past it, both networks alike
 };
 
-struct Shares {  // of the rows, which threads take until there are none left
-  int64_t rows, size, next;
+// The rows, which threads take until there are none left: each from a range of its own, whose next rows it
+// fetches while it works, then from what others have left of theirs.
+struct Shares {
+  struct alignas(64) Range {
+    int64_t next, end;
+  };
+  Range* ranges;  // of which there are `count`; each in shares of `size` rows
+  int64_t count, size;
+  int64_t arrived;  // threads
 };
 
 using RunRows = void (*)(const Call&, Shares&);

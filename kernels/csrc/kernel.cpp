@@ -1,5 +1,6 @@
 // The C interface: picks the instruction set, shares the rows among threads, reduces in a fixed
 // order. Nothing here knows of torch or Python.
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -94,11 +95,19 @@ struct Work {
 void run_all(const Call& call, RunRows run, int threads) {
   constexpr int64_t kAlone = 8192;  // class pairs: what a thread that is awake gains below it, its waking costs
   if (threads < 1 || call.rows * call.classes < kAlone || call.rows < 2) threads = 1;
-  // Eight shares a thread, so that one that was interrupted is not waited for; of whole lines of
-  // the statistics, 16 rows, or the threads would take them from each other row by row.
-  int64_t size = call.rows / (8 * threads);
+  // A thread's rows lie side by side, so that what it fetches ahead is its own; in thirty-two shares, so that
+  // one that was interrupted is not waited for. A share is of whole lines of the statistics, 16 rows, or two
+  // threads would take them from each other row by row.
+  int64_t size = call.rows / (32 * threads);
   size = size >= 16 ? size / 16 * 16 : call.classes < 4096 ? 16 : size > 1 ? size : 1;
-  Work work{call, run, {call.rows, threads == 1 ? call.rows : size, 0}};
+  if (threads == 1) size = std::max<int64_t>(call.rows, 1);
+  const int64_t shares = (call.rows + size - 1) / size;
+  std::vector<Shares::Range> ranges(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    const auto until = [&](int64_t n) { return std::min(shares * n / threads * size, call.rows); };
+    ranges[i] = {until(i), until(i + 1)};
+  }
+  Work work{call, run, {ranges.data(), threads, size, 0}};
   if (threads == 1) return work();
 #if !defined(_WIN32)
   if (auto parallel = team()) return parallel([](void* work) { (*static_cast<Work*>(work))(); }, &work, threads, 0);

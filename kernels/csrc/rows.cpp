@@ -592,7 +592,7 @@ struct Rows {
     for (int k = 0; k < group; ++k) make_gradients(k);
   }
 
-  // Rows first .. first + n, n <= group; `last`: up to it this thread goes on. `logits`, ds and dt: of the
+  // Rows first .. first + n, n <= group; up to `last` this thread may go on. `logits`, ds and dt: of the
   // first. Gradients may still be due afterwards: `finish` makes them.
   void operator()(int64_t first, int n, int64_t last, Pair logits, S* ds, S* dt) {
     NetworkSums student, teacher;
@@ -790,20 +790,31 @@ struct Subnormals {  // exponentials that small would cost 150 cycles each: on x
 #endif
 };
 
-bool take(Shares& shares, int64_t& begin, int64_t& end) {
-  begin = __atomic_fetch_add(&shares.next, shares.size, __ATOMIC_RELAXED);
-  end = begin + shares.size < shares.rows ? begin + shares.size : shares.rows;
-  return begin < shares.rows;
-}
+struct Share {  // one after the other, of one thread
+  Shares& all;
+  int64_t from = __atomic_fetch_add(&all.arrived, 1, __ATOMIC_RELAXED) % all.count;  // this range
+  int64_t left = all.count;  // ranges that may hold some
+  int64_t begin{}, end{}, last{};  // rows; `last` ends their range
+
+  bool next() {
+    for (; left; --left, from = (from + 1) % all.count) {
+      Shares::Range& range = all.ranges[from];
+      begin = __atomic_fetch_add(&range.next, all.size, __ATOMIC_RELAXED), last = range.end;
+      end = begin + all.size < last ? begin + all.size : last;
+      if (begin < last) return true;
+    }
+    return false;
+  }
+};
 
 template <class S>
 void run(const Call& call, Shares& shares) {
   const Subnormals are_zero;
   Rows<S> rows{call};
   const auto &s = call.student, &t = call.teacher;
-  for (int64_t begin, end; take(shares, begin, end);)
-    for (int64_t row = begin; row < end; row += rows.group)
-      rows(row, end - row < rows.group ? end - row : rows.group, end,
+  for (Share share{shares}; share.next();)
+    for (int64_t row = share.begin; row < share.end; row += rows.group)
+      rows(row, share.end - row < rows.group ? share.end - row : rows.group, share.last,
            {(const S*)s.rows + row * s.stride, (const S*)t.rows + row * t.stride},
            s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
            t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
@@ -821,8 +832,8 @@ void run_mixed(const Call& mixed, Shares& shares) {
   const std::unique_ptr<R[]> memory(new R[2 * padded]);
   R *const a = memory.get(), *const b = a + padded;
   const auto &s = call.student, &t = call.teacher;
-  for (int64_t begin, end; take(shares, begin, end);)
-    for (int64_t row = begin; row < end; ++row) {
+  for (Share share{shares}; share.next();)
+    for (int64_t row = share.begin; row < share.end; ++row) {
       widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
       widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);
       one_row(row, 1, row + 1, {a, b}, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
