@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -160,6 +161,31 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
     return Compiled(target, dtype, classes, name, warps, *used, slots)
 
 
+def float32_constants() -> list[str]:
+    """The constants of float32, but for exact ones, in kernels that compute in float64: each is an
+    option that was rounded."""
+    found = set()
+    exact = {"0.000000e+00", "1.000000e+00", "0x7FC00000", "0x7F800000", "0xFF800000"}
+    for classes in (10, 21841):  # the tile kernel, the loop kernel
+        for variant in ({}, VARIANTS["smoothed"], VARIANTS["soft labels"]):
+            options = {"temperature": 1.7, "gamma": 1.7, "student_ce": 0.3, **variant}
+            call = problem("fp64", classes, **options)
+            ds, dt = torch.empty_like(call.student), torch.empty_like(call.teacher)
+            state = torch.empty((triton_backend._STATE, 64), dtype=torch.float64, device="meta")
+            above = torch.empty((), dtype=torch.float64, device="meta")
+            forward = partial(triton_backend._forward, call, 1.1, ds, dt, False)
+            kernels = compile_kernels("sm_90", forward)
+            if classes == 10:
+                arguments = (call, state, above, above, ds, dt, 1.1)
+                backward = partial(triton_backend._backward, *arguments)
+                kernels |= compile_kernels("sm_90", backward)
+            for name, kernel in kernels.items():
+                pattern = r"arith\.constant (?:dense<)?([^ >]+)>? : (?:tensor<[^>]*x)?f32\b"
+                values = set(re.findall(pattern, kernel.asm["ttir"]))
+                found |= {f"{name}: {value}" for value in values - exact}
+    return sorted(found)
+
+
 # A class count for every shape of the launch table, and one that aligns with nothing.
 CLASSES = (10, 100, 1000, 2048, 4096, 21841, 32000, 128256, 262144)
 
@@ -172,7 +198,12 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
     parser.add_argument("--backward", action="store_true", help="the recomputing backward too")
     parser.add_argument("--variants", action="store_true", help="other options of the loss instead")
+    parser.add_argument("--constants", action="store_true",
+                        help="float32 constants in kernels of float64, instead")  # fmt: skip
     options = parser.parse_args()
+    if options.constants:
+        print(f"float32 constants in float64 kernels: {', '.join(float32_constants()) or 'none'}")
+        return
     if not options.json:
         print(f"{'target':8}{'dtype':6}{'classes':>8}  {'kernel':16}{'warps':>5}{'registers':>10}"
               f"{'stack':>6}{'shared':>7}{'slots a pair':>13}")  # fmt: skip

@@ -80,12 +80,29 @@ class Terms:
 
 @triton.jit
 def _log2_e(x, c, M):
-    """x * c - M with one rounding. With two, logits of 1e4 would lose 1e-3 of every exponent; so
-    the interpreter, whose fma rounds twice, goes through float64."""
-    if INTERPRETED:
-        return (x.to(tl.float64) * tl.full((), c, x.dtype).to(tl.float64) - M).to(x.dtype)
-    else:
+    """x * c - M with one rounding. With two, logits of 1e4 would lose 1e-3 of every exponent.
+
+    The interpreter's fma rounds twice: there float32 goes through float64, and float64 through
+    Dekker's exact product.
+    """
+    if not INTERPRETED:
         return tl.fma(x, c, -M)
+    elif x.dtype == tl.float64:
+        c = tl.full((), c, x.dtype)
+        product = x * c
+        x_high, c_high = _high_half(x), _high_half(c)
+        x_low, c_low = x - x_high, c - c_high
+        lost = ((x_high * c_high - product) + x_high * c_low + x_low * c_high) + x_low * c_low
+        return (product - M) + tl.where(tl.abs(product) < float("inf"), lost, 0.0)
+    else:
+        return (x.to(tl.float64) * tl.full((), c, x.dtype).to(tl.float64) - M).to(x.dtype)
+
+
+@triton.jit
+def _high_half(x):
+    """The first 26 bits of a float64."""
+    shifted = x * 134217729.0  # 2**27 + 1
+    return shifted - (shifted - x)
 
 
 @triton.jit
@@ -126,6 +143,10 @@ def _load(pointers, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
         return tl.where(mask, tl.load(pointers, mask, other=0.0).to(DTYPE), PAD)
     elif pointers.dtype.element_ty == tl.float16:
         return tl.load(pointers, mask, other=0.0).to(DTYPE)
+    elif INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        # Its cast moves numbers below the normal range.
+        bits = tl.load(pointers, mask, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return tl.where(mask, bits.to(tl.float32, bitcast=True), PAD).to(DTYPE)
     else:
         return tl.load(pointers, mask, other=PAD).to(DTYPE)
 
@@ -245,7 +266,8 @@ def _cross_entropy(log_z1, a_y, q_a, mean_a, mass, in_range, temperature, smooth
     else:
         inner = a_y
         if TERMS.smooth:
-            inner = (1.0 - smoothing) * a_y + smoothing * mean_a
+            # At a smoothing of 1 the label has no part of its own, also where it is masked.
+            inner = tl.where(smoothing < 1.0, (1.0 - smoothing) * a_y, 0.0) + smoothing * mean_a
         return (log_z1 - temperature * inner) * LN2 + tl.where(in_range, 0.0, float("nan"))
 
 
@@ -342,8 +364,9 @@ def _right(s_rows, t_rows, y, in_range, s_y, t_y, m_s, m_t, confidence_s, confid
 
 
 @triton.jit
-def _smoothed_label(cols, y, smoothing, smoothing_each):
-    return tl.where(cols == y, 1.0 - smoothing, 0.0) + smoothing_each
+def _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE: tl.constexpr):
+    # tl.full: of two Python numbers tl.where makes float32.
+    return tl.where(cols == y, tl.full((), 1.0 - smoothing, DTYPE), 0.0) + smoothing_each
 
 
 @triton.jit
@@ -358,7 +381,7 @@ def _store_labels(
     e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
     e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
     d = (a_t - a_s) + log_ratio
-    q = (1.0 - smoothing) + smoothing_each
+    q = tl.full((), (1.0 - smoothing) + smoothing_each, k[0].dtype)
     if TERMS.student_grad and TERMS.student_ce:
         _store(ds + y, _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL), write)
     if TERMS.teacher_grad and TERMS.teacher_ce:
@@ -444,7 +467,7 @@ def _tile(
             q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
         q_sum = tl.sum(tl.sum(q, 0), 1)[None, :, None]
     elif TERMS.smooth:
-        q = smoothing_each
+        q = tl.full((), smoothing_each, DTYPE)
 
     m_s, m_t = _max_2(s, t)
     M_s, M_t = m_s * c, m_t * c
@@ -471,8 +494,8 @@ def _tile(
         H_s, H_t = _entropies(
             S_s, S_t, l_s, l_t, r_s, r_t, l1_s, l1_t, r1_s, r1_t, temperature, TERMS
         )
-        d1 = tl.where(H_t > H_s, gamma, 1.0).to(DTYPE)
-        d2 = tl.where(H_s > H_t, gamma, 1.0).to(DTYPE)
+        d1 = tl.where(H_t > H_s, tl.full((), gamma, DTYPE), 1.0)
+        d2 = tl.where(H_s > H_t, tl.full((), gamma, DTYPE), 1.0)
         # Every class's p_t d + p_s - p_t is >= 0: no cancellation between classes. The very ratio
         # whose logarithm is in d brings p_t to p_s' scale, so that its rounding cancels too.
         d = (a_t - a_s) + log_ratio
@@ -484,8 +507,9 @@ def _tile(
     confidence_t = _confidence(m_t, M_t, r1_t, c, temperature, TERMS.squarings)
     CE_s, CE_t, hit_s, hit_t, s_y, t_y = zero, zero, zero, zero, zero, zero
     if TERMS.target != "none":
-        s_y = _load(s_rows + y, counted, PADDED, DTYPE)
-        t_y = _load(t_rows + y, counted, PADDED, DTYPE)
+        # PAD in a row that is not read, also of fp16: 0 * exp2(0 - M) may be NaN.
+        s_y = _load(s_rows + y, counted, True, DTYPE)
+        t_y = _load(t_rows + y, counted, True, DTYPE)
         qa_s, qa_t, mean_s, mean_t = zero, zero, zero, zero
         if TERMS.target == "soft":
             qa_s, qa_t = _sum_2(q * a_s, q * a_t)
@@ -518,7 +542,7 @@ def _tile(
         if TERMS.target != "none":
             tl.debug_barrier()  # gradients may go over logits: all threads have read the label's
         if TERMS.target == "labels" and not TERMS.ordered_stores:
-            q = _smoothed_label(cols, y, smoothing, smoothing_each)
+            q = _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE)
         ds_rows, dt_rows = ds, dt
         if TERMS.student_grad:
             ds_rows = ds + rows * ds_stride
@@ -674,13 +698,14 @@ def _row_rest(
     l_s, l_t, r_s, r_t, ratio, log_ratio, l1_s, l1_t, r1_s, r1_t = _normalisers(
         m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS
     )
-    H_s, H_t, d1, d2, R, F = 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s, 0.0 * Z1_s
+    zero = tl.full((), 0.0, DTYPE)
+    H_s, H_t, d1, d2, R, F = zero, zero, zero, zero, zero, zero
     if TERMS.kd:
         H_s, H_t = _entropies(
             S_s, S_t, l_s, l_t, r_s, r_t, l1_s, l1_t, r1_s, r1_t, temperature, TERMS
         )
-        d1 = tl.where(H_t > H_s, gamma, 1.0).to(DTYPE)
-        d2 = tl.where(H_s > H_t, gamma, 1.0).to(DTYPE)
+        d1 = tl.where(H_t > H_s, tl.full((), gamma, DTYPE), 1.0)
+        d2 = tl.where(H_s > H_t, tl.full((), gamma, DTYPE), 1.0)
         # From moments: good enough for the gradient, not for the value.
         R = (x * r_s + log_ratio) * -LN2
         F = (x_t * r_t + log_ratio) * LN2
@@ -698,8 +723,8 @@ def _row_rest(
     confidence_s = _confidence(m_s, M_s, r1_s, c, temperature, TERMS.squarings)
     confidence_t = _confidence(m_t, M_t, r1_t, c, temperature, TERMS.squarings)
     if TERMS.target != "none":
-        s_y = _load(s_row + y, counted, PADDED, DTYPE)
-        t_y = _load(t_row + y, counted, PADDED, DTYPE)
+        s_y = _load(s_row + y, counted, True, DTYPE)  # as in _tile
+        t_y = _load(t_row + y, counted, True, DTYPE)
         if TERMS.student_ce:
             CE_s = _cross_entropy(l1_s, _log2_e(s_y, c, M_s), qa_s, mean_s, q_sum, in_range,
                                   temperature, smoothing, TERMS)  # fmt: skip
@@ -745,9 +770,9 @@ def _row_rest(
                 if TERMS.smooth:
                     q = q * (1.0 - smoothing) + smoothing_each
             elif TERMS.smooth:
-                q = smoothing_each
+                q = tl.full((), smoothing_each, DTYPE)
             if TERMS.target == "labels" and not TERMS.ordered_stores:
-                q = _smoothed_label(cols, y, smoothing, smoothing_each)
+                q = _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE)
             into = inside if PADDED else None
             if TERMS.student_grad:
                 g_s = _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL)
@@ -866,7 +891,7 @@ def _gradient_row(
             if TERMS.smooth:
                 q = q * (1.0 - smoothing) + smoothing_each
         elif TERMS.target == "labels":
-            q = _smoothed_label(cols, y, smoothing, smoothing_each)
+            q = _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE)
         if TERMS.student_grad:
             g = _student_gradient(e_s, e1_s, e_t, d, q, k_s, TERMS, True)
             _store(ds + row * ds_stride + cols, g, inside)

@@ -7,6 +7,7 @@
 // where the distributions are near, and of Z_t / Z_s from sum (e_t - e_s). A difference of two sums
 // over classes, as from E[u] and E[v], would lose such a divergence.
 #include <initializer_list>
+#include <limits>
 #include <memory>
 
 #include "call.h"
@@ -135,6 +136,21 @@ bool is_first(const S* row, int64_t label, double max) {
   return !any(equal);
 }
 
+// Whether `label` is the first largest class, by bits: where floats below the normal range count as 0.
+template <class S>
+NOINLINE bool is_first_by_bits(const S* row, int64_t label, int64_t count) {
+  using I = std::conditional_t<sizeof(S) == 2, int16_t, std::conditional_t<sizeof(S) == 4, int32_t, int64_t>>;
+  const auto order = [row](int64_t i) {
+    I bits;
+    memcpy(&bits, row + i, sizeof bits);
+    return bits < 0 ? -(int64_t)(bits & std::numeric_limits<I>::max()) : (int64_t)bits;
+  };
+  const int64_t largest = order(label);
+  for (int64_t i = 0; i < count; ++i)
+    if (order(i) > largest || (i < label && order(i) == largest)) return false;
+  return true;
+}
+
 // A row of a storage type as the compute type; `to` is padded to whole vectors.
 template <class R, class S>
 void widen_as(const void* from, int64_t count, R* to) {
@@ -225,7 +241,9 @@ struct Rows {
 
   const bool streaming = call.streaming && C >= 16 * W;  // past the cache; few classes fill no lines
 
-  static constexpr int kFloor = -4096;  // of x to_log2, where a class may be masked: 2^ it is 0
+  // Where a class may be masked, x to_log2 is raised to this: 2 to its power is 0. At temperature 1 the
+  // floor is another x: a temperature below 1 has 0 where e^x is not.
+  static constexpr int kFloor = -4096;
 
   // What rows rarely need has loops of its own, so that the common ones hold their sums in registers.
   static constexpr int kRare = -1;  // in the place of `power`
@@ -296,7 +314,7 @@ struct Rows {
     const bool careful = piece.careful;
     const S *const s = piece.row.s, *const t = piece.row.t, *const ds = piece.ds, *const dt = piece.dt;
     const Pair fetched = piece.fetched + -piece.begin, next = (piece.next.s ? piece.next : piece.row) + -piece.begin;
-    const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2;
+    const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2, floor_at_one = V{} + (R)(kFloor / kLog2E);
     const R max_s = student.max[k], max_t = teacher.max[k];
     const int64_t C = this->C;
     const int any_power = this->power;
@@ -311,9 +329,11 @@ struct Rows {
         V xs, xt;
         if constexpr (whole) xs = load<R>(s + i) - max_s, xt = load<R>(t + i) - max_t;
         else xs = load_some<R>(s + i, C - i) - max_s, xt = load_some<R>(t + i, C - i) - max_t;
-        const V ls = rare && careful ? larger<V>(floor, xs) : xs, lt = rare && careful ? larger<V>(floor, xt) : xt;
-        V e_s = exp2_of<R>(ls, to_log2), e_t = exp2_of<R>(lt, to_log2);
-        V r1_s = root_at_one<power>(e_s, ls, any_power), r1_t = root_at_one<power>(e_t, lt, any_power);
+        const bool floored = rare && careful;
+        V e_s = exp2_of<R>(floored ? larger<V>(floor, xs) : xs, to_log2);
+        V e_t = exp2_of<R>(floored ? larger<V>(floor, xt) : xt, to_log2);
+        V r1_s = root_at_one<power>(e_s, floored ? larger<V>(floor_at_one, xs) : xs, any_power);
+        V r1_t = root_at_one<power>(e_t, floored ? larger<V>(floor_at_one, xt) : xt, any_power);
         __builtin_prefetch(fetched.s + i);
         __builtin_prefetch(fetched.t + i);
         if (fetch_gradients && ds) __builtin_prefetch(ds + i, 1);
@@ -445,7 +465,7 @@ struct Rows {
   struct Gradients {
     static constexpr bool rare = power == kRare;
     const Spread ks, kt;
-    const V to_log2, floor = (R)kFloor / to_log2;
+    const V to_log2, floor = (R)kFloor / to_log2, floor_at_one = V{} + (R)(kFloor / kLog2E);
     const int64_t C, own_label, per_vector;
     const int any_power;
     const R *const q, *const keeps;
@@ -492,8 +512,9 @@ struct Rows {
         if constexpr (whole) xs = load<R>(s + i) - max_s, xt = load<R>(t + i) - max_t;
         else xs = load_some<R>(s + i, end - i) - max_s, xt = load_some<R>(t + i, end - i) - max_t;
         g = xt - xs;
-        if constexpr (rare) xs = larger<V>(floor, xs), xt = larger<V>(floor, xt);
-        e_s = exp2_of<R>(xs, to_log2), e_t = exp2_of<R>(xt, to_log2);
+        e_s = exp2_of<R>(rare ? larger<V>(floor, xs) : xs, to_log2);
+        e_t = exp2_of<R>(rare ? larger<V>(floor, xt) : xt, to_log2);
+        if constexpr (rare) xs = larger<V>(floor_at_one, xs), xt = larger<V>(floor_at_one, xt);
         if (power > 0 || (ds && student_ce)) e1_s = at_one<power>(e_s, xs, any_power);
         if (power > 0 || (dt && teacher_ce)) e1_t = at_one<power>(e_t, xt, any_power);
       }
@@ -677,8 +698,12 @@ struct Rows {
     if (label >= 0) {
       const double max_s = student.max[k], max_t = teacher.max[k];
       row.label_s[k] = value(s[label]) - max_s, row.label_t[k] = value(t[label]) - max_t;
-      row.correct_s[k] = row.label_s[k] == 0 && is_first<R>(s, label, max_s);
-      row.correct_t[k] = row.label_t[k] == 0 && is_first<R>(t, label, max_t);
+      const auto correct = [&](const S* x, double label_x, double max) {
+        if (label_x != 0) return false;
+        const bool tiny = std::fabs(max) < (double)std::numeric_limits<R>::min();
+        return tiny ? is_first_by_bits(x, label, C) : is_first<R>(x, label, max);
+      };
+      row.correct_s[k] = correct(s, row.label_s[k], max_s), row.correct_t[k] = correct(t, row.label_t[k], max_t);
     }
     if (student_ce && (soft || smooth)) target_sums(s, k, student);
     if (teacher_ce && (soft || smooth)) target_sums(t, k, teacher);
@@ -705,7 +730,10 @@ struct Rows {
     const auto cross_entropy = [&](const NetworkSums& sums, W label_x, W log_z1) INLINE_LAMBDA {
       if (soft) return q_sum * log_z1 - of(sums.qx);
       const W loss = log_z1 - label_x;
-      return smooth ? (1 - smoothing) * loss + smoothing * (log_z1 - of(sums.x) / (double)C) : loss;
+      if (!smooth) return loss;
+      // At a smoothing of 1 the label has no part of its own, also where it is masked.
+      const W own = smoothing < 1 ? (1 - smoothing) * loss : W{};
+      return own + smoothing * (log_z1 - of(sums.x) / (double)C);
     };
     W ce_s{}, ce_t{};
     if (student_ce) ce_s = cross_entropy(student, of(row.label_s), log_z1s);
@@ -741,18 +769,20 @@ struct Rows {
       put(to.uniform, scale * (smoothing / C));
     };
     const W weight = of(row.weight);
+    // A NaN of either network reaches every class, also those whose e is 0. (Sums are finite or NaN.)
+    const W poison = kd ? 0 * (of(student.z) + of(teacher.z)) : W{};
     if (call.student.gradient) {
       const W scale = weight * call.per_row * of(row.upstream_s), kd_scale = scale * o.student_kd * tau;
       put(to_s.gap, -kd_scale * d2 / tau * per_zs);
       put(to_s.offset, kd_scale * (d1 + d2 * (log_zt_over_zs - reverse)) * per_zs);
-      put(to_s.partner, kd_scale * d1 * per_zt);
+      put(to_s.partner, kd_scale * d1 * per_zt + poison);
       if (student_ce) to_target(to_s, scale * o.student_ce, per_z1s);
     }
     if (call.teacher.gradient) {
       const W scale = weight * call.per_row * of(row.upstream_t), kd_scale = scale * o.teacher_kd * tau;
       put(to_t.gap, o.teacher_forward ? kd_scale / tau * per_zt : W{});
       put(to_t.offset, kd_scale * (o.teacher_forward ? -log_zt_over_zs - forward : one) * per_zt);
-      put(to_t.partner, o.teacher_forward ? W{} : kd_scale * per_zs);
+      put(to_t.partner, (o.teacher_forward ? W{} : kd_scale * per_zs) + poison);
       if (teacher_ce) to_target(to_t, scale * o.teacher_ce, per_z1t);
     }
 
@@ -824,7 +854,6 @@ void run(const Call& call, Shares& shares) {
 // Two storage types: each row goes through a copy in the compute type.
 template <class R>
 void run_mixed(const Call& mixed, Shares& shares) {
-  const Subnormals are_zero;
   Call call = mixed;
   call.streaming = false;
   Rows<R> one_row{call};
@@ -835,9 +864,12 @@ void run_mixed(const Call& mixed, Shares& shares) {
   for (Share share{shares}; share.next();)
     for (int64_t row = share.begin; row < share.end; ++row) {
       widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
-      widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);
-      one_row(row, 1, row + 1, {a, b}, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
-      one_row.finish();
+      widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);  // float32's subnormals are float64's numbers
+      {
+        const Subnormals are_zero;
+        one_row(row, 1, row + 1, {a, b}, s.gradient ? a : nullptr, t.gradient ? b : nullptr);
+        one_row.finish();
+      }
       if (s.gradient) narrow<R>(s.storage, a, call.classes, s.gradient, row * s.gradient_stride);
       if (t.gradient) narrow<R>(t.storage, b, call.classes, t.gradient, row * t.gradient_stride);
     }

@@ -87,3 +87,13 @@ def test_issue_slots_of_the_loop_kernel(compiled):
     assert slots[32000] <= 65
     assert slots[262144] <= 65
     assert slots[21841] <= 74
+
+
+def test_float64_is_computed_in_float64():
+    """No option is rounded to float32 on its way: ``tl.where`` of two Python numbers would do that.
+    (Constants of float32 that are 0, 1, NaN or infinite are exact.)"""
+    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(_SCRIPT), "--constants"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["float32 constants in float64 kernels: none"]
