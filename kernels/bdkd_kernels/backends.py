@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 
 from . import native, reference
-from .types import Availability, Problem
+from ._torch_compat import is_dtensor, needs_torch_operators
+from .types import Availability, Problem, shown
 
 NAMES = ("auto", "triton", "native", "reference")
 
@@ -27,20 +28,31 @@ def available_backends() -> dict[str, Availability]:
 
 def check_name(backend: str) -> None:
     """Raise ``ValueError`` for a backend that does not exist."""
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {shown(backend)}")
 
 
 def choose(backend: str, problem: Problem) -> ModuleType:
-    """The module whose ``loss`` and ``loss_and_grad`` serve this call.
+    """Return the module whose ``loss`` and ``loss_and_grad`` serve this call.
+
+    Transforms that only torch's own operators support run the reference, whatever the backend.
 
     Raises:
         RuntimeError: the named backend cannot run here, or not on this device, with the remedy.
     """
     student = problem.student
+    if not problem.plain and backend != "reference":
+        check_name(backend)
+        if needs_torch_operators():
+            return reference
+        if is_dtensor(student):
+            if backend == "auto":
+                return reference
+            raise RuntimeError(
+                f"backend {backend!r} takes no DTensor in student_logits: give "
+                "student_logits.to_local() and the like, or use backend='reference'"
+            )
     if backend == "auto":
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return reference  # torch.func takes no operator of torch.library
         if student.is_cpu:
             return native if native.AVAILABILITY.available else reference
         if student.is_cuda:

@@ -1,4 +1,4 @@
-"""What a user calls: the loss as a function and as a module. Checks, flattens, dispatches."""
+"""The loss as a function and as a module: checks the arguments, flattens them, picks a backend."""
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def bdkd_loss(
     grad_scale: float | Tensor = 1.0,
     backend: str = "auto",
 ) -> BDKDOutput:
-    """BD-KD's losses of a student and its teacher, from logits alone.
+    """Compute BD-KD's losses of a student and its teacher from their logits.
 
     For every sample, with ``p = softmax(logits / temperature)``, everything in nats::
 
@@ -37,18 +37,20 @@ def bdkd_loss(
         d1 = gamma where H(p_t) > H(p_s), else 1
         d2 = gamma where H(p_s) > H(p_t), else 1
 
-    The partner's probabilities and both weights are constants for the gradient, so each loss trains
-    its own network only: ``(out.student + out.teacher).backward()`` trains both.
+    The other network's probabilities and both weights are constants for the gradient, so each loss
+    trains its own network only: ``(out.student + out.teacher).backward()`` trains both.
 
     Args:
-        student_logits, teacher_logits: ``(..., C)``, fp16, bf16, fp32 or fp64 (mixes too). All
-            arithmetic is float32, or float64 where one of them is. ``-inf`` masks a class.
+        student_logits, teacher_logits: ``(..., C)``, fp16, bf16, fp32 or fp64; the two may differ.
+            All arithmetic is float32, or float64 if one of them is. ``-inf`` masks a class.
+            Tensors that were made under ``torch.inference_mode()`` are accepted everywhere.
         target: labels ``(...)`` of an integer type, soft labels ``(..., C)`` of a floating type, or
             None for unlabelled data (no cross entropy).
-        temperature: of both divergences; > 0.
-        gamma: the larger of a sample's two weights; >= 1 (1: unweighted).
-        student_ce, student_kd, teacher_ce, teacher_kd: weights of the four terms, >= 0. The term of
-            a weight of 0 is not computed.
+        temperature: of both divergences, in [1e-4, 1e4].
+        gamma: the larger of a sample's two weights, in [1, 1e9]. 1 means no weighting.
+        student_ce, student_kd, teacher_ce, teacher_kd: weights of the four terms, each 0 or in
+            [1e-30, 1e9]. A term of weight 0 is not computed. A loss without any term is 0, and its
+            gradients are 0.
         teacher_divergence: ``"reverse"``, KL(p_s || p_t), or ``"forward"``, KL(p_t || p_s).
         soften_entropy: compare the entropies at ``temperature``, or else at 1.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
@@ -56,11 +58,12 @@ def bdkd_loss(
             the counted samples. A constant: no gradient flows into it.
         ignore_index: samples with this label have loss 0 and gradients 0 and are not counted.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        grad_scale: the gradient that will come from above (fp16's loss scale, say), a number or a
-            0-dim tensor. Backends that make gradients in the forward pass put it in before
-            rounding. It changes no value.
+        grad_scale: the gradient that the backward pass will bring, for example fp16's loss scale: a
+            number of float32's range or a 0-dim tensor. Backends that compute gradients in the
+            forward pass apply it before rounding. It changes no value.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``;
-            see :func:`available_backends`.
+            see :func:`available_backends`. Calls under ``torch.func``, forward-mode AD or
+            ``torch.jit.trace`` run the reference whatever the backend.
 
     Returns:
         :class:`BDKDOutput`: ``student`` and ``teacher``, float32 (float64 for float64 logits), and
@@ -69,7 +72,7 @@ def bdkd_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name; a label outside [0, C), with
             its row, on the CPU (elsewhere that row's loss is NaN, unless ``BDKD_CHECK_LABELS=1``).
-        RuntimeError: ``backend`` is not available here.
+        RuntimeError: ``backend`` is not available here, or not for these tensors.
 
     Source: Amara et al., arXiv 2212.12965.
     """
@@ -104,21 +107,27 @@ def bdkd_loss_and_grad(
     backend: str = "auto",
     grads: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[BDKDOutput, tuple[Tensor | None, Tensor | None]]:
-    """:func:`bdkd_loss` and both gradients, for ``torch.autograd.backward([s, t], [ds, dt])``.
+    """Compute :func:`bdkd_loss` and both gradients, in one pass.
 
-    The arguments are those of :func:`bdkd_loss`. ``ds`` is the gradient of ``out.student`` (of its
-    sum, with ``reduction="none"``) with respect to the student's logits, times ``grad_scale``;
-    ``dt`` likewise of the teacher. Each has the shape and dtype of its logits.
+    For trainers that call ``torch.autograd.backward([s, t], [ds, dt])`` themselves. The arguments
+    are those of :func:`bdkd_loss`. ``ds`` is the gradient of ``out.student`` (of its sum, with
+    ``reduction="none"``) with respect to the student's logits, times ``grad_scale``. ``dt`` is that
+    of ``out.teacher`` and the teacher's logits. Each has the shape and dtype of its logits.
 
-    A gradient is made for the logits that require one; where neither does, for both. The gradient
-    of logits that need none beside a partner's that do (offline distillation) is None.
+    If neither network's logits require a gradient, both gradients are computed. If only one does,
+    the other gradient is None (offline distillation).
 
     Args:
         grads: tensors to write the gradients into, ``(ds, dt)``, each of its logits' shape, dtype
-            and device; they may be the logits themselves. None in a place: no such gradient.
+            and device. A buffer may be its own network's logits; it must not share memory with any
+            other argument, with the other buffer or within itself. Pass None in a place to compute
+            no such gradient.
 
     Returns:
         ``(out, (ds, dt))``; ``out`` is detached.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`bdkd_loss`; a buffer that does not fit.
     """
     options = checked_options(
         temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
@@ -132,7 +141,9 @@ def bdkd_loss_and_grad(
         ds = buffers.empty_like(student_logits.detach()) if want_student else None
         dt = buffers.empty_like(teacher_logits.detach()) if want_teacher else None
     else:
-        check_gradient_buffers(grads, student_logits, teacher_logits)
+        check_gradient_buffers(
+            grads, student_logits, teacher_logits, target, sample_weight, grad_scale, problem.plain
+        )
         ds, dt = grads
     implementation = backends.choose(backend, problem)
     student, teacher, stats = implementation.loss_and_grad(
@@ -142,7 +153,7 @@ def bdkd_loss_and_grad(
 
 
 class BDKDLoss(nn.Module):
-    """:func:`bdkd_loss` as a module: the options in the constructor, the tensors in the call."""
+    """:func:`bdkd_loss` as a module: options in the constructor, tensors in the call."""
 
     def __init__(
         self,

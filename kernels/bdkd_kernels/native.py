@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 from ctypes import c_char_p, c_int64
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -31,8 +30,12 @@ CHECKOUT_SOURCES = _CHECKOUT / "kernels" / "csrc"  # there, or installed without
 _REMEDY = "with a C++ compiler, run: pip install -e . (or pip install . for a copy)"
 
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-# What outputs are made like: faster than from a dtype, and on the CPU whatever the default device.
-_SCALARS = {d: torch.empty((), dtype=d, device="cpu") for d in (torch.float32, torch.float64)}
+# Templates of the outputs: new_empty of one is faster than torch.empty with a dtype, and on the CPU
+# whatever the default device is.
+_WIDE, _NARROW = (torch.empty((), dtype=d, device="cpu") for d in (torch.float64, torch.float32))
+_SCALARS = {
+    (s, t): _WIDE if torch.float64 in (s, t) else _NARROW for s in _STORAGE for t in _STORAGE
+}
 _NO_TARGET, _LABELS = -2, -1  # or the storage of soft labels
 
 
@@ -40,13 +43,17 @@ _OPTIONS = struct.Struct("=7dq4i")  # csrc/call.h: Options
 _CALL = struct.Struct("=2d17q5i")  # csrc/kernel.cpp: Arguments
 
 
-@lru_cache(maxsize=256)
 def _packed(o: LossOptions) -> bytes:
-    return _OPTIONS.pack(
-        o.temperature, o.gamma, o.student_ce, o.student_kd, o.teacher_ce, o.teacher_kd,
-        o.label_smoothing, o.ignore_index, o.teacher_divergence == "forward", o.soften_entropy,
-        o.reduction == "mean", o.reduction == "none",
-    )  # fmt: skip
+    """The options as the kernel reads them. Kept with the options, whose hash, for a cache keyed by
+    them, would take 1 us of every call."""
+    packed = o.__dict__.get("_packed")
+    if packed is None:
+        packed = o.__dict__["_packed"] = _OPTIONS.pack(
+            o.temperature, o.gamma, o.student_ce, o.student_kd, o.teacher_ce, o.teacher_kd,
+            o.label_smoothing, o.ignore_index, o.teacher_divergence == "forward",
+            o.soften_entropy, o.reduction == "mean", o.reduction == "none",
+        )  # fmt: skip
+    return packed
 
 
 def _run(
@@ -58,7 +65,7 @@ def _run(
     stats: Tensor | None,
     check_labels: bool,
 ) -> None:
-    student, teacher, target, weight, options = problem
+    student, teacher, target, weight, options, _, dense = problem
     (ds, dt), (student_upstream, teacher_upstream) = gradients, upstreams
     rows, classes = student.shape
     if target is None:
@@ -71,12 +78,13 @@ def _run(
     # One packed argument: as many by themselves would take ctypes longer than a small batch takes.
     bad = _library.bdkd_run(_packed(options) + _CALL.pack(
         *scales, rows, classes,
-        student.data_ptr(), student.stride()[0], teacher.data_ptr(), teacher.stride()[0],
+        student.data_ptr(), classes if dense else student.stride()[0],
+        teacher.data_ptr(), classes if dense else teacher.stride()[0],
         0 if target is None else target.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if stats is None else stats.data_ptr(),
-        *((0, 0) if ds is None else (ds.data_ptr(), ds.stride()[0])),
-        *((0, 0) if dt is None else (dt.data_ptr(), dt.stride()[0])),
+        *((0, 0) if ds is None else (ds.data_ptr(), _row_stride(ds, classes))),
+        *((0, 0) if dt is None else (dt.data_ptr(), _row_stride(dt, classes))),
         0 if student_upstream is None else student_upstream.data_ptr(),
         0 if teacher_upstream is None else teacher_upstream.data_ptr(),
         0 if losses is None else losses[0].data_ptr(),
@@ -89,6 +97,10 @@ def _run(
         raise_bad_label(bad, int(target[bad]), classes, options.ignore_index)
 
 
+def _row_stride(rows: Tensor, classes: int) -> int:
+    return classes if rows.is_contiguous() else rows.stride()[0]
+
+
 def _forward(
     problem: Problem,
     grad_scale: float | Tensor,
@@ -96,7 +108,7 @@ def _forward(
     dt: Tensor | None,
     check_labels: bool,
 ) -> ops.Outputs:
-    scalar = _SCALARS[compute_dtype(problem.student, problem.teacher)]
+    scalar = _SCALARS[problem.student.dtype, problem.teacher.dtype]
     stats = scalar.new_empty(12, problem.student.shape[0])
     loss = stats[0] if problem.options.reduction == "none" else scalar
     student, teacher = torch.empty_like(loss), torch.empty_like(loss)

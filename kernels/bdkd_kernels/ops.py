@@ -1,6 +1,6 @@
-"""What the fused backends share: torch.library operators, autograd, and the eager way round both.
+"""The code that the fused backends share: torch.library operators, autograd, and the eager path.
 
-A backend brings two functions over rows and registers them once::
+A backend provides two functions over rows and registers them once::
 
     _fused = ops.Fused("native", forward, backward, state_rows=0)
     loss, loss_and_grad = _fused.loss, _fused.loss_and_grad
@@ -9,24 +9,29 @@ A backend brings two functions over rows and registers them once::
         -> student_loss, teacher_loss, stats (12, N), state (state_rows, N) or None
     backward(problem, state, student_upstream, teacher_upstream, ds, dt, announced) -> None
 
-``forward`` returns losses as ``reduction`` says, in ``compute_dtype``, and writes ``ds`` and ``dt``
-(N, C), where given: each network's gradient times ``grad_scale`` (a float, or a 0-dim tensor on
-the device). It raises ``ValueError`` for a bad label if ``check_labels``; otherwise, and where the
-labels cannot be read, such a row is NaN. ``state`` is whatever ``backward`` wants per row.
+``forward`` returns losses reduced as ``reduction`` says, in ``compute_dtype``. It writes ``ds`` and
+``dt`` (N, C), where given: each network's gradient times ``grad_scale`` (a float, or a 0-dim tensor
+on the device). If ``check_labels`` is True it raises ``ValueError`` for a bad label. Otherwise, and
+where the labels cannot be read, the row of a bad label is NaN. ``state`` holds what ``backward``
+needs of each row.
 
-``backward`` writes, for each network with a buffer, its gradient times its upstream (0-dim, or
-(N,) for ``"none"``). ``announced`` (float or 0-dim tensor) says that the buffer already holds the
-gradient times that scale: where the upstream is the same, it stays. None: it holds nothing.
+``backward`` writes, for each network with a buffer, its gradient times its upstream gradient
+(0-dim, or (N,) for ``"none"``). ``announced`` (float or 0-dim tensor) says that the buffer already
+holds the gradient times that scale, which stays if the upstream is the same. None: the buffer holds
+nothing.
 
-Logits and buffers arrive with unit stride in the class dimension, any row stride, and at least one
-row; ``target`` and ``sample_weight`` (in ``compute_dtype``) contiguous; a network without a term
-never has a buffer. A buffer may share the logits' memory.
+Logits and buffers have unit stride in the class dimension, any row stride, and at least one row;
+``target`` and ``sample_weight`` (in ``compute_dtype``) are contiguous; a network without a term
+never has a buffer. A buffer may share the memory of its own network's logits, and no other.
 
-Three ways in. Plain eager calls go round the dispatcher: gradients come out of ``forward``, and
-each network gets its own autograd node, so that the two losses go backward apart and in any order.
-Compiled calls go through one operator whose backward makes both gradients from the logits (6 units
-of traffic; gradients in the forward and a functional copy in the backward would be 8). Eager calls
-under a dispatch mode or with a tensor subclass go through that operator too, once a network.
+There are three paths:
+
+- A plain eager call bypasses the dispatcher. ``forward`` computes the gradients, and each network
+  gets its own autograd node, so that the two losses can go backward apart and in any order.
+- A compiled call goes through one operator whose backward computes both gradients from the logits:
+  6 units of traffic, where gradients in the forward and a functional copy would take 8.
+- An eager call under a dispatch mode or with a tensor subclass goes through that operator too, once
+  for each network.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +40,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.library import define, impl, register_autograd, register_fake
 
 from . import buffers
-from .checks import check_labels, labels_can_be_read
-from .reference import compute_dtype
-from .types import PLAIN, BDKDStats, LossOptions, Problem
+from ._torch_compat import has_memory
+from .checks import check_labels, in_memory, labels_can_be_read
+from .reference import compute_dtype, savable, write, zero_with_graph
+from .types import BDKDStats, LossOptions, Problem
 
 Losses = tuple[Tensor, Tensor, BDKDStats]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # losses, statistics, state
@@ -56,6 +63,7 @@ Backward = Callable[
     None,
 ]  # fmt: skip
 
+_INPUT_NAMES = ("student_logits", "teacher_logits", "target", "sample_weight")
 _INPUTS = "Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight"
 _OPTIONS = (
     "float temperature, float gamma, float student_ce, float student_kd, float teacher_ce, "
@@ -80,14 +88,6 @@ def flat_options(o: LossOptions) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def terms(problem: Problem) -> tuple[bool, bool]:
-    """Whether the student's and the teacher's loss have a term; one without is a constant 0."""
-    o, labelled = problem.options, problem.target is not None
-    student = o.student_kd != 0 or (o.student_ce != 0 and labelled)
-    teacher = o.teacher_kd != 0 or (o.teacher_ce != 0 and labelled)
-    return student, teacher
-
-
 class Fused:
     """One backend's ``loss`` and ``loss_and_grad``, and its operators ``bdkd::NAME_forward`` and
     ``bdkd::NAME_backward``."""
@@ -100,48 +100,94 @@ class Fused:
         self.backward_op = getattr(torch.ops.bdkd, f"{name}_backward").default
 
     def loss(self, problem: Problem, grad_scale: float | Tensor = 1.0) -> Losses:
-        """Student loss, teacher loss, statistics; the losses connected to autograd."""
-        with_student, with_teacher = terms(problem)
-        grad_mode = torch.is_grad_enabled()
-        want_student = with_student and grad_mode and problem.student.requires_grad
-        want_teacher = with_teacher and grad_mode and problem.teacher.requires_grad
-        if not _is_plain(problem):
-            return self._loss_through_operator(problem, want_student, want_teacher)
+        """Return the student's loss, the teacher's loss and the statistics.
 
-        ds = buffers.empty_like(problem.student) if want_student else None  # (N, C)
-        dt = buffers.empty_like(problem.teacher) if want_teacher else None  # (N, C)
+        The losses are connected to autograd.
+        """
+        with_student, with_teacher = problem.has_terms()
+        train_student = train_teacher = False
+        if torch.is_grad_enabled():
+            train_student = problem.student.requires_grad
+            train_teacher = problem.teacher.requires_grad
+        want_student, want_teacher = with_student and train_student, with_teacher and train_teacher
+        if problem.plain:
+            losses = self._plain_loss(problem, grad_scale, want_student, want_teacher)
+        else:
+            losses = self._loss_through_operator(problem, want_student, want_teacher)
+        if train_student == want_student and train_teacher == want_teacher:
+            return losses
+        student, teacher, stats = losses
+        if train_student and not with_student:
+            student = student + _zero_with_graph(problem.student, problem.options)
+        if train_teacher and not with_teacher:
+            teacher = teacher + _zero_with_graph(problem.teacher, problem.options)
+        return student, teacher, stats
+
+    def _plain_loss(
+        self,
+        problem: Problem,
+        grad_scale: float | Tensor,
+        want_student: bool,
+        want_teacher: bool,
+    ) -> Losses:
+        ds = buffers.empty_rows(problem.student, problem.dense) if want_student else None  # (N, C)
+        dt = buffers.empty_rows(problem.teacher, problem.dense) if want_teacher else None  # (N, C)
         student, teacher, stats, state = self.forward(problem, grad_scale, ds, dt, True)
         if want_student or want_teacher:
             call = _Call(self, problem.options, grad_scale, ds, dt)
-            saved = (*problem[:4], state)
-            # The student's node comes last, so that it is the first to go backward.
-            if want_teacher:
-                teacher = _connect(problem.teacher, (teacher, saved, call, 1))
-            if want_student:
-                student = _connect(problem.student, (student, saved, call, 0))
+            saved: tuple[Tensor | None, ...] = (*problem[:4], state)
+            try:
+                # The student's node comes last, so that it is the first to go backward.
+                if want_teacher:
+                    teacher = _NetworkLoss.apply(problem.teacher, (teacher, saved, call, 1))
+                if want_student:
+                    student = _NetworkLoss.apply(problem.student, (student, saved, call, 0))
+            except RuntimeError:
+                # Autograd saves no inference tensors. They need no watch: nothing tracks their
+                # version, and only inference mode can change their values.
+                saved = call.keep_inference_tensors(saved)
+                if not any(x is not None for x in call.inference or ()):
+                    raise
+                if want_teacher:
+                    teacher = _NetworkLoss.apply(problem.teacher, (teacher, saved, call, 1))
+                if want_student:
+                    student = _NetworkLoss.apply(problem.student, (student, saved, call, 0))
         return student, teacher, BDKDStats(stats)
 
     def loss_and_grad(
         self, problem: Problem, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
     ) -> Losses:
-        """:meth:`loss`, detached; both gradients, times ``grad_scale``, go into ``ds``, ``dt``."""
-        with torch.no_grad():
-            for buffer, has_term in zip((ds, dt), terms(problem), strict=True):
-                if buffer is not None and not has_term:
-                    buffer.zero_()
-            with_student, with_teacher = terms(problem)
-            ds, dt = ds if with_student else None, dt if with_teacher else None
-            if _is_plain(problem):
-                made = _unit_stride_buffer(ds), _unit_stride_buffer(dt)
-                student, teacher, stats, _ = self.forward(problem, grad_scale, *made, True)
-            else:
-                student, teacher, stats, *made = self._call_forward_op(
-                    problem, grad_scale, ds is not None, dt is not None
+        """Return :meth:`loss`, detached, and write both gradients, times ``grad_scale``.
+
+        They go into ``ds`` and ``dt`` where these are given.
+        """
+        with_student, with_teacher = problem.has_terms()
+        ds_made, dt_made = ds_into, dt_into = (
+            ds if with_student else None, dt if with_teacher else None,
+        )  # fmt: skip
+        if problem.plain:
+            ds_made, dt_made = _unit_stride_buffer(ds_into), _unit_stride_buffer(dt_into)
+            student, teacher, stats, _ = self.forward(problem, grad_scale, ds_made, dt_made, True)
+        else:
+            with torch.no_grad():
+                student, teacher, stats, ds_made, dt_made = self._call_forward_op(
+                    problem, grad_scale, ds_into is not None, dt_into is not None
                 )
-            for buffer, gradient in zip((ds, dt), made, strict=True):
-                if buffer is not None and gradient is not None and gradient is not buffer:
-                    buffer.copy_(gradient)
-            return student, teacher, BDKDStats(stats)
+        written = []
+        for buffer, gradient in ((ds_into, ds_made), (dt_into, dt_made)):
+            if buffer is not None and gradient is buffer:
+                written.append(buffer)
+            elif buffer is not None and gradient is not None:
+                write(buffer, gradient)
+        if written:
+            # A kernel wrote past torch: whoever saved this memory for its backward must be told.
+            _raise_versions(written)
+        # Only now, since a buffer may be the logits.
+        if ds is not None and not with_student:
+            write(ds, 0.0)
+        if dt is not None and not with_teacher:
+            write(dt, 0.0)
+        return student, teacher, BDKDStats(stats)
 
     def forward(
         self,
@@ -151,10 +197,12 @@ class Fused:
         dt: Tensor | None,
         check: bool,
     ) -> Outputs:
-        """The backend's forward on rows as it wants them; see the module's docstring."""
-        if problem.student.shape[0] == 0:
-            return self._empty_outputs(problem)
-        return self._forward(_laid_out(problem), grad_scale, ds, dt, check)
+        """Call the backend's forward on contiguous rows; see the module's docstring."""
+        if not problem.dense:
+            if problem.student.shape[0] == 0:
+                return self._empty_outputs(problem)
+            problem = _laid_out(problem)
+        return self._forward(problem, grad_scale, ds, dt, check)
 
     def backward(
         self,
@@ -164,12 +212,17 @@ class Fused:
         gradients: Sequence[Tensor | None],
         announced: float | Tensor | None,
     ) -> None:
-        """The backend's backward, likewise."""
+        """Call the backend's backward on contiguous rows; see the module's docstring."""
         if problem.student.shape[0]:
+            for name, x in zip(_INPUT_NAMES, problem[:4], strict=True):
+                if x is not None:
+                    in_memory(name, x)  # its storage may have been freed since
+            student, teacher = (
+                None if x is None else in_memory("the gradient of the loss", x) for x in upstreams
+            )
             self._backward(
-                _laid_out(problem), state, upstreams[0], upstreams[1], gradients[0], gradients[1],
-                announced,
-            )  # fmt: skip
+                _laid_out(problem), state, student, teacher, gradients[0], gradients[1], announced
+            )
 
     def _empty_outputs(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s = problem.student
@@ -187,7 +240,7 @@ class Fused:
     def _loss_through_operator(
         self, problem: Problem, want_student: bool, want_teacher: bool
     ) -> Losses:
-        if type(problem.target) is Tensor and labels_can_be_read(problem.target):
+        if labels_can_be_read(problem.target):
             check_labels(problem.target, problem.student.shape[-1], problem.options.ignore_index)
         both = want_student and want_teacher
         student, teacher, stats = self._call_once(
@@ -199,6 +252,8 @@ class Fused:
         return student, teacher, BDKDStats(stats)
 
     def _call_once(self, problem: Problem, want_student: bool, want_teacher: bool):
+        if want_student or want_teacher:
+            problem = savable(problem, logits=True)
         connected = problem._replace(
             student=problem.student if want_student else problem.student.detach(),
             teacher=problem.teacher if want_teacher else problem.teacher.detach(),
@@ -229,7 +284,7 @@ class Fused:
         @impl(forward, "default")
         def _(student, teacher, target, weight, scale, value, student_grad, teacher_grad, *options):
             problem = Problem(student, teacher, target, weight, LossOptions(*options))
-            with_student, with_teacher = terms(problem)
+            with_student, with_teacher = problem.has_terms()
             ds, dt = _gradients(problem, student_grad, teacher_grad)
             outputs = self.forward(
                 problem, value if scale is None else scale,
@@ -272,7 +327,7 @@ class Fused:
         def forward_backward(ctx, student_upstream, teacher_upstream, *_):
             student, teacher, target, weight, state = ctx.saved_tensors
             problem = Problem(student, teacher, target, weight, LossOptions(*ctx.options))
-            with_student, with_teacher = terms(problem)
+            with_student, with_teacher = problem.has_terms()
             if not (with_student and ctx.needs_input_grad[0]):
                 student_upstream = None
             if not (with_teacher and ctx.needs_input_grad[1]):
@@ -296,14 +351,16 @@ class Fused:
 
 
 class _Call:
-    """What the nodes of one call share: the gradients that were made and not yet handed out.
+    """What the two nodes of one call share: the gradients computed and not handed out yet.
 
-    A node that meets another upstream than the announced one makes both networks' gradients with
-    it in one pass: a loss scale that was put in late comes to both. Its partner then finds the
-    upstream that its own was made with, and makes it once more only where it meets yet another.
+    A node whose upstream gradient is not the announced one computes both networks' gradients with
+    it, in one pass: a loss scale that is applied late applies to both. The other node then finds
+    the upstream that its gradient was computed with, and computes it again only if its own is yet
+    another.
     """
 
-    __slots__ = ("fused", "gradients", "made_with", "options")
+    __slots__ = ("fused", "gradients", "inference", "made_with", "options")
+    inference: Sequence[Tensor | None] | None  # tensors that autograd refuses to save, by place
 
     def __init__(
         self,
@@ -313,36 +370,83 @@ class _Call:
         ds: Tensor | None,
         dt: Tensor | None,
     ) -> None:
-        self.fused, self.options = fused, options
+        self.fused, self.options, self.inference = fused, options, None
         made_with = _Upstream(announced)
         self.gradients, self.made_with = [ds, dt], [made_with, made_with]
 
+    def keep_inference_tensors(self, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Keep the inference tensors among them; return the others, in their places.
+
+        Called when autograd has refused to save them: to ask every call's tensors takes 0.6 us.
+        """
+        self.inference = [x if x is not None and x.is_inference() else None for x in saved]
+        pairs = zip(saved, self.inference, strict=True)
+        return tuple(None if kept is not None else x for x, kept in pairs)
+
+    def problem(self, ctx: Any) -> tuple[Problem, Tensor | None]:
+        """The inputs and the state, from a node's saved tensors."""
+        saved = ctx.saved_tensors
+        if self.inference is not None:
+            saved = [x if k is None else k for x, k in zip(saved, self.inference, strict=True)]
+        student, teacher, target, weight, state = saved
+        return Problem(student, teacher, target, weight, self.options), state
+
     def gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
-        """One network's, which is the caller's alone from now on."""
+        """One network's gradient, which is the caller's alone from now on."""
         # Out of every other thread's reach before anything is written into it.
         gradient, self.gradients[network] = self.gradients[network], None
         made_with = self.made_with[network]
-        if gradient is not None and made_with.is_like(upstream):
-            return gradient
-        student, teacher, target, weight, state = ctx.saved_tensors
+        try:
+            if gradient is not None and made_with.is_like(upstream):
+                return gradient
+            batched = not has_memory(upstream)
+        except RuntimeError:  # it is not one number
+            batched = not has_memory(upstream)
+            if not batched:
+                raise
+        if batched:  # is_grads_batched=True, jacobian(vectorize=True)
+            self.gradients[network] = gradient
+            return self._batched_gradient(network, upstream, ctx)
+        problem, state = self.problem(ctx)
         gradients: list[Tensor | None] = [None, None]
         upstreams: list[Tensor | None] = [None, None]
         partner = announced = None
         if gradient is None:
-            gradient = buffers.empty_like((student, teacher)[network])
+            gradient = buffers.empty_rows((problem.student, problem.teacher)[network], False)
         else:
             announced = made_with.scale()
             partner, self.gradients[1 - network] = self.gradients[1 - network], None
             if partner is not None:
                 gradients[1 - network], upstreams[1 - network] = partner, upstream
         gradients[network], upstreams[network] = gradient, upstream
-        problem = Problem(student, teacher, target, weight, self.options)
         with torch.no_grad():
             self.fused.backward(problem, state, upstreams, gradients, announced)
         if partner is not None:
             self.made_with[1 - network] = _Upstream(upstream)
             self.gradients[1 - network] = partner
         return gradient
+
+    def _batched_gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
+        """The gradient of a batch of upstream gradients, which a kernel cannot see into.
+
+        It is linear in the upstream: the gradient of 1 is computed in ``compute_dtype``, multiplied
+        and rounded once.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(_double_backward(self.fused.name))
+        problem, state = self.problem(ctx)
+        dtype = compute_dtype(problem.student, problem.teacher)
+        storage = (problem.student, problem.teacher)[network].dtype
+        wide = problem.student.to(dtype), problem.teacher.to(dtype)
+        problem = problem._replace(student=wide[0], teacher=wide[1])
+        rows = problem.student.shape[:1] if problem.options.reduction == "none" else ()
+        gradient = torch.empty_like(wide[network], memory_format=torch.contiguous_format)
+        gradients: list[Tensor | None] = [None, None]
+        upstreams: list[Tensor | None] = [None, None]
+        gradients[network] = gradient
+        upstreams[network] = gradient.new_ones(rows)
+        self.fused.backward(problem, state, upstreams, gradients, None)
+        return (upstream[..., None] * gradient).to(storage)
 
 
 class _Upstream:
@@ -351,7 +455,8 @@ class _Upstream:
     __slots__ = ("value", "version")
 
     def __init__(self, value: float | Tensor) -> None:
-        self.value, self.version = value, _version(value)
+        self.value = value
+        self.version = 0 if type(value) is float else _version(value)
 
     def scale(self) -> float | Tensor | None:
         """What a backend may compare an upstream with: one number, still the one that it was."""
@@ -369,7 +474,12 @@ class _Upstream:
         value, announced = upstream.item(), float(scale)
         if value != announced and upstream.dtype == torch.float32:
             announced = c_float(announced).value  # what a user's 0.1 has become on its way here
-        return value == announced
+        if value != announced:
+            return False
+        # Most often the other network's upstream is this very tensor.
+        self.version = _version(upstream)
+        self.value = upstream
+        return True
 
 
 def _version(scale: float | Tensor) -> int:
@@ -377,37 +487,39 @@ def _version(scale: float | Tensor) -> int:
     return scale._version if isinstance(scale, Tensor) and not scale.is_inference() else 0
 
 
-class _NetworkLoss(torch.autograd.Function):
-    """Ties one network's loss to its logits and to the gradient that the forward pass left.
+def _raise_versions(written: list[Tensor]) -> None:
+    try:
+        increment_version(written)
+    except RuntimeError:  # one is an inference tensor, which has none
+        increment_version([x for x in written if not x.is_inference()])
 
-    A node each: a common one would lead the backward pass of one loss into the other's network and
-    free what that has saved. The gradient is handed out at the first backward and forgotten:
-    ``AccumulateGrad`` clones one that anything else still refers to. A second backward
-    (``retain_graph=True``) makes it again from the saved logits.
+
+class _NetworkLoss(torch.autograd.Function):
+    """Connects one network's loss to its logits and to the gradient that the forward pass computed.
+
+    Each network has its own node: a common one would lead the backward pass of one loss into the
+    other's network and free what that network saved. The gradient is handed out at the first
+    backward and forgotten, because ``AccumulateGrad`` clones a gradient that anything else refers
+    to. A second backward (``retain_graph=True``) computes it again from the saved logits.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, known: tuple[Tensor, tuple, _Call, int]) -> Tensor:
-        # In a tuple: a loss that is an argument itself would come out as a view.
+        # In a tuple: a loss that is an argument itself would be returned as a view.
         loss, saved, ctx.call, ctx.network = known
         ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        gradient = ctx.call.gradient(ctx.network, upstream, ctx)
+        call = ctx.call
+        gradient = call.gradient(ctx.network, upstream, ctx)
         if torch.is_grad_enabled():  # create_graph=True: an error, but only if it is followed
-            student, teacher, *_ = ctx.saved_tensors
+            problem, _ = call.problem(ctx)
             gradient = _NoDoubleBackward.apply(
-                student, teacher, upstream, gradient, ctx.call.fused.name
+                problem.student, problem.teacher, upstream, gradient, call.fused.name
             )
         return gradient, None
-
-
-# Past the Python of Function.apply, which looks for what a plain call has not, 2 us of 5; and past
-# that of the node's own apply, which looks for the other ways to write a backward, 1 us of 4.
-_connect = super(torch.autograd.Function, _NetworkLoss).apply
-_NetworkLoss._backward_cls.apply = _NetworkLoss.backward  # type: ignore[attr-defined]
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -429,15 +541,10 @@ def _double_backward(backend: str) -> str:
     return f"the {backend} backend has no double backward: use backend='reference' for it"
 
 
-def _is_plain(problem: Problem) -> bool:
-    """Whether nothing watches the dispatcher, so that a call may go round it."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or type(problem.student) not in PLAIN
-        or type(problem.teacher) not in PLAIN
-    )
+def _zero_with_graph(logits: Tensor, o: LossOptions) -> Tensor:
+    """Zero of the shape of a loss, whose gradient is 0 for every logit."""
+    rows = zero_with_graph(logits)
+    return rows if o.reduction == "none" else rows.sum()
 
 
 def _gradients(problem: Problem, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
@@ -448,22 +555,23 @@ def _gradients(problem: Problem, student: bool, teacher: bool) -> tuple[Tensor, 
             return logits.new_empty(0)
         return logits.new_empty(logits.shape) if has_term else logits.new_zeros(logits.shape)
 
-    with_student, with_teacher = terms(problem)
+    with_student, with_teacher = problem.has_terms()
     return make(problem.student, student, with_student), make(
         problem.teacher, teacher, with_teacher
     )
 
 
 def _laid_out(problem: Problem) -> Problem:
-    """Unit stride in the class dimension, labels and weights contiguous: a copy only where not."""
-    student, teacher, target, weight, options = problem
+    """The problem with unit stride in the class dimension and contiguous labels and weights. Copies
+    only what is not."""
+    student, teacher, target, weight, options, plain, _ = problem
     if weight is not None:
         weight = weight.to(compute_dtype(student, teacher)).contiguous()
     elif _is_dense(student) and _is_dense(teacher) and (target is None or target.is_contiguous()):
         return problem
     if target is not None:
         target = target.contiguous()
-    return Problem(_unit_stride(student), _unit_stride(teacher), target, weight, options)
+    return Problem(_unit_stride(student), _unit_stride(teacher), target, weight, options, plain)
 
 
 def _is_dense(rows: Tensor) -> bool:
@@ -476,5 +584,5 @@ def _unit_stride(rows: Tensor) -> Tensor:
 
 
 def _unit_stride_buffer(buffer: Tensor | None) -> Tensor | None:
-    """The buffer, or where its classes are strided a dense one to be copied into it."""
+    """The buffer, or if its classes are strided a dense one, to be copied into it later."""
     return buffer if buffer is None or _is_dense(buffer) else buffers.empty_like(buffer)

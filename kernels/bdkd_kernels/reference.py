@@ -9,15 +9,18 @@ All tensors here are rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
 import torch
 from torch import Tensor
 
+from ._torch_compat import copies_to_save
 from .checks import check_labels, labels_can_be_read
 from .types import BDKDStats, LossOptions, Problem
 
 
 def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor, BDKDStats]:
-    """Student loss, teacher loss (reduced as the options say) and the statistics, ``(N,)`` each.
+    """Return the student's loss, the teacher's loss and the statistics, ``(N,)`` each.
 
-    ``grad_scale`` is not read: autograd makes gradients only when it knows the real one.
+    The losses are reduced as the options say. ``grad_scale`` is not read: autograd computes the
+    gradients from the one that it is given.
     """
+    problem = savable(problem)
     o = problem.options
     if labels_can_be_read(problem.target):
         check_labels(problem.target, problem.student.shape[-1], o.ignore_index)
@@ -33,6 +36,11 @@ def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Te
         t = torch.where(counted[:, None], t, 0.0)
 
     student_rows, teacher_rows, stats = row_losses(s, t, problem.target, o)
+    student_has_term, teacher_has_term = problem.has_terms()
+    if not student_has_term:
+        student_rows = student_rows + zero_with_graph(s)
+    if not teacher_has_term:
+        teacher_rows = teacher_rows + zero_with_graph(t)
 
     if counted is not None:
         stats = BDKDStats(torch.where(counted, stats.table, 0.0))
@@ -46,7 +54,16 @@ def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Te
 def loss_and_grad(
     problem: Problem, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
 ) -> tuple[Tensor, Tensor, BDKDStats]:
-    """:func:`loss`, detached; both gradients, times ``grad_scale``, go into ``ds`` and ``dt``."""
+    """Return :func:`loss`, detached, and write both gradients, times ``grad_scale``.
+
+    They go into ``ds`` and ``dt`` where these are given.
+    """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export cannot record the gradients of backend 'reference': export bdkd_loss, "
+            "or use backend='native' or 'triton'"
+        )
+    problem = savable(problem)
     s, t = problem.student.detach(), problem.teacher.detach()
     wanted = {net: logits for net, logits, buffer in (("s", s, ds), ("t", t, dt))
               if buffer is not None}  # fmt: skip
@@ -58,21 +75,31 @@ def loss_and_grad(
 
     # torch's annotation forgets what has_aux returns.
     (student, teacher), pull_back, table = torch.func.vjp(losses, wanted, has_aux=True)  # type: ignore[misc]
-    upstream = tuple(torch.ones_like(x) * grad_scale for x in (student, teacher))
+    scale = grad_scale.detach() if isinstance(grad_scale, Tensor) else grad_scale
+    upstream = tuple((torch.ones_like(x) * scale).to(x.dtype) for x in (student, teacher))
     (gradients,) = pull_back(upstream)
     with torch.no_grad():
         for net, buffer in (("s", ds), ("t", dt)):
             if buffer is not None:
-                buffer.copy_(gradients[net])
+                write(buffer, gradients[net])
     return student, teacher, BDKDStats(table)
+
+
+def write(buffer: Tensor, values: Tensor | float) -> None:
+    """Set a tensor of the caller's, which only inference mode may write to if it was made there."""
+    if torch.compiler.is_compiling() or not buffer.is_inference():
+        buffer.copy_(values) if isinstance(values, Tensor) else buffer.fill_(values)
+        return
+    with torch.inference_mode():
+        buffer.copy_(values) if isinstance(values, Tensor) else buffer.fill_(values)
 
 
 def row_losses(
     s: Tensor, t: Tensor, target: Tensor | None, o: LossOptions
 ) -> tuple[Tensor, Tensor, BDKDStats]:
     """The losses of every row, before ``ignore_index``, weights and reduction."""
-    student_loss, teacher_loss = s.new_zeros(len(s)), t.new_zeros(len(t))  # (N,)
-    zero = s.new_zeros(len(s))
+    zero = s.new_zeros(s.shape[0])  # (N,)
+    student_loss = teacher_loss = zero
     F = R = H_s = H_t = CE_s = CE_t = d1 = d2 = zero
     log_q_s, log_q_t = log_softmax(s), log_softmax(t)  # at temperature 1
 
@@ -91,7 +118,7 @@ def row_losses(
 
         if o.student_kd:
             F = kl(const_p_t, log_p_s)
-            R = kl(log_softmax(where_mass(s, const_p_s), τ), const_p_t)
+            R = kl(log_softmax(where_mass(s, const_p_s, const_p_t), τ), const_p_t)
             student_loss = student_loss + o.student_kd * τ**2 * (d1 * F + d2 * R)
         else:
             F, R = kl(const_p_t, const_p_s), kl(const_p_s, const_p_t)
@@ -100,7 +127,7 @@ def row_losses(
             if o.teacher_divergence == "reverse":
                 T = kl(const_p_s, log_p_t)
             else:
-                T = kl(log_softmax(where_mass(t, const_p_t), τ), const_p_s)
+                T = kl(log_softmax(where_mass(t, const_p_t, const_p_s), τ), const_p_s)
             teacher_loss = teacher_loss + o.teacher_kd * τ**2 * T
 
     if target is not None:
@@ -158,10 +185,49 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p * log_ratio + q - p).sum(-1)
 
 
-def where_mass(logits: Tensor, log_p: Tensor) -> Tensor:
-    """The same logits, constant where p is 0. d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is
-    then 0 there also when the KL is infinite, where autograd would make 0 * inf."""
-    return torch.where(log_p.exp() == 0, logits.detach(), logits)
+def where_mass(logits: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The same logits, constant where p is 0, for the gradient of KL(p ‖ q).
+
+    d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is then 0 also where the KL is infinite, for
+    which autograd would compute 0 * inf. If q is NaN, so is the whole row of the gradient.
+    """
+    massless = (log_p.exp() == 0) & ~log_q.isnan().any(-1, keepdim=True)
+    return torch.where(massless, logits.detach(), logits)
+
+
+def zero_with_graph(logits: Tensor) -> Tensor:
+    """Zeros ``(N,)`` whose gradient is 0 for every logit, NaN and infinite ones included."""
+    return logits[:, :0].sum(-1)
+
+
+def savable(problem: Problem, logits: bool = False) -> Problem:
+    """The problem with tensors that autograd may save for the backward pass: not those made under
+    ``torch.inference_mode()``, of which it gets copies.
+
+    Under ``torch.compile``, which cannot ask a tensor where it was made, every floating tensor that
+    needs no gradient is copied, ``logits`` only if the backward pass reads them.
+    """
+    if not torch.compiler.is_compiling():
+        if torch.is_inference_mode_enabled():
+            return problem
+        made_there = {name: x.clone() for name, x in _tensors(problem).items() if x.is_inference()}
+        return problem._replace(**made_there) if made_there else problem  # type: ignore[arg-type]
+    copied = {
+        name: x
+        for name, x in _tensors(problem).items()
+        if x.is_floating_point() and not x.requires_grad
+        and (logits or name not in ("student", "teacher"))
+    }  # fmt: skip
+    if not copied or not torch.is_grad_enabled():
+        return problem
+    copies = copies_to_save(list(copied.values()))
+    return problem._replace(**dict(zip(copied, copies, strict=True)))  # type: ignore[arg-type]
+
+
+def _tensors(problem: Problem) -> dict[str, Tensor]:
+    """The tensors of a call, by field."""
+    pairs = zip(problem._fields[:4], problem[:4], strict=True)
+    return {name: x for name, x in pairs if isinstance(x, Tensor)}
 
 
 def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
@@ -170,13 +236,16 @@ def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
     C = log_p.shape[-1]
     if target.is_floating_point():
         q = target.to(log_p.dtype) * (1 - ε) + ε / C
-        return -torch.where(q == 0, 0.0, q * log_p).sum(-1)
+        absent = (q == 0) & ~log_p.isnan()  # 0 log 0 = 0, and a row with a NaN is NaN
+        return -torch.where(absent, 0.0, q * log_p).sum(-1)
     in_range = (target >= 0) & (target < C)
     label = torch.where(in_range, target, 0)
     loss = -log_p.gather(-1, label[:, None]).squeeze(-1)
     if ε:
-        loss = (1 - ε) * loss - ε * log_p.mean(-1)
-    return loss * torch.where(in_range, 1.0, torch.nan)  # no such class: NaN, gradients too
+        own = (1 - ε) * loss if ε < 1 else 0.0  # at 1, not even where it is infinite
+        loss = own - ε * log_p.mean(-1)
+    one = loss.new_ones(())  # of the loss's dtype, whatever the default dtype
+    return loss * torch.where(in_range, one, torch.nan)  # no such class: NaN, gradients too
 
 
 def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:

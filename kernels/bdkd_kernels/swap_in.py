@@ -1,4 +1,4 @@
-"""Other people's names over the fused kernels: one import changes, no value does.
+"""The distillation losses of other libraries, by their names, on the fused kernels.
 
 =====================  =========================================================================
 ``DistillKL``          RepDistiller, ``distiller_zoo/KD.py``
@@ -7,33 +7,37 @@
 ``LigerKLDIVLoss``     Liger-Kernel, ``liger_kernel.transformers.LigerKLDIVLoss``
 =====================  =========================================================================
 
-A divergence alone, as these are, is one half of a :func:`bdkd_kernels.bdkd_loss` call: the network
-that learns stands in the teacher's place, its partner in the student's, and every weight but
-``teacher_kd`` is 0. Whoever wants cross entropy too, or both networks trained, calls that function:
-it makes them in the same pass.
+Change one import; the values and gradients stay those of the original.
 
-Everything comes out in float32 (float64 for float64 logits), also where the original would have
-rounded to the input's type. A gradient from above other than 1 (``0.9 * loss``) costs a
-pass more.
+Each of these losses is a single divergence, which is one half of a :func:`bdkd_kernels.bdkd_loss`
+call: the network that learns takes the teacher's place, its partner the student's, and every weight
+but ``teacher_kd`` is 0. To add cross entropy, or to train both networks, call
+:func:`bdkd_kernels.bdkd_loss`, which computes everything in the same pass.
+
+All arithmetic is float32 (float64 for float64 inputs), also where the original rounds to the type
+of its inputs. A gradient from above other than 1, as in ``0.9 * loss``, costs one more pass.
 """
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from ._torch_compat import is_plain, needs_torch_operators
 from .backends import check_name
-from .checks import check_logits
+from .checks import INTEGERS, check_dense, check_logits, check_one_kind, in_memory
 from .loss import bdkd_loss
-from .types import Divergence
+from .types import TEMPERATURE_NEEDED, TEMPERATURE_RANGE, Divergence, as_float, shown
+
+_IGNORED = -100  # the label of a sample that does not count, whatever the caller's is
 
 
 class DistillKL(nn.Module):
     """RepDistiller's module: ``T**2 * KL(p_t || p_s)``, summed over classes, averaged over samples.
 
     Args:
-        T: temperature of both networks, > 0.
+        T: temperature of both networks, in [1e-4, 1e4].
         backend: of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
@@ -44,7 +48,7 @@ class DistillKL(nn.Module):
 
     def __init__(self, T: float, backend: str = "auto") -> None:
         super().__init__()
-        _check_number("T", T, 0, math.inf)
+        _checked_temperature("T", T)
         check_name(backend)
         self.T = T
         self.backend = backend
@@ -71,7 +75,7 @@ def kd_loss(
 
     Args:
         logits_student, logits_teacher: ``(N, C)``. A gradient flows into both where they ask.
-        temperature: > 0.
+        temperature: of both networks, in [1e-4, 1e4].
         reduce: the mean over samples, or else ``(N,)``. By name only: the fourth positional
             argument means different things in mdistiller's descendants.
         backend: of the kernel.
@@ -81,9 +85,9 @@ def kd_loss(
 
     Source: Hinton et al., arXiv 1503.02531.
     """
-    _check_number("temperature", temperature, 0, math.inf)
+    temperature = _checked_temperature("temperature", temperature)
     if not isinstance(reduce, bool):
-        raise TypeError(f"reduce must be a bool, got {reduce!r}")
+        raise TypeError(f"reduce must be a bool, got {shown(reduce)}")
     _check_pair("logits_student", logits_student, "logits_teacher", logits_teacher)
     reduction = "mean" if reduce else "none"
     return _forward_kl(logits_student, logits_teacher, temperature, reduction, backend)
@@ -114,7 +118,8 @@ class LigerJSD(nn.Module):
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100, backend: str = "auto") -> None:
         super().__init__()
-        _check_number("beta", beta, 0, 1)
+        if not 0 <= as_float("beta", beta, "a number in [0, 1]") <= 1:
+            raise ValueError(f"beta must be a number in [0, 1], got {shown(beta)}")
         _check_integer("ignore_index", ignore_index)
         check_name(backend)
         self.beta = beta
@@ -128,16 +133,14 @@ class LigerJSD(nn.Module):
         if shift_labels is not None:
             _check_labels("shift_labels", shift_labels, log_q)
             # They say which samples count and nothing else: one beyond the vocabulary is no error.
-            shift_labels = torch.where(shift_labels == self.ignore_index, self.ignore_index, 0)
+            ignored = shift_labels == self.ignore_index
+            shift_labels = torch.where(ignored, _IGNORED, 0)
         if self.beta in (0, 1):
             direction: Divergence = "forward" if self.beta == 1 else "reverse"
             return _learner_kl(
-                log_q, log_p.detach(), direction, 1.0, "mean", self.backend, shift_labels,
-                self.ignore_index,
-            )  # fmt: skip
-        return _mixture_divergence(
-            log_q, log_p.detach(), shift_labels, self.beta, self.ignore_index
-        )
+                log_q, log_p.detach(), direction, 1.0, "mean", self.backend, shift_labels
+            )
+        return _mixture_divergence(log_q, log_p.detach(), shift_labels, self.beta)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, ignore_index={self.ignore_index}, backend={self.backend!r}"
@@ -169,13 +172,14 @@ class LigerKLDIVLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "batchmean", "sum"):
-            hint = ": keep torch.nn.KLDivLoss for a value of every class" * (reduction == "none")
+        if not isinstance(reduction, str) or reduction not in ("mean", "batchmean", "sum"):
+            hint = ": keep torch.nn.KLDivLoss for a value of every class"
             raise ValueError(
-                f"reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}{hint}"
+                f"reduction must be 'mean', 'batchmean' or 'sum', got {shown(reduction)}"
+                + (hint if isinstance(reduction, str) and reduction == "none" else "")
             )
         if not isinstance(log_target, bool):
-            raise TypeError(f"log_target must be a bool, got {log_target!r}")
+            raise TypeError(f"log_target must be a bool, got {shown(log_target)}")
         check_name(backend)
         self.reduction = reduction
         self.log_target = log_target
@@ -184,7 +188,10 @@ class LigerKLDIVLoss(nn.Module):
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Log-probabilities and (log-)probabilities ``(BT, V)`` to a scalar."""
         _check_pair("y_pred", y_pred, "y_true", y_true)
-        log_true = y_true.detach() if self.log_target else y_true.detach().log()
+        log_true = y_true.detach()
+        if not self.log_target:
+            # A logarithm in half precision would be off by up to 2**-9, and the gradient with it.
+            log_true = log_true.to(torch.promote_types(log_true.dtype, torch.float32)).log()
         reduction = "sum" if self.reduction == "sum" else "mean"
         loss = _learner_kl(y_pred, log_true, "reverse", 1.0, reduction, self.backend)
         return loss / y_pred.shape[1] if self.reduction == "mean" else loss
@@ -200,7 +207,7 @@ def _forward_kl(
 ) -> Tensor:
     """KL(p_t || p_s), whose gradient reaches each network that asks for one."""
     loss = _learner_kl(student, teacher.detach(), "reverse", temperature, reduction, backend)
-    if teacher.requires_grad and torch.is_grad_enabled():
+    if (teacher.requires_grad and torch.is_grad_enabled()) or needs_torch_operators():
         again = _learner_kl(teacher, student.detach(), "forward", temperature, reduction, backend)
         loss = loss + (again - again.detach())  # the value once, both gradients
     return loss
@@ -213,22 +220,19 @@ def _learner_kl(
     temperature: float,
     reduction: str,
     backend: str,
-    target: Tensor | None = None,  # (N,): only which samples to ignore is read
-    ignore_index: int = -100,
+    target: Tensor | None = None,  # (N,): _IGNORED, or 0 for a sample that counts
 ) -> Tensor:
     return bdkd_loss(
         partner, learner, target, temperature=temperature, student_ce=0.0, student_kd=0.0,
-        teacher_ce=0.0, teacher_kd=1.0, teacher_divergence=divergence, ignore_index=ignore_index,
+        teacher_ce=0.0, teacher_kd=1.0, teacher_divergence=divergence, ignore_index=_IGNORED,
         reduction=reduction, backend=backend,  # type: ignore[arg-type]
     ).teacher  # fmt: skip
 
 
-def _mixture_divergence(
-    log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float, ignore_index: int
-) -> Tensor:
+def _mixture_divergence(log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float) -> Tensor:
     """The divergence of both to their mixture, ``0 < beta < 1``, in float32 or better."""
     dtype = torch.promote_types(torch.promote_types(log_q.dtype, log_p.dtype), torch.float32)
-    counted = None if labels is None else labels != ignore_index  # (N,)
+    counted = None if labels is None else labels != _IGNORED  # (N,)
     if counted is not None:  # an ignored row brings no NaN, also through 0 * NaN behind it
         log_q = torch.where(counted[:, None], log_q, 0.0)
         log_p = torch.where(counted[:, None], log_p, 0.0)
@@ -238,28 +242,28 @@ def _mixture_divergence(
     terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
     rows = terms.sum(-1)  # (N,)
     if counted is None:
-        return rows.sum() / max(len(rows), 1)
+        return rows.sum() / max(rows.shape[0], 1)
     return torch.where(counted, rows, 0.0).sum() / counted.sum().clamp(min=1)
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    """``value`` is in (0, inf) or in [low, high] with finite bounds."""
-    closed = high < math.inf
-    needed = f"a number in [{low:g}, {high:g}]" if closed else f"a finite number > {low:g}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {needed}, got {value!r} ({type(value).__name__})")
-    number = float(value)
-    if not (low <= number <= high if closed else low < number < high):
-        raise ValueError(f"{name} must be {needed}, got {value!r}")
+def _checked_temperature(name: str, value: object) -> float:
+    number = as_float(name, value, TEMPERATURE_NEEDED)
+    if not TEMPERATURE_RANGE[0] <= number <= TEMPERATURE_RANGE[1]:
+        raise ValueError(f"{name} must be {TEMPERATURE_NEEDED}, got {shown(value)}")
+    return number
 
 
 def _check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {shown(value)}")
 
 
 def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) -> None:
     """Both are logits, or as good as: rows of one shape on one device."""
+    check_dense(name, learner)
+    check_dense(partner_name, partner)
     shape = check_logits(name, learner)
     partner_shape = check_logits(partner_name, partner)
     if len(shape) != 2:
@@ -277,14 +281,26 @@ def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) 
             f"{name} and {partner_name} must be on one device, "
             f"got {learner.device} and {partner.device}"
         )
+    if is_plain(learner, partner):  # or bdkd_loss would name its own arguments
+        in_memory(name, learner)
+        in_memory(partner_name, partner)
+    elif not torch.compiler.is_compiling():
+        check_one_kind({name: learner, partner_name: partner})
 
 
 def _check_labels(name: str, labels: object, logits: Tensor) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype is torch.bool:
-        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name} must be a tensor of integer labels or None, got {came}")
+    check_dense(name, labels, "a tensor of integer labels or None")
+    assert isinstance(labels, Tensor)
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be a tensor of integer labels or None, got {labels.dtype}")
     if labels.shape != logits.shape[:1]:
         raise ValueError(
             f"{name} must have shape ({logits.shape[0]},), one label a sample, "
             f"got {tuple(labels.shape)}"
         )
+    if labels.device != logits.device:
+        raise ValueError(
+            f"{name} must be on the logits' device {logits.device}, got {labels.device}"
+        )
+    if is_plain(labels, logits):
+        in_memory(name, labels)

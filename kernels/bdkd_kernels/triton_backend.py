@@ -61,7 +61,7 @@ def _forward(
     dt: Tensor | None,
     check_labels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher, target, weight, o = problem
+    student, teacher, target, weight, o, *_ = problem
     if check_labels and labels_can_be_read(target):
         raise_for_bad_labels(target, student.shape[1], o.ignore_index)
     rows = student.shape[0]
@@ -186,7 +186,7 @@ _plans: dict[tuple, _Plan] = {}
 
 
 def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) -> _Plan:
-    student, teacher, _, _, o = problem
+    student, teacher, _, _, o, *_ = problem
     classes, dtype = student.shape[1], compute_dtype(student, teacher)
     early = _NVIDIA and driver.active.get_current_target().arch >= 90
     terms = replace(_terms(problem, ds is not None, dt is not None), overlapped=early)
@@ -222,7 +222,7 @@ def _backward(
     dt: Tensor | None,
     announced: float | Tensor | None,
 ) -> None:
-    student, teacher, target, _, o = problem
+    student, teacher, target, _, o, *_ = problem
     assert state is not None  # it comes from _forward
     rows, classes = student.shape
     device = student.device

@@ -1,6 +1,5 @@
 """What goes into the loss and what comes out of it, the same for every backend."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may do as it likes
 Reduction = Literal["mean", "sum", "none"]
 Divergence = Literal["reverse", "forward"]
 
@@ -136,16 +134,24 @@ class BDKDOutput(NamedTuple):
     stats: BDKDStats
 
 
-_WEIGHT = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
+# The ranges keep every product of options, and its square, within float32: a value beyond them
+# would become 0 or inf in a kernel and turn a loss into NaN.
+TEMPERATURE_RANGE = (1e-4, 1e4)
+TEMPERATURE_NEEDED = "a number in [0.0001, 10000]"
+_WEIGHT = ("0 or a number in [1e-30, 1e9]", lambda x: x == 0 or 1e-30 <= x <= 1e9)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("a finite number > 0", lambda x: 0 < x < math.inf),
-    "gamma": ("a finite number >= 1", lambda x: 1 <= x < math.inf),
+    "temperature": (
+        TEMPERATURE_NEEDED,
+        lambda x: TEMPERATURE_RANGE[0] <= x <= TEMPERATURE_RANGE[1],
+    ),
+    "gamma": ("a number in [1, 1e9]", lambda x: 1 <= x <= 1e9),
     "student_ce": _WEIGHT,
     "student_kd": _WEIGHT,
     "teacher_ce": _WEIGHT,
     "teacher_kd": _WEIGHT,
     "label_smoothing": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
 }
+_INT64 = (-(2**63), 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -165,33 +171,63 @@ class LossOptions:
     reduction: Reduction = "mean"
 
     def check(self) -> None:
-        """Raise ``ValueError`` or ``TypeError`` naming the first option that does not fit.
+        """Check every option.
 
-        Numbers of other types (NumPy's) become Python's: operators take no others.
+        Numbers of other types, such as NumPy's, are converted to Python's: operators take no
+        others.
+
+        Raises:
+            ValueError, TypeError: the first option that does not fit, by name.
         """
         for name, (needed, fits) in _RANGES.items():
             value = getattr(self, name)
             if type(value) is not float:
-                if isinstance(value, bool) or not isinstance(value, Real):
-                    kind = type(value).__name__
-                    hint = f": {name}.item() gives one" if isinstance(value, Tensor) else ""
-                    raise TypeError(f"{name} must be {needed}, got {value!r} ({kind}){hint}")
-                object.__setattr__(self, name, float(value))
+                value = as_float(name, value, needed)
+                object.__setattr__(self, name, value)
             if not fits(value):
                 raise ValueError(f"{name} must be {needed}, got {value!r}")
-        if self.teacher_divergence not in get_args(Divergence):
-            raise ValueError(
-                "teacher_divergence must be 'reverse' or 'forward', "
-                f"got {self.teacher_divergence!r}"
-            )
-        if self.reduction not in get_args(Reduction):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        for name, choices in (("teacher_divergence", Divergence), ("reduction", Reduction)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(choices):
+                *others, last = map(repr, get_args(choices))
+                raise ValueError(
+                    f"{name} must be {', '.join(others)} or {last}, got {shown(value)}"
+                )
         if not isinstance(self.soften_entropy, bool):
-            raise TypeError(f"soften_entropy must be a bool, got {self.soften_entropy!r}")
+            raise TypeError(f"soften_entropy must be a bool, got {shown(self.soften_entropy)}")
         if type(self.ignore_index) is not int:
             if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):
-                raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
+                raise TypeError(f"ignore_index must be an int, got {shown(self.ignore_index)}")
             object.__setattr__(self, "ignore_index", int(self.ignore_index))
+        if not _INT64[0] <= self.ignore_index <= _INT64[1]:
+            raise ValueError(
+                f"ignore_index must be an int of 64 bits, got {shown(self.ignore_index)}"
+            )
+
+
+def as_float(name: str, value: object, needed: str) -> float:
+    """A Python float of any real number; ``needed`` completes the error message.
+
+    Raises:
+        TypeError: not a number. ValueError: a number that no float can hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = f": {name}.item() gives one" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be {needed}, got {shown(value)}{hint}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {needed}, got {shown(value)}") from None
+
+
+def shown(value: object) -> str:
+    """The value and its type for an error message, on one line and cut to a readable length."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python refuses to print an int of more than 4300 digits
+        text = "a very large number"
+    text = text if len(text) <= 60 else f"{text[:60]}..."
+    return text if isinstance(value, float) else f"{text} ({type(value).__name__})"
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
@@ -204,7 +240,7 @@ def _checked_options(*values) -> LossOptions:
 def checked_options(*values) -> LossOptions:
     """``LossOptions(*values)``, checked; the same object for the same values, which a training loop
     repeats: making and checking it takes longer than the kernel of a small batch."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         try:
             return _checked_options(*values)
         except TypeError:
@@ -232,7 +268,16 @@ class Problem(NamedTuple):
     """One checked call, flattened to rows, as every backend receives it."""
 
     student: Tensor  # (N, C) fp16, bf16, fp32 or fp64; any row stride
-    teacher: Tensor  # (N, C) likewise, its own storage type
+    teacher: Tensor  # (N, C), its own storage type
     target: Tensor | None  # (N,) int64 labels, or (N, C) floating soft labels, or None
     sample_weight: Tensor | None  # (N,) floating, constant
     options: LossOptions
+    plain: bool = False  # ordinary eager tensors, whose memory a kernel may use directly
+    dense: bool = False  # plain, contiguous and without weights: ready for a kernel as they are
+
+    def has_terms(self) -> tuple[bool, bool]:
+        """Whether the student's and the teacher's loss have a term. One without is a constant 0."""
+        o, labelled = self.options, self.target is not None
+        student = o.student_kd != 0 or (o.student_ce != 0 and labelled)
+        teacher = o.teacher_kd != 0 or (o.teacher_ce != 0 and labelled)
+        return student, teacher

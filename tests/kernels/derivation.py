@@ -2,7 +2,9 @@
 statistics and closed-form gradients. It shares no line with ``reference.py``, whose gradients are
 autograd's.
 
-Convention: a class of probability 0 adds nothing to a sum and has no gradient (0 log 0 = 0).
+Conventions: a class of probability 0 adds nothing to a sum and has no gradient (0 log 0 = 0). If a
+network that a term reads is no distribution (NaN, +inf, only -inf), the whole row of that term's
+gradient is NaN.
 """
 
 from typing import NamedTuple
@@ -102,12 +104,17 @@ def derive(
     for name, value in zip(names, (F, R, H_s, H_t, d1, d2), strict=True):
         stats[name] = value if kd else zero
 
+    # NaN in the rows in which a network is no distribution, else 0.
+    no_student = np.where(np.isnan(log_p_s).any(-1, keepdims=True), np.nan, 0.0)
+    no_pair = no_student + np.where(np.isnan(log_p_t).any(-1, keepdims=True), np.nan, 0.0)
     if student_kd > 0:
+        ds += no_pair
         loss_s += student_kd * tau**2 * (d1 * F + d2 * R)
         dF = p_s - p_t
         dR = times(p_s, log_p_s - log_p_t - R[:, None])
         ds += student_kd * tau * (d1[:, None] * dF + d2[:, None] * dR)
     if teacher_kd > 0:
+        dt += no_pair
         if teacher_divergence == "reverse":
             loss_t += teacher_kd * tau**2 * R
             dt += teacher_kd * tau * (p_t - p_s)
@@ -123,7 +130,7 @@ def derive(
         p, log_p = softmax(x, 1.0)
         ce = zero
         if q is not None and weight > 0:
-            ce = -dot(q, log_p)
+            ce = -dot(q, log_p) + np.where(np.isnan(log_p).any(-1), np.nan, 0.0)
             loss += weight * ce
             gradient += weight * (q.sum(-1, keepdims=True) * p - q)
         stats[f"{net}_ce"] = ce

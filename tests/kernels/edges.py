@@ -610,3 +610,164 @@ def double_backward_works_or_says_why_not(backend, device="cpu"):
     else:
         with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
             torch.autograd.grad(first.square().sum(), s)
+
+
+# -- what PyTorch's users do to a loss -------------------------------------------------------------
+
+
+@edge
+def a_loss_without_a_term_is_zero_with_zero_gradients(backend, device="cpu"):
+    off = {"student_ce": 0.0, "student_kd": 0.0, "teacher_ce": 0.0, "teacher_kd": 0.0}
+    for storage in (FP32, FP16, FP64):
+        s, t, y = draw("no term", device=device, dtype=storage)
+        s[1], t[2, 3] = math.nan, math.inf  # 0 * NaN would show
+        for target, options in (
+            (y, off), (None, {"student_kd": 0.0, "teacher_kd": 0.0}),
+            (y, {"teacher_ce": 0.0, "teacher_kd": 0.0}), (y, {**off, "reduction": "none"}),
+            (y.masked_fill(y >= 0, -100), {**off, "reduction": "sum"}),
+        ):  # fmt: skip
+            for result in run(s, t, target, backend, **options):
+                assert not result.teacher.any()
+                assert torch.equal(result.dt, torch.zeros_like(t))
+                if target is None or "student_ce" in options:
+                    assert not result.student.any()
+                    assert torch.equal(result.ds, torch.zeros_like(s))
+    empty = s[:0].detach().requires_grad_()
+    bdkd_loss(empty, t[:0], None, backend=backend, **off).student.backward()
+    assert empty.grad.shape == empty.shape
+
+
+@edge
+def gradients_of_no_term_may_be_written_over_the_logits(backend, device="cpu"):
+    """They are 0, and the other network's loss has to read the logits before."""
+    s, t, y = draw("over, no term", device=device)
+    options = {"student_ce": 0.0, "student_kd": 0.0, "backend": backend}
+    out, (_, dt) = bdkd_loss_and_grad(s, t, y, **options)
+    buffers = s.clone(), t.clone()
+    again, _ = bdkd_loss_and_grad(*buffers, y, grads=buffers, **options)
+    assert not buffers[0].any()
+    assert torch.equal(buffers[1], dt)
+    assert torch.equal(again.teacher, out.teacher)
+    for a, b in zip(again.stats, out.stats, strict=True):
+        assert torch.equal(a, b)
+
+
+@edge
+def tensors_of_inference_mode_are_accepted_everywhere(backend, device="cpu"):
+    """A teacher under inference_mode is the usual way to run a frozen one."""
+    s, t, y = draw("inference", device=device)
+    soft = torch.softmax(t, -1)
+    weight = torch.rand(5).to(device)
+    for target in (y, soft, None):
+        for kd in (1.0, 0.0):
+            options = {"teacher_ce": kd, "teacher_kd": kd, "temperature": 2.0, "backend": backend}
+            with torch.inference_mode():
+                theirs = [None if x is None else x.clone() for x in (t, target, weight)]
+            for above in (1.0, 3.0):  # 3: computed again from what was saved
+                gradients = []
+                for teacher, labels, weights in ((t, target, weight), theirs):
+                    leaf = s.clone().requires_grad_()
+                    out = bdkd_loss(leaf, teacher, labels, sample_weight=weights, **options)
+                    (above * out.student).backward()
+                    gradients.append(leaf.grad)
+                close("ds", *gradients, 1e-7)
+    with torch.inference_mode():
+        other = s.clone()
+    leaf = t.clone().requires_grad_()
+    bdkd_loss(other, leaf, y, backend=backend).teacher.backward()
+    close("dt", leaf.grad, run(s, t, y, backend)[0].dt, 1e-7)
+    with torch.inference_mode():
+        bdkd_loss_and_grad(other, other, y, grads=(buffers := (t.clone(), t.clone())),
+                           backend=backend)  # fmt: skip
+        assert bdkd_loss(other, other, y, backend=backend).student.isfinite()
+    bdkd_loss_and_grad(s, t, y, grads=buffers, backend=backend)  # written outside
+    close("ds", buffers[0], run(s, t, y, backend)[0].ds, 1e-7)
+
+
+@edge
+def a_batch_of_upstream_gradients_is_differentiated_at_once(backend, device="cpu"):
+    """``is_grads_batched=True``, as in ``jacobian(vectorize=True)``."""
+    for storage in (FP32, FP16):
+        for reduction in ("mean", "none"):
+            s, t, y = draw("batched", device=device, dtype=storage)
+            y[2] = -100
+            leaf = s.requires_grad_()
+            out = bdkd_loss(leaf, t, y, temperature=2.0, reduction=reduction, backend=backend)
+            above = torch.randn(3, *out.student.shape).to(device)
+            (got,) = torch.autograd.grad(out.student, leaf, above, retain_graph=True,
+                                         is_grads_batched=True)  # fmt: skip
+            alone = [torch.autograd.grad(out.student, leaf, x, retain_graph=True)[0] for x in above]
+            tolerance = 1e-6 if storage == FP32 else 2e-3
+            close("batched", got, torch.stack(alone), tolerance)
+
+
+@edge
+def a_row_with_a_nan_is_nan_wholly(backend, device="cpu"):
+    """Whatever reads it, also where a class has no mass; nothing else does."""
+    for value, τ, c in ((math.nan, 1.0, 3), (math.inf, 0.01, 16), (math.nan, 4.0, 40)):
+        for terms, divergence in (("kd", "reverse"), ("kd", "forward"), ("ce", "reverse")):
+            off = "kd" if terms == "ce" else "ce"
+            options = {f"{net}_{off}": 0.0 for net in ("student", "teacher")}
+            options |= {"temperature": τ, "teacher_divergence": divergence, "reduction": "none"}
+            for network in (0, 1):
+                s, t, y = draw("whole nan", c=c, device=device)
+                s[:, c - 1] = t[:, c - 1] = -math.inf
+                (s, t)[network][1, 1] = value
+                y[:] = 0
+                for result in judged(s, t, y, backend, **options):
+                    sides = ((result.student, result.ds), (result.teacher, result.dt))
+                    for k, (loss, gradient) in enumerate(sides):
+                        reads = terms == "kd" or k == network
+                        assert bool(loss[1].isnan()) == reads
+                        assert bool(gradient[1].isnan().all()) == reads
+                        assert gradient[[0, 2, 3, 4]].isfinite().all()
+
+
+@edge
+def entropies_at_one_survive_a_low_temperature(backend, device="cpu"):
+    """A class whose probability is 0 at the temperature has one at 1, masked neighbours or not."""
+    for c, τ in ((10, 0.5), (10, 0.01), (40, 0.05), (40, 1e-4), (5000, 0.01)):
+        s, t, y = draw(f"low {c}", 3, c, device)
+        s[:, 3] = t[:, 3] = -math.inf
+        y[:] = 0
+        for result in judged(s, t, y, backend, temperature=τ, soften_entropy=False):
+            assert (result.stats.student_entropy > 0.05).all()
+
+
+@edge
+def an_ignored_row_of_distant_logits_is_zero(backend, device="cpu"):
+    """Its factors are 0; an exponential of its own that overflows must not meet them."""
+    for storage in (FP16, BF16, FP32):
+        for c in (16, 128, *([4224] if storage == FP16 else [])):
+            s, t, y = draw("distant", c=c, device=device, dtype=storage)
+            s[1], t[1] = s[1] + 1e4, t[1] - 1e4
+            y[1] = -100
+            for result in run(s, t, y, backend, reduction="none"):
+                assert not result.ds[1].any()
+                assert not result.dt[1].any()
+                assert result.ds.isfinite().all()
+
+
+@edge
+def logits_below_the_normal_range_keep_their_order(backend, device="cpu"):
+    for storage in (FP32, BF16, FP64):
+        smallest = torch.finfo(storage).smallest_normal
+        for c in (5, 33):
+            x = torch.zeros(3, c, dtype=storage, device=device)
+            x[0, c - 2], x[1, 1], x[2] = smallest / 8, -smallest / 8, -0.0
+            label = torch.tensor([c - 2, 0, 0], device=device)
+            stats = bdkd_loss(x, x.clone(), label, backend=backend).stats
+            assert stats.student_correct.tolist() == [1, 1, 1]
+            stats = bdkd_loss(x, x.clone(), label * 0 + 1, backend=backend).stats
+            assert stats.teacher_correct.tolist() == [0, 0, 0]
+
+
+@edge
+def full_smoothing_ignores_the_label(backend, device="cpu"):
+    """``label_smoothing=1``: also a label in a masked class, whose own part would be 0 * inf."""
+    s, t, y = draw("smooth", device=device)
+    s[1, 2] = t[1, 2] = -math.inf
+    y[1] = 2
+    for result in judged(s, t, y, backend, label_smoothing=1.0, reduction="none"):
+        assert result.student.isinf().tolist() == [False, True, False, False, False]
+        assert result.ds.isfinite().all()
