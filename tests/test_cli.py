@@ -198,7 +198,7 @@ USAGE = {
     "seed": (["train", "digits", "--seed", "9" * 30], ["seed", "2**63"]),
     "loss option": (
         ["train", "digits", "--objective.temperature", "0"],
-        ["temperature", "> 0"],
+        ["temperature", "[0.0001, 10000]"],
     ),
 }
 
