@@ -251,7 +251,9 @@ def _are_whole_and_apart(grads: Sequence[object], inputs: tuple[object, ...]) ->
     for x, logits in zip(grads, inputs, strict=False):  # the first two are the logits
         if x is None:
             continue
-        if type(x) is not Tensor or x.dtype != logits.dtype or not _is_dense(x):  # type: ignore[attr-defined]
+        if type(x) is not Tensor or x.is_nested or not _is_dense(x):
+            return False
+        if x.dtype != logits.dtype:  # type: ignore[attr-defined]
             return False
         if x.shape != logits.shape or x.device != logits.device:  # type: ignore[attr-defined]
             return False

@@ -171,8 +171,9 @@ def test_bad_input_is_named(wrong, error, words):
         ((S, T[:1].expand(4, 5)), ValueError, ["grads[1]", "(0, 1)", "each element once"]),
         ((S, S), ValueError, ["grads[1]", "overlap", "grads[0]"]),
         ((S.to_sparse(), T), TypeError, ["grads[0]", "sparse", "dense"]),
+        ((S.clone(), torch.nested.nested_tensor([T, T])), TypeError, ["grads[1]", "nested"]),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, list) else "",
 )
 def test_a_bad_gradient_buffer_is_named(grads, error, words):
     with pytest.raises(error) as raised:
