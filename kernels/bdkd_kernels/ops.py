@@ -180,7 +180,7 @@ class Fused:
             elif buffer is not None and gradient is not None:
                 write(buffer, gradient)
         if written:
-            # A kernel wrote past torch: whoever saved this memory for its backward must be told.
+            # A kernel wrote past torch: autograd must notice if it saved this memory.
             _raise_versions(written)
         # Only now, since a buffer may be the logits.
         if ds is not None and not with_student:

@@ -154,7 +154,7 @@ DISTRIBUTIONS: dict[str, Callable] = {
     "masked": _masked,  # -inf in both networks
     "tied": _tied,  # several largest classes; few distinct values
     "denormal": _denormal,  # order of the classes below the normal range of float32
-    "one-sided": _one_sided,  # an infinite divergence, beside finite rows
+    "one-sided": _one_sided,  # an infinite divergence in a batch with finite rows
     "nan": _spoiled(math.nan),
     "infinite": _spoiled(math.inf),  # no such distribution: as NaN
     "empty": _empty,
