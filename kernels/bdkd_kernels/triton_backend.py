@@ -200,16 +200,19 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
         shape: tuple = (launch.rows, apart, launch.beside, launch.chunk, padded)
     else:
         kernel, rows, registers = loop_kernel, 1, 0
-        shape = (launch.lanes, launch.each, launch.apart, launch.stages, padded)
+        # The aligned part of a shifted row differs in length from row to row.
+        padded |= launch.shifted
+        shape = (launch.outer, launch.lanes, launch.inner, launch.stages, launch.prefetch,
+                 launch.shifted, padded)  # fmt: skip
     return _Plan(
-        totals=_Launcher(totals_kernel, 4),
+        totals=_Launcher(totals_kernel, 16),
         losses=_Launcher(kernel, launch.warps, early and parts > 0, registers),
-        sum=_Launcher(sum_kernel, 4, early),
+        sum=_Launcher(sum_kernel, 16, early),
         rows=rows, dtype=dtype, terms=terms,
         numbers=(classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index,
                  *aligned, *shape, parts),
-        totals_shape=(terms.target == "labels", 1024, early),
-        sum_shape=(parts, 1024, early),
+        totals_shape=(terms.target == "labels", 4096, early),
+        sum_shape=(parts, 4096, early),
     )  # fmt: skip
 
 
@@ -319,10 +322,13 @@ def _divisor(*numbers: int) -> int:
 def _launch(problem: Problem, ds: Tensor | None, dt: Tensor | None):
     tensors = [x for x in (problem.student, problem.teacher, ds, dt) if x is not None]
     itemsize = max(x.element_size() for x in tensors)
-    vector = 1  # Triton knows of an address that it divides by 16 or nothing
+    vector, shifted = 1, False  # Triton knows of an address that it divides by 16 or nothing
     if all(x.data_ptr() % 16 == 0 for x in tensors):
-        vector = min(16 // itemsize, _divisor(*(x.stride(0) for x in tensors)))
-    return triton_launch.choose(problem.student.shape[1], itemsize, vector)
+        strides = [x.stride(0) for x in tensors]
+        vector = min(16 // itemsize, _divisor(*strides))
+        distances = {stride * itemsize % 16 for stride in strides}
+        shifted = len(distances) == 1 and all(x.element_size() == itemsize for x in tensors)
+    return triton_launch.choose(problem.student.shape[1], itemsize, vector, shifted)
 
 
 _fused = ops.Fused("triton", _forward, _backward, state_rows=_STATE)

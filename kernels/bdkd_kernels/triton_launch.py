@@ -32,17 +32,26 @@ class Tile:
 
 @dataclass(frozen=True)
 class Loop:
-    """One row a program, in blocks of lanes * each class pairs."""
+    """One row a program, in blocks of (outer, lanes, inner) class pairs.
 
-    lanes: int
-    each: int  # classes a lane takes of a block
-    apart: bool  # its classes are `lanes` apart, not beside each other
-    stages: int  # 3: two blocks are on their way while one is worked on
+    A lane takes ``inner`` neighbouring classes in one access, ``outer`` times a block.
+    """
+
     warps: int
+    inner: int
+    outer: int = 1
+    prefetch: bool = False  # load the next block into registers before the arithmetic of this one
+    shifted: bool = False  # align the accesses of rows that are not aligned; see `choose`
+    stages: int = 1  # without prefetch: Triton's pipeline through shared memory
+    lanes: int = 0  # 0: one a thread
+
+    def __post_init__(self) -> None:
+        if not self.lanes:
+            object.__setattr__(self, "lanes", 32 * self.warps)
 
     @property
     def block(self) -> int:
-        return self.lanes * self.each
+        return self.outer * self.lanes * self.inner
 
 
 def block_of(classes: int) -> int:
@@ -51,9 +60,21 @@ def block_of(classes: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def choose(classes: int, itemsize: int, vector: int, tile_classes: int = TILE_CLASSES):
-    """The launch for rows of ``classes``; ``itemsize`` is the larger of both networks', in bytes,
-    and ``vector`` how many neighbouring logits one access may take."""
+def choose(
+    classes: int,
+    itemsize: int,
+    vector: int,
+    shifted: bool = False,
+    tile_classes: int = TILE_CLASSES,
+) -> Tile | Loop:
+    """Return the launch for rows of ``classes``.
+
+    Args:
+        itemsize: Bytes of a logit, the larger of both networks'.
+        vector: How many neighbouring logits one access may take.
+        shifted: Whether each row of all tensors has the same distance to an address that 16
+            divides, so that the same classes can be loaded and stored 16 bytes at a time.
+    """
     if classes == 1:
         return Tile(128, 1, 1, 4)
     block = max(16, block_of(classes))
@@ -73,5 +94,28 @@ def choose(classes: int, itemsize: int, vector: int, tile_classes: int = TILE_CL
     # logits, as in rows that are not aligned, cost more slots than their latency.
     warps = 8 if classes <= 16384 else 16
     if vector * itemsize == 16:
-        return Loop(32 * warps, 16 // itemsize, False, 3, warps)
-    return Loop(32 * warps, 8, True, 1, warps)
+        return Loop(warps, vector, stages=3)
+    if shifted:
+        return Loop(warps, 16 // itemsize, prefetch=True, shifted=True)
+    return Loop(warps, 1, outer=8)
+
+
+def variants(classes: int, itemsize: int, vector: int) -> dict[str, Tile | Loop]:
+    """Return the launches that race for the table, by name (``bench/gpu/smoke.py``)."""
+    found: dict[str, Tile | Loop] = {}
+    shifted, inner = vector * itemsize != 16, 16 // itemsize
+    block = max(16, block_of(classes))
+    if 512 < classes <= TILE_CLASSES:
+        for pairs in (32, 16, 8):
+            found[f"tile, {pairs} pairs a thread"] = Tile(1, block, block, block // pairs // 32)
+    for warps in (1, 2, 4) if classes <= TILE_CLASSES else (8, 16):
+        if shifted:
+            found[f"{warps} warps, one by one"] = Loop(warps, 1, outer=8)
+        else:
+            found[f"{warps} warps, 3 stages"] = Loop(warps, inner, stages=3)
+        found[f"{warps} warps, 1 stage"] = Loop(warps, inner, shifted=shifted)
+        for outer in (1, 2):
+            found[f"{warps} warps, prefetch {16 * outer} bytes"] = Loop(
+                warps, inner, outer, prefetch=True, shifted=shifted
+            )
+    return found

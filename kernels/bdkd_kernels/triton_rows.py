@@ -137,29 +137,44 @@ def _times(p, x, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
-    """Logits, PAD outside the mask."""
-    if pointers.dtype.element_ty == tl.float16 and PADDED:  # PAD is no float16
-        return tl.where(mask, tl.load(pointers, mask, other=0.0).to(DTYPE), PAD)
-    elif pointers.dtype.element_ty == tl.float16:
-        return tl.load(pointers, mask, other=0.0).to(DTYPE)
-    elif INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        # Its cast moves numbers below the normal range.
-        bits = tl.load(pointers, mask, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return tl.where(mask, bits.to(tl.float32, bitcast=True), PAD).to(DTYPE)
+def _load_raw(pointers, mask, POLICY: tl.constexpr):
+    """Load logits in their storage type: PAD outside the mask, 0 in float16, which has no PAD."""
+    if pointers.dtype.element_ty == tl.float16 or (
+        INTERPRETED and pointers.dtype.element_ty == tl.bfloat16
+    ):
+        return tl.load(pointers, mask, other=0.0, eviction_policy=POLICY)
     else:
-        return tl.load(pointers, mask, other=PAD).to(DTYPE)
+        return tl.load(pointers, mask, other=PAD, eviction_policy=POLICY)
 
 
 @triton.jit
-def _store(pointers, x, mask):
+def _widen(x, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """Convert what `_load_raw` returned to the type of the arithmetic; PAD outside the mask."""
+    if x.dtype == tl.float16 and PADDED:  # PAD is no float16
+        return tl.where(mask, x.to(DTYPE), PAD)
+    elif INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter's cast changes numbers below the normal range.
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return tl.where(mask, bits.to(tl.float32, bitcast=True), PAD).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def _load(pointers, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """Load logits, PAD outside the mask."""
+    return _widen(_load_raw(pointers, mask, ""), mask, PADDED, DTYPE)
+
+
+@triton.jit
+def _store(pointers, x, mask, POLICY: tl.constexpr):
     """Gradients, rounded to nearest in their storage type; the interpreter alone would truncate."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
-    tl.store(pointers, x, mask)
+    tl.store(pointers, x, mask, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -383,9 +398,9 @@ def _store_labels(
     d = (a_t - a_s) + log_ratio
     q = tl.full((), (1.0 - smoothing) + smoothing_each, k[0].dtype)
     if TERMS.student_grad and TERMS.student_ce:
-        _store(ds + y, _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL), write)
+        _store(ds + y, _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL), write, "")
     if TERMS.teacher_grad and TERMS.teacher_ce:
-        _store(dt + y, _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, CAREFUL), write)
+        _store(dt + y, _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, CAREFUL), write, "")
 
 
 @triton.jit
@@ -546,10 +561,12 @@ def _tile(
         ds_rows, dt_rows = ds, dt
         if TERMS.student_grad:
             ds_rows = ds + rows * ds_stride
-            _store(ds_rows + cols, _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, False), into)
+            g_s = _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, False)
+            _store(ds_rows + cols, g_s, into, "")
         if TERMS.teacher_grad:
             dt_rows = dt + rows * dt_stride
-            _store(dt_rows + cols, _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, False), into)
+            g_t = _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, False)
+            _store(dt_rows + cols, g_t, into, "")
         if TERMS.label_again:
             _store_labels(
                 ds_rows, dt_rows, y, write, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
@@ -566,79 +583,117 @@ def _tile(
 
 
 @triton.jit
-def _row_sums(
-    s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
-    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
-    PADDED: tl.constexpr,
+def _block(start, OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr):
+    """Classes of a block, (OUTER, LANES, INNER). A lane takes INNER neighbours in one access."""
+    outer = tl.arange(0, OUTER)[:, None, None]
+    lanes = tl.arange(0, LANES)[None, :, None]
+    return start + (outer * LANES + lanes) * INNER + tl.arange(0, INNER)[None, None, :]
+
+
+@triton.jit
+def _lane_sum(x):
+    """Sum a block over each lane's classes: (OUTER, LANES, INNER) to (LANES,)."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _lane_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def _larger_2(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _add_4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _max_lanes_2(a, b):
+    """Maxima over the lanes of two tensors (LANES,), in one exchange between warps."""
+    if INTERPRETED:
+        return tl.max(a), tl.max(b)
+    else:
+        return tl.reduce((a, b), 0, _larger_2)
+
+
+@triton.jit
+def _sum_lanes_4(a, b, c, d):
+    """Sums over the lanes of four tensors (LANES,), in one exchange between warps."""
+    if INTERPRETED:
+        return tl.sum(a), tl.sum(b), tl.sum(c), tl.sum(d)
+    else:
+        return tl.reduce((a, b, c, d), 0, _add_4)
+
+
+@triton.jit
+def _add_block(
+    sums, s, t, q_row, cols, inside, mask, C, c, temperature, smoothing, smoothing_each,
     DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One sweep over a row of any length: everything of it that is a sum.
+    """Add a block of logits, (OUTER, LANES, INNER), to each lane's sums; see `_row_sums`."""
+    (m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum,
+     q_max, q_at) = sums  # fmt: skip
+    new_s, new_t = tl.maximum(m_s, _lane_max(s)), tl.maximum(m_t, _lane_max(t))
+    M_s, M_t = new_s * c, new_t * c
+    moved_s, moved_t = m_s * c - M_s, m_t * c - M_t
+    kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
+    a_s, a_t = _log2_e(s, c, M_s[None, :, None]), _log2_e(t, c, M_t[None, :, None])
+    e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+    e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+    e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+    kept1_s = _power(kept_s, moved_s, temperature, TERMS.squarings)
+    kept1_t = _power(kept_t, moved_t, temperature, TERMS.squarings)
+    if TERMS.kd:
+        if TERMS.soften_entropy:
+            S_s = _times(kept_s, S_s + Z_s * moved_s, CAREFUL)
+            S_t = _times(kept_t, S_t + Z_t * moved_t, CAREFUL)
+            S_s += _lane_sum(_times(e_s, a_s, CAREFUL))
+            S_t += _lane_sum(_times(e_t, a_t, CAREFUL))
+        else:
+            S_s = _times(kept1_s, S_s + Z1_s * moved_s, CAREFUL)
+            S_t = _times(kept1_t, S_t + Z1_t * moved_t, CAREFUL)
+            S_s += _lane_sum(_times(e1_s, a_s, CAREFUL))
+            S_t += _lane_sum(_times(e1_t, a_t, CAREFUL))
+        if TERMS.student_grad and TERMS.student_kd:
+            x = _times(kept_s, x + Z_s * (moved_t - moved_s), CAREFUL)
+            x += _lane_sum(_times(e_s, a_t - a_s, CAREFUL))
+        if TERMS.teacher_grad and TERMS.teacher_forward:
+            x_t = _times(kept_t, x_t + Z_t * (moved_t - moved_s), CAREFUL)
+            x_t += _lane_sum(_times(e_t, a_t - a_s, CAREFUL))
+        Z_s = kept_s * Z_s + _lane_sum(e_s)
+        Z_t = kept_t * Z_t + _lane_sum(e_t)
+    if TERMS.target == "soft":
+        q = tl.load(q_row + cols, mask, other=0.0).to(DTYPE)
+        largest = _lane_max(tl.where(inside, q, float("-inf")))
+        first = tl.where(inside & (q == largest[None, :, None]), cols, C)
+        q_at = tl.where(largest > q_max, tl.min(tl.min(first, 2), 0), q_at)
+        q_max = tl.maximum(q_max, largest)
+        if TERMS.smooth:
+            q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
+        qa_s = _times(q_sum, moved_s, CAREFUL) + qa_s + _lane_sum(_times(q, a_s, CAREFUL))
+        qa_t = _times(q_sum, moved_t, CAREFUL) + qa_t + _lane_sum(_times(q, a_t, CAREFUL))
+        q_sum += _lane_sum(q)
+    elif TERMS.smooth:
+        # q_sum counts a lane's classes here.
+        mean_s += q_sum * moved_s + _lane_sum(tl.where(inside, a_s, 0.0))
+        mean_t += q_sum * moved_t + _lane_sum(tl.where(inside, a_t, 0.0))
+        q_sum += _lane_sum(tl.where(inside, 1.0, 0.0))
+    Z1_s = kept1_s * Z1_s + _lane_sum(e1_s)
+    Z1_t = kept1_t * Z1_t + _lane_sum(e1_t)
+    return (new_s, new_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t,
+            q_sum, q_max, q_at)  # fmt: skip
 
-    A block is (LANES, K). Each of the LANES keeps its own running maximum and sums, and these are
-    rescaled once for the K classes that it takes of a block: no thread waits for another before the
-    row's end. ``x`` sums e_s (a_t - a_s) (for R), ``x_t`` sums e_t (a_t - a_s) (for F).
-    """
-    zeros = tl.zeros((LANES,), DTYPE)
-    m_s, m_t = zeros + PAD, zeros + PAD
-    Z_s, Z_t, Z1_s, Z1_t, S_s, S_t = zeros, zeros, zeros, zeros, zeros, zeros
-    x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum = zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    q_max, q_at = zeros + float("-inf"), tl.zeros((LANES,), tl.int32)
-    for start in tl.range(0, C, LANES * K, num_stages=STAGES):
-        cols = _block(start, LANES, K, APART)
-        inside = cols < C
-        mask = (inside & counted) if PADDED else counted
-        s = _load(s_row + cols, mask, PADDED, DTYPE)  # (LANES, K)
-        t = _load(t_row + cols, mask, PADDED, DTYPE)
-        new_s, new_t = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
-        M_s, M_t = new_s * c, new_t * c
-        moved_s, moved_t = m_s * c - M_s, m_t * c - M_t
-        kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
-        a_s, a_t = _log2_e(s, c, M_s[:, None]), _log2_e(t, c, M_t[:, None])
-        e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
-        e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
-        e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
-        kept1_s = _power(kept_s, moved_s, temperature, TERMS.squarings)
-        kept1_t = _power(kept_t, moved_t, temperature, TERMS.squarings)
-        if TERMS.kd:
-            if TERMS.soften_entropy:
-                S_s = _times(kept_s, S_s + Z_s * moved_s, CAREFUL)
-                S_t = _times(kept_t, S_t + Z_t * moved_t, CAREFUL)
-                S_s += tl.sum(_times(e_s, a_s, CAREFUL), 1)
-                S_t += tl.sum(_times(e_t, a_t, CAREFUL), 1)
-            else:
-                S_s = _times(kept1_s, S_s + Z1_s * moved_s, CAREFUL)
-                S_t = _times(kept1_t, S_t + Z1_t * moved_t, CAREFUL)
-                S_s += tl.sum(_times(e1_s, a_s, CAREFUL), 1)
-                S_t += tl.sum(_times(e1_t, a_t, CAREFUL), 1)
-            if TERMS.student_grad and TERMS.student_kd:
-                x = _times(kept_s, x + Z_s * (moved_t - moved_s), CAREFUL)
-                x += tl.sum(_times(e_s, a_t - a_s, CAREFUL), 1)
-            if TERMS.teacher_grad and TERMS.teacher_forward:
-                x_t = _times(kept_t, x_t + Z_t * (moved_t - moved_s), CAREFUL)
-                x_t += tl.sum(_times(e_t, a_t - a_s, CAREFUL), 1)
-            Z_s = kept_s * Z_s + tl.sum(e_s, 1)
-            Z_t = kept_t * Z_t + tl.sum(e_t, 1)
-        if TERMS.target == "soft":
-            q = tl.load(q_row + cols, mask, other=0.0).to(DTYPE)
-            largest = tl.max(tl.where(inside, q, float("-inf")), 1)
-            at = tl.min(tl.where(inside & (q == largest[:, None]), cols, C), 1)
-            q_at = tl.where(largest > q_max, at, q_at)
-            q_max = tl.maximum(q_max, largest)
-            if TERMS.smooth:
-                q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
-            qa_s = _times(q_sum, moved_s, CAREFUL) + qa_s + tl.sum(_times(q, a_s, CAREFUL), 1)
-            qa_t = _times(q_sum, moved_t, CAREFUL) + qa_t + tl.sum(_times(q, a_t, CAREFUL), 1)
-            q_sum += tl.sum(q, 1)
-        elif TERMS.smooth:
-            # q_sum counts a lane's classes here.
-            mean_s += q_sum * moved_s + tl.sum(tl.where(inside, a_s, 0.0), 1)
-            mean_t += q_sum * moved_t + tl.sum(tl.where(inside, a_t, 0.0), 1)
-            q_sum += tl.sum(tl.where(inside, 1.0, 0.0), 1)
-        Z1_s = kept1_s * Z1_s + tl.sum(e1_s, 1)
-        Z1_t = kept1_t * Z1_t + tl.sum(e1_t, 1)
-        m_s, m_t = new_s, new_t
 
-    row_m_s, row_m_t = tl.max(m_s), tl.max(m_t)
+@triton.jit
+def _merge(sums, C, c, temperature, TERMS: tl.constexpr, CAREFUL: tl.constexpr):
+    """Merge the sums of parts of a row, (PARTS,) each, into the row's: the same 17 scalars."""
+    (m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum,
+     q_max, q_at) = sums  # fmt: skip
+    row_m_s, row_m_t = _max_lanes_2(m_s, m_t)
     moved_s, moved_t = m_s * c - row_m_s * c, m_t * c - row_m_t * c
     kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
     kept1_s = _power(kept_s, moved_s, temperature, TERMS.squarings)
@@ -652,29 +707,163 @@ def _row_sums(
             S_t = _times(kept1_t, S_t + Z1_t * moved_t, CAREFUL)
         x = _times(kept_s, x + Z_s * (moved_t - moved_s), CAREFUL)
         x_t = _times(kept_t, x_t + Z_t * (moved_t - moved_s), CAREFUL)
-    y, total, mean_of_s, mean_of_t = 0, 1.0, 0.0, 0.0
+    zero = tl.zeros((), Z1_s.dtype)
+    Z, Z1, S, mixed = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
+    if TERMS.kd:
+        z_s, z_t, z1_s, z1_t = _sum_lanes_4(kept_s * Z_s, kept_t * Z_t, kept1_s * Z1_s,
+                                            kept1_t * Z1_t)  # fmt: skip
+        Z, Z1 = (z_s, z_t), (z1_s, z1_t)
+        sum_s, sum_t, sum_x, sum_x_t = _sum_lanes_4(S_s, S_t, x, x_t)
+        S, mixed = (sum_s, sum_t), (sum_x, sum_x_t)
+    else:
+        z1_s, z1_t, _, _ = _sum_lanes_4(kept1_s * Z1_s, kept1_t * Z1_t, Z_s, Z_t)
+        Z1 = (z1_s, z1_t)
+    qa, mean, total, best, first = (zero, zero), (zero, zero), zero, zero, 0
     if TERMS.target == "soft":
-        best = tl.max(q_max)
-        y = tl.min(tl.where(q_max == best, q_at, C))
         qa_s += _times(q_sum, moved_s, CAREFUL)
         qa_t += _times(q_sum, moved_t, CAREFUL)
-        total = tl.sum(q_sum)
+        sum_qa_s, sum_qa_t, total, _ = _sum_lanes_4(qa_s, qa_t, q_sum, q_sum)
+        qa = (sum_qa_s, sum_qa_t)
+        best = tl.max(q_max)
+        first = tl.min(tl.where(q_max == best, q_at, C))
     elif TERMS.smooth:
-        mean_of_s = tl.sum(mean_s + q_sum * moved_s) / C
-        mean_of_t = tl.sum(mean_t + q_sum * moved_t) / C
-    return (
-        row_m_s, row_m_t, tl.sum(kept_s * Z_s), tl.sum(kept_t * Z_t), tl.sum(kept1_s * Z1_s),
-        tl.sum(kept1_t * Z1_t), tl.sum(S_s), tl.sum(S_t), tl.sum(x), tl.sum(x_t),
-        tl.sum(qa_s), tl.sum(qa_t), mean_of_s, mean_of_t, total, y,
-    )  # fmt: skip
+        mean_s += q_sum * moved_s
+        mean_t += q_sum * moved_t
+        mean = (tl.sum(mean_s), tl.sum(mean_t))
+    return (row_m_s, row_m_t, Z[0], Z[1], Z1[0], Z1[1], S[0], S[1], mixed[0], mixed[1],
+            qa[0], qa[1], mean[0], mean[1], total, best, first)  # fmt: skip
 
 
 @triton.jit
-def _block(start, LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr):
-    """Classes of a block, (LANES, K): a lane's K beside each other, one 16-byte access; or, in rows
-    not aligned for that, LANES apart, so that the lanes of a warp are beside each other."""
-    lanes, k = tl.arange(0, LANES)[:, None], tl.arange(0, K)[None, :]
-    return start + (k * LANES + lanes if APART else lanes * K + k)
+def _aligned_part(row, stride, C, INNER: tl.constexpr, SHIFTED: tl.constexpr):
+    """Return ``(head, body)``: the classes of a row before the first aligned address, and how many
+    follow in whole accesses of INNER. Rows that are not SHIFTED are all body."""
+    if SHIFTED:
+        head = ((0 - row * stride) % INNER).to(tl.int32)
+        head = tl.minimum(tl.where(head < 0, head + INNER, head), C)  # C's sign of the remainder
+        return head, _multiple(C - head, INNER)
+    else:
+        return 0, C
+
+
+@triton.jit
+def _edges(head, body, LANES: tl.constexpr):
+    """The classes outside of the aligned part, (1, LANES, 1): the first, then the last."""
+    lanes = tl.arange(0, LANES)[None, :, None]
+    return tl.where(lanes < head, lanes, lanes + body)
+
+
+@triton.jit
+def _body(logits, row, stride, head, INNER: tl.constexpr, SHIFTED: tl.constexpr):
+    """Pointer to a row's aligned part."""
+    if SHIFTED:
+        return logits + _multiple(row * stride + head, INNER)
+    else:
+        return logits + row * stride
+
+
+@triton.jit
+def _row_sums(
+    student, teacher, target, row, s_stride, t_stride, counted, C,
+    c, temperature, smoothing, smoothing_each,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
+    DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Sweep once over a row: everything of it that is a sum.
+
+    A block is (OUTER, LANES, INNER). Each of the LANES keeps its own running maximum and sums, and
+    rescales them once for the classes that it takes of a block, so no thread waits for another
+    before the row's end. ``x`` sums e_s (a_t - a_s) (for R), ``x_t`` sums e_t (a_t - a_s) (for F).
+
+    With PREFETCH, the next block is loaded into registers, in its storage type, before the
+    arithmetic of this one. Without it, Triton pipelines the loads through shared memory in STAGES,
+    at the cost of two barriers a block. Where rows are SHIFTED against 16 bytes, the classes before
+    the first and after the last whole access are a block of their own.
+    """
+    zeros = tl.zeros((LANES,), DTYPE)
+    lowest = zeros + PAD
+    sums = (lowest, lowest, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros,
+            zeros, zeros, zeros, zeros + float("-inf"), tl.zeros((LANES,), tl.int32))  # fmt: skip
+    step: tl.constexpr = OUTER * LANES * INNER
+    head, end = _aligned_part(row, s_stride, C, INNER, SHIFTED)
+    s_body = _body(student, row, s_stride, head, INNER, SHIFTED)
+    t_body = _body(teacher, row, t_stride, head, INNER, SHIFTED)
+    q_row = target
+    if TERMS.target == "soft":
+        q_row = target + row * C
+    if SHIFTED:
+        edges = _edges(head, end, LANES)
+        is_edge = edges < C
+        read = is_edge & counted
+        s_edge = _load(student + row * s_stride + edges, read, True, DTYPE)
+        t_edge = _load(teacher + row * t_stride + edges, read, True, DTYPE)
+        sums = _add_block(sums, s_edge, t_edge, q_row, edges, is_edge, read, C, c, temperature,
+                          smoothing, smoothing_each, DTYPE, TERMS, CAREFUL)  # fmt: skip
+    if PREFETCH:
+        cols = _block(0, OUTER, LANES, INNER)
+        mask = (counted & (cols < end)) if PADDED else counted
+        s_raw = _load_raw(s_body + cols, mask, "evict_last")
+        t_raw = _load_raw(t_body + cols, mask, "evict_last")
+        for start in tl.range(0, end, step, num_stages=1):
+            cols = _block(start, OUTER, LANES, INNER)
+            inside = cols < end
+            mask = (counted & inside) if PADDED else counted
+            following = cols + step
+            there = counted & ((following < end) if PADDED else (start + step < end))
+            s_next = _load_raw(s_body + following, there, "evict_last")
+            t_next = _load_raw(t_body + following, there, "evict_last")
+            s, t = _widen(s_raw, mask, PADDED, DTYPE), _widen(t_raw, mask, PADDED, DTYPE)
+            sums = _add_block(sums, s, t, q_row, cols + head, inside, mask, C, c, temperature,
+                              smoothing, smoothing_each, DTYPE, TERMS, CAREFUL)  # fmt: skip
+            s_raw, t_raw = s_next, t_next
+    else:
+        for start in tl.range(0, end, step, num_stages=STAGES):
+            cols = _block(start, OUTER, LANES, INNER)
+            inside = cols < end
+            mask = (inside & counted) if PADDED else counted
+            s = _load(s_body + cols, mask, PADDED, DTYPE)
+            t = _load(t_body + cols, mask, PADDED, DTYPE)
+            sums = _add_block(sums, s, t, q_row, cols + head, inside, mask, C, c, temperature,
+                              smoothing, smoothing_each, DTYPE, TERMS, CAREFUL)  # fmt: skip
+    return _merge(sums, C, c, temperature, TERMS, CAREFUL)
+
+
+@triton.jit
+def _gradient_block(
+    sums, s, t, cols, inside, mask, q_row, y, ds_block, dt_block, M_s, M_t, ratio, log_ratio, k,
+    c, temperature, smoothing, smoothing_each,
+    PADDED: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a block of logits, (OUTER, LANES, INNER), and add to the lanes' sums
+    of the divergences."""
+    excess, forward, reverse = sums
+    a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
+    e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
+    e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
+    e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
+    d = (a_t - a_s) + log_ratio
+    if TERMS.kd:
+        excess += _lane_sum(e_t * ratio - e_s)
+        forward += _lane_sum(_times(e_t, d, CAREFUL))
+        reverse += _lane_sum(_times(e_s, d, CAREFUL))
+    q = None
+    if TERMS.target == "soft":
+        q = tl.load(q_row + cols, mask, other=0.0).to(DTYPE)
+        if TERMS.smooth:
+            q = q * (1.0 - smoothing) + smoothing_each
+    elif TERMS.smooth:
+        q = tl.full((), smoothing_each, DTYPE)
+    if TERMS.target == "labels" and not TERMS.ordered_stores:
+        q = _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE)
+    into = inside if PADDED else None
+    if TERMS.student_grad:
+        g_s = _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL)
+        _store(ds_block, g_s, into, "evict_first")
+    if TERMS.teacher_grad:
+        g_t = _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, CAREFUL)
+        _store(dt_block, g_t, into, "evict_first")
+    return excess, forward, reverse
 
 
 @triton.jit
@@ -683,8 +872,8 @@ def _row_rest(
     row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each,
-    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
-    PADDED: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -692,8 +881,14 @@ def _row_rest(
 
     It goes backward, so that it begins with what the first sweep left in the cache.
     """
-    m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum, q_at = sums
+    (m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum,
+     _, q_at) = sums  # fmt: skip
+    if TERMS.target != "soft":
+        q_sum = 1.0
     s_row, t_row = student + row * s_stride, teacher + row * t_stride
+    q_row = target
+    if TERMS.target == "soft":
+        q_row = target + row * C
     M_s, M_t = m_s * c, m_t * c
     l_s, l_t, r_s, r_t, ratio, log_ratio, l1_s, l1_t, r1_s, r1_t = _normalisers(
         m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS
@@ -726,10 +921,10 @@ def _row_rest(
         s_y = _load(s_row + y, counted, True, DTYPE)  # as in _tile
         t_y = _load(t_row + y, counted, True, DTYPE)
         if TERMS.student_ce:
-            CE_s = _cross_entropy(l1_s, _log2_e(s_y, c, M_s), qa_s, mean_s, q_sum, in_range,
+            CE_s = _cross_entropy(l1_s, _log2_e(s_y, c, M_s), qa_s, mean_s / C, q_sum, in_range,
                                   temperature, smoothing, TERMS)  # fmt: skip
         if TERMS.teacher_ce:
-            CE_t = _cross_entropy(l1_t, _log2_e(t_y, c, M_t), qa_t, mean_t, q_sum, in_range,
+            CE_t = _cross_entropy(l1_t, _log2_e(t_y, c, M_t), qa_t, mean_t / C, q_sum, in_range,
                                   temperature, smoothing, TERMS)  # fmt: skip
         one = tl.zeros((1, 1, 1), tl.int32)  # _right takes rows
         right_s, right_t = _right(
@@ -740,50 +935,68 @@ def _row_rest(
 
     if TERMS.kd or TERMS.student_grad or TERMS.teacher_grad:
         zeros = tl.zeros((LANES,), DTYPE)
-        forward, reverse, excess = zeros, zeros, zeros
-        ds_row, dt_row = ds, dt
+        divergences = (zeros, zeros, zeros)
+        head, end = _aligned_part(row, s_stride, C, INNER, SHIFTED)
+        s_body = _body(student, row, s_stride, head, INNER, SHIFTED)
+        t_body = _body(teacher, row, t_stride, head, INNER, SHIFTED)
+        ds_row, dt_row, ds_body, dt_body = s_row, t_row, s_body, t_body  # never stored to as such
         if TERMS.student_grad:
             ds_row = ds + row * ds_stride
+            ds_body = _body(ds, row, ds_stride, head, INNER, SHIFTED)
         if TERMS.teacher_grad:
             dt_row = dt + row * dt_stride
+            dt_body = _body(dt, row, dt_stride, head, INNER, SHIFTED)
         if TERMS.target != "none":
             tl.debug_barrier()  # as in _tile
-        blocks = tl.cdiv(C, LANES * K)
-        for i in tl.range(blocks, num_stages=STAGES):
-            cols = _block((blocks - 1 - i) * (LANES * K), LANES, K, APART)
-            inside = cols < C
-            mask = (inside & counted) if PADDED else counted
-            s = _load(s_row + cols, mask, PADDED, DTYPE)  # (LANES, K)
-            t = _load(t_row + cols, mask, PADDED, DTYPE)
-            a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
-            e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
-            e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
-            e1_t = _power(e_t, a_t, temperature, TERMS.squarings)
-            d = (a_t - a_s) + log_ratio
-            if TERMS.kd:
-                excess += tl.sum(e_t * ratio - e_s, 1)
-                forward += tl.sum(_times(e_t, d, CAREFUL), 1)
-                reverse += tl.sum(_times(e_s, d, CAREFUL), 1)
-            q = None
-            if TERMS.target == "soft":
-                q = tl.load(target + row * C + cols, mask, other=0.0).to(DTYPE)
-                if TERMS.smooth:
-                    q = q * (1.0 - smoothing) + smoothing_each
-            elif TERMS.smooth:
-                q = tl.full((), smoothing_each, DTYPE)
-            if TERMS.target == "labels" and not TERMS.ordered_stores:
-                q = _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE)
-            into = inside if PADDED else None
-            if TERMS.student_grad:
-                g_s = _student_gradient(e_s, e1_s, e_t, d, q, k, TERMS, CAREFUL)
-                _store(ds_row + cols, g_s, into)
-            if TERMS.teacher_grad:
-                g_t = _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS, CAREFUL)
-                _store(dt_row + cols, g_t, into)
+        step: tl.constexpr = OUTER * LANES * INNER
+        last = (tl.cdiv(end, step) - 1) * step
+        if PREFETCH:
+            cols = _block(last, OUTER, LANES, INNER)
+            mask = (counted & (cols < end)) if PADDED else counted
+            s_raw = _load_raw(s_body + cols, mask, "evict_first")
+            t_raw = _load_raw(t_body + cols, mask, "evict_first")
+            for done in tl.range(0, end, step, num_stages=1):
+                cols = _block(last - done, OUTER, LANES, INNER)
+                inside = cols < end
+                mask = (counted & inside) if PADDED else counted
+                there = counted & (done < last)
+                s_next = _load_raw(s_body + (cols - step), there, "evict_first")
+                t_next = _load_raw(t_body + (cols - step), there, "evict_first")
+                s, t = _widen(s_raw, mask, PADDED, DTYPE), _widen(t_raw, mask, PADDED, DTYPE)
+                divergences = _gradient_block(
+                    divergences, s, t, cols + head, inside, mask, q_row, y, ds_body + cols,
+                    dt_body + cols, M_s, M_t, ratio, log_ratio, k, c, temperature, smoothing,
+                    smoothing_each, PADDED, DTYPE, TERMS, CAREFUL,
+                )  # fmt: skip
+                s_raw, t_raw = s_next, t_next
+        else:
+            for done in tl.range(0, end, step, num_stages=STAGES):
+                cols = _block(last - done, OUTER, LANES, INNER)
+                inside = cols < end
+                mask = (inside & counted) if PADDED else counted
+                s = _load(s_body + cols, mask, PADDED, DTYPE)
+                t = _load(t_body + cols, mask, PADDED, DTYPE)
+                divergences = _gradient_block(
+                    divergences, s, t, cols + head, inside, mask, q_row, y, ds_body + cols,
+                    dt_body + cols, M_s, M_t, ratio, log_ratio, k, c, temperature, smoothing,
+                    smoothing_each, PADDED, DTYPE, TERMS, CAREFUL,
+                )  # fmt: skip
+        if SHIFTED:
+            edges = _edges(head, end, LANES)
+            is_edge = edges < C
+            read = is_edge & counted
+            s_edge = _load(s_row + edges, read, True, DTYPE)
+            t_edge = _load(t_row + edges, read, True, DTYPE)
+            divergences = _gradient_block(
+                divergences, s_edge, t_edge, edges, is_edge, read, q_row, y, ds_row + edges,
+                dt_row + edges, M_s, M_t, ratio, log_ratio, k, c, temperature, smoothing,
+                smoothing_each, True, DTYPE, TERMS, CAREFUL,
+            )  # fmt: skip
         if TERMS.kd:
-            over = r_s * tl.sum(excess)
-            F = r_t * tl.sum(forward) * LN2 - over
-            R = over - r_s * tl.sum(reverse) * LN2
+            excess, forward, reverse = divergences
+            excess, forward, reverse, _ = _sum_lanes_4(excess, forward, reverse, reverse)
+            F = r_t * forward * LN2 - r_s * excess
+            R = r_s * (excess - reverse * LN2)
         if TERMS.label_again:
             _store_labels(
                 ds_row, dt_row, y, row >= 0, s_y, t_y, M_s, M_t, log_ratio, k, c, temperature,
@@ -804,20 +1017,17 @@ def _row(
     row, N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
-    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
-    PADDED: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
     ALWAYS_CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One row of any length, in two sweeps. Returns both weighted losses."""
     y, in_range, counted = _labels(target, row, row >= 0, C, ignore_index, TERMS)
-    s_row, t_row = student + row * s_stride, teacher + row * t_stride
-    q_row = target
-    if TERMS.target == "soft":
-        q_row = target + row * C
     careful: tl.constexpr = ALWAYS_CAREFUL or not (TERMS.kd or TERMS.target == "soft")
-    sums = _row_sums(s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
-                     LANES, K, APART, STAGES, PADDED, DTYPE, TERMS, careful)  # fmt: skip
+    sums = _row_sums(student, teacher, target, row, s_stride, t_stride, counted, C, c, temperature,
+                     smoothing, smoothing_each, OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED,
+                     PADDED, DTYPE, TERMS, careful)  # fmt: skip
     suspect = sums[6] + sums[7] + sums[10] + sums[11]
     loss_s, loss_t = 0.0 * suspect, 0.0 * suspect
     if careful:
@@ -825,26 +1035,27 @@ def _row(
             sums, student, teacher, target, sample_weight, scale, ds, dt, records,
             row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
-            TERMS, True,
+            smoothing, smoothing_each, OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED, PADDED,
+            PARTS, SCALE_AT, DTYPE, TERMS, True,
         )  # fmt: skip
     elif suspect == suspect:
         loss_s, loss_t = _row_rest(
             sums, student, teacher, target, sample_weight, scale, ds, dt, records,
             row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
-            TERMS, False,
+            smoothing, smoothing_each, OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED, PADDED,
+            PARTS, SCALE_AT, DTYPE, TERMS, False,
         )  # fmt: skip
     else:
-        sums = _row_sums(s_row, t_row, q_row, counted, C, c, temperature, smoothing, smoothing_each,
-                         LANES, K, APART, STAGES, PADDED, DTYPE, TERMS, True)  # fmt: skip
+        sums = _row_sums(student, teacher, target, row, s_stride, t_stride, counted, C, c,
+                         temperature, smoothing, smoothing_each, OUTER, LANES, INNER, 1, False,
+                         SHIFTED, PADDED, DTYPE, TERMS, True)  # fmt: skip
         loss_s, loss_t = _row_rest(
             sums, student, teacher, target, sample_weight, scale, ds, dt, records,
             row, y, in_range, counted, N, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE,
-            TERMS, True,
+            smoothing, smoothing_each, OUTER, LANES, INNER, 1, False, SHIFTED, PADDED, PARTS,
+            SCALE_AT, DTYPE, TERMS, True,
         )  # fmt: skip
     return loss_s, loss_t
 
@@ -894,10 +1105,10 @@ def _gradient_row(
             q = _smoothed_label(cols, y, smoothing, smoothing_each, DTYPE)
         if TERMS.student_grad:
             g = _student_gradient(e_s, e1_s, e_t, d, q, k_s, TERMS, True)
-            _store(ds + row * ds_stride + cols, g, inside)
+            _store(ds + row * ds_stride + cols, g, inside, "")
         if TERMS.teacher_grad:
             g = _teacher_gradient(e_t, e1_t, e_s, d, q, k_t, TERMS, True)
-            _store(dt + row * dt_stride + cols, g, inside)
+            _store(dt + row * dt_stride + cols, g, inside, "")
 
 
 @triton.jit
@@ -956,7 +1167,7 @@ def tile_kernel(
                         row, N, C, s_stride, t_stride, ds_stride, dt_stride,
                         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
                         smoothing, smoothing_each, ignore_index,
-                        CHUNK, 1, True, 1, True, PARTS, SCALE_AT, DTYPE, TERMS, True,
+                        1, CHUNK, 1, 1, False, False, True, PARTS, SCALE_AT, DTYPE, TERMS, True,
                     )  # fmt: skip
                     loss_s = tl.where(here, again_s, loss_s)
                     loss_t = tl.where(here, again_t, loss_t)
@@ -990,8 +1201,8 @@ def loop_kernel(
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
     ROW_ALIGN: tl.constexpr, CLASS_ALIGN: tl.constexpr,
-    LANES: tl.constexpr, K: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
-    PADDED: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """One row a program, in blocks, of any length; the arguments are `tile_kernel`'s."""
@@ -1006,7 +1217,8 @@ def loop_kernel(
         row, N, C, s_stride, t_stride, ds_stride, dt_stride,
         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
         smoothing, smoothing_each, ignore_index,
-        LANES, K, APART, STAGES, PADDED, PARTS, SCALE_AT, DTYPE, TERMS, False,
+        OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED, PADDED, PARTS, SCALE_AT, DTYPE, TERMS,
+        False,
     )  # fmt: skip
     _store_losses(student_losses, teacher_losses, records, N, loss_s, loss_t, PARTS, TERMS)
 
