@@ -32,6 +32,7 @@ _RECORD, _STATE, _STATISTICS = RECORD.value, STATE.value, STATISTICS.value
 _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
 _INTERPRETED = triton.knobs.runtime.interpret
 _OLDEST = (3, 6)
+LAST_SUMS_ROWS = 2048
 _NVIDIA = torch.version.hip is None and not _INTERPRETED
 _AMD = torch.version.hip is not None and not _INTERPRETED
 _ORDERED_STORES = torch.version.hip is None
@@ -75,15 +76,18 @@ def _forward(
         parts = min(256, triton_launch.block_of(-(-rows // 4096)))
     tensors = (student, teacher, target, weight, ds, dt)
     addresses, kinds = _described(tensors)
-    key = (o, device.index, student.shape[1], _count(rows), parts, _kind(grad_scale), *kinds)
+    # The last program is one warp where classes are few: it adds up no more than this many losses.
+    last_sums = bool(parts) and rows <= LAST_SUMS_ROWS
+    key = (o, device.index, student.shape[1], _count(rows), parts, last_sums, _kind(grad_scale),
+           *kinds)  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(problem, ds, dt, parts)
+        plan = _plans[key] = _plan(problem, ds, dt, parts, last_sums)
     dtype, per_row = plan.dtype, plan.terms.per_row
     programs = -(-rows // plan.rows)
 
     # All that the launches leave for each other, in one allocation: see triton_rows._totals.
-    records = torch.empty(rows * _RECORD + parts + 2 * programs, dtype=dtype, device=device)
+    records = torch.empty(rows * _RECORD + parts + 2 * programs + 1, dtype=dtype, device=device)
     shape = (rows,) if per_row else ()
     losses = (torch.empty(shape, dtype=dtype, device=device),
               torch.empty(shape, dtype=dtype, device=device))  # fmt: skip
@@ -92,13 +96,14 @@ def _forward(
     stream = 0 if _INTERPRETED else driver.active.get_current_stream(device.index)
     if parts:
         plan.totals(parts, stream, (target, weight, records), (*addresses[2:4], at),
-                    (rows, o.ignore_index, *plan.totals_shape))  # fmt: skip
-    row_losses, row_losses_at = (losses, losses_at) if per_row else (_NO_LOSSES, _NO_LOSSES)
+                    (rows, programs, o.ignore_index, *plan.totals_shape))  # fmt: skip
+    followed = plan.terms.followed
+    row_losses, row_losses_at = (_NO_LOSSES, _NO_LOSSES) if followed else (losses, losses_at)
     plan.losses(
         programs, stream, (*tensors, *row_losses, records), (*addresses, *row_losses_at, at),
         (scale, rows, *plan.numbers, isinstance(scale, Tensor), _TYPES[dtype], plan.terms),
     )  # fmt: skip
-    if not per_row:
+    if followed:
         plan.sum(1, stream, (*losses, records), (*losses_at, at),
                  (rows, programs, *plan.sum_shape))  # fmt: skip
     return (
@@ -178,18 +183,21 @@ class _Plan(NamedTuple):
     dtype: torch.dtype
     terms: Terms
     numbers: tuple  # of `losses`, in the order of its arguments, C to PARTS
-    totals_shape: tuple  # LABELS to OVERLAPPED
+    totals_shape: tuple  # PARTS to OVERLAPPED
     sum_shape: tuple  # PARTS to OVERLAPPED
 
 
 _plans: dict[tuple, _Plan] = {}
 
 
-def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) -> _Plan:
+def _plan(
+    problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int, last_sums: bool
+) -> _Plan:
     student, teacher, _, _, o, *_ = problem
     classes, dtype = student.shape[1], compute_dtype(student, teacher)
     early = _NVIDIA and driver.active.get_current_target().arch >= 90
-    terms = replace(_terms(problem, ds is not None, dt is not None), overlapped=early)
+    terms = _terms(problem, ds is not None, dt is not None)
+    terms = replace(terms, overlapped=early, last_sums=last_sums and not terms.per_row)
     launch = _launch(problem, ds, dt)
     strides = (student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt))
     aligned, padded = (_divisor(*strides), _divisor(classes)), classes % launch.block != 0
@@ -211,7 +219,7 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
         rows=rows, dtype=dtype, terms=terms,
         numbers=(classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index,
                  *aligned, *shape, parts),
-        totals_shape=(terms.target == "labels", 4096, early),
+        totals_shape=(parts, terms.target == "labels", 4096, early),
         sum_shape=(parts, 4096, early),
     )  # fmt: skip
 

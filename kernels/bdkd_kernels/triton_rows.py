@@ -66,6 +66,13 @@ class Terms:
     ordered_stores: bool
     # A launch begins while the one before it still runs, and waits where it reads what that wrote.
     overlapped: bool = False
+    # The last program to finish adds up the losses, in the place of a launch of sum_kernel.
+    last_sums: bool = False
+
+    @property
+    def followed(self) -> bool:
+        """Whether a launch of the same call follows that of the rows."""
+        return not (self.per_row or self.last_sums)
 
     @property
     def kd(self) -> bool:
@@ -1142,7 +1149,7 @@ def tile_kernel(
     SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, each loaded once, of both networks, and kept in registers."""
-    if TERMS.overlapped and not TERMS.per_row:  # else no launch of this call follows
+    if TERMS.overlapped and TERMS.followed:
         gdc_launch_dependents()
     C = _multiple(C, CLASS_ALIGN)
     s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
@@ -1182,15 +1189,43 @@ def tile_kernel(
 @triton.jit
 def _store_losses(student_losses, teacher_losses, records, N, loss_s, loss_t,
                   PARTS: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
-    """Of one program."""
+    """Store the losses of one program, and their sums if it is the last to finish."""
     program = tl.program_id(0)
     if TERMS.per_row:
         tl.store(student_losses + program, loss_s)
         tl.store(teacher_losses + program, loss_t)
     else:
+        programs = tl.num_programs(0)
         losses = _totals(records, N) + PARTS
         tl.store(losses + program, loss_s)
-        tl.store(losses + tl.num_programs(0) + program, loss_t)
+        tl.store(losses + programs + program, loss_t)
+        if TERMS.last_sums:
+            # One thread makes the stores above and this addition, which releases them.
+            done = tl.atomic_add(_counter(records, N, programs, PARTS), 1, sem="acq_rel")
+            if done == programs - 1:
+                _sum_losses(student_losses, teacher_losses, losses, programs, 1024)
+
+
+@triton.jit
+def _counter(records, N, programs, PARTS: tl.constexpr):
+    """The count of programs that are done, behind their losses; totals_kernel sets it to 0."""
+    behind = _totals(records, N) + PARTS + 2 * programs
+    return behind.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _sum_losses(student, teacher, losses, count, BLOCK: tl.constexpr):
+    """Add up what ``count`` programs stored, in float64 and always in the same order."""
+    sum_s, sum_t = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        # From L2, where other multiprocessors' stores are.
+        s = tl.load(losses + at, at < count, other=0.0, cache_modifier=".cg")
+        t = tl.load(losses + count + at, at < count, other=0.0, cache_modifier=".cg")
+        sum_s += s.to(tl.float64)
+        sum_t += t.to(tl.float64)
+    tl.store(student, tl.sum(sum_s))
+    tl.store(teacher, tl.sum(sum_t))
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -1206,7 +1241,7 @@ def loop_kernel(
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """One row a program, in blocks, of any length; the arguments are `tile_kernel`'s."""
-    if TERMS.overlapped and not TERMS.per_row:  # else no launch of this call follows
+    if TERMS.overlapped and TERMS.followed:
         gdc_launch_dependents()
     C = _multiple(C, CLASS_ALIGN)
     s_stride, t_stride = _multiple(s_stride, ROW_ALIGN), _multiple(t_stride, ROW_ALIGN)
@@ -1223,10 +1258,12 @@ def loop_kernel(
     _store_losses(student_losses, teacher_losses, records, N, loss_s, loss_t, PARTS, TERMS)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "programs", "ignore_index"])
 def totals_kernel(
-    target, sample_weight, records, N, ignore_index,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+    target, sample_weight, records, N,
+    programs,  # of the rows' launch
+    ignore_index,
+    PARTS: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Before: the weights of the rows that count, added up, a part a program."""
     if OVERLAPPED:
@@ -1243,6 +1280,8 @@ def totals_kernel(
         else:
             part += tl.load(sample_weight + rows, counted, other=0.0).to(tl.float64)
     tl.store(_totals(records, N) + tl.program_id(0), tl.sum(part))
+    if tl.program_id(0) == 0:
+        tl.store(_counter(records, N, programs, PARTS), 0)
 
 
 @triton.jit(do_not_specialize=["N", "count"])
@@ -1254,14 +1293,7 @@ def sum_kernel(
     order."""
     if OVERLAPPED:
         gdc_wait()
-    losses = _totals(records, N) + PARTS
-    sum_s, sum_t = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        sum_s += tl.load(losses + at, at < count, other=0.0).to(tl.float64)
-        sum_t += tl.load(losses + count + at, at < count, other=0.0).to(tl.float64)
-    tl.store(student, tl.sum(sum_s))
-    tl.store(teacher, tl.sum(sum_t))
+    _sum_losses(student, teacher, _totals(records, N) + PARTS, count, BLOCK)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
