@@ -1,89 +1,211 @@
 """Times every sensible launch on a GPU, and prints the launch table with its measurements.
 
-    python bench/autotune.py [--classes 1000 32000] [--dtypes bf16 fp32] [--json FILE]
+    python bench/autotune.py [--classes 1000 32000] [--dtypes bf16 fp32] [--seconds 60]
+                             [--json FILE] [--out FOLDER]
 
-What wins goes into ``triton_launch.py`` by hand, with the line that this printed: no call ever
-tunes. A launch is named as ``triton_launch`` names it; times are GPU times by graph replay.
+Copy the winners into ``triton_launch.py`` by hand, with the printed line: no call ever tunes. Times
+are GPU times by graph replay. Candidates are compiled in other processes beforehand, into Triton's
+cache. ``--out`` writes each measurement to ``FOLDER/measurements.jsonl`` as well.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import machine
 import torch
-from bdkd_kernels import (
-    available_backends,
-    triton_backend,
-    triton_launch,
-)
+from bdkd_kernels import available_backends, bdkd_loss_and_grad, triton_backend, triton_launch
 from bdkd_kernels.triton_launch import Loop, Tile
-from harness import Contender, DeviceClock
+from harness import Contender, DeviceClock, WallClock, _rounds
 from losses import DTYPES, Race, Size
 from triton.runtime.errors import OutOfResources
 
+sys.path.append(str(Path(__file__).parent / "gpu"))
+from measurements import Log
+from prepare import compile_only
+
 CLASSES = (10, 100, 256, 500, 1000, 2048, 4096, 8192, 16384, 21841, 32000, 65536, 128256)
+MOST = 40  # candidates of a class count
+COPY = "copy of both logits"
+Launch = Tile | Loop
 
 
-def candidates(classes: int, itemsize: int, vector: int) -> list[Tile | Loop]:
+def candidates(classes: int, itemsize: int, vector: int) -> list[Launch]:
+    """Return at most MOST launches."""
     aligned = vector * itemsize == 16
-    found: list[Tile | Loop] = []
+    found: list[Launch] = []
     block = max(16, triton_launch.block_of(classes))
     if classes <= 16384:
-        for warps in (1, 2, 4, 8, 16, 32):
+        for warps in (1, 2, 4, 8, 16):
             for pairs in (4, 8, 16, 32):  # a thread
                 rows, rest = divmod(32 * warps * pairs, block)
-                if rest == 0 and rows >= 1 and (rows == 1 or block <= 512):
+                if rest == 0 and rows >= 1 and (rows == 1 or block <= 512) and rows <= 32:
                     beside = min(block, block // pairs * vector) if rows > 1 else block
-                    found.append(Tile(rows, block, max(1, beside), warps))
-    if classes > 1024:
-        for warps in (4, 8, 16, 32):
-            for stages in (1, 2, 3, 4) if aligned else (1,):
-                each = 16 // itemsize if aligned else 8
-                found.append(Loop(32 * warps, each, not aligned, stages, warps))
-    return found
+                    found.append(Tile(rows=rows, block=block, beside=max(1, beside), warps=warps))
+    if classes > 512:
+        inner = 16 // itemsize
+        for warps in (2, 4, 8) if classes <= 4096 else (4, 8, 16, 32):
+            if aligned:
+                found += [Loop(warps=warps, inner=inner, stages=n) for n in (1, 2, 3, 4)]
+            else:
+                found += [Loop(warps=warps, inner=1, outer=n) for n in (4, 8)]
+                found.append(Loop(warps=warps, inner=1, outer=8, prefetch=True))
+                found.append(Loop(warps=warps, inner=inner, shifted=True))
+            found += [Loop(warps=warps, inner=inner, outer=n, prefetch=True, shifted=not aligned)
+                      for n in (1, 2, 4)]  # fmt: skip
+    return found[:MOST]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
-    parser.add_argument("--json", type=Path, help="file for every measurement")
-    options = parser.parse_args()
-    if not available_backends()["triton"]:
-        sys.exit(f"no Triton kernel here: {available_backends()['triton']}")
-    cache = machine.last_level_cache("cuda")
-    measured = []
-    print(torch.cuda.get_device_name())
-    for dtype_name in options.dtypes:
-        for classes in options.classes:
-            dtype = DTYPES[dtype_name]
-            rows = max(1024, min(8192, 2**28 // classes))
-            x = Race(Size(rows, classes, dtype_name), "both", "cuda", cache)
-            vector = math.gcd(16 // dtype.itemsize, classes)
-            shipped = triton_launch.choose(classes, dtype.itemsize, vector)
-            for launch in dict.fromkeys([shipped, *candidates(classes, dtype.itemsize, vector)]):
+def short(launch: Launch) -> str:
+    if isinstance(launch, Tile):
+        return f"launch tile {launch.rows} x {launch.block}, {launch.warps} warps"
+    way = "prefetch" if launch.prefetch else f"{launch.stages} stages"
+    shifted = ", shifted" if launch.shifted else ""
+    return f"launch {launch.warps}w {launch.outer} x {launch.inner}, {way}{shifted}"
+
+
+def chosen(launch: Launch) -> Any:
+    """Let every call take one launch."""
+    triton_backend._plans.clear()
+    return mock.patch.object(triton_launch, "choose", mock.Mock(return_value=launch))
+
+
+def compile_launch(size: Size, launch: Launch) -> None:
+    """Compile one candidate into Triton's cache, in a process of its own."""
+    dtype = DTYPES[size.dtype]
+    s, t, ds, dt = (torch.empty((size.rows, size.classes), dtype=dtype) for _ in range(4))
+    y = torch.zeros(size.rows, dtype=torch.int64)
+    with compile_only(), chosen(launch):
+        bdkd_loss_and_grad(s, t, y, temperature=size.temperature, gamma=2.0, grads=(ds, dt))
+
+
+class Search:
+    """The candidates of some sizes, compiled ahead in the order in which they are timed."""
+
+    def __init__(self, sizes: list[Size], device: str, backend: str, processes: int) -> None:
+        self.device, self.backend = device, backend
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(processes, mp_context=context)
+        self.compiled: dict[Size, dict[Launch, Future]] = {}
+        for size in sizes:
+            itemsize = DTYPES[size.dtype].itemsize
+            vector = math.gcd(16 // itemsize, size.classes)
+            shifted = vector * itemsize < 16
+            shipped = triton_launch.choose(size.classes, itemsize, vector, shifted)
+            launches = dict.fromkeys([shipped, *candidates(size.classes, itemsize, vector)])
+            self.compiled[size] = {
+                launch: self.pool.submit(compile_launch, size, launch)
+                for launch in (list(launches)[:2] if device == "cpu" else launches)
+            }
+
+    def end(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    def time(self, size: Size, until: float) -> list[tuple[float, float, Launch]]:
+        """Return the seconds of each launch, and its share of the copy in the same rounds."""
+        race = Race(size, "both", self.device, machine.last_level_cache(self.device))
+        clock: Any = DeviceClock() if self.device == "cuda" else WallClock(shortest=1e-4)
+        copied = clock.sampler(Contender(COPY, race.copy), len(race.inputs))
+
+        def at_once(i: int) -> None:
+            s, t, y, into = race.inputs[i]
+            bdkd_loss_and_grad(s, t, y, temperature=size.temperature, grads=into,
+                               backend=self.backend)  # fmt: skip
+
+        found = []
+        for launch, compiled in self.compiled[size].items():
+            left = until - time.monotonic()
+            if left < 1:
+                break
+            try:
+                compiled.result(left)
+            except TimeoutError:
+                break
+            except Exception as error:
+                print(f"{size}: {launch} does not compile: {error}", flush=True)
+                continue
+            try:
+                with chosen(launch):
+                    ours = clock.sampler(Contender("ours", at_once, "ours"), len(race.inputs))
+            except OutOfResources:
+                continue  # more shared memory or threads than this GPU has
+            finally:
                 triton_backend._plans.clear()
-                with mock.patch.object(triton_launch, "choose", return_value=launch):
-                    try:
-                        ours = Contender("ours", x.at_once, "ours")
-                        sampler = DeviceClock().sampler(ours, len(x.inputs))
-                    except OutOfResources:
-                        continue  # more shared memory or threads than this GPU has
-                microseconds = 1e6 * statistics.median(sampler.sample() for _ in range(20))
-                measured.append((microseconds, dtype_name, rows, classes, repr(launch),
+            times = _rounds({"ours": ours, COPY: copied}, 7, 0.5, lambda: None)
+            share = statistics.median(
+                c / x for c, x in zip(times[COPY], times["ours"], strict=True)
+            )
+            found.append((statistics.median(times["ours"]), share, launch))
+        return found
+
+
+def main(options: argparse.Namespace) -> int:
+    log = Log(options.out, "3 autotune" + ", dry run" * options.dry_run) if options.out else None
+    until = time.monotonic() + options.seconds
+    device, backend = ("cpu", "reference") if options.dry_run else ("cuda", "triton")
+    if not options.dry_run and not available_backends()["triton"]:
+        print(f"no Triton kernel here: {available_backends()['triton']}", file=sys.stderr)
+        return 1
+    sizes = [Size(max(1024, min(8192, 2**28 // classes)), classes, dtype)
+             for dtype in options.dtypes for classes in options.classes]  # fmt: skip
+    if options.dry_run:
+        sizes = [Size(32, 1000, "bf16")]
+    processes = max(1, min(15, (os.cpu_count() or 2) - 1))
+    search, measured, failed = Search(sizes, device, backend, processes), [], 0
+    print("CPU, dry run" if options.dry_run else torch.cuda.get_device_name(), flush=True)
+    try:
+        for size in sizes:
+            shown = f"{size.rows} x {size.classes} {size.dtype}"
+            shipped, number = next(iter(search.compiled[size])), len(search.compiled[size])
+            try:
+                found = search.time(size, until)
+            except Exception as error:
+                failed += 1
+                print(f"{shown}: {type(error).__name__}: {error}", flush=True)
+                if log:
+                    log.add("failed", "search for launch parameters", str(error)[:200], size=shown)
+                continue
+            if log and len(found) < number:
+                log.add("skipped", "search for launch parameters",
+                        f"{len(found)} of {number} launches timed", size=shown)  # fmt: skip
+            for seconds, share, launch in found:
+                name = short(launch) + ", as shipped" * (launch == shipped)
+                measured.append((1e6 * seconds, size.dtype, size.rows, size.classes, repr(launch),
                                  launch == shipped))  # fmt: skip
-            best = sorted(m for m in measured if m[1] == dtype_name and m[3] == classes)
-            for microseconds, *_, name, is_shipped in best[:3] + [m for m in best[3:] if m[-1]]:
-                print(f"{dtype_name} {rows:>5} x {classes:<7}{microseconds:10.1f} us  {name}"
-                      f"{'  (shipped)' if is_shipped else ''}", flush=True)  # fmt: skip
+                if log:
+                    log.add("time", name, 1e6 * seconds, "us", size=shown, l2="flushed",
+                            of_copy=share, launch=repr(launch))  # fmt: skip
+            best = sorted(found, key=lambda x: x[0])
+            for seconds, share, launch in best[:3] + [x for x in best[3:] if x[2] == shipped]:
+                print(f"{size.dtype} {size.rows:>5} x {size.classes:<7}{1e6 * seconds:10.1f} us "
+                      f"{share:5.0%} of copy  {launch!r}"
+                      f"{'  (shipped)' if launch == shipped else ''}", flush=True)  # fmt: skip
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    finally:
+        search.end()
     if options.json:
         options.json.write_text(json.dumps(measured))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time that it may take")
+    parser.add_argument("--json", type=Path, help="file for every measurement")
+    parser.add_argument("--out", type=Path, help="folder of measurements.jsonl")
+    parser.add_argument("--dry-run", action="store_true", help="one tiny size on the CPU")
+    sys.exit(main(parser.parse_args()))

@@ -1,61 +1,132 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go of at most 10 minutes, without network:
-#     bench/gpu.sh FOLDER
-# The device tests, the race of the losses, the step, training from JPEGs (DALI where it is installed)
-# and the errors against float64; a table, JSON and a log of each go into FOLDER as they are made.
-# Needs torch and triton (2.11 and 3.6, or newer) and a C compiler for torch.compile; pytest for the
-# tests; nothing has to be installed or built. What else is missing leaves out its part, and says so.
-# Exit: 0 if the device tests and the race ran to their ends, else 1.
+# Run the GPU session: check, time and explain the loss and the training step on one GPU.
+#
+#     bench/gpu.sh OUT [--stages 1 2 3 4] [--seconds N] [--dry-run]
+#
+# Stage 1 (smoke): correctness and times of the kernels; alone by default, at most 90 s.
+# Stage 2 (race):  against eager, torch.compile and other packages; device tests; compute-sanitizer.
+# Stage 3 (why):   hardware counters; a small search for launch parameters.
+# Stage 4 (trainer): the training step of two networks.
+#
+# Stages run in order; a part that the remaining time does not allow is skipped. After every part OUT
+# holds summary.txt, measurements.jsonl, measurements.csv, results.json and logs.tar.gz.
+# Needs torch and triton; uses what bench/gpu/prepare.py left in .gpu. Nothing is downloaded.
+# Exit: 0 if no part failed, else 1.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: bench/gpu.sh FOLDER}
+
+usage() { echo "usage: bench/gpu.sh OUT [--stages 1 2 3 4] [--seconds N] [--dry-run]" >&2; exit 2; }
+out="" stages="" total="" dry=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --stages) shift; while [ $# -gt 0 ] && [[ $1 =~ ^[1-4]$ ]]; do stages+=" $1"; shift; done ;;
+        --seconds) total=${2:?}; shift 2 ;;
+        --dry-run) dry=(--dry-run); shift ;;
+        -*) usage ;;
+        *) [ -z "$out" ] || usage; out=$1; shift ;;
+    esac
+done
+[ -n "$out" ] || usage
+stages=${stages:- 1}
+if [ -z "$total" ]; then
+    total=0
+    [[ $stages == *1* ]] && total=$((total + 90))
+    [[ $stages == *[234]* ]] && total=$((total + 420))
+fi
+
+python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
-begin=$SECONDS
+scratch=$(mktemp -d)
+results=$scratch/results
+mkdir -p "$results/logs"
+export PYTHONPATH="kernels:.:bench:bench/gpu:tests/kernels:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$scratch/triton TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
+export TORCHINDUCTOR_COMPILE_THREADS=8
+failed=""
 
-has() { "$python" -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('$1'))"; }
-
-"$python" - <<'PY' || exit 1
-import sys
-from bdkd_kernels import available_backends
-triton = available_backends()["triton"]
-print("triton:", triton)
-sys.exit(not triton)
-PY
-
-# A part of the whole: its name, the seconds it may take, its command. The time is kept by killing.
-part() {
-    local name=$1 limit=$2
-    shift 2
-    echo "== $name, from second $((SECONDS - begin))"
-    timeout --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1
-    local code=$?
-    tail -n 40 "$out/$name.log"
-    [ $code -eq 124 ] && echo "$name: cut off after $limit s; what it had left is in $out"
-    return $code
+# Write the summary of all measurements so far into OUT.
+refresh() {
+    timeout 20 "$python" bench/gpu/summary.py "$results" > /dev/null || failed+=" summary"
+    tar -C "$scratch" -czf "$scratch/logs.tar.gz" results
+    cp "$scratch/logs.tar.gz" "$results"/summary.txt "$results"/measurements.jsonl \
+        "$results"/measurements.csv "$results"/results.json "$out" 2> /dev/null
 }
 
-failed=0
-if has pytest; then
-    # Eight at a time where xdist is: each kind of call compiles for seconds, on the CPU. The suite's
-    # own options want plug-ins that may not be here.
-    workers=()
-    has xdist && workers=(-n 8)
-    part tests 165 "$python" -m pytest -q "${workers[@]}" -p no:cacheprovider --noconftest \
-        -o addopts= tests/kernels/test_triton_gpu.py || failed=1
-else
-    echo "== tests: pytest is not installed"
-    failed=1
+# Run one part: its name, the seconds it needs at least and may take at most, its command. SECONDS
+# in the command stands for the time that it really has. What it prints is shown as it is printed.
+part() {
+    local name=$1 least=$2 limit=$3 left code pid log
+    shift 3
+    left=$((stage_end < total - 4 ? stage_end - SECONDS : total - 4 - SECONDS))
+    ((limit < left)) || limit=$left
+    if ((limit < least)); then
+        echo "== $name: skipped, $left s left"
+        printf '{"stage": "%s", "what": "skipped", "name": "%s", "value": "%s s left", "unit": ""}\n' \
+            "${name%% *}" "$name" "$left" >> "$results/measurements.jsonl"
+        return
+    fi
+    echo "== $name: at most $limit s, from second $SECONDS"
+    log="$results/logs/${name// /-}.log"
+    timeout --kill-after=3 "$limit" "${@/#SECONDS/$((limit - 3))}" > "$log" 2>&1 < /dev/null &
+    pid=$!
+    tail -n +1 -s 0.2 --pid="$pid" -f "$log"
+    wait "$pid"
+    code=$?
+    if ((code != 0)); then
+        echo "== $name: exit code $code"
+        failed+=" $name;"
+        printf '{"stage": "%s", "what": "failed", "name": "%s", "value": "exit code %s%s", "unit": ""}\n' \
+            "${name%% *}" "$name" "$code" "$( ((code == 124 || code == 137)) && echo ", $limit s were over")" \
+            >> "$results/measurements.jsonl"
+    fi
+    refresh
+}
+
+# The compiled kernels and the wheels that were carried.
+wheels=(.gpu/wheels/*.whl)
+if [ -e "${wheels[0]}" ]; then
+    timeout 20 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$scratch/site" "${wheels[@]}" > "$results/logs/pip.log" 2>&1 &
 fi
-part loss_gpu 150 "$python" bench loss_gpu --out "$out" --seconds 0.8 --budget 125 || failed=1
-part dispatch 40 "$python" bench dispatch --out "$out" --seconds 1 --budget 25 || true
-part step_gpu 130 "$python" bench step_gpu --out "$out" --seconds 2 --budget 100 || true
-part loader 40 "$python" bench loader --out "$out" --seconds 1 --budget 25 || true
-part accuracy 40 "$python" bench/accuracy.py --quick --out "$out" || true
-if has matplotlib; then
-    part pictures 15 "$python" bench plot "$out" || true
-fi
-echo "== done after $((SECONDS - begin)) s; in $out: $(ls "$out" | tr '\n' ' ')"
-exit $failed
+timeout 45 "$python" bench/gpu/prepare.py --install "$TRITON_CACHE_DIR" --processes "$(nproc)" \
+    2>&1 | tee "$results/logs/prepare.log"
+wait
+
+for stage in $stages; do
+    stage_end=$total
+    case $stage in
+        1)
+            ((SECONDS + 86 < total)) && stage_end=$((SECONDS + 86))
+            part "1 smoke" 10 84 "$python" bench/gpu/smoke.py "$results" --seconds SECONDS "${dry[@]}"
+            ;;
+        2)
+            stage_end=$((SECONDS + 170))
+            part "2 race" 15 118 "$python" bench/gpu/race.py "$results" --seconds SECONDS "${dry[@]}"
+            part "2 sanitizer" 10 40 "$python" bench/gpu/sanitize.py "$results" --seconds SECONDS \
+                "${dry[@]}"
+            workers=8
+            [ ${#dry[@]} -eq 0 ] || workers=2
+            part "2 tests" 15 90 "$python" -m pytest -n $workers -q -p no:cacheprovider --noconftest \
+                -o addopts= tests/kernels/test_triton_gpu.py
+            ;;
+        3)
+            stage_end=$((SECONDS + 120))
+            part "3 counters" 12 60 "$python" bench/gpu/counters.py "$results" --seconds SECONDS \
+                "${dry[@]}"
+            part "3 autotune" 12 60 "$python" bench/autotune.py --classes 1000 32000 128256 \
+                --out "$results" --seconds SECONDS "${dry[@]}"
+            ;;
+        4)
+            stage_end=$((SECONDS + 130))
+            part "4 trainer" 25 130 "$python" bench/gpu/trainer.py "$results" --seconds SECONDS \
+                "${dry[@]}"
+            ;;
+    esac
+done
+
+refresh
+cat "$out/summary.txt"
+echo "== ${SECONDS} s; failed:${failed:- nothing}; in $out: $(ls "$out" | tr '\n' ' ')"
+rm -rf "$scratch"
+[ -z "$failed" ]

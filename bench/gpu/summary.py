@@ -1,0 +1,209 @@
+"""Summarise the measurements of a GPU session.
+
+    python bench/gpu/summary.py OUT
+
+Reads OUT/measurements.jsonl and writes summary.txt, measurements.csv and results.json beside it.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from measurements import read
+
+Record = dict[str, Any]
+ROW = "{:36.36} {:>12} {:>8} {:>8} {:>9} {:8} {}"
+TARGETS = """Targets: bdkd_loss_and_grad at 90% of the copy in fp32 and 80% in bf16 at 4096 x 1000
+and 8192 x 32000, 60% at 8192 x 128256; 7 us at 1024 x 1000; 2x as fast as the best torch.compile
+mode; 3x as fast as each other package; trainer: 1.3x the images/s of a plain loop of the same two
+networks, 0.97 of the time of both networks alone."""
+EXPLANATION = """of copy: time of a copy of both logits into both gradients (the fewest bytes that
+the work can move), over the time, in the same rounds. x ours: time over that of bdkd_loss with
+backward. error: largest error of a gradient against float64, over its largest entry. flushed: each
+call's data was out of L2; hot: it was in L2. Times are GPU times by CUDA graph replay, unless a row
+says host or events (calls between two events: the host's time shows where it is longer)."""
+WANTED = ("4096 x 1000 bf16", "8192 x 32000 bf16", "1024 x 1000 bf16", "8192 x 128256 bf16",
+          "4096 x 21841 bf16", "4096 x 1000 fp32", "8192 x 32000 fp32", "1024 x 1000 fp32",
+          "8192 x 128256 fp32", "4096 x 21841 fp32")  # fmt: skip
+
+
+def short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
+    return str(value)
+
+
+def percent(value: Any) -> str:
+    return f"{100 * value:.0f}%" if isinstance(value, int | float) else "-"
+
+
+def number(value: Any, pattern: str) -> str:
+    return pattern.format(value) if isinstance(value, int | float) else "-"
+
+
+def machine_lines(records: list[Record]) -> list[str]:
+    """Return the lines about the machine, its clocks and the checks."""
+    facts: dict[str, str] = {}
+    for r in records:
+        if r["what"] == "machine":
+            facts[r["name"]] = f"{short(r['value'])} {r['unit']}".strip()
+    lines = ["; ".join(f"{name} {value}" for name, value in facts.items())]
+    lines += [f"clock ({r['name']}): {r['value']}" for r in records if r["what"] == "clock"]
+    checks = [r for r in records if r["what"] == "check"]
+    cache = [r["value"] for r in checks if r["name"] == "triton cache"]
+    lines += [f"triton cache: {value}" for value in cache[-1:]]
+    checks = [r for r in checks if r["name"] != "triton cache"]
+    wrong = [r for r in checks if r["value"] != "ok"]
+    lines.append(f"checks: {len(checks) - len(wrong)} of {len(checks)} say ok")
+    lines += [f"  {r['stage']}, {r['name']} {r.get('size', '')}: {r['value']}" for r in wrong]
+    return lines
+
+
+def size_order(size: str) -> tuple[int, str]:
+    return (WANTED.index(size) if size in WANTED else len(WANTED), size)
+
+
+def times_of(size: str, records: list[Record]) -> list[str]:
+    """Return the table of one size: GPU times, variants of the launch with the fastest only."""
+    mine = [r for r in records if r.get("size") == size]
+    errors = {r["name"]: r["value"] for r in mine if r["what"] == "error"}
+    times = [r for r in mine if r["what"] == "time" and r["unit"] == "us"]
+    if not times:
+        return []
+    variants = [r for r in times if r["name"].startswith("variant ")]
+    tuned = [r for r in times if r["name"].startswith("launch ")]
+    lines = ["", size, ROW.format("", "time", "of copy", "x ours", "error", "L2", "")]
+    for r in times:
+        if r in variants or r in tuned:
+            continue
+        notes = [str(r["note"])] if r.get("note") else []
+        notes += [r["by"]] if r.get("by") not in (None, "graph", "wall") else []
+        lines.append(row(r, errors.get(r["name"]), "; ".join(notes)))
+    for found, title in ((variants, "launch variants"), (tuned, "search for launch parameters")):
+        if found:
+            found.sort(key=lambda r: r["value"])
+            lines.append(f"  {title}, {len(found)} in all, by time:")
+            best = found[:4] + [r for r in found[4:] if "as shipped" in r["name"]]
+            lines += [row(r, None, "WRONG" if r.get("wrong") else "") for r in best]
+    return lines
+
+
+def row(r: Record, error: float | None, note: str) -> str:
+    return ROW.format(
+        r["name"], f"{r['value']:,.1f} us", percent(r.get("of_copy")),
+        number(r.get("ratio"), "{:.2f}"), number(r.get("error", error), "{:.1e}"),
+        r.get("l2", "-"), note,
+    ).rstrip()  # fmt: skip
+
+
+def counter_lines(records: list[Record]) -> list[str]:
+    """Return one line for each size and kernel: bytes counted and predicted, and the counters."""
+    lines: list[str] = []
+    sizes = dict.fromkeys(r.get("size", "") for r in records if r["what"] == "counter")
+    for size in sizes:
+        parts = []
+        for r in records:
+            if r["what"] == "counter" and r.get("size", "") == size and "_per_" not in r["name"]:
+                predicted = f" (predicted {r['predicted']:.3g})" if "predicted" in r else ""
+                parts.append(f"{r['name']} {short(r['value'])} {r['unit']}".strip() + predicted)
+        lines.append(f"  {size}: " + "; ".join(parts))
+    if lines:
+        title = "Hardware counters (a unit is N x C logits; at least 2 are read and 2 written)"
+        lines.insert(0, f"\n{title}")
+    return lines
+
+
+def other_lines(records: list[Record]) -> list[str]:
+    """Return the measurements in other units (the trainer), and the ratios."""
+    lines = []
+    for r in records:
+        if (r["what"] == "time" and r["unit"] != "us") or r["what"] == "ratio":
+            skipped = ("stage", "second", "what", "name", "value", "unit", "size")
+            details = {k: v for k, v in r.items() if k not in skipped and v != ""}
+            more = ", ".join(f"{k} {short(v)}" for k, v in details.items())
+            lines.append(f"  {r['name']} {r.get('size', '')}: {short(r['value'])} {r['unit']} "
+                         f"{f'({more})' if more else ''}"[:220].rstrip())  # fmt: skip
+    return ["\nTraining step", *lines] if lines else []
+
+
+def missing_lines(records: list[Record]) -> list[str]:
+    """Return what was skipped and what failed."""
+    lines = []
+    for what in ("failed", "skipped"):
+        found = [r for r in records if r["what"] == what]
+        if found:
+            lines.append(f"\n{what.capitalize()} ({len(found)})")
+            lines += [f"  {r['stage']}, {r['name']} {r.get('size', '')}: {r['value']}"[:170]
+                      for r in found[:25]]  # fmt: skip
+    return lines
+
+
+def verdicts(records: list[Record]) -> list[str]:
+    """Return the targets that numbers were measured for, and whether each is met."""
+    lines = []
+
+    def ours(size: str, l2: str = "flushed") -> Record | None:
+        found = [r for r in records if r["what"] == "time" and r.get("size") == size
+                 and r["name"] == "bdkd_loss_and_grad" and r.get("l2") == l2]  # fmt: skip
+        return found[0] if found else None
+
+    def verdict(met: bool, text: str) -> None:
+        lines.append(f"  {'met   ' if met else 'MISSED'} {text}")
+
+    for dtype in ("bf16", "fp32"):
+        for size, share in ((f"4096 x 1000 {dtype}", 0.9 if dtype == "fp32" else 0.8),
+                            (f"8192 x 32000 {dtype}", 0.9 if dtype == "fp32" else 0.8),
+                            (f"8192 x 128256 {dtype}", 0.6)):  # fmt: skip
+            r = ours(size)
+            if r is not None:
+                text = f"{percent(r['of_copy'])} of copy, wanted {percent(share)}"
+                verdict(r["of_copy"] >= share, f"{size}: {text}")
+        r = ours(f"1024 x 1000 {dtype}", "hot") or ours(f"1024 x 1000 {dtype}")
+        if r is not None:
+            verdict(r["value"] <= 7, f"1024 x 1000 {dtype}: {r['value']:.1f} us, wanted 7 us")
+    for size in WANTED:
+        compiled = [r["ratio"] for r in records if r.get("size") == size and "ratio" in r
+                    and r["what"] == "time" and r["name"].startswith("torch.compile")]  # fmt: skip
+        if compiled:
+            verdict(min(compiled) >= 2, f"{size}: {min(compiled):.2f}x torch.compile, wanted 2x")
+        for r in records:
+            if r.get("size") == size and r["what"] == "time" and r["name"].startswith("Liger"):
+                verdict(r["ratio"] >= 3, f"{size}: {r['ratio']:.2f}x {r['name']}, wanted 3x")
+    return ["\nTargets", *lines] if lines else []
+
+
+def summary(records: list[Record]) -> str:
+    lines = ["Fused Triton loss of online knowledge distillation (BD-KD): student's and teacher's "
+             "losses and both gradients, on one GPU.", "", *machine_lines(records)]  # fmt: skip
+    lines += ["", EXPLANATION]
+    sizes = {r["size"] for r in records if r["what"] == "time" and r.get("size")}
+    for size in sorted(sizes, key=size_order):
+        lines += times_of(size, records)
+    lines += counter_lines(records) + other_lines(records)
+    lines += missing_lines(records)
+    lines += ["", TARGETS, *verdicts(records)]
+    return "\n".join(lines) + "\n"
+
+
+def main(folder: Path) -> None:
+    records = read(folder)
+    text = summary(records)
+    (folder / "summary.txt").write_text(text, "utf-8")
+    columns = list(dict.fromkeys(key for r in records for key in r))
+    with (folder / "measurements.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(records)
+    machine = {r["name"]: r["value"] for r in records if r["what"] == "machine"}
+    (folder / "results.json").write_text(
+        json.dumps({"machine": machine, "records": records}, indent=1), "utf-8"
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
