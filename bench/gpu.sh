@@ -54,7 +54,7 @@ refresh() {
 }
 
 # Run one part: its name, the seconds it needs at least and may take at most, its command. SECONDS
-# in the command stands for the time that it really has. What it prints is shown as it is printed.
+# in the command stands for the time that it really has after its imports. Its output is shown at once.
 part() {
     local name=$1 least=$2 limit=$3 left code pid log
     shift 3
@@ -68,7 +68,7 @@ part() {
     fi
     echo "== $name: at most $limit s, from second $SECONDS"
     log="$results/logs/${name// /-}.log"
-    timeout --kill-after=3 "$limit" "${@/#SECONDS/$((limit - 3))}" > "$log" 2>&1 < /dev/null &
+    timeout --kill-after=3 "$limit" "${@/#SECONDS/$((limit - 8))}" > "$log" 2>&1 < /dev/null &
     pid=$!
     tail -n +1 -s 0.2 --pid="$pid" -f "$log"
     wait "$pid"
@@ -89,6 +89,10 @@ if [ -e "${wheels[0]}" ]; then
     timeout 20 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
         --target "$scratch/site" "${wheels[@]}" > "$results/logs/pip.log" 2>&1 &
 fi
+if [[ $stages != *1* ]]; then # stage 1 describes the machine itself
+    timeout 30 "$python" bench/gpu/smoke.py "$results" --describe "${dry[@]}" \
+        > "$results/logs/machine.log" 2>&1 &
+fi
 timeout 45 "$python" bench/gpu/prepare.py --install "$TRITON_CACHE_DIR" --processes "$(nproc)" \
     2>&1 | tee "$results/logs/prepare.log"
 wait
@@ -102,13 +106,15 @@ for stage in $stages; do
             ;;
         2)
             stage_end=$((SECONDS + 170))
-            part "2 race" 15 118 "$python" bench/gpu/race.py "$results" --seconds SECONDS "${dry[@]}"
-            part "2 sanitizer" 10 40 "$python" bench/gpu/sanitize.py "$results" --seconds SECONDS \
-                "${dry[@]}"
-            workers=8
-            [ ${#dry[@]} -eq 0 ] || workers=2
-            part "2 tests" 15 90 "$python" -m pytest -n $workers -q -p no:cacheprovider --noconftest \
-                -o addopts= tests/kernels/test_triton_gpu.py
+            part "2 race" 20 108 "$python" bench/gpu/race.py "$results" --seconds SECONDS "${dry[@]}"
+            # Neither times anything: compute-sanitizer and the device tests run at the same time.
+            part "2 tests" 20 90 bash -c '
+                "$1" bench/gpu/sanitize.py "$2" --seconds "$3" "${@:5}" & sanitizer=$!
+                "$1" -m pytest -n "$4" -v --tb=short -p no:cacheprovider --noconftest -o addopts= \
+                    tests/kernels/test_triton_gpu.py
+                code=$?
+                wait "$sanitizer" && exit "$code"' \
+                tests "$python" "$results" SECONDS $((${#dry[@]} ? 2 : 8)) "${dry[@]}"
             ;;
         3)
             stage_end=$((SECONDS + 120))

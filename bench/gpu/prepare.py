@@ -110,14 +110,18 @@ def make(call: Call) -> None:
     (out.student + out.teacher).backward()
 
 
-def compile_calls(chosen: list[Call]) -> dict[str, int]:
-    """Compile the kernels of some calls into the cache; return how many were found and compiled."""
+def compile_calls(chosen: list[Call]) -> dict[str, Any]:
+    """Compile the kernels of some calls into the cache.
+
+    Returns how many were found and compiled, how many calls failed, and the folders of the kernels.
+    """
     import triton
 
-    counts = {"found": 0, "compiled": 0}
+    counts: dict[str, Any] = {"found": 0, "compiled": 0, "failed": 0, "folders": []}
 
-    def count(*, cache_hit: bool, **_: Any) -> None:
+    def count(*, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
         counts["found" if cache_hit else "compiled"] += 1
+        counts["folders"].append(Path(next(iter(metadata_group.values()))).parent.name)
 
     triton.knobs.compilation.listener = count
     with compile_only():
@@ -126,39 +130,44 @@ def compile_calls(chosen: list[Call]) -> dict[str, int]:
                 make(call)
             except Exception as error:  # the others are compiled nevertheless
                 print(f"{call}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                counts["failed"] = counts.get("failed", 0) + 1
+                counts["failed"] += 1
     return counts
 
 
-def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, int]:
-    """Compile every call's kernels into ``cache`` in fresh processes; return the counts."""
+def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, Any]:
+    """Compile every call's kernels into ``cache`` in fresh processes; return the sums."""
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(PATHS), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    # Neighbours in the list share most of their kernels: calls are dealt out in turn, by class
-    # count, so that no two processes compile the same kernel.
+    # Calls of the same class count and dtype share kernels. On few cores they share a process too.
     groups: dict[tuple, list[Call]] = {}
     for call in calls():
-        groups.setdefault((call[1], call[2]), []).append(call)
-    dealt = sorted(groups.values(), key=lambda group: -len(group))
+        groups.setdefault(call[1:3] if processes <= 4 else call, []).append(call)
+    dealt = list(groups.values())
+    if processes <= 4:
+        dealt.sort(key=lambda group: -sum(1 + 20 * (call[3] == "variants") for call in group))
 
-    def run(group: list[Call]) -> dict[str, int]:
+    def run(group: list[Call]) -> dict[str, Any]:
         command = [sys.executable, __file__, "--compile", json.dumps(group)]
         done = subprocess.run(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            return {"failed": len(group)}
+            return {"found": 0, "compiled": 0, "failed": len(group), "folders": []}
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(processes) as pool:
         results = list(pool.map(run, dealt))
-    return {key: sum(x.get(key, 0) for x in results) for key in ("found", "compiled", "failed")}
+    sums: dict[str, Any] = {key: sum(x[key] for x in results)
+                            for key in ("found", "compiled", "failed")}  # fmt: skip
+    return sums | {"folders": {folder for x in results for folder in x["folders"]}}
 
 
-def keep_binaries(made: Path, into: Path) -> int:
-    """Copy what a cache hit reads, with relative paths; return the number of kernels."""
+def keep_binaries(made: Path, folders: set[str], into: Path) -> int:
+    """Copy what a hit of some kernels reads, with relative paths; return the number of kernels."""
     kernels = 0
     for group in sorted(made.glob("*/__grp__*.json")):
+        if group.parent.name not in folders:
+            continue
         names = [n for n in json.loads(group.read_text())["child_paths"]
                  if n.endswith((".cubin", ".json"))]  # fmt: skip
         folder = into / group.parent.name
@@ -204,7 +213,9 @@ def install_or_compile(into: Path, processes: int) -> None:
     print(f"triton_key: {key()}, {'as' if same else 'not as'} prepared", flush=True)
     if not same:
         begin = time.monotonic()
-        print(in_parallel(into, processes), f"in {time.monotonic() - begin:.0f} s", flush=True)
+        counts = in_parallel(into, processes)
+        print(f"{counts['compiled']} kernels compiled in {time.monotonic() - begin:.0f} s",
+              flush=True)  # fmt: skip
 
 
 def download_wheels(into: Path) -> None:
@@ -236,12 +247,15 @@ def main(options: argparse.Namespace) -> int:
     (FOLDER / "triton_key").write_text(key() + "\n")
     download_wheels(FOLDER / "wheels")
     with tempfile.TemporaryDirectory() as scratch:
-        counts = in_parallel(Path(scratch) / "made", options.processes)
-        print(f"compiled in {time.monotonic() - begin:.0f} s: {counts}", flush=True)
+        made, elsewhere = Path(scratch) / "made", Path(scratch) / "elsewhere" / "cache"
+        install(made)  # what has not changed since the last time
+        counts = in_parallel(made, options.processes)
+        print(f"{counts['compiled']} kernels compiled, {counts['found']} found, {counts['failed']} "
+              f"calls failed, in {time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
         shutil.rmtree(FOLDER / "cache", ignore_errors=True)
-        kernels = keep_binaries(Path(scratch) / "made", FOLDER / "cache")
-        install(Path(scratch) / "elsewhere" / "cache")
-        hits = in_parallel(Path(scratch) / "elsewhere" / "cache", options.processes, Path(scratch))
+        kernels = keep_binaries(made, counts["folders"], FOLDER / "cache")
+        install(elsewhere)
+        hits = in_parallel(elsewhere, options.processes, Path(scratch))
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     print(f"{kernels} kernels; in fresh processes {hits['found']} were found and "
           f"{hits['compiled']} compiled; .gpu: {size / 2**20:.1f} MiB; "

@@ -2,8 +2,8 @@
 
     python bench/gpu/race.py OUT [--seconds 165] [--dry-run]
 
-First pass: ours and eager at all sizes. Second: Liger's losses, and torch.compile in its default
-mode. Third: torch.compile's other modes. Last: orda-kernel, from hidden states. Each contender is
+First pass: ours and eager at all sizes. Second: Liger's losses. Third: torch.compile, the default
+mode first, and orda-kernel, from hidden states. Each contender is
 timed in the same rounds as a copy of the same bytes and our loss, and is logged at once.
 
 Other processes compile for torch.compile meanwhile, into the cache that this one then reads; they
@@ -189,15 +189,18 @@ class Stage:
             traceback.print_exc()
             self.log.add("failed", name, first_line(error))
             self.failed += 1
-        finally:
+        try:
             self.machine.free()
+        except RuntimeError as error:  # an error of the device, which nothing in this process heals
+            self.log.add("failed", f"the device, after {name}", first_line(error))
+            self.failed += 1
 
 
 class Field:
     """The copy and the base at one size, and whoever races against both."""
 
     def __init__(
-        self, stage: Stage, race: Race, base: Contender, truth: Loss, units: int = 4
+        self, stage: Stage, race: Race, base: Contender, truth: Loss | None, units: int = 4
     ) -> None:
         self.stage, self.race, self.base = stage, race, base
         dry = stage.machine.dry_run
@@ -205,7 +208,10 @@ class Field:
         self.rows = torch.arange(0, race.size.rows, max(1, race.size.rows // CHECKED_ROWS),
                                  device=stage.machine.device)  # fmt: skip
         self.samplers = {COPY: self.sampler(Contender(COPY, race.copy))}
-        self.measure(base, truth, units)
+        if truth is None:
+            self.samplers[base.name] = self.sampler(base)
+        else:
+            self.measure(base, truth, units)
 
     def sampler(self, contender: Contender) -> Sampler:
         again, calls = repeated(contender.call, len(self.race.inputs), self.race.unit)
@@ -269,16 +275,16 @@ class Field:
                 note=note or contender.note)  # fmt: skip
 
 
-def field(stage: Stage, size: Size) -> tuple[Field, Loss]:
-    """Measure our loss at one size; return what others are measured against."""
+def field(stage: Stage, size: Size, truth: Loss | None = None) -> Field:
+    """Return our loss at one size, for others to be measured against; log it if ``truth``."""
     race = make_race(size, stage.machine)
-    truth = ours(TAU, "reference")
     base = Contender(BASE, race.step(ours(TAU, stage.machine.backend)), "ours")
-    return Field(stage, race, base, truth), truth
+    return Field(stage, race, base, truth)
 
 
 def first_pass(stage: Stage, size: Size) -> None:
-    mine, truth = field(stage, size)
+    truth = ours(TAU, "reference")
+    mine = field(stage, size, truth)
     race = mine.race
     with mock.patch("losses.bdkd_loss_and_grad", functools.partial(
             losses_and_grad, backend=stage.machine.backend)):  # fmt: skip
@@ -295,7 +301,7 @@ def losses_and_grad(*arguments: Any, **options: Any) -> Any:
 
 def compile_pass(stage: Stage, size: Size, mode: str) -> None:
     torch._dynamo.reset()
-    mine, truth = field(stage, size)
+    mine, truth = field(stage, size), ours(TAU, "reference")
     begin = time.monotonic()
     contender = Contender(f"torch.compile {mode}", mine.race.step(compiled(mode, stage.machine)),
                           capturable=mode != "reduce-overhead")  # fmt: skip
@@ -349,21 +355,27 @@ def heads_pass(stage: Stage, size: Size) -> None:
         race.drop()
 
 
-def wait_and_compile(stage: Stage, sizes: list[Size], mode: str) -> None:
-    """Measure one mode at every size, as soon as it is compiled; skip what takes too long."""
-    waiting = list(sizes)
-    while waiting:
-        ready = [size for size in waiting if stage.ahead.has_compiled(size, mode)]
-        if not ready and stage.left() > 5:
+def compile_passes(stage: Stage, sizes: list[Size], idle: list[Callable[[], None]]) -> None:
+    """Measure torch.compile's modes at every size, each as soon as it is compiled.
+
+    While none is compiled, the measurements of ``idle`` are made.
+    """
+    waiting = [(size, mode) for mode in MODES for size in sizes]
+    while waiting and stage.left() > 5:
+        ready = [pair for pair in waiting if stage.ahead.has_compiled(*pair)]
+        if ready:
+            size, mode = ready[0]
+            waiting.remove(ready[0])
+            name = f"torch.compile {mode} at {shown(size)}"
+            stage.attempt(name, 5, compile_pass, stage, size, mode)
+        elif idle:
+            idle.pop(0)()
+        else:
             time.sleep(0.3)
-            continue
-        size = ready[0] if ready else waiting[0]
-        waiting.remove(size)
-        name = f"torch.compile {mode}"
-        if not ready:
-            stage.log.add("skipped", name, "not compiled in time", size=shown(size))
-            continue
-        stage.attempt(f"{name} at {shown(size)}", 5, compile_pass, stage, size, mode)
+    for size, mode in waiting:
+        stage.log.add("skipped", f"torch.compile {mode}", "not compiled in time", size=shown(size))
+    for measure in idle:
+        measure()
 
 
 def main(options: argparse.Namespace) -> int:
@@ -386,11 +398,10 @@ def main(options: argparse.Namespace) -> int:
                 log.add("machine", package, "not installed")
         for size in sizes:
             stage.attempt(f"peers at {shown(size)}", 6, peers_pass, stage, size)
-        wait_and_compile(stage, sizes, MODES[0])
-        for mode in MODES[1:]:
-            wait_and_compile(stage, sizes, mode)
-        for size in DRY_SIZES[:1] if options.dry_run else HEADS_SIZES:
-            stage.attempt(f"heads at {shown(size)}", 6, heads_pass, stage, size)
+        idle = [functools.partial(stage.attempt, f"heads at {shown(size)}", 6, heads_pass, stage,
+                                  size)
+                for size in (DRY_SIZES[:1] if options.dry_run else HEADS_SIZES)]  # fmt: skip
+        compile_passes(stage, sizes, idle)
     finally:
         ahead.end()
     log.add("check", "stage 2 ended", f"{stage.failed} parts failed" if stage.failed else "ok")

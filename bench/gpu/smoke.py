@@ -305,11 +305,11 @@ def ask(*command: str) -> str:
 
 
 def commit() -> str:
-    found = ask("git", "-C", str(prepare.ROOT), "rev-parse", "HEAD")
+    """Return the commit that was prepared; a copy of the tree may have another repository."""
     carried = prepare.FOLDER / "commit"
-    if len(found) == 40 and (prepare.ROOT / ".git").exists():
-        return found
-    return carried.read_text().strip() if carried.exists() else "unknown"
+    if carried.exists():
+        return carried.read_text().strip()
+    return ask("git", "-C", str(prepare.ROOT), "rev-parse", "HEAD") or "unknown"
 
 
 CLOCK = ("nvidia-smi", "--format=csv,noheader", "--query-gpu=clocks.sm,clocks.mem,power.draw,"
@@ -379,6 +379,9 @@ class CacheCounter:
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.describe:
+        describe(Machine(options.dry_run), Log(options.out, "machine"))
+        return 0
     log = Log(options.out, "1 smoke" + ", dry run" * options.dry_run)
     until = log.start + options.seconds
     cache = CacheCounter()
@@ -398,8 +401,11 @@ def main(options: argparse.Namespace) -> int:
             traceback.print_exc()
             log.add("failed", name, first_line(error))
             failed += 1
-        finally:
+        try:
             machine.free()
+        except RuntimeError as error:  # an error of the device, which nothing in this process heals
+            log.add("failed", f"the device, after {name}", first_line(error))
+            failed += 1
 
     def one_size(size: Size) -> bool:
         race = make_race(size, machine)
@@ -435,4 +441,5 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=80.0, help="time that it may take")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--describe", action="store_true", help="log the machine, measure nothing")
     sys.exit(main(parser.parse_args()))

@@ -1,6 +1,7 @@
 """The Triton backend: makes its kernels' arguments and launches them. Forward is at most three
 launches: the mean's denominator where rows may not count, the rows, the sum of the losses."""
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -32,7 +33,6 @@ _RECORD, _STATE, _STATISTICS = RECORD.value, STATE.value, STATISTICS.value
 _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
 _INTERPRETED = triton.knobs.runtime.interpret
 _OLDEST = (3, 6)
-LAST_SUMS_ROWS = 2048
 _NVIDIA = torch.version.hip is None and not _INTERPRETED
 _AMD = torch.version.hip is not None and not _INTERPRETED
 _ORDERED_STORES = torch.version.hip is None
@@ -76,18 +76,15 @@ def _forward(
         parts = min(256, triton_launch.block_of(-(-rows // 4096)))
     tensors = (student, teacher, target, weight, ds, dt)
     addresses, kinds = _described(tensors)
-    # The last program is one warp where classes are few: it adds up no more than this many losses.
-    last_sums = bool(parts) and rows <= LAST_SUMS_ROWS
-    key = (o, device.index, student.shape[1], _count(rows), parts, last_sums, _kind(grad_scale),
-           *kinds)  # fmt: skip
+    key = (o, device.index, student.shape[1], _count(rows), parts, _kind(grad_scale), *kinds)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(problem, ds, dt, parts, last_sums)
+        plan = _plans[key] = _plan(problem, ds, dt, parts)
     dtype, per_row = plan.dtype, plan.terms.per_row
     programs = -(-rows // plan.rows)
 
     # All that the launches leave for each other, in one allocation: see triton_rows._totals.
-    records = torch.empty(rows * _RECORD + parts + 2 * programs + 1, dtype=dtype, device=device)
+    records = torch.empty(rows * _RECORD + parts + 2 * programs, dtype=dtype, device=device)
     shape = (rows,) if per_row else ()
     losses = (torch.empty(shape, dtype=dtype, device=device),
               torch.empty(shape, dtype=dtype, device=device))  # fmt: skip
@@ -96,16 +93,15 @@ def _forward(
     stream = 0 if _INTERPRETED else driver.active.get_current_stream(device.index)
     if parts:
         plan.totals(parts, stream, (target, weight, records), (*addresses[2:4], at),
-                    (rows, programs, o.ignore_index, *plan.totals_shape))  # fmt: skip
-    followed = plan.terms.followed
-    row_losses, row_losses_at = (_NO_LOSSES, _NO_LOSSES) if followed else (losses, losses_at)
+                    (rows, o.ignore_index, *plan.totals_shape))  # fmt: skip
+    row_losses, row_losses_at = (losses, losses_at) if per_row else (_NO_LOSSES, _NO_LOSSES)
     plan.losses(
         programs, stream, (*tensors, *row_losses, records), (*addresses, *row_losses_at, at),
         (scale, rows, *plan.numbers, isinstance(scale, Tensor), _TYPES[dtype], plan.terms),
     )  # fmt: skip
-    if followed:
+    if not per_row:
         plan.sum(1, stream, (*losses, records), (*losses_at, at),
-                 (rows, programs, *plan.sum_shape))  # fmt: skip
+                 (rows, programs, 2, *plan.sum_shape))  # fmt: skip
     return (
         *losses,
         records.as_strided((_STATISTICS, rows), (1, _RECORD)),
@@ -149,11 +145,21 @@ def _within_2_gib(tensor: Tensor) -> bool:
     return tensor.untyped_storage().size() < 2**31
 
 
+@functools.cache
+def _fix_cache_keys() -> None:
+    """Compute Triton's cache keys in one order: they depend on which kernel's is computed first
+    (seen in 3.6 and 3.7), and a kernel would be compiled again for no reason."""
+    if not _INTERPRETED:
+        for kernel in (totals_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_kernel):
+            _ = kernel.cache_key
+
+
 class _Launcher:
     """Launches one kernel: from the second time on without Triton's binding and hashing of its 40
     arguments, and with addresses in the place of tensors, which the driver need not look up."""
 
     def __init__(self, kernel: Any, warps: int, early: bool = False, registers: int = 0) -> None:
+        _fix_cache_keys()
         self.kernel, self.compiled = kernel, None
         self.options: dict[str, Any] = {"num_warps": warps}
         if early:
@@ -183,43 +189,39 @@ class _Plan(NamedTuple):
     dtype: torch.dtype
     terms: Terms
     numbers: tuple  # of `losses`, in the order of its arguments, C to PARTS
-    totals_shape: tuple  # PARTS to OVERLAPPED
+    totals_shape: tuple  # LABELS to OVERLAPPED
     sum_shape: tuple  # PARTS to OVERLAPPED
 
 
 _plans: dict[tuple, _Plan] = {}
 
 
-def _plan(
-    problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int, last_sums: bool
-) -> _Plan:
+def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) -> _Plan:
     student, teacher, _, _, o, *_ = problem
     classes, dtype = student.shape[1], compute_dtype(student, teacher)
     early = _NVIDIA and driver.active.get_current_target().arch >= 90
-    terms = _terms(problem, ds is not None, dt is not None)
-    terms = replace(terms, overlapped=early, last_sums=last_sums and not terms.per_row)
+    terms = replace(_terms(problem, ds is not None, dt is not None), overlapped=early)
     launch = _launch(problem, ds, dt)
     strides = (student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt))
-    aligned, padded = (_divisor(*strides), _divisor(classes)), classes % launch.block != 0
+    aligned = (_divisor(*strides), _divisor(classes))
     if isinstance(launch, triton_launch.Tile):
         kernel, rows = tile_kernel, launch.rows
-        registers = 255 if _NVIDIA else 0  # ptxas would rather have 128 or 168, and spill a few
         apart = launch.block // launch.beside
-        shape: tuple = (launch.rows, apart, launch.beside, launch.chunk, padded)
+        shape: tuple = (launch.rows, apart, launch.beside, launch.chunk, classes != launch.block)
     else:
-        kernel, rows, registers = loop_kernel, 1, 0
-        # The aligned part of a shifted row differs in length from row to row.
-        padded |= launch.shifted
-        shape = (launch.outer, launch.lanes, launch.inner, launch.stages, launch.prefetch,
-                 launch.shifted, padded)  # fmt: skip
+        kernel, rows = loop_kernel, 1
+        # A row of one block has nothing to load ahead.
+        prefetch = launch.prefetch if classes >= launch.block + 2 * launch.inner else 0
+        shape = (launch.outer, launch.lanes, launch.inner, launch.stages, prefetch, launch.shifted)
     return _Plan(
         totals=_Launcher(totals_kernel, 16),
-        losses=_Launcher(kernel, launch.warps, early and parts > 0, registers),
+        losses=_Launcher(kernel, launch.warps, early and parts > 0,
+                         launch.registers if _NVIDIA else 0),
         sum=_Launcher(sum_kernel, 16, early),
         rows=rows, dtype=dtype, terms=terms,
         numbers=(classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index,
                  *aligned, *shape, parts),
-        totals_shape=(parts, terms.target == "labels", 4096, early),
+        totals_shape=(terms.target == "labels", 4096, early),
         sum_shape=(parts, 4096, early),
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ class Tile:
     block: int  # classes, padded to a power of two
     beside: int  # neighbouring classes that the threads of a row take at a time
     warps: int
+    registers: int = 255  # a thread, at most, on NVIDIA
 
     @property
     def chunk(self) -> int:
@@ -40,10 +41,11 @@ class Loop:
     warps: int
     inner: int
     outer: int = 1
-    prefetch: bool = False  # load the next block into registers before the arithmetic of this one
+    prefetch: int = 0  # blocks that are loaded into registers ahead of their arithmetic
     shifted: bool = False  # align the accesses of rows that are not aligned; see `choose`
     stages: int = 1  # without prefetch: Triton's pipeline through shared memory
     lanes: int = 0  # 0: one a thread
+    registers: int = 0  # a thread, at most, on NVIDIA; 0: the compiler's choice
 
     def __post_init__(self) -> None:
         if not self.lanes:
@@ -96,26 +98,35 @@ def choose(
     if vector * itemsize == 16:
         return Loop(warps, vector, stages=3)
     if shifted:
-        return Loop(warps, 16 // itemsize, prefetch=True, shifted=True)
+        return Loop(warps, 16 // itemsize, prefetch=1, shifted=True)
     return Loop(warps, 1, outer=8)
 
 
 def variants(classes: int, itemsize: int, vector: int) -> dict[str, Tile | Loop]:
     """Return the launches that race for the table, by name (``bench/gpu/smoke.py``)."""
-    found: dict[str, Tile | Loop] = {}
-    shifted, inner = vector * itemsize != 16, 16 // itemsize
+    inner, shifted = 16 // itemsize, vector * itemsize != 16
     block = max(16, block_of(classes))
+    found: list[Tile | Loop] = []
     if 512 < classes <= TILE_CLASSES:
-        for pairs in (32, 16, 8):
-            found[f"tile, {pairs} pairs a thread"] = Tile(1, block, block, block // pairs // 32)
-    for warps in (1, 2, 4) if classes <= TILE_CLASSES else (8, 16):
-        if shifted:
-            found[f"{warps} warps, one by one"] = Loop(warps, 1, outer=8)
-        else:
-            found[f"{warps} warps, 3 stages"] = Loop(warps, inner, stages=3)
-        found[f"{warps} warps, 1 stage"] = Loop(warps, inner, shifted=shifted)
-        for outer in (1, 2):
-            found[f"{warps} warps, prefetch {16 * outer} bytes"] = Loop(
-                warps, inner, outer, prefetch=True, shifted=shifted
-            )
-    return found
+        found += [Tile(1, block, block, block // pairs // 32) for pairs in (32, 16, 8)]
+        found += [Tile(1, block, block, block // 16 // 32, registers=128)]
+        found += [Loop(warps, inner, prefetch=prefetch, shifted=shifted)
+                  for warps in (1, 2) for prefetch in (0, 1, 2)]  # fmt: skip
+    elif classes > TILE_CLASSES:
+        found += [Loop(8, inner, stages=1 if shifted else 3, shifted=shifted)]
+        for warps, outer, prefetch, registers in (
+            (8, 1, 1, 0), (8, 1, 2, 0), (8, 1, 3, 0), (8, 2, 1, 0), (8, 1, 1, 80), (8, 1, 2, 80),
+            (4, 1, 2, 0), (4, 1, 3, 0), (16, 1, 2, 0), (16, 1, 3, 0), (16, 1, 2, 64),
+        ):  # fmt: skip
+            found += [Loop(warps, inner, outer, prefetch, shifted, registers=registers)]
+    return {_name(launch): launch for launch in found}
+
+
+def _name(launch: Tile | Loop) -> str:
+    bounded = launch.registers not in (0, 255)
+    end = f", {launch.registers} registers" if bounded else ""
+    if isinstance(launch, Tile):
+        return f"tile, {launch.rows * launch.block // launch.warps // 32} pairs a thread{end}"
+    if launch.stages > 1:
+        return f"{launch.warps} warps, {launch.stages} stages"
+    return f"{launch.warps} warps x {launch.outer}, {launch.prefetch} ahead{end}"
