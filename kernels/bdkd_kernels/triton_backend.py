@@ -101,7 +101,7 @@ def _forward(
     )  # fmt: skip
     if not per_row:
         plan.sum(1, stream, (*losses, records), (*losses_at, at),
-                 (rows, programs, 2, *plan.sum_shape))  # fmt: skip
+                 (rows, programs, *plan.sum_shape))  # fmt: skip
     return (
         *losses,
         records.as_strided((_STATISTICS, rows), (1, _RECORD)),

@@ -81,25 +81,26 @@ def choose(
         return Tile(128, 1, 1, 4)
     block = max(16, block_of(classes))
     if classes <= tile_classes:
+        if block > 512:
+            # A warp waits for its own logits, so many must be there: 16 warps a multiprocessor
+            # at 128 registers, 24 at 80.
+            warps = block // (512 if itemsize == 2 else 256)
+            registers = 255 if itemsize == 8 else 80 if itemsize == 4 and warps < 16 else 128
+            return Tile(1, block, block, warps, registers)
         # Every thread of a row computes the row's own values: so they are few, with 32 pairs each,
-        # and less where these would spill. To 1024 classes a program is one warp, and no value
-        # crosses it.
+        # and less where these would spill.
         pairs = 32 if block > 128 or (block == 128 and vector > 2) else 16
         if block <= 32 and vector == 1:
             pairs = 8
         threads = block // pairs  # of a row
-        if threads < 32:
-            return Tile(32 // threads, block, threads * vector, 1)
-        return Tile(1, block, block, threads // 32)
-    # A row of both networks waits in L2 for its second sweep: few rows at a time where they are
-    # long. 132 multiprocessors with one row each of 65536 bf16 classes hold 35 MB. Copies of single
-    # logits, as in rows that are not aligned, cost more slots than their latency.
-    warps = 8 if classes <= 16384 else 16
-    if vector * itemsize == 16:
-        return Loop(warps, vector, stages=3)
-    if shifted:
-        return Loop(warps, 16 // itemsize, prefetch=1, shifted=True)
-    return Loop(warps, 1, outer=8)
+        return Tile(32 // threads, block, threads * vector, 1)
+    if vector * itemsize < 16 and not shifted:
+        return Loop(8, 1, outer=8)
+    # Both networks' rows wait in L2 for the second sweep: few rows at a time where they are long.
+    # 64 registers leave 32 warps on a multiprocessor, 80 leave 24.
+    warps, registers = (8, 80) if 2 * classes * itemsize <= 96 * 1024 else (16, 64)
+    return Loop(warps, 16 // itemsize, prefetch=1, shifted=vector * itemsize < 16,
+                registers=0 if itemsize == 8 else registers)  # fmt: skip
 
 
 def variants(classes: int, itemsize: int, vector: int) -> dict[str, Tile | Loop]:
@@ -108,17 +109,16 @@ def variants(classes: int, itemsize: int, vector: int) -> dict[str, Tile | Loop]
     block = max(16, block_of(classes))
     found: list[Tile | Loop] = []
     if 512 < classes <= TILE_CLASSES:
-        found += [Tile(1, block, block, block // pairs // 32) for pairs in (32, 16, 8)]
-        found += [Tile(1, block, block, block // 16 // 32, registers=128)]
-        found += [Loop(warps, inner, prefetch=prefetch, shifted=shifted)
-                  for warps in (1, 2) for prefetch in (0, 1, 2)]  # fmt: skip
+        for pairs, registers in ((32, 255), (16, 255), (16, 128), (8, 255), (8, 80), (8, 64)):
+            found += [Tile(1, block, block, block // pairs // 32, registers)]
+        for warps, prefetch in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0)):
+            found += [Loop(warps, inner, 1, prefetch, shifted, registers=64)]
     elif classes > TILE_CLASSES:
-        found += [Loop(8, inner, stages=1 if shifted else 3, shifted=shifted)]
-        for warps, outer, prefetch, registers in (
-            (8, 1, 1, 0), (8, 1, 2, 0), (8, 1, 3, 0), (8, 2, 1, 0), (8, 1, 1, 80), (8, 1, 2, 80),
-            (4, 1, 2, 0), (4, 1, 3, 0), (16, 1, 2, 0), (16, 1, 3, 0), (16, 1, 2, 64),
+        for warps, prefetch, registers in (
+            (16, 0, 64), (16, 1, 64), (16, 2, 64), (8, 0, 64), (8, 1, 64), (8, 1, 80), (4, 1, 64),
+            (4, 1, 80),
         ):  # fmt: skip
-            found += [Loop(warps, inner, outer, prefetch, shifted, registers=registers)]
+            found += [Loop(warps, inner, 1, prefetch, shifted, registers=registers)]
     return {_name(launch): launch for launch in found}
 
 

@@ -1009,7 +1009,7 @@ def _row_rest(
         for done in tl.range(0, body, step, num_stages=1 if PREFETCH else STAGES):
             start = body - step - done
             if PREFETCH:
-                s_raw, t_raw = ahead[0], ahead[1]  # type: ignore[misc]
+                s_raw, t_raw = ahead[0], ahead[1]
                 at = tl.maximum(start - PREFETCH * step, 0)
                 ahead = ahead[2:] + _load_block(s_body, t_body, at, mask, OUTER, LANES, INNER,
                                                 "evict_first")  # fmt: skip
@@ -1305,31 +1305,23 @@ def totals_kernel(
     tl.store(_totals(records, N) + tl.program_id(0), tl.sum(part))
 
 
-@triton.jit(do_not_specialize=["N", "count", "sweeps"])
+@triton.jit(do_not_specialize=["N", "count"])
 def sum_kernel(
     student, teacher, records, N, count,
-    sweeps,  # 2
     PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """After: one program adds up what ``count`` others left, in float64 and always in the same
-    order.
-
-    The first of two sweeps is over nothing, before the wait: it brings the instructions into the
-    cache, from which the rows' data has evicted them. ``sweeps`` is an argument so that the
-    compiler does not unroll it.
-    """
+    order."""
+    if OVERLAPPED:
+        gdc_wait()
     losses = _totals(records, N) + PARTS
-    for sweep in range(sweeps):
-        if OVERLAPPED and sweep == 1:
-            gdc_wait()
-        there = count * sweep
-        sum_s, sum_t = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, count, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            sum_s += tl.load(losses + at, at < there, other=0.0).to(tl.float64)
-            sum_t += tl.load(losses + count + at, at < there, other=0.0).to(tl.float64)
-        tl.store(student, tl.sum(sum_s))
-        tl.store(teacher, tl.sum(sum_t))
+    sum_s, sum_t = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        sum_s += tl.load(losses + at, at < count, other=0.0).to(tl.float64)
+        sum_t += tl.load(losses + count + at, at < count, other=0.0).to(tl.float64)
+    tl.store(student, tl.sum(sum_s))
+    tl.store(teacher, tl.sum(sum_t))
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])

@@ -1,0 +1,11 @@
+"""A pytest plugin that prints each failure when it happens: a run that is killed keeps them.
+
+    pytest -p report_failures ...
+"""
+
+
+def pytest_runtest_logreport(report) -> None:
+    if report.failed:
+        lines = [line for line in report.longreprtext.splitlines() if line.strip()]
+        reason = [line for line in lines if line.startswith("E ")][:4] or lines[-3:]
+        print(f"\nFAILED {report.nodeid}", *(line[:400] for line in reason), sep="\n  ", flush=True)
