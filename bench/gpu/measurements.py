@@ -1,4 +1,4 @@
-"""Write measurements as JSON lines, one flushed line each, so that an interrupted run keeps them."""
+"""Write measurements as JSON lines, flushed one by one, so that an interrupted run keeps them."""
 
 import json
 import sys

@@ -37,7 +37,6 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 SIZES = [(rows, classes, dtype) for dtype in ("bf16", "fp32") for rows, classes in (
     (4096, 1000), (8192, 32000), (1024, 1000), (8192, 128256), (4096, 21841))]  # fmt: skip
 HOST_SIZES = [(128, 100, "bf16")]  # for the host time of a call
-VARIANT_SIZES = SIZES
 REDUCTION_SIZES = [(rows, 1000, "bf16") for rows in (1024, 4096)]
 # The tile kernel with few and with many classes; the loop kernel with unaligned and aligned rows.
 SANITIZER_CLASSES = (7, 1000, 4099, 4104)
@@ -49,8 +48,7 @@ def calls() -> list[Call]:
     found = [(*size, "both") for size in SIZES + HOST_SIZES]
     found += [(9, classes, "bf16", "both") for classes in SANITIZER_CLASSES]
     found += [(*size, "kd") for size in SIZES]
-    found += [(*size, "reductions") for size in REDUCTION_SIZES]
-    return found + [(*size, "variants") for size in VARIANT_SIZES]
+    return found + [(*size, "reductions") for size in REDUCTION_SIZES]
 
 
 @contextmanager
@@ -81,21 +79,13 @@ def compile_only() -> Iterator[None]:
 def make(call: Call) -> None:
     """Make one call inside ``compile_only``."""
     import torch
-    from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, triton_backend, triton_launch
+    from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad
     from losses import _NO_CE, DTYPES
 
     rows, classes, dtype, kind = call
     s, t, ds, dt = (torch.empty((rows, classes), dtype=DTYPES[dtype]) for _ in range(4))
     y = torch.zeros(rows, dtype=torch.int64)
     options: dict[str, Any] = {"temperature": 4.0, "gamma": 2.0}
-    if kind == "variants":
-        itemsize = s.element_size()
-        vector = min(16 // itemsize, triton_backend._divisor(classes))
-        for launch in triton_launch.variants(classes, itemsize, vector).values():
-            triton_backend._plans.clear()
-            with mock.patch.object(triton_launch, "choose", lambda *_, launch=launch, **__: launch):
-                bdkd_loss_and_grad(s, t, y, **options, grads=(ds, dt))
-        return
     if kind == "reductions":
         for reduction in ("sum", "none"):
             bdkd_loss_and_grad(s, t, y, **options, reduction=reduction, grads=(ds, dt))
@@ -146,7 +136,7 @@ def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, Any]
         groups.setdefault(call[1:3] if processes <= 4 else call, []).append(call)
     dealt = list(groups.values())
     if processes <= 4:
-        dealt.sort(key=lambda group: -sum(1 + 20 * (call[3] == "variants") for call in group))
+        dealt.sort(key=len, reverse=True)
 
     def run(group: list[Call]) -> dict[str, Any]:
         command = [sys.executable, __file__, "--compile", json.dumps(group)]

@@ -4,7 +4,7 @@
 
 At each size: every element is written, 64 rows agree with float64, gradients written over the
 logits have the same bits, and the time of a call beside a copy of the same bytes. Then the host
-time of a call, and a race of launch variants. Needs kernels, bench and bench/gpu on PYTHONPATH.
+time of a call. Needs kernels, bench and bench/gpu on PYTHONPATH.
 """
 
 import argparse
@@ -26,12 +26,11 @@ import torch
 from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad
 from bdkd_kernels.types import STATISTICS
 from harness import Contender, DeviceClock, Sampler, WallClock, _rounds
-from losses import DTYPES, Race, Size
+from losses import Race, Size
 from measurements import Log
 from torch import Tensor
 
 SIZES = [Size(*size) for size in prepare.SIZES]
-VARIANT_SIZES = [Size(*size) for size in prepare.VARIANT_SIZES]
 REDUCTION_SIZES = [Size(*size) for size in prepare.REDUCTION_SIZES]
 HOST_SIZES = [(128, 100), (1024, 1000)]
 DRY_SIZES = [Size(64, 10, "bf16"), Size(32, 100, "fp32")]
@@ -250,45 +249,6 @@ def host_time(rows: int, classes: int, machine: Machine, log: Log) -> None:
                 best=1e6 * min(taken))  # fmt: skip
 
 
-def race_variants(size: Size, machine: Machine, log: Log) -> None:
-    """Time every launch variant and the copy in the same rounds, and check its gradients."""
-    from bdkd_kernels import triton_backend, triton_launch
-
-    itemsize = DTYPES[size.dtype].itemsize
-    vector = min(16 // itemsize, triton_backend._divisor(size.classes))
-    variants: dict[str, Any] = {"as shipped": None}
-    variants |= triton_launch.variants(size.classes, itemsize, vector)
-    race = make_race(size, machine)
-    samplers, notes = {}, {}
-    contender, calls = repeated(race.copy, len(race.inputs), race.unit)
-    samplers[COPY] = machine.clock().sampler(contender, calls)
-    rows = torch.arange(0, size.rows, max(1, size.rows // 16), device=machine.device)
-    _, *right = truth(race, rows)
-    call = functools.partial(loss_and_grad, race, machine)
-    choose = triton_launch.choose
-    for name, launch in variants.items():
-        chosen = choose if launch is None else lambda *_, launch=launch, **__: launch
-        triton_backend._plans.clear()
-        try:
-            with mock.patch.object(triton_launch, "choose", chosen):
-                for x in race.inputs[0].into:
-                    x.fill_(float("nan"))
-                call(0)
-                error = gradient_error(race.inputs[0].into, (right[0], right[1]), rows)
-                contender, calls = repeated(call, len(race.inputs), race.unit)
-                samplers[name] = machine.clock().sampler(contender, calls)
-            wrong = not error <= GRADIENT_TOLERANCE[size.dtype]
-            notes[name] = {"error": error, "launch": repr(launch), "wrong": wrong}
-        except Exception as problem:
-            log.add("failed", f"variant {name}", first_line(problem), size=shown(size))
-        finally:
-            triton_backend._plans.clear()
-    times = timed(samplers, 12, 1.5)
-    best = min(notes, key=lambda name: statistics.median(times[name]))
-    for name, note in notes.items():
-        log_time(log, race, f"variant {name}", times, name, "flushed", fastest=name == best, **note)
-
-
 # The machine
 
 
@@ -423,11 +383,6 @@ def main(options: argparse.Namespace) -> int:
         attempt(f"host time {shape}", 4, host_time, *shape, machine, log)
     if not options.dry_run:
         attempt("clock under load", 8, clock_under_load, machine, log)
-    from bdkd_kernels import triton_launch
-
-    if hasattr(triton_launch, "variants"):
-        for size in DRY_SIZES if options.dry_run else VARIANT_SIZES:
-            attempt(f"variants {shown(size)}", 6, race_variants, size, machine, log)
     cache.log(log)
     if not options.dry_run:
         attempt("clock after", 1, log.add, "clock", "SM, memory, power, temperature, after",

@@ -212,7 +212,7 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
         kernel, rows = loop_kernel, 1
         # A row of one block has nothing to load ahead.
         prefetch = launch.prefetch if classes >= launch.block + 2 * launch.inner else 0
-        shape = (launch.outer, launch.lanes, launch.inner, launch.stages, prefetch, launch.shifted)
+        shape = (launch.outer, launch.lanes, launch.inner, prefetch, launch.shifted)
     return _Plan(
         totals=_Launcher(totals_kernel, 16),
         losses=_Launcher(kernel, launch.warps, early and parts > 0,

@@ -43,7 +43,6 @@ class Loop:
     outer: int = 1
     prefetch: int = 0  # blocks that are loaded into registers ahead of their arithmetic
     shifted: bool = False  # align the accesses of rows that are not aligned; see `choose`
-    stages: int = 1  # without prefetch: Triton's pipeline through shared memory
     lanes: int = 0  # 0: one a thread
     registers: int = 0  # a thread, at most, on NVIDIA; 0: the compiler's choice
 
@@ -101,32 +100,3 @@ def choose(
     warps, registers = (8, 80) if 2 * classes * itemsize <= 96 * 1024 else (16, 64)
     return Loop(warps, 16 // itemsize, prefetch=1, shifted=vector * itemsize < 16,
                 registers=0 if itemsize == 8 else registers)  # fmt: skip
-
-
-def variants(classes: int, itemsize: int, vector: int) -> dict[str, Tile | Loop]:
-    """Return the launches that race for the table, by name (``bench/gpu/smoke.py``)."""
-    inner, shifted = 16 // itemsize, vector * itemsize != 16
-    block = max(16, block_of(classes))
-    found: list[Tile | Loop] = []
-    if 512 < classes <= TILE_CLASSES:
-        for pairs, registers in ((32, 255), (16, 255), (16, 128), (8, 255), (8, 80), (8, 64)):
-            found += [Tile(1, block, block, block // pairs // 32, registers)]
-        for warps, prefetch in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0)):
-            found += [Loop(warps, inner, 1, prefetch, shifted, registers=64)]
-    elif classes > TILE_CLASSES:
-        for warps, prefetch, registers in (
-            (16, 0, 64), (16, 1, 64), (16, 2, 64), (8, 0, 64), (8, 1, 64), (8, 1, 80), (4, 1, 64),
-            (4, 1, 80),
-        ):  # fmt: skip
-            found += [Loop(warps, inner, 1, prefetch, shifted, registers=registers)]
-    return {_name(launch): launch for launch in found}
-
-
-def _name(launch: Tile | Loop) -> str:
-    bounded = launch.registers not in (0, 255)
-    end = f", {launch.registers} registers" if bounded else ""
-    if isinstance(launch, Tile):
-        return f"tile, {launch.rows * launch.block // launch.warps // 32} pairs a thread{end}"
-    if launch.stages > 1:
-        return f"{launch.warps} warps, {launch.stages} stages"
-    return f"{launch.warps} warps x {launch.outer}, {launch.prefetch} ahead{end}"

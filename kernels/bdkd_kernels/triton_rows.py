@@ -86,7 +86,9 @@ def _log2_e(x, c, M):
     The interpreter's fma rounds twice: there float32 goes through float64, and float64 through
     Dekker's exact product.
     """
-    if not INTERPRETED:
+    if not INTERPRETED and x.dtype == tl.float64:
+        return tl.fma(x, tl.full((), c, tl.float64), -M)  # of a number, tl.fma makes float32
+    elif not INTERPRETED:
         return tl.fma(x, c, -M)
     elif x.dtype == tl.float64:
         c = tl.full((), c, x.dtype)
@@ -97,6 +99,16 @@ def _log2_e(x, c, M):
         return (product - M) + tl.where(tl.abs(product) < float("inf"), lost, 0.0)
     else:
         return (x.to(tl.float64) * tl.full((), c, x.dtype).to(tl.float64) - M).to(x.dtype)
+
+
+@triton.jit
+def _shift(m, c):
+    """M = m * c, rounded. On a GPU a difference of two such products would be contracted into one
+    multiply-add, and 0 become the rounding of M: an addition of 0 forbids that."""
+    if INTERPRETED:
+        return m * c
+    else:
+        return tl.fma(m, tl.full((), c, m.dtype), tl.zeros_like(m))
 
 
 @triton.jit
@@ -382,7 +394,7 @@ def _right(s_rows, t_rows, y, in_range, s_y, t_y, m_s, m_t, confidence_s, confid
     earlier one as large, confidence is at most a half: else there is no need to look."""
     right_s = (y >= 0) & in_range & (s_y == m_s)
     right_t = (y >= 0) & in_range & (t_y == m_t)
-    tied = (right_s & (confidence_s < 0.5001)) | (right_t & (confidence_t < 0.5001))
+    tied = (right_s & (confidence_s < 0.50048828125)) | (right_t & (confidence_t < 0.50048828125))
     if tl.max(tied.to(tl.int32)) != 0:
         right_s &= _earlier(s_rows, y, m_s, C, CHUNK, DTYPE) == 0
         right_t &= _earlier(t_rows, y, m_t, C, CHUNK, DTYPE) == 0
@@ -502,7 +514,7 @@ def _tile(
         s_y = _load(s_rows + y, counted, True, DTYPE)
         t_y = _load(t_rows + y, counted, True, DTYPE)
     m_s, m_t = _max_2(s, t)
-    M_s, M_t = m_s * c, m_t * c
+    M_s, M_t = _shift(m_s, c), _shift(m_t, c)
     a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
     e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
     e1_s = _power(e_s, a_s, temperature, TERMS.squarings)
@@ -652,8 +664,8 @@ def _add_block(
     (m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum,
      q_max, q_at) = sums  # fmt: skip
     new_s, new_t = tl.maximum(m_s, _lane_max(s)), tl.maximum(m_t, _lane_max(t))
-    M_s, M_t = new_s * c, new_t * c
-    moved_s, moved_t = m_s * c - M_s, m_t * c - M_t
+    M_s, M_t = _shift(new_s, c), _shift(new_t, c)
+    moved_s, moved_t = _shift(m_s, c) - M_s, _shift(m_t, c) - M_t
     kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
     a_s, a_t = _log2_e(s, c, M_s[None, :, None]), _log2_e(t, c, M_t[None, :, None])
     e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
@@ -708,7 +720,8 @@ def _merge(sums, C, c, temperature, TERMS: tl.constexpr, CAREFUL: tl.constexpr):
     (m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum,
      q_max, q_at) = sums  # fmt: skip
     row_m_s, row_m_t = _max_lanes_2(m_s, m_t)
-    moved_s, moved_t = m_s * c - row_m_s * c, m_t * c - row_m_t * c
+    moved_s = _shift(m_s, c) - _shift(row_m_s, c)
+    moved_t = _shift(m_t, c) - _shift(row_m_t, c)
     kept_s, kept_t = tl.exp2(moved_s), tl.exp2(moved_t)
     kept1_s = _power(kept_s, moved_s, temperature, TERMS.squarings)
     kept1_t = _power(kept_t, moved_t, temperature, TERMS.squarings)
@@ -820,7 +833,7 @@ def _unpack(x, mask, CAREFUL: tl.constexpr, DTYPE: tl.constexpr):
 def _row_sums(
     student, teacher, target, row, s_stride, t_stride, counted, C,
     c, temperature, smoothing, smoothing_each,
-    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     PREFETCH: tl.constexpr, SHIFTED: tl.constexpr,
     DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -831,9 +844,9 @@ def _row_sums(
     before the row's end. ``x`` sums e_s (a_t - a_s) (for R), ``x_t`` sums e_t (a_t - a_s) (for F).
 
     PREFETCH blocks are loaded ahead, into registers, in their storage type; ``ahead`` are the first
-    of the other sweep. A row must have more than one block then. Without it, Triton pipelines the
-    loads through shared memory in STAGES, at the cost of two barriers a block. What is no whole
-    block comes first, so that the loads of the others have no mask.
+    of the other sweep. A row must have more than one block then. (Triton's own pipeline, through
+    shared memory, costs two barriers a block.) What is no whole block comes first, so that the
+    loads of the others have no mask.
 
     Rows to be ignored are read like the others, so that no load has a mask; where they are not
     finite, the row is done again, CAREFUL.
@@ -870,7 +883,7 @@ def _row_sums(
     s, t = _load(s_body + tail, read, True, DTYPE), _load(t_body + tail, read, True, DTYPE)
     sums = _add_block(sums, s, t, q_row, tail + head, is_tail, read, C, c, temperature, smoothing,
                       smoothing_each, DTYPE, TERMS, CAREFUL)  # fmt: skip
-    for start in tl.range(0, body, step, num_stages=1 if PREFETCH else STAGES):
+    for start in tl.range(0, body, step, num_stages=1):
         if PREFETCH:
             s_raw, t_raw = ahead[0], ahead[1]  # type: ignore[misc]
             # Past the last block it goes back: the other sweep takes the last block first.
@@ -930,7 +943,7 @@ def _row_rest(
     row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each,
-    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     PREFETCH: tl.constexpr, SHIFTED: tl.constexpr,
     SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -946,7 +959,7 @@ def _row_rest(
     q_row = target
     if TERMS.target == "soft":
         q_row = target + row * C
-    M_s, M_t = m_s * c, m_t * c
+    M_s, M_t = _shift(m_s, c), _shift(m_t, c)
     l_s, l_t, r_s, r_t, ratio, log_ratio, l1_s, l1_t, r1_s, r1_t = _normalisers(
         m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS
     )
@@ -1006,7 +1019,7 @@ def _row_rest(
         if TERMS.target != "none":
             tl.debug_barrier()  # as in _tile
         mask = counted if CAREFUL else None
-        for done in tl.range(0, body, step, num_stages=1 if PREFETCH else STAGES):
+        for done in tl.range(0, body, step, num_stages=1):
             start = body - step - done
             if PREFETCH:
                 s_raw, t_raw = ahead[0], ahead[1]
@@ -1067,7 +1080,7 @@ def _row(
     row, N, C, s_stride, t_stride, ds_stride, dt_stride,
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
-    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     PREFETCH: tl.constexpr, SHIFTED: tl.constexpr,
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
     ALWAYS_CAREFUL: tl.constexpr,
@@ -1083,7 +1096,7 @@ def _row(
     careful: tl.constexpr = ALWAYS_CAREFUL or not (TERMS.kd or TERMS.target == "soft")
     sums, ahead = _row_sums(
         student, teacher, target, row, s_stride, t_stride, counted, C, c, temperature, smoothing,
-        smoothing_each, OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED, DTYPE, TERMS,
+        smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED, DTYPE, TERMS,
         careful,
     )  # fmt: skip
     suspect = sums[6] + sums[7] + sums[10] + sums[11]
@@ -1093,7 +1106,7 @@ def _row(
             sums, ahead, s_y, t_y, weight, student, teacher, target, scale, ds, dt, records,
             row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED,
+            smoothing, smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED,
             SCALE_AT, DTYPE, TERMS, True,
         )  # fmt: skip
     elif suspect == suspect:
@@ -1101,20 +1114,20 @@ def _row(
             sums, ahead, s_y, t_y, weight, student, teacher, target, scale, ds, dt, records,
             row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED,
+            smoothing, smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED,
             SCALE_AT, DTYPE, TERMS, False,
         )  # fmt: skip
     else:
         again, nothing = _row_sums(
             student, teacher, target, row, s_stride, t_stride, counted, C, c, temperature,
-            smoothing, smoothing_each, OUTER, LANES, INNER, 1, 0, SHIFTED, DTYPE, TERMS,
+            smoothing, smoothing_each, OUTER, LANES, INNER, 0, SHIFTED, DTYPE, TERMS,
             True,
         )  # fmt: skip
         loss_s, loss_t = _row_rest(
             again, nothing, s_y, t_y, weight, student, teacher, target, scale, ds, dt, records,
             row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, OUTER, LANES, INNER, 1, 0, SHIFTED, SCALE_AT,
+            smoothing, smoothing_each, OUTER, LANES, INNER, 0, SHIFTED, SCALE_AT,
             DTYPE, TERMS, True,
         )  # fmt: skip
     return loss_s, loss_t
@@ -1227,7 +1240,7 @@ def tile_kernel(
                         row, N, C, s_stride, t_stride, ds_stride, dt_stride,
                         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
                         smoothing, smoothing_each, ignore_index,
-                        1, CHUNK, 1, 1, 0, False, PARTS, SCALE_AT, DTYPE, TERMS, True,
+                        1, CHUNK, 1, 0, False, PARTS, SCALE_AT, DTYPE, TERMS, True,
                     )  # fmt: skip
                     loss_s = tl.where(here, again_s, loss_s)
                     loss_t = tl.where(here, again_t, loss_t)
@@ -1261,7 +1274,7 @@ def loop_kernel(
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each, ignore_index,
     ROW_ALIGN: tl.constexpr, CLASS_ALIGN: tl.constexpr,
-    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     PREFETCH: tl.constexpr, SHIFTED: tl.constexpr,
     PARTS: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
@@ -1277,7 +1290,7 @@ def loop_kernel(
         row, N, C, s_stride, t_stride, ds_stride, dt_stride,
         c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
         smoothing, smoothing_each, ignore_index,
-        OUTER, LANES, INNER, STAGES, PREFETCH, SHIFTED, PARTS, SCALE_AT, DTYPE, TERMS,
+        OUTER, LANES, INNER, PREFETCH, SHIFTED, PARTS, SCALE_AT, DTYPE, TERMS,
         False,
     )  # fmt: skip
     _store_losses(student_losses, teacher_losses, records, N, loss_s, loss_t, PARTS, TERMS)
