@@ -50,27 +50,34 @@ def candidates(classes: int, itemsize: int, vector: int) -> list[Launch]:
                 rows, rest = divmod(32 * warps * pairs, block)
                 if rest == 0 and rows >= 1 and (rows == 1 or block <= 512) and rows <= 32:
                     beside = min(block, block // pairs * vector) if rows > 1 else block
-                    found.append(Tile(rows=rows, block=block, beside=max(1, beside), warps=warps))
+                    found += [
+                        Tile(rows=rows, block=block, beside=max(1, beside), warps=warps,
+                             registers=registers)
+                        for registers in ((255,) if pairs == 32 or rows > 1 else (255, 128, 80))
+                    ]  # fmt: skip
     if classes > 512:
-        inner = 16 // itemsize
-        for warps in (2, 4, 8) if classes <= 4096 else (4, 8, 16, 32):
-            if aligned:
-                found += [Loop(warps=warps, inner=inner, stages=n) for n in (1, 2, 3, 4)]
-            else:
-                found += [Loop(warps=warps, inner=1, outer=n) for n in (4, 8)]
-                found.append(Loop(warps=warps, inner=1, outer=8, prefetch=True))
-                found.append(Loop(warps=warps, inner=inner, shifted=True))
-            found += [Loop(warps=warps, inner=inner, outer=n, prefetch=True, shifted=not aligned)
-                      for n in (1, 2, 4)]  # fmt: skip
+        inner = 16 // itemsize if aligned or classes > 4096 else vector
+        for warps in (1, 2, 4) if classes <= 4096 else (4, 8, 16):
+            for prefetch, registers in ((0, 64), (1, 0), (1, 64), (1, 80), (2, 64), (2, 80)):
+                found.append(
+                    Loop(
+                        warps=warps,
+                        inner=inner,
+                        prefetch=prefetch,
+                        shifted=not aligned and inner > 1,
+                        registers=registers,
+                    )
+                )
     return found[:MOST]
 
 
 def short(launch: Launch) -> str:
+    bounded = launch.registers not in (0, 255)
+    end = f", {launch.registers} registers" if bounded else ""
     if isinstance(launch, Tile):
-        return f"launch tile {launch.rows} x {launch.block}, {launch.warps} warps"
-    way = "prefetch" if launch.prefetch else f"{launch.stages} stages"
+        return f"launch tile {launch.rows} x {launch.block}, {launch.warps} warps{end}"
     shifted = ", shifted" if launch.shifted else ""
-    return f"launch {launch.warps}w {launch.outer} x {launch.inner}, {way}{shifted}"
+    return f"launch loop {launch.warps} warps, {launch.prefetch} ahead{shifted}{end}"
 
 
 def chosen(launch: Launch) -> Any:

@@ -11,6 +11,7 @@ Do not set TRITON_INTERPRET=1: nothing compiles then.
 import argparse
 import json
 import re
+import struct
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -162,10 +163,12 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
 
 
 def float32_constants() -> list[str]:
-    """The constants of float32, but for exact ones, in kernels that compute in float64: each is an
-    option that was rounded."""
+    """Return the constants of kernels that compute in float64 that were rounded to float32.
+
+    Each is an option that lost digits. Some are still float32 in the kernel; others were widened
+    again: float64 constants whose last 29 bits are 0, which no option of this call has.
+    """
     found = set()
-    exact = {"0.000000e+00", "1.000000e+00", "0x7FC00000", "0x7F800000", "0xFF800000"}
     for classes in (10, 21841):  # the tile kernel, the loop kernel
         for variant in ({}, VARIANTS["smoothed"], VARIANTS["soft labels"]):
             options = {"temperature": 1.7, "gamma": 1.7, "student_ce": 0.3, **variant}
@@ -180,10 +183,19 @@ def float32_constants() -> list[str]:
                 backward = partial(triton_backend._backward, *arguments)
                 kernels |= compile_kernels("sm_90", backward)
             for name, kernel in kernels.items():
-                pattern = r"arith\.constant (?:dense<)?([^ >]+)>? : (?:tensor<[^>]*x)?f32\b"
-                values = set(re.findall(pattern, kernel.asm["ttir"]))
-                found |= {f"{name}: {value}" for value in values - exact}
+                pattern = r"arith\.constant (?:dense<)?([^ >]+)>? : (?:tensor<[^>]*x)?f(32|64)\b"
+                for value, bits in re.findall(pattern, kernel.asm["ttir"]):
+                    if not value.startswith("0x") and _was_rounded(float(value), bits):
+                        found.add(f"{name}: {value}")
     return sorted(found)
+
+
+def _was_rounded(value: float, bits: str) -> bool:
+    """Whether a constant has float32's digits and no fewer: 12 bits or less are exact anyway."""
+    if bits == "32":
+        return value not in (0.0, 1.0)
+    low = struct.unpack("<Q", struct.pack("<d", value))[0]
+    return low % 2**29 == 0 and low % 2**40 != 0
 
 
 # A class count for every shape of the launch table, and one that aligns with nothing.

@@ -110,7 +110,7 @@ for stage in $stages; do
             # Neither times anything: compute-sanitizer and the device tests run at the same time.
             part "2 tests" 20 90 bash -c '
                 "$1" bench/gpu/sanitize.py "$2" --seconds "$3" "${@:5}" & sanitizer=$!
-                "$1" -m pytest -n "$4" -v --tb=short -p no:cacheprovider --noconftest -o addopts= \
+                "$1" -m pytest -n "$4" -q --tb=short -p report_failures -p no:cacheprovider --noconftest -o addopts= \
                     tests/kernels/test_triton_gpu.py
                 code=$?
                 wait "$sanitizer" && exit "$code"' \

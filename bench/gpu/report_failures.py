@@ -1,6 +1,6 @@
 """A pytest plugin that prints each failure when it happens: a run that is killed keeps them.
 
-    pytest -p report_failures ...
+pytest -p report_failures ...
 """
 
 

@@ -296,7 +296,8 @@ def _numbers(
     o: LossOptions, terms: Terms, classes: int, dtype: torch.dtype, gamma: bool = True
 ) -> list:
     """The options as the kernels want them, from ``c`` on. Triton rounds a float to float32; where
-    the arithmetic is float64, they are compiled in. (The interpreter keeps a float as it is.)"""
+    the arithmetic is float64, they are compiled in. (The interpreter keeps a float as it is, so
+    they are rounded here.)"""
     temperature = float(o.temperature) if terms.kd else 1.0
     # One class has probability 1, exactly, only if no rounding of its logit is in the exponent.
     c = math.log2(math.e) / temperature if classes > 1 else 0.0
@@ -306,7 +307,7 @@ def _numbers(
         float(o.label_smoothing), float(o.label_smoothing) / classes,
     ]  # fmt: skip
     if dtype == torch.float32 or _INTERPRETED:
-        return numbers
+        return torch.tensor(numbers, dtype=dtype).tolist() if _INTERPRETED else numbers
     return [tl.constexpr(x) for x in numbers]
 
 

@@ -47,3 +47,20 @@ def test_cpu_tensors_need_the_interpreter():
     message, agrees = done.stdout.strip().splitlines()
     assert "TRITON_INTERPRET=1" in message
     assert agrees == "True"
+
+
+def test_cache_keys_do_not_depend_on_what_is_called_first():
+    """Triton's own do: a kernel that is in the cache would be compiled again."""
+    code = (
+        "import sys\n"
+        "from bdkd_kernels import triton_backend as t\n"
+        "t._Launcher(getattr(t, sys.argv[1] + '_kernel'), 4)\n"
+        "print(getattr(t, sys.argv[1] + '_kernel').cache_key, t.loop_kernel.cache_key)"
+    )
+    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
+    keys = {
+        subprocess.run([sys.executable, "-c", code, first], env=environment, capture_output=True,
+                       text=True, check=True).stdout.split()[1]
+        for first in ("loop", "tile")
+    }  # fmt: skip
+    assert len(keys) == 1

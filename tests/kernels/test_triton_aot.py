@@ -54,18 +54,20 @@ def test_all_compile(compiled):
 
 
 def test_no_register_spills_on_nvidia(compiled):
+    """Two registers at most, on sm_100: the launch table bounds them, so that more warps fit."""
     for x in compiled:
         if x["target"].startswith("sm_") and x["dtype"] != "fp64":
-            assert x["stack"] == 0, x
+            assert x["stack"] <= (8 if x["target"] == "sm_100" else 0), x
             assert x["registers"] * 32 * x["warps"] <= 65536, x
 
 
 def test_issue_slots_of_the_row_kernel(compiled):
-    """At most 55 in bf16 at temperature 4, from 1000 classes to the end of the regime."""
+    """At most 82 in bf16 at temperature 4, from 1000 classes to the end of the regime: 16 pairs
+    a thread, so that 16 warps fit on a multiprocessor (32 pairs take 55, and only 8 warps fit)."""
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
-    assert slots[1000] <= 55
-    assert slots[4096] <= 55
+    assert slots[1000] <= 82
+    assert slots[4096] <= 82
 
 
 def test_issue_slots_of_few_classes(compiled):
@@ -79,19 +81,24 @@ def test_issue_slots_of_few_classes(compiled):
 
 
 def test_issue_slots_of_the_loop_kernel(compiled):
-    """At most 65 where rows are aligned. Where they are not (21841), logits are read one by one:
-    72, which leaves 75% of the bandwidth of an H200."""
+    """At most 56, also where rows are not aligned to 16 bytes (21841 classes)."""
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
-    assert slots[8192] <= 65
-    assert slots[32000] <= 65
-    assert slots[262144] <= 65
-    assert slots[21841] <= 74
+    for classes in (8192, 21841, 32000, 262144):
+        assert slots[classes] <= 56, classes
+
+
+def test_warps_of_the_loop_kernel(compiled):
+    """At least 24 warps fit on a multiprocessor: with 16, an H200 waited for loads."""
+    for x in compiled:
+        if x["target"] == "sm_90" and x["kernel"] == "loop_kernel" and x["dtype"] != "fp64":
+            programs = 65536 // (-(-x["registers"] // 8) * 8 * 32 * x["warps"])
+            assert programs * x["warps"] >= 24, x
 
 
 def test_float64_is_computed_in_float64():
-    """No option is rounded to float32 on its way: ``tl.where`` of two Python numbers would do that.
-    (Constants of float32 that are 0, 1, NaN or infinite are exact.)"""
+    """No option is rounded to float32 on its way: ``tl.where`` of two Python numbers and ``tl.fma``
+    of one would do that. (Constants of float32 that are 0, 1, NaN or infinite are exact.)"""
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(_SCRIPT), "--constants"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

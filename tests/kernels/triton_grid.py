@@ -20,7 +20,7 @@ from bdkd_kernels import (
     triton_launch,
 )
 from bdkd_kernels.types import LossOptions, Problem
-from cases import FP32, FP64, SHORT, Case, judge, sample
+from cases import BF16, FP32, FP64, SHORT, Case, judge, sample
 from edges import EDGES
 
 # Masked classes are -inf - -inf until a row is found to have them: see triton_rows.py.
@@ -86,6 +86,17 @@ def test_loop_agrees_with_float64(case):
 def test_loop_edge(edge):
     with small_blocks():
         edge("triton")
+
+
+@pytest.mark.parametrize("classes", [5, 67, 131])  # edges alone; a block and edges; two blocks
+@pytest.mark.parametrize("storage", [FP32, BF16])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_rows_that_are_not_aligned(classes, storage, prefetch):
+    """Seven rows, each at another distance to an address that 16 divides."""
+    options = {"temperature": 4.0, "label_smoothing": 0.1 * (classes == 67)}
+    with small_blocks(prefetch=prefetch):
+        judge(Case(f"not aligned {classes} {storage}", (7, classes), "finite", (storage, storage),
+                   ignored=True, options=options), "triton")  # fmt: skip
 
 
 @pytest.mark.parametrize("looped", [False, True])
@@ -213,5 +224,6 @@ def test_the_launch_table_covers_every_size():
                 assert launch.block >= classes
                 assert launch.block <= 2 * classes or launch.block == 16
             else:
-                assert launch.lanes % (32 * launch.warps) == 0
+                assert launch.lanes == 32 * launch.warps
+                assert launch.block < classes  # so that there is a block to load ahead
                 assert classes > triton_launch.TILE_CLASSES

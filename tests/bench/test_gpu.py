@@ -1,0 +1,40 @@
+"""The scripts of a GPU run, rehearsed without a GPU, and the tables that come from a run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="no triton for this platform: its kernels are not compiled")
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "bench" / "results" / "2026-11-26-gpu-h200"
+
+
+@pytest.mark.timeout(300)
+def test_a_rehearsal_leaves_a_summary_and_few_files(tmp_path):
+    """Stage 3 stands for all: `bench/gpu.sh OUT --stages 1 2 3 4 --dry-run` takes minutes."""
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", "bench/gpu.sh", str(tmp_path / "out"), "--stages", "3", "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "summary.txt", "measurements.jsonl", "measurements.csv", "results.json", "logs.tar.gz",
+    }  # fmt: skip
+    assert "Targets" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_the_tables_are_the_run_s():
+    code = (
+        "import sys; sys.path.insert(0, 'bench/gpu')\n"
+        "from pathlib import Path\n"
+        "import figure, measurements\n"
+        "print(figure.markdown(figure.table(measurements.read(Path(sys.argv[1])))))"
+    )
+    command = [sys.executable, "-c", code, str(RUN)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for page in ("README.md", "docs/triton-kernel.md"):
+        assert done.stdout.strip() in (ROOT / page).read_text("utf-8"), page
