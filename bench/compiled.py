@@ -69,7 +69,7 @@ class Compiled:
     warps: int
     registers: int | None = None
     stack: int | None = None
-    shared: int | None = None
+    shared: int | None = None  # bytes of dynamic shared memory a program
     slots: float | None = None  # a class pair, on the hot path
 
 
@@ -151,7 +151,7 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
         counts = [int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"])[1]) for key in keys]
         return Compiled(target, dtype, classes, name, warps, *counts)
     cubin = kernel.asm["cubin"]
-    used = resources(cubin)
+    used = resources(cubin)._replace(shared=kernel.metadata.shared)
     slots = None
     if target == "sm_90" and dtype != "fp64" and ds is not None and name != "gradient_kernel":
         launch = triton_backend._launch(call, ds, dt)

@@ -1,17 +1,15 @@
 """Which kernel, and in what shape, serves a number of classes.
 
-Chosen from the compiled code, for sm_90, bf16, temperature 4 (``bench/compiled.py`` prints it):
-registers decide how many programs a multiprocessor holds, issue slots a class pair whether it can
-keep up with its memory (docs/triton-kernel.md). ``bench/autotune.py`` prints this table anew from
-measurements on a GPU.
+From 513 classes on, chosen by measurements on an H200 (bench/results/2026-11-26-gpu-h200,
+``stage1-run3.jsonl``): the number of warps that fit on a multiprocessor matters more than issue
+slots. For fewer classes, chosen from the compiled code (``bench/compiled.py``) and not measured yet.
+``bench/autotune.py`` prints this table anew from measurements.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 # Up to this many classes both rows stay in registers; beyond, a row is read in blocks, twice.
-# 32 class pairs a thread take up to 254 registers: at 4096 classes two programs fit on a
-# multiprocessor and hide each other's loads, at 8192 one.
 TILE_CLASSES = 4096
 
 
