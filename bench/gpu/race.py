@@ -197,7 +197,7 @@ class Stage:
 
 
 class Field:
-    """The copy and the base at one size, and whoever races against both."""
+    """The copy and the base at one size, and the contender that races against both."""
 
     def __init__(
         self, stage: Stage, race: Race, base: Contender, truth: Loss | None, units: int = 4

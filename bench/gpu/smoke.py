@@ -1,10 +1,10 @@
-"""Check the Triton kernels on a GPU for the first time, and time them (stage 1 of the GPU session).
+"""Check the Triton kernels on a GPU, and time them (stage 1 of the GPU session).
 
     python bench/gpu/smoke.py OUT [--seconds 80] [--dry-run]
 
-At each size: every element is written, 64 rows agree with float64, gradients written over the
-logits have the same bits, and the time of a call beside a copy of the same bytes. Then the host
-time of a call. Needs kernels, bench and bench/gpu on PYTHONPATH.
+At each size: check that every element is written, that 64 rows agree with float64, and that
+gradients written over the logits have the same bits; time a call and a copy of the same bytes. Then
+time the host's part of a call. Needs kernels, bench and bench/gpu on PYTHONPATH.
 """
 
 import argparse

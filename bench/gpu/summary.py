@@ -2,7 +2,7 @@
 
     python bench/gpu/summary.py OUT
 
-Reads OUT/measurements.jsonl and writes summary.txt, measurements.csv and results.json beside it.
+Reads OUT/measurements.jsonl; writes summary.txt, measurements.csv and results.json to OUT.
 """
 
 import csv
@@ -116,7 +116,7 @@ COUNTERS = {
 
 
 def counter_lines(records: list[Record]) -> list[str]:
-    """Return the counters of the row kernel at each size, counted bytes beside predicted ones."""
+    """Return the counters of the row kernel at each size, counted and predicted bytes."""
     lines: list[str] = []
     counters = [r for r in records if r["what"] == "counter"]
     for size in dict.fromkeys(r.get("size", "") for r in counters):
