@@ -1,6 +1,6 @@
 """The Triton kernels on the device: the interpreted grid again, and what only a device can show.
 
-Run it, with the race, by ``bench/gpu.sh FOLDER``.
+Run it, with the race, by ``bench/gpu.sh FOLDER --stages 2``.
 """
 
 import functools
