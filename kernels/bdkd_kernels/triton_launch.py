@@ -2,7 +2,7 @@
 
 From 513 classes on, chosen by measurements on an H200 (bench/results/2026-11-26-gpu-h200,
 ``stage1-run3.jsonl``): the number of warps that fit on a multiprocessor matters more than issue
-slots. For fewer classes, chosen from the compiled code (``bench/compiled.py``) and not measured yet.
+slots. For fewer classes, chosen from the compiled code (``bench/compiled.py``), not measured yet.
 ``bench/autotune.py`` prints this table anew from measurements.
 """
 
