@@ -5,8 +5,8 @@ The order of an epoch is a pure function of (seed, epoch), and the augmentation 
 needs saving, and it means the same whatever the number of workers.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -60,14 +60,21 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Facts of a data set."""
+    """Describe a data set.
+
+    ``digests`` and ``files`` identify the data set itself, before validation images are held out
+    of "train" and before the recipe's subset and noise, but without the images of
+    ``data.exclude``. See :mod:`bdkd.data.digest`.
+    """
 
     source: str
     classes: tuple[str, ...]
     channels: int
     image_size: tuple[int, int]  # height, width in pixels
     counts: dict[Split, int]
-    normalisation: Normalisation | None = None  # None: its images are no pixels
+    normalisation: Normalisation | None = None  # None: the images are not pixels
+    digests: Mapping[str, str] = field(default_factory=dict)  # "train" and "test": SHA-256 in hex
+    files: Mapping[str, int] = field(default_factory=dict)  # images that each digest covers
 
     @property
     def num_classes(self) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from bdkd.config import DataConfig
 from bdkd.data import plain_pickle
+from bdkd.data.digest import digest_pixels
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import make_splits, refuse_image_size
@@ -77,6 +78,7 @@ def _load(
     return InMemory(
         layout.source, make_splits(config, training, test, 255), classes, config, scale=255,
         seed=seed, device=device, memory_format=memory_format,
+        digests={"train": digest_pixels(*training), "test": digest_pixels(*test)},
     )  # fmt: skip
 
 

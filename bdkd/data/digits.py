@@ -7,6 +7,7 @@ import torch
 
 from bdkd.config import DataConfig
 from bdkd.data.base import stratified_split
+from bdkd.data.digest import digest_pixels
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import SPLIT_SEED, make_splits, refuse_image_size
 from bdkd.errors import RunError
@@ -18,7 +19,7 @@ LARGEST_PIXEL = 16
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """The digits, a fixed fifth of them the test set."""
+    """Load the digits. A fixed fifth of them is the test set."""
     refuse_image_size(config, "digits", 8)
     try:
         from sklearn.datasets import load_digits
@@ -38,4 +39,5 @@ def load(
         "digits", make_splits(config, training, test, LARGEST_PIXEL),
         tuple(str(name) for name in data.target_names), config, scale=LARGEST_PIXEL, seed=seed,
         device=device, memory_format=memory_format,
+        digests={"train": digest_pixels(*training), "test": digest_pixels(*test)},
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """Images in folders, ``ROOT/train/<class>/*`` and ``ROOT/test/<class>/*`` (or ``val``), small
 enough to be kept in memory whole, at one size."""
 
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bdkd.config import DataConfig
 from bdkd.data.decode import read_images
+from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import required_root
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import make_splits
@@ -28,11 +31,13 @@ def load(
     if unlike:
         raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}")
 
-    training = _read(train, classes, size)
-    test = _read(held_out, classes, size)
+    (training, of_training), (test, of_test) = (
+        _read(folder, classes, size) for folder in (train, held_out)
+    )
     return InMemory(
         "folder", make_splits(config, training, test, 255), classes, config, scale=255,
         seed=seed, device=device, memory_format=memory_format,
+        digests={"train": of_training, "test": of_test},
     )  # fmt: skip
 
 
@@ -53,7 +58,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _read(folder: Path, classes: tuple[str, ...], size: int) -> Images:
+def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Images, Digest]:
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
@@ -64,4 +69,7 @@ def _read(folder: Path, classes: tuple[str, ...], size: int) -> Images:
             )
         paths += found
         labels += [label] * len(found)
-    return Images(read_images(paths, size), torch.tensor(labels))
+    images = Images(read_images(paths, size), torch.tensor(labels))
+    names = [os.fsencode(path.relative_to(folder.parent)) for path in paths]
+    in_root = np.zeros(len(names), np.int64)
+    return images, digest_names(classes, images.labels.numpy(), [""], in_root, names)

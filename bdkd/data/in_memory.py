@@ -18,6 +18,7 @@ from bdkd.data.base import (
     epoch_order,
     mix_seed,
 )
+from bdkd.data.digest import Digests
 from bdkd.errors import UsageError
 
 
@@ -29,12 +30,13 @@ class Images(NamedTuple):
 
 
 class InMemory:
-    """Images kept as bytes on the device; gathered, augmented and normalised there, by batch.
+    """Keep images as bytes on the device; gather, augment and normalise them there, by batch.
 
     Args:
         splits: ``train``, ``val`` and ``test``.
         config: its ``crop``, ``flip`` and ``cutout`` say how training images are augmented.
         scale: the largest pixel value.
+        digests: identity of the data set that the splits were made from.
 
     Raises:
         UsageError: an augmentation does not fit the size of the images.
@@ -51,6 +53,7 @@ class InMemory:
         seed: int,
         device: torch.device,
         memory_format: torch.memory_format,
+        digests: Digests | None = None,
     ) -> None:
         _, channels, height, width = splits["train"].pixels.shape
         if config.crop >= min(height, width) or config.cutout > 2 * min(height, width):
@@ -73,7 +76,12 @@ class InMemory:
         normalisation = Normalisation(
             tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), float(scale)
         )
-        self.info = DataInfo(source, classes, channels, (height, width), counts, normalisation)
+        known = dict(digests or {})
+        self.info = DataInfo(
+            source, classes, channels, (height, width), counts, normalisation,
+            digests={split: digest.sha256 for split, digest in known.items()},
+            files={split: digest.images for split, digest in known.items()},
+        )  # fmt: skip
         self.config, self.seed = config, seed
         self.device, self.memory_format = device, memory_format
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bdkd.config import DataConfig
+from bdkd.data.digest import digest_pixels
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import SPLIT_SEED, make_splits
 
@@ -19,22 +20,22 @@ PATTERN, NOISE = 24.0, 48.0  # standard deviations, of 255
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """``data.synthetic.images`` and a fifth as many test images; the same for every seed."""
+    """Make ``data.synthetic.images`` training images and a fifth as many test images.
+
+    They do not depend on the seed. Processors without AVX2 round a few pixels differently.
+    """
     options, side = config.synthetic, config.image_size or SIDE
     # Made on the CPU: a generator's numbers differ between kinds of device.
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     coarse = torch.randn(options.classes, CHANNELS, COARSE, COARSE, generator=generator)
     patterns = 128 + PATTERN * nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+    training = _images(patterns, options.images, generator)
+    test = _images(patterns, options.images // 5, generator)
     return InMemory(
-        "synthetic",
-        make_splits(
-            config,
-            _images(patterns, options.images, generator),
-            _images(patterns, options.images // 5, generator),
-            255,
-        ),
+        "synthetic", make_splits(config, training, test, 255),
         tuple(str(label) for label in range(options.classes)),
         config, scale=255, seed=seed, device=device, memory_format=memory_format,
+        digests={"train": digest_pixels(*training), "test": digest_pixels(*test)},
     )  # fmt: skip
 
 

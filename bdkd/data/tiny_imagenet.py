@@ -4,12 +4,15 @@ Source: Stanford CS231N. Its ``test`` folder has no labels, so, as everywhere in
 ``val`` is the test set; validation images are held out of ``train``.
 """
 
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bdkd.config import DataConfig
 from bdkd.data.decode import read_images
+from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import make_splits
@@ -29,13 +32,13 @@ def load(
         raise RunError(f"{root / 'train'} must hold a folder a class, got {wnids}")
     number = {wnid: label for label, wnid in enumerate(wnids)}
     size = config.image_size or SIDE
-    training = _images(
-        [(path, number[wnid]) for wnid in wnids for path in _train(root, wnid)], size
-    )
-    test = _images(_annotated(root, number), size)
+    labelled = [(path, number[wnid]) for wnid in wnids for path in _train(root, wnid)]
+    annotated = _annotated(root, number)
+    training, test = _images(labelled, size), _images(annotated, size)
     return InMemory(
         SOURCE, make_splits(config, training, test, 255), _names(root, wnids), config, scale=255,
         seed=seed, device=device, memory_format=memory_format,
+        digests={"train": _digest(root, wnids, labelled), "test": _digest(root, wnids, annotated)},
     )  # fmt: skip
 
 
@@ -86,6 +89,13 @@ def _lines(path: Path) -> list[str]:
         return path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"cannot read {path}: {error}") from error
+
+
+def _digest(root: Path, wnids: list[str], labelled: list[tuple[Path, int]]) -> Digest:
+    """By WordNet id: several ids share a name."""
+    names = [os.fsencode(path.relative_to(root)) for path, _ in labelled]
+    labels = np.array([label for _, label in labelled], np.int64)
+    return digest_names(wnids, labels, [""], np.zeros_like(labels), names)
 
 
 def _images(labelled: list[tuple[Path, int]], size: int) -> Images:

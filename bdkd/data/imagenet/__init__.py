@@ -69,6 +69,7 @@ def load(
     return ImageNet(
         _splits(config, training, test), found.classes, config, make_loader,
         seed=seed, device=device, memory_format=memory_format, dtype=dtype,
+        digests={"train": training.digest(found.classes), "test": test.digest(found.classes)},
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bdkd.data.digest import Digest, digest_names
 from bdkd.errors import RunError
 
 WHOLE_FILE = -1
@@ -74,6 +75,11 @@ class Index:
 
     def _place(self, i: int) -> tuple[str, str]:
         return self.containers[self.container[i]], os.fsdecode(bytes(self.names[i]))
+
+    def digest(self, classes: Sequence[str]) -> Digest:
+        """Return the identity of the images. The label of an image is its place in ``classes``."""
+        names = self.names.tolist()
+        return digest_names(classes, self.labels, self.containers, self.container, names)
 
     def take(self, chosen: np.ndarray, labels: np.ndarray | None = None) -> "Index":
         """Some of the images, ``chosen`` (M,) indices, perhaps with other labels (M,)."""

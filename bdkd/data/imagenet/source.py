@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bdkd.config import DataConfig
 from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split, epoch_order
+from bdkd.data.digest import Digests
 from bdkd.data.imagenet.draws import draws
 from bdkd.data.imagenet.index import Index
 from bdkd.data.imagenet.loader import Loader, Request
@@ -40,6 +41,7 @@ class ImageNet:
     Args:
         splits: ``train``, ``val`` and ``test``.
         dtype: of the training images; those of evaluation are float32.
+        digests: identity of the data set that the splits were made from.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ImageNet:
         device: torch.device,
         memory_format: torch.memory_format,
         dtype: torch.dtype,
+        digests: Digests,
     ) -> None:
         self.splits, self.config, self.seed, self.device = splits, config, seed, device
         self.memory_format, self.dtype = memory_format, dtype
@@ -63,8 +66,10 @@ class ImageNet:
         side = config.image_size or SIDE
         counts: dict[Split, int] = {split: len(index) for split, index in splits.items()}
         self.info = DataInfo(
-            "imagenet", classes, 3, (side, side), counts, Normalisation(MEAN, STD, 255.0)
-        )
+            "imagenet", classes, 3, (side, side), counts, Normalisation(MEAN, STD, 255.0),
+            digests={split: digest.sha256 for split, digest in digests.items()},
+            files={split: digest.images for split, digest in digests.items()},
+        )  # fmt: skip
 
     def side(self, epoch: int) -> int:
         """The training resolution of an epoch, in pixels."""

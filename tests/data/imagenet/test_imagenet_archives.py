@@ -49,6 +49,20 @@ def test_headers_are_read_once(format, fixture, request, reads, cache):
     assert len(list(cache.iterdir())) == 2  # a file a split, and nothing half written
 
 
+@pytest.mark.parametrize(("format", "fixture"), [("webdataset", "tars"), ("tfrecord", "tfrecords")])
+def test_archives_have_the_identity_of_their_labels_and_members(format, fixture, request, tmp_path):
+    root = request.getfixturevalue(fixture)
+    first = find(root, format)
+    copy = shutil.copytree(root, tmp_path / "copy")
+    again = find(copy, format)
+    assert again.train.digest(again.classes) == first.train.digest(first.classes)
+    assert first.train.digest(first.classes).images == 120
+    assert first.val.digest(first.classes) != first.train.digest(first.classes)
+    (copy / "classes.txt").write_text("cat\ndog\nowl\nemu\nant\n")
+    named = find(copy, format)
+    assert named.train.digest(named.classes) != first.train.digest(first.classes)
+
+
 def test_an_archive_that_changed_is_read_again(tfrecords, tmp_path, reads):
     """Even if its size and the time of writing are set back."""
     root = shutil.copytree(tfrecords, tmp_path / "copy")

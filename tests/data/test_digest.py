@@ -1,0 +1,117 @@
+"""The identity of a data set, which a run compares before it goes on."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from fake_sets import cifar_files, tiny_imagenet_files, write_files
+from PIL import Image
+
+from bdkd.config import DataConfig, SyntheticConfig
+from bdkd.data import create_source
+from bdkd.data.digest import digest_names
+
+CPU = torch.device("cpu")
+
+
+def identity(source, root=None, seed=0, **options):
+    config = DataConfig(source=source, root=None if root is None else str(root), **options)
+    info = create_source(config, seed, CPU, torch.channels_last).info
+    assert set(info.digests) == set(info.files) == {"train", "test"}
+    assert all(len(digest) == 64 for digest in info.digests.values())
+    return dict(info.digests), dict(info.files)
+
+
+def make_folders(root, classes=("cat", "dog"), order=range(6)):
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in order:
+                Image.new("RGB", (40, 40), (90 * label, 9 * i, 0)).save(
+                    root / split / name / f"{i}.jpg"
+                )
+    return root
+
+
+def in_folders(source, root, **options):
+    more = {"loader": "pillow", "workers": 0} if source == "imagenet" else {}
+    return identity(source, root, image_size=32, **more, **options)
+
+
+@pytest.mark.parametrize("source", ["folder", "imagenet"])
+def test_folders_have_the_identity_of_their_class_and_file_names(source, tmp_path):
+    root = make_folders(tmp_path / "a")
+    known = in_folders(source, root)
+    assert known[1] == {"train": 12, "test": 12}
+    # The place, the order of creation, the seed and the recipe's changes do not matter.
+    other = make_folders(tmp_path / "deep" / "b", ("dog", "cat"), range(5, -1, -1))
+    assert in_folders(source, other) == known
+    assert in_folders(source, root, seed=3, validation=0.4, label_noise=0.5) == known
+    assert in_folders(source, root, train_images=4, validation=0.0) == known
+    # A class that is renamed, and so has another label, is another data set.
+    (other / "train" / "cat").rename(other / "train" / "zebra")
+    (other / "val" / "cat").rename(other / "val" / "zebra")
+    renamed = in_folders(source, other)
+    assert renamed[1] == known[1]
+    assert renamed[0]["train"] != known[0]["train"]
+    assert renamed[0]["test"] != known[0]["test"]
+    # A file that moves from one class to another changes its own split alone.
+    (root / "train" / "cat" / "0.jpg").rename(root / "train" / "dog" / "6.jpg")
+    moved = in_folders(source, root)
+    assert moved[0]["train"] != known[0]["train"]
+    assert moved[0]["test"] == known[0]["test"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet"])
+def test_a_downloaded_set_has_one_identity_wherever_it_lies(name, tmp_path):
+    files = cifar_files(name) if name == "cifar10" else tiny_imagenet_files()
+    write_files(tmp_path / "a", files)
+    write_files(tmp_path / "b", files)
+    known = identity(name, tmp_path / "a")
+    folder = tmp_path / "b" / next(iter(files)).split("/")[0]
+    assert identity(name, folder, seed=5, validation=0.3, pixel_noise=0.1) == known
+    assert sum(known[1].values()) == {"cifar10": 120, "tiny-imagenet": 30}[name]
+
+
+def test_sets_in_memory_have_the_identity_of_their_pixels_and_labels(tmp_path):
+    known = identity("digits")
+    assert known[1] == {"train": 1438, "test": 359}
+    assert identity("digits", seed=1, validation=0.0, label_noise=0.1, pixel_noise=0.2) == known
+    write_files(tmp_path, cifar_files("cifar10"))
+    before = identity("cifar10", tmp_path)[0]
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    content = bytearray(batch.read_bytes())
+    content[len(content) // 2] ^= 1  # of a pixel
+    batch.write_bytes(content)
+    after = identity("cifar10", tmp_path)[0]
+    assert after["train"] != before["train"]
+    assert after["test"] == before["test"]
+    options = {"synthetic": SyntheticConfig(images=200, classes=5), "image_size": 16}
+    made = identity("synthetic", **options)
+    assert identity("synthetic", seed=4, **options) == made
+    assert made[1] == {"train": 200, "test": 40}
+    options["synthetic"] = SyntheticConfig(images=200, classes=4)
+    assert identity("synthetic", **options)[0]["train"] != made[0]["train"]
+
+
+def test_excluded_images_do_not_belong_to_the_set(tmp_path):
+    root = make_folders(tmp_path / "a")
+    (tmp_path / "list.txt").write_text("train/cat/3.jpg\n")
+    left = in_folders("imagenet", root, exclude=str(tmp_path / "list.txt"))
+    (root / "train" / "cat" / "3.jpg").unlink()
+    assert in_folders("imagenet", root) == left
+
+
+def test_no_two_lists_of_names_have_the_same_digest():
+    """Texts that run together as bytes stay apart, and the order of a listing is not read."""
+    one = np.zeros(1, np.int64)
+    lists = [("ab", "c", b"d"), ("a", "bc", b"d"), ("a", "b", b"cd"), ("", "abc", b"d")]
+    found = {digest_names([a], one, [b], one, [c]) for a, b, c in lists}
+    assert len(found) == 4
+    labels, names = np.array([0, 1, 1]), [b"x", b"y", os.fsencode("\udcff")]
+    folders = ["f", "g"]
+    forth = digest_names(["a", "b"], labels, folders, labels, names)
+    back = digest_names(["a", "b"], labels[::-1], folders, labels[::-1], names[::-1])
+    assert forth == back
+    assert forth.images == 3
