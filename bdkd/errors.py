@@ -9,6 +9,10 @@ class RunError(Exception):
     """Something outside the program is missing, broken or in the way. The command exits 1."""
 
 
+class DamagedFile(RunError):
+    """A file whose own checksums prove that it is damaged; the message holds the proof."""
+
+
 class Interrupted(Exception):
     """A signal ended the run; its checkpoint is written. The command exits 128 + the signal."""
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kernels"}
 
 # Who may import whom: cli -> training -> objectives, data, models, evaluation -> kernels.
-LEAVES = {"bdkd.config", "bdkd.errors"}
+LEAVES = {"bdkd.config", "bdkd.errors", "bdkd.identity"}
 ALLOWED = {
     "bdkd_kernels": {"bdkd_kernels"},
     "bdkd.objectives": {"bdkd_kernels", "bdkd.objectives", *LEAVES},
@@ -23,6 +23,7 @@ ALLOWED = {
     },
     "bdkd.config": {"bdkd.errors"},
     "bdkd.errors": set(),
+    "bdkd.identity": {"bdkd.errors"},
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "accuracy and calibration of a run's networks, or of an exported one",
     "compare": "several methods and seeds on one recipe, side by side",
     "report": "one HTML page of runs: results, curves, diagrams",
+    "update-bn": "recompute the batch norm statistics of a run's networks",
     "export": "one network of a run as ONNX, torch.export or safetensors",
     "data": "bring a data set here, or look one through",
     "doctor": "what this machine can do, and how to bring what is missing",
@@ -97,7 +98,7 @@ def run(given: list[str]) -> None:
 
         known = [*COMMANDS, *(["--version", "--help", "--debug"] if command[0:1] == "-" else [])]
         raise UsageError(f"unknown command {command!r}: {nearest(command, known)}")
-    import_module(f"bdkd.cli.{command}").run(rest)
+    import_module(f"bdkd.cli.{command.replace('-', '_')}").run(rest)
 
 
 def usage() -> str:

@@ -30,6 +30,7 @@ from bdkd.config import (
     shipped_recipes,
 )
 from bdkd.errors import Interrupted, RunError, UsageError
+from bdkd.identity import refuse_other_data
 
 TEACHERS = "independent"  # the method that trains teachers for methods that need trained ones
 
@@ -381,6 +382,9 @@ def report(
     from bdkd.training.run_folder import to_json
 
     runs = [comparison.Run(run.method, run.seed, read_summary(run), run.frozen) for run in planned]
+    refuse_other_data(
+        [(str(plan.path), run.summary.get("data")) for run, plan in zip(runs, planned, strict=True)]
+    )
     rows = comparison.compare(runs, methods)
     some = runs[0].summary
     notes = comparison.notes(methods[0], some["images"], rows)

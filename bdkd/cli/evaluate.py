@@ -50,7 +50,7 @@ def measure_run(arguments: Arguments) -> dict[str, Any]:
     from bdkd.config import parse_recipe
     from bdkd.training.checkpoint import load_checkpoint
     from bdkd.training.evaluate import evaluate
-    from bdkd.training.loop import restore
+    from bdkd.training.resume import restore
     from bdkd.training.run_folder import selected_checkpoint
     from bdkd.training.setup import Setup
     from bdkd.training.state import TrainingState
@@ -59,7 +59,10 @@ def measure_run(arguments: Arguments) -> dict[str, Any]:
     text, saved = load_checkpoint(checkpoint)
     recipe = _here(arguments, parse_recipe(text, source=str(checkpoint)))
     setup = Setup(recipe, initial_weights=False)
-    state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
+    info = setup.source.info
+    state = TrainingState(
+        recipe, setup.networks, info.counts["train"], setup.device, data=info.identity()
+    )
     restore(state, checkpoint, saved)
     results = evaluate(
         state.evaluated_networks(), setup.source, arguments.split, recipe.train.batch_size,

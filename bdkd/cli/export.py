@@ -33,7 +33,7 @@ def run(given: list[str]) -> None:
 
     from bdkd.training.export import check_output, export, open_trained
     from bdkd.training.exported import SUFFIXES
-    from bdkd.training.run_folder import selected_checkpoint
+    from bdkd.training.run_folder import run_of, selected_checkpoint
 
     if arguments.output is not None:
         check_output(arguments.to, arguments.output, arguments.force)
@@ -41,7 +41,7 @@ def run(given: list[str]) -> None:
     trained = open_trained(checkpoint, arguments.network, arguments.data_root)
     facts = trained.facts
     output = arguments.output or (
-        _run_of(checkpoint) / "export" / facts.network / f"model{SUFFIXES[arguments.to]}"
+        run_of(checkpoint) / "export" / facts.network / f"model{SUFFIXES[arguments.to]}"
     )
     written = export(trained, arguments.to, output, arguments.force)
     shape = ", ".join(map(str, facts.input_shape))
@@ -56,9 +56,3 @@ def run(given: list[str]) -> None:
     )
     for file in written.files:
         print(f"written  {file}")
-
-
-def _run_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint lies in, or its own."""
-    run = checkpoint.parent.parent
-    return run if (run / "config.toml").exists() else checkpoint.parent

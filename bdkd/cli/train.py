@@ -83,7 +83,7 @@ def _train(arguments: Arguments, folder: "RunFolder", ranks: "Ranks") -> None:
     from bdkd.training.loop import train
     from bdkd.training.setup import Setup
 
-    begins = ranks.from_first(lambda: arguments.resume == "never" or not folder.checkpoint_paths())
+    begins = ranks.from_first(lambda: arguments.resume == "never" or not folder.resumable_paths())
     setup = Setup(arguments.config, initial_weights=begins, ranks=ranks)
     summary = train(
         setup, folder, arguments.resume, not arguments.quiet, launch_identity(), arguments.profile

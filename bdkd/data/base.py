@@ -7,7 +7,7 @@ needs saving, and it means the same whatever the number of workers.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -79,6 +79,15 @@ class DataInfo:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the data set, as plain values; see :mod:`bdkd.identity`."""
+        return {
+            "source": self.source,
+            "classes": list(self.classes),
+            "images": dict(self.files),
+            "digests": dict(self.digests),
+        }
 
 
 class DataSource(Protocol):

@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from bdkd.errors import RunError
+from bdkd.errors import DamagedFile, RunError
+from bdkd.training.archive import ArchiveError, check_stored_zip
+from bdkd.training.migration import FORMAT, migrate
 
-FORMAT = 2
 _KEYS = {"format", "recipe", "state"}
 
 
@@ -139,18 +140,28 @@ def save_checkpoint(path: Path, recipe_toml: str, state: Mapping[str, Any]) -> N
 
 
 def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """The recipe's text and the state of a checkpoint, on the CPU.
+    """Return the recipe's text and the state of a checkpoint, on the CPU.
+
+    A checkpoint of an older format is migrated; ``state["notices"]`` then says what it lacks.
 
     Raises:
-        RunError: missing, cut off, corrupt, not a checkpoint of ours, or one that would run code.
+        DamagedFile: the checksums prove that the file is cut off or damaged.
+        RunError: the file cannot be read here and now, is no checkpoint, or would run code.
     """
-    content = _load(path)
+    content = _load(path, checkpoint=True)
     if not _is_checkpoint(content):
-        raise RunError(f"{path} is no bdkd checkpoint: it needs {', '.join(sorted(_KEYS))}")
-    if content["format"] != FORMAT:
+        raise RunError(f"{path} is not a bdkd checkpoint: it needs {', '.join(sorted(_KEYS))}")
+    try:
+        content = migrate(content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if content["format"] in range(2, FORMAT + 1):
+            raise RunError(
+                f"{path} is not a whole bdkd checkpoint of format {content['format']}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
         raise RunError(
-            f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}"
-        )
+            f"{path} has checkpoint format {content['format']!r}; this version reads 2 to {FORMAT}"
+        ) from error
     return content["recipe"], content["state"]
 
 
@@ -228,19 +239,44 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, checkpoint: bool = False) -> Any:
+    """Return what a file of torch holds. Every checksum is verified before anything is loaded.
+
+    Args:
+        checkpoint: the file is one of ours, so it must be a zip file.
+
+    A passing failure (permissions, memory, open files, a disk that does not answer) is never called
+    damage: whoever catches :class:`DamagedFile` may put the file aside.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if checkpoint or file.read(4) == b"PK\3\4":  # torch's format before 1.6 is no zip file
+                check_stored_zip(file)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except ArchiveError as error:
+        size = path.stat().st_size
+        raise DamagedFile(f"{path} ({size:,} bytes) is damaged or cut off: {error}") from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RunError(f"no file of weights at {path}: {error.strerror}") from error
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path}: {error.strerror or first_line(error)}; the file was not changed"
+        ) from error
     except pickle.UnpicklingError as error:
         raise RunError(
-            f"refused to read {path}: it is corrupt, or holds more than tensors and plain values, "
-            "which could run code; use another file"
+            f"refused to read {path}: it holds more than tensors and plain values, which could run "
+            "code; use another file"
         ) from error
-    except Exception as error:  # torch.load raises a dozen types for a broken file
+    except Exception as error:  # torch.load raises a dozen types
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise RunError(
+                f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; "
+                "free some and try again"
+            ) from error
         raise RunError(
-            f"cannot read {path}: it is corrupt or cut off; use an earlier checkpoint"
+            f"cannot read {path}: its checksums are right, but torch {torch.__version__} cannot "
+            f"load it ({first_line(error)})"
         ) from error
 
 

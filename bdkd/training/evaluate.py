@@ -10,7 +10,7 @@ from bdkd.data import DataSource, Split
 from bdkd.errors import RunError
 from bdkd.evaluation.calibration import Calibration, CalibrationResult
 from bdkd.training.distributed import ALONE, Ranks
-from bdkd.training.step import AUTOCAST
+from bdkd.training.step import autocast
 
 
 def evaluate(
@@ -35,7 +35,6 @@ def evaluate(
             f"there are no {split} images to evaluate on (data.validation is 0): take --split test"
         )
     was_training = {name: network.training for name, network in networks.items()}
-    dtype = AUTOCAST[precision]
     meters: dict[str, Calibration] = {}
     for network in networks.values():
         network.eval()
@@ -46,7 +45,7 @@ def evaluate(
         for batch in source.eval_batches(split, share, ranks.shard):
             batches += 1
             device = batch.target.device
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(device, precision):
                 logits = {name: network(batch.views[0]) for name, network in networks.items()}
             for name, x in logits.items():
                 if name not in meters:

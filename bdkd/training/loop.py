@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from bdkd.training.compiled import announced, compiled, count_shapes
 from bdkd.training.evaluate import evaluate
 from bdkd.training.log import Console, Sink, check_sinks, flat_scalars, open_sinks
 from bdkd.training.profile import StepProfiler, in_range
+from bdkd.training.resume import print_changes, progress, restore
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup, check_step
 from bdkd.training.signals import StopRequest
@@ -55,6 +56,7 @@ def train(
     state = TrainingState(
         recipe, setup.networks, setup.source.info.counts["train"], setup.device,
         ranks=ranks, sharded=setup.sharded, controls=setup.objective.controls,
+        data=setup.source.info.identity(),
     )  # fmt: skip
     check_sinks(recipe)
     check_step(setup)
@@ -74,21 +76,31 @@ def train(
         settle(setup, state, passes)
         if found is not None:
             restore(state, *found)
+            print_changes(state, found[1])
         if continues:
             where = found[0] if found else "the beginning: no checkpoint was written"
-            print(f"continuing at step {state.position.step}, from {where}", flush=True)
+            print(
+                f"continuing at step {state.position.step}, from {where} ({progress(state)})",
+                flush=True,
+            )
+            if not state.remaining_steps():
+                print(
+                    f"nothing is left to train: train.epochs is {recipe.train.epochs} and "
+                    f"max_steps {recipe.max_steps}", flush=True,
+                )  # fmt: skip
         sinks = []
         if ranks.first:
             folder.write_config(recipe)  # a refused resume has changed nothing
             folder.drop_after(state.position.step)
             sinks = open_sinks(recipe, folder.path, folder.events, state.position.step)
-        console = Console(last_step(state), state.position.step, bar and ranks.first)
+        remaining = state.remaining_steps()
+        console = Console(state.position.step + remaining, state.position.step, bar and ranks.first)
         try:
             # Alone, nobody can keep a step from ending.
             with (
                 StopRequest(None if ranks.alone else recipe.distributed.grace) as stop,
-                StepProfiler(profiled_steps, last_step(state) - state.position.step, folder.path,
-                             setup.device, console.line, ranks.rank) as profiler,
+                StepProfiler(profiled_steps, remaining, folder.path, setup.device, console.line,
+                             ranks.rank) as profiler,
             ):  # fmt: skip
                 Run(setup, state, folder, sinks, console, stop, writer, passes, profiler).run()
         finally:
@@ -120,42 +132,10 @@ def whole(setup: Setup, state: TrainingState, folder: RunFolder) -> TrainingStat
     if not setup.sharded:
         return state
     images, device = setup.source.info.counts["train"], setup.device
-    alone = TrainingState(setup.recipe, setup.fresh_networks(), images, device)
+    data = setup.source.info.identity()
+    alone = TrainingState(setup.recipe, setup.fresh_networks(), images, device, data=data)
     alone.load_state_dict(load_checkpoint(folder.step_path(state.position.step))[1])
     return alone
-
-
-def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
-    """Load a checkpoint's state; a checkpoint of other networks is refused in one line."""
-    try:
-        images = saved["train_images"]
-        state.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path} holds other networks or another optimizer than the recipe: resume with the "
-            f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
-            "--run-dir"
-        ) from error
-    if images != state.train_images:
-        raise RunError(
-            f"{path} was trained on {images} images, the data now has {state.train_images}: "
-            "restore the data set or data.validation, or choose another --run-dir"
-        )
-    before, now = len(saved["ranks"]), state.ranks.world
-    if before != now:
-        print(
-            f"resuming on {now} rank{'s' * (now > 1)} what {before} began: the batches stay as "
-            "they were, image for image, and so does the learning rate; sums round otherwise, "
-            "dropout draws anew, and batch norm without distributed.sync_batch_norm normalises "
-            f"over {state.recipe.train.batch_size // now} images instead of "
-            f"{state.recipe.train.batch_size // before}",
-            flush=True,
-        )
-
-
-def last_step(state: TrainingState) -> int:
-    limit = state.recipe.max_steps
-    return state.total_steps if limit is None else min(limit, state.total_steps)
 
 
 class Run:
@@ -180,7 +160,7 @@ class Run:
         self.step: Callable[[Batch], None] = (
             CapturedStep(setup, state, passes) if self.recipe.train.cuda_graph else self.one_step
         )
-        self.end = last_step(state)
+        self.end = state.position.step + state.remaining_steps()
         self.saved = time.monotonic()  # when the last checkpoint was
         self.since = time.monotonic()  # what position.seconds does not count yet
         self.clock = time.monotonic()  # of the log interval; stands still while evaluating, saving
@@ -272,7 +252,7 @@ class Run:
                 f"skipped up to {longest} steps in a row: losses or gradients were not finite"
             )
         if longest >= self.recipe.train.max_skipped:
-            saved = self.folder.checkpoint_paths()
+            saved = self.folder.resumable_paths()
             good = f"the last good checkpoint is {saved[0]}" if saved else "none is saved yet"
             raise RunError(
                 f"losses or gradients were not finite for {longest} steps in a row: {good}; "

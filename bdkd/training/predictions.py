@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bdkd.data import DataSource, Split
 from bdkd.evaluation.predictions import NetworkPredictions, Predictions, featured_images
-from bdkd.training.step import AUTOCAST
+from bdkd.training.step import autocast
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -34,7 +34,7 @@ def predict(
         for batch in source.eval_batches(split, batch_size):
             targets.append(batch.target)
             for name, network in networks.items():
-                with _autocast(batch.target.device, precision):
+                with autocast(batch.target.device, precision):
                     logits = network(batch.views[0])  # (B, C)
                 p = logits.double().softmax(-1)
                 entropy = torch.special.entr(p).sum(-1)
@@ -90,7 +90,7 @@ def _features(
                 forward = getattr(network, "forward_features", None)
                 if forward is None:
                     continue
-                with _autocast(batch.target.device, precision):
+                with autocast(batch.target.device, precision):
                     x = forward(images)  # (M, F), or not yet pooled (M, F, H, W)
                 x = x.float().mean((2, 3)) if x.ndim == 4 else x.float()
                 features[name].append(x.clamp(-HALF_MAX, HALF_MAX).half().cpu())
@@ -98,8 +98,3 @@ def _features(
         if seen > last:
             break
     return features
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

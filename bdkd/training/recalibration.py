@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bdkd.data import DataSource
 from bdkd.evaluation.temperature import fit_temperature
 from bdkd.training.evaluate import evaluate
-from bdkd.training.step import AUTOCAST
+from bdkd.training.step import autocast
 
 
 class Scaled(nn.Module):
@@ -59,7 +59,6 @@ def fit_temperatures(
     if source.info.counts["val"] == 0:
         return dict.fromkeys(networks)
     was_training = {name: network.training for name, network in networks.items()}
-    dtype = AUTOCAST[precision]
     logits: dict[str, list[Tensor]] = {name: [] for name in networks}
     targets: list[Tensor] = []
     for network in networks.values():
@@ -67,7 +66,7 @@ def fit_temperatures(
     with torch.inference_mode():
         for batch in source.eval_batches("val", batch_size):
             targets.append(batch.target)
-            with torch.autocast(batch.target.device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(batch.target.device, precision):
                 for name, network in networks.items():
                     logits[name].append(network(batch.views[0]))  # (B, C)
         target = torch.cat(targets)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bdkd.config import Recipe, parse_recipe, to_toml
-from bdkd.errors import RunError
+from bdkd.errors import DamagedFile, RunError
 from bdkd.evaluation.predictions import Predictions, to_bytes
 from bdkd.training.checkpoint import (
     first_line,
@@ -51,23 +51,24 @@ class RunFolder:
             return False
 
     def open_for_training(self, resume: str, identity: str | None = None) -> bool:
-        """Make and lock the folder; whether there is a run in it to continue. A run that ended
-        before its first checkpoint is continued from its beginning.
+        """Create and lock the folder. Returns whether it holds a run to continue, which may have
+        been stopped before its first checkpoint.
 
         Args:
             resume: ``never``, ``auto`` (if there is something to resume) or ``require``.
             identity: of the launch, remembered for :meth:`launched_by`.
 
         Raises:
-            RunError: it cannot be written, another process trains in it, or it holds a run (or
-                none) against what was asked.
+            RunError: the folder cannot be written, another process trains in it, it holds a run
+                (or none) contrary to ``resume``, or it holds a run without ``config.toml``.
         """
-        if resume == "require" and not self.config.exists():
+        started = self._holds_run()
+        if resume == "require" and not started:
             raise RunError(f"nothing to resume: {self.path} holds no run")
         try:
             for folder in (self.path, self.checkpoints, self.figures):
                 folder.mkdir(parents=True, exist_ok=True)
-            # "a": whoever is refused has changed nothing
+            # "a": if this run is refused, the file has not changed
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held while the run lives
         except OSError as error:
             raise RunError(
@@ -75,10 +76,10 @@ class RunFolder:
                 "choose another with --run-dir"
             ) from error
         self._wait_for_lock(LOCK_SECONDS if identity and self.launched_by(identity) else 0.0)
+        started = self._holds_run()  # another process may have begun one meanwhile
         for folder in (self.path, self.checkpoints, self.figures):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()  # of a writer that was killed; under the lock there is no other
-        started = self.config.exists()
         if started and resume == "never":
             raise RunError(
                 f"{self.path} already holds a run: continue it with --resume or choose another "
@@ -88,6 +89,22 @@ class RunFolder:
         self._lock.write(identity or "")
         self._lock.flush()
         return started
+
+    def _holds_run(self) -> bool:
+        """Whether a run has begun here. ``RunError`` if it has lost its ``config.toml``."""
+        try:
+            if self.config.exists():
+                return True
+            left = [p for p in (self.summary, self.metrics) if p.exists()]
+        except OSError as error:
+            raise RunError(f"cannot read {self.path}: {error.strerror or error}") from error
+        left += [p for p in self._checkpoint_files() if not p.name.startswith(".")]
+        if left:
+            raise RunError(
+                f"{self.path} holds {left[0].relative_to(self.path)} of a run, but no config.toml: "
+                "put it back to resume that run, or choose another --run-dir"
+            )
+        return False
 
     def _wait_for_lock(self, seconds: float) -> None:
         assert self._lock is not None
@@ -132,11 +149,30 @@ class RunFolder:
         write_atomically(self.predictions, lambda file: file.write(content))
 
     def checkpoint_paths(self, kind: str = "step") -> list[Path]:
-        """Checkpoints, ``step`` or ``best``, by step, the newest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        named = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in self.checkpoints.iterdir())
+        """Return the checkpoints, ``step`` or ``best``, the newest first.
+
+        Raises:
+            RunError: the folder is there and cannot be read.
+        """
+        named = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in self._checkpoint_files())
         return sorted((p for match, p in named if match and match[1] == kind), reverse=True)
+
+    def resumable_paths(self) -> list[Path]:
+        """Return all checkpoints, the newest first. The best student's file has the whole state
+        too, and is the newest one if the run was killed before it saved again."""
+        saved = [*self.checkpoint_paths("step"), *self.checkpoint_paths("best")]
+        return sorted(saved, key=step_of, reverse=True)
+
+    def _checkpoint_files(self) -> list[Path]:
+        try:
+            return list(self.checkpoints.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise RunError(
+                f"cannot read the folder {self.checkpoints}: {error.strerror or error}; nothing "
+                "was changed"
+            ) from error
 
     def step_path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.pt"
@@ -169,41 +205,61 @@ class RunFolder:
         self._truncate_metrics(step)
 
     def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, or None where there is none at all; ``warn`` is
-        told of each that cannot be read.
+        """Return the newest checkpoint, or None if the run was stopped before its first one.
+
+        A checkpoint whose checksums prove that it is damaged is renamed to ``*.damaged``, ``warn``
+        gets the proof, and the one before is taken. Any other failure may pass, so it ends the
+        command and changes nothing.
 
         Raises:
-            RunError: there are some, and none can be read.
+            RunError: a checkpoint cannot be read, or the run has had checkpoints and has none now.
         """
-        failures = []
-        for path in self.checkpoint_paths():
+        for path in self.resumable_paths():
             try:
-                _, state = load_checkpoint(path)
-            except RunError as error:
-                failures.append(error)
-                # Out of the way, so that it is never counted as one of those to keep.
-                path.rename(path.with_suffix(".unreadable"))
-                warn(f"{error}; it is now {path.with_suffix('.unreadable').name}")
-            else:
-                return path, state
-        if failures:
-            raise RunError(
-                f"no checkpoint in {self.checkpoints} can be read: remove them to start anew, or "
-                "choose another --run-dir"
-            ) from failures[0]
+                return path, load_checkpoint(path)[1]
+            except DamagedFile as error:
+                aside = path.with_suffix(".damaged")
+                try:
+                    path.rename(aside)  # or it would count as one of those to keep
+                except OSError as reason:
+                    raise RunError(
+                        f"{error}; it could not be renamed to {aside.name}: "
+                        f"{reason.strerror or reason}"
+                    ) from error
+                warn(f"{error}; it is now {aside.name}")
+        self._refuse_to_start_over()
         return None
 
+    def _refuse_to_start_over(self) -> None:
+        """Raise ``RunError`` if a run without checkpoints was once saved: to continue it from step
+        0 would overwrite what is left of it."""
+        files = self._checkpoint_files()
+        aside = [p.name for p in files if p.suffix in (".damaged", ".unreadable")]
+        last = max((line["step"] for line in self.read_metrics()), default=0)
+        # A first checkpoint that is still being written is waited for before the second one.
+        written = last > 2 * self.read_config().checkpoint.every_steps
+        if aside:
+            found = f"it holds {', '.join(sorted(aside))}"
+        elif self.summary.exists() or written:
+            found = f"the run had come to step {last}, so it was saved once"
+        else:
+            return
+        raise RunError(
+            f"no checkpoint in {self.checkpoints} to resume from ({found}): put one back, or "
+            "choose another --run-dir to start anew"
+        )
+
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines that can be read: a run that was killed may have cut off its last one."""
+        """Return the lines that can be read: a run that was killed may have cut off its last."""
         if not self.metrics.exists():
             return []
         lines = []
         for line in self.metrics.read_bytes().splitlines(keepends=True):
             try:
                 values = json.loads(line)
-            except ValueError:  # not JSON, or not even text
+            except (ValueError, RecursionError):  # not JSON, or not even text
                 continue
-            if line.endswith(b"\n") and isinstance(values, dict) and "step" in values:
+            if line.endswith(b"\n") and _is_line_of_metrics(values):
                 lines.append(values)
         return lines
 
@@ -253,6 +309,12 @@ class RunFolder:
         self._unwritten.clear()
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to, or the checkpoint's own folder."""
+    run = checkpoint.parent.parent
+    return run if (run / "config.toml").exists() else checkpoint.parent
+
+
 def selected_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: a file, or the selected one of a run's folder."""
     if path.is_file():
@@ -272,6 +334,14 @@ def selected_checkpoint(path: Path) -> Path:
             f"--run-dir {path}"
         )
     return saved[0]
+
+
+def _is_line_of_metrics(values: Any) -> bool:
+    return (
+        isinstance(values, dict)
+        and type(values.get("step")) is int
+        and isinstance(values.get("split"), str)
+    )
 
 
 def step_of(checkpoint: Path) -> int:

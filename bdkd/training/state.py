@@ -18,7 +18,7 @@ from bdkd.training.checkpoint import snapshot
 from bdkd.training.distributed import ALONE, Ranks
 from bdkd.training.meter import TrainingMeter
 from bdkd.training.networks import Networks, build_optimizer, on_all_ranks, unsharded
-from bdkd.training.schedule import rate_factor
+from bdkd.training.schedule import Span
 
 if TYPE_CHECKING:
     from bdkd.training.sharding import Sharding
@@ -51,6 +51,7 @@ class TrainingState:
     Args:
         sharded: networks whose weights are shared out among the ranks.
         controls: the method decides batch by batch which networks train.
+        data: the identity of the data set (:meth:`bdkd.data.DataInfo.identity`).
 
     Attributes:
         model: the networks as a step calls them, under DDP where there are several ranks.
@@ -66,6 +67,7 @@ class TrainingState:
         ranks: Ranks = ALONE,
         sharded: Sequence[str] = (),
         controls: bool = False,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe, self.networks, self.device, self.ranks = recipe, networks, device, ranks
         # DDP waits for a gradient of every network, and one may pause.
@@ -88,11 +90,14 @@ class TrainingState:
                 name + EMA_SUFFIX: copy.deepcopy(networks.members[name]).requires_grad_(False)
                 for name in self.students
             }
+        # Updates that the averages have had, on the device: a captured step counts them too.
+        self.ema_updates = torch.zeros((), dtype=torch.int64, device=device)
         self.meter = TrainingMeter(list(recipe.networks), device)
         self.train_images = train_images
+        self.data = data
         self.steps_per_epoch = train_images // recipe.train.batch_size
-        self.total_steps = self.steps_per_epoch * recipe.train.epochs
         self.position = Position()
+        self.span = Span(recipe.train.batch_size, recipe.train.epochs)
         self.best: Best | None = None
         # (3,) on the device: steps skipped, skipped in a row now, longest such row since last read
         self.skipped = torch.zeros(3, dtype=torch.int64, device=device)
@@ -127,10 +132,23 @@ class TrainingState:
             )
         self.scaler.unscale_(self.optimizer)
 
+    def remaining_steps(self) -> int:
+        """Optimizer steps from here to the end that the recipe asks for; 0 at or past the end."""
+        position, train, limit = self.position, self.recipe.train, self.recipe.max_steps
+        if position.epoch >= train.epochs:
+            return 0
+        in_epoch = (self.train_images - position.seen) // train.batch_size
+        steps = in_epoch + (train.epochs - position.epoch - 1) * self.steps_per_epoch
+        return steps if limit is None else max(0, min(steps, limit - position.step))
+
+    def schedule_step(self) -> float:
+        """Steps of the schedule that are done; they are the optimizer's steps unless a resume has
+        changed the batch size."""
+        return self.span.step(self.position.epoch, self.position.seen, self.train_images)
+
     def set_learning_rate(self) -> None:
-        factor = rate_factor(
-            self.recipe.schedule, self.position.step, self.steps_per_epoch, self.total_steps
-        )
+        """Set the rate of the step that follows."""
+        factor = self.span.factor(self.recipe.schedule, self.schedule_step(), self.train_images)
         for group in self.optimizer.param_groups:
             rate = group["peak_rate"] * factor
             if isinstance(group["lr"], Tensor):  # of a captured step, which knows its address
@@ -166,22 +184,29 @@ class TrainingState:
 
     @torch.no_grad()
     def update_ema(self, finite: Tensor) -> None:
-        """Move the students' averages towards them, by nothing where the step was skipped."""
+        """Move the students' averages towards the students, unless the step was skipped.
+
+        Parameters and floating-point buffers (the statistics of batch norm) are averaged with the
+        same decay; counters are copied. The decay warms up as in timm's ``ModelEmaV3``:
+        ``min(ema_decay, 1 - (1 + updates)^(-2/3))``.
+        """
         if not self.ema:
             return
         assert self.recipe.train.ema_decay is not None
-        weight = (1 - self.recipe.train.ema_decay) * finite.float()
+        kept = 1 - (1.0 + self.ema_updates.double()) ** (-2 / 3)
+        weight = (1 - kept.clamp(max=self.recipe.train.ema_decay)).float() * finite.float()
         for name, average in self.ema.items():
             student = self.networks.members[name.removesuffix(EMA_SUFFIX)]
-            mine: list[Tensor] = list(average.parameters())
-            theirs: list[Tensor] = list(student.parameters())
+            pairs = list(zip(_tensors(average), _tensors(student), strict=True))
+            averaged = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+            counters = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
+            mine, theirs = map(list, zip(*averaged, strict=True))
             difference = torch._foreach_sub(theirs, mine)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(mine, difference)
-            # Running statistics are averages already.
-            buffers = list(average.buffers())
-            if buffers:
-                torch._foreach_copy_(buffers, list(student.buffers()))
+            if counters:
+                torch._foreach_copy_([mine for mine, _ in counters], [own for _, own in counters])
+        self.ema_updates += finite.long()
 
     def count_skipped(self, finite: Tensor) -> None:
         """Count the step if it was skipped, on the device."""
@@ -218,19 +243,23 @@ class TrainingState:
             return None
         return {
             "train_images": self.train_images,
+            "data": self.data,
             "networks": networks,
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
+            "ema_updates": self.ema_updates,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "position": dict(vars(self.position)),
+            "schedule": dict(vars(self.span)),
             "best": dict(vars(self.best)) if self.best else None,
             "ranks": of_ranks,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state, bit for bit where there are as many ranks as then. What the
-        saved run did not have (averages, a loss scale) begins afresh."""
+        """Continue from a saved state: bit for bit if the recipe and the number of ranks are the
+        same. State that the saved run did not have (averages, a loss scale) starts new. A changed
+        number of epochs changes the schedule as :meth:`Span.with_epochs` describes."""
         networks, optimizer = saved["networks"], saved["optimizer"]
         if self.sharding is not None:
             networks = self.sharding.share_out_weights(networks, self.networks.state_dict())
@@ -239,6 +268,8 @@ class TrainingState:
         for name, average in self.ema.items():
             student = self.networks.members[name.removesuffix(EMA_SUFFIX)]
             average.load_state_dict(saved["ema"].get(name) or student.state_dict())
+        if saved["ema"]:
+            self.ema_updates.copy_(torch.as_tensor(saved["ema_updates"]))
         # Moments are the saved ones; rates and decays the recipe's, which a resumed run may have
         # been given anew.
         groups = self.optimizer.param_groups
@@ -250,6 +281,12 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
         self.skipped.copy_(torch.as_tensor(saved["skipped"]))
         self.position = Position(**saved["position"])
+        self.span = Span(**saved["schedule"])
+        if self.span.epochs != self.recipe.train.epochs:
+            self.span = self.span.with_epochs(
+                self.recipe.train.epochs, self.recipe.schedule, self.schedule_step(),
+                self.train_images,
+            )  # fmt: skip
         self.best = Best(**saved["best"]) if saved["best"] else None
         self._load_of_ranks(saved["ranks"])
 
@@ -266,3 +303,8 @@ class TrainingState:
         torch.set_rng_state(rng["cpu"].cpu())
         if self.device.type == "cuda" and rng["cuda"] is not None:
             torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in the order of the module."""
+    return [*network.parameters(), *network.buffers()]

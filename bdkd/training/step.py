@@ -15,6 +15,13 @@ from bdkd.training.state import TrainingState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a ``train.precision``; for fp32 it does nothing."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 # Of one part of a step's batch; the gradients are added to what the parameters hold.
 Passes = Callable[
     [nn.Module, Objective, Batch, TrainConfig, float, Tensor, Ranks],
@@ -33,8 +40,7 @@ def forward_and_loss(
     run: RunAll = in_turn,
 ) -> tuple[dict[str, Tensor], ObjectiveOutput]:
     """Logits and losses of all networks."""
-    dtype = AUTOCAST[options.precision]
-    with torch.autocast(batch.target.device.type, dtype=dtype, enabled=dtype is not None):
+    with autocast(batch.target.device, options.precision):
         logits = model(batch.views, run)
     active = None
     if objective.controls:  # on the whole batch, so that all ranks decide alike

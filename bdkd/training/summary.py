@@ -53,6 +53,7 @@ def summarise(setup: Setup, state: TrainingState, folder: RunFolder) -> dict[str
         "selected_step": state.position.step,
         "split": "test",
         "images": setup.source.info.counts["test"],
+        "data": setup.source.info.identity(),
         "objective": {k: v for k, v in asdict(recipe.objective).items() if v is not None},
         "networks": {
             name: {**describe(setup, name, network, results[name]), **recalibrated[name]}
@@ -90,7 +91,6 @@ def describe(
 
 def throughput(folder: RunFolder) -> float | None:
     """Median images a second over the log intervals of training."""
-    rates = [
-        line["images_per_second"] for line in folder.read_metrics() if line["split"] == "train"
-    ]
+    lines = [line for line in folder.read_metrics() if line["split"] == "train"]
+    rates = [r for line in lines if isinstance(r := line.get("images_per_second"), int | float)]
     return median(rates) if rates else None

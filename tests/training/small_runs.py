@@ -24,6 +24,10 @@ SMALL = [
 ]  # fmt: skip
 
 
+# A run of a second, for what does not depend on what is learned.
+TINY_RUN = [str(Path(__file__).with_name("tiny.toml"))]
+
+
 def bdkd(
     *arguments: str, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess:

@@ -1,11 +1,14 @@
-"""The learning rate at steps where it is known by hand."""
+"""The learning rate: values known by hand, every boundary, and resumed runs."""
 
 import itertools
+import math
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from bdkd.config import ScheduleConfig
-from bdkd.training.schedule import rate_factor
+from bdkd.training.schedule import Span, rate_factor
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,107 @@ def test_rate_never_jumps_at_the_end_of_a_warmup():
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 0.1
     assert min(rates) >= 0
     assert max(rates) == 1.0
+
+
+# The peak is in the last step of the warm-up, and from there the rate never rises again.
+@pytest.mark.parametrize(
+    ("warmup", "total", "expected"),
+    [
+        (4, 12, [0.25, 0.5, 0.75, 1.0, 1.0, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]),
+        (1, 2, [1.0, 1.0]),
+        (4, 4, [0.25, 0.5, 0.75, 1.0]),
+        (4, 5, [0.25, 0.5, 0.75, 1.0, 1.0]),
+        (0, 2, [1.0, 0.5]),
+        (6, 3, [1 / 6, 2 / 6, 3 / 6]),  # stopped inside the warm-up
+    ],
+)
+def test_cosine_with_warmup(warmup, total, expected):
+    config = ScheduleConfig("cosine", "steps", warmup=warmup)
+    rates = [rate_factor(config, step, 10, total) for step in range(total)]
+    assert rates == pytest.approx(expected, abs=5e-4)
+
+
+lengths = st.one_of(st.integers(0, 60).map(float), st.floats(0, 60))
+schedules = st.builds(
+    ScheduleConfig,
+    st.sampled_from(["cosine", "step", "constant"]),
+    st.sampled_from(["epochs", "steps"]),
+    warmup=lengths,
+    milestones=st.lists(lengths, max_size=3).map(tuple),
+    factor=st.floats(0.01, 1),
+    final=st.floats(0, 1),
+)
+
+
+@given(schedules, st.integers(1, 40), st.integers(1, 40))
+def test_a_schedule_rises_to_its_peak_and_falls(config, steps_per_epoch, epochs):
+    total = steps_per_epoch * epochs
+    rates = [rate_factor(config, step, steps_per_epoch, total) for step in range(total)]
+    unit = steps_per_epoch if config.unit == "epochs" else 1
+    assume(all(milestone >= config.warmup for milestone in config.milestones))
+    top = max(0, math.ceil(round(config.warmup * unit, 9)) - 1)  # the step that ends the warm-up
+    assert 0 <= min(rates) <= max(rates) <= 1
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    if top < total and not (
+        config.name == "step" and min(config.milestones, default=1) * unit <= top
+    ):
+        assert rates[top] == 1.0
+
+
+@given(st.integers(1, 400), st.integers(1, 60), st.integers(0, 30), st.integers(1, 30))
+def test_boundaries_in_epochs_are_exact(steps_per_epoch, tenths, after, factor):
+    """0.1 epochs of 30 steps are 3 steps: rounding of the product moves no boundary."""
+    assume(tenths * steps_per_epoch % 10 == 0)
+    milestone = tenths * steps_per_epoch // 10
+    config = ScheduleConfig("step", milestones=(tenths / 10,), factor=1 / factor)
+    before = rate_factor(config, milestone - 1, steps_per_epoch, 10**6)
+    assert before == 1.0
+    assert rate_factor(config, milestone + after, steps_per_epoch, 10**6) == 1 / factor
+
+
+def walk(span, config, images, batch_size, epoch, seen):
+    """The rates of the steps from a place to the end, as a run takes them."""
+    while epoch < span.epochs:
+        if seen + batch_size > images:
+            epoch, seen = epoch + 1, 0
+            continue
+        yield span.factor(config, span.step(epoch, seen, images), images)
+        seen += batch_size
+
+
+@given(schedules, st.integers(20, 300), st.integers(2, 20), st.integers(1, 6))
+def test_an_unchanged_run_counts_optimizer_steps(config, images, batch_size, epochs):
+    span, per_epoch = Span(batch_size, epochs), images // batch_size
+    came = list(walk(span, config, images, batch_size, 0, 0))
+    total = per_epoch * epochs
+    assert came == [rate_factor(config, step, per_epoch, total) for step in range(total)]
+
+
+@given(
+    schedules, st.integers(40, 300), st.integers(2, 20), st.integers(2, 40), st.integers(2, 6),
+    st.integers(2, 6), st.data(),
+)  # fmt: skip
+def test_a_resumed_schedule_continues(config, images, batch_size, other, epochs, others, data):
+    """Another batch size and another number of epochs: the rate at the place of the resume is the
+    rate of before, it stays in [0, 1], and a cosine reaches its end with the new last epoch."""
+    span = Span(batch_size, epochs)
+    epoch = data.draw(st.integers(0, min(epochs, others) - 1))
+    seen = data.draw(st.integers(0, images // batch_size - 1)) * batch_size
+    step = span.step(epoch, seen, images)
+    before = span.factor(config, step, images)
+    resumed = span.with_epochs(others, config, step, images)
+    assert resumed.factor(config, step, images) == pytest.approx(before, abs=1e-9)
+    rates = list(walk(resumed, config, images, other, epoch, seen))
+    assert all(0 <= rate <= 1 for rate in rates)
+    end = span.steps_per_epoch(images) * others
+    if config.name == "cosine" and config.warmup == 0:
+        assert resumed.factor(config, end, images) == pytest.approx(config.final)
+
+
+def test_a_decay_that_has_ended_begins_again():
+    config = ScheduleConfig("cosine")
+    span = Span(10, 3)
+    resumed = span.with_epochs(6, config, span.step(3, 0, 100), 100)
+    assert resumed == Span(10, 6)
+    assert resumed.factor(config, resumed.step(3, 0, 100), 100) == pytest.approx(0.5)

@@ -151,16 +151,34 @@ def test_clipping_is_by_network():
         assert clipped == pytest.approx(min(norm[name], limit), rel=1e-4)
 
 
-def test_ema_follows_the_student():
-    state = tiny_state(ema_decay=0.8)
-    expected = state.networks.members["student"][4].weight.detach().clone()
-    for seed in range(3):
-        run_steps(state, [a_batch(seed=seed)])
-        expected = 0.8 * expected + 0.2 * state.networks.members["student"][4].weight.detach()
-    average = state.ema["student_ema"]
-    torch.testing.assert_close(average[4].weight, expected)
-    assert torch.equal(average[1].running_mean, state.networks.members["student"][1].running_mean)
+def test_ema_averages_weights_and_batch_norm_statistics():
+    """timm's ModelEmaV3 with warm-up: decay 0 in the first update, then 1 - (1 + n)^(-2/3)."""
+    state = tiny_state(ema_decay=0.6)
+    student, average = state.networks.members["student"], state.ema["student_ema"]
+    keys = ("4.weight", "1.weight", "1.running_mean", "1.running_var")
+    expected = {}
+    for update in range(6):
+        run_steps(state, [a_batch(seed=update)])
+        decay = min(0.6, 1 - (1 + update) ** (-2 / 3))
+        now = student.state_dict()
+        expected = {k: decay * expected.get(k, 0.0) + (1 - decay) * now[k].clone() for k in keys}
+        for key in keys:
+            torch.testing.assert_close(average.state_dict()[key], expected[key], msg=key)
+    assert torch.equal(average[1].num_batches_tracked, student[1].num_batches_tracked)
+    assert not torch.equal(average[1].running_mean, student[1].running_mean)
     assert list(state.ema) == ["student_ema"]
+
+
+def test_a_skipped_step_does_not_count_as_an_update_of_the_average():
+    state = tiny_state(ema_decay=0.9)
+    run_steps(state, [a_batch(seed=0), a_batch(seed=1)])
+    before = {k: v.clone() for k, v in state.ema["student_ema"].state_dict().items()}
+    batch = a_batch(seed=2)
+    batch.views[0].fill_(torch.nan)
+    run_steps(state, [batch])
+    assert int(state.ema_updates) == 2
+    for key, value in state.ema["student_ema"].state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 # lift_fresh brings a Python number to the device through a copy from the host

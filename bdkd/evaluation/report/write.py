@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdkd.errors import RunError
+from bdkd.identity import refuse_other_data
 
 from .groups import group_runs
 from .page import render
@@ -21,9 +22,11 @@ def write_report(
         tsne: draw the features, which takes some seconds a network.
 
     Raises:
-        RunError: a path holds no run, or the page cannot be written; an old page is then whole.
+        RunError: a path holds no run, the runs were tested on different data sets, or the page
+            cannot be written; an old page is then whole.
     """
     runs = [read_run(path) for path in find_runs(paths)]
+    refuse_other_data([(str(run.path), run.summary.get("data")) for run in runs])
     page, warnings = render(group_runs(runs), read_comparisons(paths), tsne, title)
     try:
         _write(page, output.resolve())

@@ -1,0 +1,67 @@
+"""The identity of a data set, as a run's checkpoints and ``summary.json`` keep it.
+
+:meth:`bdkd.data.DataInfo.identity` makes it: the source, the class names in the order of their
+labels, and for "train" and "test" the number of images and a digest of the list of files.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bdkd.errors import RunError
+
+
+def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
+    """Describe the first difference between two identities; empty if they are equal, or if one of
+    them is not known (runs of older versions did not keep it)."""
+    if not before or not now or not before["digests"] or not now["digests"] or before == now:
+        return ""
+    if before["source"] != now["source"]:
+        return f"it is {now['source']} and was {before['source']}"
+    classes, others = list(before["classes"]), list(now["classes"])
+    if len(classes) != len(others):
+        return f"it has {len(others)} classes and had {len(classes)}{_odd_names(classes, others)}"
+    for label, (was, name) in enumerate(zip(classes, others, strict=True)):
+        if was != name:
+            return f"class {label} is {name!r} and was {was!r}"
+    for split, count in before["images"].items():
+        if now["images"].get(split) != count:
+            return f"it has {now['images'].get(split)} {split} images and had {count}"
+    for split, digest in before["digests"].items():
+        if now["digests"].get(split) != digest:
+            return f"its {split} images are other files, of the same number"
+    return ""
+
+
+def refuse_other_data(runs: Sequence[tuple[str, Any]]) -> None:
+    """Raise ``RunError`` unless all runs have the same data set.
+
+    Args:
+        runs: the name of each run, and its identity, or None if it is not known.
+    """
+    known = [(name, data) for name, data in runs if _is_identity(data)]
+    for name, data in known[1:]:
+        first, before = known[0]
+        if differs := difference(before, data):
+            raise RunError(
+                f"{name} has another data set than {first}: {differs}; their results cannot be "
+                "compared, so give the runs of one data set"
+            )
+
+
+def _is_identity(data: Any) -> bool:
+    """Whether a value read from a file has the shape of an identity."""
+    return (
+        isinstance(data, Mapping)
+        and isinstance(data.get("source"), str)
+        and isinstance(data.get("classes"), list)
+        and isinstance(data.get("images"), Mapping)
+        and isinstance(data.get("digests"), Mapping)
+    )
+
+
+def _odd_names(before: list[str], now: list[str]) -> str:
+    """Up to three names that only one of two lists has."""
+    gone = [f"without {name!r}" for name in before if name not in set(now)]
+    new = [f"with {name!r}" for name in now if name not in set(before)]
+    shown = (gone + new)[:3]
+    return f" ({', '.join(shown)})" if shown else ""

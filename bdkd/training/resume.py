@@ -1,0 +1,77 @@
+"""Loading a checkpoint into a run: what must fit, and what the user is told."""
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bdkd.errors import RunError
+from bdkd.identity import difference
+from bdkd.training.schedule import Span
+from bdkd.training.state import TrainingState
+
+
+def progress(state: TrainingState) -> str:
+    """How far a run is, in epochs and images."""
+    epoch, seen = state.position.epoch, state.position.seen
+    images = f" and {seen:,} of {state.train_images:,} images" if seen else ""
+    return f"{epoch} epoch{'s' * (epoch != 1)}{images} done"
+
+
+def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
+    """Load a checkpoint's state and print what the user should know about it.
+
+    Raises:
+        RunError: the checkpoint has other networks, or was trained on another data set.
+    """
+    check_data(path, saved, state.data)
+    try:
+        images = saved["train_images"]
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} holds other networks or another optimizer than the recipe: resume with the "
+            f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
+            "--run-dir"
+        ) from error
+    if images != state.train_images:
+        raise RunError(
+            f"{path} was trained on {images} images, the data now has {state.train_images}: "
+            "restore the data set or data.validation, or choose another --run-dir"
+        )
+    for notice in saved["notices"] if state.ranks.first else ():
+        print(f"{path}: {notice}", file=sys.stderr, flush=True)
+
+
+def check_data(path: Path, saved: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
+    """Raise ``RunError`` if a checkpoint was trained on another data set than this one."""
+    if differs := difference(saved["data"], data):
+        raise RunError(
+            f"the data set here is not the one that {path} was trained on: {differs}; restore it, "
+            "or give the right folder with --data.root (train) or --data-root (evaluate, export)"
+        )
+
+
+def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
+    """Say what a resumed run does otherwise than the session that saved its checkpoint."""
+    before, now = len(saved["ranks"]), state.ranks.world
+    if before != now:
+        print(
+            f"resuming on {now} rank{'s' * (now > 1)} what {before} began: the batches stay as "
+            "they were, image for image, and so does the learning rate; sums round otherwise, "
+            "dropout draws anew, and batch norm without distributed.sync_batch_norm normalises "
+            f"over {state.recipe.train.batch_size // now} images instead of "
+            f"{state.recipe.train.batch_size // before}",
+            flush=True,
+        )
+    step, images = state.schedule_step(), state.train_images
+    schedule, span = state.recipe.schedule, Span(**saved["schedule"])
+    old, new = (s.factor(schedule, step, images) for s in (span, state.span))
+    if state.remaining_steps() and not math.isclose(old, new, abs_tol=1e-6):
+        print(
+            f"the schedule of {span.epochs} epochs had ended: for train.epochs "
+            f"{state.span.epochs} the learning rate rises again, from {old:.3g} to {new:.3g} of "
+            "its peak",
+            flush=True,
+        )

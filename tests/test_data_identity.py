@@ -1,0 +1,166 @@
+"""A run belongs to its data set: every command refuses another one and says what differs."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdkd.cli import main
+from bdkd.identity import difference, refuse_other_data
+
+SMALL = [
+    "digits", "--data.source", "folder", "--data.crop", "0", "--data.image-size", "8",
+    "--networks.teacher.model", "resnet8", "--networks.student.model", "resnet8",
+    "--train.batch-size", "8", "--train.epochs", "1", "--checkpoint.every-steps", "2",
+    "--log", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data set of three classes and a run that was trained on it."""
+    folder = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("ant", "bee", "cow")):
+            images = folder / "data" / split / name
+            images.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (8, 8, 3)).astype(np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(images / f"{i}.png")
+    run = folder / "run"
+    main(["train", *SMALL, "--data.root", str(folder / "data"), "--run-dir", str(run), "--quiet"])
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A copy of both, to be changed."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copytree(made / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rename_class(data: Path) -> None:
+    for split in ("train", "val"):
+        (data / split / "ant").rename(data / split / "zant")
+
+
+def rename_file(data: Path) -> None:
+    (data / "train" / "bee" / "3.png").rename(data / "train" / "bee" / "33.png")
+
+
+def move_between_classes(data: Path) -> None:
+    (data / "val" / "bee" / "3.png").rename(data / "val" / "cow" / "9.png")
+
+
+def remove_a_test_image(data: Path) -> None:
+    (data / "val" / "cow" / "0.png").unlink()
+
+
+def add_a_class(data: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(data / split / "cow", data / split / "dog")
+
+
+CHANGES = [
+    (rename_class, "class 0 is 'bee' and was 'ant'"),
+    (rename_file, "its train images are other files"),
+    (move_between_classes, "its test images are other files"),
+    (remove_a_test_image, "it has 11 test images and had 12"),
+    (add_a_class, "it has 4 classes and had 3 (with 'dog')"),
+]
+
+
+def refused(*arguments: str, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    said = capsys.readouterr()
+    assert ended.value.code == 1
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), CHANGES, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_another_data_set_is_refused(here, capsys, change, said):
+    change(here / "data")
+    before = (here / "run" / "metrics.jsonl").read_bytes()
+    data = str(here / "data")
+    for command in (
+        ["evaluate", "run", "--data-root", data],
+        ["export", "run", "--to", "safetensors", "--data-root", data],
+        ["update-bn", "run", "--data-root", data],
+        ["train", "--resume", "--run-dir", "run", "--data.root", data, "--train.epochs", "2"],
+    ):
+        line = refused(*command, capsys=capsys)
+        assert said in line
+        assert "trained on" in line
+    assert (here / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_same_data_set_elsewhere_is_the_same(here, capsys):
+    """Its place, its modification times and hidden files are no part of it."""
+    (here / "data").rename(here / "moved")
+    (here / "moved" / "train" / "ant" / "._0.png").write_bytes(b"Mac OS X")
+    main(["evaluate", "run", "--data-root", "moved", "--split", "test"])
+    main(["train", "--resume", "--run-dir", "run", "--data.root", "moved", "--train.epochs", "2"])
+    assert "continuing at step" in capsys.readouterr().out
+
+
+def test_another_validation_part_is_not_another_data_set(here):
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    main(["train", *SMALL, "--data.root", str(here / "data"), "--run-dir", "other", "--quiet",
+          "--data.validation", "0.4", "--data.label-noise", "0.2", "--seed", "3"])  # fmt: skip
+    other = json.loads((here / "other" / "summary.json").read_text())
+    assert other["data"] == summary["data"]
+
+
+def test_compare_and_report_refuse_runs_of_two_data_sets(here, capsys):
+    compare = ["compare", *SMALL, "--data.root", str(here / "data"), "--folder", "several",
+               "--methods", "independent", "kd", "--seeds", "1", "--jobs", "1"]  # fmt: skip
+    main([*compare[:-4], "--methods", "independent", "--seeds", "1", "--jobs", "1"])
+    main(["report", "several", "--output", "page.html", "--no-tsne"])
+    rename_class(here / "data")
+    # kd's teacher comes from the run of before, which must not be measured on other classes
+    line = refused(*compare, capsys=capsys)
+    assert "class 0 is 'bee' and was 'ant'" in line
+    main(["train", *SMALL, "--data.root", str(here / "data"), "--run-dir", "other", "--quiet"])
+    page = (here / "page.html").read_bytes()
+    line = refused("report", "run", "other", "--output", "page.html", capsys=capsys)
+    assert "other has another data set than run: class 0 is 'bee' and was 'ant'" in line
+    assert (here / "page.html").read_bytes() == page
+
+
+def test_runs_of_before_have_no_identity_and_are_taken():
+    known = {"source": "a", "classes": ["x"], "images": {"train": 1}, "digests": {"train": "0"}}
+    assert difference(None, known) == ""
+    assert difference(known, None) == ""
+    for odd in (None, {}, [], {"source": 1}, {"source": "a", "classes": 3}):
+        refuse_other_data([("one", known), ("two", odd), ("three", known)])
+
+
+def test_every_source_has_an_identity(tmp_path):
+    """A source that forgets its digests would be taken for every other one."""
+    import torch
+
+    from bdkd.config import DataConfig
+    from bdkd.data import create_source
+
+    def info(**options):
+        config = dataclasses.replace(DataConfig(validation=0.2), **options)
+        source = create_source(config, 0, torch.device("cpu"), torch.contiguous_format)
+        return source.info.identity()
+
+    digits = info(source="digits")
+    assert digits["digests"].keys() == digits["images"].keys() == {"train", "test"}
+    assert difference(digits, info(source="digits")) == ""
+    assert difference(digits, info(source="synthetic")) == "it is synthetic and was digits"

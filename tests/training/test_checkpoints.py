@@ -1,0 +1,237 @@
+"""Nothing saved is ever lost: what a passing failure, damage and old runs do to checkpoints."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import TINY_RUN
+
+from bdkd.cli import main
+from bdkd.errors import DamagedFile, RunError
+from bdkd.training import checkpoint as checkpoints
+from bdkd.training.checkpoint import load_checkpoint, load_weights
+from bdkd.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 12 steps with checkpoints of steps 10 and 12."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    main(["train", *TINY_RUN, "--train.epochs", "1", "--run-dir", str(run), "--quiet"])
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Everything that a run has saved."""
+    found = {p for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {str(p.relative_to(run)): p.read_bytes() for p in found}
+
+
+def fails(*arguments: str, capsys) -> str:
+    """The one line of a command that fails."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.count("\n") == 1, said
+    return said
+
+
+# --- failures that pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), "Stale file handle"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "not enough memory"),
+        (RuntimeError("something new of torch"), "its checksums are right"),
+    ],
+    ids=lambda value: getattr(value, "strerror", None) or type(value).__name__,
+)
+@pytest.mark.parametrize("where", ["check_stored_zip", "torch.load"])
+def test_a_passing_failure_changes_nothing(run, monkeypatch, capsys, failure, said, where):
+    def fail(*_, **__):
+        raise failure
+
+    before = files(run)
+    with monkeypatch.context() as patch:
+        owner = torch if where == "torch.load" else checkpoints
+        patch.setattr(owner, where.removeprefix("torch."), fail)
+        line = fails(
+            "train", "--resume", "--run-dir", str(run), "--train.epochs", "2", capsys=capsys
+        )
+    assert said in line
+    assert "step-00000012.pt" in line
+    assert files(run) == before
+    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])
+    assert "continuing at step 12" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_named(run):
+    """The limit of a shell or a scheduler, as the operating system enforces it."""
+    script = (
+        "import resource, sys; from pathlib import Path; import bdkd.training.checkpoint as c\n"
+        "from bdkd.errors import DamagedFile, RunError\n"
+        "import torch; torch.zeros(4).sum()\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
+        "try: c.load_checkpoint(Path(sys.argv[1]))\n"
+        "except DamagedFile as error: print('damaged', error)\n"
+        "except RunError as error: print('passes', error)\n"
+    )
+    big = run / "checkpoints" / "step-00000099.pt"
+    text, state = load_checkpoint(run / "checkpoints" / "step-00000012.pt")
+    state["networks"]["large"] = torch.zeros(2**24)
+    checkpoints.save_checkpoint(big, text, state)
+    done = subprocess.run([sys.executable, "-c", script, str(big)], capture_output=True, text=True)
+    assert done.stdout.startswith("passes"), (done.stdout, done.stderr[-500:])
+    assert "not enough memory" in done.stdout or "Cannot allocate memory" in done.stdout
+
+
+def test_too_few_open_files_is_named(run):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(RunError, match="Too many open files") as refused:
+            load_checkpoint(run / "checkpoints" / "step-00000012.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not isinstance(refused.value, DamagedFile)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_tensor_is_found(run):
+    """``torch.load`` verifies no checksum: the weights would be silently wrong."""
+    path = run / "checkpoints" / "step-00000012.pt"
+    whole = path.read_bytes()
+    for place in range(len(whole) // 20, len(whole), len(whole) // 20):
+        path.write_bytes(whole)
+        flip(path, place)
+        try:
+            load_checkpoint(path)
+        except DamagedFile as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:  # padding between members, which nobody reads
+            assert torch.load(path, weights_only=True).keys() == {"format", "recipe", "state"}
+    path.write_bytes(whole)
+    middle = whole.find(b"archive/data/") + 2000
+    flip(path, middle)
+    with pytest.raises(DamagedFile, match="CRC-32"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.999])
+def test_a_cut_checkpoint_is_put_aside_with_the_proof(run, share, capsys):
+    path = run / "checkpoints" / "step-00000012.pt"
+    shutil.copy(path, run / "kept.pt")
+    for kind in ("step", "best"):
+        damaged = run / "checkpoints" / f"{kind}-00000012.pt"
+        damaged.write_bytes(damaged.read_bytes()[: int(share * damaged.stat().st_size)])
+    main(["train", "--resume", "--run-dir", str(run), "--train.select", "last"])
+    said = capsys.readouterr().out
+    assert "is damaged or cut off" in said
+    assert "it is now step-00000012.damaged" in said
+    assert "continuing at step 10" in said
+    assert (run / "checkpoints" / "step-00000012.damaged").exists()
+    assert load_checkpoint(path)[1]["position"]["step"] == 12  # trained again
+
+
+def test_weights_with_a_flipped_bit_are_refused(run):
+    path = run / "weights.pt"
+    network = torch.nn.Linear(100, 10)
+    torch.save(network.state_dict(), path)
+    load_weights(torch.nn.Linear(100, 10), "student", path)
+    flip(path, path.read_bytes().find(network.weight.detach().numpy().tobytes()) + 1000)
+    with pytest.raises(RunError, match="CRC-32"):
+        load_weights(torch.nn.Linear(100, 10), "student", path)
+
+
+def test_weights_in_the_format_before_zip_files_load(run):
+    torch.save(
+        torch.nn.Linear(3, 2).state_dict(), run / "old.pt", _use_new_zipfile_serialization=False
+    )
+    load_weights(torch.nn.Linear(3, 2), "student", run / "old.pt")
+
+
+# --- never from step 0 over an older run ----------------------------------------------------------
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(run, capsys):
+    for path in (run / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    resume = ("train", "--resume", "--run-dir", str(run), "--train.epochs", "2")
+    for _ in range(2):  # the second time they have been put aside
+        assert "put one back" in fails(*resume, capsys=capsys)
+    assert (run / "summary.json").exists()
+    assert len(list((run / "checkpoints").glob("*.damaged"))) == 3
+
+
+@pytest.mark.parametrize("kept", ["summary", "metrics"])
+def test_a_run_whose_checkpoints_were_removed_does_not_start_over(run, kept, capsys):
+    shutil.rmtree(run / "checkpoints")
+    if kept == "metrics":
+        (run / "summary.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    for resume in ("require", "auto"):
+        line = fails("train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys)
+        assert "the run had come to step 12" in line
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_without_its_config_is_not_overwritten(run, capsys):
+    (run / "config.toml").unlink()
+    before = files(run)
+    for resume in ("never", "auto"):
+        line = fails("train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys)
+        assert "no config.toml" in line
+    assert files(run) == before
+
+
+def test_the_best_students_file_is_resumed_from_where_it_is_the_newest(run, capsys):
+    """Killed after an evaluation and before the next checkpoint."""
+    for path in (run / "checkpoints").glob("step-*"):
+        path.unlink()
+    (run / "summary.json").unlink()
+    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])
+    said = capsys.readouterr().out
+    assert "continuing at step 12, from" in said
+    assert "best-00000012.pt" in said
+
+
+def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
+    lines = [
+        '{"step":"x","split":5}', '{"step":1,"step":2}', '{"step":true,"split":"train"}', "[1]",
+        '{"step":1,"split":"train","student":{"loss":1}}', "[" * 100_000, '{"step": NaN}',
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])
+    assert "continuing at step 12" in capsys.readouterr().out
+    assert [line["step"] for line in RunFolder(run).read_metrics()][:2] == [1, 13]

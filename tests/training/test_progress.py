@@ -1,0 +1,121 @@
+"""Progress is counted in images and epochs: a resume trains what the recipe now asks for."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import TINY_RUN
+
+from bdkd.cli import main
+from bdkd.config import load_recipe
+from bdkd.training.checkpoint import load_checkpoint
+
+IMAGES = 48  # training images of TINY_RUN; 12 steps of 4 are an epoch
+
+
+def train(run: Path, *options: str) -> list[dict]:
+    """Train or resume; the lines of metrics.jsonl about training steps."""
+    begins = [*TINY_RUN] if not run.exists() else ["--resume"]
+    main(["train", *begins, "--run-dir", str(run), "--quiet", *options])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "train"]
+
+
+def place(run: Path) -> tuple[int, int, int]:
+    newest = max((run / "checkpoints").glob("step-*.pt"))
+    position = load_checkpoint(newest)[1]["position"]
+    return position["step"], position["epoch"], position["seen"]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "batch_size", "unit"),
+    [
+        (5, 8, "epochs"),  # in the warm-up
+        (5, 2, "steps"),
+        (12, 16, "steps"),  # at the end of the warm-up
+        (17, 5, "epochs"),  # in the decay; 5 images do not divide what is left of the epoch
+        (17, 16, "epochs"),
+    ],
+)
+def test_another_batch_size_trains_the_same_epochs(tmp_path, stopped, batch_size, unit):
+    """The last epoch ends as always, and the rate goes on from where it was."""
+    warmup = ["--schedule.unit", unit, "--schedule.warmup", "1" if unit == "epochs" else "12"]
+    before = train(tmp_path / "run", *warmup, "--max-steps", str(stopped))
+    lines = train(tmp_path / "run", "--train.batch-size", str(batch_size), "--max-steps", "None")
+    step, epoch, seen = place(tmp_path / "run")
+    assert (epoch, seen) == (3, 0)
+    left_in_epoch = (IMAGES - 4 * stopped % IMAGES) // batch_size
+    whole_epochs = 3 - 4 * stopped // IMAGES - 1
+    assert step == stopped + left_in_epoch + whole_epochs * (IMAGES // batch_size)
+    assert [line["step"] for line in lines] == list(range(1, step + 1))
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[:stopped] == [line["learning_rate"] for line in before]
+    # The steepest slope, over the images of a step and of a rest that makes no whole batch.
+    slope = 0.05 / 12 * 2 * max(batch_size, 4) / 4
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= slope
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_another_number_of_epochs_continues_at_the_same_rate(tmp_path, epochs):
+    train(tmp_path / "run", "--max-steps", "17")
+    lines = train(tmp_path / "run", "--train.epochs", str(epochs), "--max-steps", "None")
+    assert place(tmp_path / "run") == (12 * epochs, epochs, 0)
+    rates = [line["learning_rate"] for line in lines]
+    steps = [abs(a - b) for a, b in itertools.pairwise(rates[12:])]
+    assert max(steps) < 0.05 * 0.2  # the jump of a schedule that begins anew is larger
+    assert abs(rates[17] - rates[16]) < 0.05 * 0.12
+    assert rates[17:] == sorted(rates[17:], reverse=True)
+    assert rates[-1] < 0.05 * 0.1
+
+
+def test_a_second_resume_keeps_the_changed_schedule(tmp_path):
+    """Stopped once more after the change, the run ends as the one that was stopped once."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    change = ["--train.epochs", "5", "--train.batch-size", "8"]
+    for run in (once, twice):
+        train(run, "--max-steps", "17")
+    lines = train(once, *change, "--max-steps", "None")
+    train(twice, *change, "--max-steps", "21")
+    assert [line["learning_rate"] for line in train(twice, "--max-steps", "None")] == [
+        line["learning_rate"] for line in lines
+    ]
+
+
+def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", *TINY_RUN, "--run-dir", str(run), "--train.epochs", "2"])
+    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "3"])
+    assert "the schedule of 2 epochs had ended: for train.epochs 3" in capsys.readouterr().out
+    assert place(run) == (36, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--train.epochs", "1"],
+        ["--max-steps", "10"],
+        ["--max-steps", "1000", "--train.epochs", "1", "--train.batch-size", "24"],
+        ["--train.epochs", "1", "--profile"],
+    ],
+)
+def test_at_or_past_the_end_the_final_table_is_printed(tmp_path, capsys, options):
+    run = tmp_path / "run"
+    main(["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "17"])
+    before = (run / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    main(["train", "--resume", "--run-dir", str(run), *options])
+    said = capsys.readouterr().out
+    assert "nothing is left to train" in said
+    assert "top-1" in said
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert place(run)[0] == 17
+
+
+def test_the_tiny_recipe_is_what_these_tests_take_it_for():
+    recipe = load_recipe(TINY_RUN[0])
+    assert (recipe.train.epochs, recipe.train.batch_size) == (3, 4)
+    assert (recipe.optimizer.learning_rate, recipe.schedule.name) == (0.05, "cosine")
