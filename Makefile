@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
 # Two workers of one thread each: tests that want more threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test soak sanitize bench lint format docs wheel hooks clean
+.PHONY: demo test pythons soak sanitize bench lint format docs wheel hooks clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed ## train a teacher and a student on handwritten digits
@@ -16,6 +16,10 @@ demo: .venv/.installed ## train a teacher and a student on handwritten digits
 
 test: .venv/.installed-dev ## the whole suite
 	$(PYTEST)
+
+PYTHONS ?=
+pythons: ## make demo and make test with each installed Python, or PYTHONS="python3.12 ..."
+	$(PYTHON) tests/pythons.py $(PYTHONS)
 
 soak: .venv/.installed-dev ## the tests again, many times longer
 	$(PYTEST) -m soak

@@ -12,6 +12,7 @@ from importlib.metadata import distribution, distributions, version
 from pathlib import Path
 
 import pytest
+import pythons
 import yaml
 from bdkd_kernels import available_backends
 from compiler import HAS_COMPILER
@@ -271,6 +272,65 @@ def test_make_plans_nothing_where_everything_is_installed(source):
         assert len(planned) == 1
         assert command in planned[0]
     shutil.rmtree(venv)
+
+
+def git_folder(folder: Path, makefile: str) -> Path:
+    """A repository that holds a Makefile."""
+    folder.mkdir()
+    (folder / "Makefile").write_text(makefile)
+    run("git", "init", "--quiet", folder)
+    run("git", "-C", folder, "add", "Makefile")
+    identity = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+    run("git", "-C", folder, *identity, "commit", "--quiet", "-m", "a Makefile")
+    return folder
+
+
+def test_both_commands_are_tried_with_each_python(tmp_path, monkeypatch, capfd):
+    """``make pythons``, on a Makefile that takes no time: what passes, and what fails."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("MAKEFLAGS", "--dry-run")  # of the make that runs the suite
+    good = git_folder(tmp_path / "a checkout", "demo test:\n\t$(PYTHON) -c 'print(1)' > $@\n")
+    number = ".".join(map(str, sys.version_info[:3]))
+    assert pythons.main([sys.executable, "--root", str(good)]) == 0
+    [line] = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{number} +demo ok +test ok +\d+ s  {sys.executable}", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["a checkout"]
+    bad = git_folder(tmp_path / "bad", "demo:\n\ttrue\ntest:\n\t@echo the reason; exit 1\n")
+    (bad / "changed").touch()
+    assert pythons.main([sys.executable, "--root", str(bad)]) == 1
+    captured = capfd.readouterr()
+    assert re.search(r"demo ok +test FAILED", captured.out)
+    assert "the reason" in Path(captured.out.split("log: ")[1].strip()).read_text()
+    assert "not committed" in captured.err
+    with pytest.raises(SystemExit, match="name another in PYTHONS"):
+        pythons.main(["python3.5"])
+
+
+def test_one_python_of_each_minor_version_is_found(tmp_path):
+    def fake(path: str, version: str, status: int = 0) -> Path:
+        program = tmp_path / path
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho {version.replace('.', ' ')} $0\nexit {status}\n")
+        program.chmod(0o755)
+        return program
+
+    system = fake("usr/bin/python3.11", "3.11.2")
+    (tmp_path / "usr/bin/python3").symlink_to("python3.11")
+    newer = fake("pyenv/versions/3.11.7/bin/python3.11", "3.11.7")
+    fake("pyenv/versions/3.10.1/bin/python3.10", "3.10.1")
+    twelve = fake("path/python3.12", "3.12.1")
+    fake("path/python3-config", "3.12.1")
+    fake("path/python3.13", "3.13.0", status=1)  # without venv
+    environment = {"PATH": f"{tmp_path / 'path'}:/nowhere", "PYENV_ROOT": str(tmp_path / "pyenv")}
+    found = pythons.installed(environment, system=tmp_path / "usr/bin/python3")
+    assert [(str(python), python.path.resolve()) for python in found] == [
+        ("3.11.2", system), ("3.11.7", newer), ("3.12.1", twelve),
+    ]  # fmt: skip
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    command = ("make", "--dry-run", "pythons", "PYTHONS=python3.12 python3.13")
+    planned = run(*command, cwd=ROOT, env=outside).stdout
+    assert planned.strip().endswith("tests/pythons.py python3.12 python3.13")
 
 
 def readme_blocks(language: str) -> list[str]:
