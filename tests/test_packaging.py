@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import distribution, distributions, version
@@ -77,7 +78,9 @@ def sdist(builder, source, tmp_path_factory) -> Path:
     """The source distribution, unpacked."""
     folder = tmp_path_factory.mktemp("sd ist")
     archive = build(builder, source, folder, "sdist")
-    shutil.unpack_archive(archive, folder, filter="data")
+    # Python 3.11.2 and 3.11.3 have no filters, and newer versions warn without one.
+    options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    shutil.unpack_archive(archive, folder, **options)
     return folder / archive.name.removesuffix(".tar.gz")
 
 
