@@ -1,22 +1,32 @@
-"""Files that ``bdkd export`` writes: one network with the facts that whoever runs it needs.
+"""Write and read the files of ``bdkd export``: one network, and the facts that its user needs.
 
-Each format is made into bytes and read back from bytes here. What comes from a stranger is data and
-never code: ONNX is run by onnxruntime, without files beside it; safetensors are tensors; and a
-``.pt2``, which torch would unpickle, is taken only where it is, byte for byte, the program that
-this very bdkd and torch make of the network that it names; torch then loads ours with its weights.
+Files may come from strangers, so they are read as data and never as code:
+
+- ONNX is run by onnxruntime, after :mod:`bdkd.training.onnx_trust` has checked the whole model.
+- safetensors holds tensors only.
+- A ``.pt2`` is a zip file in which ``torch.export.load`` unpickles members. It is accepted only if
+  it equals, byte for byte, the program that this bdkd and this torch make of the network that it
+  names. torch then loads that program, with the weights of the file.
+
+Sizes are checked before anything is loaded.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import math
+import os
+import stat
+import tomllib
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -25,11 +35,18 @@ from torch import Tensor, nn
 from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe
 from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
+from bdkd.training.archive import ArchiveError, check_stored_zip
 from bdkd.training.checkpoint import first_line, mismatched_keys
+from bdkd.training.onnx_trust import refusal
 from bdkd.training.state import EMA_SUFFIX
 
 Format = Literal["onnx", "export", "safetensors"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "export": ".pt2", "safetensors": ".safetensors"}
+
+# The largest files that are read. protobuf's limit for ONNX; for the others, 4 billion weights.
+MAX_BYTES: dict[Format, int] = {"onnx": 2**31 - 1, "export": 2**34, "safetensors": 2**34}
+MAX_FACTS_BYTES = 2**24  # 21,841 class names take 1 MB
+MAX_PIXELS = 2**28  # of one image, all channels
 
 VERSION = 1
 FACTS, DIGEST = "bdkd", "bdkd_sha256"  # keys of a file's metadata
@@ -106,13 +123,19 @@ def alone(recipe: Recipe, network: str) -> Recipe:
     )
 
 
+# Options of timm.create_model that load or download weights; checkpoint_path unpickles a file.
+_WEIGHT_OPTIONS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+}  # fmt: skip
+
+
 def built_without_weights(config: NetworkConfig) -> dict[str, bool | int | float | str]:
-    """The options of a network whose weights come from a file: nothing is to be downloaded."""
-    return {key: value for key, value in config.options.items() if key != "pretrained"}
+    """Return a network's options without those that load or download other weights."""
+    return {key: value for key, value in config.options.items() if key not in _WEIGHT_OPTIONS}
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path's name is one of ours; its content is another question."""
+    """Return whether a path has the suffix of an exported file. The content is not checked."""
     return path.suffix in SUFFIXES.values()
 
 
@@ -135,39 +158,66 @@ def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
 
 
 def read_exported(path: Path) -> Exported:
-    """A file and its facts.
+    """Read a file and its facts.
 
     Raises:
-        RunError: it is missing, corrupt, changed since it was written, or not ours.
+        RunError: the file is missing, too large, corrupt, changed since it was written, or was not
+            written by ``bdkd export``.
     """
     kind = next(kind for kind, suffix in SUFFIXES.items() if suffix == path.suffix)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+        # Without O_NONBLOCK, opening a FIFO waits for somebody to write into it.
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RunError(f"cannot read {path}: it is not a regular file")
+            limit = min(MAX_BYTES[kind], memory_limit())
+            if status.st_size > limit:
+                raise RunError(
+                    f"cannot read {path}: it has {status.st_size:,} bytes, and at most {limit:,} "
+                    f"bytes of a {path.suffix} file are read on this machine"
+                )
+            _CHECK_BEFORE_READING[kind](path, file)
+            file.seek(0)
+            content = file.read(limit + 1)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"cannot read {path}: {reason}") from error
     return decode(path, kind, content)
 
 
 def decode(path: Path, kind: Format, content: bytes) -> Exported:
-    """What :func:`read_exported` makes of a file's content; ``path`` names it in messages."""
+    """Return what :func:`read_exported` returns, from the content of a file.
+
+    Args:
+        path: names the file in messages.
+    """
     metadata, digest = _DECODE[kind](path, content)
     if FACTS not in metadata or DIGEST not in metadata:
         raise RunError(
-            f"{path} was not written by bdkd export: it says nothing of its recipe and its images"
+            f"{path} was not written by bdkd export: it has no recipe and no description of its "
+            "images"
         )
+    if len(metadata[FACTS]) > MAX_FACTS_BYTES:
+        raise _corrupt(path, f"its facts have {len(metadata[FACTS]):,} characters")
     if metadata[DIGEST] != digest(metadata[FACTS]):
         raise RunError(f"{path} was damaged or changed since bdkd export wrote it: export it again")
     try:
         facts = msgspec.json.decode(metadata[FACTS], type=Facts)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        tomllib.loads(facts.recipe)
+    except (msgspec.DecodeError, msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
         raise RunError(
             f"{path} was written by another version of bdkd: export it again ({first_line(error)})"
         ) from error
+    except RecursionError as error:
+        raise _corrupt(path, "its facts are nested too deeply") from error
     if facts.version != VERSION:
         raise RunError(
             f"{path} has facts of version {facts.version}, this bdkd reads {VERSION}: export it "
             "again"
         )
+    if min(facts.input_shape) < 1 or math.prod(facts.input_shape) > MAX_PIXELS:
+        raise _corrupt(path, f"its images have the shape {facts.input_shape}")
     return Exported(path, kind, content, facts)
 
 
@@ -201,11 +251,18 @@ def _decode_safetensors(path: Path, content: bytes) -> tuple[dict[str, str], "Di
 
     try:
         tensors = load(content)
-        length = int.from_bytes(content[:8], "little")  # the header's, which load has checked
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise _corrupt(path) from error
+        length = int.from_bytes(content[:8], "little")  # of the header, which load has checked
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise _corrupt(path, first_line(error)) from error
     return metadata, _digest_of_tensors(tensors)
+
+
+def _check_safetensors(path: Path, file: BinaryIO) -> None:
+    """Check that the header fits into the file. The library checks the rest."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
+        raise _corrupt(path, f"its header would have {length:,} bytes")
 
 
 def _open_safetensors(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
@@ -242,19 +299,23 @@ def _encode_program(network: nn.Module, facts: str, input_shape: tuple[int, ...]
 
 def _decode_program(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
     try:
+        check_stored_zip(io.BytesIO(content))
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(m.file_size != m.compress_size for m in archive.infolist()):
-                raise zipfile.BadZipFile("torch does not compress")
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile("a checksum is wrong")
             metadata = {
                 key: archive.read(_EXTRA + key).decode()
                 for key in (FACTS, DIGEST)
                 if _EXTRA + key in archive.namelist()
             }
             return metadata, _digest_of_weights(archive)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise _corrupt(path) from error
+    except (ArchiveError, UnicodeDecodeError) as error:
+        raise _corrupt(path, first_line(error)) from error
+
+
+def _check_program(path: Path, file: BinaryIO) -> None:
+    try:
+        check_stored_zip(file)
+    except ArchiveError as error:
+        raise _corrupt(path, str(error)) from error
 
 
 def _open_program(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
@@ -342,29 +403,58 @@ def _encode_onnx(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -
 
 
 def _decode_onnx(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
+    model = _parse_onnx(path, content)
+    try:
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+    except UnicodeDecodeError as error:
+        raise _corrupt(path, "its metadata is not text") from error
+    return metadata, _digest_of_bytes(_all_but_metadata(model))
+
+
+def _parse_onnx(path: Path, content: bytes):
+    """Return the ``onnx.ModelProto`` in a file.
+
+    Raises:
+        RunError: the file is corrupt, nested too deeply (protobuf's limit is 100 messages), or
+            refused by :func:`~bdkd.training.onnx_trust.refusal`.
+    """
     onnx = _require("onnx")
     decode_error = import_module("google.protobuf.message").DecodeError
     try:
-        model = onnx.load_model_from_string(content)
-    except decode_error as error:
-        raise _corrupt(path) from error
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise RunError(f"{path} keeps weights in other files, which bdkd export never does")
-    return metadata, _digest_of_bytes(_all_but_metadata(model))
+        model = onnx.ModelProto.FromString(content)
+    except (decode_error, RecursionError) as error:
+        raise _corrupt(path, first_line(error)) from error
+    model.DiscardUnknownFields()
+    reason = refusal(model)
+    if reason is not None:
+        raise RunError(f"{path} is refused: {reason}")
+    return model
 
 
 def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
     runtime = _require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors arrive as exceptions
+    # The bytes of some valid ONNX files are also a file in onnxruntime's own format, which nothing
+    # here has checked. onnxruntime would guess the format.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    # A small file can ask for huge tensors, for example with ConstantOfShape. Exceeding max_mem is
+    # an error of the run, where exceeding the machine's memory would kill the process.
+    memory = runtime.OrtMemoryInfo(
+        "Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
+    )
+    arena = runtime.OrtArenaCfg(memory_limit(), -1, -1, -1)
+    runtime.create_and_register_allocator(memory, arena)
+    options.add_session_config_entry("session.use_env_allocators", "1")
     available = runtime.get_available_providers()
     wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
+    # Without the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime takes options from there.
+    checked = _all_but_metadata(_parse_onnx(exported.path, exported.content))
     try:
-        session = runtime.InferenceSession(exported.content, options, providers=providers)
-    except Exception as error:  # onnxruntime has a type for each of its codes, below Exception
+        session = runtime.InferenceSession(checked, options, providers=providers)
+    except Exception as error:  # onnxruntime has one type for each of its codes, below Exception
         raise RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}") from error
 
     def logits(images: Tensor) -> Tensor:
@@ -381,6 +471,7 @@ def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> 
 
 
 def _all_but_metadata(model) -> bytes:
+    """Return a model as bytes, without ``metadata_props``. The model stays as it is."""
     kept = [(entry.key, entry.value) for entry in model.metadata_props]
     del model.metadata_props[:]
     content = model.SerializeToString(deterministic=True)
@@ -423,8 +514,19 @@ def _require(package: str):
         raise RunError(f"ONNX files need {package}: pip install 'bdkd[export]'") from error
 
 
-def _corrupt(path: Path) -> RunError:
-    return RunError(f"cannot read {path}: it is corrupt or cut off; export it again")
+def _corrupt(path: Path, reason: str) -> RunError:
+    return RunError(f"cannot read {path}: it is corrupt or cut off ({reason}); export it again")
+
+
+def memory_limit() -> int:
+    """Return half of the memory, in bytes, of this machine or of its control group (cgroup v2): the
+    most that a file, or the tensors of an ONNX model, may take."""
+    limit = 2**40
+    if hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return limit // 2
 
 
 _ENCODE = {
@@ -432,6 +534,9 @@ _ENCODE = {
 }  # fmt: skip
 _DECODE = {
     "onnx": _decode_onnx, "export": _decode_program, "safetensors": _decode_safetensors,
+}  # fmt: skip
+_CHECK_BEFORE_READING: dict[Format, Callable[[Path, BinaryIO], None]] = {
+    "onnx": lambda path, file: None, "export": _check_program, "safetensors": _check_safetensors,
 }  # fmt: skip
 _OPEN = {
     "onnx": _open_onnx, "export": _open_program, "safetensors": _open_safetensors,
