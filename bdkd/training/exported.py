@@ -46,6 +46,7 @@ SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "export": ".pt2", "safetensors":
 # The largest files that are read. protobuf's limit for ONNX; for the others, 4 billion weights.
 MAX_BYTES: dict[Format, int] = {"onnx": 2**31 - 1, "export": 2**34, "safetensors": 2**34}
 MAX_FACTS_BYTES = 2**24  # 21,841 class names take 1 MB
+MAX_RECIPE_CHARACTERS, MAX_DOTS = 2**16, 1000  # of a line; recipes have about 2,000 characters
 MAX_PIXELS = 2**28  # of one image, all channels
 
 VERSION = 1
@@ -204,8 +205,8 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
         raise RunError(f"{path} was damaged or changed since bdkd export wrote it: export it again")
     try:
         facts = msgspec.json.decode(metadata[FACTS], type=Facts)
-        tomllib.loads(facts.recipe)
-    except (msgspec.DecodeError, msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
+        _check_recipe(facts.recipe)
+    except ValueError as error:  # of msgspec, and of tomllib
         raise RunError(
             f"{path} was written by another version of bdkd: export it again ({first_line(error)})"
         ) from error
@@ -219,6 +220,20 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
     if min(facts.input_shape) < 1 or math.prod(facts.input_shape) > MAX_PIXELS:
         raise _corrupt(path, f"its images have the shape {facts.input_shape}")
     return Exported(path, kind, content, facts)
+
+
+def _check_recipe(recipe: str) -> None:
+    """Check that a recipe's text can be parsed in little memory.
+
+    Raises:
+        ValueError: the text is no TOML, or too long.
+        RecursionError: it is nested too deeply.
+    """
+    # tomllib needs memory of the square of the number of parts of a dotted key: 40 GB for 100,000.
+    dots = max((line.count(".") for line in recipe.splitlines()), default=0)
+    if len(recipe) > MAX_RECIPE_CHARACTERS or dots > MAX_DOTS:
+        raise ValueError(f"a recipe of {len(recipe):,} characters, {dots:,} dots in a line")
+    tomllib.loads(recipe)
 
 
 def open_network(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
@@ -253,7 +268,7 @@ def _decode_safetensors(path: Path, content: bytes) -> tuple[dict[str, str], "Di
         tensors = load(content)
         length = int.from_bytes(content[:8], "little")  # of the header, which load has checked
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _corrupt(path, first_line(error)) from error
     return metadata, _digest_of_tensors(tensors)
 
