@@ -1,0 +1,132 @@
+"""Runs that an older commit began go on, with the code of today, as that commit would have gone on.
+
+``old_runs/`` holds runs that commit 0b69d99 was killed in, and what 0b69d99 itself reached some
+steps later (``old_runs/make.py`` wrote both). Here they are resumed as a user resumes them, by the
+command line, and looked at through the files that they leave.
+
+Exact: steps, epochs, learning rates, skipped steps, the loss scale and the state of the random
+generators. Weights, batch norm's statistics and moments are compared by how far they are from the
+old code's, relative to how far they have moved since the checkpoint: rounding differs between
+machines and versions of torch, and moves this ratio by about 1e-6 in float32. A resume that loses a
+moment, shifts the schedule by a step, repeats a batch or draws another augmentation moves it by
+1e-2 or more.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launches import Launch
+from safetensors.torch import load_file
+from saved_vectors import read_state, vectors
+
+from bdkd.cli import main
+
+OLD_RUNS = Path(__file__).parent / "old_runs"
+NAMES = sorted(path.parent.name for path in OLD_RUNS.glob("*/next.json"))
+TOLERANCE = {"fp16": 5e-2, "two-ranks": 2e-2}  # rounded to 11 and 8 bits; else:
+IN_FLOAT32 = 1e-3
+
+# Metrics that rounding moves by steps: a sample that changes its class, or its bin.
+BY_STEPS = {"top1", "top5", "ece", "mce", "forward_weight", "reverse_weight"}
+CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu"}
+
+
+@pytest.fixture
+def run(request, tmp_path) -> Path:
+    """A copy of an old run, which is resumed."""
+    folder = tmp_path / "run"
+    shutil.copytree(OLD_RUNS / request.param, folder)
+    for name in ("next.json", "next.safetensors"):
+        (folder / name).unlink()
+    return folder
+
+
+def resume(folder: Path, ranks: int) -> None:
+    if ranks == 1:
+        main(["train", "--resume", "--run-dir", str(folder)])
+        return
+    with Launch(ranks, folder, "--resume") as launch:
+        assert launch.end() == 0, launch.text()
+
+
+@pytest.mark.parametrize(("name", "run"), [(n, n) for n in NAMES], indirect=["run"])
+def test_an_old_run_goes_on_as_the_old_code_would(name, run):
+    expected = json.loads((OLD_RUNS / name / "next.json").read_text())
+    saved, last = (f"step-{expected[key]:08d}.pt" for key in ("saved", "last"))
+    resume(run, expected["ranks"])
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[: -len(expected["metrics"])] == [
+        json.loads(line) for line in (OLD_RUNS / name / "metrics.jsonl").read_text().splitlines()
+    ]
+    for came, needed in zip(lines[-len(expected["metrics"]) :], expected["metrics"], strict=True):
+        assert_same_line(came, needed, name)
+
+    state = read_state(run / "checkpoints" / last)
+    assert state["scaler"] == expected["scaler"]
+    assert state["skipped"].tolist() == expected["skipped"]
+    if comparable_draws(name):
+        assert [digest(rank["rng"]["cpu"]) for rank in state["ranks"]] == expected["rng"]
+        before = vectors(read_state(OLD_RUNS / name / "checkpoints" / saved))
+        needed = load_file(OLD_RUNS / name / "next.safetensors")
+        assert_moved_alike(before, vectors(state), needed, TOLERANCE.get(name, IN_FLOAT32))
+
+
+def assert_moved_alike(before: dict, came: dict, needed: dict, tolerance: float) -> None:
+    """Compare vectors by their distance over the old code's own way since the checkpoint."""
+    assert came.keys() == needed.keys() == before.keys()
+    off = {}
+    for key, value in needed.items():
+        way = torch.linalg.vector_norm(value - before[key])
+        distance = torch.linalg.vector_norm(came[key] - value)
+        if "_ema." in key:  # HEAD may average otherwise: the average moves, by as much or so
+            moved = torch.linalg.vector_norm(came[key] - before[key])
+            assert 0.1 * way < moved < 10 * way, key
+        elif distance > tolerance * way:
+            off[key] = f"{distance / way:.1e}"
+    assert not off
+
+
+def assert_same_line(came: dict, needed: dict, name: str) -> None:
+    """Compare two lines of metrics.jsonl; of an average only the names of its metrics."""
+    assert came.keys() == needed.keys()
+    for key, value in needed.items():
+        if isinstance(value, dict) and not key.endswith("_ema"):
+            assert_same_line(came[key], value, name)
+        elif isinstance(value, dict):
+            assert came[key].keys() == value.keys()
+        elif isinstance(value, float) and key not in CLOCKED | BY_STEPS | {"learning_rate"}:
+            assert came[key] == pytest.approx(value, rel=TOLERANCE.get(name, IN_FLOAT32)), key
+        elif key not in CLOCKED | BY_STEPS:
+            assert came[key] == value, key
+
+
+def comparable_draws(name: str) -> bool:
+    """Dropout on a CPU draws otherwise where torch has no MKL (on ARM, say)."""
+    return name != "dropout" or torch.backends.mkl.is_available()
+
+
+def digest(state: torch.Tensor) -> str:
+    plain = (str(state.dtype), tuple(state.shape), state.tolist())
+    return hashlib.sha256(repr(plain).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("run", ["mid-epoch"], indirect=True)
+def test_the_commands_read_an_old_run(run, capsys):
+    """Its best checkpoint is evaluated as 0b69d99 evaluated it, and exported; the page shows it."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    [validated] = [line for line in lines if line["split"] == "val"]
+    main(["evaluate", str(run), "--json"])
+    came = json.loads(capsys.readouterr().out)
+    assert came["step"] == validated["step"]
+    for name in ("teacher", "student"):
+        assert came["networks"][name]["nll"] == pytest.approx(validated[name]["nll"], rel=1e-4)
+    main(["export", str(run), "--to", "safetensors"])
+    assert (run / "export" / "student" / "model.safetensors").exists()
+    page = run.parent / "report.html"
+    main(["report", str(run), "--output", str(page)])
+    assert "old-run" in page.read_text("utf-8")

@@ -1,0 +1,351 @@
+"""What a seed and a saved run mean, pinned: a change of any value here is a change for users.
+
+The values are those of commit 0b69d99. If a test fails, a run that was begun before the change no
+longer continues as it would have, or a seed in a paper names another run: change the code, or state
+the change in the changelog and raise the checkpoint's format.
+
+Everything that is pinned as an integer is computed with integers, or with random numbers of torch's
+and numpy's CPU generators, which are the same on every machine.
+"""
+
+import dataclasses
+import zlib
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bdkd.config import DataConfig, SyntheticConfig, load_recipe, shipped_recipes
+from bdkd.data.base import Shard, epoch_order, mix_seed
+from bdkd.data.imagenet.draws import draws
+from bdkd.data.in_memory import Images, InMemory
+from bdkd.training.evaluate import evaluate
+from bdkd.training.setup import Setup
+from bdkd.training.state import TrainingState
+from bdkd.training.step import train_step
+
+
+def small_setup(recipe_name: str = "digits", *, model: str | None = None, options=None, **train):
+    """Return the setup of a shipped recipe on 120 synthetic images, with its networks or others."""
+    recipe = load_recipe(recipe_name)
+    if model is not None:
+        recipe = dataclasses.replace(
+            recipe,
+            networks={
+                name: dataclasses.replace(network, model=model, options=options or {})
+                for name, network in recipe.networks.items()
+            },
+        )
+    data = DataConfig("synthetic", image_size=32, synthetic=SyntheticConfig(120, 10))
+    recipe = dataclasses.replace(
+        recipe,
+        data=data,
+        device="cpu",
+        train=dataclasses.replace(recipe.train, batch_size=12, precision="fp32", **train),
+    )
+    return Setup(recipe)
+
+
+def state_of(setup: Setup) -> TrainingState:
+    images = setup.source.info.counts["train"]
+    return TrainingState(setup.recipe, setup.networks, images, torch.device("cpu"))
+
+
+# --- the optimizer's groups -----------------------------------------------------------------------
+
+# Moments are saved by the place of their parameter: another order, another group or another network
+# in between would load them into other parameters.
+RESNET8 = (
+    "conv stages.0.0.conv1 stages.0.0.conv2 stages.1.0.conv1 stages.1.0.conv2 "
+    "stages.1.0.downsample.0 stages.2.0.conv1 stages.2.0.conv2 stages.2.0.downsample.0 classifier"
+)
+RESNET8_NORMS = (
+    "bn stages.0.0.bn1 stages.0.0.bn2 stages.1.0.bn1 stages.1.0.bn2 stages.1.0.downsample.1 "
+    "stages.2.0.bn1 stages.2.0.bn2 stages.2.0.downsample.1"
+)
+
+
+def named_groups(setup: Setup) -> list[tuple[str, float, float, list[str]]]:
+    """Network, weight decay, peak rate and names of the parameters of each group."""
+    names = {id(p): name for name, p in setup.networks.named_parameters()}
+    return [
+        (
+            group["network"], group["weight_decay"], group["peak_rate"],
+            [names[id(p)].removeprefix(f"members.{group['network']}.") for p in group["params"]],
+        )
+        for group in state_of(setup).optimizer.param_groups
+    ]  # fmt: skip
+
+
+def test_the_groups_of_digits_by_name():
+    """The teacher comes first; norms and biases have no weight decay."""
+    setup = small_setup(model="resnet8")
+    decayed = [f"{layer}.weight" for layer in RESNET8.split()]
+    not_decayed = [
+        f"{norm}.{kind}" for norm in RESNET8_NORMS.split() for kind in ("weight", "bias")
+    ]
+    assert named_groups(setup) == [
+        (name, decay, 0.1, names)
+        for name in ("teacher", "student")
+        for decay, names in ((5e-4, decayed), (0.0, [*not_decayed, "classifier.bias"]))
+    ]
+
+
+# Network, weight decay, peak rate, number of parameters and CRC-32 of their names, by recipe.
+GROUPS: dict[str, list[tuple]] = {
+    "cifar10-wrn16-8-wrn16-1": [
+        ("teacher", 5e-4, 0.05, 44, 1862361014),
+        ("student", 5e-4, 0.05, 43, 676108372),
+    ],
+    "cifar100-resnet32x4-shufflenetv2": [
+        ("teacher", 5e-4, 0.05, 104, 119051339),
+        ("student", 5e-4, 0.01, 170, 25458345),
+    ],
+    "cifar100-wrn16-2-mobilenetv2": [
+        ("teacher", 5e-4, 0.05, 44, 1862361014),
+        ("student", 5e-4, 0.01, 161, 1453411573),
+    ],
+    "cifar100-wrn16-8-resnet20": [
+        ("teacher", 5e-4, 0.05, 44, 1862361014),
+        ("student", 5e-4, 0.05, 65, 2510300908),
+    ],
+    "cifar100-wrn40-2-wrn16-2": [
+        ("teacher", 5e-4, 0.05, 116, 3818850355),
+        ("student", 5e-4, 0.05, 44, 1862361014),
+    ],
+    "digits-hard": [
+        ("teacher", 5e-4, 0.1, 17, 1730186263),
+        ("teacher", 0.0, 0.1, 27, 3920076775),
+        ("student", 5e-4, 0.1, 10, 1556234414),
+        ("student", 0.0, 0.1, 19, 2452048697),
+    ],
+    "imagenet-r34-r18": [
+        ("teacher", 1e-4, 0.2, 110, 3896119696),
+        ("student", 1e-4, 0.2, 62, 2155032544),
+    ],
+    "imagenet-r50-mbv1": [
+        ("teacher", 1e-4, 0.2, 161, 176612079),
+        ("student", 1e-4, 0.2, 83, 783530407),
+    ],
+    "imagenet-smoke": [
+        ("teacher", 1e-4, 0.02, 21, 3447914975),
+        ("teacher", 0.0, 0.02, 41, 1454203181),
+        ("student", 1e-4, 0.02, 28, 1073460568),
+        ("student", 0.0, 0.02, 55, 1196068455),
+    ],
+    "tiny-imagenet-wrn16-2-resnet20": [
+        ("teacher", 5e-4, 0.05, 44, 1862361014),
+        ("student", 5e-4, 0.05, 65, 2510300908),
+    ],
+}
+
+
+@pytest.mark.parametrize("recipe", sorted({*shipped_recipes()} - {"digits"}))
+def test_the_groups_of_every_recipe(recipe):
+    """A recipe with ``decay_norms`` has one group a network, in the order of its definition."""
+    groups = named_groups(small_setup(recipe))
+    came = [(*facts, len(names), zlib.crc32(" ".join(names).encode())) for *facts, names in groups]
+    assert came == GROUPS[recipe], groups
+
+
+# --- seeds ----------------------------------------------------------------------------------------
+
+
+def test_the_order_of_an_epoch():
+    """A resumed run finds its place by (seed, epoch, images seen) alone."""
+    orders = {
+        (seed, epoch): epoch_order(seed, epoch, 50_000)[:5].tolist()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (7, 239))
+    }
+    assert orders == {
+        (0, 0): [27647, 16044, 35316, 18769, 21554],
+        (0, 1): [46996, 1416, 27644, 44399, 23533],
+        (1, 0): [20150, 38049, 40000, 45690, 28818],
+        (7, 239): [5846, 4030, 3816, 11327, 10275],
+    }
+
+
+def test_seeds_are_mixed_as_ever():
+    assert mix_seed(0) == 3527577169254209511
+    assert mix_seed(0, 1) == 7805851153417077868
+    assert mix_seed(3, 2, 1, 640) == 5692139764811212732
+
+
+def coded_source(seed: int, **augmentation) -> InMemory:
+    """64 images of 4x4 pixels, each pixel another value in its image: any window can be told."""
+    pixels = torch.arange(64 * 16).view(64, 1, 4, 4) * 37 % 251
+    images = Images(pixels.to(torch.uint8), torch.arange(64) % 8)
+    return InMemory(
+        "coded", {"train": images, "val": images, "test": images}, tuple("01234567"),
+        DataConfig(**augmentation), scale=255, seed=seed, device=torch.device("cpu"),
+        memory_format=torch.contiguous_format,
+    )  # fmt: skip
+
+
+def fingerprint(source: InMemory, view: torch.Tensor) -> int:
+    """CRC-32 of a view's pixels as they were before normalisation."""
+    pixels = (view.double() * source.std + source.mean).round().to(torch.int64)
+    return zlib.crc32(pixels.numpy().astype("<i8").tobytes())
+
+
+AUGMENTED = {"crop": 1, "flip": True, "cutout": 2}
+
+# By (seed, epoch, images before the batch, rank, ranks): the labels, and CRC-32 of both views.
+BATCHES = {
+    (0, 0, 0, 0, 1): ([7, 0, 4, 0, 6, 7, 5, 4], 3848031783, 1303957081),
+    (0, 0, 8, 0, 1): ([3, 0, 1, 7, 6, 2, 1, 6], 2416177657, 141513802),
+    (0, 1, 0, 0, 1): ([4, 1, 2, 4, 5, 2, 1, 1], 2164417503, 1328271395),
+    (1, 0, 0, 0, 1): ([6, 3, 2, 1, 2, 2, 3, 5], 3317996757, 1112849474),
+    (0, 0, 0, 0, 2): ([7, 0, 4, 0], 605435780, 766928935),
+    (0, 0, 0, 1, 2): ([6, 7, 5, 4], 3038079484, 3832332469),
+    (0, 0, 0, 1, 3): ([4, 0, 6], 3333556927, 1416214762),
+}
+
+
+@pytest.mark.parametrize("place", BATCHES)
+def test_the_images_of_a_batch_and_their_augmentation(place):
+    """Crop, flip and cutout of both views; the second rank has its part of the same draws."""
+    seed, epoch, start, rank, ranks = place
+    source = coded_source(seed, **AUGMENTED)
+    batch = next(source.train_batches(epoch, start, 8, 2, Shard(rank, ranks)))
+    came = (batch.target.tolist(), *(fingerprint(source, view) for view in batch.views))
+    assert came == BATCHES[place]
+
+
+def test_each_augmentation_alone():
+    """A crop draws before a flip, a flip before a cutout; what is off draws nothing."""
+    came = {}
+    for name, value in AUGMENTED.items():
+        source = coded_source(0, **{name: value})
+        came[name] = fingerprint(source, next(source.train_batches(0, 0, 8, 1)).views[0])
+    assert came == {"crop": 142220393, "flip": 1123405862, "cutout": 1361474562}
+
+
+def test_the_splits_and_wrong_labels_of_digits():
+    """They belong to the data set: every seed and method has the same ones."""
+    recipe = load_recipe("digits-hard")
+    found = {}
+    for seed in (0, 1):
+        source = Setup(dataclasses.replace(recipe, seed=seed, device="cpu")).source
+        found[seed] = {
+            split: (len(images.labels), zlib.crc32(bytes(images.labels.tolist())))
+            for split, images in source.splits.items()
+        }
+    assert found[0] == found[1]
+    assert found[0] == {
+        "train": (320, 3726400916), "val": (216, 2505123652), "test": (359, 299757479),
+    }  # fmt: skip
+
+
+def test_the_random_numbers_of_imagenet():
+    """Uniform numbers of an image by (seed, epoch, purpose, place), in units of 2**-53."""
+    came = draws(3, 5, (1, 0), np.array([0, 1281166]), 2) * 2.0**53
+    assert came.astype(int).tolist() == [
+        [7004992633159119, 380619840838874],
+        [8099946143763077, 4307621834031153],
+    ]
+
+
+# Two weights of the first convolution and of the last bias, of the teacher, then of the student.
+WEIGHTS = {
+    0: [-0.027732, 0.212011, -0.05328, 0.00643, -0.037892, 0.0076, 0.112691, 0.02919],
+    1: [-0.162198, -0.012732, -0.029523, 0.054029, 0.085195, 0.110202, -0.123323, -0.045279],
+}
+
+
+@pytest.mark.parametrize("seed", WEIGHTS)
+def test_the_weights_of_a_seed(seed):
+    """The teacher's are drawn before the student's. Rounded: a logarithm or cosine of another
+    library may differ in its last bits."""
+    recipe = dataclasses.replace(load_recipe("digits"), seed=seed, device="cpu")
+    members = Setup(recipe).networks.members
+    came = [
+        value
+        for name in ("teacher", "student")
+        for parameter in (members[name].conv.weight, members[name].classifier.bias)
+        for value in parameter.flatten()[:2].tolist()
+    ]
+    assert came == pytest.approx(WEIGHTS[seed], abs=1e-5)
+
+
+# --- the order of a step --------------------------------------------------------------------------
+
+
+class RandomOperators(TorchDispatchMode):
+    """Records where random numbers are drawn: the network that is called, or ``data``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.seen = "data", []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            self.seen.append(self.place)
+        return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watch(self, networks):
+        """Record, and know which of the networks is being called."""
+        with ExitStack() as hooks:
+            for name, network in networks.items():
+
+                def enters(*_, name=name):
+                    self.place = name
+
+                def leaves(*_):
+                    self.place = "data"
+
+                hooks.callback(network.register_forward_pre_hook(enters).remove)
+                hooks.callback(network.register_forward_hook(leaves).remove)
+            with self:
+                yield self
+
+
+def first_batch(setup: Setup):
+    views = setup.objective.views
+    return next(setup.source.train_batches(0, 0, setup.recipe.train.batch_size, views))
+
+
+def test_networks_are_called_in_the_recipes_order_part_by_part():
+    """Batch norm's statistics and dropout depend on it."""
+    setup = small_setup(model="resnet8", options={"width": 0.1}, accumulate=2)
+    order = []
+    for name, network in setup.networks.members.items():
+        network.register_forward_hook(lambda *_, name=name: order.append(name))
+    state = state_of(setup)
+    state.networks.train()
+    train_step(state, setup.objective, first_batch(setup), setup.recipe.train)
+    assert order == ["teacher", "student", "teacher", "student"]
+
+
+def test_the_order_of_random_draws_in_a_step():
+    """The epoch's order and the augmentation have generators of their own; dropout, network by
+    network, draws from the one that a checkpoint saves."""
+    setup = small_setup(model="wrn_10_1", options={"dropout": 0.3}, accumulate=2)
+    data = dataclasses.replace(setup.recipe.data, crop=1, flip=True, cutout=2)
+    setup.source.config = data
+    state = state_of(setup)
+    state.networks.train()
+    before = torch.get_rng_state()
+    with RandomOperators().watch(setup.networks.members) as record:
+        batch = first_batch(setup)
+        assert torch.equal(torch.get_rng_state(), before)
+        train_step(state, setup.objective, batch, setup.recipe.train)
+    order_crop_flip_cutout = ["data"] * 4
+    blocks = 3  # of wrn_10_1, a dropout each
+    assert record.seen == [
+        *order_crop_flip_cutout, *(["teacher"] * blocks + ["student"] * blocks) * 2,
+    ]  # fmt: skip
+
+
+def test_nothing_else_draws():
+    """Without dropout a step leaves the saved random state alone, and an evaluation always does."""
+    setup = small_setup(model="resnet8", options={"width": 0.1}, ema_decay=0.9)
+    state = state_of(setup)
+    state.networks.train()
+    before = torch.get_rng_state()
+    train_step(state, setup.objective, first_batch(setup), setup.recipe.train)
+    evaluate(state.evaluated_networks(), setup.source, "val", 12, "fp32")
+    assert torch.equal(torch.get_rng_state(), before)
