@@ -6,10 +6,11 @@ command line, and looked at through the files that they leave.
 
 Exact: steps, epochs, learning rates, skipped steps, the loss scale and the state of the random
 generators. Weights, batch norm's statistics and moments are compared by how far they are from the
-old code's, relative to how far they have moved since the checkpoint: rounding differs between
-machines and versions of torch, and moves this ratio by about 1e-6 in float32. A resume that loses a
-moment, shifts the schedule by a step, repeats a batch or draws another augmentation moves it by
-1e-2 or more.
+old code's, relative to how far those have moved since the checkpoint. Rounding differs between
+machines and versions of torch: with the reference loss, without AVX in torch and oneDNN, this ratio
+is at most 4e-6 in float32 and 4e-2 with fp16 autocast. Faults that were tried (lost or exchanged
+moments, lost statistics, another random state, a warm-up of 0.1 epochs more, another loss scale)
+make it 5e-2 to 2 in float32 and 0.6 to 0.9 with fp16.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ from bdkd.cli import main
 
 OLD_RUNS = Path(__file__).parent / "old_runs"
 NAMES = sorted(path.parent.name for path in OLD_RUNS.glob("*/next.json"))
-TOLERANCE = {"fp16": 5e-2, "two-ranks": 2e-2}  # rounded to 11 and 8 bits; else:
 IN_FLOAT32 = 1e-3
+TOLERANCE = {"fp16": 0.2, "two-ranks": 2e-2}  # of two ranks, the gradients are rounded to bf16
 
 # Metrics that rounding moves by steps: a sample that changes its class, or its bin.
 BY_STEPS = {"top1", "top5", "ece", "mce", "forward_weight", "reverse_weight"}
