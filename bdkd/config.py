@@ -15,6 +15,7 @@ import msgspec
 import tomli_w
 
 from bdkd.errors import RunError, UsageError
+from bdkd.text import read_text
 
 
 @dataclass(frozen=True)
@@ -297,10 +298,10 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A shipped recipe by name, or a TOML file.
+    """Return a shipped recipe by name, or the recipe in a TOML file.
 
     Raises:
-        UsageError: no such recipe, or a key or value in it that does not fit.
+        UsageError: no such recipe exists, or a key or value in it does not fit.
         RunError: the file cannot be read.
     """
     if name_or_path in shipped_recipes():
@@ -313,14 +314,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             "(or give a TOML file)"
         )
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except OSError as error:
         raise RunError(
             f"cannot read the recipe {path}: {error.strerror}: give the path of a TOML file, or "
             "the name of a shipped recipe (bdkd train names them)"
         ) from error
-    except UnicodeDecodeError as error:
-        raise RunError(f"cannot read the recipe {path}: {error}: it is no UTF-8 text") from error
     return parse_recipe(text, source=str(path))
 
 

@@ -12,16 +12,20 @@ from bdkd.data.decode import read_images
 from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import required_root
 from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.listing import IMAGE_SUFFIXES, class_folders, image_files
 from bdkd.data.splits import make_splits
 from bdkd.errors import RunError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"}
 
 
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """Every image resized to ``data.image_size`` (32 without it), RGB."""
+    """Load every image as RGB, resized to ``data.image_size`` (by default 32).
+
+    Raises:
+        UsageError: ``data.root`` is not set, or an option does not fit.
+        RunError: a folder is missing, holds too few images, or has other classes than the other.
+    """
     root = required_root(config, "folder")
     size = config.image_size or 32
     train = _folder(root, "train")
@@ -52,7 +56,7 @@ def _folder(root: Path, *names: str) -> Path:
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    classes = class_folders(folder)
     if len(classes) < 2:
         raise RunError(f"{folder} must hold a folder for each of at least 2 classes, got {classes}")
     return classes
@@ -61,11 +65,11 @@ def _classes(folder: Path) -> tuple[str, ...]:
 def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Images, Digest]:
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+        found = [folder / name / file for file in image_files(folder / name)]
         if len(found) < 2:
             raise RunError(
                 f"the class folder {folder / name} holds {len(found)} images: it needs at least 2 "
-                f"({', '.join(sorted(SUFFIXES))}), or remove it"
+                f"({', '.join(IMAGE_SUFFIXES)}), or remove it"
             )
         paths += found
         labels += [label] * len(found)

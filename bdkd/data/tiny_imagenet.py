@@ -5,6 +5,7 @@ Source: Stanford CS231N. Its ``test`` folder has no labels, so, as everywhere in
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from bdkd.data.decode import read_images
 from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
 from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.listing import class_folders, image_files
 from bdkd.data.splits import make_splits
 from bdkd.errors import RunError
+from bdkd.text import read_text, text_lines
 
 SOURCE = "tiny-imagenet"
 SIDE = 64
@@ -25,11 +28,11 @@ SIDE = 64
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """100,000 training and 10,000 test images at 64x64, or at ``data.image_size``."""
+    """Load 100,000 training and 10,000 test images at 64x64, or at ``data.image_size``."""
     root = _set_folder(required_root(config, SOURCE))
-    wnids = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    wnids = class_folders(root / "train")
     if len(wnids) < 2:
-        raise RunError(f"{root / 'train'} must hold a folder a class, got {wnids}")
+        raise RunError(f"{root / 'train'} must hold a folder for each class, got {wnids}")
     number = {wnid: label for label, wnid in enumerate(wnids)}
     size = config.image_size or SIDE
     labelled = [(path, number[wnid]) for wnid in wnids for path in _train(root, wnid)]
@@ -55,19 +58,20 @@ def _set_folder(root: Path) -> Path:
 
 def _train(root: Path, wnid: str) -> list[Path]:
     folder = root / "train" / wnid / "images"
-    paths = sorted(folder.glob("*.JPEG"))
-    if not paths:
-        raise RunError(f"no *.JPEG in {folder}: {where_to_get(SOURCE)}")
-    return paths
+    names = image_files(folder) if folder.is_dir() else []
+    if not names:
+        raise RunError(f"no images (*.JPEG) in {folder}: {where_to_get(SOURCE)}")
+    return [folder / name for name in names]
 
 
 def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
-    """The images of ``val`` and their labels: a line is file, class, and a box, between tabs."""
+    """Return the images of ``val`` and their labels. A line holds a file, a class and a box,
+    separated by tabs."""
     listed = root / "val" / "val_annotations.txt"
     found = []
     for count, line in enumerate(_lines(listed), 1):
         file, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
+        wnid = rest.partition("\t")[0].strip()
         if wnid not in number or Path(file).name != file:
             raise RunError(f"{listed}, line {count}: no image and class of this set: {line!r}")
         found.append((root / "val" / "images" / file, number[wnid]))
@@ -76,22 +80,23 @@ def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
     return found
 
 
-def _names(root: Path, wnids: list[str]) -> tuple[str, ...]:
-    """What ``words.txt`` calls the classes; where it is missing, their WordNet ids."""
+def _names(root: Path, wnids: Sequence[str]) -> tuple[str, ...]:
+    """Return the class names from ``words.txt``, or the WordNet ids where the file is missing."""
     words = root / "words.txt"
     lines = _lines(words) if words.exists() else []
-    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    pairs = [line.split("\t", 1) for line in lines if "\t" in line]
+    names = {wnid: name.strip() for wnid, name in pairs}
     return tuple(names.get(wnid, wnid) for wnid in wnids)
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+        return text_lines(read_text(path))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _digest(root: Path, wnids: list[str], labelled: list[tuple[Path, int]]) -> Digest:
+def _digest(root: Path, wnids: Sequence[str], labelled: list[tuple[Path, int]]) -> Digest:
     """By WordNet id: several ids share a name."""
     names = [os.fsencode(path.relative_to(root)) for path, _ in labelled]
     labels = np.array([label for _, label in labelled], np.int64)

@@ -4,6 +4,8 @@
 tells where an image's bytes are, ``windows`` and ``draws`` which part of it is cut.
 """
 
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from bdkd.config import DataConfig
 from bdkd.data.base import Split, stratified_split, stratified_subset
 from bdkd.data.fetch import required_root
 from bdkd.data.imagenet.dali import Dali
-from bdkd.data.imagenet.index import Index, read_exclusions
+from bdkd.data.imagenet.index import Index, read_exclusions, spellings
 from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import processors
 from bdkd.data.imagenet.pillow import Pillow
@@ -22,6 +24,7 @@ from bdkd.data.imagenet.source import ImageNet
 from bdkd.data.splits import SPLIT_SEED, with_label_noise
 from bdkd.errors import RunError, UsageError
 
+NAMED = 3  # lines of data.exclude that a message shows
 ELSEWHERE = {"crop": 0, "crop_padding": "zero", "cutout": 0, "pixel_noise": 0.0}
 
 
@@ -32,10 +35,10 @@ def load(
     memory_format: torch.memory_format,
     dtype: torch.dtype = torch.float32,
 ) -> ImageNet:
-    """``data.root`` as ``data.format`` has it; ``val`` is the test split.
+    """Load the data set at ``data.root`` in ``data.format``. ``val`` is the test split.
 
     Raises:
-        UsageError: an option that does not apply here.
+        UsageError: an option does not apply to this source, or ``data.exclude`` names no image.
         RunError: the data set is missing or incomplete.
     """
     for key, off in ELSEWHERE.items():
@@ -52,7 +55,7 @@ def load(
         training, test = _without_excluded(config.exclude, training, test)
         found._replace(train=training).require_images()
     if not len(test):
-        raise RunError(f"{root / 'val'} holds no images: they are what is tested on")
+        raise RunError(f"{root / 'val'} holds no images: the test split needs some")
 
     def make_loader(
         device: torch.device, dtype: torch.dtype, mean: torch.Tensor, std: torch.Tensor
@@ -74,14 +77,34 @@ def load(
 
 
 def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index, Index]:
-    excluded = read_exclusions(Path(listed).expanduser())
-    left = training.without(excluded), test.without(excluded)
-    if excluded and len(left[0]) + len(left[1]) == len(training) + len(test):
+    """Leave out the images that a list names. Lines that name no image are told on standard error.
+
+    Raises:
+        UsageError: no line names an image.
+    """
+    lines = read_exclusions(Path(listed).expanduser())
+    wanted = {spelling for line in lines for spelling in spellings(line)}
+    if not wanted:
+        return training, test
+    left, matched = [], set()
+    for index in (training, test):
+        excluded = index.find(wanted)
+        matched |= {index.identity(i) for i in np.flatnonzero(excluded).tolist()}
+        left.append(index.take(np.flatnonzero(~excluded)))
+    if not matched:
         raise UsageError(
             f"data.exclude, {listed}, names no image of {training.root}: it needs the lines that "
             "bdkd data check wrote for this data set"
         )
-    return left
+    unknown = [line for line in lines if matched.isdisjoint(spellings(line))]
+    if unknown and os.environ.get("RANK", "0") == "0":
+        print(
+            f"bdkd: {len(unknown):,} of {len(lines):,} lines of data.exclude, {listed}, name no "
+            f"image of {training.root}: {', '.join(unknown[:NAMED])}"
+            + (" ..." if len(unknown) > NAMED else ""),
+            file=sys.stderr,
+        )
+    return left[0], left[1]
 
 
 def _splits(config: DataConfig, training: Index, test: Index) -> dict[Split, Index]:

@@ -11,18 +11,20 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.data.imagenet.kept import kept
+from bdkd.data.listing import is_hidden_member, is_image
 from bdkd.errors import RunError
+from bdkd.text import decode_text
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
+LONGEST_LABEL = 100  # bytes of a member KEY.cls
 ENCODED, LABEL = b"image/encoded", b"image/class/label"
 
 
@@ -90,17 +92,16 @@ def _images_of_tar(path: Path) -> Iterator[Found]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, _, file = member.name.rpartition("/")
-                key, _, suffix = file.partition(".")
-                key = f"{folder}/{key}" if folder else key
-                if not member.isfile():
+                if not member.isfile() or is_hidden_member(member.name):
                     continue
-                if suffix.lower() in IMAGE_SUFFIXES:
+                # webdataset's rule: the key ends at the first dot of the file name
+                folder, slash, file = member.name.rpartition("/")
+                key, _, suffix = file.partition(".")
+                key = folder + slash + key
+                if is_image(f"image.{suffix}") and "." not in suffix:
                     images[key] = member
                 elif suffix == "cls":
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    labels[key] = int(stream.read())
+                    labels[key] = _label(tar, member, path)
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise RunError(f"{path} is no whole tar shard of webdataset: {error}") from error
     size = path.stat().st_size
@@ -110,6 +111,20 @@ def _images_of_tar(path: Path) -> Iterator[Found]:
         if member.offset_data + member.size > size:
             raise RunError(f"{path} was cut short: fetch it again")
         yield Found(member.name, member.offset_data, member.size, labels[key])
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
+    """Read the label in a member ``KEY.cls``."""
+    stream = tar.extractfile(member)
+    assert stream is not None
+    content = stream.read(LONGEST_LABEL + 1)
+    text = decode_text(content, f"{path} ({member.name})").strip()
+    with suppress(ValueError):
+        if len(content) <= LONGEST_LABEL and abs(label := int(text)) < 2**31:
+            return label
+    raise RunError(
+        f"{path}: the label {member.name} must hold the number of a class, got {text[:40]!r}"
+    )
 
 
 def _images_of_tfrecord(path: Path) -> Iterator[Found]:
@@ -127,15 +142,23 @@ def _images_of_tfrecord(path: Path) -> Iterator[Found]:
 
 @contextmanager
 def _records(path: Path) -> Iterator[Iterator[tuple[int, mmap.mmap, int, int]]]:
-    """Number, file, begin and end of the data of each record."""
+    """Iterate over the records of a file: number, content of the file, start and end of the
+    record's data."""
     if path.stat().st_size == 0:  # which cannot be mapped
         yield iter(())
         return
     with (
-        open(path, "rb") as file,
+        _opened(path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
         yield _frames(path, content)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _frames(path: Path, content: mmap.mmap) -> Iterator[tuple[int, mmap.mmap, int, int]]:

@@ -1,6 +1,5 @@
 """Every image of a data set decoded once, before a training meets the bad ones."""
 
-import io
 import os
 import sys
 from collections import Counter, deque
@@ -13,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from bdkd.data.decode import UndecodableError, decode_rgb, open_image
 from bdkd.data.imagenet.archives import damaged_records
 from bdkd.data.imagenet.index import Index, Item
 from bdkd.data.imagenet.layout import find
-from bdkd.data.imagenet.loader import decoded, processors
+from bdkd.data.imagenet.loader import processors
 from bdkd.data.imagenet.pillow import leave_signals_to_the_parent, worker_context
 from bdkd.errors import RunError
 
 CHUNK = 32  # images of a task
-KINDS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # what both loaders decode
 
 
 @dataclass
@@ -124,21 +123,19 @@ def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, 
 
 
 def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
-    """Kind of each image, and why it is bad, if it is."""
-    from PIL import Image
+    """Return the kind of each image (format and mode), and the reason why it is bad, if it is.
 
+    Both loaders read every image that passes: see :func:`bdkd.data.imagenet.dali.prepared`.
+    """
     answers = []
     for item in items:
         try:
-            decoded(item)
-            with Image.open(io.BytesIO(item.read())) as image:
-                kind = f"{image.format} {image.mode}"
-        except RunError as error:
-            cause = error.__cause__ or error
-            answers.append(("", " ".join(str(cause).split(" <_io")[0].split())))
-            continue
-        known = kind.split()[0] in KINDS
-        answers.append((kind, "" if known else f"a {kind}, which DALI does not decode"))
+            content = item.read()
+            decode_rgb(content)
+            with open_image(content) as image:
+                answers.append((f"{image.format} {image.mode}", ""))
+        except (RunError, UndecodableError) as error:
+            answers.append(("", str(error)))
     return answers
 
 

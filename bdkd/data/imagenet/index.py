@@ -4,7 +4,7 @@ All formats come to the same thing here, so order, augmentation and resuming do 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 
 from bdkd.data.digest import Digest, digest_names
 from bdkd.errors import RunError
+from bdkd.text import read_text, text_lines
 
 WHOLE_FILE = -1
 
@@ -93,12 +94,9 @@ class Index:
             None if self.sizes is None else self.sizes[chosen],
         )
 
-    def without(self, excluded: set[str]) -> "Index":
-        """The images whose identity is not listed."""
-        if not excluded:
-            return self
-        kept = [i for i in range(len(self)) if self.identity(i) not in excluded]
-        return self.take(np.asarray(kept, np.int64))
+    def find(self, identities: Container[str]) -> np.ndarray:
+        """Return which of the images are listed, ``(N,)`` bool."""
+        return np.array([self.identity(i) in identities for i in range(len(self))], bool)
 
 
 def names_array(names: Sequence[str]) -> np.ndarray:
@@ -106,11 +104,21 @@ def names_array(names: Sequence[str]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names] or [b""], np.bytes_)[: len(names)]
 
 
-def read_exclusions(path: Path) -> set[str]:
-    """Identities of images in a list that ``bdkd data check`` wrote: one a line, the reason behind
-    a tab."""
+def read_exclusions(path: Path) -> list[str]:
+    """Read the identities of images from a list as ``bdkd data check`` writes it: one a line, the
+    reason behind a tab. Empty lines and lines that begin with ``#`` are skipped.
+
+    Raises:
+        RunError: the list cannot be read.
+    """
     try:
-        lines = path.read_text("utf-8", "surrogateescape").splitlines()
+        lines = text_lines(read_text(path, "surrogateescape"))
     except OSError as error:
         raise RunError(f"cannot read data.exclude, {path}: {error.strerror}") from error
-    return {line.split("\t", 1)[0] for line in lines if line and not line.startswith("#")}
+    return [line.split("\t", 1)[0] for line in lines if line.strip() and not line.startswith("#")]
+
+
+def spellings(line: str) -> tuple[str, str]:
+    """Return the identities that a line may mean: itself, or a path of Windows or one that begins
+    with ``./``."""
+    return line, line.strip().replace("\\", "/").removeprefix("./")

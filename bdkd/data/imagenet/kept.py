@@ -16,6 +16,7 @@ import numpy as np
 
 from bdkd.data.imagenet.index import Index
 
+RULES = "2"  # increase it when other members of an archive count as images
 COLUMNS = ("container", "names", "labels", "offsets", "sizes")
 
 
@@ -50,7 +51,7 @@ def _file(kind: str, root: Path, names: tuple[str, ...]) -> Path | None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(cache):  # a user without a home
         return None
-    said = "\0".join([kind, str(root.resolve()), *names])
+    said = "\0".join([kind, RULES, str(root.resolve()), *names])
     return Path(cache, "bdkd", f"index-{hashlib.sha256(os.fsencode(said)).hexdigest()[:20]}.npz")
 
 

@@ -4,7 +4,6 @@ Its test images have no public labels, so, as everywhere in the literature, ``va
 validation images are held out of ``train``.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,16 @@ import numpy as np
 
 from bdkd.data.imagenet.archives import index_tars, index_tfrecords
 from bdkd.data.imagenet.index import Index, names_array
+from bdkd.data.listing import (
+    archive_files,
+    class_folders,
+    image_files,
+    is_hidden,
+    record_files,
+)
 from bdkd.errors import RunError
+from bdkd.text import read_text, text_lines
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 SORT_VAL = (
     "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r f w _; do mkdir -p val/$w && "
     "mv val/$f.JPEG val/$w/; done"
@@ -60,10 +66,10 @@ def _folders(root: Path) -> Layout:
                 f"no folder {root / split}: data.root must hold train/<wnid>/*.JPEG and "
                 f"val/<wnid>/*.JPEG{_other_format(root)}"
             )
-    classes = _class_folders(root / "train")
+    classes = class_folders(root / "train")
     if len(classes) < 2:
         raise RunError(f"{root / 'train'} must hold a folder for each of at least 2 classes")
-    in_val = _class_folders(root / "val")
+    in_val = class_folders(root / "val")
     if not in_val:
         raise RunError(
             f"{root / 'val'} is flat: its images belong into a folder for each class, "
@@ -82,18 +88,12 @@ def _folders(root: Path) -> Layout:
     )
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
-
-
 def _scan(root: Path, split: str, folders: tuple[str, ...], number: dict[str, int]) -> Index:
-    """Every image file in the folders, sorted: the order on disk is not one to rely on."""
+    """Index every image file in the folders, sorted: the order of a listing is arbitrary."""
     names: list[str] = []
     container: list[int] = []
     for place, folder in enumerate(folders):
-        with os.scandir(root / split / folder) as entries:
-            found = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES))
+        found = image_files(root / split / folder)
         names += found
         container += [place] * len(found)
     within = np.asarray(container, np.int32)
@@ -103,14 +103,14 @@ def _scan(root: Path, split: str, folders: tuple[str, ...], number: dict[str, in
 
 
 def _webdataset(root: Path, fresh: bool) -> Layout:
-    train = index_tars(root, _archives(root, "train", "*.tar"), fresh)
-    val = index_tars(root, _archives(root, "val", "*.tar"), fresh)
+    train = index_tars(root, _archives(root, "train", tars=True), fresh)
+    val = index_tars(root, _archives(root, "val", tars=True), fresh)
     return _labelled_by_number(root, train, val)
 
 
 def _tfrecord(root: Path, fresh: bool) -> Layout:
-    train = index_tfrecords(root, _archives(root, "train", "*"), fresh)
-    val = index_tfrecords(root, _archives(root, "val", "*"), fresh)
+    train = index_tfrecords(root, _archives(root, "train", tars=False), fresh)
+    val = index_tfrecords(root, _archives(root, "val", tars=False), fresh)
     if min(train.labels.min(), val.labels.min()) == 1:
         # The field's TFRecords number ImageNet's classes from 1: 0 was to be the background.
         train = train.take(np.arange(len(train)), train.labels - 1)
@@ -118,38 +118,52 @@ def _tfrecord(root: Path, fresh: bool) -> Layout:
     return _labelled_by_number(root, train, val)
 
 
-def _archives(root: Path, split: str, pattern: str) -> list[Path]:
-    """``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` stands for ``validation`` too."""
-    ours = [entry for entry in sorted(root.iterdir()) if split in entry.name]
-    found = [file for folder in ours if folder.is_dir() for file in sorted(folder.glob(pattern))]
-    found += [file for file in ours if file.is_file() and file.match(pattern)]
-    found = [file for file in found if file.is_file() and not file.name.endswith((".idx", ".txt"))]
+def _archives(root: Path, split: str, tars: bool) -> list[Path]:
+    """Return the archives of a split, ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` stands
+    for ``validation`` too."""
+    ours = [e for e in sorted(root.iterdir()) if split in e.name and not is_hidden(e.name)]
+    found = [file for folder in ours if folder.is_dir() for file in archive_files(folder)]
+    found += [file for file in ours if file.is_file() or not file.exists()]
+    found = [f for f in found if f.suffix.lower() == ".tar"] if tars else record_files(found)
     if not found:
         raise RunError(
-            f"no archives {split}{pattern} in {root} or in a folder {split} of it"
+            f"no archives {split}{'*.tar' * tars or '*'} in {root} or in a folder {split} of it"
             f"{_other_format(root)}"
         )
+    for file in found:
+        if not file.exists():
+            raise RunError(f"{file} is a symbolic link to something that does not exist")
     return found
 
 
 def _labelled_by_number(root: Path, train: Index, val: Index) -> Layout:
-    """Class names are in ``classes.txt``, a line each, or else are the numbers."""
+    """Class names are the lines of ``classes.txt``, or the numbers where it is missing."""
     count = int(max(train.labels.max(), val.labels.max())) + 1
     if min(train.labels.min(), val.labels.min()) < 0:
         raise RunError(f"the archives in {root} hold a negative label")
+    if count > len(train):
+        raise RunError(
+            f"the archives in {root} hold {len(train)} training images and labels up to "
+            f"{count - 1}: every class needs at least 2 images"
+        )
     listed = root / "classes.txt"
-    classes = tuple(map(str, range(count)))
-    if listed.exists():
-        classes = tuple(listed.read_text("utf-8").splitlines())
-        if len(classes) < count:
-            raise RunError(f"{listed} names {len(classes)} classes, the labels go to {count - 1}")
+    if not listed.exists():
+        return Layout(tuple(map(str, range(count))), train, val)
+    try:
+        classes = tuple(line.strip() for line in text_lines(read_text(listed)))
+    except OSError as error:
+        raise RunError(f"cannot read {listed}: {error.strerror}") from error
+    if "" in classes:
+        raise RunError(f"{listed}, line {classes.index('') + 1} is empty: it must name a class")
+    if len(classes) < count:
+        raise RunError(f"{listed} names {len(classes)} classes, the labels go to {count - 1}")
     return Layout(classes, train, val)
 
 
 def _other_format(root: Path) -> str:
-    """A hint where the folder holds another format than the one asked for."""
+    """Return a hint if the folder holds another format than the one asked for."""
     entries = {entry.name for folder in (root, root / "train") if folder.is_dir()
-               for entry in folder.iterdir()}  # fmt: skip
+               for entry in folder.iterdir() if not is_hidden(entry.name)}  # fmt: skip
     if any(name.endswith(".tar") for name in entries):
         return "; it holds tar files: shards of webdataset need data.format = webdataset"
     if any("-of-" in name or name.endswith(".tfrecord") for name in entries):

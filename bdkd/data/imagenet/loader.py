@@ -1,6 +1,5 @@
 """What a decoder is asked for, and what both decoders share."""
 
-import io
 import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from bdkd.data.decode import UndecodableError, decode_rgb
 from bdkd.data.imagenet.index import Item
 from bdkd.data.imagenet.windows import Window, central_window, training_window
 from bdkd.errors import RunError
@@ -50,23 +50,19 @@ class Loader(Protocol):
 
 
 def decoded(item: Item) -> "Image.Image":
-    """An image, decoded by Pillow to its last byte, in RGB.
+    """Return an image, decoded by Pillow to its last byte, in RGB.
 
     Raises:
-        RunError: it cannot be decoded; it is named.
+        RunError: the image cannot be decoded; the message names it.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(item.read())) as image:
-            return image.convert("RGB")
-    # Pillow's plug-ins raise these at files that are not what they seem.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        # "cannot identify image file <_io.BytesIO object at 0x...>" names nothing
-        raise bad_image(item, str(error).split(" <_io")[0] or type(error).__name__) from error
+        return decode_rgb(item.read())
+    except UndecodableError as error:
+        raise bad_image(item, str(error)) from error
 
 
 def bad_image(item: Item, reason: str) -> RunError:
+    """Return an error that names the image and the remedy."""
     return RunError(
         f"cannot decode the image {item}: {reason}; bdkd data check finds all such files, "
         "data.exclude leaves them out"

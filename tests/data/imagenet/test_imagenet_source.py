@@ -278,7 +278,9 @@ def test_layouts_that_cannot_be_are_refused_in_one_line(copy, tree, tars, tmp_pa
     refused("no data set at .*nowhere", root=tmp_path / "nowhere")
     refused("no archives train", format="webdataset")
     refused(r"data\.format = webdataset", root=tars)
-    refused("train-0000.tar, record 0: .* no TFRecord", root=tars, format="tfrecord")
+    refused(
+        r"no archives train.*tar files.*data\.format = webdataset", root=tars, format="tfrecord"
+    )
     (copy / "train" / wnid(9)).mkdir()
     refused(f"the class {wnid(9)} in .* holds 0 images")
     (copy / "train" / wnid(9)).rmdir()

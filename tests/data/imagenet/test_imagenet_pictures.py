@@ -1,0 +1,81 @@
+"""Every loader shows a network the same picture of a file, or refuses the file by name."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from odd_images import GREY16, RGB16, SIDE, readable, refused
+
+from bdkd.data.decode import read_images
+from bdkd.data.imagenet.check import examine
+from bdkd.data.imagenet.dali import Dali
+from bdkd.data.imagenet.index import WHOLE_FILE, Item
+from bdkd.data.imagenet.loader import Request
+from bdkd.data.imagenet.pillow import Pillow
+from bdkd.errors import RunError
+
+# For a square of 28 pixels an image of 32 is not resized: what is compared is decoded pixels.
+SQUARE = 28
+READABLE, REFUSED = readable(), refused()
+
+
+def item(path):
+    return Item(str(path), "", 0, WHOLE_FILE)
+
+
+@pytest.fixture(scope="module")
+def loaders():
+    zero, one, cpu = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.device("cpu")
+    return {make.__name__: make(0, cpu, torch.float32, zero, one) for make in (Dali, Pillow)}
+
+
+def picture(loader, path):
+    """Pixels ``(3, 28, 28)`` of the central square."""
+    request = Request([item(path)], SQUARE, None, 1.0, False)
+    (pixels,) = list(loader.batches(iter([request]), 1, False))
+    return pixels[0].round().int()
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_all_loaders_and_the_check_read_the_same_picture(name, loaders, tmp_path):
+    path = tmp_path / "0.jpg"  # whatever its suffix, a file is what it holds
+    path.write_bytes(READABLE[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = read_images([path], SIDE)[0, :, 2:30, 2:30].int()
+        ((kind, reason),) = examine([item(path)])
+        found = {key: picture(loader, path) for key, loader in loaders.items()}
+    assert not reason, kind
+    assert torch.equal(found["Pillow"], folder)
+    assert (found["Dali"] - folder).abs().max() <= 2
+    assert folder.float().std() > 20  # neither white nor black
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_loaders_and_the_check_refuse_the_same_files(name, loaders, tmp_path):
+    path = tmp_path / "0.jpg"
+    path.write_bytes(REFUSED[name])
+    with pytest.raises(RunError, match=r"cannot read the image .*0\.jpg: .*mend or remove") as one:
+        read_images([path], SIDE)
+    messages = [str(one.value), examine([item(path)])[0][1]]
+    for loader in loaders.values():
+        with pytest.raises(
+            RunError, match=r"cannot decode the image .*0.jpg: .*data\.exclude"
+        ) as e:
+            picture(loader, path)
+        messages.append(str(e.value))
+    assert all(message and "\n" not in message for message in messages)
+    if name.startswith(("tiff", "pfm")) and "cut" not in name:
+        assert all("has no defined 8-bit picture: convert it" in m for m in messages), messages
+    if "bomb" in name:
+        assert all("pixels" in m for m in messages), messages
+
+
+@pytest.mark.parametrize("name", ["png grey 16", "png rgb 16", "pgm 16", "tiff grey 16",
+                                  "png grey alpha 16", "jpeg 2000 grey 16"])  # fmt: skip
+def test_16_bits_become_their_upper_8(name, tmp_path):
+    (tmp_path / "0.png").write_bytes(READABLE[name])
+    pixels = read_images([tmp_path / "0.png"], SIDE)[0].permute(1, 2, 0).numpy()
+    wide = RGB16 if "rgb" in name else np.dstack([GREY16] * 3)
+    assert np.array_equal(pixels, wide >> 8)
