@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # A file is opened by what it holds, whatever its suffix. The list leaves out formats whose Pillow
 # plug-ins start another program (EPS) or that are no pictures of the kind that networks train on.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "AVIF")
+PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2 * 89_478_485  # pixels; Pillow refuses more (Image.MAX_IMAGE_PIXELS)
 # Modes with one 8-bit picture. Transparency is dropped and no camera's orientation is applied, as
 # DALI and torchvision do it.
@@ -38,6 +40,8 @@ def open_image(content: bytes) -> "Image.Image":
     """
     from PIL import Image
 
+    if content.startswith(PNG):
+        png_is_whole(content)
     Image.init()
     try:
         image = Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN])
@@ -97,6 +101,28 @@ def _is_grey16(image: "Image.Image") -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
+def png_is_whole(content: bytes) -> bool:
+    """Return whether the chunks of a PNG follow each other to its end. Their checksums are
+    verified, which Pillow does not do for pixels: it shows damaged ones.
+
+    Raises:
+        UndecodableError: a checksum does not fit.
+    """
+    position = len(PNG)
+    while position + 12 <= len(content):
+        end = position + 8 + int.from_bytes(content[position : position + 4], "big")
+        kind, checksum = content[position + 4 : position + 8], content[end : end + 4]
+        if len(checksum) < 4:
+            return False
+        if zlib.crc32(memoryview(content)[position + 4 : end]) != int.from_bytes(checksum, "big"):
+            name = kind.decode("ascii", "backslashreplace")
+            raise UndecodableError(f"the checksum of its {name} chunk does not fit: it is damaged")
+        if kind == b"IEND":
+            return True
+        position = end + 4
+    return False
+
+
 def too_large(height: int, width: int) -> str:
     return f"it has {width}x{height} pixels, more than the {LARGEST:,} that are decoded"
 
@@ -109,14 +135,16 @@ def _undecodable(error: Exception) -> UndecodableError:
 
 def jpeg_frame(content: bytes) -> tuple[int, int, int, int] | None:
     """Return the precision in bits, height, width and number of components of a JPEG from its
-    header; None if it has none. This takes a tenth of the time of Pillow's ``Image.open``."""
-    position = 2
+    header; None if the header is damaged. This takes a tenth of the time of ``Image.open``."""
+    position, frame = 2, None
     while content[:2] == b"\xff\xd8" and position + 10 <= len(content):
         if content[position] != 0xFF:
-            break
+            return None
         marker = content[position + 1]
+        if marker == 0xDA:  # the first scan
+            return frame
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            return struct.unpack_from(">BHHB", content, position + 4)
+            frame = struct.unpack_from(">BHHB", content, position + 4)
         position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     return None
 

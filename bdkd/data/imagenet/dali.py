@@ -18,10 +18,12 @@ from torch import Tensor
 
 from bdkd.data.decode import (
     LARGEST,
+    PNG,
     UndecodableError,
     decode_rgb,
     jpeg_frame,
     open_image,
+    png_is_whole,
     too_large,
 )
 from bdkd.data.imagenet.index import Item
@@ -188,8 +190,8 @@ def prepared(item: Item) -> tuple[bytes, int, int]:
 
 def _is_plain(content: bytes) -> bool:
     """Whether this is a PNG or WebP that DALI decodes as Pillow does."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content[24:25] != b"\x10" and content.endswith(b"IEND\xaeB`\x82")
+    if content.startswith(PNG):
+        return content[24:25] != b"\x10" and png_is_whole(content)
     return content[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
 

@@ -96,6 +96,8 @@ def readable() -> dict[str, bytes]:
         "jpeg turned": encode(colour, "JPEG", exif=turned),
         "jpeg mpo": encode(colour, "MPO", **more),
         "jpeg with a tail": encode(colour, "JPEG") + b"garbage" * 9,
+        "jpeg with a damaged marker": encode(colour, "JPEG").replace(b"\xff\xc4", b"\0\xc4", 1),
+        "jpeg with a fill byte": encode(colour, "JPEG").replace(b"\xff\xc4", b"\xff\xff\xc4", 1),
         "png": encode(colour, "PNG"), "png 1": encode(grey.convert("1"), "PNG"),
         "png grey": encode(grey, "PNG"), "png grey alpha": encode(grey_alpha, "PNG"),
         "png rgba": encode(rgba, "PNG"), "png palette": encode(palette, "PNG"),
@@ -155,6 +157,11 @@ def refused() -> dict[str, bytes]:
             chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)),
         ),
     }  # fmt: skip
+    whole = encode(colour, "PNG")
+    middle = len(whole) // 2
+    found["a png with another byte"] = (
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    )
     jpeg = encode(colour, "JPEG")
     frame = jpeg.index(b"\xff\xc0") + 5
     found["a jpeg bomb"] = jpeg[:frame] + b"\xff\xff\xff\xff" + jpeg[frame + 4 :]

@@ -34,13 +34,15 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     files[3].write_bytes(files[3].read_bytes()[:2000])
     files[30].write_text("a text\n")
     with Image.open(files[31]) as image:
-        files[31].write_bytes(encoded(image, "GIF"))
+        files[31].write_bytes(encoded(image.convert("F"), "TIFF"))
+        files[33].write_bytes(encoded(image, "GIF"))
         files[32].write_bytes(encoded(image.convert("CMYK"), "JPEG"))
     labelled(root, "val")[2][0].write_bytes(b"")
     (root / "train" / wnid(9)).mkdir()
     code, out, err = run(capfd, root, "--to", listed)
     assert code == 1
     assert "1 JPEG CMYK" in out
+    assert "1 GIF P" in out
     assert err.count("\n") == 1
     assert "4 of 145 images cannot be decoded" in err
     assert f"1 classes have fewer than 2 training images or none in val ({wnid(9)})" in err
@@ -49,7 +51,7 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     assert lines[0].startswith("# bdkd data check")
     assert [line.split("\t")[0] for line in lines[1:]] == [str(f.relative_to(root)) for f in bad]
     assert "truncated" in lines[1]
-    assert "DALI does not decode" in lines[3]
+    assert "of mode F has no defined 8-bit picture" in lines[3]
 
     (root / "train" / wnid(9)).rmdir()
     main(["train", "imagenet-smoke", "--data.root", str(root), "--data.exclude", str(listed),

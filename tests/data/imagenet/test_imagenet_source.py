@@ -11,6 +11,7 @@ from PIL import Image
 
 from bdkd.config import DataConfig
 from bdkd.data import Shard, create_source
+from bdkd.data.imagenet import dali
 from bdkd.errors import RunError, UsageError
 
 LOADERS = ("dali", "pillow")
@@ -235,10 +236,15 @@ def test_a_bad_file_is_named_in_one_line(copy, loader, kind, split):
     assert sum(len(b.target) for b in left.eval_batches("test", 12)) == left.info.counts["test"]
 
 
-def test_an_image_that_only_dali_refuses_is_named(copy):
+def test_an_image_that_only_dali_refuses_is_named(copy, monkeypatch):
+    """No such encoding is known; here DALI gets a GIF, which it is never given otherwise."""
     file, _ = labelled(copy, "train")[7]
     with Image.open(file) as image:
         file.write_bytes(encoded(image, "GIF"))
+    handed = {str(file): (file.read_bytes(), image.height, image.width)}
+    monkeypatch.setattr(
+        dali, "prepared", lambda item, known=dali.prepared: handed.get(str(item)) or known(item)
+    )
     source = imagenet(copy, loader="dali", validation=0.0)
     with pytest.raises(RunError, match=f"{file}: DALI"):
         list(source.train_batches(0, 0, 12, 1))
