@@ -13,7 +13,9 @@ RESIZE, CROP = 256, 224  # evaluation: the shorter side becomes 256/224 of the w
 RATIO = math.log(4 / 3)  # of the random window's sides, either way
 ATTEMPTS = 10
 DRAWS = 2 * ATTEMPTS + 3
-LONG = 4  # an image with longer sides than this, in shorter ones, is cut before it is enlarged
+# Longer images are cut before they are resized, so that they do not fill the memory: at side 224 an
+# image of 65,500x1 pixels would need 13 GB. The resized image has at most 64 * 256 * 256 pixels.
+LONG = 64  # longer side in shorter sides
 
 
 class Window(NamedTuple):
@@ -57,12 +59,20 @@ def training_window(
 
 
 def central_window(height: int, width: int, side: int) -> Window:
-    """The field's evaluation: the shorter side resized to 256/224 of ``side``, its centre cut."""
+    """Return the window of evaluation: torchvision's ``Resize(round(side * 256 / 224))`` and
+    ``CenterCrop(side)``, to the pixel.
+
+    torchvision's recipe has 256 for side 224. For other sides timm rounds ``side / 0.875`` down,
+    which is one pixel less at some of them. Images whose longer side is more than ``LONG`` times
+    the shorter are cut to this ratio first, which torchvision does not do.
+
+    Source: ``_compute_resized_output_size`` and ``center_crop`` in
+    torchvision/transforms/functional.py.
+    """
     h, w = min(height, LONG * width), min(width, LONG * height)
     shorter = round(side * RESIZE / CROP)
     to_h = shorter if h <= w else int(shorter * h / w)
     to_w = shorter if w <= h else int(shorter * w / h)
-    top, left = (height - h) // 2, (width - w) // 2
-    return Window(
-        top, left, h, w, to_h, to_w, (to_h - side + 1) // 2, (to_w - side + 1) // 2, False
-    )
+    # Python rounds halves to even numbers, and torchvision uses it.
+    square = round((to_h - side) / 2), round((to_w - side) / 2)
+    return Window((height - h) // 2, (width - w) // 2, h, w, to_h, to_w, *square, False)
