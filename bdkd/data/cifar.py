@@ -3,6 +3,7 @@
 Source: A. Krizhevsky, Learning multiple layers of features from tiny images, 2009.
 """
 
+import gzip
 import io
 import tarfile
 import zlib
@@ -22,6 +23,8 @@ from bdkd.data.splits import make_splits, refuse_image_size
 from bdkd.errors import RunError
 
 SIDE = 32
+# Bytes. The largest file is CIFAR-100's "train" with 50,000 rows of 3,072 bytes and their labels.
+LARGEST_FILE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,28 @@ def _from_file(layout: Layout, path: Path) -> dict[str, Any]:
         ) from error
 
 
+class _Bounded(gzip.GzipFile):
+    """Unpacks at most ``LARGEST_FILE`` bytes at once: tarfile reads headers of any declared size
+    into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_FILE:
+            raise tarfile.ReadError(f"a part declares {size:,} bytes")
+        return super().read(size)
+
+
 def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """In the archive's own order: going back in it would unpack it again from its beginning."""
+    """Read the wanted files in the archive's own order: going back in it would unpack it again."""
     found = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with _Bounded(path, "rb") as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
             for member in tar:
+                if member.size > LARGEST_FILE:
+                    raise RunError(
+                        f"{path} is refused: {member.name} unpacks to {member.size:,} bytes, and "
+                        f"no file of {layout.source} has more than {LARGEST_FILE:,}; "
+                        f"{where_to_get(layout.source, path.parent)}"
+                    )
                 name = PurePosixPath(member.name).name
                 stream = tar.extractfile(member) if name in wanted else None  # None: not a file
                 if stream is not None:

@@ -200,14 +200,25 @@ def _sha256(path: Path) -> str:
 
 
 def _unpack(archive: Archive, whole: Path, folder: Path) -> None:
-    """Into a folder beside, which is then renamed: no half of it is ever taken for the data set."""
+    """Unpack into a temporary folder, then rename it: an interrupted run leaves no half data set.
+
+    Raises:
+        RunError: the archive is not the known file, or would write elsewhere or far too much.
+    """
     if (found := _sha256(whole)) != archive.sha256:
         raise RunError(
             f"{whole} ({whole.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
             f"{found}, not {archive.sha256}; nothing was unpacked: remove it, and run this again"
         )
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=whole.parent) as beside:
-        for name, stream in _files(whole):
+        declared = 0
+        for name, size, stream in _files(whole):
+            declared += size
+            if declared > 2 * archive.unpacked:  # before it is written
+                raise RunError(
+                    f"{whole} is refused: it unpacks to more than {2 * archive.unpacked:,} bytes, "
+                    f"{archive.folder} has about {archive.unpacked:,}"
+                )
             path = PurePosixPath(name)
             # No links are made, so what the name says is where it lands.
             if path.is_absolute() or ".." in path.parts:
@@ -222,18 +233,19 @@ def _unpack(archive: Archive, whole: Path, folder: Path) -> None:
         os.rename(inside, folder)
 
 
-def _files(whole: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of every regular file; nothing else belongs into a data set."""
+def _files(whole: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Iterate over name, declared size and content of every regular file. Nothing else belongs
+    into a data set. No content is longer than declared."""
     if zipfile.is_zipfile(whole):
         with zipfile.ZipFile(whole) as unzipped:
             for info in unzipped.infolist():
                 if not info.is_dir():
-                    yield info.filename, unzipped.open(info)
+                    yield info.filename, info.file_size, unzipped.open(info)
         return
     with tarfile.open(whole) as tar:
         for member in tar:
             stream = tar.extractfile(member) if member.isfile() else None
             if stream is not None:
-                yield member.name, stream
+                yield member.name, member.size, stream
             elif not member.isdir():
                 raise RunError(f"{whole} is refused: {member.name!r} is a link or a device")

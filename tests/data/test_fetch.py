@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import io
 import re
@@ -215,6 +216,19 @@ def hostile_zip() -> bytes:
     return stream.getvalue()
 
 
+def bomb_tar() -> bytes:
+    member = tarfile.TarInfo("cifar-10-batches-py/zeros")
+    member.size = 1 << 40
+    return gzip.compress(member.tobuf() + bytes(1 << 20))
+
+
+def bomb_zip() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cifar-10-batches-py/zeros", bytes(1 << 20))
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -225,8 +239,10 @@ def hostile_zip() -> bytes:
         (hostile_tar(type=tarfile.CHRTYPE), "a link or a device"),
         (hostile_tar(name="another/file"), "holds no folder cifar-10-batches-py"),
         (hostile_zip(), "outside its folder"),
+        (bomb_tar(), r"unpacks to more than [\d,]+ bytes"),
+        (bomb_zip(), r"unpacks to more than [\d,]+ bytes"),
     ],
-    ids=["..", "absolute", "symlink", "hard link", "device", "folder", "zip"],
+    ids=["..", "absolute", "symlink", "hard link", "device", "folder", "zip", "bomb", "zip bomb"],
 )
 def test_an_archive_cannot_write_elsewhere(tmp_path, host, content, message):
     to = tmp_path / "to"

@@ -1,6 +1,8 @@
 """CIFAR and Tiny-ImageNet in their original formats, image folders, and made-up images."""
 
+import gzip
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,20 @@ def test_a_truncated_archive_is_one_line(tmp_path, keep):
     path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(RunError, match=r"cifar-100-python.tar.gz .*damaged|it lacks") as raised:
         source("cifar100", tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("name", ["cifar-10-batches-py/data_batch_1", "more/zeros"])
+def test_a_member_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_path, kind, name):
+    """100 MB of an archive can unpack to 100 GB of zeros, in a file or in a header."""
+    bomb = tarfile.TarInfo(name)
+    bomb.type, bomb.size = kind, 100 << 30
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with gzip.open(path, "wb") as stream:
+        stream.write(bomb.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))
+    with pytest.raises(RunError, match=r"cifar-10-python.tar.gz is .*107,374,18\d,\d{3}") as raised:
+        source("cifar10", tmp_path)
     assert "\n" not in str(raised.value)
 
 
