@@ -170,7 +170,8 @@ class ScheduleConfig:
     name: Literal["cosine", "step", "constant"] = "cosine"
     """Decay: to the final factor along a cosine, by steps at milestones, or none."""
     unit: Literal["epochs", "steps"] = "epochs"
-    """What warm-up and milestones count."""
+    """What warm-up and milestones count. Steps are those of the batch size that the run began with.
+    """
     warmup: float = 0.0
     """Length of the linear warm-up."""
     milestones: tuple[float, ...] = ()
@@ -186,7 +187,8 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int = 30
-    """Passes over the training images; the schedule spans them."""
+    """Passes over the training images; the schedule spans them. A run that is resumed with another
+    number continues its decay at the present learning rate."""
     batch_size: int = 128
     """Images of one optimizer step, over all devices and accumulated parts."""
     accumulate: int = 1
@@ -213,7 +215,8 @@ class TrainConfig:
     clip_norm: float | None = None
     """Clip each network's gradient to this norm."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of each student with this decay a step."""
+    """Keep an exponential moving average of each student with this decay per step. It averages the
+    weights and the statistics of batch norm. The decay warms up as in timm's ModelEmaV3."""
     max_skipped: int = 20
     """Stop after so many steps in a row with non-finite losses or gradients."""
     select: Literal["best", "last"] = "best"
@@ -443,6 +446,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),
         ("optimizer.momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)"),
         ("schedule.warmup", s.warmup, s.warmup >= 0, "at least 0"),
+        ("schedule.milestones", s.milestones, all(m >= 0 for m in s.milestones), "at least 0"),
         ("checkpoint.every_steps", recipe.checkpoint.every_steps,
          recipe.checkpoint.every_steps >= 1, "at least 1"),
         ("checkpoint.keep", recipe.checkpoint.keep, recipe.checkpoint.keep >= 1, "at least 1"),

@@ -172,6 +172,8 @@ class Run:
         self.setup.networks.train()
         if position.validation_due and self.validate():  # the run was stopped before it came to it
             self.save(newest=False, best=True)
+        if position.step >= self.end and self.ranks.from_first(self.last_step_is_unsaved):
+            self.save(newest=True, best=False)
         while position.step < self.end:
             epoch = position.epoch
             batches = self.setup.source.train_batches(
@@ -205,6 +207,11 @@ class Run:
                 # resumed with larger batches or fewer images: no whole batch is left of the epoch
                 position.epoch, position.seen = epoch + 1, 0
         self.finish_files()
+
+    def last_step_is_unsaved(self) -> bool:
+        """Whether the run was killed between its last evaluation and its last checkpoint: it was
+        then resumed from the best student's file."""
+        return not self.folder.step_path(self.state.position.step).exists()
 
     def one_step(self, batch: Batch) -> None:
         train_step(self.state, self.setup.objective, batch, self.recipe.train, self.passes)

@@ -1,5 +1,6 @@
 """The folder of a run: what lies where, who may write to it, and what can be taken up again."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -181,14 +182,15 @@ class RunFolder:
         return self.checkpoints / f"best-{step:08d}.pt"
 
     def save(self, step: int, recipe: Recipe, state: Mapping[str, Any], keep: int) -> Path:
-        """Write the checkpoint of a step. Of the older ones the newest ``keep - 1`` stay, and the
-        best students that those that stay know of."""
+        """Write the checkpoint of a step. Of the older ones, keep the newest ``keep - 1`` and the
+        best students that these refer to."""
         path = self.step_path(step)
         save_checkpoint(path, to_toml(recipe), state)
         kept, dropped = self.checkpoint_paths()[:keep], self.checkpoint_paths()[keep:]
         known = [p for p in self.checkpoint_paths("best") if step_of(p) <= step_of(kept[-1])]
         for old in (*dropped, *known[1:]):
-            old.unlink()
+            with contextlib.suppress(OSError):  # tried again with the next checkpoint
+                old.unlink()
         return path
 
     def save_best(self, step: int, recipe: Recipe, state: Mapping[str, Any]) -> None:

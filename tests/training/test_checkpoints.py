@@ -226,6 +226,30 @@ def test_the_best_students_file_is_resumed_from_where_it_is_the_newest(run, caps
     assert "best-00000012.pt" in said
 
 
+def test_a_run_killed_before_its_last_checkpoint_has_one_in_the_end(run):
+    """Its last evaluation was written, its last step was not: nothing is left to train."""
+    (run / "checkpoints" / "step-00000012.pt").unlink()
+    (run / "summary.json").unlink()
+    main(["train", "--resume", "--run-dir", str(run), "--quiet"])
+    assert load_checkpoint(run / "checkpoints" / "step-00000012.pt")[1]["position"]["step"] == 12
+    assert (run / "summary.json").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(run, monkeypatch):
+    remove = Path.unlink
+
+    def keep(path, *args, **kwargs):
+        if path.name.startswith("step-"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", keep)
+    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2", "--quiet"])
+    saved = [path.name for path in RunFolder(run).checkpoint_paths()]
+    assert saved[:2] == ["step-00000024.pt", "step-00000020.pt"]
+    assert "step-00000010.pt" in saved
+
+
 def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
     lines = [
         '{"step":"x","split":5}', '{"step":1,"step":2}', '{"step":true,"split":"train"}', "[1]",
