@@ -1,4 +1,4 @@
-"""``bdkd data``: data sets, brought here and looked through."""
+"""``bdkd data``: download a data set, or check one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +18,27 @@ SHOWN = 10  # bad files; the list has all of them
 
 @dataclass(frozen=True)
 class Fetch:
-    """Download a data set from its original host, check its SHA-256 and unpack it. A download that
-    was interrupted goes on where it stopped."""
+    """Download a data set from its original host, check its SHA-256 and unpack it. An interrupted
+    download continues where it stopped."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """cifar10 (0.2 GB), cifar100 (0.2 GB) or tiny-imagenet (0.2 GB)."""
     to: Path
-    """Folder to put it in; a recipe's data.root names the same."""
+    """Folder to put it in: the data.root of a recipe."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Count classes and images, and decode every one, in parallel. What cannot be decoded is
-    written into a list, which a training leaves out with --data.exclude. Exits 1 if there is any,
-    or if a class lacks images."""
+    """Count classes and images, and decode every image, in parallel. Images that cannot be decoded
+    are written into a list, which training leaves out with --data.exclude. Exits 1 if there are
+    any, or if a class lacks images."""
 
     root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
-    """Folder of the data set, a recipe's data.root."""
+    """Folder of the data set: the data.root of a recipe."""
     format: Literal["folder", "webdataset", "tfrecord"] = "folder"
-    """How its images lie there, a recipe's data.format."""
+    """Format of the data set: the data.format of a recipe."""
     workers: int | None = None
-    """Processes that decode; without it, one for each processor."""
+    """Number of processes that decode. Default: one for each processor."""
     to: Path = Path("bad-files.txt")
     """File of the list."""
 
@@ -83,10 +83,11 @@ def check(given: list[str]) -> None:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.most_common())
     print(f"kinds  {kinds or 'none'}")
     for identity, reason in report.bad[:SHOWN]:
-        print(f"bad    {identity}: {reason}")
+        # A name that is not UTF-8 cannot be printed as it is.
+        print(f"bad    {identity}: {reason}".encode("utf-8", "backslashreplace").decode())
     if len(report.bad) > SHOWN:
         print(f"bad    and {len(report.bad) - SHOWN:,} more")
-    if report.bad or to.exists():  # an older list must not tell of another day
+    if report.bad or to.exists():  # overwrite an older list, which is out of date
         checking.write_list(report, root, to)
     problems = []
     if report.bad:

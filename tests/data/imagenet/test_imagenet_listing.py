@@ -1,0 +1,268 @@
+"""What counts as data is the same for every source, and for ``bdkd data check``."""
+
+import io
+import os
+import shutil
+import tarfile
+
+import pytest
+import torch
+from imagenet_trees import encoded, example, record
+from PIL import Image
+
+from bdkd.cli import main
+from bdkd.config import DataConfig
+from bdkd.data import create_source
+from bdkd.errors import RunError
+
+APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (40, 40), (20 * number, 90, 90))
+
+
+def make(root, splits=("train", "val")):
+    for split in splits:
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                picture(number).save(root / split / name / f"{number}.jpg")
+    return root
+
+
+def load(kind, root, **options):
+    """``kind`` is "folder", or a format of the source imagenet."""
+    if kind != "folder source":
+        options |= {"format": kind, "loader": "pillow", "workers": 0}
+    source = "folder" if kind == "folder source" else "imagenet"
+    config = DataConfig(source=source, root=str(root), image_size=32, validation=0.0, **options)
+    return create_source(config, 0, torch.device("cpu"), torch.channels_last)
+
+
+def facts(source):
+    info = source.info
+    return info.classes, info.counts, info.digests
+
+
+FOLDERS = pytest.mark.parametrize("kind", ["folder source", "folder"])
+
+
+@FOLDERS
+@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "val")])
+def test_hidden_entries_do_not_count_wherever_they_are(kind, splits, tmp_path, capfd):
+    root = make(tmp_path / "d")
+    known = facts(load(kind, root))
+    (root / ".git" / "train").mkdir(parents=True)
+    for split in splits:
+        for name in (".ipynb_checkpoints", "__MACOSX", ".Trash", "only hidden"):
+            (root / split / name).mkdir()
+        (root / split / "only hidden" / ".DS_Store").write_bytes(b"\0")
+        (root / split / "only hidden" / ".0.jpg").write_bytes(b"\0")
+        picture(1).save(root / split / ".ipynb_checkpoints" / "0-checkpoint.jpg")
+        picture(1).save(root / split / "a picture.jpg")  # beside the classes
+        for name in ("._0.jpg", ".DS_Store", ".hidden.JPG", "Thumbs.db", "desktop.ini"):
+            (root / split / "cat" / name).write_bytes(APPLE_DOUBLE)
+            (root / split / name).write_bytes(APPLE_DOUBLE)
+        (root / split / "cat" / ".ipynb_checkpoints").mkdir()
+        (root / split / "cat" / "folder.jpg").mkdir()
+        picture(1).save(root / split / "cat" / "folder.jpg" / "0.jpg")
+        os.mkfifo(root / split / "dog" / "pipe.jpg")  # reading it would wait for ever
+    assert facts(load(kind, root)) == known
+    main(["data", "check", str(root), "--workers", "1", "--to", str(tmp_path / "bad.txt")])
+    out, _ = capfd.readouterr()
+    assert "train  8 images of 2 classes, 4 to 4 a class" in out
+    assert "val    8 images of 2 classes, 4 to 4 a class" in out
+
+
+@FOLDERS
+def test_every_suffix_of_an_image_counts_in_any_case(kind, tmp_path):
+    root = make(tmp_path / "d")
+    for suffix in ("jpeg", "JPG", "png", "BMP", "webp", "ppm", "PGM", "tif", "TIFF"):
+        picture(1).save(root / "train" / "cat" / f"more.{suffix}", "PNG")
+    for name in ("notes.txt", "0.jpg.txt", "jpg", "0.gif", "0.jpg~"):
+        (root / "train" / "cat" / name).write_text("no image")
+    assert load(kind, root).info.counts["train"] == 8 + 9
+
+
+@FOLDERS
+def test_an_empty_class_folder_is_refused_by_name(kind, tmp_path):
+    root = make(tmp_path / "d")
+    for split in ("train", "val"):
+        (root / split / "emu").mkdir()
+    with pytest.raises(RunError, match=r"emu.* holds 0 images: it needs at least 2"):
+        load(kind, root)
+
+
+@FOLDERS
+def test_symbolic_links_are_followed(kind, tmp_path):
+    root = make(tmp_path / "d")
+    known = facts(load(kind, root))
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (root / "train" / "cat").rename(other / "cats")
+    (root / "train" / "cat").symlink_to(other / "cats")
+    (root / "train" / "dog" / "0.jpg").rename(other / "x")
+    (root / "train" / "dog" / "0.jpg").symlink_to(other / "x")
+    (root / "val").rename(other / "v")
+    (root / "val").symlink_to(other / "v")
+    assert facts(load(kind, root)) == known
+    (root / "train" / "dog" / "all.jpg").symlink_to(other)  # a folder
+    assert facts(load(kind, root)) == known
+
+
+@FOLDERS
+def test_a_broken_symbolic_link_is_named(kind, tmp_path, capfd):
+    root = make(tmp_path / "d")
+    for name, target in (("emu", "nowhere"), ("gnu", "gnu")):
+        link = root / "train" / name
+        link.symlink_to(target)
+        with pytest.raises(RunError, match=f"{link} is a symbolic link to something that does not"):
+            load(kind, root)
+        link.unlink()
+    link = root / "train" / "cat" / "9.jpg"
+    link.symlink_to("nowhere")
+    with pytest.raises(RunError, match=f"cannot read the image {link}: No such file"):
+        list(load(kind, root).train_batches(0, 0, 9, 1))
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(root), "--workers", "1", "--to", str(tmp_path / "bad.txt")])
+    assert "bad    train/cat/9.jpg: cannot read the image" in capfd.readouterr().out
+
+
+@FOLDERS
+def test_names_that_are_no_text_are_read(kind, tmp_path, capfd):
+    root = make(tmp_path / "d")
+    odd = os.fsdecode(b"\xe9t\xe9 \xff")
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "cat", root / split / odd)
+        picture(3).save(root / split / odd / (odd + "\u2028.jpg"))
+    source = load(kind, root)
+    assert sorted(source.info.classes) == sorted(["cat", "dog", odd])
+    assert source.info.counts["train"] == 13
+    list(source.train_batches(0, 0, 13, 1))
+    (root / "val" / odd / "0.jpg").write_bytes(b"")
+    listed = tmp_path / "bad.txt"
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(root), "--workers", "1", "--to", str(listed)])
+    assert "bad    val/" in capfd.readouterr().out
+    if kind == "folder":
+        assert load(kind, root, exclude=str(listed)).info.counts["test"] == 12
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def shard(prefix="", labels=b"%d"):
+    """Members of 8 images in 2 classes."""
+    found = {}
+    for number in range(8):
+        found[f"{prefix}{number}.cls"] = labels % (number % 2)
+        found[f"{prefix}{number}.jpg"] = encoded(picture(number), "JPEG")
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "cats.and/dogs/"])
+def test_hidden_members_and_shards_do_not_count(prefix, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "x.tar").mkdir()
+        hidden = {f"{prefix}{folder}{name}": APPLE_DOUBLE for folder in ("", "a/")
+                  for name in ("._0.jpg", "._0.cls", ".DS_Store", ".1.jpg")}  # fmt: skip
+        hidden |= {f"{folder}/0{s}": b"?" for folder in ("__MACOSX", "x/.thumbs", ".x/y")
+                   for s in (".jpg", ".cls")}  # fmt: skip
+        tar(tmp_path / split / "0.tar", hidden | shard(prefix))
+        for name in ("._0.tar", ".0.tar.XyZ12", "0.tar.idx", "0.json"):
+            (tmp_path / split / name).write_bytes(APPLE_DOUBLE)
+    (tmp_path / "._train-0.tar").write_bytes(APPLE_DOUBLE)
+    (tmp_path / ".train").mkdir()
+    shutil.copy(tmp_path / "train" / "0.tar", tmp_path / ".train" / "0.tar")
+    source = load("webdataset", tmp_path)
+    assert source.info.counts == {"train": 8, "val": 0, "test": 8}
+    assert len(next(iter(source.train_batches(0, 0, 8, 1))).target) == 8
+
+
+def test_an_image_in_a_shard_has_a_suffix_of_the_one_list(tmp_path):
+    members = shard()
+    for number, suffix in enumerate(("JPEG", "png", "ppm", "pgm", "tif", "TIFF"), 10):
+        members |= {f"{number}.cls": b"1", f"{number}.{suffix}": encoded(picture(1), "PNG")}
+    members |= {"0.seg.png": b"no image", "0.json": b"{}", "10.txt": b"a caption"}
+    for split in ("train", "val"):
+        tar(tmp_path / f"{split}.tar", members)
+    assert load("webdataset", tmp_path).info.counts["train"] == 8 + 6
+
+
+@pytest.mark.parametrize("labels", [b"%d", b"%d\n", b"\xef\xbb\xbf%d\r\n", b"  %d \r\n\r\n"])
+def test_labels_that_windows_wrote_are_read(labels, tmp_path):
+    for split in ("train", "val"):
+        tar(tmp_path / f"{split}.tar", shard(labels=labels))
+    assert load("webdataset", tmp_path).splits["train"].labels.tolist() == [0, 1] * 4
+    utf16 = {name: (content.decode() + "\r\n").encode("utf-16") if name.endswith("cls") else content
+             for name, content in shard().items()}  # fmt: skip
+    tar(tmp_path / "train.tar", utf16)
+    assert load("webdataset", tmp_path).splits["train"].labels.tolist() == [0, 1] * 4
+
+
+@pytest.mark.parametrize("label", [b"cat", b"", b"1.5", b"1 2", b"9" * 30, b"1" * 200, b"\xff"])
+def test_a_label_that_is_no_number_is_named_with_its_content(label, tmp_path):
+    for split in ("train", "val"):
+        tar(tmp_path / f"{split}.tar", shard() | {"5.cls": label})
+    with pytest.raises(RunError, match=r"train\.tar.* 5\.cls|train\.tar \(5\.cls\)") as raised:
+        load("webdataset", tmp_path)
+    assert "\n" not in str(raised.value)
+    if label == b"cat":
+        assert "must hold the number of a class, got 'cat'" in str(raised.value)
+
+
+def test_labels_far_beyond_the_images_are_refused(tmp_path):
+    for split in ("train", "val"):
+        tar(tmp_path / f"{split}.tar", shard() | {"5.cls": b"2000000000"})
+    with pytest.raises(RunError, match="8 training images and labels up to 2000000000"):
+        load("webdataset", tmp_path)
+
+
+STRAYS = (".DS_Store", "._train-00000-of-00002", "dataset_info.json", "features.json", "README",
+          "README.md", "LICENSE", "labels.txt", "train-00000-of-00002.idx", "Thumbs.db",
+          "train.csv", "checksums.sha256", ".train-00000-of-00002.Ab12")  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [
+    ("train-00000-of-00002", "train-00001-of-00002"),  # the TPU scripts
+    ("imagenet2012-train.tfrecord-00000-of-00002", "imagenet2012-train.tfrecord-00001-of-00002"),
+    ("0.tfrecord", "1.tfrecord"), ("0.TFRecords", "1.tfrec"), ("train0", "train1"), ("a", "b.data"),
+])  # fmt: skip
+def test_what_lies_beside_tfrecords_does_not_count(names, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        for first, name in enumerate(names):
+            content = b"".join(
+                record(example(encoded(picture(number), "JPEG"), number % 2))
+                for number in range(4 * first, 4 * first + 4)
+            )
+            (tmp_path / split / name).write_bytes(content)
+        for stray in STRAYS:
+            (tmp_path / split / stray).write_bytes(APPLE_DOUBLE)
+        (tmp_path / split / "a folder").mkdir()
+    (tmp_path / "._train").write_bytes(APPLE_DOUBLE)
+    source = load("tfrecord", tmp_path)
+    assert source.info.counts == {"train": 8, "val": 0, "test": 8}
+    broken = tmp_path / "train" / names[0]
+    broken.unlink()
+    broken.symlink_to("nowhere")
+    with pytest.raises(RunError, match=f"{names[0]} is a symbolic link to something that does not"):
+        load("tfrecord", tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_class_names_are_read_as_windows_writes_them(encoding, tmp_path):
+    for split in ("train", "val"):
+        tar(tmp_path / f"{split}.tar", shard())
+    (tmp_path / "classes.txt").write_bytes("cät\r\ndog \r\n\r\n".encode(encoding))
+    assert load("webdataset", tmp_path).info.classes == ("cät", "dog")
+    (tmp_path / "classes.txt").write_bytes("cat\n\ndog\n".encode(encoding))
+    with pytest.raises(RunError, match=r"classes\.txt, line 2 is empty: it must name a class"):
+        load("webdataset", tmp_path)
