@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kernels"}
 
 # Who may import whom: cli -> training -> objectives, data, models, evaluation -> kernels.
-LEAVES = {"bdkd.config", "bdkd.errors", "bdkd.identity"}
+LEAVES = {"bdkd.config", "bdkd.errors", "bdkd.identity", "bdkd.text"}
 ALLOWED = {
     "bdkd_kernels": {"bdkd_kernels"},
     "bdkd.objectives": {"bdkd_kernels", "bdkd.objectives", *LEAVES},
@@ -21,7 +21,8 @@ ALLOWED = {
     "bdkd.training": {
         "bdkd.training", "bdkd.objectives", "bdkd.data", "bdkd.models", "bdkd.evaluation", *LEAVES,
     },
-    "bdkd.config": {"bdkd.errors"},
+    "bdkd.config": {"bdkd.errors", "bdkd.text"},
+    "bdkd.text": {"bdkd.errors"},
     "bdkd.errors": set(),
     "bdkd.identity": {"bdkd.errors"},
 }  # fmt: skip

@@ -64,7 +64,7 @@ class DataInfo:
 
     ``digests`` and ``files`` identify the data set itself, before validation images are held out
     of "train" and before the recipe's subset and noise, but without the images of
-    ``data.exclude``. See :mod:`bdkd.data.digest`.
+    ``data.exclude``. See ``bdkd.data.digest``.
     """
 
     source: str
