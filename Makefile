@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
 # Two workers of one thread each: tests that want more threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test pythons soak sanitize bench lint format docs wheel hooks clean
+.PHONY: demo test pythons soak sanitize bench compare-commits lint format docs wheel hooks clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed ## train a teacher and a student on handwritten digits
@@ -29,6 +29,9 @@ sanitize: .venv/.installed-dev ## the native kernel under address and undefined-
 
 bench: .venv/.installed-dev ## measure what this machine can run
 	$(PY) bench
+
+compare-commits: .venv/.installed-dev ## train every recipe in the worktree OLD and here, compare steps
+	OMP_NUM_THREADS=1 $(PY) bench/compare_commits.py $(OLD)
 
 lint: .venv/.installed-dev
 	$(PY) -m ruff check .
