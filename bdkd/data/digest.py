@@ -40,6 +40,11 @@ def digest_pixels(pixels: Tensor, labels: Tensor) -> Digest:
     return Digest(found.hexdigest(), len(labels))
 
 
+def digest_text(definition: str, images: int) -> Digest:
+    """Return the digest of so many images that are made from a definition."""
+    return Digest(hashlib.sha256(f"{definition} {images}".encode()).hexdigest(), images)
+
+
 def digest_names(
     classes: Sequence[str],
     labels: np.ndarray,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bdkd.config import DataConfig
-from bdkd.data.digest import digest_pixels
+from bdkd.data.digest import digest_text
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import SPLIT_SEED, make_splits
 
@@ -31,11 +31,16 @@ def load(
     patterns = 128 + PATTERN * nn.functional.interpolate(coarse, (side, side), mode="bilinear")
     training = _images(patterns, options.images, generator)
     test = _images(patterns, options.images // 5, generator)
+    made_from = f"synthetic {options.classes} {side}"
     return InMemory(
         "synthetic", make_splits(config, training, test, 255),
         tuple(str(label) for label in range(options.classes)),
         config, scale=255, seed=seed, device=device, memory_format=memory_format,
-        digests={"train": digest_pixels(*training), "test": digest_pixels(*test)},
+        # Not of the pixels: a run moves between processors that round a few of them differently.
+        digests={
+            "train": digest_text(made_from, len(training.labels)),
+            "test": digest_text(made_from, len(test.labels)),
+        },
     )  # fmt: skip
 
 
