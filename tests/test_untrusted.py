@@ -23,10 +23,10 @@ from bdkd.training.exported import (
     FACTS,
     MAX_BYTES,
     SUFFIXES,
-    _all_but_metadata,
     _digest_of_bytes,
     _digest_of_tensors,
     _digest_of_weights,
+    _without_metadata,
     built_without_weights,
     memory_limit,
 )
@@ -60,7 +60,7 @@ def facts_of(run: Path) -> str:
 
 def forge(path: Path, model, facts: str, **metadata: str) -> Path:
     """Write a model with facts and the checksum that ``bdkd export`` would give it."""
-    digest = _digest_of_bytes(_all_but_metadata(model))(facts)
+    digest = _digest_of_bytes(_without_metadata(model))(facts)
     helper.set_model_props(model, {"bdkd": facts, "bdkd_sha256": digest, **metadata})
     path.write_bytes(model.SerializeToString())
     return path
@@ -325,6 +325,14 @@ def test_unknown_fields_do_not_reach_onnxruntime(run, here, capsys):
         main(["evaluate", str(path)])
     assert b"x" * 10 not in given[0]
     assert b"bdkd_sha256" not in given[0]
+
+
+def test_text_that_is_not_utf_8(run, here, capsys):
+    path = forge(here / "a.onnx", model_of(scores("w"), [vector(), *constants()]), facts_of(run))
+    content = path.read_bytes()
+    for part in (b"bdkd_sha256", b"resnet8", b"ReduceSum"):
+        path.write_bytes(content.replace(part, b"\xff" * len(part)))
+        fail(capsys, path)
 
 
 # --- facts ---------------------------------------------------------------------------------------

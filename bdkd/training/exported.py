@@ -412,18 +412,19 @@ def _encode_onnx(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -
         del node.metadata_props[:]  # with stack traces: paths of the machine it was written on
     if model.ByteSize() >= 2**31:
         raise RunError("ONNX files end at 2 GiB: use --to safetensors or export")
-    for key, value in ((FACTS, facts), (DIGEST, _digest_of_bytes(_all_but_metadata(model))(facts))):
+    for key, value in ((FACTS, facts), (DIGEST, _digest_of_bytes(_without_metadata(model))(facts))):
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
 
 def _decode_onnx(path: Path, content: bytes) -> tuple[dict[str, str], "Digest"]:
     model = _parse_onnx(path, content)
-    try:
+    # protobuf raises for text that is not UTF-8, or returns bytes, depending on its version.
+    with contextlib.suppress(UnicodeDecodeError):
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-    except UnicodeDecodeError as error:
-        raise _corrupt(path, "its metadata is not text") from error
-    return metadata, _digest_of_bytes(_all_but_metadata(model))
+        if all(isinstance(text, str) for entry in metadata.items() for text in entry):
+            return metadata, _digest_of_bytes(_without_metadata(model))
+    raise _corrupt(path, "its metadata is not text")
 
 
 def _parse_onnx(path: Path, content: bytes):
@@ -440,7 +441,10 @@ def _parse_onnx(path: Path, content: bytes):
     except (decode_error, RecursionError) as error:
         raise _corrupt(path, first_line(error)) from error
     model.DiscardUnknownFields()
-    reason = refusal(model)
+    try:
+        reason = refusal(model)
+    except UnicodeDecodeError as error:
+        raise _corrupt(path, first_line(error)) from error
     if reason is not None:
         raise RunError(f"{path} is refused: {reason}")
     return model
@@ -466,7 +470,7 @@ def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> 
     wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
     # Without the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime takes options from there.
-    checked = _all_but_metadata(_parse_onnx(exported.path, exported.content))
+    checked = _without_metadata(_parse_onnx(exported.path, exported.content))
     try:
         session = runtime.InferenceSession(checked, options, providers=providers)
     except Exception as error:  # onnxruntime has one type for each of its codes, below Exception
@@ -485,14 +489,10 @@ def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> 
     return Function(logits)
 
 
-def _all_but_metadata(model) -> bytes:
-    """Return a model as bytes, without ``metadata_props``. The model stays as it is."""
-    kept = [(entry.key, entry.value) for entry in model.metadata_props]
+def _without_metadata(model) -> bytes:
+    """Remove ``metadata_props`` from a model, and return the rest as bytes."""
     del model.metadata_props[:]
-    content = model.SerializeToString(deterministic=True)
-    for key, value in kept:
-        model.metadata_props.add(key=key, value=value)
-    return content
+    return model.SerializeToString(deterministic=True)
 
 
 # --- what they share -----------------------------------------------------------------------------
