@@ -80,6 +80,8 @@ class Setup:
             from bdkd.training.sharding import shard
 
             for name in self.sharded:
+                # FSDP refuses parameters in the channels-last layout.
+                self.networks.members[name].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
                 shard(self.networks.members[name], ranks, self.device)
 
     def fresh_networks(self) -> Networks:

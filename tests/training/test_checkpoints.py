@@ -67,21 +67,38 @@ def fails(*arguments: str, capsys) -> str:
     ids=lambda value: getattr(value, "strerror", None) or type(value).__name__,
 )
 @pytest.mark.parametrize("where", ["check_stored_zip", "torch.load"])
-def test_a_passing_failure_changes_nothing(run, monkeypatch, capsys, failure, said, where):
+def test_a_passing_failure_is_not_damage(finished, monkeypatch, failure, said, where):
     def fail(*_, **__):
         raise failure
 
+    before = files(finished)
+    owner = torch if where == "torch.load" else checkpoints
+    monkeypatch.setattr(owner, where.removeprefix("torch."), fail)
+    with pytest.raises(RunError, match=f"step-00000012.pt.*{said}") as refused:
+        RunFolder(finished).newest_state(warn=pytest.fail)
+    assert not isinstance(refused.value, DamagedFile)
+    assert files(finished) == before
+
+
+def test_a_resume_after_a_passing_failure_continues(run, monkeypatch, capsys):
+    """Neither the folder nor the checkpoint can be read at first."""
+    resume = ("train", "--resume", "--run-dir", str(run), "--train.epochs", "2")
     before = files(run)
-    with monkeypatch.context() as patch:
-        owner = torch if where == "torch.load" else checkpoints
-        patch.setattr(owner, where.removeprefix("torch."), fail)
-        line = fails(
-            "train", "--resume", "--run-dir", str(run), "--train.epochs", "2", capsys=capsys
-        )
-    assert said in line
-    assert "step-00000012.pt" in line
-    assert files(run) == before
-    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    listing = Path.iterdir
+    refused_folder = lambda p: refuse() if p.name == "checkpoints" else listing(p)  # noqa: E731
+    for owner, name, replacement, said in (
+        (checkpoints, "check_stored_zip", refuse, "Permission denied; the file was not changed"),
+        (Path, "iterdir", refused_folder, "cannot read the folder"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, replacement)
+            assert said in fails(*resume, capsys=capsys)
+        assert files(run) == before
+    main(list(resume))
     assert "continuing at step 12" in capsys.readouterr().out
 
 
