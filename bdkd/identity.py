@@ -4,6 +4,7 @@
 labels, and for "train" and "test" the number of images and a digest of the list of files.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
     if len(classes) != len(others):
         return f"it has {len(others)} classes and had {len(classes)}{_odd_names(classes, others)}"
     for label, (was, name) in enumerate(zip(classes, others, strict=True)):
+        if was != name and _composed(was) == _composed(name):
+            return (
+                f"class {label} is {name!a} and was {was!a}, another Unicode form of the same text"
+            )
         if was != name:
             return f"class {label} is {name!r} and was {was!r}"
     for split, count in before["images"].items():
@@ -57,6 +62,10 @@ def _is_identity(data: Any) -> bool:
         and isinstance(data.get("images"), Mapping)
         and isinstance(data.get("digests"), Mapping)
     )
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _odd_names(before: list[str], now: list[str]) -> str:

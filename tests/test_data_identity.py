@@ -148,6 +148,15 @@ def test_runs_of_before_have_no_identity_and_are_taken():
         refuse_other_data([("one", known), ("two", odd), ("three", known)])
 
 
+def test_two_unicode_forms_of_a_class_name_are_told_apart():
+    """macOS copies "é" as two characters, which look like the one that Linux has."""
+    one = {"source": "a", "classes": ["caf\u00e9"], "images": {}, "digests": {"train": "0"}}
+    two = {**one, "classes": ["cafe\u0301"]}
+    assert difference(one, two) == (
+        "class 0 is 'cafe\\u0301' and was 'caf\\xe9', another Unicode form of the same text"
+    )
+
+
 def test_every_source_has_an_identity(tmp_path):
     """A source that forgets its digests would be taken for every other one."""
     import torch

@@ -256,7 +256,9 @@ def _load(path: Path, checkpoint: bool = False) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except ArchiveError as error:
         size = path.stat().st_size
-        raise DamagedFile(f"{path} ({size:,} bytes) is damaged or cut off: {error}") from error
+        raise DamagedFile(
+            f"{path} ({size:,} bytes) is damaged, cut off, or not a checkpoint: {error}"
+        ) from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RunError(f"no file of weights at {path}: {error.strerror}") from error
     except OSError as error:

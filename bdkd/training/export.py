@@ -33,7 +33,7 @@ from bdkd.training.exported import (
     open_network,
 )
 from bdkd.training.model_card import MARK, model_card
-from bdkd.training.resume import check_data
+from bdkd.training.resume import check_data, print_notices
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.state import EMA_SUFFIX
@@ -85,6 +85,8 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
         initial_weights=False,
     )
     check_data(checkpoint, saved, setup.source.info.identity())
+    if name in saved["ema"]:
+        print_notices(checkpoint, saved)
     member = name.removesuffix(EMA_SUFFIX)
     network = setup.networks.members[member]
     weights = network_weights(saved, name, checkpoint)

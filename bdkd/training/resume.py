@@ -40,7 +40,13 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
             f"{path} was trained on {images} images, the data now has {state.train_images}: "
             "restore the data set or data.validation, or choose another --run-dir"
         )
-    for notice in saved["notices"] if state.ranks.first else ():
+    if state.ranks.first:
+        print_notices(path, saved)
+
+
+def print_notices(path: Path, saved: Mapping[str, Any]) -> None:
+    """Say on standard error what an old checkpoint lacks."""
+    for notice in saved["notices"]:
         print(f"{path}: {notice}", file=sys.stderr, flush=True)
 
 

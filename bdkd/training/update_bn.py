@@ -104,5 +104,4 @@ def _update(
 
 
 def _has_statistics(network: nn.Module) -> bool:
-    norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return any(norm.running_mean is not None for norm in norms)
+    return any(getattr(m, "running_mean", None) is not None for m in network.modules())
