@@ -18,22 +18,28 @@ def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
         return ""
     if before["source"] != now["source"]:
         return f"it is {now['source']} and was {before['source']}"
-    classes, others = list(before["classes"]), list(now["classes"])
-    if len(classes) != len(others):
-        return f"it has {len(others)} classes and had {len(classes)}{_odd_names(classes, others)}"
-    for label, (was, name) in enumerate(zip(classes, others, strict=True)):
-        if was != name and _composed(was) == _composed(name):
-            return (
-                f"class {label} is {name!a} and was {was!a}, another Unicode form of the same text"
-            )
-        if was != name:
-            return f"class {label} is {name!r} and was {was!r}"
+    if differs := class_difference(before["classes"], now["classes"]):
+        return differs
     for split, count in before["images"].items():
         if now["images"].get(split) != count:
             return f"it has {now['images'].get(split)} {split} images and had {count}"
     for split, digest in before["digests"].items():
         if now["digests"].get(split) != digest:
             return f"its {split} images are other files, of the same number"
+    return ""
+
+
+def class_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    """Describe the first difference between two lists of classes; empty if they are equal."""
+    if len(before) != len(now):
+        return f"it has {len(now)} classes and had {len(before)}{_odd_names(before, now)}"
+    for label, (was, name) in enumerate(zip(before, now, strict=True)):
+        if was != name and _composed(was) == _composed(name):
+            return (
+                f"class {label} is {name!a} and was {was!a}, another Unicode form of the same text"
+            )
+        if was != name:
+            return f"class {label} is {name!r} and was {was!r}"
     return ""
 
 
@@ -68,7 +74,7 @@ def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _odd_names(before: list[str], now: list[str]) -> str:
+def _odd_names(before: Sequence[str], now: Sequence[str]) -> str:
     """Up to three names that only one of two lists has."""
     gone = [f"without {name!r}" for name in before if name not in set(now)]
     new = [f"with {name!r}" for name in now if name not in set(before)]

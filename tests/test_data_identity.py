@@ -130,7 +130,6 @@ def test_compare_and_report_refuse_runs_of_two_data_sets(here, capsys):
     main([*compare[:-4], "--methods", "independent", "--seeds", "1", "--jobs", "1"])
     main(["report", "several", "--output", "page.html", "--no-tsne"])
     rename_class(here / "data")
-    # kd's teacher comes from the run of before, which must not be measured on other classes
     line = refused(*compare, capsys=capsys)
     assert "class 0 is 'bee' and was 'ant'" in line
     main(["train", *SMALL, "--data.root", str(here / "data"), "--run-dir", "other", "--quiet"])
@@ -138,6 +137,17 @@ def test_compare_and_report_refuse_runs_of_two_data_sets(here, capsys):
     line = refused("report", "run", "other", "--output", "page.html", capsys=capsys)
     assert "other has another data set than run: class 0 is 'bee' and was 'ant'" in line
     assert (here / "page.html").read_bytes() == page
+
+
+def test_a_frozen_teacher_of_other_classes_is_refused(here, capsys):
+    """Its labels would be permuted. A network that trains may start from any weights."""
+    rename_class(here / "data")
+    start = ["train", *SMALL, "--data.root", str(here / "data"), "--quiet",
+             "--networks.teacher.weights", "run"]  # fmt: skip
+    line = refused(*start, "--networks.teacher.frozen", "--run-dir", "one", capsys=capsys)
+    assert "networks.teacher.weights" in line
+    assert "class 0 is 'bee' and was 'ant'" in line
+    main([*start, "--run-dir", "two"])
 
 
 def test_runs_of_before_have_no_identity_and_are_taken():

@@ -176,8 +176,9 @@ def _is_checkpoint(content: Any) -> bool:
     )
 
 
-def load_weights(network: nn.Module, name: str, path: Path) -> None:
-    """Put the weights of a file into a network.
+def load_weights(network: nn.Module, name: str, path: Path) -> list[str] | None:
+    """Put the weights of a file into a network. Returns the class names that they were trained on,
+    in the order of their labels, if the file is a checkpoint that says so.
 
     Args:
         path: a state dict (``.pt``, ``.pth``, ``.safetensors``), or a run's checkpoint that holds a
@@ -186,6 +187,7 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
     Raises:
         RunError: the file cannot be read, or its weights are not those of this network.
     """
+    classes = None
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -197,11 +199,13 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
     else:
         weights = _load(path)
         if _is_checkpoint(weights):
+            classes = (weights["state"].get("data") or {}).get("classes")
             weights = network_weights(weights["state"], name, path)
     mismatch = mismatched_keys(network, weights) if isinstance(weights, dict) else "no state dict"
     if mismatch:
         raise RunError(f"networks.{name}.weights: {path} does not fit {name!r}: {mismatch}")
     network.load_state_dict(weights)
+    return classes
 
 
 def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:

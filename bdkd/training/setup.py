@@ -8,6 +8,7 @@ import torch
 from bdkd.config import Recipe, check_recipe
 from bdkd.data import DataSource, create_source
 from bdkd.errors import RunError, UsageError
+from bdkd.identity import class_difference
 from bdkd.objectives import Objective, create_objective, resolve_options
 from bdkd.training import apex_optimizers, captured, compiled, overlap
 from bdkd.training.checkpoint import load_weights
@@ -72,7 +73,9 @@ class Setup:
             if initial_weights and config.weights is not None:
                 path = Path(config.weights)
                 file = selected_checkpoint(path) if path.is_dir() else path
-                load_weights(self.networks.members[name], name, file)
+                classes = load_weights(self.networks.members[name], name, file)
+                if name in self.objective.frozen and classes is not None:
+                    self.check_classes(name, file, classes)
         self.sharded = [] if ranks.alone else [n for n, c in recipe.networks.items() if c.shard]
         if recipe.distributed.sync_batch_norm and not ranks.alone:
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.networks, ranks.group)
@@ -83,6 +86,15 @@ class Setup:
                 # FSDP refuses parameters in the channels-last layout.
                 self.networks.members[name].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
                 shard(self.networks.members[name], ranks, self.device)
+
+    def check_classes(self, name: str, file: Path, classes: list[str]) -> None:
+        """Raise ``RunError`` if a frozen network was trained on other classes, or on the same in
+        another order: its answers would be taken for those to other labels."""
+        if differs := class_difference(classes, self.source.info.classes):
+            raise RunError(
+                f"networks.{name}.weights: {file} was trained on other classes than those of this "
+                f"data set: {differs}; give a teacher of this data set, or let {name} train"
+            )
 
     def fresh_networks(self) -> Networks:
         """The networks with random weights, whole, on the device."""
