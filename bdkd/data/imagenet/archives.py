@@ -1,8 +1,8 @@
-"""Images inside webdataset's tar shards and inside TFRecords, each found by its place in the file.
+"""Index the images inside webdataset's tar shards and inside TFRecords.
 
-Only headers are read here. The formats: POSIX tar with members ``KEY.jpg`` and ``KEY.cls`` (a label
-as text) side by side; TFRecord frames (length, its checksum, data, its checksum) of ``Example``
-messages with ``image/encoded`` and ``image/class/label``.
+Only headers are read. The formats are POSIX tar with members ``KEY.jpg`` and ``KEY.cls`` (a label
+as text), and TFRecord frames (length, its checksum, data, its checksum) of ``Example`` messages
+with ``image/encoded`` and ``image/class/label``.
 """
 
 import mmap
@@ -38,17 +38,19 @@ class Found(NamedTuple):
 
 
 def index_tars(root: Path, archives: list[Path], fresh: bool = False) -> Index:
-    """Every labelled image of webdataset shards, as they were read before or, ``fresh``, anew.
+    """Index every labelled image of webdataset shards. The index of unchanged shards is read from
+    a cache unless ``fresh``.
 
     Raises:
-        RunError: a shard is no whole tar file, or an image in it has no label.
+        RunError: a shard is not a whole tar file, or an image has no label or no valid one.
     """
     return kept("tar", root, archives, lambda: _index(root, archives, _images_of_tar), fresh)
 
 
 def index_tfrecords(root: Path, archives: list[Path], fresh: bool = False) -> Index:
-    """Every image of TFRecord files, as they were read before or, ``fresh``, anew. Of the checksums
-    those of the lengths are verified: the others need every byte read (:func:`damaged_records`).
+    """Index every image of TFRecord files. The index of unchanged files is read from a cache
+    unless ``fresh``. Only checksums of lengths are verified: those of the data need every byte to
+    be read (:func:`damaged_records`).
 
     Raises:
         RunError: a file is cut short or holds other records.
@@ -59,7 +61,7 @@ def index_tfrecords(root: Path, archives: list[Path], fresh: bool = False) -> In
 
 
 def damaged_records(path: Path) -> dict[str, str]:
-    """The records whose checksum does not fit their data, and why that is bad."""
+    """Return the records whose checksum does not fit their data, with a message for each."""
     with _records(path) as records:
         return {
             str(number): "the record's checksum does not fit its data: it was damaged on the way"
@@ -74,7 +76,7 @@ def _index(root: Path, archives: list[Path], images_of: Callable[[Path], Iterato
         found = list(pool.map(lambda path: list(images_of(path)), archives))
     flat = [image for images in found for image in images]
     if not flat:
-        raise RunError(f"no image in {archives[0]} and the {len(archives) - 1} files beside it")
+        raise RunError(f"no image in {archives[0]} and {len(archives) - 1} more archives")
     return Index(
         root,
         tuple(str(path.relative_to(root)) for path in archives),

@@ -1,4 +1,4 @@
-"""Every image of a data set decoded once, before a training meets the bad ones."""
+"""Decode every image of a data set once, to find the bad ones before a training does."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ CHUNK = 32  # images of a task
 
 @dataclass
 class Report:
-    """What a data set holds."""
+    """The contents of a data set."""
 
     classes: tuple[str, ...]
     counts: dict[str, np.ndarray]
@@ -33,7 +33,7 @@ class Report:
     kinds: Counter[str] = field(default_factory=Counter)
     """Readable images by file format and mode (JPEG RGB, JPEG CMYK, ...)."""
     bad: list[tuple[str, str]] = field(default_factory=list)
-    """What cannot be decoded, as ``data.exclude`` names it, and why."""
+    """Images that cannot be decoded: the identity for ``data.exclude``, and the reason."""
 
     @property
     def images(self) -> int:
@@ -41,17 +41,17 @@ class Report:
 
     @property
     def lacking(self) -> list[str]:
-        """Classes with fewer than two training images, or none of validation."""
+        """Classes with fewer than two training images, or without validation images."""
         few = (self.counts["train"] < 2) | (self.counts["val"] < 1)
         return [self.classes[label] for label in np.flatnonzero(few)]
 
 
 def check(root: Path, format: str, workers: int | None = None) -> Report:
-    """Decode everything, in ``workers`` processes (without a number: one a processor). A bar is
-    drawn where standard error is a terminal.
+    """Decode every image in ``workers`` processes (default: one for each processor). If standard
+    error is a terminal, a progress bar is shown.
 
     Raises:
-        RunError: no data set is there, Pillow is missing, or a process was killed.
+        RunError: there is no data set, Pillow is missing, or a process was killed.
     """
     try:
         import PIL  # noqa: F401
@@ -82,8 +82,8 @@ def check(root: Path, format: str, workers: int | None = None) -> Report:
 
 
 def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, str, str]]:
-    """Identity, kind and, of a bad one, the reason of each image, in their order; of ``records``
-    the checksums are verified too."""
+    """Iterate over identity, kind, and reason of bad images, in their order. With ``records``, the
+    checksums of TFRecords are verified too."""
     chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
     waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
     damaged: dict[int, Future[dict[str, str]]] = {}  # of a TFRecord file
@@ -115,7 +115,7 @@ def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, 
             yield from answers()
     except BrokenProcessPool as error:
         raise RunError(
-            "a process that decoded images was killed, by lack of memory or by someone: run it "
+            "a process that decoded images was killed, perhaps for lack of memory: run the check "
             "again with fewer --workers"
         ) from error
     finally:
@@ -140,7 +140,8 @@ def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
 
 
 def write_list(report: Report, root: Path, to: Path) -> None:
-    """The bad images, a line each, for ``data.exclude``; whole or not at all."""
+    """Write the bad images, one a line, as ``data.exclude`` reads them. The file is replaced at
+    once, so it is never incomplete."""
     lines = [f"# bdkd data check {root}: {len(report.bad)} of {report.images} images"]
     lines += [f"{identity}\t{reason}" for identity, reason in report.bad]
     beside = to.with_name(f".{to.name}.{os.getpid()}")

@@ -1,6 +1,6 @@
-"""Where each image of a split lies: in a file of its own, or at a place in a tar or TFRecord file.
+"""The place of each image of a split: its own file, or a part of a tar or TFRecord file.
 
-All formats come to the same thing here, so order, augmentation and resuming do not depend on them.
+Every format becomes the same index, so order, augmentation and resuming do not depend on it.
 """
 
 import os
@@ -16,10 +16,11 @@ from bdkd.errors import RunError
 from bdkd.text import read_text, text_lines
 
 WHOLE_FILE = -1
+ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}  # of names in a list
 
 
 class Item(NamedTuple):
-    """One image's bytes. It holds what a worker process needs, and no more."""
+    """The place of one image's bytes: all that a worker process needs."""
 
     path: str
     member: str  # within the file, where it holds several
@@ -49,7 +50,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """The images of a split; flat arrays, for there are 1.3 million."""
+    """The images of a split, in flat arrays: ImageNet has 1.3 million images."""
 
     root: Path
     containers: tuple[str, ...]  # folders of image files, or archives, below the root
@@ -70,9 +71,11 @@ class Index:
         return Item(path, name, int(self.offsets[i]), int(self.sizes[i]))
 
     def identity(self, i: int) -> str:
-        """What a list of images calls it, whatever the place of the data set."""
+        """Return the name of an image in a list, one line that does not depend on the place of the
+        data set."""
         container, name = self._place(i)
-        return f"{container}/{name}" if self.offsets is None else f"{container}#{name}"
+        between = "/" if self.offsets is None else "#"
+        return f"{container}{between}{name}".translate(ESCAPES)
 
     def _place(self, i: int) -> tuple[str, str]:
         return self.containers[self.container[i]], os.fsdecode(bytes(self.names[i]))
@@ -83,7 +86,7 @@ class Index:
         return digest_names(classes, self.labels, self.containers, self.container, names)
 
     def take(self, chosen: np.ndarray, labels: np.ndarray | None = None) -> "Index":
-        """Some of the images, ``chosen`` (M,) indices, perhaps with other labels (M,)."""
+        """Return the images at the indices ``chosen`` (M,), with ``labels`` (M,) if given."""
         return Index(
             self.root,
             self.containers,
@@ -100,7 +103,7 @@ class Index:
 
 
 def names_array(names: Sequence[str]) -> np.ndarray:
-    """Names as bytes of one length: a fifth of the memory that strings take."""
+    """Return names as bytes of one length, which take a fifth of the memory of strings."""
     return np.array([os.fsencode(name) for name in names] or [b""], np.bytes_)[: len(names)]
 
 

@@ -28,7 +28,7 @@ SORT_VAL = (
 
 
 class Layout(NamedTuple):
-    """A data set as it was found; classes may be empty."""
+    """A data set on disk. Classes may be empty."""
 
     classes: tuple[str, ...]
     train: Index
@@ -46,11 +46,11 @@ class Layout(NamedTuple):
 
 
 def find(root: Path, format: str, fresh: bool = False) -> Layout:
-    """Index a data set; nothing is decoded. That of unchanged archives is kept from run to run,
-    but where it is asked for ``fresh``. Folders are walked every time: it takes seconds.
+    """Index a data set. Nothing is decoded. The index of unchanged archives is read from a cache
+    unless ``fresh``; folders are listed every time, which takes seconds.
 
     Raises:
-        RunError: it is not there, or not laid out as the format has it.
+        RunError: the data set is missing, or not in this format.
     """
     if not root.is_dir():
         raise RunError(f"no data set at {root}: data.root must name an existing folder")

@@ -1,7 +1,7 @@
-"""What of an image a network sees: the window cut out of it, its scale, its mirror image.
+"""The part of an image that a network sees: the window, its scale, its mirror image.
 
-What is random is drawn before, and the window handed to the decoders as numbers: so all of them cut
-alike.
+Random numbers are drawn beforehand and every decoder gets the window as numbers, so all decoders
+cut the same window.
 """
 
 import math
@@ -13,9 +13,9 @@ RESIZE, CROP = 256, 224  # evaluation: the shorter side becomes 256/224 of the w
 RATIO = math.log(4 / 3)  # of the random window's sides, either way
 ATTEMPTS = 10
 DRAWS = 2 * ATTEMPTS + 3
-# Longer images are cut before they are resized, so that they do not fill the memory: at side 224 an
-# image of 65,500x1 pixels would need 13 GB. The resized image has at most 64 * 256 * 256 pixels.
-LONG = 64  # longer side in shorter sides
+# Longer side divided by shorter side. Longer images are cut before they are resized, to bound the
+# memory: at side 224 an image of 65,500x1 pixels needs 13 GB, with this bound 13 MB.
+LONG = 64
 
 
 class Window(NamedTuple):

@@ -32,7 +32,7 @@ def make(root, splits=("train", "val")):
 
 
 def load(kind, root, **options):
-    """``kind`` is "folder", or a format of the source imagenet."""
+    """Load a data set. ``kind`` is "folder", or a format of the source imagenet."""
     if kind != "folder source":
         options |= {"format": kind, "loader": "pillow", "workers": 0}
     source = "folder" if kind == "folder source" else "imagenet"
@@ -147,6 +147,16 @@ def test_names_that_are_no_text_are_read(kind, tmp_path, capfd):
     assert "bad    val/" in capfd.readouterr().out
     if kind == "folder":
         assert load(kind, root, exclude=str(listed)).info.counts["test"] == 12
+
+
+def test_a_name_with_a_line_break_is_one_line_of_the_list(tmp_path, capfd):
+    root, listed = make(tmp_path / "d"), tmp_path / "bad.txt"
+    for name in ("a\tb.jpg", "a\nb.jpg"):
+        (root / "val" / "cat" / name).write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(root), "--workers", "1", "--to", str(listed)])
+    assert len(listed.read_text().splitlines()) == 3
+    assert load("folder", root, exclude=str(listed)).info.counts["test"] == 8
 
 
 def tar(path, members):
