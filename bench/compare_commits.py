@@ -90,6 +90,15 @@ DELIBERATE = (
         ),
         "step + 1 == warmup used the decay at a negative progress; it now ends the linear ramp",
     ),
+    Deliberate(
+        "the evaluation crop of ImageNet is torchvision's",
+        lambda case, step, key: (
+            case.startswith(("imagenet", "mixup", "randaugment"))  # whose images are ImageNet's
+            and key.startswith(("metrics.val.", "best."))
+        ),
+        "halves of a pixel are rounded to even numbers, as torchvision does it: the crop moves by "
+        "one pixel at some sizes; training does not change",
+    ),
 )
 
 # --- the cases ------------------------------------------------------------------------------------
