@@ -361,9 +361,12 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
         (["train", "missing.toml"], ["missing.toml"]),
         (["evaluate", str(tmp_path / "none")], ["no run and no checkpoint", "none"]),
         (["evaluate", str(tmp_path)], ["no run and no checkpoint"]),
-        (["evaluate", str(notes)], [str(notes), "corrupt"]),
-        (["evaluate", str(plain)], [str(plain), "no bdkd checkpoint"]),
-        (["train", "digits", "--networks.student.weights", str(notes)], [str(notes), "corrupt"]),
+        (["evaluate", str(notes)], [str(notes), "not a checkpoint"]),
+        (["evaluate", str(plain)], [str(plain), "not a bdkd checkpoint"]),
+        (
+            ["train", "digits", "--networks.student.weights", str(notes)],
+            [str(notes), "not a file of torch"],
+        ),
         (
             ["train", "digits", "--networks.student.weights", str(plain)],
             ["networks.student.weights", str(plain), "lacks"],

@@ -261,7 +261,8 @@ def _load(path: Path, checkpoint: bool = False) -> Any:
     except ArchiveError as error:
         size = path.stat().st_size
         raise DamagedFile(
-            f"{path} ({size:,} bytes) is damaged, cut off, or not a checkpoint: {error}"
+            f"{path} ({size:,} bytes) is damaged, cut off, or not a checkpoint: {error}; "
+            "use another file"
         ) from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RunError(f"no file of weights at {path}: {error.strerror}") from error
@@ -271,8 +272,8 @@ def _load(path: Path, checkpoint: bool = False) -> Any:
         ) from error
     except pickle.UnpicklingError as error:
         raise RunError(
-            f"refused to read {path}: it holds more than tensors and plain values, which could run "
-            "code; use another file"
+            f"refused to read {path}: it is not a file of torch, or holds more than tensors and "
+            "plain values, which could run code; use another file"
         ) from error
     except Exception as error:  # torch.load raises a dozen types
         if isinstance(error, MemoryError) or "allocate memory" in str(error):

@@ -228,7 +228,7 @@ class RunFolder:
                         f"{error}; it could not be renamed to {aside.name}: "
                         f"{reason.strerror or reason}"
                     ) from error
-                warn(f"{error}; it is now {aside.name}")
+                warn(f"{path} is damaged: {error.__cause__}; it was renamed to {aside.name}")
         self._refuse_to_start_over()
         return None
 

@@ -174,8 +174,8 @@ def test_a_cut_checkpoint_is_put_aside_with_the_proof(run, share, capsys):
         damaged.write_bytes(damaged.read_bytes()[: int(share * damaged.stat().st_size)])
     main(["train", "--resume", "--run-dir", str(run), "--train.select", "last"])
     said = capsys.readouterr().out
-    assert "is damaged, cut off, or not a checkpoint" in said
-    assert "it is now step-00000012.damaged" in said
+    assert "step-00000012.pt is damaged: " in said
+    assert "renamed to step-00000012.damaged" in said
     assert "continuing at step 10" in said
     assert (run / "checkpoints" / "step-00000012.damaged").exists()
     assert load_checkpoint(path)[1]["position"]["step"] == 12  # trained again
