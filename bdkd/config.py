@@ -188,7 +188,7 @@ class TrainConfig:
 
     epochs: int = 30
     """Passes over the training images; the schedule spans them. A run that is resumed with another
-    number continues its decay at the present learning rate."""
+    number continues its decay at the present learning rate; a decay that has ended begins again."""
     batch_size: int = 128
     """Images of one optimizer step, over all devices and accumulated parts."""
     accumulate: int = 1

@@ -14,8 +14,9 @@ from bdkd.errors import RunError
 def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
     """Describe the first difference between two identities; empty if they are equal, or if one of
     them is not known (runs of older versions did not keep it)."""
-    if not before or not now or not before["digests"] or not now["digests"] or before == now:
+    if not (_is_identity(before) and _is_identity(now)) or before == now:
         return ""
+    assert before is not None and now is not None  # noqa: PT018
     if before["source"] != now["source"]:
         return f"it is {now['source']} and was {before['source']}"
     if differs := class_difference(before["classes"], now["classes"]):
@@ -65,8 +66,10 @@ def _is_identity(data: Any) -> bool:
         isinstance(data, Mapping)
         and isinstance(data.get("source"), str)
         and isinstance(data.get("classes"), list)
+        and all(isinstance(name, str) for name in data["classes"])
         and isinstance(data.get("images"), Mapping)
         and isinstance(data.get("digests"), Mapping)
+        and len(data["digests"]) > 0
     )
 
 

@@ -308,16 +308,6 @@ def test_resume_survives_damaged_metrics_and_says_what_is_gone(run, tmp_path, ca
     main(["train", "--resume", "--run-dir", str(copy), "--train.select", "last"])
 
 
-def test_an_abandoned_future_is_forgotten(run, tmp_path):
-    """Resumed at an earlier checkpoint: the best student of a later time is no longer there."""
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    future = copy / "checkpoints" / "best-00000009.pt"
-    shutil.copy(best_of(copy), future)
-    main(["train", "--resume", "--run-dir", str(copy)])
-    assert not future.exists()
-
-
 def test_initial_weights_may_be_gone_when_a_run_is_resumed(run, tmp_path, capsys):
     from bdkd.training.checkpoint import load_checkpoint, network_weights
 

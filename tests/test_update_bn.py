@@ -8,6 +8,7 @@ import torch
 
 from bdkd.cli import main
 from bdkd.training.checkpoint import load_checkpoint, save_checkpoint
+from bdkd.training.exported import read_exported
 
 TINY = str(Path(__file__).parent / "training" / "tiny.toml")
 
@@ -31,7 +32,7 @@ def test_statistics_are_recomputed_and_nothing_else_changes(run, capsys):
     spoilt = run / "spoilt.pt"
     key = next(k for k in state["ema"]["student_ema"] if k.endswith("running_mean"))
     state["ema"]["student_ema"][key] += 100
-    save_checkpoint(spoilt, text, {k: v for k, v in state.items() if k != "notices"})
+    save_checkpoint(spoilt, text, state)
     main(["update-bn", str(spoilt), "--output", str(run / "mended.pt")])
     assert "student_ema" in capsys.readouterr().out
     before, after = networks(source), networks(run / "mended.pt")
@@ -63,6 +64,15 @@ def test_an_output_is_never_overwritten_unasked(run, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["update-bn", str(run), "--images", "0", "--force"])
     assert ended.value.code == 2
+
+
+def test_an_export_does_not_claim_what_was_measured_before(run, tmp_path):
+    """The run's summary is of the statistics that were replaced."""
+    main(["update-bn", str(run), "--images", "8", "--output", str(tmp_path / "new.pt")])
+    for source, measured in ((run, True), (tmp_path / "new.pt", False)):
+        output = tmp_path / f"{measured}" / "model.safetensors"
+        main(["export", str(source), "--to", "safetensors", "--output", str(output)])
+        assert bool(read_exported(output).facts.metrics) is measured
 
 
 def test_a_run_with_the_average_keeps_up_with_its_student(tmp_path):

@@ -41,6 +41,8 @@ def run(given: list[str]) -> None:
 
     checkpoint = selected_checkpoint(arguments.path)
     output = arguments.output or run_of(checkpoint) / "update-bn" / checkpoint.name
+    if output.exists() and not output.is_file():
+        raise UsageError(f"--output must name a file, got {output}")
     if output.exists() and not arguments.force:
         raise RunError(f"{output} exists: --force replaces it, --output names another")
     if output.exists() and output.samefile(checkpoint):

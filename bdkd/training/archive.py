@@ -1,8 +1,11 @@
 """Check a zip file of ``torch.save`` or ``torch.export.save`` before its contents are loaded.
 
 torch stores members without compression, names each member once and writes no file comment. A file
-with those properties cannot inflate to more than its size, and Python's reader and torch's
-(miniz) find the same members in it.
+with those properties cannot inflate to more than its size.
+
+Python's reader and torch's (miniz) interpret some fields differently. If a member has
+the DOS attribute of a folder, miniz copies nothing and torch returns uninitialised memory; Python
+ignores the attribute. Fields of this kind are checked too.
 """
 
 import struct
@@ -22,8 +25,15 @@ MAX_DIRECTORY_BYTES = 64 * 2**20
 with 100,000 tensors has a directory of 8 MiB."""
 
 
+_FOLDER = 0x10  # DOS attribute
+
+
 class ArchiveError(Exception):
     """A zip file that is damaged or that torch did not write. The text says what was found."""
+
+
+class ForeignArchive(ArchiveError):
+    """A file that another program wrote. It may be whole."""
 
 
 def check_stored_zip(file: BinaryIO) -> None:
@@ -36,9 +46,16 @@ def check_stored_zip(file: BinaryIO) -> None:
         file: a seekable file, open for reading. Its position changes.
 
     Raises:
-        ArchiveError: the file is not a zip file, is damaged, or is a zip file of another writer.
+        ForeignArchive: the file is not a zip file, or is one of another writer.
+        ArchiveError: the file is damaged.
         OSError: the file cannot be read.
     """
+    file.seek(0)
+    begin = file.read(4)
+    if begin == b"\0\0\0\0":
+        raise ArchiveError("it begins with zeros")
+    if begin and begin != b"PK\3\4"[: len(begin)]:
+        raise ForeignArchive("it does not begin as a zip file")
     entries, start = _read_end(file)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -53,8 +70,12 @@ def check_stored_zip(file: BinaryIO) -> None:
                     while content.read(2**20):
                         pass
     except (zipfile.BadZipFile, zlib.error, struct.error) as error:
+        if isinstance(error.__context__, OSError):  # zipfile hides that the disk did not answer
+            raise error.__context__ from None
         raise ArchiveError(str(error)) from error
-    except (EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError) as error:
+    except NotImplementedError as error:
+        raise ForeignArchive(f"it cannot be read as a zip file ({error})") from error
+    except (EOFError, RuntimeError, ValueError, OverflowError) as error:
         raise ArchiveError(f"it cannot be read as a zip file ({error})") from error
 
 
@@ -66,13 +87,15 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
     """
     size = file.seek(0, 2)
     if size < _END.size:
-        raise ArchiveError("it is not a zip file, or its end is missing")
+        raise ArchiveError("its end is missing")
     file.seek(size - _END.size)
     signature, disk, first_disk, here, entries, length, start, comment = _END.unpack(
         file.read(_END.size)
     )
     if signature != b"PK\5\6" or comment:
-        raise ArchiveError("it is not a zip file, or its end is missing")
+        if zipfile.is_zipfile(file):
+            raise ForeignArchive("it has a comment, or bytes after its end")
+        raise ArchiveError("its end is missing")
     end = size - _END.size
     short = (here, entries, length, start)
     locator = end - _END64_LOCATOR.size
@@ -114,9 +137,13 @@ def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -
     for member in members:
         name = member.filename
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise ArchiveError(f"{name!r} is compressed, which torch never does")
+            raise ForeignArchive(f"{name!r} is compressed, which torch never does")
         if member.flag_bits & _ENCRYPTED:
-            raise ArchiveError(f"{name!r} is encrypted")
+            raise ForeignArchive(f"{name!r} is encrypted")
+        if member.external_attr & _FOLDER and not name.endswith("/"):
+            raise ArchiveError(f"{name!r} is marked as a folder")
+        if member.volume:
+            raise ArchiveError(f"{name!r} would be on disk {member.volume} of several")
         if member.orig_filename != name:
             raise ArchiveError(f"{name!r} has a name with a NUL in it")
         if name.lower() in names:  # torch's reader ignores case

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from bdkd.errors import DamagedFile, RunError
-from bdkd.training.archive import ArchiveError, check_stored_zip
+from bdkd.training.archive import ArchiveError, ForeignArchive, check_stored_zip
 from bdkd.training.migration import FORMAT, migrate
 
 _KEYS = {"format", "recipe", "state"}
@@ -142,7 +143,7 @@ def save_checkpoint(path: Path, recipe_toml: str, state: Mapping[str, Any]) -> N
 def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the recipe's text and the state of a checkpoint, on the CPU.
 
-    A checkpoint of an older format is migrated; ``state["notices"]`` then says what it lacks.
+    A checkpoint of an older format is migrated (:mod:`bdkd.training.migration`).
 
     Raises:
         DamagedFile: the checksums prove that the file is cut off or damaged.
@@ -252,17 +253,22 @@ def _load(path: Path, checkpoint: bool = False) -> Any:
     A passing failure (permissions, memory, open files, a disk that does not answer) is never called
     damage: whoever catches :class:`DamagedFile` may put the file aside.
     """
+    verified = False
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if checkpoint or file.read(4) == b"PK\3\4":  # torch's format before 1.6 is no zip file
                 check_stored_zip(file)
+                verified = True
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+    except ForeignArchive as error:
+        raise RunError(
+            f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
+        ) from error
     except ArchiveError as error:
         size = path.stat().st_size
         raise DamagedFile(
-            f"{path} ({size:,} bytes) is damaged, cut off, or not a checkpoint: {error}; "
-            "use another file"
+            f"{path} ({size:,} bytes) is damaged or cut off: {error}; use another file"
         ) from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RunError(f"no file of weights at {path}: {error.strerror}") from error
@@ -281,10 +287,26 @@ def _load(path: Path, checkpoint: bool = False) -> Any:
                 f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; "
                 "free some and try again"
             ) from error
+        but = "its checksums are right, but " if verified else ""
         raise RunError(
-            f"cannot read {path}: its checksums are right, but torch {torch.__version__} cannot "
-            f"load it ({first_line(error)})"
+            f"cannot read {path}: {but}torch {torch.__version__} cannot load it "
+            f"({first_line(error)}); use another file"
         ) from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. A pipe or device, which might never end, is refused.
+
+    Raises:
+        OSError: the file cannot be opened.
+        RunError: it is not a regular file.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for somebody to write into it.
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise RunError(f"cannot read {path}: it is not a regular file")
+    return file
 
 
 def _sync_folder(folder: Path) -> None:

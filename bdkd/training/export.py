@@ -33,7 +33,7 @@ from bdkd.training.exported import (
     open_network,
 )
 from bdkd.training.model_card import MARK, model_card
-from bdkd.training.resume import check_data, print_notices
+from bdkd.training.resume import check_data, warn_of_copied_statistics
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
 from bdkd.training.state import EMA_SUFFIX
@@ -86,7 +86,7 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
     )
     check_data(checkpoint, saved, setup.source.info.identity())
     if name in saved["ema"]:
-        print_notices(checkpoint, saved)
+        warn_of_copied_statistics(checkpoint, saved, recipe.train.ema_decay)
     member = name.removesuffix(EMA_SUFFIX)
     network = setup.networks.members[member]
     weights = network_weights(saved, name, checkpoint)
@@ -102,7 +102,7 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
         method=recipe.objective.name, seed=recipe.seed, step=step, recipe=_published(recipe),
         classes=tuple(info.classes), channels=info.channels, image_size=info.image_size,
         normalisation=info.normalisation, versions=_versions(),
-        **_measured(checkpoint.parent.parent, name, step),
+        **_measured(checkpoint, name, step),
     )  # fmt: skip
     split: Split = "val" if info.counts["val"] else "test"
     batch = next(iter(setup.source.eval_batches(split, CHECKED_IMAGES)))
@@ -205,10 +205,12 @@ def _published(recipe: Recipe) -> str:
     return to_toml(dataclasses.replace(recipe, run_dir=None, networks=networks))
 
 
-def _measured(run: Path, name: str, step: int) -> dict[str, Any]:
+def _measured(checkpoint: Path, name: str, step: int) -> dict[str, Any]:
     """What the run knows of a network at a step: on the test images where it ended with these
     weights, or else on the validation images."""
-    folder = RunFolder(run)
+    folder = RunFolder(checkpoint.parent.parent)
+    if checkpoint.parent != folder.checkpoints:  # of bdkd update-bn: the run did not measure it
+        return _metrics("", 0, {})
     summary = _read_summary(folder.summary)
     if summary.get("selected_step") == step and name in summary["networks"]:
         return _metrics("test", summary["images"], summary["networks"][name])

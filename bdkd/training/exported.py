@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import stat
 import tomllib
 import warnings
 import zipfile
@@ -36,7 +35,7 @@ from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe
 from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
 from bdkd.training.archive import ArchiveError, check_stored_zip
-from bdkd.training.checkpoint import first_line, mismatched_keys
+from bdkd.training.checkpoint import first_line, mismatched_keys, open_regular
 from bdkd.training.onnx_trust import refusal
 from bdkd.training.state import EMA_SUFFIX
 
@@ -167,11 +166,8 @@ def read_exported(path: Path) -> Exported:
     """
     kind = next(kind for kind, suffix in SUFFIXES.items() if suffix == path.suffix)
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for somebody to write into it.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise RunError(f"cannot read {path}: it is not a regular file")
             limit = min(MAX_BYTES[kind], memory_limit())
             if status.st_size > limit:
                 raise RunError(

@@ -76,6 +76,7 @@ def train(
         settle(setup, state, passes)
         if found is not None:
             restore(state, *found)
+            state.end_short_epoch()
             print_changes(state, found[1])
         if continues:
             where = found[0] if found else "the beginning: no checkpoint was written"
@@ -170,10 +171,13 @@ class Run:
         """Every step that remains."""
         recipe, position = self.recipe, self.state.position
         self.setup.networks.train()
-        if position.validation_due and self.validate():  # the run was stopped before it came to it
-            self.save(newest=False, best=True)
-        if position.step >= self.end and self.ranks.from_first(self.last_step_is_unsaved):
-            self.save(newest=True, best=False)
+        finished = position.step >= self.end
+        best = False
+        if evaluates := position.validation_due:  # the run was stopped before it came to it
+            best = self.validate()
+        unsaved = finished and (evaluates or self.ranks.from_first(self.last_step_is_unsaved))
+        if unsaved or best:
+            self.save(newest=unsaved, best=best)
         while position.step < self.end:
             epoch = position.epoch
             batches = self.setup.source.train_batches(
@@ -203,9 +207,6 @@ class Run:
                 self.profiler.step()
                 if last:
                     break
-            if position.epoch == epoch and position.step < self.end:
-                # resumed with larger batches or fewer images: no whole batch is left of the epoch
-                position.epoch, position.seen = epoch + 1, 0
         self.finish_files()
 
     def last_step_is_unsaved(self) -> bool:

@@ -15,14 +15,11 @@ Content = dict[str, Any]
 
 
 def migrate(content: Content) -> Content:
-    """Return the content in the present format. ``state["notices"]`` holds one line for the user
-    for each thing that an old checkpoint does not have.
+    """Return the content of a checkpoint in the present format.
 
     Raises:
         KeyError: the content has a format that no function here reads.
     """
-    state = {"notices": [], **content["state"]}
-    content = {**content, "state": state}
     while content["format"] != FORMAT:
         content = _STEPS[content["format"]](content)
     return content
@@ -31,24 +28,18 @@ def migrate(content: Content) -> Content:
 def _from_2(content: Content) -> Content:
     """Averages had a copy of their student's batch norm statistics, schedules counted optimizer
     steps, and the data set had no identity."""
-    recipe, state = tomllib.loads(content["recipe"]), content["state"]
-    train = recipe["train"]
-    notices = list(state["notices"])
-    if state["ema"]:
-        notices.append(
-            "the batch norm statistics of its averaged networks are those of the students, an "
-            "error of that version: recalibrate them with bdkd update-bn"
-        )
+    train, state = tomllib.loads(content["recipe"])["train"], content["state"]
     skipped = int(state["skipped"][0]) if "skipped" in state else 0
+    updates = max(0, state["position"]["step"] - skipped) if state["ema"] else 0
     state = {
         **state,
         "data": None,
-        "ema_updates": max(0, state["position"]["step"] - skipped) if state["ema"] else 0,
+        "ema_updates": updates,
+        "ema_copied_until": updates if state["ema"] else None,
         "schedule": {
             "batch_size": train["batch_size"], "epochs": train["epochs"],
             "start": 0.0, "phase": 0.0,
         },
-        "notices": notices,
     }  # fmt: skip
     return {**content, "format": 3, "state": state}
 

@@ -41,13 +41,19 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
             "restore the data set or data.validation, or choose another --run-dir"
         )
     if state.ranks.first:
-        print_notices(path, saved)
+        warn_of_copied_statistics(path, saved, state.recipe.train.ema_decay)
 
 
-def print_notices(path: Path, saved: Mapping[str, Any]) -> None:
-    """Say on standard error what an old checkpoint lacks."""
-    for notice in saved["notices"]:
-        print(f"{path}: {notice}", file=sys.stderr, flush=True)
+def warn_of_copied_statistics(path: Path, saved: Mapping[str, Any], decay: float | None) -> None:
+    """Warn on standard error if averages of an old version still have, for more than 1%, the batch
+    norm statistics of their students."""
+    until, updates = saved["ema_copied_until"], int(saved["ema_updates"])
+    if until is not None and (decay or 1.0) ** (updates - until) > 0.01:
+        print(
+            f"{path}: the batch norm statistics of its averaged networks are those of the "
+            "students, an error of an earlier version: recalibrate them with bdkd update-bn",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def check_data(path: Path, saved: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
@@ -64,11 +70,9 @@ def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
     before, now = len(saved["ranks"]), state.ranks.world
     if before != now:
         print(
-            f"resuming on {now} rank{'s' * (now > 1)} what {before} began: the batches stay as "
-            "they were, image for image, and so does the learning rate; sums round otherwise, "
-            "dropout draws anew, and batch norm without distributed.sync_batch_norm normalises "
-            f"over {state.recipe.train.batch_size // now} images instead of "
-            f"{state.recipe.train.batch_size // before}",
+            f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank's part of a "
+            "batch changes, so sums round differently, dropout draws anew, and batch norm without "
+            "distributed.sync_batch_norm normalises over other images",
             flush=True,
         )
     step, images = state.schedule_step(), state.train_images

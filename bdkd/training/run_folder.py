@@ -15,6 +15,7 @@ from typing import IO, Any
 from bdkd.config import Recipe, parse_recipe, to_toml
 from bdkd.errors import DamagedFile, RunError
 from bdkd.evaluation.predictions import Predictions, to_bytes
+from bdkd.text import read_text
 from bdkd.training.checkpoint import (
     first_line,
     load_checkpoint,
@@ -41,6 +42,7 @@ class RunFolder:
         self.figures = path / "figures"
         self.events = path / "events"
         self.logs = path / "logs"
+        self.saved = path / ".saved"  # exists once a checkpoint was written
         self._lock: IO[str] | None = None
         self._unwritten: list[str] = []
 
@@ -134,8 +136,8 @@ class RunFolder:
 
     def read_config(self) -> Recipe:
         try:
-            text = self.config.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(self.config)
+        except (OSError, RunError) as error:
             raise RunError(
                 f"no run at {self.path}: cannot read {self.config} ({first_line(error)})"
             ) from error
@@ -185,7 +187,7 @@ class RunFolder:
         """Write the checkpoint of a step. Of the older ones, keep the newest ``keep - 1`` and the
         best students that these refer to."""
         path = self.step_path(step)
-        save_checkpoint(path, to_toml(recipe), state)
+        self._save(path, recipe, state)
         kept, dropped = self.checkpoint_paths()[:keep], self.checkpoint_paths()[keep:]
         known = [p for p in self.checkpoint_paths("best") if step_of(p) <= step_of(kept[-1])]
         for old in (*dropped, *known[1:]):
@@ -196,14 +198,15 @@ class RunFolder:
     def save_best(self, step: int, recipe: Recipe, state: Mapping[str, Any]) -> None:
         """Keep the best student under its step: until a checkpoint knows of it, the one before it
         stays too."""
-        save_checkpoint(self.best_path(step), to_toml(recipe), state)
+        self._save(self.best_path(step), recipe, state)
+
+    def _save(self, path: Path, recipe: Recipe, state: Mapping[str, Any]) -> None:
+        save_checkpoint(path, to_toml(recipe), state)
+        with contextlib.suppress(OSError):
+            self.saved.touch()
 
     def drop_after(self, step: int) -> None:
-        """Remove what a run that continues at ``step`` has not done: best students of a later time,
-        and lines of metrics."""
-        for path in self.checkpoint_paths("best"):
-            if step_of(path) > step:
-                path.unlink()
+        """Remove the lines of metrics that a run that continues at ``step`` writes again."""
         self._truncate_metrics(step)
 
     def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
@@ -220,7 +223,7 @@ class RunFolder:
             try:
                 return path, load_checkpoint(path)[1]
             except DamagedFile as error:
-                aside = path.with_suffix(".damaged")
+                aside = _free_name(path)
                 try:
                     path.rename(aside)  # or it would count as one of those to keep
                 except OSError as reason:
@@ -236,10 +239,10 @@ class RunFolder:
         """Raise ``RunError`` if a run without checkpoints was once saved: to continue it from step
         0 would overwrite what is left of it."""
         files = self._checkpoint_files()
-        aside = [p.name for p in files if p.suffix in (".damaged", ".unreadable")]
+        aside = [p.name for p in files if ".damaged" in p.suffixes or p.suffix == ".unreadable"]
         last = max((line["step"] for line in self.read_metrics()), default=0)
-        # A first checkpoint that is still being written is waited for before the second one.
-        written = last > 2 * self.read_config().checkpoint.every_steps
+        # Runs of older versions have no mark. The first checkpoint is written before the second.
+        written = self.saved.exists() or last > 2 * self.read_config().checkpoint.every_steps
         if aside:
             found = f"it holds {', '.join(sorted(aside))}"
         elif self.summary.exists() or written:
@@ -253,10 +256,14 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines that can be read: a run that was killed may have cut off its last."""
-        if not self.metrics.exists():
+        try:
+            content = self.metrics.read_bytes()
+        except FileNotFoundError:
             return []
+        except OSError as error:
+            raise RunError(f"cannot read {self.metrics}: {error.strerror or error}") from error
         lines = []
-        for line in self.metrics.read_bytes().splitlines(keepends=True):
+        for line in content.splitlines(keepends=True):
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError):  # not JSON, or not even text
@@ -336,6 +343,13 @@ def selected_checkpoint(path: Path) -> Path:
             f"--run-dir {path}"
         )
     return saved[0]
+
+
+def _free_name(checkpoint: Path) -> Path:
+    """A name for a damaged checkpoint: ``*.damaged``, or ``*.damaged.2`` if that is taken."""
+    names = [checkpoint.with_suffix(".damaged")]
+    names += [checkpoint.with_suffix(f".damaged.{number}") for number in range(2, 1000)]
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _is_line_of_metrics(values: Any) -> bool:

@@ -92,6 +92,8 @@ class TrainingState:
             }
         # Updates that the averages have had, on the device: a captured step counts them too.
         self.ema_updates = torch.zeros((), dtype=torch.int64, device=device)
+        # Updates until which an older version copied the statistics of batch norm; None: never.
+        self.ema_copied_until: int | None = None
         self.meter = TrainingMeter(list(recipe.networks), device)
         self.train_images = train_images
         self.data = data
@@ -223,6 +225,15 @@ class TrainingState:
             self.position.epoch += 1
             self.position.seen = 0
 
+    def end_short_epoch(self) -> None:
+        """End the epoch if less than a batch is left of it, as after a resume with larger batches.
+        It is evaluated as any other epoch."""
+        position, size = self.position, self.recipe.train.batch_size
+        if position.seen and position.seen + size > self.train_images:
+            position.epoch, position.seen = position.epoch + 1, 0
+            ends = position.epoch >= self.recipe.train.epochs
+            position.validation_due |= ends or position.epoch % self.recipe.evaluate_every == 0
+
     def in_a_skipped_row(self) -> bool:
         """Whether the last step was skipped: no time to let a good checkpoint make way for one.
         Syncs, as saving does."""
@@ -247,6 +258,7 @@ class TrainingState:
             "networks": networks,
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
             "ema_updates": self.ema_updates,
+            "ema_copied_until": self.ema_copied_until,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
@@ -270,6 +282,7 @@ class TrainingState:
             average.load_state_dict(saved["ema"].get(name) or student.state_dict())
         if saved["ema"]:
             self.ema_updates.copy_(torch.as_tensor(saved["ema_updates"]))
+            self.ema_copied_until = saved["ema_copied_until"]
         # Moments are the saved ones; rates and decays the recipe's, which a resumed run may have
         # been given anew.
         groups = self.optimizer.param_groups

@@ -52,7 +52,7 @@ def update_bn(
         setup.recipe, setup.networks, source.info.counts["train"], setup.device,
         data=source.info.identity(),
     )  # fmt: skip
-    restore(state, checkpoint, {**saved, "notices": []})
+    restore(state, checkpoint, {**saved, "ema_copied_until": None})
     networks = {
         name: network
         for name, network in state.evaluated_networks().items()
@@ -69,7 +69,8 @@ def update_bn(
         used = _update(network, source, train.batch_size, train.precision, batches)
     after = evaluate(networks, source, split, train.batch_size, train.precision)
     # Moments and random states are the run's.
-    written = {key: value for key, value in saved.items() if key != "notices"} | {
+    written = saved | {
+        "ema_copied_until": None,
         "networks": state.networks.state_dict(),
         "ema": {name: average.state_dict() for name, average in state.ema.items()},
     }

@@ -69,8 +69,9 @@ def test_other_zip_files():
             archive.writestr("a", b"2")
     assert "there twice" in refused(file.getvalue())
     assert "there twice" in refused(zipped({"data.pkl": b"1", "DATA.pkl": b"2"}))
-    assert "bytes precede" in refused(b"#!/bin/sh\n" + saved())
-    assert "end is missing" in refused(saved() + b"more")
+    assert "not begin as a zip" in refused(b"#!/bin/sh\n" + saved())
+    assert "bytes after its end" in refused(saved() + b"more")
+    assert "end is missing" in refused(saved()[:-10])
     for text in (b"", b"not a zip file " * 100, b"PK\5\6", b"\0" * 4096):
         refused(text)
 

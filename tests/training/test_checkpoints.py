@@ -6,6 +6,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def fails(*arguments: str, capsys) -> str:
         (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), "Stale file handle"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "not enough memory"),
-        (RuntimeError("something new of torch"), "its checksums are right"),
+        (RuntimeError("something new of torch"), "cannot load it"),
     ],
     ids=lambda value: getattr(value, "strerror", None) or type(value).__name__,
 )
@@ -198,6 +200,88 @@ def test_weights_in_the_format_before_zip_files_load(run):
     load_weights(torch.nn.Linear(3, 2), "student", run / "old.pt")
 
 
+def rezip(path: Path, **options) -> None:
+    """Pack a checkpoint again, as another program does."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def comment(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"copied by somebody"
+
+
+FOREIGN = {
+    "compressed": lambda path: rezip(path, compression=zipfile.ZIP_DEFLATED),
+    "a comment": comment,
+    "torch before 1.6": lambda path: torch.save(
+        {"weights": torch.zeros(3)}, path, _use_new_zipfile_serialization=False
+    ),
+    "text": lambda path: path.write_text("a note"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_whole_file_of_another_program_is_not_damaged(run, kind, capsys):
+    FOREIGN[kind](run / "checkpoints" / "step-00000012.pt")
+    before = files(run)
+    line = fails("train", "--resume", "--run-dir", str(run), "--train.epochs", "2", capsys=capsys)
+    assert "is not a checkpoint that bdkd wrote" in line
+    assert files(run) == before
+
+
+@pytest.mark.parametrize(("offset", "bit"), [(38, 0x10), (34, 1), (35, 1)])
+def test_a_flipped_bit_in_the_directory_is_found(run, offset, bit):
+    """The DOS attribute of a folder made torch return memory that nobody had written, as weights;
+    the number of a disk made it refuse the file."""
+    path = run / "checkpoints" / "step-00000012.pt"
+    whole, place, tried = path.read_bytes(), 0, 0
+    while (place := whole.find(b"PK\1\2", place + 1)) >= 0:
+        name = whole[place + 46 :][: int.from_bytes(whole[place + 28 : place + 30], "little")]
+        if b"/data/" not in name:
+            continue
+        content = bytearray(whole)
+        content[place + offset] ^= bit
+        path.write_bytes(content)
+        with pytest.raises(DamagedFile):
+            load_checkpoint(path)
+        tried += 1
+    assert tried > 50
+
+
+def test_a_disk_that_does_not_answer_at_the_end_of_a_file_is_not_damage(run, monkeypatch):
+    """zipfile reports an OSError there as "File is not a zip file"."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile, "_EndRecData", fail)
+    with pytest.raises(RunError, match="Input/output error") as refused:
+        load_checkpoint(run / "checkpoints" / "step-00000012.pt")
+    assert not isinstance(refused.value, DamagedFile)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "weights"])
+def test_a_pipe_is_refused_at_once(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe.pt")
+    weights = partial(load_weights, torch.nn.Linear(1, 1), "student")
+    load = load_checkpoint if kind == "checkpoint" else weights
+    with pytest.raises(RunError, match="not a regular file"):
+        load(tmp_path / "pipe.pt")
+
+
+def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(run):
+    path = run / "checkpoints" / "step-00000012.pt"
+    (run / "checkpoints" / "step-00000012.damaged").write_bytes(b"the first")
+    path.write_bytes(path.read_bytes()[:500])
+    RunFolder(run).newest_state(warn=print)
+    assert (run / "checkpoints" / "step-00000012.damaged").read_bytes() == b"the first"
+    assert (run / "checkpoints" / "step-00000012.damaged.2").stat().st_size == 500
+
+
 # --- never from step 0 over an older run ----------------------------------------------------------
 
 
@@ -211,11 +295,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(run, capsys
     assert len(list((run / "checkpoints").glob("*.damaged"))) == 3
 
 
-@pytest.mark.parametrize("kept", ["summary", "metrics"])
+@pytest.mark.parametrize("kept", ["summary", "mark", "metrics"])
 def test_a_run_whose_checkpoints_were_removed_does_not_start_over(run, kept, capsys):
+    """Runs of older versions have no mark."""
     shutil.rmtree(run / "checkpoints")
-    if kept == "metrics":
+    if kept != "summary":
         (run / "summary.json").unlink()
+    if kept != "mark":
+        (run / ".saved").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     for resume in ("require", "auto"):
         line = fails("train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys)

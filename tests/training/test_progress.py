@@ -85,6 +85,22 @@ def test_a_second_resume_keeps_the_changed_schedule(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("stopped", "batch_size"), [(20, 32), (35, 8)])
+def test_an_epoch_that_ends_with_a_resume_is_evaluated(tmp_path, stopped, batch_size):
+    """Less than a batch is left of it: in the middle of the run, and in its last epoch."""
+    run = tmp_path / "run"
+    train(run, "--max-steps", str(stopped))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(
+        "".join(f"{line}\n" for line in lines if '"val"' not in line)  # of the stop itself
+    )
+    for _ in range(2):
+        train(run, "--train.batch-size", str(batch_size), "--max-steps", "None")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [(line["step"], line["epoch"]) for line in lines if line["split"] == "val"]
+    assert evaluated == ([(20, 2), (21, 3)] if stopped == 20 else [(35, 3)])
+
+
 def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, capsys):
     run = tmp_path / "run"
     main(["train", *TINY_RUN, "--run-dir", str(run), "--train.epochs", "2"])
