@@ -81,7 +81,7 @@ def parse_bdkd(arguments: list[str]) -> None:
     if command in ("--version", "--help") or "--help" in rest:
         return
     assert command in COMMANDS, f"bdkd has no command {command!r}"
-    module = import_module(f"bdkd.cli.{command}")
+    module = import_module(f"bdkd.cli.{command.replace('-', '_')}")
     if command in ("train", "compare"):
         name = rest[0] if rest and not rest[0].startswith("-") else "digits"
         recipe = load_recipe(name if name in shipped_recipes() else "digits")

@@ -207,6 +207,8 @@ def _read_series(metrics: Path) -> Series:
             if number == len(lines):
                 break
             raise ValueError(f"{metrics}, line {number}, is no JSON: {error}") from error
+        if not isinstance(values, dict) or not {"step", "split"} <= values.keys():
+            continue
         for key, value in values.items():
             for name, number_or_null in (
                 value.items() if isinstance(value, dict) else [(key, value)]

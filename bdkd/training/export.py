@@ -215,7 +215,7 @@ def _measured(checkpoint: Path, name: str, step: int) -> dict[str, Any]:
     if summary.get("selected_step") == step and name in summary["networks"]:
         return _metrics("test", summary["images"], summary["networks"][name])
     for line in folder.read_metrics():
-        if line["step"] == step and line["split"] == "val" and name in line:
+        if line["step"] == step and line.get("split") == "val" and name in line:
             return _metrics("val", 0, line[name])
     return _metrics("", 0, {})
 

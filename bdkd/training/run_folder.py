@@ -268,7 +268,11 @@ class RunFolder:
                 values = json.loads(line)
             except (ValueError, RecursionError):  # not JSON, or not even text
                 continue
-            if line.endswith(b"\n") and _is_line_of_metrics(values):
+            if (
+                line.endswith(b"\n")
+                and isinstance(values, dict)
+                and type(values.get("step")) is int
+            ):
                 lines.append(values)
         return lines
 
@@ -350,14 +354,6 @@ def _free_name(checkpoint: Path) -> Path:
     names = [checkpoint.with_suffix(".damaged")]
     names += [checkpoint.with_suffix(f".damaged.{number}") for number in range(2, 1000)]
     return next(name for name in names if not os.path.lexists(name))
-
-
-def _is_line_of_metrics(values: Any) -> bool:
-    return (
-        isinstance(values, dict)
-        and type(values.get("step")) is int
-        and isinstance(values.get("split"), str)
-    )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -91,6 +91,6 @@ def describe(
 
 def throughput(folder: RunFolder) -> float | None:
     """Median images a second over the log intervals of training."""
-    lines = [line for line in folder.read_metrics() if line["split"] == "train"]
+    lines = [line for line in folder.read_metrics() if line.get("split") == "train"]
     rates = [r for line in lines if isinstance(r := line.get("images_per_second"), int | float)]
     return median(rates) if rates else None

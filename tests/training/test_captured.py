@@ -53,6 +53,7 @@ def tensors_of(state) -> list[Tensor]:
     meter = state.meter
     return [
         *state.networks.state_dict(keep_vars=True).values(), *moments, state.skipped,
+        state.ema_updates,
         *(x for average in state.ema.values() for x in average.state_dict().values()),
         meter.samples, meter.trained, meter.sums, meter.gaps, *meter.statistics.values(),
     ]  # fmt: skip

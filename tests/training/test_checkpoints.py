@@ -362,4 +362,4 @@ def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])
     assert "continuing at step 12" in capsys.readouterr().out
-    assert [line["step"] for line in RunFolder(run).read_metrics()][:2] == [1, 13]
+    assert [line["step"] for line in RunFolder(run).read_metrics()][:3] == [2, 1, 13]
