@@ -10,6 +10,7 @@ import tyro
 from bdkd.cli.table import results_table
 from bdkd.config import Recipe
 from bdkd.errors import RunError
+from bdkd.identity import class_difference
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,13 @@ def measure_exported(arguments: Arguments) -> dict[str, Any]:
     recipe = alone(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
     setup = Setup(_here(arguments, recipe), initial_weights=False)
     info = setup.source.info
-    if (info.classes, info.normalisation) != (facts.classes, facts.normalisation):
+    differs = class_difference(facts.classes, info.classes)
+    if not differs and info.normalisation != facts.normalisation:
+        differs = "its mean and standard deviation differ"
+    if differs:
         raise RunError(
-            f"the data set here is not the one of {arguments.path}: its "
-            f"{'classes' if info.classes != facts.classes else 'mean and standard deviation'} "
-            "differ; give the right one with --data-root"
+            f"the data set here is not the one of {arguments.path}: {differs}; give the right one "
+            "with --data-root"
         )
     [reference] = setup.networks.members.values()
     network = open_network(exported, reference, setup.device)
