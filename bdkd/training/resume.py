@@ -78,10 +78,13 @@ def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
     step, images = state.schedule_step(), state.train_images
     schedule, span = state.recipe.schedule, Span(**saved["schedule"])
     old, new = (s.factor(schedule, step, images) for s in (span, state.span))
-    if state.remaining_steps() and not math.isclose(old, new, abs_tol=1e-6):
+    if span.epochs == state.span.epochs or not state.remaining_steps():
+        return
+    epochs = state.span.epochs
+    if math.isclose(old, new, abs_tol=1e-6):
+        print(f"the schedule now ends with epoch {epochs}; the rate is {new:.3g} of its peak here")
+    else:
         print(
-            f"the schedule of {span.epochs} epochs had ended: for train.epochs "
-            f"{state.span.epochs} the learning rate rises again, from {old:.3g} to {new:.3g} of "
-            "its peak",
-            flush=True,
+            f"the schedule of {span.epochs} epochs had ended: for train.epochs {epochs} the "
+            f"learning rate rises again, from {old:.3g} to {new:.3g} of its peak"
         )

@@ -85,6 +85,15 @@ def test_a_second_resume_keeps_the_changed_schedule(tmp_path):
     ]
 
 
+def test_a_run_that_is_extended_says_at_which_rate_it_continues(tmp_path, capsys):
+    """Near its end that may be almost nothing."""
+    run = tmp_path / "run"
+    main(["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "34"])
+    main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "4", "--max-steps", "35"])
+    said = capsys.readouterr().out
+    assert "the schedule now ends with epoch 4; the rate is 0.017 of its peak" in said
+
+
 @pytest.mark.parametrize(("stopped", "batch_size"), [(20, 32), (35, 8)])
 def test_an_epoch_that_ends_with_a_resume_is_evaluated(tmp_path, stopped, batch_size):
     """Less than a batch is left of it: in the middle of the run, and in its last epoch."""
