@@ -286,6 +286,7 @@ def train_all(
         )
 
     broken: list[str] = []  # what is wrong with the recipe itself: then no run can go well
+    foreign: list[RunError] = []  # a run that was trained on another data set than the others
 
     def done(job: Job, outcome: Outcome) -> None:
         outcomes[job.name] = outcome
@@ -297,6 +298,16 @@ def train_all(
             say(f"{count}  failed: {outcome.message}")
         elif not outcome.code:
             say(f"{count}  {headline(read_summary(by_name[job.name]))}")
+            try:
+                refuse_other_data(
+                    [
+                        (str(run.path), read_summary(run).get("data"))
+                        for run in runs
+                        if run.name in outcomes and not outcomes[run.name].code
+                    ]
+                )
+            except RunError as error:
+                foreign.append(error)
 
     jobs = [
         Job(
@@ -311,7 +322,9 @@ def train_all(
         with StopRequest() as stop:
             before = f"{len(outcomes)} of them finished before"
             say(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
-            run_jobs(jobs, at_once, done, lambda: stop.signal is not None or bool(broken))
+            run_jobs(
+                jobs, at_once, done, lambda: stop.signal is not None or bool(broken or foreign)
+            )
     finally:
         bar.close()
     if stop.signal is not None:
@@ -323,6 +336,8 @@ def train_all(
         )
     if broken:
         raise UsageError(broken[0])
+    if foreign:
+        raise foreign[0]
     return outcomes
 
 
