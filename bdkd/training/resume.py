@@ -68,11 +68,12 @@ def check_data(path: Path, saved: Mapping[str, Any], data: Mapping[str, Any] | N
 def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
     """Say what a resumed run does otherwise than the session that saved its checkpoint."""
     before, now = len(saved["ranks"]), state.ranks.world
+    size = state.recipe.train.batch_size
     if before != now:
         print(
             f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank's part of a "
             "batch changes, so sums round differently, dropout draws anew, and batch norm without "
-            "distributed.sync_batch_norm normalises over other images",
+            f"distributed.sync_batch_norm normalises over {size // now} images",
             flush=True,
         )
     step, images = state.schedule_step(), state.train_images

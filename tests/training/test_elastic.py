@@ -86,8 +86,8 @@ def test_another_number_of_ranks_goes_on_at_the_same_image(tmp_path):
     done = bdkd("train", "--resume", "--run-dir", str(launch.run), timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"continuing at step {stopped[1]}, from {stopped[2]}" in done.stdout
-    assert "resuming on 1 rank what 2 began" in done.stdout
-    assert "over 64 images instead of 32" in done.stdout
+    assert "resuming on 1 rank a run of 2" in done.stdout
+    assert "normalises over 64 images" in done.stdout
     assert f"step {int(stopped[1]) + 1}/19" in done.stdout
 
 
