@@ -250,8 +250,8 @@ def _load(path: Path, checkpoint: bool = False) -> Any:
     Args:
         checkpoint: the file is one of ours, so it must be a zip file.
 
-    A passing failure (permissions, memory, open files, a disk that does not answer) is never called
-    damage: whoever catches :class:`DamagedFile` may put the file aside.
+    A passing failure (permissions, memory, open files, a disk that does not answer) never raises
+    :class:`DamagedFile`, because a damaged file is put aside.
     """
     verified = False
     try:
