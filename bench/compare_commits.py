@@ -382,7 +382,7 @@ def run_case(
     with tempfile.TemporaryDirectory() as scratch:
         works = [Path(scratch) / side for side in ("old", "new")]
         for work in works:
-            # Of each its own: a source may keep an index beside its files.
+            # One copy for each case: a source may write an index next to its files.
             shutil.copytree(data / "data", work / "data")
         failures = list(pool.map(lambda tree, work: tree.train(work, case, done), trees, works))
         if any(failures):

@@ -207,7 +207,9 @@ class RunFolder:
 
     def drop_after(self, step: int) -> None:
         """Remove the lines of metrics that a run that continues at ``step`` writes again."""
-        self._truncate_metrics(step)
+        kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
+        text = "".join(f"{line}\n" for line in kept)
+        write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest checkpoint, or None if the run was stopped before its first one.
@@ -275,11 +277,6 @@ class RunFolder:
             ):
                 lines.append(values)
         return lines
-
-    def _truncate_metrics(self, step: int) -> None:
-        kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
-        text = "".join(f"{line}\n" for line in kept)
-        write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     def append_metrics(self, values: Mapping[str, Any]) -> str | None:
         """One JSON object, one line. Where the disk is full the line waits for the next call, and

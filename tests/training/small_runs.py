@@ -64,6 +64,17 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clocked} for line in lines]
 
 
+def same(a, b) -> bool:
+    """Whether two nested states are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
 class Tiny(nn.Sequential):
     """A network with a batch norm, for 1x8x8 images, small enough for any number of steps."""
 

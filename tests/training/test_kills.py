@@ -7,9 +7,8 @@ import sys
 import time
 
 import pytest
-import torch
 from launches import Launch, steps_done
-from small_runs import TINY_RUN, metrics
+from small_runs import TINY_RUN, metrics, same
 
 from bdkd.cli import main
 from bdkd.training.checkpoint import load_checkpoint
@@ -38,16 +37,6 @@ def state_of(run):
     state = load_checkpoint(newest)[1]
     del state["position"]["seconds"]
     return newest.name, state
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def killed(run, rng, options, ranks) -> None:

@@ -4,8 +4,7 @@ import json
 import signal
 
 import pytest
-import torch
-from small_runs import SMALL, bdkd, interrupt_at, metrics
+from small_runs import SMALL, bdkd, interrupt_at, metrics, same
 
 from bdkd.training.checkpoint import load_checkpoint
 
@@ -17,17 +16,6 @@ def whole_run(tmp_path_factory):
     done = bdkd("train", *SMALL, "--run-dir", str(folder))
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def same(a, b) -> bool:
-    """Whether two nested states are equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def assert_same_end(run, whole_run) -> None:

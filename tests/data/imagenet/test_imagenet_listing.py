@@ -60,7 +60,7 @@ def test_hidden_entries_do_not_count_wherever_they_are(kind, splits, tmp_path, c
         (root / split / "only hidden" / ".DS_Store").write_bytes(b"\0")
         (root / split / "only hidden" / ".0.jpg").write_bytes(b"\0")
         picture(1).save(root / split / ".ipynb_checkpoints" / "0-checkpoint.jpg")
-        picture(1).save(root / split / "a picture.jpg")  # beside the classes
+        picture(1).save(root / split / "a picture.jpg")  # in no class
         for name in ("._0.jpg", ".DS_Store", ".hidden.JPG", "Thumbs.db", "desktop.ini"):
             (root / split / "cat" / name).write_bytes(APPLE_DOUBLE)
             (root / split / name).write_bytes(APPLE_DOUBLE)
