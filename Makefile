@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
 # Two workers of one thread each: tests that want more threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test pythons soak sanitize bench compare-commits lint format docs wheel hooks clean
+.PHONY: demo test pythons soak mutate mutate-report mutate-sample sanitize bench compare-commits lint format docs wheel hooks clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed ## train a teacher and a student on handwritten digits
@@ -23,6 +23,15 @@ pythons: ## make demo and make test with each installed Python, or PYTHONS="pyth
 
 soak: .venv/.installed-dev ## the tests again, many times longer
 	$(PYTEST) -m soak
+
+mutate: .venv/.installed-dev ## change the code carelessly and see whether a test fails; in the background
+	$(PY) tests/mutation $(MUTATE)
+
+mutate-report: .venv/.installed-dev ## what the mutants of make mutate have shown, into tests/mutation/report.md
+	$(PY) tests/mutation --report
+
+mutate-sample: .venv/.installed-dev ## fifty mutants and the test that must catch each
+	$(PY) tests/mutation --sample
 
 sanitize: .venv/.installed-dev ## the native kernel under address and undefined-behaviour sanitizers
 	$(PY) kernels/csrc/sanitize.py

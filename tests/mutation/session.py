@@ -1,0 +1,236 @@
+"""Run mutants and remember what became of each, in a session that can be stopped at any time.
+
+The session is Cosmic Ray's own database, ``.mutate/session.sqlite``: ``cr-report`` and ``cr-html``
+read it. A mutant's key changes with the code of its function, so a result is never taken over for
+code that it was not measured on.
+"""
+
+import difflib
+import fcntl
+import threading
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from copies import ROOT, STATE, make_copy
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
+from forks import Tests
+from line_map import LineMap
+from mutants import PACKAGES, Mutant, mutants, mutated_source, source_files
+
+SESSION = STATE / "session.sqlite"
+JUDGED = Path(__file__).parent / "judged.toml"
+
+# A mutant runs its tests, quickest first, until they would have taken this long without it.
+SECONDS_OF_TESTS = 60
+MOST_TESTS = 400
+
+
+def package_of(path: str) -> str:
+    return next(package for package in PACKAGES if path.startswith(f"{package}/"))
+
+
+def all_mutants(paths: Iterable[str] = ()) -> list[Mutant]:
+    """Mutants of all files or of those under ``paths``.
+
+    The order is arbitrary but fixed, and takes the packages in turn: any first part of the list is
+    a sample of all of it.
+    """
+    chosen = [
+        file
+        for file in source_files(ROOT)
+        if not paths or any(Path(file).is_relative_to(path) for path in paths)
+    ]
+    groups = defaultdict(list)
+    for file in chosen:
+        groups[package_of(file)].extend(mutants(ROOT, file))
+    in_turn = zip_longest(*(sorted(group, key=lambda m: m.key) for group in groups.values()))
+    return [mutant for turn in in_turn for mutant in turn if mutant is not None]
+
+
+def changed_lines(before: str, after: str) -> tuple[str, str]:
+    """What a change took away and what it put there, each stripped and joined."""
+    diff = list(difflib.ndiff(before.splitlines(), after.splitlines()))
+    took = " ".join(line[2:].strip() for line in diff if line.startswith("- "))
+    put = " ".join(line[2:].strip() for line in diff if line.startswith("+ "))
+    return took, put
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one mutant. ``by`` is the test that caught it, or a note."""
+
+    mutant: Mutant
+    was: str
+    now: str
+    result: str  # killed, survived, uncovered, no change
+    by: str
+
+
+class Worker:
+    """One copy of the tree, in which one mutant at a time is tried."""
+
+    def __init__(self, number: int, line_map: LineMap):
+        self.copy = make_copy(f"worker-{number}")
+        self.runner = Tests(self.copy)
+        self.line_map = line_map
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """The tests to run; of an import-time line, all tests that run any line of the file."""
+        lines: Iterable[int] = range(mutant.start[0], mutant.end[0] + 1)
+        found = self.line_map.tests_of(mutant.path, lines)
+        if not found:
+            text = (ROOT / mutant.path).read_text("utf-8")
+            found = self.line_map.tests_of(mutant.path, range(1, text.count("\n") + 2))
+        chosen, seconds = [], 0.0
+        for test in found[:MOST_TESTS]:
+            seconds += self.line_map.seconds[test]
+            if chosen and seconds > SECONDS_OF_TESTS:
+                break
+            chosen.append(test)
+        return chosen
+
+    def try_mutant(self, mutant: Mutant) -> Outcome:
+        source = (ROOT / mutant.path).read_text("utf-8")
+        changed = mutated_source(source, mutant.operator, mutant.occurrence)
+        if changed is None:
+            return Outcome(mutant, "", "", "no change", "")
+        was, now = changed_lines(source, changed)
+        tests = self.tests(mutant)
+        if not tests:
+            return Outcome(mutant, was, now, "uncovered", "no test runs this line")
+        seconds = sum(self.line_map.seconds[test] for test in tests)
+        file = self.copy / mutant.path
+        file.write_text(changed, "utf-8")
+        try:
+            status, output = self.runner.run(tests, 60 + 3 * seconds)
+        finally:
+            file.write_text(source, "utf-8")
+        if status == 0:
+            return Outcome(mutant, was, now, "survived", f"{len(tests)} tests passed")
+        if status is None:
+            return Outcome(mutant, was, now, "killed", "time")
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        if failed:
+            return Outcome(mutant, was, now, "killed", failed[0].split(" ")[1])
+        if status < 0 or status == 1:
+            return Outcome(mutant, was, now, "killed", f"status {status}")
+        # pytest did not run, for example because a test has another name now.
+        return Outcome(mutant, was, now, "survived", f"status {status}: {output[-300:]!r}")
+
+
+def _store(database: WorkDB, outcome: Outcome) -> None:
+    survived = outcome.result in ("survived", "uncovered")
+    database.set_result(
+        outcome.mutant.key,
+        WorkResult(
+            {"uncovered": WorkerOutcome.NO_TEST, "no change": WorkerOutcome.SKIPPED}.get(
+                outcome.result, WorkerOutcome.NORMAL
+            ),
+            f"{outcome.result}: {outcome.by}",
+            TestOutcome.SURVIVED if survived else TestOutcome.KILLED,
+            f"{outcome.was}\n{outcome.now}",
+        ),
+    )
+
+
+def _load(database: WorkDB) -> dict[str, tuple[str, str, str, str]]:
+    """Key -> result, by, was, now."""
+    found = {}
+    for key, stored in database.results:
+        result, by = stored.output.split(": ", 1)
+        was, now = stored.diff.split("\n")
+        found[key] = (result, by, was, now)
+    return found
+
+
+def outcomes(wanted: Iterable[Mutant]) -> Iterator[Outcome]:
+    """The known outcomes of these mutants."""
+    if not SESSION.exists():
+        return
+    with use_db(SESSION) as database:
+        known = _load(database)
+    for mutant in wanted:
+        if mutant.key in known:
+            result, by, was, now = known[mutant.key]
+            yield Outcome(mutant, was, now, result, by)
+
+
+def run(wanted: list[Mutant], workers: int, again: bool = False) -> None:
+    """Try every mutant without a result; with ``again``, those that survived too."""
+    STATE.mkdir(exist_ok=True)
+    with open(STATE / "lock", "w") as lock, use_db(SESSION) as database:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit("another run is going on: see .mutate/log, or stop it first") from None
+        known = _load(database)
+        todo = [
+            m
+            for m in wanted
+            if m.key not in known or (again and known[m.key][0] in ("survived", "uncovered"))
+        ]
+        stored = {item.job_id for item in database.work_items}
+        database.add_work_items(
+            WorkItem.single(m.key, MutationSpec(m.path, m.operator, m.occurrence, m.start, m.end))
+            for m in todo
+            if m.key not in stored
+        )
+        line_map = LineMap()
+        queue, guard = iter(todo), threading.Lock()
+        count = {"killed": 0, "survived": 0, "uncovered": 0, "no change": 0}
+        stop = threading.Event()
+
+        def work(number: int) -> None:
+            worker = Worker(number, line_map)
+            while not stop.is_set():
+                with guard:
+                    mutant = next(queue, None)
+                if mutant is None:
+                    break
+                outcome = worker.try_mutant(mutant)
+                with guard:
+                    _store(database, outcome)
+                    count[outcome.result] += 1
+                    if outcome.result in ("survived", "uncovered"):
+                        where = f"{mutant.path}:{mutant.start[0]} {mutant.function}"
+                        print(f"{outcome.result}: {where}\n  - {outcome.was}\n  + {outcome.now}")
+                    print(f"{sum(count.values())} of {len(todo)}: {count}", flush=True)
+            worker.runner.close()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            stop.set()  # after Ctrl-C each worker still ends the mutant it is at
+
+
+class Judgements:
+    """Survivors that were looked at, from ``judged.toml``: each with the reason."""
+
+    def __init__(self):
+        read = tomllib.loads(JUDGED.read_text("utf-8")) if JUDGED.exists() else {}
+        self.functions = {
+            (entry["file"], name): entry["reason"]
+            for entry in read.get("functions", ())
+            for name in entry["names"]
+        }
+        self.changes = {
+            (entry["file"], entry["was"], entry["now"]): entry["reason"]
+            for entry in read.get("change", ())
+        }
+
+    def reason(self, outcome: Outcome) -> str | None:
+        path = outcome.mutant.path
+        names = outcome.mutant.function.split(".")
+        for end in range(len(names), 0, -1):
+            if reason := self.functions.get((path, ".".join(names[:end]))):
+                return reason
+        return self.functions.get((path, "*")) or self.changes.get((path, outcome.was, outcome.now))
