@@ -612,6 +612,59 @@ def double_backward_works_or_says_why_not(backend, device="cpu"):
             torch.autograd.grad(first.square().sum(), s)
 
 
+@edge
+def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
+    """Next to contiguous logits, which need no copy: the same as from contiguous ones.
+    A kernel that reads them by address would take a neighbour's."""
+    n, c = 6, 11
+    s, t, y = draw("lie anywhere", n, c, device)
+    rng = torch.Generator().manual_seed(3)
+    soft, weight = torch.rand(n, c, generator=rng).to(device), torch.rand(n, generator=rng)
+    weight = weight.to(device)
+
+    def apart(x):  # every other element of a larger tensor, from the second one on
+        larger = torch.full([2 * size for size in x.shape], -7, dtype=x.dtype, device=device)
+        return larger[(slice(1, None, 2),) * x.ndim].copy_(x)
+
+    def expanded(x):  # the first row, seen n times
+        return x[:1].expand_as(x)
+
+    columns = soft.mT.contiguous().mT
+    rows = torch.cat([soft, soft], 1)[:, c:]
+    for target, weights in (
+        (apart(y), None), (expanded(y), apart(weight)), (y, expanded(weight)), (y, apart(weight)),
+        (apart(soft), None), (expanded(soft), None), (columns, expanded(weight)), (rows, None),
+    ):  # fmt: skip
+        dense = None if weights is None else weights.contiguous()
+        options = {"reduction": "mean" if dense is None else "none"}
+        got = run(s, t, target, backend, sample_weight=weights, **options)
+        want = run(s, t, target.contiguous(), backend, sample_weight=dense, **options)
+        for a, b in zip(got, want, strict=True):
+            for name in ("student", "teacher", "ds", "dt"):
+                x, exact = getattr(a, name), getattr(b, name)
+                close(name, x, exact, 2e-6 * (1 + exact.abs()))
+            close("statistics", a.stats.table, b.stats.table, 1e-5)
+
+
+@edge
+def soft_labels_and_weights_are_constants(backend, device="cpu"):
+    """No gradient flows into them, as the documentation says: also where they ask for one."""
+    s, t, _ = draw("constants", device=device)
+    soft, weight = torch.softmax(s + t, -1), torch.rand(5).to(device)
+    want = run(s, t, soft, backend, sample_weight=weight)[0]
+    leaves = [x.clone().requires_grad_() for x in (s, t, soft, weight)]
+    a, b, q, w = leaves
+    out = bdkd_loss(a, b, 1 * q, sample_weight=1 * w, backend=backend)
+    ds, dt, *none = torch.autograd.grad(out.student + out.teacher, leaves, allow_unused=True)
+    assert none == [None, None]
+    close("ds", ds, want.ds, 1e-7)
+    close("dt", dt, want.dt, 1e-7)
+    out = bdkd_loss(s, t, q, sample_weight=w, backend=backend)
+    assert not any(x.requires_grad for x in (*out[:2], *out.stats))
+    out, grads = bdkd_loss_and_grad(a, b, q, sample_weight=w, backend=backend)
+    assert not any(x.requires_grad for x in (*out[:2], *out.stats, *grads))
+
+
 # -- what PyTorch's users do to a loss -------------------------------------------------------------
 
 

@@ -47,20 +47,26 @@ def test_a_torch_that_does_not_count_owners_keeps_none(monkeypatch):
     assert not buffers._kept
 
 
+def values(held) -> torch.Tensor:
+    """A copy of what a tensor, an array or a storage holds."""
+    if isinstance(held, torch.UntypedStorage):
+        return torch.empty(0).set_(held).clone()
+    return torch.as_tensor(held).clone()
+
+
 @pytest.mark.parametrize("keep", [lambda g: g, lambda g: g[3:, 2], lambda g: g.numpy(),
                                   lambda g: g.detach(), lambda g: g.untyped_storage()])  # fmt: skip
 def test_what_anybody_holds_is_left_alone(keep):
     s, t, y = leaves()
     _, (ds, dt) = bdkd_loss_and_grad(s, t, y)
     expected, held, address = ds.clone(), keep(ds), ds.data_ptr()
-    inside = torch.as_tensor(list(held) if isinstance(held, torch.UntypedStorage) else held).clone()
+    inside = values(held)
     del ds, dt
     gc.collect()
     taken = [bdkd_loss_and_grad(s, t, y)[1] for _ in range(4)]
     assert all(x.data_ptr() != address for pair in taken for x in pair)
-    now = torch.as_tensor(list(held) if isinstance(held, torch.UntypedStorage) else held)
-    assert torch.equal(now, inside)
-    del held, now, expected
+    assert torch.equal(values(held), inside)
+    del held, expected
     gc.collect()
     assert address in {buffers.empty_like(s.detach()).data_ptr() for _ in range(1)}
 
@@ -97,8 +103,11 @@ def test_the_limit_holds(monkeypatch):
     for rows in range(300, 900, 50):
         assert buffers.empty_like(torch.empty(rows, CLASSES)).shape == (rows, CLASSES)
         assert sum(kept.bytes for kept in buffers._kept) <= buffers.LIMIT
+    last = buffers.empty_like(torch.empty(850, CLASSES)).data_ptr()
+    assert buffers.empty_like(torch.empty(850, CLASSES)).data_ptr() == last  # the latest stay
     large = buffers.empty_like(torch.empty(3000, CLASSES))  # more than all that may be kept
     assert all(kept.address != large.data_ptr() for kept in buffers._kept)
+    assert buffers.empty_like(torch.empty(850, CLASSES)).data_ptr() == last  # nor do others go
 
 
 def test_small_ones_are_not_kept():
@@ -117,6 +126,36 @@ def test_types_shapes_and_strides():
     del again
     for other in (torch.empty(ROWS, 2 * CLASSES), torch.empty(2 * ROWS, CLASSES)):  # as many bytes
         assert buffers.empty_like(other).data_ptr() != address
+
+
+@pytest.mark.parametrize("second", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_type_of_their_own_logits_whatever_came_before(first, second):
+    """Of one shape, as where float64 checks float32 or a network goes from bf16 to fp16. And of
+    another shape with as many bytes and the same type."""
+    shapes = (2 * ROWS, CLASSES), (ROWS, 2 * CLASSES), (2 * ROWS, CLASSES)
+    for shape, dtype in zip(shapes, (first, first, second), strict=True):
+        made = buffers.empty_like(torch.empty(shape, dtype=dtype))
+        assert (made.dtype, made.shape, made.is_contiguous()) == (dtype, shape, True)
+        assert made.nbytes == made.untyped_storage().nbytes()
+        del made
+
+
+@pytest.mark.parametrize("rows", [3, ROWS])  # too small to be kept, and kept
+def test_a_fresh_gradient_is_dense_whatever_its_logits_strides(rows):
+    for logits in (torch.empty(CLASSES, rows).t(), torch.empty(rows, 2 * CLASSES)[:, ::2],
+                   torch.empty(1, CLASSES).expand(rows, CLASSES)):  # fmt: skip
+        made = buffers.empty_like(logits)
+        assert made.shape == logits.shape
+        assert made.is_contiguous()
+        assert made.untyped_storage().nbytes() == made.nbytes
+
+
+def test_a_subclass_gets_its_own_kind():
+    class Mine(torch.Tensor):
+        pass
+
+    assert type(buffers.empty_like(torch.empty(ROWS, CLASSES).as_subclass(Mine))) is Mine
 
 
 @pytest.mark.parametrize("size", [0, 100])
@@ -158,9 +197,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_the_environment_sets_the_limit():
+    """In MiB; one process shows that it is read, the function what it makes of other texts."""
     code = ("import torch; from bdkd_kernels import buffers; "
             "buffers.empty_like(torch.empty(300, 1000)); print(len(buffers._kept))")  # fmt: skip
     assert run(code, BDKD_BUFFER_MB="0").stdout.strip() == "0"
-    assert run(code, BDKD_BUFFER_MB="2").stdout.strip() == "1"
-    failed = run(code, BDKD_BUFFER_MB="much")
-    assert "BDKD_BUFFER_MB must be a whole number of MiB, got 'much'" in failed.stderr
+    for text, size in ((None, 256 << 20), ("0", 0), ("2", 2 << 20), ("-1", 0)):
+        assert buffers._limit(text) == size
+    with pytest.raises(ValueError, match=r"BDKD_BUFFER_MB must be a whole number.*got 'much'"):
+        buffers._limit("much")

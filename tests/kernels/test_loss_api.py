@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ BAD = [
         for name in ("student_ce", "student_kd", "teacher_ce", "teacher_kd")
         for value, error in (
             (-0.1, ValueError), (NAN, ValueError), (INF, ValueError), ("1", TypeError),
-            (1e-46, ValueError), (1e10, ValueError),
+            (9.9e-31, ValueError), (1.1e9, ValueError),
         )
     ),
     ({"label_smoothing": -0.1}, ValueError, ["label_smoothing", "-0.1", "[0, 1]"]),
@@ -99,6 +100,8 @@ BAD = [
     ({"grad_scale": None}, TypeError, ["grad_scale", "NoneType", "number"]),
     ({"grad_scale": INF}, ValueError, ["grad_scale", "inf", "finite"]),
     ({"grad_scale": 1e39}, ValueError, ["grad_scale", "1e+39", "float32"]),
+    ({"grad_scale": -1e39}, ValueError, ["grad_scale", "-1e+39", "float32"]),
+    ({"grad_scale": NAN}, ValueError, ["grad_scale", "nan", "finite"]),
     ({"grad_scale": 10**400}, ValueError, ["grad_scale", "100000", "float32"]),
     ({"grad_scale": torch.ones(1)}, ValueError, ["grad_scale", "(1,)", "0-dim"]),
     ({"grad_scale": torch.tensor(2)}, ValueError, ["grad_scale", "int64", "floating"]),
@@ -167,6 +170,8 @@ def test_bad_input_is_named(wrong, error, words):
         ((S.numpy(), T), TypeError, ["grads[0]", "ndarray", "tensor"]),
         ((S, T[:3].clone()), ValueError, ["grads[1]", "(3, 5)", "(4, 5)"]),
         ((S, T.half()), ValueError, ["grads[1]", "float16", "float32"]),
+        ((S, T.clone().view(2, 10)), ValueError, ["grads[1]", "(2, 10)", "(4, 5)"]),
+        ((S.view(5, 4), T), ValueError, ["grads[0]", "(5, 4)", "(4, 5)"]),
         ((S.to("meta"), T), ValueError, ["grads[0]", "meta", "cpu"]),
         ((S, T[:1].expand(4, 5)), ValueError, ["grads[1]", "(0, 1)", "each element once"]),
         ((S, S), ValueError, ["grads[1]", "overlap", "grads[0]"]),
@@ -181,11 +186,46 @@ def test_a_bad_gradient_buffer_is_named(grads, error, words):
     assert_one_line(raised, words)
 
 
+def test_each_gradient_buffer_is_held_to_its_own_logits():
+    ds, dt = torch.empty(4, 5), torch.empty(4, 5, dtype=torch.float16)
+    for grads in ((ds, dt), (ds, None), (None, dt)):
+        bdkd_loss_and_grad(S, T.half(), Y, grads=grads)
+    for grads, name in (((ds.half(), dt), 0), ((ds, dt.float()), 1)):
+        with pytest.raises(ValueError, match=rf"grads\[{name}\] must have its logits' shape"):
+            bdkd_loss_and_grad(S, T.half(), Y, grads=grads)
+
+
 def test_a_gradient_buffer_that_is_no_rows_is_named():
     s, t = torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)
     columns = torch.zeros(3, 2, 5).transpose(0, 1)
     with pytest.raises(ValueError, match=r"grads\[1\].*flatten to rows.*\(2, 3, 5\)"):
         bdkd_loss_and_grad(s, t, None, grads=(None, columns), backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        ({"student_logits": SimpleNamespace(logits=S)}, "give its .logits"),
+        ({"student_logits": S.numpy()}, "torch.as_tensor(student_logits)"),
+        ({"student_logits": Y}, "labels go into target"),
+        ({"student_logits": S.bool()}, ".float()"),
+        ({"teacher_logits": T[:3]}, "both networks see the same samples"),
+        ({"teacher_logits": T[:, :4]}, "both networks tell the same classes apart"),
+        ({"target": Y[:, None]}, "target.squeeze(-1)"),
+        ({"target": torch.nn.functional.one_hot(Y, 5)}, "target.float()"),
+        ({"target": Y.float()}, "target.long()"),
+        ({"sample_weight": Y}, "sample_weight.float()"),
+        ({"sample_weight": torch.ones(4, device="meta")}, "sample_weight.to('cpu')"),
+        ({"gamma": torch.tensor(2.0)}, "gamma.item()"),
+        ({"teacher_logits": T.to_sparse()}, ".to_dense()"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_an_error_names_its_remedy(wrong, remedy):
+    arguments = {"student_logits": S, "teacher_logits": T, "target": Y, **wrong}
+    with pytest.raises((TypeError, ValueError)) as raised:
+        bdkd_loss(**arguments)
+    assert_one_line(raised, [remedy])
 
 
 def test_numbers_of_any_kind_are_numbers():
@@ -318,6 +358,8 @@ def test_statistics_are_used_as_a_named_tuple():
     assert forward_kl.shape == (3, 4)
     assert torch.equal(stats[1], reverse_kl)
     assert torch.equal(stats[:2][0], forward_kl)
+    assert isinstance(stats[:2], tuple)
+    assert len(stats[3:]) == 9
     assert torch.equal(stats[-1], stats.teacher_correct)
     assert list(stats._asdict()) == list(stats._fields)
     for name, value in stats._asdict().items():

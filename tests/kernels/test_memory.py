@@ -83,6 +83,10 @@ def test_a_gradient_over_another_argument_is_refused(backend):
         with pytest.raises(ValueError, match=r"grads\[0\] must not overlap.*student_logits"):
             bdkd_loss_and_grad(near, T, Y, grads=(two[offset : offset + N * C].view(N, C), None),
                                backend=backend)  # fmt: skip
+    columns = near.as_strided((N, C), (1, N))  # all of its logits' memory, in another order
+    for other in (columns, near.as_strided((N, C), (1, C))):
+        with pytest.raises(ValueError, match=r"grads\[0\] must (not overlap.*student|hold each)"):
+            bdkd_loss_and_grad(near, T, Y, grads=(other, None), backend=backend)
     assert torch.equal(s, S)  # nothing was written
     assert torch.equal(soft, SOFT)
 

@@ -3,8 +3,11 @@
 Each is held to its public definition, written out here in float64 with torch's own functions.
 """
 
+from functools import partial
+
 import pytest
 import torch
+from bdkd_kernels import native
 from bdkd_kernels.swap_in import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
 from torch import nn
 from torch.nn import functional as F
@@ -95,6 +98,19 @@ def test_liger_jsd(backend, beta, labels):
     torch.testing.assert_close(logits_too, ours(log_q, log_p, labels))
 
 
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("ignore_index", [-100, 2, 99])
+def test_liger_jsd_ignores_the_label_it_is_given_and_no_other(beta, ignore_index):
+    """The labels only say which samples count: classes beyond the vocabulary are no error."""
+    s, t = logits()
+    labels = torch.tensor([2, -100, 99, 2, 5, -100, 10**6])
+    ours = LigerJSD(beta, ignore_index)
+    for kind in (torch.int64, torch.int32):
+        came = ours(s.log_softmax(-1), t.detach().log_softmax(-1), labels.to(kind))
+        log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
+        assert_same(came, jsd(log_q, log_p, beta, labels, ignore_index), [s])
+
+
 @pytest.mark.filterwarnings("ignore:reduction")  # torch on its own 'mean'
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
 @pytest.mark.parametrize("log_target", [False, True])
@@ -106,6 +122,137 @@ def test_liger_kl_div_is_torchs(reduction, log_target, backend):
     ours = LigerKLDIVLoss(reduction=reduction, log_target=log_target, backend=backend)
     theirs = nn.KLDivLoss(reduction=reduction, log_target=log_target)
     assert_same(ours(log_q, truth), theirs(log_q, truth), [s])
+
+
+@pytest.mark.filterwarnings("ignore:reduction")  # torch on its own 'mean'
+def test_the_defaults_are_the_originals():
+    s, t = logits()
+    log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
+    labels = torch.tensor([3, -100, 5, 0, -100, 1, 2])
+    assert_same(LigerJSD()(log_q, log_p, labels), jsd(log_q, log_p, 0.5, labels), [s])
+    assert_same(LigerKLDIVLoss()(log_q, log_p.exp()), nn.KLDivLoss()(log_q, log_p.exp()), [s])
+    assert_same(kd_loss(s, t, 4.0), hinton_rows(s, t, 4.0).mean(), [s, t])
+    with pytest.raises(TypeError):  # the fourth argument means another thing in each descendant
+        kd_loss(s, t, 4.0, False)
+    with pytest.raises(TypeError):  # Liger's first argument is eps
+        LigerKLDIVLoss(1e-8)
+
+
+def test_truth_given_as_probabilities_loses_nothing_to_its_type():
+    """A logarithm rounded to bf16 would be off by up to 2**-9, and the loss with it."""
+    s, t = logits(n=40, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        truth = t.detach().softmax(-1).to(dtype)
+        p = truth.double() / truth.double().sum(-1, keepdim=True)
+        log_q = s.detach().double().log_softmax(-1)
+        want = torch.where(p == 0, 0.0, p * (p.log() - log_q)).sum(-1).mean()
+        came = LigerKLDIVLoss(reduction="batchmean")(s.log_softmax(-1), truth)
+        assert came.dtype == torch.float32
+        torch.testing.assert_close(came.double(), want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_network_in_float64_makes_the_arithmetic_float64(which):
+    s, t = (x.detach() for x in logits())
+    pair = [s.float(), t.float()]
+    pair[which] = (s, t)[which]
+    wide = [x.double() for x in pair]
+    for loss, want in (
+        (DistillKL(4.0), hinton(*wide, 4.0)),
+        (LigerJSD(0.5), jsd(*(x.log_softmax(-1) for x in wide), 0.5)),
+        (LigerJSD(0), jsd(*(x.log_softmax(-1) for x in wide), 0)),
+    ):
+        torch.testing.assert_close(loss(*pair), want, rtol=1e-12, atol=1e-12)
+
+
+X = torch.zeros(4, 5)
+WRONG = {  # what is called, the error and what it must name
+    "DistillKL temperature": (lambda: DistillKL(0.0), ValueError, ["T must be", "0.0"]),
+    "DistillKL no number": (lambda: DistillKL("4"), TypeError, ["T must be", "'4'"]),
+    "DistillKL backend": (lambda: DistillKL(4.0, "cuda"), ValueError, ["backend", "cuda"]),
+    "DistillKL y_s": (lambda: DistillKL(4.0)([1.0], X), TypeError, ["y_s must be", "list"]),
+    "DistillKL y_t": (lambda: DistillKL(4.0)(X, X.int()), TypeError, ["y_t must be", "int32"]),
+    "DistillKL rows": (lambda: DistillKL(4.0)(X, X[:3]), ValueError, ["y_s and y_t", "(3, 5)"]),
+    "DistillKL one sample": (lambda: DistillKL(4.0)(X[0], X[0]), ValueError, ["y_s", "(N, C)"]),
+    "DistillKL sequence": (
+        lambda: DistillKL(4.0)(X[None], X[None]), ValueError, ["y_s", "(1, 4, 5)", "flatten"],
+    ),
+    "DistillKL device": (
+        lambda: DistillKL(4.0)(X, X.to("meta")), ValueError, ["y_s and y_t", "cpu and meta"],
+    ),
+    "kd_loss temperature": (lambda: kd_loss(X, X, 1e5), ValueError, ["temperature", "100000.0"]),
+    "kd_loss reduce": (lambda: kd_loss(X, X, 4.0, reduce=1), TypeError, ["reduce", "1 (int)"]),
+    "kd_loss student": (lambda: kd_loss(None, X, 4.0), TypeError, ["logits_student", "NoneType"]),
+    "kd_loss teacher": (
+        lambda: kd_loss(X, X.bool(), 4.0), TypeError, ["logits_teacher", "torch.bool"],
+    ),
+    "LigerJSD beta": (lambda: LigerJSD(1.5), ValueError, ["beta", "1.5", "[0, 1]"]),
+    "LigerJSD negative beta": (lambda: LigerJSD(-0.1), ValueError, ["beta", "-0.1"]),
+    "LigerJSD no label": (lambda: LigerJSD(0.5, True), TypeError, ["ignore_index", "True"]),
+    "LigerJSD large label": (lambda: LigerJSD(0.5, 2**63), ValueError, ["ignore_index", "64"]),
+    "LigerJSD backend": (lambda: LigerJSD(backend="gpu"), ValueError, ["backend", "gpu"]),
+    "LigerJSD log_p": (lambda: LigerJSD()(X, X[:, :4]), ValueError, ["log_q and log_p", "(4, 4)"]),
+    "LigerJSD labels": (
+        lambda: LigerJSD()(X, X, torch.zeros(4, 1).long()), ValueError, ["shift_labels", "(4, 1)"],
+    ),
+    "LigerJSD soft labels": (
+        lambda: LigerJSD()(X, X, torch.zeros(4)), TypeError, ["shift_labels", "float32"],
+    ),
+    "LigerJSD labels' device": (
+        lambda: LigerJSD()(X, X, torch.zeros(4, device="meta").long()),
+        ValueError, ["shift_labels", "cpu", "meta"],
+    ),
+    "LigerKLDIVLoss none": (
+        lambda: LigerKLDIVLoss(reduction="none"), ValueError, ["reduction", "'none'", "KLDivLoss"],
+    ),
+    "LigerKLDIVLoss log_target": (
+        lambda: LigerKLDIVLoss(log_target=1), TypeError, ["log_target", "1 (int)"],
+    ),
+    "LigerKLDIVLoss backend": (
+        lambda: LigerKLDIVLoss(backend=None), ValueError, ["backend", "None"],
+    ),
+    "LigerKLDIVLoss y_true": (
+        lambda: LigerKLDIVLoss()(X, X[0]), ValueError, ["y_pred and y_true", "(5,)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named_as_the_caller_knows_it(name):
+    call, error, words = WRONG[name]
+    with pytest.raises(error) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.skipif(not native.AVAILABILITY, reason=f"{native.AVAILABILITY}: one backend to take")
+def test_the_backend_that_is_asked_for_is_taken():
+    """Only the reference has a double backward."""
+    for make in (
+        lambda backend: DistillKL(4.0, backend=backend),
+        lambda backend: partial(kd_loss, temperature=4.0, backend=backend),
+        lambda backend: LigerJSD(1, backend=backend),
+        lambda backend: LigerKLDIVLoss(log_target=True, backend=backend),
+    ):
+        for backend in ("reference", "native"):
+            s, t = logits()
+            (ds,) = torch.autograd.grad(make(backend)(s, t.detach()), s, create_graph=True)
+            if backend == "reference":
+                ds.square().sum().backward()
+                continue
+            with pytest.raises(RuntimeError, match="native backend has no double backward"):
+                ds.square().sum().backward()
+
+
+def test_a_teacher_that_could_learn_does_not_under_no_grad():
+    """Neither is anything computed for it, nor does a graph grow."""
+    s, t = logits()
+    with torch.no_grad():
+        loss = DistillKL(4.0)(s, t)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, hinton(s, t, 4.0).detach())
 
 
 def test_kl_div_takes_one_hot_truth():

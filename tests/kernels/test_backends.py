@@ -1,0 +1,183 @@
+"""Which implementation a call takes, what it says where that one cannot run, and what a GPU's
+tensors are spared. No GPU is needed: a tensor that says it is on one is enough for the choice."""
+
+import warnings
+
+import pytest
+import torch
+from bdkd_kernels import available_backends, backends, bdkd_loss, bdkd_loss_and_grad, native
+from bdkd_kernels.checks import prepare
+from bdkd_kernels.types import Availability, LossOptions
+
+S, T = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+Y = torch.tensor([0, 3, 2, 1])
+ABSENT = Availability(False, "there is none here: do this")
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU, and the functions that were called with any."""
+
+    called: list[str] = []  # noqa: RUF012  # one list for all of them
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        says = {"device": torch.device("cuda:0"), "is_cuda": True, "is_cpu": False}
+        for name, answer in says.items():
+            if func == getattr(torch.Tensor, name).__get__:
+                return answer
+        cls.called.append(getattr(func, "__name__", ""))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Logits and labels on a GPU, for which there is no triton."""
+    monkeypatch.setattr(backends, "_triton", ABSENT)
+    monkeypatch.setattr(backends, "_told", False)
+    monkeypatch.delenv("BDKD_CHECK_LABELS", raising=False)
+    OnGPU.called.clear()
+    return [x.clone().as_subclass(OnGPU) for x in (S, T, Y)]
+
+
+def test_without_triton_a_gpu_runs_the_reference_and_says_so_once(gpu):
+    want = bdkd_loss(S, T, Y, backend="reference")
+    with pytest.warns(UserWarning, match=r"reference on the GPU.*there is none here: do this"):
+        out = bdkd_loss(*gpu)
+    torch.testing.assert_close(out.student.as_subclass(torch.Tensor), want.student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = bdkd_loss(*gpu)
+    torch.testing.assert_close(out.teacher.as_subclass(torch.Tensor), want.teacher)
+    with pytest.raises(RuntimeError, match=r"'triton' is not available: there is none here"):
+        bdkd_loss(*gpu, backend="triton")
+    with pytest.raises(RuntimeError, match=r"'native' takes CPU tensors, got cuda"):
+        bdkd_loss(*gpu, backend="native")
+
+
+def test_a_gpu_is_not_waited_for(gpu):
+    """The host reads no value, which would stop it until the GPU has caught up: a wrong label makes
+    its row NaN. ``BDKD_CHECK_LABELS=1`` reads them, and then it is named."""
+    s, t, y = gpu
+    y[2] = 5
+    for weight in (None, torch.ones(4).as_subclass(OnGPU)):
+        OnGPU.called.clear()
+        out = bdkd_loss(s, t, y, sample_weight=weight, reduction="none", backend="reference",
+                        grad_scale=torch.tensor(2.0).as_subclass(OnGPU))  # fmt: skip
+        assert out.student.as_subclass(torch.Tensor).isnan().tolist() == [False, False, True, False]
+        read = {"__bool__", "__int__", "__float__", "item", "tolist", "nonzero", "cpu", "numpy"}
+        assert not read & {*OnGPU.called}
+
+
+def test_a_gpus_labels_are_checked_where_that_is_asked_for(gpu, monkeypatch):
+    s, t, y = gpu
+    y[2] = 5
+    monkeypatch.setenv("BDKD_CHECK_LABELS", "0")
+    assert bdkd_loss(s, t, y, backend="reference").student.isnan()
+    monkeypatch.setenv("BDKD_CHECK_LABELS", "1")
+    with pytest.raises(ValueError, match=r"target\[2\] is 5"):
+        bdkd_loss(s, t, y, backend="reference")
+
+
+def test_with_triton_a_gpu_takes_it(gpu, monkeypatch):
+    pytest.importorskip("triton", reason="no triton for this platform: nothing to choose")
+    monkeypatch.setattr(backends, "_triton", Availability(True, "here"))
+    problem = prepare(*gpu[:2], None, None, LossOptions(), 1.0)
+    for backend in ("auto", "triton"):
+        assert backends.choose(backend, problem).__name__ == "bdkd_kernels.triton_backend"
+    assert backends.choose("reference", problem).__name__ == "bdkd_kernels.reference"
+
+
+def test_without_the_native_kernel_auto_is_the_reference(monkeypatch):
+    monkeypatch.setattr(native, "AVAILABILITY", ABSENT)
+    s = S.clone().requires_grad_()
+    out = bdkd_loss(s, T, Y)
+    want = bdkd_loss(S, T, Y, backend="reference")
+    assert torch.equal(out.student, want.student)
+    (ds,) = torch.autograd.grad(out.student, s, create_graph=True)
+    ds.square().sum().backward()  # a double backward, which the native kernel refuses
+    for function in (bdkd_loss, bdkd_loss_and_grad):
+        with pytest.raises(RuntimeError, match=r"'native' is not available: there is none here"):
+            function(S, T, Y, backend="native")
+    assert not available_backends()["native"]
+    assert str(available_backends()["native"]) == str(ABSENT)
+
+
+def test_a_device_that_no_kernel_serves_runs_the_reference():
+    s, t = S.to("meta"), T.to("meta")
+    out = bdkd_loss(s, t, None)
+    assert out.student.device.type == "meta"
+    assert out.stats.forward_kl.shape == (4,)
+    bdkd_loss(s, t, Y.to("meta"), backend="reference")  # it has labels, but none to be checked
+    with pytest.raises(RuntimeError, match=r"takes (CPU|CUDA or ROCm) tensors, got meta"):
+        bdkd_loss(s, t, None, backend="native" if native.AVAILABILITY else "triton")
+
+
+def test_a_triton_that_does_not_import_says_why(monkeypatch):
+    pytest.importorskip("triton", reason="no triton for this platform: it says that instead")
+
+    def broken():
+        raise ImportError("it lacks a symbol")
+
+    monkeypatch.setattr(backends, "_triton", None)
+    monkeypatch.setattr(backends, "_triton_module", broken)
+    availability = available_backends()["triton"]
+    assert not availability
+    assert "it lacks a symbol" in str(availability)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, ["was not built", "pip install"]),
+        (lambda path: path.write_bytes(b"no library"), ["does not load", "pip install"]),
+    ],
+    ids=["missing", "broken"],
+)
+def test_a_native_kernel_that_does_not_load_says_what_to_do(make, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "library.so")
+    monkeypatch.setattr(native, "_sources_hash", lambda: None)  # installed, without its sources
+    make(tmp_path / "library.so")
+    library, availability = native._load()
+    assert library is None
+    assert not availability
+    for word in words:
+        assert word in str(availability)
+
+
+def test_an_older_kernel_that_cannot_be_built_again_is_not_loaded(monkeypatch, tmp_path):
+    """Of another checkout's sources, say: its arguments may have another order."""
+    monkeypatch.setattr(native, "_sources_hash", lambda: "0" * 64)
+    monkeypatch.setattr(native, "_rebuild", lambda sources: "there is no cmake here")
+    library, availability = native._load()
+    assert library is None
+    assert "older than kernels/csrc (there is no cmake here)" in str(availability)
+
+
+@pytest.mark.parametrize(
+    ("version", "hip", "seen", "capability", "words"),
+    [
+        ("3.5.1", None, True, (9, 0), "triton 3.5.1 is too old: 3.6 is needed"),
+        ("3.6.0", None, True, (9, 0), ""),
+        ("3.10.0+git1", None, True, (8, 0), ""),  # not an older one than 3.6
+        ("4.0.0", None, True, (12, 0), ""),
+        ("3.6.0", None, False, (9, 0), "no CUDA or ROCm device"),
+        ("3.6.0", None, True, (7, 5), "sm_75: sm_80 or newer is needed"),
+        ("3.6.0", "6.4", True, (7, 5), ""),  # AMD counts otherwise
+    ],
+)
+def test_which_gpus_triton_serves(version, hip, seen, capability, words, monkeypatch):
+    pytest.importorskip("triton", reason="no triton for this platform: it serves none")
+    from bdkd_kernels import triton_backend
+
+    monkeypatch.setattr(triton_backend.triton, "__version__", version)
+    monkeypatch.setattr(triton_backend, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    availability = triton_backend.availability()
+    assert bool(availability) == (not words)
+    assert words in str(availability)
+    if availability:
+        assert version in str(availability)
+        assert "A GPU" in str(availability)
