@@ -83,3 +83,11 @@ def test_gradients_in_records_are_taken_up_to_the_last_byte():
                 else:
                     with pytest.raises(ValueError, match=r"grads\[1\] must not overlap"):
                         bdkd_loss_and_grad(s, t, None, grads=grads)
+
+
+def test_a_single_row_may_have_any_stride():
+    s, t = S[:1], T[:1]
+    want = bdkd_loss_and_grad(s, t, None)[1]
+    for stride in (0, 1, 6, 7):
+        grads = tuple(torch.zeros(9).as_strided((1, 6), (stride, 1)) for _ in range(2))
+        assert all(map(torch.equal, bdkd_loss_and_grad(s, t, None, grads=grads)[1], want))

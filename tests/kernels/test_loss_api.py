@@ -236,6 +236,9 @@ def test_numbers_of_any_kind_are_numbers():
                         ignore_index=np.int64(1))  # fmt: skip
         assert torch.equal(got.student, want.student)
         assert torch.equal(got.teacher, want.teacher)
+        options = BDKDLoss(temperature=kind(2), gamma=kind(3), ignore_index=np.int64(1)).options
+        types = [type(x) for x in (options.temperature, options.gamma, options.ignore_index)]
+        assert types == [float, float, int]  # operators of torch.library take no others
 
 
 def test_defaults_are_the_documented_ones_everywhere():

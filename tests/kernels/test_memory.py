@@ -126,6 +126,23 @@ def test_freed_storage_is_refused(size, backend):
         LigerJSD(0.5, backend=backend)(S, freed(T, size))
 
 
+@pytest.mark.parametrize("make", {
+    "rows apart": lambda x: x.as_strided((N, C), (C + 2, 1), 3),
+    "columns apart": lambda x: x.as_strided((N, C), (1, N), 1),
+    "contiguous, further on": lambda x: x.as_strided((N, C), (C, 1), 5),
+}.items(), ids=lambda item: item[0])  # fmt: skip
+def test_a_storage_may_end_with_the_last_element_and_no_earlier(make, backend):
+    memory = torch.randn(100, generator=RNG)
+    view = make[1](memory)
+    want = bdkd_loss(view.clone(), T, Y, backend=backend).student
+    last = view.storage_offset() + (N - 1) * view.stride(0) + (C - 1) * view.stride(1)
+    memory.untyped_storage().resize_(4 * (last + 1))
+    torch.testing.assert_close(bdkd_loss(view, T, Y, backend=backend).student, want)
+    memory.untyped_storage().resize_(4 * last)
+    with pytest.raises(ValueError, match=rf"student_logits .*storage of {4 * last} bytes"):
+        bdkd_loss(view, T, Y, backend=backend)
+
+
 def test_storage_freed_before_backward_is_refused(backend):
     s, t = S.clone().requires_grad_(), T.clone()
     out = bdkd_loss(s, t, Y, backend=backend)
@@ -154,6 +171,7 @@ def test_negative_bit_views_are_read_as_what_they_mean(backend):
         )
         assert_right(grads, SOFT, sample_weight=WEIGHT)
         out = bdkd_loss(student.requires_grad_(), T, Y, backend=backend)
+        torch.testing.assert_close(out.student.detach(), bdkd_loss(S, T, Y, backend=backend)[0])
         out.student.backward(negative(torch.tensor(2.0)))
         torch.testing.assert_close(student.grad.double(), 2 * expected()[0], rtol=1e-5, atol=1e-6)
         student.requires_grad_(False)

@@ -126,8 +126,18 @@ def test_fake_tensors_have_shapes_and_gradients(backend):
         (out.student + out.teacher).backward()
         assert s.grad.shape == t.grad.shape == (6, 5)
         assert out.stats.forward_kl.shape == (6,)
-    with pytest.raises(TypeError, match="FakeTensor"):
-        bdkd_loss(s.detach(), T, Y, backend=backend)
+    for tensors, words in (
+        (
+            (s.detach(), T, Y),
+            "student_logits is a FakeTensor and teacher_logits is not, got Tensor",
+        ),
+        (
+            (S, t.detach(), Y),
+            "teacher_logits is a FakeTensor and student_logits is not, got Tensor",
+        ),
+    ):
+        with pytest.raises(TypeError, match=words):
+            bdkd_loss(*tensors, backend=backend)
 
 
 def test_a_dispatch_mode_changes_nothing(backend):

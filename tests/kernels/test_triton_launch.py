@@ -1,0 +1,70 @@
+"""The launch of every number of classes fits the hardware, covers the row and wastes no thread."""
+
+import itertools
+
+import pytest
+from bdkd_kernels import triton_launch
+from bdkd_kernels.triton_launch import Loop, Tile
+
+# Every small number, then around powers of two, where blocks are padded, and the usual data sets.
+CLASSES = [*range(1, 70), *(2**k + d for k in range(7, 13) for d in (-1, 0, 1)), 100, 1000, 5000,
+           8192, 12288, 21841, 24576, 24577, 49152, 49153, 100_000, 262_144, 10**6]  # fmt: skip
+ALIGNED = [(size, vector) for size in (2, 4, 8) for vector in (1, 2, 4, 8) if size * vector <= 16]
+REGISTERS, LANES = 65536, 32  # of a multiprocessor; of a warp
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_every_launch_fits_its_rows_and_the_hardware(classes):
+    for (itemsize, vector), shifted in itertools.product(ALIGNED, (False, True)):
+        launch = triton_launch.choose(classes, itemsize, vector, shifted)
+        threads = LANES * launch.warps
+        assert launch.warps in (1, 2, 4, 8, 16, 32)
+        no_limit = (0, 255)  # the compiler's choice, and all that a thread can have
+        assert launch.registers in no_limit or threads * launch.registers <= REGISTERS
+        if isinstance(launch, Tile):
+            assert classes <= triton_launch.TILE_CLASSES
+            assert launch.block >= classes
+            assert launch.block < 2 * classes or launch.block == 16
+            assert launch.block % launch.beside == 0
+            assert launch.chunk <= launch.block
+            if classes > 512:  # a program is one row
+                assert launch.rows == 1
+                assert threads * vector <= launch.block
+            elif classes > 1:  # each thread has `vector` neighbours of one row, and none is idle
+                assert launch.beside // vector * launch.rows == threads
+                pairs = launch.rows * launch.block // threads
+                assert 8 <= pairs <= 32
+            continue
+        assert isinstance(launch, Loop)
+        assert classes > triton_launch.TILE_CLASSES
+        assert launch.lanes == threads
+        assert launch.block == launch.outer * threads * launch.inner
+        assert launch.block < classes or launch.prefetch == 0
+        # 16 bytes an access where all rows allow it, as they are or shifted, else a logit.
+        whole = vector * itemsize == 16
+        assert launch.inner * itemsize == (16 if whole or shifted else itemsize)
+        assert launch.shifted == (shifted and not whole)
+
+
+def test_one_class_more_than_a_tile_holds_is_looped_over():
+    limit = triton_launch.TILE_CLASSES
+    assert isinstance(triton_launch.choose(limit, 4, 4), Tile)
+    assert isinstance(triton_launch.choose(limit + 1, 4, 4), Loop)
+    assert isinstance(triton_launch.choose(513, 4, 4, tile_classes=512), Loop)
+
+
+@pytest.mark.parametrize("classes", [4100, 12288, 12289, 24576, 24577])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_long_rows_of_both_networks_wait_in_the_second_cache(classes, itemsize):
+    """Up to 96 KB of them, with 8 warps a row; of longer ones fewer at once, with 16."""
+    launch = triton_launch.choose(classes, itemsize, 16 // itemsize)
+    assert launch.warps == (8 if 2 * classes * itemsize <= 96 * 1024 else 16)
+    assert launch.registers == (0 if itemsize == 8 else 80 if launch.warps == 8 else 64)
+
+
+def test_blocks_are_the_next_power_of_two():
+    for classes in range(1, 300):
+        block = triton_launch.block_of(classes)
+        assert block >= classes
+        assert block & (block - 1) == 0
+        assert block < 2 * classes
