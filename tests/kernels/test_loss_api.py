@@ -262,21 +262,24 @@ OTHER = {"temperature": 4.0, "gamma": 3.0, "student_ce": 0.5, "student_kd": 0.7,
          "label_smoothing": 0.1, "ignore_index": 2, "reduction": "none"}  # fmt: skip
 
 
-def test_the_module_is_the_function():
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_the_module_is_the_function(reduction):
     rng = torch.Generator().manual_seed(0)
-    s, t = torch.randn(2, 4, 5, generator=rng)
+    s, t = torch.randn(2, 2, 2, 5, generator=rng)  # a batch of sequences
     s.requires_grad_()
-    w = torch.rand(4, generator=rng)
-    module = BDKDLoss(**OTHER, backend="reference")
-    out = module(s, t, Y, sample_weight=w, grad_scale=2.0)
-    want = bdkd_loss(s, t, Y, sample_weight=w, grad_scale=2.0, backend="reference", **OTHER)
-    for x, y in zip((*out[:2], *out.stats), (*want[:2], *want.stats), strict=True):
-        assert torch.equal(x, y)
+    w, y = torch.rand(2, 2, generator=rng), Y.reshape(2, 2)
+    options = {**OTHER, "reduction": reduction}
+    module = BDKDLoss(**options, backend="reference")
+    out = module(s, t, y, sample_weight=w, grad_scale=2.0)
+    want = bdkd_loss(s, t, y, sample_weight=w, grad_scale=2.0, backend="reference", **options)
+    for x, z in zip((*out[:2], *out.stats), (*want[:2], *want.stats), strict=True):
+        assert torch.equal(x, z)
+    assert out.student.shape == ((2, 2) if reduction == "none" else ())
     out.student.sum().backward()
     assert torch.equal(s.grad, torch.autograd.grad(want.student.sum(), s)[0])
 
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(other(s, t, Y, w).student, want.student)
+        assert torch.equal(other(s, t, y, w).student, want.student)
     assert module.state_dict() == {}
 
 

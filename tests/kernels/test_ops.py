@@ -210,16 +210,17 @@ def test_another_upstream_is_computed_not_rescaled():
     ],
 )
 def test_a_gradient_that_was_announced_needs_no_logits(scale, above, storage, module):
-    """It was made in the forward pass, so that the logits' memory may be used for something else:
-    here it is freed. So it is, for both networks, once one has gone backward with another scale."""
+    """It was made in the forward pass, so that the logits may be written over. And so may they be,
+    of both networks, once one has gone backward with another scale."""
     s, t, y = draw(5, 7, 12, storage)
     hidden = [1 * s, 1 * t]
     call = BDKDLoss(backend="native") if module else partial(bdkd_loss, backend="native")
     out = call(*hidden, y, grad_scale=scale)
     if above != scale:
         (above * out.teacher).backward()
-    for logits in hidden:
-        logits.untyped_storage().resize_(0)
+    with torch.no_grad():
+        for logits in hidden:
+            logits.zero_()  # autograd refuses a backward pass that would read them
     if above == scale:
         (above * out.teacher).backward()
     (above * out.student).backward()
