@@ -102,14 +102,31 @@ def test_without_the_native_kernel_auto_is_the_reference(monkeypatch):
     assert str(available_backends()["native"]) == str(ABSENT)
 
 
-def test_a_device_that_no_kernel_serves_runs_the_reference():
+def test_a_device_that_no_kernel_serves_runs_the_reference(monkeypatch):
+    monkeypatch.setenv("BDKD_CHECK_LABELS", "1")  # of which there are none here
     s, t = S.to("meta"), T.to("meta")
     out = bdkd_loss(s, t, None)
     assert out.student.device.type == "meta"
     assert out.stats.forward_kl.shape == (4,)
-    bdkd_loss(s, t, Y.to("meta"), backend="reference")  # it has labels, but none to be checked
+    bdkd_loss(s, t, Y.to("meta"), backend="reference")
     with pytest.raises(RuntimeError, match=r"takes (CPU|CUDA or ROCm) tensors, got meta"):
         bdkd_loss(s, t, None, backend="native" if native.AVAILABILITY else "triton")
+
+
+@pytest.mark.parametrize("value", ["0", ""])
+def test_an_interpreter_that_is_switched_off_interprets_nothing(value, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    with pytest.raises(RuntimeError, match=r"takes CUDA or ROCm tensors, got cpu.*INTERPRET=1"):
+        bdkd_loss(S, T, Y, backend="triton")
+
+
+def test_a_name_is_checked_also_where_the_reference_runs_whatever_it_is():
+    for call in (
+        lambda: torch.func.grad(lambda s: bdkd_loss(s, T, Y, backend="cuda").student)(S),
+        lambda: bdkd_loss(S.as_subclass(OnGPU), T.as_subclass(OnGPU), None, backend="cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"backend must be one of auto.*got 'cuda'"):
+            call()
 
 
 def test_a_triton_that_does_not_import_says_why(monkeypatch):
