@@ -649,6 +649,21 @@ def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
 
 
 @edge
+def gradients_from_above_are_read_from_any_memory(backend, device="cpu"):
+    """A sum over samples brings one number, seen N times. Some may be what was announced, 1."""
+    s, t, y = draw("above", device=device)
+    one = run(s, t, y, backend, reduction="none")[0]
+    many = torch.arange(1.0, 11.0, device=device)
+    for above in (many[2].expand(5), many[::2], many.reshape(5, 2)[:, 1]):
+        for networks in ((0, 1), (0,), (1,)):
+            leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
+            out = bdkd_loss(*leaves, y, reduction="none", backend=backend)
+            torch.autograd.backward([out[k] for k in networks], [above] * len(networks))
+            for k in networks:
+                close(("ds", "dt")[k], leaves[k].grad, above[:, None] * one[3 + k], 1e-5)
+
+
+@edge
 def soft_labels_and_weights_are_constants(backend, device="cpu"):
     """No gradient flows into them, as the documentation says: also where they ask for one."""
     s, t, _ = draw("constants", device=device)
