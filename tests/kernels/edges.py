@@ -616,9 +616,9 @@ def double_backward_works_or_says_why_not(backend, device="cpu"):
 
 @edge
 def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
-    """Next to contiguous logits, which need no copy: the same as from contiguous ones.
-    A kernel that reads them by address would take a neighbour's."""
-    n, c = 6, 11
+    """Next to contiguous logits, which need no copy. A kernel that took labels or weights for
+    contiguous too would read a neighbour's."""
+    n, c = 4, 11
     s, t, y = draw("lie anywhere", n, c, device)
     rng = torch.Generator().manual_seed(3)
     soft, weight = torch.rand(n, c, generator=rng).to(device), torch.rand(n, generator=rng)
@@ -632,20 +632,11 @@ def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
         return x[:1].expand_as(x)
 
     columns = soft.mT.contiguous().mT
-    rows = torch.cat([soft, soft], 1)[:, c:]
     for target, weights in (
-        (apart(y), None), (expanded(y), apart(weight)), (y, expanded(weight)), (y, apart(weight)),
-        (apart(soft), None), (expanded(soft), None), (columns, expanded(weight)), (rows, None),
+        (apart(y), None), (expanded(y), None), (y, apart(weight)), (columns, expanded(weight)),
+        (apart(soft), None), (expanded(soft), None),
     ):  # fmt: skip
-        dense = None if weights is None else weights.contiguous()
-        options = {"reduction": "mean" if dense is None else "none"}
-        got = run(s, t, target, backend, sample_weight=weights, **options)
-        want = run(s, t, target.contiguous(), backend, sample_weight=dense, **options)
-        for a, b in zip(got, want, strict=True):
-            for name in ("student", "teacher", "ds", "dt"):
-                x, exact = getattr(a, name), getattr(b, name)
-                close(name, x, exact, 2e-6 * (1 + exact.abs()))
-            close("statistics", a.stats.table, b.stats.table, 1e-5)
+        judged(s, t, target, backend, sample_weight=weights, temperature=4.0)
 
 
 @edge
@@ -654,13 +645,14 @@ def gradients_from_above_are_read_from_any_memory(backend, device="cpu"):
     s, t, y = draw("above", device=device)
     one = run(s, t, y, backend, reduction="none")[0]
     many = torch.arange(1.0, 11.0, device=device)
-    for above in (many[2].expand(5), many[::2], many.reshape(5, 2)[:, 1]):
-        for networks in ((0, 1), (0,), (1,)):
-            leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
-            out = bdkd_loss(*leaves, y, reduction="none", backend=backend)
-            torch.autograd.backward([out[k] for k in networks], [above] * len(networks))
-            for k in networks:
-                close(("ds", "dt")[k], leaves[k].grad, above[:, None] * one[3 + k], 1e-5)
+    for above, networks in (
+        (many[2].expand(5), (0, 1)), (many[::2], (0,)), (many.reshape(5, 2)[:, 0], (1,)),
+    ):  # fmt: skip
+        leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
+        out = bdkd_loss(*leaves, y, reduction="none", backend=backend)
+        torch.autograd.backward([out[k] for k in networks], [above] * len(networks))
+        for k in networks:
+            close(("ds", "dt")[k], leaves[k].grad, above[:, None] * one[3 + k], 1e-5)
 
 
 @edge
