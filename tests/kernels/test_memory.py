@@ -100,6 +100,13 @@ def test_autograd_notices_gradients_written_over_what_it_saved(backend):
     saved.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
+    logits = leaf * 1.0
+    squared = logits.square().sum()
+    with torch.inference_mode():  # which has no version, and takes none from the other
+        dt = torch.empty(N, C)
+    bdkd_loss_and_grad(logits.detach(), T, Y, grads=(logits.detach(), dt), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
 
 
 def freed(x: torch.Tensor, size: int = 0) -> torch.Tensor:
@@ -174,6 +181,12 @@ def test_negative_bit_views_are_read_as_what_they_mean(backend):
         torch.testing.assert_close(out.student.detach(), bdkd_loss(S, T, Y, backend=backend)[0])
         out.student.backward(negative(torch.tensor(2.0)))
         torch.testing.assert_close(student.grad.double(), 2 * expected()[0], rtol=1e-5, atol=1e-6)
+        student.grad = None
+        rows = bdkd_loss(student, T, Y, reduction="none", backend=backend).student
+        above = WEIGHT - 2
+        rows.backward(torch._neg_view(-above))  # dense, so that a kernel could take it as it lies
+        want = above[:, None] * expected(reduction="sum")[0]
+        torch.testing.assert_close(student.grad.double(), want, rtol=1e-5, atol=1e-5)
         student.requires_grad_(False)
     with pytest.raises(ValueError, match=r"grads\[0\].*negative-bit"):
         bdkd_loss_and_grad(S, T, Y, grads=(negative(S), None), backend=backend)

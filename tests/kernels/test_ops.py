@@ -102,6 +102,22 @@ def test_a_bad_label_is_nan_where_it_cannot_be_looked_at():
     assert s.grad.isnan().all(-1).tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_operator_names_no_label(reduction):
+    """It may be part of a graph, in which nothing is raised: forward and backward make NaN."""
+    s, t, y = (x.detach() for x in draw(4, 6, 4))
+    y[2] = 6
+    flat, ops = flat_options(LossOptions(reduction=reduction)), torch.ops.bdkd
+    out = ops.native_forward.default(s, t, y, None, None, 1.0, True, True, *flat)
+    above = torch.ones(4 if reduction == "none" else ())
+    again = ops.native_backward.default(above, above, s, t, y, None, out[3], *flat)
+    for loss in out[:2]:
+        assert loss.isnan().any()
+    for gradient in (*out[4:], *again):
+        assert gradient.isnan().all(-1).tolist() == [False, False, True, False]
+        assert gradient.isnan().any(-1).tolist() == [False, False, True, False]
+
+
 class Watching(TorchDispatchMode):
     """A dispatch mode that notes every operator."""
 
@@ -125,6 +141,11 @@ def test_a_dispatch_mode_sees_the_operators(order):
     assert "bdkd.native_forward.default" in mode.seen
     assert "bdkd.native_backward.default" in mode.seen
     torch.testing.assert_close((s.grad, t.grad), gradients(s, t, y), atol=1e-7, rtol=1e-5)
+    want = gradients(s, t, y, (8.0, 8.0))
+    for scale in (8.0, torch.tensor(8.0)):
+        with Watching():
+            scaled = bdkd_loss_and_grad(s, t, y, grad_scale=scale, backend="native")[1]
+        torch.testing.assert_close(scaled, want, atol=1e-6, rtol=1e-5)
 
 
 def test_transforms_of_torch_func_take_the_reference():
@@ -227,6 +248,23 @@ def test_a_gradient_that_was_announced_needs_no_logits(scale, above, storage, mo
     want = gradients(s, t, y, (above, above), grad_scale=above, backend="native")
     assert torch.equal(s.grad, want[0])
     assert torch.equal(t.grad, want[1])
+
+
+def test_a_scale_that_was_written_into_is_another():
+    """One tensor is the scale of every step: neither the announcement nor the other network's
+    backward pass may take its new value for the old one."""
+    s, t, y = draw(5, 7, 12)
+    scale = torch.tensor(8.0)
+    out = bdkd_loss(s, t, y, grad_scale=scale, backend="native")
+    out.teacher.backward(scale)
+    out = bdkd_loss(s, t, y, grad_scale=scale, backend="native")
+    scale.fill_(2.0)
+    out.student.backward(scale)
+    scale.fill_(3.0)
+    t.grad = None
+    out.teacher.backward(scale)
+    want = gradients(s, t, y, (2.0, 3.0), backend="native")
+    torch.testing.assert_close((s.grad, t.grad), want, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("above", [(1.0, 1.0), (8.0, 8.0), (1.0, 8.0), (8.0, 1.0), (8.0, 3.0)])
