@@ -620,6 +620,7 @@ def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
     contiguous too would read a neighbour's."""
     n, c = 4, 11
     s, t, y = draw("lie anywhere", n, c, device)
+    s, t = s.clone(), t.clone()  # each alone in its memory, as a network's logits are
     rng = torch.Generator().manual_seed(3)
     soft, weight = torch.rand(n, c, generator=rng).to(device), torch.rand(n, generator=rng)
     weight = weight.to(device)
