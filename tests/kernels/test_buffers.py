@@ -155,7 +155,9 @@ def test_a_subclass_gets_its_own_kind():
     class Mine(torch.Tensor):
         pass
 
-    assert type(buffers.empty_like(torch.empty(ROWS, CLASSES).as_subclass(Mine))) is Mine
+    made = buffers.empty_like(torch.empty(CLASSES, ROWS).t().as_subclass(Mine))
+    assert type(made) is Mine
+    assert made.is_contiguous()
 
 
 @pytest.mark.parametrize("size", [0, 100])

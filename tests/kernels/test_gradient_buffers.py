@@ -85,9 +85,11 @@ def test_gradients_in_records_are_taken_up_to_the_last_byte():
                         bdkd_loss_and_grad(s, t, None, grads=grads)
 
 
-def test_a_single_row_may_have_any_stride():
-    s, t = S[:1], T[:1]
-    want = bdkd_loss_and_grad(s, t, None)[1]
-    for stride in (0, 1, 6, 7):
-        grads = tuple(torch.zeros(9).as_strided((1, 6), (stride, 1)) for _ in range(2))
-        assert all(map(torch.equal, bdkd_loss_and_grad(s, t, None, grads=grads)[1], want))
+def test_a_single_row_or_class_may_have_any_stride():
+    for shape in ((1, 6), (4, 1)):
+        s, t = S[: shape[0], : shape[1]], T[: shape[0], : shape[1]]
+        want = bdkd_loss_and_grad(s, t, None)[1]
+        for stride in (0, 1, 6, 7):
+            strides = (stride, 1) if shape[0] == 1 else (2, stride)
+            grads = tuple(torch.zeros(9).as_strided(shape, strides) for _ in range(2))
+            assert all(map(torch.equal, bdkd_loss_and_grad(s, t, None, grads=grads)[1], want))
