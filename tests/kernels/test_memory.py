@@ -103,8 +103,8 @@ def test_autograd_notices_gradients_written_over_what_it_saved(backend):
     logits = leaf * 1.0
     squared = logits.square().sum()
     with torch.inference_mode():  # which has no version, and takes none from the other
-        dt = torch.empty(N, C)
-    bdkd_loss_and_grad(logits.detach(), T, Y, grads=(logits.detach(), dt), backend=backend)
+        ds = torch.empty(N, C)
+    bdkd_loss_and_grad(T, logits.detach(), Y, grads=(ds, logits.detach()), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
 

@@ -139,6 +139,12 @@ def test_fake_tensors_have_shapes_and_gradients(backend):
     ):
         with pytest.raises(TypeError, match=words):
             bdkd_loss(*tensors, backend=backend)
+    with FakeTensorMode():
+        y, weight = torch.zeros(6, dtype=torch.int64), torch.ones(6)
+    with pytest.raises(TypeError, match="target is a FakeTensor and student_logits is not"):
+        bdkd_loss(S, T, y, backend=backend)
+    with pytest.raises(TypeError, match="sample_weight is a FakeTensor and student_logits is not"):
+        bdkd_loss(S, T, Y, sample_weight=weight, backend=backend)
 
 
 def test_a_dispatch_mode_changes_nothing(backend):
