@@ -646,14 +646,15 @@ def gradients_from_above_are_read_from_any_memory(backend, device="cpu"):
     s, t, y = draw("above", device=device)
     one = run(s, t, y, backend, reduction="none")[0]
     many = torch.arange(1.0, 11.0, device=device)
-    for above, networks in (
-        (many[2].expand(5), (0, 1)), (many[::2], (0,)), (many.reshape(5, 2)[:, 0], (1,)),
+    for first, second in (
+        (many[2].expand(5), many[1::2]), (many[::2], many.reshape(5, 2)[:, 1]),
     ):  # fmt: skip
-        leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
-        out = bdkd_loss(*leaves, y, reduction="none", backend=backend)
-        torch.autograd.backward([out[k] for k in networks], [above] * len(networks))
-        for k in networks:
-            close(("ds", "dt")[k], leaves[k].grad, above[:, None] * one[3 + k], 1e-5)
+        for order in ((0, 1), (1, 0)):
+            leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
+            out = bdkd_loss(*leaves, y, reduction="none", backend=backend)
+            for k, above in zip(order, (first, second), strict=True):
+                out[k].backward(above)
+                close(("ds", "dt")[k], leaves[k].grad, above[:, None] * one[3 + k], 1e-5)
 
 
 @edge
