@@ -1,7 +1,9 @@
 """The learning rate: values known by hand, every boundary, and resumed runs."""
 
+import dataclasses
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import assume, given
@@ -95,6 +97,57 @@ def test_boundaries_in_epochs_are_exact(steps_per_epoch, tenths, after, factor):
     before = rate_factor(config, milestone - 1, steps_per_epoch, 10**6)
     assert before == 1.0
     assert rate_factor(config, milestone + after, steps_per_epoch, 10**6) == 1 / factor
+
+
+tenths = st.integers(0, 60).map(lambda k: Fraction(k, 10))
+
+
+def exact_factor(config, step, per_epoch, end, start=Fraction(0), phase=Fraction(0)) -> float:
+    """The factor in exact arithmetic; lengths are fractions with a denominator of 10."""
+    unit = per_epoch if config.unit == "epochs" else 1
+    warm_up, *milestones = (
+        Fraction(round(10 * length), 10) * unit for length in (config.warmup, *config.milestones)
+    )
+    if step + 1 <= warm_up:
+        return float(Fraction(step + 1) / warm_up)
+    if config.name == "step":
+        return config.factor ** len([m for m in milestones if m <= step])
+    if config.name == "constant":
+        return 1.0
+    begin = max(warm_up, start)
+    share = (step - begin) / max(Fraction(1), end - begin)
+    done = phase + (1 - phase) * min(Fraction(1), max(Fraction(0), share))
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+@given(
+    schedules, tenths, st.lists(tenths, max_size=3), st.integers(1, 12), st.integers(1, 8),
+    st.integers(1, 8), st.data(),
+)  # fmt: skip
+def test_every_rate_is_that_of_exact_arithmetic(
+    config, warm_up, milestones, per_epoch, epochs, others, data
+):
+    """From the first step to beyond the last one, and after a resume with other epochs.
+
+    Tenths of an epoch are whole steps and parts of one: a warm-up may end inside a step.
+    """
+    config = dataclasses.replace(
+        config, warmup=float(warm_up), milestones=tuple(float(m) for m in milestones)
+    )
+    span, images = Span(10, epochs), 10 * per_epoch + 9  # the 9 make no batch
+    end = epochs * per_epoch
+    for step in range(end + 3):
+        exact = exact_factor(config, step, per_epoch, end)
+        assert span.factor(config, step, images) == pytest.approx(exact, abs=1e-9)
+        assert exact <= 1
+    at = data.draw(st.integers(0, end))
+    resumed, new_end = span.with_epochs(others, config, at, images), others * per_epoch
+    begin = Fraction(round(10 * config.warmup), 10) * (per_epoch if config.unit == "epochs" else 1)
+    done = min(Fraction(1), max(Fraction(0), (at - begin) / max(Fraction(1), end - begin)))
+    kept = (Fraction(at), done) if 0 < done < 1 else ()  # a decay that has ended begins again
+    for step in range(at, new_end + 3):
+        exact = exact_factor(config, step, per_epoch, new_end, *kept)
+        assert resumed.factor(config, step, images) == pytest.approx(exact, abs=1e-9)
 
 
 def walk(span, config, images, batch_size, epoch, seen):

@@ -1,0 +1,150 @@
+"""Every numeric option of a recipe at the edges of its range: the last value that is accepted, and
+the first one on the other side, which is refused by its name.
+
+The edges are written down here a second time, from the documentation of the options. An option
+without a row fails the last test.
+"""
+
+import dataclasses
+import math
+import typing
+from types import UnionType
+
+import pytest
+
+from bdkd.config import ObjectiveConfig, Recipe, check_recipe, load_recipe
+from bdkd.errors import UsageError
+
+ABOVE_0, BELOW_0 = 5e-324, -5e-324  # the floating-point neighbours of 0, and those of 1
+ABOVE_1, BELOW_1 = math.nextafter(1, 2), math.nextafter(1, 0)
+
+COUNT = ([1], [0, -1])  # at least 1
+SHARE = ([0.0, 1.0], [BELOW_0, ABOVE_1])  # in [0, 1]
+NOT_NEGATIVE = ([0.0, 1e9], [BELOW_0])
+POSITIVE = ([ABOVE_0, 1e9], [0.0, BELOW_0])
+OPEN_1 = ([0.0, BELOW_1], [BELOW_0, 1.0])  # in [0, 1)
+
+# Option: (accepted values, refused values). The batch size is 64 in all of them but its own.
+EDGES: dict[str, tuple[list, list]] = {
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "threads": COUNT,
+    "max_steps": COUNT,
+    "evaluate_every": COUNT,
+    "log_every": COUNT,
+    "data.image_size": ([8, 4096], [7, 4097]),
+    "data.validation": OPEN_1,
+    "data.train_images": ([2], [1]),
+    "data.label_noise": SHARE,
+    "data.pixel_noise": SHARE,
+    "data.crop": ([0], [-1]),
+    "data.cutout": ([0], [-1]),
+    "data.workers": ([0], [-1]),
+    "data.smallest_crop": ([ABOVE_0, 1.0], [0.0, ABOVE_1]),
+    "data.progressive": (
+        [(), ((0, 8),), ((0, 4096), (1, 8))],
+        [((0, 7),), ((0, 4097),), ((-1, 8),), ((1, 8), (1, 16)), ((2, 8), (1, 16))],
+    ),
+    "data.rand_augment": ([(1, 0), (1, 10)], [(0, 5), (1, -1), (1, 11)]),
+    "data.erasing": SHARE,
+    "data.mixup": NOT_NEGATIVE,
+    "data.cutmix": NOT_NEGATIVE,
+    "data.synthetic.images": ([100], [99]),  # ten of each of 10 classes
+    "data.synthetic.classes": ([2], [1]),
+    "networks.student.learning_rate": POSITIVE,
+    "objective.label_smoothing": SHARE,
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.momentum": OPEN_1,
+    "optimizer.betas": (
+        [(0.0, 0.0), (BELOW_1, BELOW_1)],
+        [(BELOW_0, 0.9), (0.9, BELOW_0), (1.0, 0.9), (0.9, 1.0)],
+    ),
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "schedule.warmup": NOT_NEGATIVE,
+    "schedule.milestones": ([(), (0.0, 0.0)], [(1.0, BELOW_0)]),
+    "schedule.factor": ([ABOVE_0, 1.0], [0.0, ABOVE_1]),
+    "schedule.final": SHARE,
+    "train.epochs": COUNT,
+    "train.batch_size": ([2], [1, 0]),
+    "train.accumulate": ([1, 2, 32, 64], [0, -1, 3, 128]),
+    "train.clip_norm": POSITIVE,
+    "train.ema_decay": ([ABOVE_0, BELOW_1], [0.0, 1.0]),
+    "train.max_skipped": COUNT,
+    "checkpoint.every_steps": COUNT,
+    "checkpoint.every_minutes": POSITIVE,
+    "checkpoint.keep": COUNT,
+    "distributed.timeout": POSITIVE,
+    "distributed.grace": POSITIVE,
+}
+# The method itself checks these: see tests/objectives and tests/test_bad_input.py.
+OF_THE_METHOD = {f"objective.{field.name}" for field in dataclasses.fields(ObjectiveConfig)}
+
+
+def changed(values, path: list[str], value: object):
+    """A copy of nested dataclasses and dicts with one value replaced."""
+    name, *rest = path
+    inner = values[name] if isinstance(values, dict) else getattr(values, name)
+    new = changed(inner, rest, value) if rest else value
+    return {**values, name: new} if isinstance(values, dict) else _replace(values, name, new)
+
+
+def _replace(values, name: str, new: object):
+    return dataclasses.replace(values, **{name: new})
+
+
+def recipe_with(option: str, value: object) -> Recipe:
+    recipe = load_recipe("digits")
+    assert recipe.train.batch_size == 64
+    for path, other in (("train.select", "last"), ("data.synthetic.images", 100)):
+        recipe = changed(recipe, path.split("."), other)
+    return changed(recipe, option.split("."), value)
+
+
+@pytest.mark.parametrize("option", EDGES)
+def test_an_option_is_accepted_up_to_its_edge_and_refused_beyond(option):
+    accepted, refused = EDGES[option]
+    for value in accepted:
+        check_recipe(recipe_with(option, value))
+    for value in refused:
+        with pytest.raises(UsageError) as raised:
+            check_recipe(recipe_with(option, value))
+        assert str(raised.value).startswith(f"{option} must be "), value
+        assert str(raised.value).endswith(f", got {value}"), value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_no_option_takes_a_number_that_is_not_finite(value):
+    for option in sorted(numeric(Recipe)):
+        example = EDGES[option][0][-1] if option in EDGES else 1.0
+        if isinstance(example, float):
+            wrong: object = value
+        elif isinstance(example, tuple) and example and isinstance(example[0], float):
+            wrong = (example[0], value)
+        else:
+            continue  # an integer, which TOML and the command line do not read from "nan"
+        with pytest.raises(UsageError, match=option.replace(".", r"\.")):
+            check_recipe(recipe_with(option, wrong))
+
+
+def numeric(kind: type, prefix: str = "") -> set[str]:
+    """Dotted names of the options of a dataclass that hold numbers, alone or in tuples."""
+    found = set()
+    for field in dataclasses.fields(kind):
+        name, type_ = prefix + field.name, field.type
+        if dataclasses.is_dataclass(type_):
+            found |= numeric(typing.cast(type, type_), f"{name}.")
+        elif field.name == "networks":
+            found |= numeric(typing.get_args(type_)[1], f"{name}.student.")
+        elif leaves(type_) & {int, float}:
+            found.add(name)
+    return found
+
+
+def leaves(type_: object) -> set[object]:
+    """The types inside a union or tuple; of a dict, none."""
+    if isinstance(type_, UnionType) or typing.get_origin(type_) is tuple:
+        return set().union(*(leaves(part) for part in typing.get_args(type_)))
+    return {type_}
+
+
+def test_every_numeric_option_has_its_edges_here():
+    assert numeric(Recipe) - OF_THE_METHOD == EDGES.keys() - OF_THE_METHOD

@@ -1,0 +1,110 @@
+"""The log's means over an interval, against a plain computation in NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bdkd.training.meter import TrainingMeter
+
+# Of very different quality, so that nothing of one network can pass for another's: the first is
+# right and sure, the second unsure, the third sure and wrong.
+NETWORKS = {"right": 6.0, "unsure": 0.4, "wrong": -8.0}
+STEP_SAMPLES = 12.0
+
+
+def interval(classes: int, soft: bool, seed: int = 0):
+    """Two steps of 12 images in parts of 7 and 5; the unsure network pauses in the second step."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(2):
+        for size in (7, 5):
+            target = torch.randint(classes, (size,), generator=generator)
+            one_hot = torch.nn.functional.one_hot(target, classes)
+            logits = {
+                name: sharpness * one_hot + torch.randn(size, classes, generator=generator)
+                for name, sharpness in NETWORKS.items()
+            }
+            trains = [name for name in NETWORKS if (name, step) != ("unsure", 1)]
+            losses = {name: torch.rand((), generator=generator) for name in trains}
+            statistics = {"forward_kl": torch.rand(size, generator=generator)}
+            mixed = 0.7 * one_hot + 0.3 / classes  # as of mixup: the label is the likeliest class
+            yield logits, mixed if soft else target, target, losses, statistics
+
+
+def expected(parts: list, classes: int) -> dict:
+    values: dict = {}
+    labels = np.concatenate([label.numpy() for _, _, label, _, _ in parts])
+    rows = np.arange(len(labels))
+    for name in NETWORKS:
+        logits = np.concatenate([logits[name].double().numpy() for logits, *_ in parts])
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        rank = (logits > logits[rows, labels][:, None]).sum(-1)
+        confidence, correct = p.max(-1), logits.argmax(-1) == labels
+        ece = 0.0
+        for k in range(15):
+            inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
+            if inside.any():
+                gap = abs(correct[inside].mean() - confidence[inside].mean())
+                ece += inside.mean() * gap
+        trained = sum(len(label) for _, _, label, losses, _ in parts if name in losses)
+        loss = sum(losses[name].item() for *_, losses, _ in parts if name in losses)
+        values[name] = {
+            "loss": STEP_SAMPLES * loss / trained,
+            "top1": (rank == 0).mean(),
+            "top5": (rank < 5).mean(),
+            "nll": -np.log(p[rows, labels]).mean(),
+            "entropy": -(p * np.log(p)).sum(-1).mean(),
+            "ece": ece,
+        }
+    sums = sum(s["forward_kl"].sum().item() for *_, s in parts)
+    return {**values, "forward_kl": sums / len(labels)}
+
+
+def fill(meter: TrainingMeter, parts: list) -> None:
+    for logits, target, _, losses, statistics in parts:
+        meter.update(logits, target, losses, statistics, STEP_SAMPLES)
+
+
+def assert_close(came: dict, plain: dict) -> None:
+    assert came.keys() == plain.keys()
+    for key, value in plain.items():
+        assert came[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft labels"])
+@pytest.mark.parametrize("classes", [3, 9])
+def test_the_means_are_those_of_a_plain_computation(classes, soft):
+    """With 3 classes the label is always among the first five; with 9 it is not."""
+    parts = list(interval(classes, soft))
+    meter = TrainingMeter(list(NETWORKS), torch.device("cpu"))
+    fill(meter, parts)
+    plain = expected(parts, classes)
+    assert_close(meter.read(), plain)
+    assert len({round(plain[name]["ece"], 2) for name in NETWORKS}) == 3
+    assert plain["wrong"]["top5"] == 1.0 if classes == 3 else plain["wrong"]["top5"] < 0.9
+
+
+def test_an_interval_begins_anew_when_the_one_before_was_read():
+    meter = TrainingMeter(list(NETWORKS), torch.device("cpu"))
+    fill(meter, list(interval(9, False, seed=1)))
+    meter.read()
+    for values in (meter.read()[name] for name in NETWORKS):  # an empty one divides by nothing
+        assert math.isnan(values.pop("loss"))
+        assert set(values.values()) == {0.0}
+    parts = list(interval(9, False, seed=2))
+    fill(meter, parts)
+    assert_close(meter.read(), expected(parts, 9))
+
+
+def test_saved_sums_continue_an_interval_and_those_of_several_ranks_count_as_one():
+    first, second = list(interval(9, False, seed=1)), list(interval(9, False, seed=2))
+    meters = [TrainingMeter(list(NETWORKS), torch.device("cpu")) for _ in range(3)]
+    fill(meters[0], first)
+    fill(meters[1], second)
+    fill(meters[2], second)  # what it holds is replaced
+    meters[2].load_state_dict(meters[0].state_dict())
+    fill(meters[2], second)
+    assert_close(meters[2].read(), expected(first + second, 9))
+    meters[2].load_state_dict(*(meter.state_dict() for meter in meters[:2]))
+    assert_close(meters[2].read(), expected(first + second, 9))
