@@ -18,9 +18,10 @@ from bdkd.objectives import create_objective
 from bdkd.training.checkpoint import snapshot
 from bdkd.training.distributed import ALONE, Ranks, end_process
 from bdkd.training.evaluate import evaluate
-from bdkd.training.step import train_step, warm_up
+from bdkd.training.step import forward_and_loss, train_step, warm_up
 
 LARGEST = 4
+CLIP_NORM = 0.05  # below the norm of every network's first gradient: see gradient_norms
 
 
 class NoNorm(nn.Sequential):
@@ -58,6 +59,20 @@ def run(state, batches, name: str = "bdkd", settled: bool = True) -> None:
         train_step(state, objective, share(batch, state.ranks), state.recipe.train)
 
 
+def gradient_norms(state, batch: Batch, name: str = "bdkd") -> dict[str, float]:
+    """Of each network, unclipped; of a whole network, as one process has it."""
+    _, output = forward_and_loss(
+        state.networks, objective_of(state, name), batch, state.recipe.train,
+        float(len(batch.target)), torch.ones(()), ALONE,
+    )  # fmt: skip
+    norms = {}
+    for member, loss in output.losses.items():
+        parameters = list(state.networks.members[member].parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        norms[member] = torch.cat([g.flatten() for g in gradients]).norm().item()
+    return norms
+
+
 def weights(state) -> dict[str, torch.Tensor]:
     values = state.networks.state_dict()
     if state.sharding is not None:
@@ -71,9 +86,10 @@ def weights(state) -> dict[str, torch.Tensor]:
 def training(ranks: Ranks, name: str = "bdkd", **options) -> dict:
     """A hundred steps in float64: the weights, and the log's means."""
     state = tiny_state(NoNorm, dtype=torch.float64, ranks=ranks, controls=name == "switokd",
-                       ema_decay=0.9, clip_norm=1.0, **options)  # fmt: skip
+                       ema_decay=0.9, clip_norm=CLIP_NORM, **options)  # fmt: skip
+    norms = gradient_norms(state, whole_batch(0, torch.float64), name) if ranks.alone else {}
     run(state, (whole_batch(i, torch.float64) for i in range(100)), name)
-    return {"weights": weights(state), "means": state.meter.read(ranks)}
+    return {"weights": weights(state), "means": state.meter.read(ranks), "norms": norms}
 
 
 def training_switokd(ranks: Ranks) -> dict:
@@ -186,9 +202,11 @@ def _whole(state) -> Callable[[], dict]:
 
 def sharded(ranks: Ranks, optimizer: OptimizerConfig | None = None) -> dict:
     """A sharded teacher: the training, its checkpoint, and another run from that."""
-    options = {"dtype": torch.float64, "ema_decay": 0.9, "clip_norm": 1.0, "optimizer": optimizer}
+    options = {"dtype": torch.float64, "ema_decay": 0.9, "optimizer": optimizer,
+               "clip_norm": CLIP_NORM}  # fmt: skip
     names = () if ranks.alone else ("teacher",)
     state = tiny_state(NoNorm, ranks=ranks, sharded=names, **options)
+    norms = gradient_norms(state, whole_batch(0, torch.float64)) if ranks.alone else {}
     run(state, (whole_batch(i, torch.float64) for i in range(5)))
     saved = ranks.from_first(_whole(state))
     again = tiny_state(NoNorm, ranks=ranks, sharded=names, **options)
@@ -200,6 +218,7 @@ def sharded(ranks: Ranks, optimizer: OptimizerConfig | None = None) -> dict:
     results = evaluate(again.evaluated_networks(), Images(5), "val", 2, "fp32", ranks)
     return {
         "weights": weights(again), "alone": weights(alone), "nll": results["teacher"].nll,
+        "norms": norms,
         "part": sum(p.to_local().numel() if names else p.numel()
                     for p in again.networks.members["teacher"].parameters()),
     }  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
-from rank_checks import LARGEST, main
+from rank_checks import CLIP_NORM, LARGEST, main
 
 from bdkd.config import ObjectiveConfig, load_recipe
 from bdkd.errors import UsageError
@@ -47,6 +47,9 @@ def test_training_in_float64_is_the_same_however_many_ranks(check, world, found)
     assert furthest(several["weights"], one["weights"]) < 1e-10
     assert close(several["means"], one["means"], 1e-6)  # the meter's softmax is in float32
     assert one["means"]["student"]["loss"] > 0
+    if "norms" in one:  # clipping acts on both networks
+        assert len(one["norms"]) == 2
+        assert min(one["norms"].values()) > 2 * CLIP_NORM
 
 
 @pytest.mark.parametrize("world", SEVERAL)
@@ -94,6 +97,7 @@ def test_a_sharded_teacher_trains_like_a_whole_one(check, world, found):
     one, several = found[f"{check}-1"], found[f"{check}-{world}"]
     assert furthest(several["weights"], one["weights"]) < 1e-10
     assert furthest(several["alone"], one["weights"]) < 1e-10
+    assert min(one["norms"].values()) > 2 * CLIP_NORM  # clipping acts, by the whole norm
     assert several["nll"] == pytest.approx(one["nll"], abs=1e-10)
     assert several["part"] < 0.8 * one["part"]
 

@@ -48,8 +48,14 @@ GAINS = {"teacher": 1.5, "student": 0.3, "pupil": 4.0, "judge": 1.0}
 ROLES = {"teacher": "teacher", "student": "student", "pupil": "student", "judge": "teacher"}
 
 
-def a_state(optimizer: OptimizerConfig, **train) -> TrainingState:
-    """Two students, a teacher, and a frozen network that nothing may change."""
+def a_state(
+    optimizer: OptimizerConfig, last: dict[str, nn.Module] | None = None, **train
+) -> TrainingState:
+    """Two students, a teacher, and a frozen network that nothing may change.
+
+    Args:
+        last: by network, a layer to put after it.
+    """
     recipe = load_recipe("digits")
     recipe = dataclasses.replace(
         recipe,
@@ -65,7 +71,11 @@ def a_state(optimizer: OptimizerConfig, **train) -> TrainingState:
         train=dataclasses.replace(recipe.train, batch_size=BATCH_SIZE, epochs=EPOCHS, **train),
     )
     torch.manual_seed(0)
-    members = {name: Small(3 + i, gain) for i, (name, gain) in enumerate(GAINS.items())}
+    members: dict[str, nn.Module] = {
+        name: Small(3 + i, gain) for i, (name, gain) in enumerate(GAINS.items())
+    }
+    for name, layer in (last or {}).items():
+        members[name] = nn.Sequential(members[name], layer)
     networks = Networks(members, frozenset({"judge"})).double()
     return TrainingState(recipe, networks, IMAGES, torch.device("cpu"))
 
@@ -245,5 +255,31 @@ def test_an_infinite_loss_skips_the_step_although_its_gradient_is_finite():
     train_step(state, objective, Batch(batch.views, torch.zeros_like(batch.target)),
                state.recipe.train)  # fmt: skip
     assert state.skipped.tolist() == [1, 1, 1]
+    for key, value in state.networks.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+class RootOfZero(nn.Module):
+    """Adds the square root of a parameter that is 0: the loss is finite, the gradient is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(CLASSES, dtype=torch.float64))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.zero.sqrt()
+
+
+@pytest.mark.parametrize("broken", ["teacher", "student", "pupil"])
+def test_a_gradient_that_is_not_finite_skips_the_step_of_every_network(broken):
+    """Of the first network, of the last one, and of one between them."""
+    state = a_state(OptimizerConfig(), {broken: RootOfZero()})
+    objective = create_objective(ObjectiveConfig("independent"), state.recipe.networks)
+    before = copy.deepcopy(state.networks.state_dict())
+    state.networks.train()
+    train_step(state, objective, a_batch(0), state.recipe.train)
+    assert state.skipped.tolist() == [1, 1, 1]
+    means = state.meter.read()
+    assert all(math.isfinite(means[name]["loss"]) for name in ("teacher", "student", "pupil"))
     for key, value in state.networks.state_dict().items():
         assert torch.equal(value, before[key]), key

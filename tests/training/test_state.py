@@ -1,0 +1,175 @@
+"""What a run carries from step to step and from session to session."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from small_runs import Tiny, same, tiny_state
+from test_step import a_batch, everything, run_steps
+from torch import nn
+
+from bdkd.config import OptimizerConfig
+from bdkd.training.checkpoint import snapshot
+from bdkd.training.distributed import Ranks
+from bdkd.training.state import Best
+
+
+def of_rank(rank: int, world: int, seed: int = 0):
+    """The state of one of several ranks; ``controls`` keeps DDP out, which needs the others."""
+    return reseeded(tiny_state(controls=True, ranks=Ranks(rank, world)), seed)
+
+
+def reseeded(state, seed: int):
+    state.recipe = dataclasses.replace(state.recipe, seed=seed)
+    return state
+
+
+def test_the_loss_is_scaled_in_fp16_and_by_the_number_of_ranks():
+    """DDP averages the gradients of the ranks, whose losses are shares of one mean."""
+    scales = {
+        (precision, world): float(
+            tiny_state(precision=precision, controls=True, ranks=Ranks(0, world)).loss_scale()
+        )
+        for precision in ("fp32", "bf16", "fp16")
+        for world in (1, 3)
+    }
+    assert scales == {
+        ("fp32", 1): 1, ("fp32", 3): 3, ("bf16", 1): 1, ("bf16", 3): 3,
+        ("fp16", 1): 2**16, ("fp16", 3): 3 * 2**16,
+    }  # fmt: skip
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
+    """A run stops by the longest row since the last log line, however the row ended."""
+    state = tiny_state()
+    skips = [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1]
+    for number, skip in enumerate(skips, 1):
+        state.count_skipped(torch.tensor(not skip))
+        rows = [len(list(run)) for skipped, run in itertools.groupby(skips[:number]) if skipped]
+        row = rows[-1] if skip else 0
+        assert state.skipped.tolist() == [sum(skips[:number]), row, max(rows, default=0)]
+        assert state.in_a_skipped_row() == bool(skip)
+
+
+def test_the_best_checkpoint_is_chosen_by_the_averages_where_there_are_any():
+    assert tiny_state(ema_decay=0.9).judged_networks() == ["student_ema"]
+    assert tiny_state().judged_networks() == ["student"]
+    assert list(tiny_state(ema_decay=0.9).evaluated_networks()) == [
+        "teacher", "student", "student_ema",
+    ]  # fmt: skip
+
+
+# --- random numbers of several ranks --------------------------------------------------------------
+
+
+def test_every_rank_draws_its_own_dropout_and_the_first_draws_that_of_one_process():
+    draws = []
+    for rank in range(4):
+        of_rank(rank, 4)
+        draws.append(torch.rand(1).item())
+    tiny_state()
+    assert torch.rand(1).item() == draws[0]
+    assert len(set(draws)) == 4
+
+
+def test_a_run_resumed_on_more_ranks_draws_random_numbers_that_are_new_to_it():
+    """Other ones on every rank, for every seed and at every step."""
+    draws = {}
+    for steps, seed in ((1, 0), (2, 0), (2, 1)):
+        saved = tiny_state(controls=True)
+        run_steps(saved, [a_batch(seed=i) for i in range(steps)])
+        saved = snapshot(saved.state_dict())
+        for rank in range(3):
+            state = of_rank(rank, 3, seed)
+            draws["fresh", rank] = torch.rand(1).item()
+            state.load_state_dict(saved)
+            draws[steps, seed, rank] = torch.rand(1).item()
+    assert len(set(draws.values())) == len(draws) == 12
+
+
+def test_the_first_of_more_ranks_counts_the_interval_that_was_begun():
+    saved = tiny_state(controls=True)
+    run_steps(saved, [a_batch()])
+    state = snapshot(saved.state_dict())
+    for rank, samples in ((0, 16), (1, 0)):
+        resumed = of_rank(rank, 2)
+        resumed.load_state_dict(state)
+        assert resumed.meter.samples == samples
+    two = {**state, "ranks": [state["ranks"][0]] * 2}
+    alone = tiny_state(controls=True)
+    alone.load_state_dict(two)
+    assert alone.meter.samples == 32
+
+
+# --- saved and loaded -----------------------------------------------------------------------------
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(Tiny(), nn.Dropout(0.2))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loaded_state_is_the_saved_one_and_continues_like_it(precision):
+    """Everything in it is other than in a new state: a skipped step, averages, a best student, a
+    loss scale that was halved, an interval of the log, random numbers."""
+    options = {"ema_decay": 0.9, "clip_norm": 1.0, "precision": precision}
+    whole, other = tiny_state(dropping, **options), tiny_state(dropping, **options)
+    if precision == "fp16":
+        whole.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    torch.manual_seed(5)
+    run_steps(whole, [a_batch(seed=1), a_batch(seed=2, poisoned=True)])
+    whole.meter.read()  # its NaN is equal to nothing
+    run_steps(whole, [a_batch(seed=3)])
+    whole.best = Best(2, 0.75)
+    whole.position.seconds, whole.position.validation_due = 12.5, True
+    saved = snapshot(whole.state_dict())
+    run_steps(whole, [a_batch(seed=4), a_batch(seed=5)])
+    torch.manual_seed(6)
+    other.load_state_dict(snapshot(saved))  # a copy: the optimizer takes moments as they are
+    loaded = snapshot(other.state_dict())
+    for group in (*loaded["optimizer"]["param_groups"], *saved["optimizer"]["param_groups"]):
+        del group["lr"]  # set anew before every step
+    assert same(loaded, saved)
+    assert vars(other.position) == {
+        "step": 3, "epoch": 0, "seen": 48, "validation_due": True, "seconds": 12.5,
+    }  # fmt: skip
+    assert other.best == Best(2, 0.75)
+    assert other.skipped.tolist() == [1, 0, 1]
+    assert int(other.ema_updates) == 2
+    assert float(other.loss_scale()) == (2.0**9 if precision == "fp16" else 1.0)
+    run_steps(other, [a_batch(seed=4), a_batch(seed=5)])
+    assert same(snapshot(other.state_dict()), snapshot(whole.state_dict()))
+
+
+def test_a_resume_has_the_recipes_rates_and_decays_and_the_saved_moments():
+    first = tiny_state(optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.01))
+    run_steps(first, [a_batch(seed=1)])
+    changed = OptimizerConfig(learning_rate=0.4, weight_decay=0.02, momentum=0.5, nesterov=False)
+    second = tiny_state(optimizer=changed)
+    second.load_state_dict(snapshot(first.state_dict()))
+    for group, saved in zip(
+        second.optimizer.param_groups, first.optimizer.param_groups, strict=True
+    ):
+        assert (group["peak_rate"], group["momentum"], group["nesterov"]) == (0.4, 0.5, False)
+        assert group["weight_decay"] == (0.02 if group["params"][0].ndim > 1 else 0)
+        for own, old in zip(group["params"], saved["params"], strict=True):
+            moments = (s.optimizer.state[p] for s, p in ((second, own), (first, old)))
+            assert same(*(dict(moment) for moment in moments))
+    second.set_learning_rate()
+    steps = 2 * second.steps_per_epoch  # a warm-up of two epochs, in whose second step this is
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * 2 / steps)
+
+
+def test_averages_that_the_saved_run_did_not_have_begin_as_the_students():
+    first, second = tiny_state(), tiny_state(ema_decay=0.9)
+    run_steps(first, [a_batch(seed=i) for i in range(3)])
+    second.load_state_dict(snapshot(first.state_dict()))
+    assert same(
+        second.ema["student_ema"].state_dict(), second.networks.members["student"].state_dict()
+    )
+    assert int(second.ema_updates) == 0
+    run_steps(second, [a_batch(seed=3)])  # the first update of an average copies the student
+    averaged = everything(second)
+    torch.testing.assert_close(averaged["student_ema.4.weight"],
+                               averaged["members.student.4.weight"])  # fmt: skip
