@@ -1,14 +1,21 @@
 """``bdkd update-bn``: statistics of batch norm recomputed on training images."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bdkd.cli import main
-from bdkd.training.checkpoint import load_checkpoint, save_checkpoint
+from bdkd.config import parse_recipe, to_toml
+from bdkd.training.checkpoint import load_checkpoint, save_checkpoint, snapshot
 from bdkd.training.exported import read_exported
+from bdkd.training.setup import Setup
+from bdkd.training.state import TrainingState
+from bdkd.training.update_bn import update_bn
 
 TINY = str(Path(__file__).parent / "training" / "tiny.toml")
 
@@ -75,15 +82,69 @@ def test_an_export_does_not_claim_what_was_measured_before(run, tmp_path):
         assert bool(read_exported(output).facts.metrics) is measured
 
 
-def test_a_run_with_the_average_keeps_up_with_its_student(tmp_path):
-    """With a constant rate the average was at chance: it had its student's statistics."""
-    run = tmp_path / "run"
-    main(["train", "digits", "--networks.teacher.model", "resnet8", "--train.ema-decay", "0.99",
-          "--schedule.name", "constant", "--schedule.warmup", "0", "--train.epochs", "6", "--log",
-          "--train.select", "last", "--run-dir", str(run), "--quiet"])  # fmt: skip
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["split"] == "val"][-3:]
-    student, average = (
-        sum(line[name]["top1"] for line in last) / 3 for name in ("student", "student_ema")
-    )
-    assert average > student - 0.05
+def plain_statistics(network: nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The means over the batches of the mean and the unbiased variance that each norm sees."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        def see(_, inputs):
+            x = inputs[0].double().transpose(0, 1).flatten(1)  # (C, B * H * W)
+            found.setdefault(f"{name}.running_mean", []).append(x.mean(1))
+            found.setdefault(f"{name}.running_var", []).append(x.var(1))
+
+        module.register_forward_pre_hook(see)
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            watch(name, module)
+    network.train()
+    with torch.no_grad():
+        for images in batches:
+            network(images)
+    return {key: torch.stack(values).mean(0) for key, values in found.items()}
+
+
+@pytest.mark.parametrize(("images", "batches"), [(None, 12), (3, 1), (8, 2), (11, 2)])
+def test_the_statistics_are_the_means_over_whole_training_batches(run, tmp_path, images, batches):
+    """48 training images in batches of 4: an epoch, less than a batch, two batches and some."""
+    source, output = max((run / "checkpoints").glob("step-*.pt")), tmp_path / "new.pt"
+    done = update_bn(source, output, images, "cpu", None)
+    assert (done.images, done.split) == (4 * batches, "val")
+    text, state = load_checkpoint(source)
+    setup = Setup(parse_recipe(text, "a checkpoint"))
+    setup.networks.load_state_dict(state["networks"])
+    average = copy.deepcopy(setup.networks.members["student"])
+    average.load_state_dict(state["ema"]["student_ema"])
+    members = {**setup.networks.members, "student_ema": average}
+    views = [batch.views[0] for batch in setup.source.train_batches(0, 0, 4, 1)][:batches]
+    after = load_checkpoint(output)[1]
+    assert [name for name, *_ in done.results] == list(members)
+    for name, network in members.items():
+        written = after["ema"].get(name) or {
+            key.removeprefix(f"members.{name}."): value for key, value in after["networks"].items()
+        }
+        expected = plain_statistics(network, views)
+        assert len(expected) >= 10
+        for key, value in expected.items():
+            torch.testing.assert_close(written[key].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_network_keeps_its_statistics(run, tmp_path):
+    source = max((run / "checkpoints").glob("step-*.pt"))
+    text, state = load_checkpoint(source)
+    frozen = parse_recipe(text, "a checkpoint")
+    teacher = dataclasses.replace(frozen.networks["teacher"], frozen=True)
+    frozen = dataclasses.replace(frozen, networks={**frozen.networks, "teacher": teacher})
+    # A frozen network has no moments: the optimizer's state is that of a run without it.
+    setup = Setup(frozen)
+    of_run = TrainingState(frozen, setup.networks, 48, setup.device)
+    fresh = snapshot(of_run.state_dict())
+    save_checkpoint(tmp_path / "frozen.pt", to_toml(frozen), {
+        **state, "optimizer": fresh["optimizer"],
+    })  # fmt: skip
+    done = update_bn(tmp_path / "frozen.pt", tmp_path / "new.pt", 8, "cpu", None)
+    assert [name for name, *_ in done.results] == ["student", "student_ema"]
+    before, after = networks(tmp_path / "frozen.pt"), networks(tmp_path / "new.pt")
+    changed = {key.split(".")[1] for key in before if not torch.equal(before[key], after[key])}
+    assert "teacher" not in changed
+    assert "student" in changed
