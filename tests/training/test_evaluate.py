@@ -49,7 +49,9 @@ def test_the_figures_are_those_of_one_pass_by_hand(split, precision):
     source, members = Points(), networks()
     members["teacher"].train()
     members["student"].eval()
-    before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in members.items()}
+    before = {
+        name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in members.items()
+    }
     drawn = torch.get_rng_state()
     results = evaluate(members, source, split, 7, precision)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), drawn)

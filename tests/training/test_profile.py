@@ -10,7 +10,6 @@ import torch
 from small_runs import SMALL, bdkd, tiny_state
 from test_step import a_batch, objective_of
 
-from bdkd.data import Batch
 from bdkd.training import profile
 from bdkd.training.profile import (
     IDLE,
@@ -259,30 +258,3 @@ def test_profile_alone_means_eight_steps():
     assert parse(["digits", "--profile", "--seed", "1"], recipe).profile == 8
     assert parse(["digits", "--profile", "20"], recipe).profile == 20
     assert parse(["digits"], recipe).profile == 0
-
-
-def test_a_wait_for_data_is_counted():
-    from bdkd.config import load_recipe
-    from bdkd.training.setup import Setup
-    from bdkd.training.usage import Usage
-
-    usage = Usage(Setup(load_recipe("digits")))
-
-    def slow():
-        for _ in range(2):
-            time.sleep(0.02)
-            yield Batch((torch.zeros(4, 1, 8, 8),), torch.zeros(4, dtype=torch.int64))
-
-    began = time.monotonic()
-    for _ in usage.watch(slow()):
-        time.sleep(0.02)
-    values = usage.read(8, time.monotonic() - began)
-    assert 0.2 < values["data_wait"] < 0.9
-    assert values["mfu"] is None
-    assert usage.read(8, 1.0)["data_wait"] == 0  # an interval of its own
-
-    usage.peak = 1e12  # as if the device were one that is known
-    flops = usage.flops_an_image()
-    assert usage.read(500, 2.0)["mfu"] == pytest.approx(flops * 250 / 1e12)
-    before, usage.image_size = flops, (16, 16)  # progressive resolution
-    assert usage.flops_an_image() > 3 * before

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: seed, layout, weights, device, and what is refused."""
+"""What a run is made of before its first step, and what is refused."""
 
 import dataclasses
 from functools import cache

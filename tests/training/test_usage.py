@@ -1,0 +1,89 @@
+"""How well an interval used the machine, on a clock that only moves when it is told to."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_runs import TINY_RUN
+
+from bdkd.config import load_recipe
+from bdkd.data import Batch
+from bdkd.models import create_model
+from bdkd.training import usage
+from bdkd.training.cost import cost_of
+from bdkd.training.device import peak_memory_mib
+from bdkd.training.distributed import Ranks
+from bdkd.training.setup import Setup
+from bdkd.training.usage import Usage
+
+
+class Clock:
+    now = 50.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(usage, "time", clock)
+    return clock
+
+
+def a_usage(world: int = 1) -> Usage:
+    recipe = load_recipe(TINY_RUN[0])
+    return Usage(Setup(recipe, ranks=Ranks(0, world)))
+
+
+def a_batch(side: int) -> Batch:
+    return Batch((torch.zeros(4, 3, side, side),), torch.zeros(4, dtype=torch.int64))
+
+
+def test_the_wait_for_data_is_its_share_of_the_interval(clock):
+    """The loader takes 1, 2 and 3 s for three batches and 4 s to find its end; a step takes 10."""
+    counted = a_usage()
+
+    def loader():
+        for seconds in (1, 2, 3):
+            clock.now += seconds
+            yield a_batch(8)
+        clock.now += 4
+
+    batches = counted.watch(loader())
+    for number in range(3):
+        assert len(next(batches).target) == 4
+        clock.now += 10
+        if number == 1:
+            assert counted.read(8, 23.0)["data_wait"] == pytest.approx((1 + 2) / 23)
+    assert next(batches, None) is None
+    assert counted.read(4, 17.0)["data_wait"] == pytest.approx((3 + 4) / 17)
+    assert counted.read(4, 1.0)["data_wait"] == 0
+    counted.waited = 2.0
+    assert counted.read(4, 1.9)["data_wait"] == 1.0  # clocks that are read at two moments
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_the_utilisation_is_the_networks_operations_over_the_peak_of_all_devices(clock, world):
+    """At the size of the images that came last, as progressive resolution changes it."""
+    counted = a_usage(world)
+    assert counted.read(8, 1.0)["mfu"] is None  # nobody has published a CPU's
+    counted.peak = 1e12
+    for side in (8, 16):
+        list(counted.watch([a_batch(side)]))
+        network = cost_of(create_model("resnet8", 3, in_channels=3), (3, side, side), trains=True)
+        flops = 2 * network.step  # a teacher and a student of this model
+        assert counted.read(500, 2.0)["mfu"] == pytest.approx(flops * 250 / (world * 1e12))
+
+
+def test_a_frozen_teacher_counts_its_forward_pass(clock):
+    recipe = load_recipe(TINY_RUN[0])
+    teacher = dataclasses.replace(recipe.networks["teacher"], frozen=True)
+    recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
+    network = cost_of(create_model("resnet8", 3, in_channels=3), (3, 8, 8), trains=True)
+    assert Usage(Setup(recipe)).flops_an_image() == network.forward + network.step
+
+
+def test_the_memory_is_that_of_the_process(clock):
+    before = peak_memory_mib(torch.device("cpu"))
+    assert a_usage().read(8, 1.0)["memory_mib"] >= before > 50
