@@ -84,11 +84,11 @@ def weights(state) -> dict[str, torch.Tensor]:
 
 
 def training(ranks: Ranks, name: str = "bdkd", **options) -> dict:
-    """A hundred steps in float64: the weights, and the log's means."""
+    """Forty steps in float64: the weights, and the log's means."""
     state = tiny_state(NoNorm, dtype=torch.float64, ranks=ranks, controls=name == "switokd",
                        ema_decay=0.9, clip_norm=CLIP_NORM, **options)  # fmt: skip
     norms = gradient_norms(state, whole_batch(0, torch.float64), name) if ranks.alone else {}
-    run(state, (whole_batch(i, torch.float64) for i in range(100)), name)
+    run(state, (whole_batch(i, torch.float64) for i in range(40)), name)
     return {"weights": weights(state), "means": state.meter.read(ranks), "norms": norms}
 
 

@@ -137,15 +137,29 @@ def test_what_does_not_suit_so_many_ranks_is_refused(changes, said):
     assert Setup(recipe).sharded == []  # alone all of it is in order
 
 
-def test_batch_norm_over_all_ranks_is_torchs_on_gpus(monkeypatch):
-    """torch has it for GPUs alone: here it is only seen to be taken."""
+def test_batch_norms_over_all_ranks_keep_the_answers_and_the_checkpoints(monkeypatch):
+    """torch trains them on GPUs alone: on a CPU they are refused, which is left out here, and in
+    evaluation they must be the batch norms that they replace."""
     monkeypatch.setattr("bdkd.training.setup.check_ranks", lambda *_: None)
     recipe = load_recipe("digits")
     synced = dataclasses.replace(recipe.distributed, sync_batch_norm=True)
-    setup = Setup(dataclasses.replace(recipe, distributed=synced), ranks=Ranks(0, 2))
-    kinds = {type(module) for module in setup.networks.modules()}
-    assert torch.nn.SyncBatchNorm in kinds
-    assert torch.nn.BatchNorm2d not in kinds
+    group = object()
+    several = Setup(
+        dataclasses.replace(recipe, distributed=synced),
+        ranks=Ranks(0, 2, group=group),  # type: ignore[arg-type]
+    )
+    own = Setup(recipe, ranks=Ranks(0, 2))
+    for name, network in several.networks.members.items():
+        norms = [m for m in network.modules() if hasattr(m, "running_mean")]
+        plain = [m for m in own.networks.members[name].modules() if hasattr(m, "running_mean")]
+        assert len(norms) == len(plain) > 0
+        assert all(getattr(norm, "process_group", None) is group for norm in norms)
+        assert not any(hasattr(norm, "process_group") for norm in plain)
+    several.networks.load_state_dict(own.networks.state_dict())
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        logits = [setup.networks.eval()((images,)) for setup in (several, own)]
+    torch.testing.assert_close(*logits)
 
 
 ENDING = """

@@ -6,13 +6,14 @@ import itertools
 import pytest
 import torch
 from small_runs import Tiny, same, tiny_state
-from test_step import a_batch, everything, run_steps
+from test_step import a_batch, everything, objective_of, run_steps
 from torch import nn
 
 from bdkd.config import OptimizerConfig
 from bdkd.training.checkpoint import snapshot
 from bdkd.training.distributed import Ranks
 from bdkd.training.state import Best
+from bdkd.training.step import warm_up
 
 
 def of_rank(rank: int, world: int, seed: int = 0):
@@ -58,6 +59,19 @@ def test_the_best_checkpoint_is_chosen_by_the_averages_where_there_are_any():
     assert list(tiny_state(ema_decay=0.9).evaluated_networks()) == [
         "teacher", "student", "student_ema",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_a_warm_up_changes_nothing_that_a_run_continues_from(mode):
+    """Two passes, of which only DDP and a compiler shall remember anything."""
+    state = tiny_state(dropping, ema_decay=0.9)
+    run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
+    state.networks.train(mode)
+    before = snapshot(state.state_dict())
+    warm_up(state, objective_of(state), a_batch(seed=3), state.recipe.train)
+    assert same(snapshot(state.state_dict()), before)
+    assert {network.training for network in state.networks.modules()} == {mode}
+    assert not any(p.grad.any() for p in state.networks.parameters() if p.grad is not None)
 
 
 # --- random numbers of several ranks --------------------------------------------------------------

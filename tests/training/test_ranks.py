@@ -1,0 +1,111 @@
+"""What a process says of itself among its ranks, and how tensors travel between them."""
+
+import socket
+
+import pytest
+import torch
+
+from bdkd.training.distributed import (
+    Ranks,
+    _buckets,
+    _by_type,
+    copy_flat,
+    flatten,
+    join_ranks,
+    launch_identity,
+    launched,
+    local_rank,
+)
+
+# As torchrun sets them for the third of four ranks, the first one of the second machine.
+LAUNCHED = {
+    "RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A way to set the variables of a launcher, of which none is set before."""
+    for name in (*LAUNCHED, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch.setenv
+
+
+def test_a_rank_takes_the_gpu_of_its_place_on_its_own_machine(environment):
+    assert (launched(), local_rank()) == (False, 0)
+    for name, value in LAUNCHED.items():
+        environment(name, value)
+    assert (launched(), local_rank()) == (True, 0)
+    environment("LOCAL_RANK", "1")
+    assert local_rank() == 1
+
+
+@pytest.mark.parametrize("left_out", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_variables_that_another_program_set_make_no_launch(left_out, environment):
+    """A batch system sets WORLD_SIZE or RANK for programs of its own: the run is then alone."""
+    for name, value in LAUNCHED.items():
+        if name != left_out:
+            environment(name, value)
+    environment("LOCAL_RANK", "3")
+    assert (launched(), local_rank()) == (False, 0)
+    with join_ranks(1.0, "cpu") as ranks:
+        assert (ranks.rank, ranks.world, ranks.alone, ranks.first) == (0, 1, True, True)
+
+
+def test_a_launch_is_told_from_the_next_one(environment, monkeypatch):
+    assert launch_identity() is None
+    environment("TORCHELASTIC_RUN_ID", "job-17")
+    assert launch_identity() == "job-17"
+    environment("TORCHELASTIC_RUN_ID", "none")  # torchrun's name for every launch without one
+    ranks = []
+    for agent, own in ((100, 101), (100, 102), (200, 201)):
+        monkeypatch.setattr("os.getppid", lambda agent=agent: agent)
+        monkeypatch.setattr("os.getpid", lambda own=own: own)
+        ranks.append(launch_identity())
+    assert ranks[0] == ranks[1] != ranks[2]
+    assert socket.gethostname() in str(ranks[0])
+
+
+def test_tensors_of_all_types_and_layouts_travel_as_flat_ones():
+    tensors = [
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.tensor(3),
+        torch.randn(4, 3).T, torch.tensor(2.0), torch.randn(0), torch.arange(4),
+        torch.randn(3).double(),
+    ]  # fmt: skip
+    groups = _by_type(tensors)
+    assert [{t.dtype for t in group} for group in groups] == [
+        {torch.float32}, {torch.int64}, {torch.float64},
+    ]  # fmt: skip
+    assert sum(map(len, groups)) == len(tensors)
+    for group in groups:
+        before, flat = [t.clone() for t in group], flatten(group)
+        assert flat.shape == (sum(t.numel() for t in group),)
+        copy_flat(group, 2 * flat)
+        for tensor, old in zip(group, before, strict=True):
+            assert torch.equal(tensor, 2 * old)
+            assert tensor.stride() == old.stride()
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [8], [3, 3, 3, 3, 3], [9, 1, 1, 9], [4, 4, 4, 4]])
+def test_every_gradient_is_in_one_bucket_and_a_full_bucket_is_sent(sizes):
+    """Buckets of 32 bytes: 8 numbers of 4 bytes, or more by the last tensor."""
+    tensors = [torch.full((size,), float(i)) for i, size in enumerate(sizes)]
+    buckets = list(_buckets(tensors, limit=32))
+    assert [t.data_ptr() for bucket in buckets for t in bucket] == [t.data_ptr() for t in tensors]
+    for number, bucket in enumerate(buckets):
+        *others, last = (t.nbytes for t in bucket)
+        assert sum(others) < 32
+        assert sum(others) + last >= 32 or number == len(buckets) - 1
+
+
+def test_one_process_asks_nobody():
+    ranks, tensor = Ranks(), torch.tensor([1.0])
+    ranks.sum(tensor)
+    ranks.average_gradients([tensor])
+    ranks.copy_from_first([tensor])
+    assert tensor.item() == 1
+    assert ranks.gather("mine") == ["mine"]
+    assert ranks.from_first(lambda: "made") == "made"
+    assert ranks.agree(3, 0) == (3, 0)  # at once: there is no step before to answer
+    assert ranks.shard == (0, 1)
