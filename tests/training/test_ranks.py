@@ -5,16 +5,19 @@ import socket
 import pytest
 import torch
 
+from bdkd.errors import RunError, UsageError
 from bdkd.training.distributed import (
     Ranks,
     _buckets,
     _by_type,
     copy_flat,
+    first_rank_speaks,
     flatten,
     join_ranks,
     launch_identity,
     launched,
     local_rank,
+    report_failure,
 )
 
 # As torchrun sets them for the third of four ranks, the first one of the second machine.
@@ -109,3 +112,41 @@ def test_one_process_asks_nobody():
     assert ranks.from_first(lambda: "made") == "made"
     assert ranks.agree(3, 0) == (3, 0)  # at once: there is no step before to answer
     assert ranks.shard == (0, 1)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "error", [UsageError("no such recipe"), SystemExit(7)], ids=["refused", "exits"]
+)
+def test_what_all_ranks_find_wrong_is_said_by_the_first_alone(
+    rank, error, environment, monkeypatch, capsys
+):
+    monkeypatch.setattr("bdkd.training.distributed._SPEAK_SECONDS", 0.0)
+    for name, value in {**LAUNCHED, "RANK": rank}.items():
+        environment(name, value)
+
+    @first_rank_speaks()
+    def command() -> None:
+        print("said")
+        raise error
+
+    with pytest.raises((UsageError, SystemExit)) as raised:
+        command()
+    said = capsys.readouterr().out
+    if rank == "0":
+        assert raised.value is error
+        assert said == "said\n"
+    else:
+        assert raised.value.code == (7 if isinstance(error, SystemExit) else 2)
+        assert said == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_rank_reports_a_failure_on_the_terminal(rank, environment, monkeypatch):
+    """The others have files of their own for it, once a run has begun."""
+    monkeypatch.setattr("bdkd.training.distributed._SPEAK_SECONDS", 0.0)
+    monkeypatch.setattr("bdkd.training.distributed._FIRST_SECONDS", 0.0)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for name, value in {**LAUNCHED, "RANK": rank}.items():
+        environment(name, value)
+    assert report_failure(RunError("the disk is full")) is (rank == "0")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+from functools import cache
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from small_runs import Tiny, same, tiny_state
 from test_step import a_batch, everything, objective_of, run_steps
 from torch import nn
@@ -12,7 +15,7 @@ from torch import nn
 from bdkd.config import OptimizerConfig
 from bdkd.training.checkpoint import snapshot
 from bdkd.training.distributed import Ranks
-from bdkd.training.state import Best
+from bdkd.training.state import Best, Position
 from bdkd.training.step import warm_up
 
 
@@ -72,6 +75,58 @@ def test_a_warm_up_changes_nothing_that_a_run_continues_from(mode):
     assert same(snapshot(state.state_dict()), before)
     assert {network.training for network in state.networks.modules()} == {mode}
     assert not any(p.grad.any() for p in state.networks.parameters() if p.grad is not None)
+
+
+# --- how far a run is -----------------------------------------------------------------------------
+
+
+@cache
+def any_state():
+    return tiny_state(controls=True)
+
+
+def walk(images: int, size: int, epochs: int, limit: int | None, place: Position) -> int:
+    """Optimizer steps from a place to the end: an epoch ends where no whole batch is left."""
+    epoch, seen, step = place.epoch, place.seen, place.step
+    while epoch < epochs and (limit is None or step < limit):
+        if seen + size > images:
+            epoch, seen = epoch + 1, 0
+        else:
+            seen, step = seen + size, step + 1
+    return step - place.step
+
+
+@given(
+    st.integers(4, 40), st.integers(2, 4), st.integers(1, 4), st.none() | st.integers(1, 30),
+    st.integers(0, 5), st.integers(0, 39), st.integers(0, 20), st.integers(1, 3), st.booleans(),
+)  # fmt: skip
+def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
+    images, size, epochs, limit, epoch, seen, step, every, due
+):
+    """From any place, as a resume with another batch size, number of epochs or limit finds it."""
+    state, recipe = any_state(), any_state().recipe
+    assume(seen < images)
+    train = dataclasses.replace(recipe.train, batch_size=size, epochs=epochs)
+    state.recipe = dataclasses.replace(recipe, train=train, max_steps=limit, evaluate_every=every)
+    state.train_images, state.steps_per_epoch = images, images // size
+    state.position = Position(step, epoch, seen, validation_due=due)
+    remaining = walk(images, size, epochs, limit, state.position)
+    assert state.remaining_steps() == remaining
+    state.end_short_epoch()  # less than a batch may be left of the epoch, or nothing
+    ended = seen > 0 and seen + size > images
+    assert (state.position.epoch, state.position.seen) == (
+        (epoch + 1, 0) if ended else (epoch, seen)
+    )
+    assert state.position.validation_due == (
+        due or (ended and (epoch + 1 >= epochs or (epoch + 1) % every == 0))
+    )
+    assert state.remaining_steps() == remaining
+    for left in reversed(range(remaining)):
+        state.advance(size)
+        assert state.remaining_steps() == left
+    assert state.position.step == step + remaining
+    if remaining and limit is None:
+        assert (state.position.epoch, state.position.seen) == (epochs, 0)
 
 
 # --- random numbers of several ranks --------------------------------------------------------------
