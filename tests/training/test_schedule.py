@@ -25,6 +25,8 @@ from bdkd.training.schedule import Span, rate_factor
             ScheduleConfig("step", "steps", milestones=(5.0,), factor=0.5, warmup=2.0),
             {0: 0.5, 1: 1.0, 4: 1.0, 5: 0.5, 99: 0.5},
         ),
+        # a milestone inside the warm-up counts once that is over
+        (ScheduleConfig("step", "steps", milestones=(2.0,), warmup=4.0), {2: 0.75, 3: 1.0, 4: 0.1}),
         (ScheduleConfig("cosine"), {0: 1.0, 50: 0.5, 100: 0.0}),
         (ScheduleConfig("cosine", warmup=2.0, final=0.1), {0: 0.05, 20: 1.0, 60: 0.55, 100: 0.1}),
     ],
@@ -187,6 +189,15 @@ def test_a_resumed_schedule_continues(config, images, batch_size, other, epochs,
     end = span.steps_per_epoch(images) * others
     if config.name == "cosine" and config.warmup == 0:
         assert resumed.factor(config, end, images) == pytest.approx(config.final)
+
+
+def test_a_step_of_the_schedule_is_a_batch_of_the_first_size():
+    """45 images in batches of 10 are 4 steps; after a resume with batches of 3 there are parts of
+    steps, and the 5 images that made no batch of 10 are none."""
+    span = Span(10, 2)
+    assert [span.step(0, seen, 45) for seen in (0, 10, 15, 40, 43)] == [0, 1, 1.5, 4, 4]
+    assert [span.step(1, seen, 45) for seen in (0, 3, 45)] == [4, 4.3, 8]
+    assert span.steps_per_epoch(9) == 1  # no epoch is without a step
 
 
 def test_a_decay_that_has_ended_begins_again():
