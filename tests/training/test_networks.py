@@ -56,7 +56,7 @@ def test_networks_are_built_as_the_recipe_says():
         "student": NetworkConfig("resnet8", "student"),
     }
     torch.manual_seed(0)
-    networks = build_networks(configs, frozenset({"teacher"}), num_classes=7, channels=2)
+    networks = build_networks(configs, frozenset({"teacher"}), 7, 2)  # classes, channels
     torch.manual_seed(0)
     expected = {
         "teacher": create_model("resnet8", 7, in_channels=2, width=2.0),

@@ -102,6 +102,39 @@ def test_every_gradient_is_in_one_bucket_and_a_full_bucket_is_sent(sizes):
         assert sum(others) + last >= 32 or number == len(buckets) - 1
 
 
+class Store:
+    """A store of torch's shape, into which only some ranks have reported."""
+
+    def __init__(self, *reported: int) -> None:
+        self.values = {f"host/{rank}": f"node{rank // 2}" for rank in range(4)}
+        self.values |= {f"lost/{rank}": "step 7" for rank in reported}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.values[key].encode()
+
+
+def test_every_other_rank_that_is_silent_is_named_with_its_machine(monkeypatch):
+    monkeypatch.setattr("bdkd.training.distributed._REPORT_SECONDS", 0.01)
+    for rank, silent, named in (
+        (2, (0, 3), "rank 0 on node0, rank 3 on node1"),
+        (3, (2,), "rank 2 on node1"),
+        (0, (), "no single rank is silent: the network"),
+    ):
+        store = Store(*({0, 1, 2, 3} - {rank, *silent}))
+        ranks = Ranks(rank, 4, store=store, timeout=30)  # type: ignore[arg-type]
+        ranks.place = "step 7"
+        assert ranks.who_is_missing() == (
+            f"{named}: ended, or no answer for 30 s (distributed.timeout), while rank {rank} was "
+            "at step 7"
+        )
+
+
 def test_one_process_asks_nobody():
     ranks, tensor = Ranks(), torch.tensor([1.0])
     ranks.sum(tensor)

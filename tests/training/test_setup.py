@@ -45,6 +45,22 @@ def test_the_weights_are_those_of_the_seed_whatever_was_drawn_before():
                            first["members.teacher.conv.weight"])  # fmt: skip
 
 
+def test_the_order_of_the_images_is_that_of_the_seed():
+    orders = [
+        next(Setup(tiny(seed=seed)).source.train_batches(0, 0, 24, 1)).views[0].mean((1, 2, 3))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_a_run_knows_the_values_that_its_method_used():
+    """Options that the recipe leaves open are in the run's config.toml with their values."""
+    objective = Setup(tiny()).recipe.objective
+    assert tiny().objective.temperature is tiny().objective.gamma is None
+    assert (objective.temperature, objective.gamma) == (1.0, 2.0)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_images_and_weights_have_the_layout_of_the_recipe(channels_last):
     """Images of one channel have both layouts at once, so these have three."""
