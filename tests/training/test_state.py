@@ -100,7 +100,8 @@ def walk(images: int, size: int, epochs: int, limit: int | None, place: Position
     st.integers(4, 40), st.integers(2, 4), st.integers(1, 4), st.none() | st.integers(1, 30),
     st.integers(0, 5), st.integers(0, 39), st.integers(0, 20), st.integers(1, 3), st.booleans(),
 )  # fmt: skip
-@example(10, 4, 1, None, 0, 8, 2, 2, False)  # the last epoch ends, which is evaluated at any rate
+@example(10, 4, 1, None, 0, 8, 2, 2, False)  # the last epoch is evaluated at any rate
+@example(10, 4, 3, None, 0, 8, 2, 2, True)  # and one that a stopped run owes
 def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
     images, size, epochs, limit, epoch, seen, step, every, due
 ):
