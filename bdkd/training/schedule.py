@@ -98,6 +98,6 @@ def _phase(
 
 
 def _in_steps(length: float, config: ScheduleConfig, steps_per_epoch: int) -> float:
-    """A length of the schedule in steps. 0.1 epochs of 30 steps are 3 and not 3.0000000000000004:
+    """A length of the schedule in steps. 2.2 epochs of 25 steps are 55, not 55.00000000000001:
     a boundary must not move by a step because of rounding."""
     return round(length * steps_per_epoch, 9) if config.unit == "epochs" else length
