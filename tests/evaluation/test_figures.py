@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from scipy import stats
 
 from bdkd.evaluation import figures
 from bdkd.evaluation.calibration import Calibration, CalibrationResult
@@ -69,18 +70,54 @@ def test_reliability_shows_networks_side_by_side_with_their_numbers(tmp_path, dr
         for shown in (f"{result.top1:.1%}", f"{result.nll:.3f}", f"{result.ece:.1%}"):
             assert shown in headline
         assert f"chance: {result.ece_if_calibrated:.1%}" in headline
-        heights = [bar.get_height() for bar in lower.patches]
-        assert heights == list(result.bin_count)
+        assert f"ECE {result.ece:.1%} (chance" in headline
         assert texts(lower) == [figures._short(n) for n in result.bin_count if n]
-        # Accuracy and gap of a bin stack up to the larger of accuracy and confidence.
-        tops = {}
-        for bar in upper.patches:
-            k = round(bar.get_x() * 15)
-            tops[k] = max(tops.get(k, 0.0), bar.get_y() + bar.get_height())
-        for k, n in enumerate(result.bin_count):
-            larger = max(result.bin_accuracy[k], result.bin_confidence[k])
-            assert (k in tops) == (n > 0)
-            assert tops.get(k, 0.0) == pytest.approx(larger)
+        assert_bins_are_drawn(upper, result, legend_of(figure))
+        np.testing.assert_allclose([b.get_height() for b in lower.patches], result.bin_count)
+        middles = [b.get_x() + b.get_width() / 2 for b in lower.patches]
+        np.testing.assert_allclose(middles, [(k + 0.5) / 15 for k in range(15)])
+        # All networks' counts are on one scale, which the highest bar does not leave.
+        low, high = lower.get_ylim()
+        assert low == 0
+        assert max(max(r.bin_count) for r in results.values()) < high
+        assert high == figure.axes[1].get_ylim()[1]
+        assert upper.get_xlim() == lower.get_xlim() == (0, 1)
+
+
+def legend_of(figure) -> dict:
+    [legend] = figure.legends
+    return {text.get_text(): handle for text, handle in
+            zip(legend.get_texts(), legend.legend_handles, strict=True)}  # fmt: skip
+
+
+def assert_bins_are_drawn(axes, result: CalibrationResult, legend: dict) -> None:
+    """Of every bin: a bar to the smaller of accuracy and confidence, the gap to the larger one
+    in the hatch that the legend names, and Wilson's interval of the accuracy as SciPy has it."""
+    bars, intervals = {}, {}
+    for bar in axes.patches:
+        assert bar.get_width() == pytest.approx(1 / 15)
+        bars.setdefault(round(bar.get_x() * 15, 6), []).append(bar)
+    *lines, diagonal = axes.lines
+    for line in lines:
+        intervals[round(line.get_xdata()[0] * 15 - 0.5, 6)] = sorted(line.get_ydata())
+    occupied = [k for k, n in enumerate(result.bin_count) if n]
+    assert [*bars] == [*intervals] == occupied
+    for k in occupied:
+        accuracy, confidence, n = (
+            result.bin_accuracy[k], result.bin_confidence[k], result.bin_count[k],
+        )  # fmt: skip
+        lower, upper = sorted((accuracy, confidence))
+        bar, gap = bars[k]
+        assert (bar.get_y(), bar.get_height()) == pytest.approx((0, lower))
+        assert (gap.get_y(), gap.get_height()) == pytest.approx((lower, upper - lower))
+        name = "overconfident by" if confidence > accuracy else "underconfident by"
+        assert bar.get_facecolor() == legend["accuracy"].get_facecolor()
+        assert gap.get_facecolor() == legend[name].get_facecolor()
+        assert gap.get_hatch() == legend[name].get_hatch()
+        expected = stats.binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+        assert intervals[k] == pytest.approx([expected.low, expected.high], abs=1e-6)
+    np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
+    assert diagonal.get_linestyle() == legend["calibrated"].get_linestyle()
 
 
 @pytest.mark.parametrize("networks", [1, 3])
@@ -143,22 +180,51 @@ def panels(figure) -> dict:
 
 
 def test_curves_show_every_network_and_the_weight(tmp_path, drawn):
-    metrics = write(tmp_path / "metrics.jsonl", metrics_lines(200), tail='{"step": 21')
+    """Every value differs; networks are in the order of the file, which is not the alphabet's."""
+    trained, validated, points = ("teacher", "student"), ("teacher", "student", "student_ema"), {}
+
+    def values(step: int, split: str, names) -> dict:
+        found = {}
+        for k, name in enumerate(names):
+            for m, metric in enumerate(("loss", "top1", "entropy", "ece")):
+                if split == "train" or metric != "loss":
+                    value = (1 + k) / (step + 7 * m) + (split == "val") / 50
+                    found.setdefault(name, {})[metric] = value
+                    points.setdefault((name, split, metric), []).append((step, value))
+        return found
+
+    lines = []
+    for step in range(10, 101, 10):
+        line = {"step": step, "epoch": 0, "split": "train", "images_per_second": 1e3}
+        lines.append(line | values(step, "train", trained) | {"forward_weight": 1 + step / 500})
+        if step % 50 == 0:
+            lines.append({"step": step, "split": "val"} | values(step, "val", validated))
+    metrics = write(tmp_path / "metrics.jsonl", lines, tail='{"step": 21')
     figures.training_curves(metrics, tmp_path / "curves.png")
     png_size(tmp_path / "curves.png")
-    shown = panels(drawn[0])
-    lines = {title: len(axes.lines) for title, axes in shown.items()}
-    assert lines == {
-        "training loss": 2,
-        "top-1": 5,  # both in training, three in validation
-        "entropy (nats)": 5,
-        "mean weight of the forward KL": 1,
-    }
-    x, y = shown["training loss"].lines[0].get_data()
-    assert list(x) == list(range(10, 201, 10))
-    np.testing.assert_allclose(y, [2 / step for step in x])
-    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert labels == ["student", "teacher", "student_ema", "training", "validation"]
+    [figure] = drawn
+    legend = legend_of(figure)
+    assert [*legend] == ["teacher", "student", "student_ema", "training", "validation"]
+    assert len({legend[name].get_color() for name in validated}) == 3
+    shown = panels(figure)
+    titles = {"training loss": "loss", "top-1": "top1", "entropy (nats)": "entropy"}
+    assert [*shown] == [*titles, "mean weight of the forward KL"]
+    for title, metric in titles.items():
+        expected = {
+            (legend[name].get_color(), split): series
+            for (name, split, of), series in points.items() if of == metric
+        }  # fmt: skip
+        came = {}
+        for line in shown[title].lines:
+            # Thin lines are of the training, thick ones with dots of the validation.
+            split = "train" if line.get_linewidth() < 1.5 else "val"
+            assert line.get_marker() == ("None" if split == "train" else "o")
+            came[line.get_color(), split] = [(x, y) for x, y in zip(*line.get_data(), strict=True)]
+        assert came == expected
+    assert shown["top-1"].yaxis.get_major_formatter()(0.5, 0) == "50%"
+    [weight] = shown["mean weight of the forward KL"].lines
+    assert list(weight.get_xdata()) == list(range(10, 101, 10))
+    np.testing.assert_allclose(weight.get_ydata(), [1 + s / 500 for s in range(10, 101, 10)])
 
 
 def test_curves_without_a_weight_and_with_gaps(tmp_path, drawn):
