@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 from svg_marks import Axes, at, classes, parse, points_of, value_of, with_class, words
@@ -44,6 +44,8 @@ class Elements(HTMLParser):
         self.found.append(data)
 
 
+@example("a \"b\" 'c' <d> &amp; e=f/", 0.0)
+@example("\x00\x1b\ud800", 120.0)
 @given(st.text(st.characters() | st.sampled_from(" \"'<>&=/`\n")), st.floats(-1e4, 1e4))
 def test_texts_and_attributes_come_back_as_they_were_given(anything, length):
     """An attribute without quotes ends at the first space, and what follows is an attribute too."""

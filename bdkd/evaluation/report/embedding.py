@@ -15,10 +15,11 @@ def embed(features: np.ndarray) -> np.ndarray | None:
     x = features.astype(np.float32)
     if len(x) < LEAST or not np.isfinite(x).all():
         return None
+    # By comparison: the mean of equal values rounds, and t-SNE of what is left would crash.
+    if (x == x[0]).all():
+        return None
     x = x - x.mean(0)
     scale = float(np.abs(x).max())
-    if scale == 0:
-        return None
     from sklearn.manifold import TSNE
 
     # Larger features would overflow the squares of their distances; t-SNE knows no scale.

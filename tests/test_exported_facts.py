@@ -1,0 +1,270 @@
+"""What an exported network says of itself, in its facts and its model card, is what its run wrote
+down of that network at that step."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_runs import TINY_RUN
+from torch import nn
+
+from bdkd import create_model
+from bdkd.cli import main
+from bdkd.config import load_recipe, parse_recipe
+from bdkd.data.base import Normalisation
+from bdkd.errors import RunError
+from bdkd.training.checkpoint import load_checkpoint, network_weights
+from bdkd.training.export import _commit, export, open_trained
+from bdkd.training.exported import built_without_weights
+from bdkd.training.model_card import model_card
+
+NETWORKS = ("teacher", "student", "student_ema")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Three epochs of 12 steps, each validated and saved; the last one was measured on the test
+    images too. The teacher began from weights in another file."""
+    folder = tmp_path_factory.mktemp("runs")
+    weights = folder / "first.pt"
+    torch.manual_seed(1)
+    torch.save(create_model("resnet8", 3).state_dict(), weights)
+    main(["train", *TINY_RUN, "--seed", "5", "--checkpoint.every-steps", "12",
+          "--networks.teacher.weights", str(weights), "--train.ema-decay", "0.9", "--quiet",
+          "--run-dir", str(folder / "run")])  # fmt: skip
+    return folder / "run"
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08}.pt"
+
+
+def numbers(values: dict) -> dict:
+    """The metrics of a network, without its name and size, and the loss of a training step."""
+    return {k: v for k, v in values.items() if isinstance(v, float) and k != "loss"}
+
+
+@pytest.fixture(scope="module")
+def trained(run) -> dict:
+    return {
+        (name, step): open_trained(checkpoint(run, step), name, None)
+        for name in NETWORKS for step in (24, 36)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_facts_are_of_that_network_at_that_step(name, run, trained):
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert summary["selected_step"] == 36
+    [validated] = [x for x in lines if (x["step"], x["split"]) == (24, "val")]
+    recipe = load_recipe(TINY_RUN[0])
+    for step, split, images, values in (
+        (24, "val", 0, validated[name]),
+        (36, "test", summary["images"], summary["networks"][name]),
+    ):
+        facts = trained[name, step].facts
+        assert (facts.measured_on, facts.images) == (split, images)
+        assert facts.metrics == numbers(values)
+        assert (facts.network, facts.step, facts.seed, facts.model) == (name, step, 5, "resnet8")
+        assert facts.role == ("teacher" if name == "teacher" else "student")
+        assert facts.parameters == sum(p.numel() for p in create_model("resnet8", 3).parameters())
+        assert facts.method == "bdkd"
+        assert facts.classes == ("0", "1", "2")
+        assert facts.input_shape == (3, 8, 8)
+        assert facts.versions["torch"] == torch.__version__
+        # The recipe is the run's, but for the paths of this machine.
+        published = parse_recipe(facts.recipe, source="the facts")
+        assert published.seed == 5
+        assert published.networks == recipe.networks
+        assert published.train.ema_decay == 0.9
+        assert published.run_dir is None
+        assert str(run.parent) not in facts.recipe
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_has_the_weights_of_the_checkpoint(name, run, trained):
+    for step in (24, 36):
+        came = trained[name, step]
+        assert not came.network.training
+        saved = load_checkpoint(checkpoint(run, step))[1]
+        weights = network_weights(saved, name, checkpoint(run, step))
+        own = saved["ema"]["student"] if name == "student_ema" and "student" in saved["ema"] else {}
+        for key, value in came.network.state_dict().items():
+            assert torch.equal(value, weights[key]), key
+            assert key not in own or torch.equal(value, own[key])
+    first, average = (trained[n, 36].network.state_dict() for n in ("student", "student_ema"))
+    assert any(not torch.equal(first[key], average[key]) for key in first)
+
+
+def test_images_that_it_is_checked_on_are_normalised_as_the_facts_say(trained):
+    """The data set's pixels, by channel ``(value - mean) / std``: whole numbers from 0 to 255."""
+    came = trained["student", 24]
+    norm = came.facts.normalisation
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (norm.mean, norm.std))
+    pixels = came.images * std + mean
+    assert norm.largest == 255
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+    assert 0 <= pixels.round().min() < pixels.round().max() <= 255
+    assert pixels.std() > 20
+
+
+def test_a_checkpoint_outside_of_its_run_was_not_measured(run, tmp_path):
+    """As ``bdkd update-bn`` writes it: with other statistics than those that were measured."""
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(checkpoint(run, 36), tmp_path / "other" / "step-00000036.pt")
+    for name in ("summary.json", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path / name)
+    facts = open_trained(Path(other), "student", None).facts
+    assert (facts.measured_on, facts.images, facts.metrics) == ("", 0, {})
+    card = model_card(facts, "model.safetensors")
+    assert "Not measured where this was written" in card
+    assert "model-index" not in card
+
+
+# --- the model card ------------------------------------------------------------------------------
+
+# The hub's names, and what a reader calls them.
+ON_CARD = {
+    "top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy"),
+    "nll": ("nll", "negative log likelihood"), "brier": ("brier_score", "Brier"),
+    "ece": ("expected_calibration_error", "(ECE)"),
+    "ece_if_calibrated": ("ece_if_calibrated", "perfectly calibrated"),
+    "mce": ("maximum_calibration_error", "(MCE)"), "adaptive_ece": ("adaptive_ece", "equal count"),
+    "classwise_ece": ("classwise_ece", "class by class"), "entropy": ("entropy", "mean entropy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [24, 36])
+def test_every_number_of_a_card_is_the_one_of_its_name(step, trained):
+    facts = trained["student_ema", step].facts
+    _, front, body = model_card(facts, "model.safetensors").split("---\n", 2)
+    [entry] = yaml.safe_load(front)["model-index"]
+    assert entry["name"] == "tiny-student_ema"
+    [result] = entry["results"]
+    assert result["dataset"]["split"] == facts.measured_on
+    came = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    measured = {key: value for key, value in facts.metrics.items() if key in ON_CARD}
+    assert len(measured) == (10 if step == 36 else 7)
+    assert came == {ON_CARD[key][0]: value for key, value in measured.items()}
+    rows = dict(re.findall(r"^\| (.*?) \| (\d[\d.e-]*) \|$", body, re.MULTILINE))
+    assert len(rows) == len(measured)
+    for key, value in measured.items():
+        [shown] = [text for name, text in rows.items() if ON_CARD[key][1] in name]
+        assert float(shown) == pytest.approx(value, rel=1e-5), key
+    where = "the test images (12 images)" if step == 36 else "the validation images (images)"
+    assert f"On {where}" in body
+    assert f"seed 5, the weights of step {step}." in body
+    assert f"{facts.parameters:,} parameters, trained as student" in body
+
+
+def test_a_card_says_shape_pixels_and_classes_of_its_images(trained):
+    """Not square, with a mean that is no round number, and class names in no order."""
+    facts = dataclasses.replace(
+        trained["student_ema", 36].facts, image_size=(6, 9), classes=("z", "a", "m"),
+        normalisation=Normalisation((1 / 3, 2 / 7, 0.1), (1.5, 2.5, 1e-3), 16.0),
+        metrics={"top1": 0.0, "ece": None},
+    )  # fmt: skip
+    text = model_card(facts, "weights.safetensors")
+    assert "Images are `(batch, 3, 6, 9)`, pixel values 0 to 16, and by channel" in text
+    assert "`(value - mean) / std`" in text
+    assert "in this order: z, a, m." in text
+    names: dict = {}
+    [line] = re.findall(r"^mean, std = .*$", text, re.MULTILINE)
+    exec(line, names)
+    assert names["mean"] == pytest.approx([1 / 3, 2 / 7, 0.1], rel=1e-7)
+    assert names["std"] == pytest.approx([1.5, 2.5, 1e-3], rel=1e-7)
+    # A network that is always wrong was measured; a metric that is None was not.
+    assert "| top-1 accuracy | 0 |" in text
+    assert "(ECE)" not in text
+
+
+def test_a_card_builds_the_network_with_its_options(trained):
+    recipe = parse_recipe(trained["student", 36].facts.recipe, source="")
+    student = dataclasses.replace(
+        recipe.networks["student"], model="timm:resnet18",
+        options={"drop_rate": 0.25, "pretrained": True, "stem_type": "deep"},
+    )  # fmt: skip
+    from bdkd.config import to_toml
+
+    text = to_toml(dataclasses.replace(recipe, networks={**recipe.networks, "student": student}))
+    facts = dataclasses.replace(trained["student", 36].facts, model="timm:resnet18", recipe=text)
+    assert (
+        "create_model('timm:resnet18', 3, 3, drop_rate=0.25, stem_type='deep').eval()"
+        in model_card(facts, "a.safetensors")
+    )
+
+
+def test_options_that_load_other_weights_are_not_taken():
+    """timm unpickles the file that ``checkpoint_path`` names."""
+    from bdkd.config import NetworkConfig
+
+    options = {"pretrained": True, "pretrained_cfg": "x", "pretrained_cfg_overlay": "x",
+               "checkpoint_path": "evil.pt", "cache_dir": "x", "img_size": 8}  # fmt: skip
+    config = NetworkConfig(model="timm:resnet18", role="student", options=options)
+    assert built_without_weights(config) == {"img_size": 8}
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """A network whose logits are off in any batch but of one image, or in one image alone."""
+
+    def __init__(self, network: nn.Module, by: float, alone: bool) -> None:
+        super().__init__()
+        self.network, self.by, self.alone = network, by, alone
+
+    def forward(self, x):
+        shift = self.by if (len(x) == 1) == self.alone else 0.0
+        return self.network(x) + shift
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("by", [3e-3, float("nan")])
+def test_a_file_whose_logits_are_off_is_not_written(by, alone, trained, tmp_path, monkeypatch):
+    """By a thousandth of the largest logit, of one image or of several."""
+    from bdkd.training import exported
+
+    came = trained["student", 36]
+    plain = exported._OPEN["safetensors"]
+    monkeypatch.setitem(
+        exported._OPEN, "safetensors", lambda *given: Shifted(plain(*given), by, alone)
+    )
+    target = tmp_path / "a.safetensors"
+    with pytest.raises(RunError, match="other logits than student"):
+        export(came, "safetensors", target, force=False)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    written = export(came, "safetensors", target, force=False)
+    assert written.files == [target, tmp_path / "README.md"]
+    assert written.error == 0
+    with torch.inference_mode():
+        assert written.largest == came.network(came.images).abs().max()
+
+
+def test_the_commit_is_of_the_source_and_says_whether_it_was_changed(tmp_path):
+    def git(*arguments: str) -> str:
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *author, *arguments],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        return done.stdout.strip()
+
+    source, other = tmp_path / "source.py", tmp_path / "other.py"
+    source.write_text("a = 1\n")
+    other.write_text("b = 1\n")
+    assert _commit(source) is None  # no checkout
+    git("init", "-q")
+    git("add", "source.py")
+    git("commit", "-qm", "first")
+    git("tag", "-am", "v1", "v1")
+    assert _commit(source) == git("rev-parse", "HEAD")
+    assert _commit(other) is None  # another project's checkout: the file is not in it
+    source.write_text("a = 2\n")
+    assert _commit(source) == git("rev-parse", "HEAD") + "-dirty"
