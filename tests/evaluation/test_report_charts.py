@@ -117,6 +117,9 @@ def test_every_point_of_a_line_is_where_the_ticks_say(form):
     assert drawn[:, 0].min() >= frame[0]
     assert drawn[:, 0].max() <= frame[1] < width
     assert 0 < drawn[:, 1].min() < drawn[:, 1].max() <= frame[2] < height
+    # And the lines fill it.
+    assert (drawn[:, 0].min(), drawn[:, 0].max()) == pytest.approx(tuple(frame[:2]), abs=0.1)
+    assert drawn[:, 1].max() - drawn[:, 1].min() > 0.85 * (frame[2] - 12)
     # A dot at every point, which says its value.
     dots = [(at(e, "cx", "cy"), words(e)) for e in chart.iter("circle")]
     told = [(line, y) for line in lines for y in line.y if np.isfinite(y)]
@@ -255,9 +258,15 @@ def test_a_scatter_keeps_distances_and_names_each_class_at_its_points():
         assert np.abs(np.array([x, y - 4]) - middle).max() < 8
 
 
+def diagonal_of(chart):
+    [line] = with_class(chart, "line", "reference")
+    return line
+
+
 def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bin():
     rng = np.random.default_rng(1)
     confidence = rng.uniform(0.2, 1, 400)
+    confidence[:30] = np.repeat([0.6, 0.8, 1.0], 10)  # 9/15 and 12/15: the ends of two bins
     correct = rng.random(400) < np.where(confidence > 0.6, confidence - 0.2, confidence + 0.2)
     chart = parse(draw("Reliability of a", bin_images(confidence, correct)))
     axes = Axes(chart)
@@ -300,11 +309,15 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
     counted = [at(g.findall("rect")[2], "y", "height") for g in groups]
     assert len({round(y + high, 1) for y, high in counted}) == 1
     highest = max(high for _, high in counted)
+    frame = at(diagonal_of(chart), "y1")[0]
+    lowest = float(chart.get("viewBox").split()[3])
+    assert frame < min(y for y, _ in counted)  # below the diagram, in a strip that they fill
+    assert highest > 0.4 * (lowest - frame)
     for k, (_, high) in zip(found, counted, strict=True):
         n = int(((confidence > k / 15) & (confidence <= (k + 1) / 15)).sum())
         assert high == pytest.approx(highest * n / most, abs=0.2)
     # Calibrated is the line on which accuracy is the confidence.
-    [diagonal] = with_class(chart, "line", "reference")
+    diagonal = diagonal_of(chart)
     x1, y1, x2, y2 = at(diagonal, "x1", "y1", "x2", "y2")
     assert [axes.x(x1), axes.x(x2)] == pytest.approx([0, 1], abs=axes.near[0])
     assert [axes.y(y1), axes.y(y2)] == pytest.approx([0, 1], abs=axes.near[1])

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import entropy
 from small_runs import Tiny
 from torch import nn
 
 from bdkd.config import load_recipe
-from bdkd.data import create_source
+from bdkd.data import Batch, DataInfo, create_source
 from bdkd.models import create_model
 from bdkd.training.evaluate import evaluate
 from bdkd.training.predictions import predict
@@ -70,3 +72,79 @@ def test_answers_are_those_of_the_metrics(source, batch_size):
     assert (broken.predicted[np.isnan(broken.confidence)] == -1).all()
     assert broken.features.shape == (len(kept.featured), 2)
     assert np.isfinite(broken.features).all()
+
+
+class Points:
+    """Images of one pixel, of two classes."""
+
+    def __init__(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        self.values, self.target = values, target
+        fields = dict.fromkeys(DataInfo.__dataclass_fields__)
+        counts = {"train": 0, "val": 0, "test": len(values)}
+        self.info = DataInfo(**{**fields, "classes": ("a", "b"), "counts": counts})
+
+    def eval_batches(self, split, batch_size):
+        assert split == "test"
+        for start in range(0, len(self.values), batch_size):
+            part = slice(start, start + batch_size)
+            yield Batch((self.values[part],), self.target[part])
+
+
+class Line(nn.Module):
+    """Features are three multiples of the pixel, as maps of 1x2 of which the mean counts."""
+
+    def forward_features(self, x):
+        x = torch.outer(x, torch.tensor([1.0, 2.0, -3.0]))[:, :, None, None]
+        return torch.cat((x - 1, x + 1), -1)
+
+    def forward(self, x):
+        return torch.outer(x, torch.tensor([1.0, -1.0, 0.5]))
+
+
+@pytest.mark.parametrize("batch_size", range(1, 13))
+def test_every_image_has_its_own_answers_and_features_at_any_batch_size(batch_size, monkeypatch):
+    """Features are kept of four images a class, the first eight. The last of them begins a batch of
+    7 images, and of 1."""
+    generator = torch.Generator().manual_seed(0)
+    source = Points(
+        torch.randn(11, generator=generator),
+        torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1]),
+    )  # fmt: skip
+    monkeypatch.setattr("bdkd.evaluation.predictions.FEATURES_PER_CLASS", 4)
+    kept = predict({"line": Line()}, source, "test", batch_size, "fp32")
+    featured = [0, 1, 2, 3, 4, 5, 6, 7]
+    assert kept.featured.tolist() == featured
+    assert kept.target.tolist() == source.target.tolist()
+    line, logits = kept.networks["line"], Line()(source.values).double().numpy()
+    p = softmax(logits, axis=1)
+    assert line.predicted.tolist() == logits.argmax(1).tolist()
+    np.testing.assert_allclose(line.confidence, p.max(1), rtol=1e-14)
+    np.testing.assert_allclose(line.entropy, entropy(p, axis=1), rtol=1e-6)
+    expected = np.outer(source.values.numpy(), [1, 2, -3])[featured]
+    np.testing.assert_allclose(line.features, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_class_is_that_of_the_logits_where_probabilities_round():
+    """Two logits that differ have one probability to all digits of float64."""
+
+    class Close(nn.Module):
+        def forward(self, x):
+            return torch.stack((0 * x, 0 * x + 1e-30), 1)
+
+    source = Points(torch.zeros(3), torch.tensor([0, 1, 1]))
+    kept = predict({"close": Close()}, source, "test", 2, "fp32").networks["close"]
+    assert kept.predicted.tolist() == [1, 1, 1]
+    assert kept.confidence.tolist() == [0.5] * 3
+
+
+def test_low_precision_answers_and_features_are_those_of_the_training():
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+    network.forward_features = lambda x: network(x)
+    values, target = torch.randn(9, 4), torch.tensor([0, 1, 0] * 3)
+    kept = predict({"a": network}, Points(values, target), "test", 4, "bf16").networks["a"]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = network(values).double()
+    assert not torch.equal(logits, network(values).double())
+    np.testing.assert_allclose(kept.confidence, logits.softmax(-1).amax(-1), rtol=1e-12)
+    np.testing.assert_array_equal(kept.features, logits.half())

@@ -59,6 +59,39 @@ def test_the_validation_part_alone_decides_the_temperature():
     assert networks["student"].training  # put back
 
 
+class Times(nn.Module):
+    """Logits are the points times a factor, so that the best temperature is proportional to it."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_every_network_has_its_own_temperature_and_keeps_its_mode():
+    """In float64: softened by its own temperature, every network here gives the same answers."""
+    source, factors = Source(), {"b": 1.0, "a": 3.0, "c": 0.5}
+    networks = {name: Times(factor) for name, factor in factors.items()}
+    networks["a"].eval()
+    networks["c"].eval()
+    came = recalibrate(networks, source, 50, "fp32")
+    assert {name: network.training for name, network in networks.items()} == {
+        "b": True, "a": False, "c": False,
+    }  # fmt: skip
+    assert list(came) == list(factors)
+    one = came["b"]["temperature"]
+    meter = Calibration(3)
+    meter.update(source.images["test"].double() / one, source.labels["test"])
+    expected = meter.compute()
+    for name, factor in factors.items():
+        assert came[name]["temperature"] == pytest.approx(factor * one, rel=1e-5)
+        assert came[name]["nll_scaled"] == pytest.approx(expected.nll, rel=1e-5)
+        assert came[name]["brier_scaled"] == pytest.approx(expected.brier, rel=1e-5)
+        assert came[name]["ece_scaled"] == pytest.approx(expected.ece, rel=1e-4)
+
+
 def test_without_a_validation_part_or_finite_logits_there_is_none():
     nothing = {"temperature": None, "ece_scaled": None, "nll_scaled": None, "brier_scaled": None}
     assert recalibrate({"a": Twice()}, Source(val=0), 64, "fp32") == {"a": nothing}
