@@ -312,7 +312,7 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
     frame = at(diagonal_of(chart), "y1")[0]
     lowest = float(chart.get("viewBox").split()[3])
     assert frame < min(y for y, _ in counted)  # below the diagram, in a strip that they fill
-    assert highest > 0.4 * (lowest - frame)
+    assert highest > 0.35 * (lowest - frame)
     for k, (_, high) in zip(found, counted, strict=True):
         n = int(((confidence > k / 15) & (confidence <= (k + 1) / 15)).sum())
         assert high == pytest.approx(highest * n / most, abs=0.2)

@@ -183,7 +183,7 @@ def test_the_entropy_gap_is_the_teachers_entropy_less_the_students(cards):
         heights, ends = np.array([[float(v) for v in step.split("H")] for step in steps]).T
         shares, edges = axes.y(heights), axes.x(ends)
         # Every image is in a bar, those beyond the last edge in the last bar.
-        assert shares.sum() == pytest.approx(1, abs=0.02)
+        assert shares.sum() == pytest.approx(1, abs=0.003)
         assert shares[-1] == pytest.approx((values > edges[-2]).mean(), abs=0.02)
         assert shares[0] == pytest.approx((values <= edges[0]).mean(), abs=0.02)
         upper = edges > axes.near[0]
