@@ -174,15 +174,6 @@ def test_exported_weights_start_another_run(run, tmp_path):
             torch.testing.assert_close(began[key], value)
 
 
-def test_the_average_is_the_student_that_leaves(tmp_path, capsys):
-    folder = tmp_path / "run"
-    main(["train", *SMALL, "--max-steps", "2", "--run-dir", str(folder)])
-    main(["export", str(folder), "--to", "safetensors"])
-    assert "student_ema (resnet8)" in capsys.readouterr().out
-    file = folder / "export" / "student_ema" / "model.safetensors"
-    assert list(evaluated(capsys, file)["networks"]) == ["student_ema"]
-
-
 def test_the_network_that_is_meant():
     recipe = load_recipe("digits")
     student = recipe.networks["student"]
@@ -373,18 +364,6 @@ def test_another_data_set_is_refused(run, tmp_path, capsys):
     assert (code, "not the one of" in message, "--data-root" in message) == (1, True, True)
 
 
-def test_a_file_that_gives_other_logits_is_not_written(run, tmp_path, capsys, monkeypatch):
-    from bdkd.training import exported as module
-
-    monkeypatch.setitem(
-        module._OPEN, "onnx", lambda *a: module.Function(lambda x: torch.ones(len(x), 10))
-    )
-    target = tmp_path / "a.onnx"
-    code, message = fail(capsys, "export", str(run), "--to", "onnx", "--output", str(target))
-    assert (code, "other logits" in message) == (1, True)
-    assert not target.exists()
-
-
 def test_what_is_there_stays(run, tmp_path, capsys):
     here = ["export", str(run), "--to"]
     before = exported(run, "onnx").read_bytes()
@@ -407,7 +386,11 @@ def test_what_is_there_stays(run, tmp_path, capsys):
         (["--to", "onnx", "--output", "a.pt"], 2, "*.onnx"),
         (["--to", "onnx", "--output", "."], 2, "*.onnx"),
         (["--to", "onnx", "--network", "studnet"], 2, "did you mean 'student'"),
-        (["--to", "onnx", "--output", "/proc/none/a.onnx"], 1, "choose another --output"),
+        (
+            ["--to", "safetensors", "--output", "/proc/none/a.safetensors"],
+            1,
+            "choose another --output",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, code, needed, run, tmp_path, monkeypatch, capsys):
@@ -432,7 +415,7 @@ def test_a_missing_package_is_named(package, run, tmp_path, capsys, monkeypatch)
 
 
 def test_a_full_disk_leaves_the_file_before(run, tmp_path, capsys, monkeypatch):
-    target = tmp_path / "a.onnx"
+    target = tmp_path / "a.safetensors"
     target.write_bytes(b"before")
 
     def full(_):
@@ -440,8 +423,8 @@ def test_a_full_disk_leaves_the_file_before(run, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     code, message = fail(
-        capsys, "export", str(run), "--to", "onnx", "--output", str(target), "--force"
+        capsys, "export", str(run), "--to", "safetensors", "--output", str(target), "--force"
     )
     assert (code, "No space left" in message, "free some space" in message) == (1, True, True)
     assert "--resume" not in message
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.onnx", b"before")]
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.safetensors", b"before")]

@@ -21,7 +21,7 @@ from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
 from bdkd.training.checkpoint import load_checkpoint, network_weights
 from bdkd.training.export import _commit, export, open_trained
-from bdkd.training.exported import built_without_weights
+from bdkd.training.exported import open_network, read_exported
 from bdkd.training.model_card import model_card
 
 NETWORKS = ("teacher", "student", "student_ema")
@@ -201,17 +201,19 @@ def test_a_card_builds_the_network_with_its_options(trained):
     )
 
 
-def test_options_that_load_other_weights_are_not_taken():
-    """timm unpickles the file that ``checkpoint_path`` names."""
-    from bdkd.config import NetworkConfig
-
-    options = {"pretrained": True, "pretrained_cfg": "x", "pretrained_cfg_overlay": "x",
-               "checkpoint_path": "evil.pt", "cache_dir": "x", "img_size": 8}  # fmt: skip
-    config = NetworkConfig(model="timm:resnet18", role="student", options=options)
-    assert built_without_weights(config) == {"img_size": 8}
-
-
 # --- what is written -----------------------------------------------------------------------------
+
+
+def test_the_average_is_the_student_that_leaves(run, tmp_path, trained, capsys):
+    file = tmp_path / "model.safetensors"
+    main(["export", str(run), "--to", "safetensors", "--output", str(file)])
+    assert "student_ema (resnet8)" in capsys.readouterr().out
+    read = read_exported(file)
+    assert read.facts == trained["student_ema", 36].facts
+    opened = open_network(read, create_model("resnet8", 3), torch.device("cpu"))
+    came = trained["student_ema", 36]
+    with torch.inference_mode():
+        assert torch.equal(opened(came.images), came.network(came.images))
 
 
 class Shifted(nn.Module):

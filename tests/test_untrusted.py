@@ -391,7 +391,8 @@ def test_options_that_load_other_weights_are_not_taken():
     """timm unpickles the file that ``checkpoint_path`` names."""
     from bdkd.config import NetworkConfig
 
-    options = {"checkpoint_path": "evil.pt", "pretrained": True, "cache_dir": "x", "img_size": 8}
+    options = {"pretrained": True, "pretrained_cfg": "x", "pretrained_cfg_overlay": "x",
+               "checkpoint_path": "evil.pt", "cache_dir": "x", "img_size": 8}  # fmt: skip
     config = NetworkConfig(model="timm:resnet18", role="student", options=options)
     assert built_without_weights(config) == {"img_size": 8}
 

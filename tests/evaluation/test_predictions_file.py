@@ -77,3 +77,11 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path):
             path.write_bytes(to_bytes(dataclasses.replace(good, networks=networks)))
             with pytest.raises(ValueError, match="'a' has"):
                 read_predictions(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, "cut"])
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    path = tmp_path / "predictions.safetensors"
+    path.write_bytes(to_bytes(some())[:-5] if content == "cut" else content)
+    with pytest.raises(ValueError, match="holds no predictions of a run"):
+        read_predictions(path)

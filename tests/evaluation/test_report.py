@@ -23,7 +23,6 @@ from bdkd.evaluation.predictions import (
     NetworkPredictions,
     Predictions,
     featured_images,
-    read_predictions,
     to_bytes,
 )
 from bdkd.evaluation.report import write_report
@@ -227,21 +226,6 @@ def test_seeds_are_averaged_and_methods_told_apart(tmp_path):
     groups = group_runs([read_run(p) for p in find_runs([folder])])
     assert [len(group.runs) for group in groups] == [3, 3, 3]
     assert set(differing(groups)) == {"objective.name", "objective.gamma"}
-    line = groups[0].mean_line("", "student", "val", "top1", True, 0)
-    np.testing.assert_allclose(line.x, [1, 2, 3])
-    expected = [[1 - 5 / (step + seed) for seed in range(3)] for step in (20, 40, 60)]
-    np.testing.assert_allclose(line.y, np.mean(expected, 1))
-    np.testing.assert_allclose(line.low, np.min(expected, 1))
-    np.testing.assert_allclose(line.high, np.max(expected, 1))
-
-
-def test_the_capacity_gap_runs_over_teachers(tmp_path):
-    for k, teacher in enumerate(("wrn_16_2", "wrn_16_4", "wrn_16_8")):
-        make_run(tmp_path / teacher, teacher=teacher, seed=k, size=1e5 * 4**k)
-    page, _ = page_of([tmp_path / t for t in ("wrn_16_8", "wrn_16_2", "wrn_16_4")], tmp_path)
-    assert "Capacity gap: student accuracy over teacher size" in page.text
-    assert "1,600,000" in page.text
-    assert "resnet8, bdkd, wrn_16_4: 91.00%" in page.text
 
 
 def test_many_networks_averages_and_roles(tmp_path):
@@ -324,7 +308,7 @@ def test_a_long_run_is_thinned_and_six_runs_stay_small(tmp_path):
     runs = [make_run(tmp_path / f"run{k}", gamma=1.0 + k) for k in range(6)]
     network = {"loss": 0.5, "top1": 0.5, "nll": 0.4, "ece": 0.1, "entropy": 0.3}
     with open(runs[0] / "metrics.jsonl", "w") as file:
-        for step in range(100_000):
+        for step in range(20_000):
             line = {"step": step, "epoch": 0, "split": "train", "student": network,
                     "teacher": network, "forward_weight": 1.5}  # fmt: skip
             file.write(json.dumps(line) + "\n")
@@ -389,35 +373,6 @@ def test_without_scikit_learn_the_page_says_what_brings_it(tmp_path, monkeypatch
     page, warnings = page_of([run], tmp_path, tsne=True)
     assert "pip install 'bdkd[train]'" in page.text
     assert warnings == ["features are not drawn without scikit-learn: pip install 'bdkd[train]'"]
-
-
-def test_predictions_come_back_and_strangers_are_refused(tmp_path):
-    given = predictions(("teacher", HOSTILE), classes=["a", "b", "ç"])
-    path = tmp_path / "predictions.safetensors"
-    path.write_bytes(to_bytes(given))
-    read = read_predictions(path)
-    assert read.classes == given.classes
-    assert list(read.networks) == list(given.networks)
-    for name, network in given.networks.items():
-        for field in ("confidence", "entropy", "predicted", "features"):
-            np.testing.assert_array_equal(
-                getattr(read.networks[name], field), getattr(network, field)
-            )
-            assert getattr(read.networks[name], field).dtype == getattr(network, field).dtype
-        np.testing.assert_array_equal(read.correct(name), network.predicted == given.target)
-    for content in (b"", b"\x00" * 64, path.read_bytes()[:-5]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="holds no predictions of a run"):
-            read_predictions(path)
-    short = given.networks["teacher"]
-    wrong = NetworkPredictions(short.confidence[:-1], short.entropy, short.predicted, None)
-    path.write_bytes(to_bytes(Predictions(("a",), given.target, given.featured, {"x": wrong})))
-    with pytest.raises(ValueError, match="59"):
-        read_predictions(path)
-    assert len(featured_images(np.empty(0, np.int64))) == 0
-    kept = featured_images(np.repeat(np.arange(20), 80))
-    assert len(kept) == 500
-    assert kept.max() < 800
 
 
 def test_diagrams_have_the_bins_of_the_metrics():

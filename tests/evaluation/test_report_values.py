@@ -59,6 +59,24 @@ def test_the_table_of_results_has_every_networks_own_numbers(body):
     assert lines == expected
 
 
+def test_a_metric_that_no_run_has_leaves_its_column_out():
+    """Runs of an older bdkd, or without a validation part, have no ECE at a temperature."""
+    run = a_run("bdkd", 0)
+    for network in run.summary["networks"].values():
+        network["ece_scaled"] = None
+        del network["ece_if_calibrated"]
+    del run.summary["networks"]["teacher"]["nll"]
+    [table] = with_class(page_of([run]), "table", "results")
+    head, *lines = rows_of(table)
+    assert head[4:] == ["top-1", "ECE", "NLL", "Brier", "agrees with teacher"]
+    for line, name in zip(lines, ROLES, strict=True):
+        top1, ece, nll, brier = (
+            told_apart("bdkd", name, metric, 0) for metric in ("top1", "ece", "nll", "brier")
+        )
+        shown = "–" if name == "teacher" else f"{nll:.3f}"
+        assert line[4:-1] == [f"{top1:.2%}", f"{ece:.2%}", shown, f"{brier:.3f}"]
+
+
 def test_the_number_of_seeds_is_said_where_all_have_the_same(body):
     for runs, said, column in (
         ([a_run("bdkd", s) for s in SEEDS], "; mean ± standard deviation over 3 seeds", False),
