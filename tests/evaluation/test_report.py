@@ -342,6 +342,21 @@ def test_paths_without_a_run_and_pages_that_cannot_be_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "run"]
 
 
+def test_a_page_that_cannot_be_finished_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    run, output = make_run(tmp_path / "run"), tmp_path / "report.html"
+    output.write_text("the old page")
+
+    def fail(*_):
+        assert output.read_text() == "the old page"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(RunError, match="No space left on device; choose another --output"):
+        write_report([run], output, tsne=False)
+    assert output.read_text() == "the old page"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]
+
+
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3)

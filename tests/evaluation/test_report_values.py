@@ -114,6 +114,19 @@ def test_what_is_finished_is_told_from_what_runs():
     assert [row[:2] for row in rows_of(table)[1:]] == [["bdkd", name] for name in ROLES]
 
 
+def test_every_run_is_listed_with_its_seed_time_notes_and_recipe():
+    runs = [a_run("bdkd", 3), a_run("dkd", 4, finished=False)]
+    runs[0].summary |= {"device": "cuda:0", "torch": "2.9"}
+    [section] = [s for s in page_of(runs).iter("section") if s.get("id") == "runs"]
+    first, second = section.iter("details")
+    assert words(first.find("summary")) == "bdkd-3 bdkd"
+    assert [words(p) for p in first.iter("p")] == [
+        "method bdkd, seed 3, trained 103 s, cuda:0, 2.9"
+    ]
+    assert words(first.find("pre")) == "seed = 3"
+    assert [words(p) for p in second.iter("p")] == ["method dkd, seed 4", "not finished"]
+
+
 def test_keys_that_differ_are_shown_with_each_configurations_value():
     first = a_run("bdkd", 0, train={"epochs": 5, "flip": False})
     second = a_run("bdkd", 0, train={"epochs": 5, "flip": True, "ema": 0})
@@ -163,6 +176,14 @@ def test_a_reliability_card_pools_the_images_of_all_seeds(method, name, cards):
     assert words(note) == f"ECE {of_seeds(eces, True)}, if calibrated {chance:.2%}"
     assert f"{name}" in words(card.find("svg/title"))
     assert len(list(card.iter("g"))) == len(rows)
+
+
+def test_of_many_networks_the_students_alone_have_diagrams():
+    """A page of more than twelve diagrams of a kind is not read."""
+    for methods, expected in ((6, ("student_ema", "teacher")), (7, ("student_ema",))):
+        runs = [a_run(f"m{k}", 0) for k in range(methods)]
+        found = [h for h in cards_of(page_of(runs), "calibration") if "_" in h or "teacher" in h]
+        assert found == [f"m{k}: {name}" for k in range(methods) for name in expected]
 
 
 def test_a_run_without_a_measured_ece_shows_that_of_its_images():
