@@ -148,6 +148,7 @@ def edits() -> dict[str, tuple[str, bytes, bytes]]:
     return {
         "onnx_operator": ("onnx", b"Relu", b"Tanh"),
         "safetensors_names": ("safetensors", b'"first.weight"', b'"again.weight"'),
+        "safetensors_type": ("safetensors", b'"F32"', b'"I32"'),
         "program_operator": ("export", b"aten.relu.default", b"aten.tanh.default"),
         "program_padding": ("export", b'"as_ints": [1, 1]', b'"as_ints": [0, 0]'),
         "program_epsilon": ("export", b'"as_float": 1e-05', b'"as_float": 1e-01'),

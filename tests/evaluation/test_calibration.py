@@ -1,4 +1,4 @@
-"""Calibration against a float64 NumPy derivation, three libraries, and its own claims."""
+"""Calibration against a float64 NumPy derivation, two libraries, and its own claims."""
 
 import math
 from dataclasses import astuple, fields, replace
@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vision import mended_torchvision
 
 from bdkd.evaluation.calibration import (
     BINS,
@@ -125,7 +124,7 @@ def test_agrees_with_numpy(samples, classes, dtype):
     assert all(isinstance(value, int | float | tuple) for value in astuple(result))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_random_cases_and_any_cut_into_batches(data):
     """Small whole logits tie often; -inf leaves m equal ones, so a confidence of exactly 1/m: on
@@ -193,19 +192,6 @@ def test_saturated_confidences_stay_in_the_last_of_fifteen_bins():
     assert result.ece == result.mce == 0.25
     assert result.nll == pytest.approx(1e4 / 4)
     assert result.ece_if_calibrated == 0.0
-
-
-def test_torchmetrics_agrees():
-    mended_torchvision()  # which torchmetrics imports
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    logits, target = random_case(3000, 10, seed=5)
-    result = calibrate(logits, target).compute(draws=1)
-    assert max(result.bin_confidence) < 1  # its hidden sixteenth bin takes what is exactly 1
-    probabilities = logits.softmax(-1)  # float32, as torchmetrics works
-    for norm, ours in (("l1", result.ece), ("max", result.mce)):
-        theirs = multiclass_calibration_error(probabilities, target, 10, n_bins=15, norm=norm)
-        assert theirs.item() == pytest.approx(ours, abs=2e-6)
 
 
 def test_netcal_agrees():

@@ -370,7 +370,7 @@ ANY = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(summary=ANY, profile=ANY, lines=st.lists(ANY, max_size=4), step=st.integers(0, 9))
 def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory, summary, profile, lines, step):
     run = tmp_path_factory.mktemp("any") / "run"
