@@ -1,0 +1,168 @@
+"""A run that is killed at any moment and resumed ends as the run that was never killed.
+
+The killed runs are copies of a run's folder, taken between two of its steps: that is what SIGKILL
+leaves. One run therefore gives every moment, and each of them is resumed in this process.
+"""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import TINY_RUN, metrics, same, tiny_state
+from test_step import a_batch, run_steps
+
+from bdkd.cli import main
+from bdkd.cli.train import parse
+from bdkd.config import OptimizerConfig, load_recipe
+from bdkd.training.checkpoint import load_checkpoint, save_checkpoint
+from bdkd.training.loop import train
+from bdkd.training.run_folder import RunFolder
+from bdkd.training.setup import Setup
+from bdkd.training.state import Best
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+# Three epochs of 12 steps. A log interval of 7 steps and a checkpoint every 5: most checkpoints lie
+# within an interval, so they have to carry its sums. Dropout draws from the saved random state.
+OPTIONS = [
+    "--log-every", "7", "--checkpoint.every-steps", "5", "--train.ema-decay", "0.9",
+    "--train.clip-norm", "1", "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3",
+    "--networks.teacher.model", "wrn_10_1", "--networks.teacher.options", "dropout", "0.3",
+    "--data.crop", "1", "--data.flip",
+]  # fmt: skip
+
+
+class CopiedRun:
+    """A data source that copies the run's folder before the training batches of some steps."""
+
+    def __init__(self, source, run: Path, copies: Path, steps: set[int]) -> None:
+        self.source, self.run, self.copies, self.steps, self.done = source, run, copies, steps, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+    def train_batches(self, *arguments):
+        for batch in self.source.train_batches(*arguments):
+            if self.done in self.steps:
+                for thread in threading.enumerate():
+                    if thread.name == "checkpoint":
+                        thread.join()
+                shutil.copytree(self.run, self.copies / str(self.done))
+            self.done += 1
+            yield batch
+
+
+# Before the first step; before the first checkpoint; between two; at the end of an epoch, where the
+# best checkpoint is the newest; and in the last epoch.
+KILLED = [0, 3, 8, 12, 31]
+
+
+@pytest.fixture(scope="module")
+def whole(without_figures, tmp_path_factory):
+    """The run that is never killed, the copies, and the file of the student's first weights."""
+    folder = tmp_path_factory.mktemp("whole")
+    weights = folder / "weights.pt"
+    stranger = Setup(parse([*TINY_RUN, "--seed", "5"], load_recipe(*TINY_RUN)).config)
+    torch.save(stranger.networks.members["student"].state_dict(), weights)
+    options = [*OPTIONS, "--networks.student.weights", str(weights)]
+    setup = Setup(parse([*TINY_RUN, *options], load_recipe(*TINY_RUN)).config)
+    setup.source = CopiedRun(setup.source, folder / "run", folder / "copies", {*KILLED})
+    train(setup, RunFolder(folder / "run"), "never", bar=False)
+    return folder
+
+
+@pytest.mark.parametrize("step", KILLED)
+def test_a_run_killed_between_two_steps_ends_as_the_whole_run(step, whole, tmp_path, capsys):
+    """Checkpoints, metrics, summary and predictions. Until the first checkpoint a run begins again
+    with the weights that it was given; later it does not need their file any more."""
+    run = Path(shutil.copytree(whole / "copies" / str(step), tmp_path / "run"))
+    assert not (run / "summary.json").exists()
+    if step >= 5:
+        text = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(text.replace("weights.pt", "gone.pt"))
+    main(["train", "--resume", "--run-dir", str(run)])
+    # At 12, the end of an epoch, the best checkpoint is the newest one.
+    begins = step if step == 12 else step // 5 * 5
+    assert f"continuing at step {begins}, " in capsys.readouterr().out
+    assert_same_run(run, whole / "run")
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Compare all that two runs have left, except the seconds."""
+    names = [sorted(path.name for path in (r / "checkpoints").iterdir()) for r in (run, whole)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        came, needed = (load_checkpoint(r / "checkpoints" / name)[1] for r in (run, whole))
+        del came["position"]["seconds"], needed["position"]["seconds"]
+        for key in needed:
+            assert same(came[key], needed[key]), (name, key)
+    assert metrics(run) == metrics(whole)
+    summaries = [json.loads((r / "summary.json").read_text()) for r in (run, whole)]
+    for summary in summaries:
+        del summary["wall_seconds"], summary["images_per_second"]
+    assert summaries[0] == summaries[1]
+    predictions = [load_file(r / "predictions.safetensors") for r in (run, whole)]
+    assert same(*predictions)
+
+
+def observed(state) -> dict:
+    """All that decides how a training state continues, read where the training reads it."""
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    return {
+        "networks": [value.clone() for value in state.networks.state_dict().values()],
+        "averages": [v.clone() for a in state.ema.values() for v in a.state_dict().values()],
+        "updates of the averages": (int(state.ema_updates), state.ema_copied_until),
+        "moments": [
+            {key: value.clone() for key, value in state.optimizer.state[p].items()}
+            for p in parameters
+        ],
+        "loss scale": (state.scaler.get_scale(), state.scaler.state_dict()["_growth_tracker"]),
+        "skipped": state.skipped.tolist(),
+        "position": vars(state.position).copy(),
+        "schedule": vars(state.span).copy(),
+        "best": state.best and vars(state.best).copy(),
+        "log interval": {k: v.clone() for k, v in vars(state.meter).items() if k in SUMS}
+        | {name: value.clone() for name, value in state.meter.statistics.items()},
+        "random numbers": torch.rand(3),
+    }
+
+
+SUMS = {"samples", "trained", "sums", "gaps"}
+
+
+def test_a_loaded_state_is_the_saved_one_in_everything(tmp_path):
+    """No part of it has the value that a new state has."""
+    options = {"optimizer": OptimizerConfig("adamw", learning_rate=1e-3), "ema_decay": 0.9,
+               "precision": "fp16", "epochs": 2}  # fmt: skip
+    state = tiny_state(**options)
+    state.scaler.scale(torch.ones(()))  # a scaler has its scale from its first use on
+    state.scaler.update(512.0)
+    run_steps(state, [a_batch(seed=1), a_batch(seed=2, poisoned=True)])
+    state.meter.read()  # the NaN of the skipped step
+    run_steps(state, [a_batch(seed=3)])
+    state.position.validation_due, state.position.seconds = True, 12.5
+    state.position.epoch = 1
+    state.span.batch_size, state.span.start, state.span.phase = 8, 3.0, 0.25
+    state.best = Best(2, 0.625)
+    state.ema_copied_until = 1
+    torch.manual_seed(77)
+    torch.rand(5)
+    save_checkpoint(tmp_path / "state.pt", "", state.state_dict())
+    needed = observed(state)
+
+    fresh = tiny_state(**options)
+    run_steps(fresh, [a_batch(seed=9)])
+    with torch.no_grad():
+        for value in fresh.networks.parameters():
+            value.add_(1.0)
+    began = observed(fresh)
+    for key in needed:
+        assert not same(began[key], needed[key]), key
+    fresh.load_state_dict(load_checkpoint(tmp_path / "state.pt")[1])
+    came = observed(fresh)
+    for key in needed:
+        assert same(came[key], needed[key]), key

@@ -1,0 +1,273 @@
+"""What metrics.jsonl, the terminal and summary.json say of a run, against its recipe and a clock."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_runs import TINY_RUN
+
+from bdkd.cli import main
+from bdkd.cli.train import parse
+from bdkd.config import load_recipe
+from bdkd.data import Batch
+from bdkd.errors import Interrupted, RunError
+from bdkd.training import loop, usage
+from bdkd.training.checkpoint import load_checkpoint
+from bdkd.training.run_folder import RunFolder
+from bdkd.training.setup import Setup
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+# 48 training images in batches of 16: three steps an epoch.
+SMALL = [
+    *TINY_RUN, "--train.batch-size", "16", "--networks.teacher.options", "width", "0.13",
+    "--networks.student.options", "width", "0.13", "--schedule.warmup", "1",
+]  # fmt: skip
+
+
+def set_up(*options: str) -> Setup:
+    return Setup(parse([*SMALL, *options], load_recipe(*TINY_RUN)).config)
+
+
+def lines_of(run: Path, split: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+# --- when -----------------------------------------------------------------------------------------
+
+
+def test_when_a_run_logs_evaluates_and_saves(tmp_path):
+    """Five epochs and one step of a sixth: logged every 4 steps, evaluated every 2 epochs, saved
+    every 5 steps, and all of it at the last step."""
+    run = tmp_path / "run"
+    main(["train", *SMALL, "--run-dir", str(run), "--quiet", "--train.epochs", "7", "--max-steps",
+          "16", "--log-every", "4", "--evaluate-every", "2", "--checkpoint.keep", "9"])  # fmt: skip
+    train, val = lines_of(run, "train"), lines_of(run, "val")
+    # A training line has the epoch that its last step belongs to, an evaluation those that are done.
+    assert [(line["step"], line["epoch"]) for line in train] == [(4, 1), (8, 2), (12, 3), (16, 5)]
+    assert [(line["step"], line["epoch"]) for line in val] == [(6, 2), (12, 4), (16, 5)]
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step-*.pt"))
+    assert saved == [f"step-{step:08d}.pt" for step in (5, 10, 15, 16)]
+    # The rate of the step itself: a linear warm-up of 3 steps, then a cosine to the end of 21.
+    for line in train:
+        done = (line["step"] - 1 - 3) / (21 - 3)
+        assert line["learning_rate"] == pytest.approx(0.05 * (1 + math.cos(math.pi * done)) / 2)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["images_per_second"] == pytest.approx(
+        sorted(line["images_per_second"] for line in train)[1] / 2
+        + sorted(line["images_per_second"] for line in train)[2] / 2
+    )
+
+
+# --- how long -------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that only the run's own work moves: see ``timed``."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, function):
+        """The function, as if it took so many seconds."""
+
+        def call(*args, **kwargs):
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return call
+
+
+# Seconds of a step, of a wait for a batch, of an evaluation and of a checkpoint
+STEP, WAIT, EVALUATION, SAVING = 3.0, 1.0, 100.0, 50.0
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    for module in (loop, usage):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(loop, "train_step", clock.takes(STEP, loop.train_step))
+    monkeypatch.setattr(loop, "evaluate", clock.takes(EVALUATION, loop.evaluate))
+    monkeypatch.setattr(loop, "snapshot", clock.takes(SAVING, loop.snapshot))
+    return clock
+
+
+class SlowSource:
+    """A data source whose every batch has to be waited for."""
+
+    def __init__(self, source, clock: Clock) -> None:
+        self.source, self.clock = source, clock
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+    def train_batches(self, *arguments):
+        for batch in self.source.train_batches(*arguments):
+            self.clock.now += WAIT
+            yield batch
+
+
+def timed(clock: Clock, run: Path, resume: str, *options: str) -> dict:
+    setup = set_up(*options)
+    setup.source = SlowSource(setup.source, clock)
+    return loop.train(setup, RunFolder(run), resume, bar=False)
+
+
+def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(clock, tmp_path, capsys):
+    """Evaluations and checkpoints lie within the log intervals; they are no training. The wall time
+    counts them, over both sessions of a run that was stopped."""
+    options = ["--train.epochs", "4", "--log-every", "2", "--checkpoint.every-steps", "2"]
+    summary = timed(clock, tmp_path, "never", *options, "--max-steps", "6")
+    # An epoch ends at steps 3 and 6. Saved at 2, at 3 (the best student), at 4, and at 6, whose own
+    # checkpoint cannot count the time that it takes.
+    first = summary["wall_seconds"]
+    assert first == pytest.approx(6 * (STEP + WAIT) + 2 * EVALUATION + 3 * SAVING)
+    for line in lines_of(tmp_path, "train"):
+        assert line["images_per_second"] == pytest.approx(16 / (STEP + WAIT))
+        assert line["data_wait"] == pytest.approx(WAIT / (STEP + WAIT))
+        assert line["mfu"] is None
+    assert summary["images_per_second"] == pytest.approx(16 / (STEP + WAIT))
+    # After four steps, one evaluation and two checkpoints: 216 seconds, so 108 for two more steps.
+    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 4/6")]
+    assert said.endswith("1:48 left")
+    clock.now += 10_000  # between the sessions nothing runs
+    summary = timed(clock, tmp_path, "require", *options, "--max-steps", "8")
+    assert summary["wall_seconds"] - first == pytest.approx(2 * (STEP + WAIT) + EVALUATION)
+
+
+def test_a_checkpoint_every_so_many_minutes(clock, tmp_path):
+    """Minutes since the last checkpoint, whatever it was for: one is 15 steps of this clock."""
+    timed(clock, tmp_path, "never", "--train.epochs", "12", "--checkpoint.every-steps", "1000",
+          "--checkpoint.every-minutes", "1", "--checkpoint.keep", "9", "--evaluate-every", "50",
+          "--log-every", "1000")  # fmt: skip
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*.pt"))
+    assert saved == [f"step-{step:08d}.pt" for step in (15, 30, 36)]
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+class PoisonedSource:
+    """A data source with a NaN in the training batches of some steps."""
+
+    def __init__(self, source, steps: set[int]) -> None:
+        self.source, self.steps, self.step = source, steps, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+    def train_batches(self, *arguments):
+        for batch in self.source.train_batches(*arguments):
+            self.step += 1
+            if self.step in self.steps:
+                batch = Batch(tuple(v * torch.nan for v in batch.views), batch.target)
+            yield batch
+
+
+def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, capsys):
+    """Three rows of two, with good steps in between, are less than the three that are too many."""
+    poisoned = {2, 3, 5, 6, 9, 10}
+    options = ["--train.epochs", "4", "--train.max-skipped", "3", "--checkpoint.every-steps", "1",
+               "--checkpoint.keep", "20"]  # fmt: skip
+    setup, run = set_up(*options), tmp_path / "run"
+    setup.source = PoisonedSource(setup.source, poisoned)
+    loop.train(setup, RunFolder(run), "never", bar=False)
+    for line in lines_of(run, "train"):
+        assert line["skipped_steps"] == sum(step <= line["step"] for step in poisoned)
+    said = capsys.readouterr().out.splitlines()
+    rows = [int(line.split()[3]) for line in said if line.startswith("skipped up to")]
+    assert rows == [1, 2, 2] * 3  # every step is read; the good one that ends a row tells it again
+    # Within a row nothing is saved.
+    saved = {int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*.pt")}
+    assert saved == {*range(1, 13)} - poisoned
+    setup = set_up(*options)
+    setup.source = PoisonedSource(setup.source, {7, 8, 9})
+    with pytest.raises(RunError, match=r"3 steps in a row: the last good .*step-00000006\.pt"):
+        loop.train(setup, RunFolder(tmp_path / "bad"), "never", bar=False)
+
+
+def test_a_signal_saves_the_step_that_it_came_in(tmp_path):
+    """And is answered with 128 + its number; the lines of metrics are written until then."""
+
+    class SignallingSource(PoisonedSource):
+        def train_batches(self, *arguments):
+            for batch in self.source.train_batches(*arguments):
+                self.step += 1
+                if self.step == 4:
+                    signal.raise_signal(signal.SIGUSR1)
+                yield batch
+
+    before = signal.getsignal(signal.SIGUSR1)
+    setup, run = set_up("--log-every", "1"), tmp_path / "a run"
+    setup.source = SignallingSource(setup.source, set())
+    with pytest.raises(Interrupted) as stopped:
+        loop.train(setup, RunFolder(run), "never", bar=False)
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    assert f"--resume --run-dir '{run}'" in str(stopped.value)
+    assert f"stopped at step 4, saved in {RunFolder(run).step_path(4)}" in str(stopped.value)
+    position = load_checkpoint(RunFolder(run).step_path(4))[1]["position"]
+    assert (position["step"], position["epoch"], position["seen"]) == (4, 1, 16)
+    assert [line["step"] for line in lines_of(run, "train")] == [1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGUSR1) == before
+    RunFolder(run).open_for_training("require")  # the lock is free again
+
+
+# --- the summary ----------------------------------------------------------------------------------
+
+
+def test_the_summary_is_of_the_selected_weights_on_the_test_images(tmp_path):
+    """Each network under its own name, against a plain evaluation of the selected checkpoint."""
+    run = tmp_path / "run"
+    options = ["--train.ema-decay", "0.5", "--train.epochs", "2", "--train.batch-size", "8",
+               "--networks.teacher.options", "width", "0.25"]  # fmt: skip
+    main(["train", *SMALL, *options, "--run-dir", str(run), "--quiet"])
+    summary = json.loads((run / "summary.json").read_text())
+    lines = lines_of(run, "val")
+    best = max(lines, key=lambda line: (line["student_ema"]["top1"], line["step"]))["step"]
+    assert summary["selected_step"] == best
+    saved = load_checkpoint(RunFolder(run).best_path(best))[1]
+    setup = set_up(*options)
+    weights = {
+        name: {
+            key.removeprefix(f"members.{name}."): value
+            for key, value in saved["networks"].items()
+            if key.startswith(f"members.{name}.")
+        }
+        for name in ("teacher", "student")
+    } | saved["ema"]
+    assert summary["networks"].keys() == weights.keys()
+    (batch,) = setup.source.eval_batches("test", 1000)
+    for name, own in weights.items():
+        network = setup.networks.members[name.removesuffix("_ema")]
+        network.load_state_dict(own)
+        network.eval()
+        with torch.no_grad():
+            p = network(batch.views[0]).double().softmax(-1)
+        came = summary["networks"][name]
+        truth = torch.nn.functional.one_hot(batch.target, 3)
+        nll = -p[torch.arange(len(p)), batch.target].log().mean()
+        assert came["top1"] == (p.argmax(-1) == batch.target).double().mean()
+        assert came["nll"] == pytest.approx(nll.item(), rel=1e-5)
+        assert came["brier"] == pytest.approx((p - truth).square().sum(-1).mean().item(), rel=1e-5)
+        assert came["entropy"] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)
+        assert came["parameters"] == sum(value.numel() for value in network.parameters())
+        assert came["role"] == name.removesuffix("_ema")
+        assert came["model"] == "resnet8"
+    assert len({network["nll"] for network in summary["networks"].values()}) == 3
+    assert (summary["split"], summary["images"]) == ("test", len(batch.target))
+    facts = [summary[key] for key in ("recipe", "method", "seed", "device")]
+    assert facts == ["tiny", "bdkd", 0, "cpu"]
+    assert summary["objective"]["name"] == "bdkd"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 12
+    main(["train", "--resume", "--run-dir", str(run), "--train.select", "last", "--quiet"])
+    assert json.loads((run / "summary.json").read_text())["selected_step"] == 12
