@@ -1,4 +1,4 @@
-"""What metrics.jsonl, the terminal and summary.json say of a run, against its recipe and a clock."""
+"""What metrics.jsonl, the terminal and summary.json say of a run, held to recipe and clock."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_when_a_run_logs_evaluates_and_saves(tmp_path):
     main(["train", *SMALL, "--run-dir", str(run), "--quiet", "--train.epochs", "7", "--max-steps",
           "16", "--log-every", "4", "--evaluate-every", "2", "--checkpoint.keep", "9"])  # fmt: skip
     train, val = lines_of(run, "train"), lines_of(run, "val")
-    # A training line has the epoch that its last step belongs to, an evaluation those that are done.
+    # A training line has the epoch of its last step, an evaluation the number of whole epochs.
     assert [(line["step"], line["epoch"]) for line in train] == [(4, 1), (8, 2), (12, 3), (16, 5)]
     assert [(line["step"], line["epoch"]) for line in val] == [(6, 2), (12, 4), (16, 5)]
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*.pt"))
