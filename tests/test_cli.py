@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import SMALL, bdkd
+from small_runs import SMALL, TINY_RUN, bdkd
 
 from bdkd.cli import main
 from bdkd.config import load_recipe, parse_recipe, shipped_recipes, to_toml
+from bdkd.errors import DamagedFile, Interrupted, RunError, UsageError
 
 QUICK = [*SMALL, "--max-steps", "3"]
 
@@ -24,8 +26,7 @@ QUICK = [*SMALL, "--max-steps", "3"]
 def run(tmp_path_factory) -> Path:
     """A finished short run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    done = bdkd("train", *QUICK, "--run-dir", str(folder), "--log", "tensorboard")
-    assert done.returncode == 0, done.stderr
+    main(["train", *QUICK, "--run-dir", str(folder), "--log", "tensorboard"])
     return folder
 
 
@@ -81,17 +82,21 @@ def test_tensorboard_reads_the_events(run):
     assert [e.step for e in events.Scalars("train/student/loss")] == [1, 2, 3]
 
 
-def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run):
-    by_run = bdkd("evaluate", str(run), "--split", "test", "--json")
-    assert by_run.returncode == 0, by_run.stderr
-    came = json.loads(by_run.stdout)["networks"]
+def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run, capsys):
+    main(["evaluate", str(run), "--split", "test", "--json"])
+    came = json.loads(capsys.readouterr().out)["networks"]
     kept = json.loads((run / "summary.json").read_text())["networks"]
     for name, network in kept.items():  # which has the recalibrated figures besides
         assert came[name].items() <= network.items()
     assert came.keys() == kept.keys()
-    by_file = bdkd("evaluate", str(best_of(run)))
-    assert by_file.returncode == 0, by_file.stderr
-    assert "216 val images" in by_file.stdout
+    main(["evaluate", str(best_of(run))])
+    out = capsys.readouterr().out
+    assert "216 val images" in out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    [validated] = [line for line in lines if line["split"] == "val"]
+    for name in ("teacher", "student"):  # which was evaluated at the same step
+        assert f"{100 * validated[name]['top1']:.2f}%" in out
+        assert f"{100 * validated[name]['ece']:.2f}%" in out
 
 
 def test_train_prints_plain_lines_in_a_pipe(tmp_path):
@@ -101,9 +106,6 @@ def test_train_prints_plain_lines_in_a_pipe(tmp_path):
     assert done.stdout.count("step ") >= 3
     assert "perfectly calibrated" in done.stdout
     assert "runs/digits-bdkd-seed0/figures/reliability.png" in done.stdout
-    again = bdkd("train", *QUICK, cwd=tmp_path)  # a second run takes a folder of its own
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "runs" / "digits-bdkd-seed0-2" / "summary.json").exists()
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -308,18 +310,6 @@ def test_resume_survives_damaged_metrics_and_says_what_is_gone(run, tmp_path, ca
     main(["train", "--resume", "--run-dir", str(copy), "--train.select", "last"])
 
 
-def test_initial_weights_may_be_gone_when_a_run_is_resumed(run, tmp_path, capsys):
-    from bdkd.training.checkpoint import load_checkpoint, network_weights
-
-    weights = tmp_path / "weights.pt"
-    torch.save(network_weights(load_checkpoint(best_of(run))[1], "student", run), weights)
-    target = tmp_path / "run"
-    main(["train", *QUICK, "--networks.student.weights", str(weights), "--run-dir", str(target)])
-    weights.unlink()
-    main(["train", "--resume", "--run-dir", str(target), "--max-steps", "4"])
-    assert "weights.pt" in (target / "config.toml").read_text()
-
-
 def test_an_edited_recipe_is_not_ignored_in_silence(tmp_path, capsys):
     file, target = tmp_path / "mine.toml", str(tmp_path / "run")
     text = to_toml(load_recipe("digits")).replace("[data]", "[data]", 1)
@@ -329,6 +319,52 @@ def test_an_edited_recipe_is_not_ignored_in_silence(tmp_path, capsys):
     main(["train", str(file), "--resume", "--run-dir", target])
     assert "unlike " in (said := capsys.readouterr().out)
     assert "max_steps" in said
+
+
+def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
+    """Its own values go before those of the recipe, and those of the command line before both."""
+    run = tmp_path / "run"
+    train = ["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "1"]
+    main([*train, "--optimizer.learning-rate", "0.02", "--log-every", "7"])
+    capsys.readouterr()
+    main([*train, "--resume", "--optimizer.momentum", "0.5", "--log-every", "3"])
+    said = capsys.readouterr().out
+    assert "resuming with changed optimizer.momentum, log_every\n" in said
+    assert f"kept from {run / 'config.toml'}, unlike {TINY_RUN[0]}: " in said
+    kept = said.partition("unlike ")[2].splitlines()[0]
+    assert kept.endswith(": optimizer.learning_rate")
+    config = load_recipe(str(run / "config.toml"))
+    assert (config.optimizer.learning_rate, config.optimizer.momentum) == (0.02, 0.5)
+    assert (config.log_every, config.max_steps) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("no such key"), 2, "no such key"),
+        (RunError("no such file"), 1, "no such file"),
+        (DamagedFile("cut off"), 1, "cut off"),
+        (Interrupted(signal.SIGTERM, "stopped"), 143, "stopped"),
+        (Interrupted(signal.SIGINT, "stopped"), 130, "stopped"),
+        (KeyError("x"), 1, "KeyError: 'x' (--debug shows where)"),
+        (ValueError("two\nlines"), 1, "ValueError: two lines (--debug shows where)"),
+    ],
+)
+def test_the_exit_code_and_the_line_of_every_kind_of_failure(
+    error, code, line, monkeypatch, capsys
+):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("bdkd.cli.run", fail)
+    for debug in (False, True):
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", *["--debug"] * debug])
+        assert ended.value.code == code
+        said = capsys.readouterr().err
+        assert said.endswith(f"bdkd: {line}\n")
+        assert ("Traceback" in said) == debug
+        assert debug or said.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_error_message():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from bdkd.cli import main
+from bdkd.errors import RunError
 from bdkd.identity import difference, refuse_other_data
 
 SMALL = [
@@ -160,6 +161,34 @@ def test_runs_of_before_have_no_identity_and_are_taken():
     assert difference(known, None) == ""
     for odd in (None, {}, [], {"source": 1}, {"source": "a", "classes": 3}):
         refuse_other_data([("one", known), ("two", odd), ("three", known)])
+
+
+KNOWN = {
+    "source": "folder", "classes": ["ant", "bee"], "images": {"train": 9, "test": 4},
+    "digests": {"train": "00", "test": "11"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"source": "digits"}, "it is digits and was folder"),
+        ({"classes": ["bee", "ant"]}, "class 0 is 'bee' and was 'ant'"),
+        ({"classes": ["ant", "cow"]}, "class 1 is 'cow' and was 'bee'"),
+        ({"classes": ["ant"]}, "it has 1 classes and had 2 (without 'bee')"),
+        ({"images": {"train": 8, "test": 4}}, "it has 8 train images and had 9"),
+        ({"images": {"train": 9, "test": 5}}, "it has 5 test images and had 4"),
+        ({"digests": {"train": "01", "test": "11"}}, "its train images are other files"),
+        ({"digests": {"train": "00", "test": "12"}}, "its test images are other files"),
+    ],
+)
+def test_every_part_of_an_identity_counts(change, said):
+    other = {**KNOWN, **change}
+    assert difference(KNOWN, {**KNOWN}) == ""
+    assert difference(KNOWN, other).startswith(said)
+    refuse_other_data([("one", KNOWN), ("two", {**KNOWN}), ("three", None)])
+    with pytest.raises(RunError, match="three has another data set than one: "):
+        refuse_other_data([("one", KNOWN), ("two", None), ("three", other)])
 
 
 def test_two_unicode_forms_of_a_class_name_are_told_apart():

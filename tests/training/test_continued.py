@@ -32,7 +32,7 @@ OPTIONS = [
     "--log-every", "7", "--checkpoint.every-steps", "5", "--train.ema-decay", "0.9",
     "--train.clip-norm", "1", "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3",
     "--networks.teacher.model", "wrn_10_1", "--networks.teacher.options", "dropout", "0.3",
-    "--data.crop", "1", "--data.flip",
+    "--data.crop", "1", "--data.flip", "--train.precision", "bf16", "--train.accumulate", "2",
 ]  # fmt: skip
 
 
@@ -89,6 +89,31 @@ def test_a_run_killed_between_two_steps_ends_as_the_whole_run(step, whole, tmp_p
     begins = step if step == 12 else step // 5 * 5
     assert f"continuing at step {begins}, " in capsys.readouterr().out
     assert_same_run(run, whole / "run")
+
+
+def test_a_run_cut_in_two_by_max_steps_is_the_run_in_one(whole, tmp_path):
+    """The schedule spans the epochs, whatever the number of steps. Where the first part ended it
+    was evaluated and saved; the rest is the same."""
+    run = tmp_path / "run"
+    weights = ["--networks.student.weights", str(whole / "weights.pt")]
+    main(["train", *TINY_RUN, *OPTIONS, *weights, "--max-steps", "14", "--run-dir", str(run)])
+    assert [line["step"] for line in metrics(run)] == [7, 12, 14, 14]
+    main(["train", "--resume", "--run-dir", str(run), "--max-steps", "None"])
+    came, needed = (load_checkpoint(RunFolder(r).step_path(36))[1] for r in (run, whole / "run"))
+    for key in ("networks", "ema", "optimizer", "schedule", "skipped"):
+        assert same(came[key], needed[key]), key
+    train, of_whole = (
+        [line for line in metrics(r) if line["split"] == "train"] for r in (run, whole / "run")
+    )
+    assert train == of_whole
+
+
+def test_a_resume_of_a_finished_run_changes_nothing(whole, tmp_path):
+    run = Path(shutil.copytree(whole / "run", tmp_path / "run"))
+    main(["train", "--resume", "--run-dir", str(run), "--quiet"])
+    assert_same_run(run, whole / "run")
+    before = (whole / "run" / "metrics.jsonl").read_bytes()
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def assert_same_run(run: Path, whole: Path) -> None:

@@ -1,14 +1,17 @@
 """Where metrics go besides metrics.jsonl."""
 
 import dataclasses
+import io
+import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from bdkd.config import load_recipe
 from bdkd.errors import RunError
-from bdkd.training.log import check_sinks, flat_scalars, open_sinks
+from bdkd.training.log import Console, check_sinks, flat_scalars, open_sinks
 
 
 def test_a_line_becomes_named_scalars():
@@ -18,6 +21,7 @@ def test_a_line_becomes_named_scalars():
         "split": "train",
         "student": {"loss": 0.5},
         "forward_weight": 1.5,
+        "mfu": None,
     }
     assert flat_scalars(line) == {
         "train/epoch": 1, "train/student/loss": 0.5, "train/forward_weight": 1.5,
@@ -49,6 +53,7 @@ def test_wandb_gets_the_same_scalars(monkeypatch, tmp_path):
     assert run.logged == [(7, {"train/student/loss": 0.5})]
     assert run.finished
     assert settings["name"] == "run"
+    assert settings["dir"] == str(tmp_path / "run")
     assert settings["resume"] == "allow"
 
 
@@ -58,3 +63,59 @@ def test_a_missing_sink_names_the_remedy(name, monkeypatch):
     recipe = dataclasses.replace(load_recipe("digits"), log=(name,))
     with pytest.raises(RunError, match=f"--log {name} needs {name}: pip install"):
         check_sinks(recipe)
+
+
+def test_a_resumed_run_finds_its_wandb_run_by_its_folder(monkeypatch, tmp_path):
+    """The same folder by another path is the same run; another folder of that name is not."""
+    identities, fake = [], types.ModuleType("wandb")
+    fake.init = lambda **options: identities.append(options["id"])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.chdir(tmp_path)
+    recipe = dataclasses.replace(load_recipe("digits"), log=("wandb",))
+    for folder in (tmp_path / "run", Path("run"), tmp_path / "other" / "run"):
+        open_sinks(recipe, folder, folder / "events", 0)
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
+    """Steps that were killed after the checkpoint are trained and logged again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = dataclasses.replace(load_recipe("digits"), log=("tensorboard",))
+    for start, steps, value in ((0, (1, 2, 3, 4), 1.0), (2, (3, 4, 5), 2.0)):
+        [sink] = open_sinks(recipe, tmp_path, tmp_path / "events", start)
+        for step in steps:
+            sink.scalars(step, {"train/loss": value})
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+LINE = {
+    "step": 7, "epoch": 2, "split": "train", "images_per_second": 1234.4, "learning_rate": 0.1,
+    "teacher": {"loss": math.nan, "top1": 0.5}, "student": {"loss": 1.25, "top1": 0.257},
+}  # fmt: skip
+
+
+def test_a_line_for_a_pipe(capsys):
+    """Percent, images a second, and minutes and seconds left; no loss of a network without one."""
+    Console(40, 3, bar=False).metrics(LINE, 125.4)
+    assert capsys.readouterr().out == (
+        "step 7/40  epoch 2  teacher top-1 50.0%  student loss 1.250 top-1 25.7%  1234 images/s  "
+        "2:05 left\n"
+    )
+
+
+def test_a_bar_for_a_terminal(monkeypatch):
+    """It begins where the run continues."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console(40, 30)
+    for _ in range(2):
+        console.step()
+    console.metrics(LINE, 1.0)
+    console.close()
+    assert "32/40" in terminal.getvalue()
+    assert "student loss 1.250 top-1 25.7%  1234 images/s" in terminal.getvalue()

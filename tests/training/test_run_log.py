@@ -195,7 +195,8 @@ def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, ca
         loop.train(setup, RunFolder(tmp_path / "bad"), "never", bar=False)
 
 
-def test_a_signal_saves_the_step_that_it_came_in(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_step_that_it_came_in(number, tmp_path):
     """And is answered with 128 + its number; the lines of metrics are written until then."""
 
     class SignallingSource(PoisonedSource):
@@ -203,21 +204,21 @@ def test_a_signal_saves_the_step_that_it_came_in(tmp_path):
             for batch in self.source.train_batches(*arguments):
                 self.step += 1
                 if self.step == 4:
-                    signal.raise_signal(signal.SIGUSR1)
+                    signal.raise_signal(number)
                 yield batch
 
-    before = signal.getsignal(signal.SIGUSR1)
+    before = signal.getsignal(number)
     setup, run = set_up("--log-every", "1"), tmp_path / "a run"
     setup.source = SignallingSource(setup.source, set())
     with pytest.raises(Interrupted) as stopped:
         loop.train(setup, RunFolder(run), "never", bar=False)
-    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    assert stopped.value.exit_code == 128 + number
     assert f"--resume --run-dir '{run}'" in str(stopped.value)
     assert f"stopped at step 4, saved in {RunFolder(run).step_path(4)}" in str(stopped.value)
     position = load_checkpoint(RunFolder(run).step_path(4))[1]["position"]
     assert (position["step"], position["epoch"], position["seen"]) == (4, 1, 16)
     assert [line["step"] for line in lines_of(run, "train")] == [1, 2, 3, 4]
-    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.getsignal(number) == before
     RunFolder(run).open_for_training("require")  # the lock is free again
 
 
