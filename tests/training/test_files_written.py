@@ -1,5 +1,7 @@
 """A file is written whole or not at all, a snapshot stands still, weights go where they belong."""
 
+import json
+import math
 import os
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from bdkd.training.checkpoint import (
     snapshot,
     write_atomically,
 )
+from bdkd.training.run_folder import to_json
 
 
 def test_until_a_file_is_whole_its_name_has_the_old_content(tmp_path):
@@ -87,6 +90,13 @@ def test_a_snapshot_does_not_change_with_the_next_steps():
     assert isinstance(copied["b"][1], tuple)
     assert copied["b"][1][0].tolist() == [1]
     assert (copied["b"][1][1], copied["c"]) == (5, {"d": "text"})
+
+
+def test_json_has_null_for_what_is_not_finite():
+    """Strict JSON, at any depth, which every program reads."""
+    values = {"loss": math.nan, "a": {"b": math.inf, "c": -math.inf, "d": 0.5}, "e": [1, None]}
+    expected = {"loss": None, "a": {"b": None, "c": None, "d": 0.5}, "e": [1, None]}
+    assert json.loads(to_json(values), parse_constant=pytest.fail) == expected
 
 
 # --- initial weights ------------------------------------------------------------------------------

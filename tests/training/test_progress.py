@@ -11,6 +11,8 @@ from bdkd.cli import main
 from bdkd.config import load_recipe
 from bdkd.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 IMAGES = 48  # training images of TINY_RUN; 12 steps of 4 are an epoch
 
 

@@ -1,0 +1,120 @@
+"""What a resumed run is told about its checkpoint, and which checkpoints it refuses."""
+
+from functools import partial
+
+import pytest
+import torch
+from small_runs import Tiny, tiny_state
+from test_step import a_batch, run_steps
+
+from bdkd.config import OptimizerConfig
+from bdkd.errors import RunError
+from bdkd.training.distributed import Ranks
+from bdkd.training.resume import print_changes, progress, restore
+from bdkd.training.run_folder import RunFolder
+from bdkd.training.state import Position
+
+
+@pytest.fixture
+def path(tmp_path):
+    return RunFolder(tmp_path).step_path(7)
+
+
+def saved_state(**options) -> dict:
+    """The state of a run of 1000 images in batches of 16, after two steps."""
+    state = tiny_state(**options)
+    run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
+    return dict(state.state_dict())
+
+
+def test_progress_is_told_in_epochs_and_images():
+    state = tiny_state()
+    for epoch, seen, said in (
+        (0, 0, "0 epochs done"),
+        (1, 0, "1 epoch done"),
+        (2, 320, "2 epochs and 320 of 1,000 images done"),
+    ):
+        state.position = Position(step=99, epoch=epoch, seen=seen)
+        assert progress(state) == said
+
+
+@pytest.mark.parametrize("images", [999, 1001])
+def test_another_number_of_training_images_is_refused(images, path):
+    saved = {**saved_state(), "train_images": images}
+    with pytest.raises(RunError, match=f"trained on {images} images, the data now has 1000"):
+        restore(tiny_state(), path, saved)
+
+
+@pytest.mark.parametrize("lost", ["networks", "optimizer", "position", "ranks", "train_images"])
+def test_a_checkpoint_without_a_part_of_the_state_is_refused(lost, path):
+    saved = saved_state()
+    del saved[lost]
+    with pytest.raises(RunError, match="holds other networks or another optimizer"):
+        restore(tiny_state(), path, saved)
+
+
+def test_wider_networks_are_refused(path):
+    with pytest.raises(RunError, match="other networks"):
+        restore(tiny_state(partial(Tiny, 8)), path, saved_state())
+
+
+def test_a_resumed_run_takes_the_rates_and_decays_of_its_recipe(path):
+    """The moments are the saved ones, but what the user gives anew counts."""
+    saved = saved_state()
+    new = OptimizerConfig(learning_rate=0.03, weight_decay=0.25, momentum=0.5)
+    state = tiny_state(optimizer=new)
+    restore(state, path, saved)
+    for group in state.optimizer.param_groups:
+        assert group["peak_rate"] == 0.03
+        assert group["momentum"] == 0.5
+        assert group["weight_decay"] in (0.25, 0.0)
+    assert {group["weight_decay"] for group in state.optimizer.param_groups} == {0.25, 0.0}
+    moments = [value["momentum_buffer"] for value in saved["optimizer"]["state"].values()]
+    came = [value["momentum_buffer"] for value in state.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(came, moments, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("until", "updates", "warned"),
+    [
+        (100, 100, True),  # nothing was averaged since
+        (100, 143, True),  # 0.9^43 is 1.08%
+        (100, 144, False),  # 0.9^44 is 0.97%
+        (None, 0, False),  # a run of this version
+    ],
+)
+def test_averages_that_still_have_copied_statistics_are_named(until, updates, warned, path, capsys):
+    """Averages of an old version forget the statistics of their students with the decay."""
+    saved = saved_state(ema_decay=0.9)
+    saved |= {"ema_copied_until": until, "ema_updates": torch.tensor(updates)}
+    restore(tiny_state(ema_decay=0.9), path, saved)
+    said = capsys.readouterr().err
+    assert ("bdkd update-bn" in said) == warned
+    assert (str(path) in said) == warned
+
+
+def test_averages_that_a_run_did_not_have_begin_with_its_students(path):
+    """And count their updates from there, so that their decay warms up."""
+    saved = saved_state()
+    state = tiny_state(ema_decay=0.9)
+    restore(state, path, saved)
+    assert int(state.ema_updates) == 0
+    student = state.networks.members["student"].state_dict()
+    average = state.ema["student_ema"].state_dict()
+    assert all(torch.equal(average[key], student[key]) for key in student)
+
+
+def test_another_number_of_ranks_is_told(capsys):
+    state = tiny_state()
+    saved = saved_state()
+    print_changes(state, saved)
+    assert capsys.readouterr().out == ""
+    print_changes(state, {**saved, "ranks": saved["ranks"] * 4})
+    said = capsys.readouterr().out
+    assert said.startswith("resuming on 1 rank a run of 4: ")
+    assert "normalises over 16 images" in said
+    state.ranks = Ranks(0, 2)
+    print_changes(state, saved)
+    said = capsys.readouterr().out
+    assert said.startswith("resuming on 2 ranks a run of 1: ")
+    assert "normalises over 8 images" in said
