@@ -13,6 +13,8 @@ from bdkd.cli import main
 from bdkd.errors import RunError
 from bdkd.identity import difference, refuse_other_data
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 SMALL = [
     "digits", "--data.source", "folder", "--data.crop", "0", "--data.image-size", "8",
     "--networks.teacher.model", "resnet8", "--networks.student.model", "resnet8",
@@ -22,7 +24,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(without_figures, tmp_path_factory):
     """A data set of three classes and a run that was trained on it."""
     folder = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)

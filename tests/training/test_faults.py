@@ -20,6 +20,8 @@ from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint
 from bdkd.training.distributed import Ranks
 from bdkd.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 FULL = "No space left on device; free some space"
 
 

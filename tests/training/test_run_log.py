@@ -100,7 +100,8 @@ def clock(monkeypatch) -> Clock:
 
 
 class SlowSource:
-    """A data source whose every batch has to be waited for."""
+    """A data source whose every batch has to be waited for. It gives half of a batch's images, as
+    one of two ranks has them: what a line says counts the images of all ranks."""
 
     def __init__(self, source, clock: Clock) -> None:
         self.source, self.clock = source, clock
@@ -111,7 +112,7 @@ class SlowSource:
     def train_batches(self, *arguments):
         for batch in self.source.train_batches(*arguments):
             self.clock.now += WAIT
-            yield batch
+            yield batch.split(2)[0]
 
 
 def timed(clock: Clock, run: Path, resume: str, *options: str) -> dict:
@@ -193,21 +194,33 @@ def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, ca
         loop.train(setup, RunFolder(tmp_path / "bad"), "never", bar=False)
 
 
+class SignallingSource(PoisonedSource):
+    """A data source that sends a signal to this process before the fourth batch."""
+
+    def __init__(self, source, number: int) -> None:
+        super().__init__(source, set())
+        self.number = number
+
+    def train_batches(self, *arguments):
+        for batch in super().train_batches(*arguments):
+            if self.step == 4:
+                signal.raise_signal(self.number)
+            yield batch
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
+    setup = set_up("--max-steps", "4")
+    setup.source = SignallingSource(setup.source, signal.SIGTERM)
+    summary = loop.train(setup, RunFolder(tmp_path), "never", bar=False)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_the_step_that_it_came_in(number, tmp_path):
     """And is answered with 128 + its number; the lines of metrics are written until then."""
-
-    class SignallingSource(PoisonedSource):
-        def train_batches(self, *arguments):
-            for batch in self.source.train_batches(*arguments):
-                self.step += 1
-                if self.step == 4:
-                    signal.raise_signal(number)
-                yield batch
-
     before = signal.getsignal(number)
     setup, run = set_up("--log-every", "1"), tmp_path / "a run"
-    setup.source = SignallingSource(setup.source, set())
+    setup.source = SignallingSource(setup.source, number)
     with pytest.raises(Interrupted) as stopped:
         loop.train(setup, RunFolder(run), "never", bar=False)
     assert stopped.value.exit_code == 128 + number
