@@ -29,6 +29,7 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
     try:
         images = saved["train_images"]
         state.load_state_dict(saved)
+        _check_moments(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} holds other networks or another optimizer than the recipe: resume with the "
@@ -42,6 +43,15 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
         )
     if state.ranks.first:
         warn_of_copied_statistics(path, saved, state.recipe.train.ema_decay)
+
+
+def _check_moments(state: TrainingState) -> None:
+    """Raise ``ValueError`` for moments of another optimizer. torch loads AdamW's into SGD, which
+    ignores them and would begin without momentum."""
+    if state.recipe.optimizer.name == "sgd":
+        known = {"momentum_buffer"}
+        if any(moments.keys() - known for moments in state.optimizer.state.values()):
+            raise ValueError("moments of another optimizer")
 
 
 def warn_of_copied_statistics(path: Path, saved: Mapping[str, Any], decay: float | None) -> None:

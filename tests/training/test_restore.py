@@ -58,6 +58,14 @@ def test_wider_networks_are_refused(path):
         restore(tiny_state(partial(Tiny, 8)), path, saved_state())
 
 
+@pytest.mark.parametrize(("before", "now"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_moments_of_another_optimizer_are_refused(before, now, path):
+    """torch loads AdamW's moments into SGD, which ignores them."""
+    saved = saved_state(optimizer=OptimizerConfig(before))
+    with pytest.raises(RunError, match="another optimizer"):
+        restore(tiny_state(optimizer=OptimizerConfig(now)), path, saved)
+
+
 def test_a_resumed_run_takes_the_rates_and_decays_of_its_recipe(path):
     """The moments are the saved ones, but what the user gives anew counts."""
     saved = saved_state()
