@@ -87,7 +87,9 @@ def test_a_run_killed_between_two_steps_ends_as_the_whole_run(step, whole, tmp_p
     main(["train", "--resume", "--run-dir", str(run)])
     # At 12, the end of an epoch, the best checkpoint is the newest one.
     begins = step if step == 12 else step // 5 * 5
-    assert f"continuing at step {begins}, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"continuing at step {begins}, " in said
+    assert "\nstep 36/36  epoch 2  " in said
     assert_same_run(run, whole / "run")
 
 

@@ -15,7 +15,7 @@ from bdkd.cli.train import parse
 from bdkd.config import load_recipe
 from bdkd.data import Batch
 from bdkd.errors import Interrupted, RunError
-from bdkd.training import loop, usage
+from bdkd.training import loop, run_folder, usage
 from bdkd.training.checkpoint import load_checkpoint
 from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup
@@ -213,6 +213,17 @@ def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
     setup.source = SignallingSource(setup.source, signal.SIGTERM)
     summary = loop.train(setup, RunFolder(tmp_path), "never", bar=False)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_a_signal_does_not_say_saved_where_the_disk_is_full(tmp_path, monkeypatch):
+    def save(path, *_):
+        raise RunError(f"cannot write {path}")
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
+    setup = set_up()
+    setup.source = SignallingSource(setup.source, signal.SIGTERM)
+    with pytest.raises(RunError, match=r"cannot write .*step-00000004\.pt"):
+        loop.train(setup, RunFolder(tmp_path), "never", bar=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
