@@ -56,9 +56,9 @@ class CopiedRun:
             yield batch
 
 
-# Before the first step; before the first checkpoint; between two; at the end of an epoch, where the
-# best checkpoint is the newest; and in the last epoch.
-KILLED = [0, 3, 8, 12, 31]
+# Before the first step; before the first checkpoint; at the end of an epoch, where the best one
+# is the newest; three steps after a checkpoint, with a log line between; and in the last epoch.
+KILLED = [0, 3, 12, 23, 31]
 
 
 @pytest.fixture(scope="module")
