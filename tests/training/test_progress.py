@@ -110,6 +110,7 @@ def test_an_epoch_that_ends_with_a_resume_is_evaluated(tmp_path, stopped, batch_
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = [(line["step"], line["epoch"]) for line in lines if line["split"] == "val"]
     assert evaluated == ([(20, 2), (21, 3)] if stopped == 20 else [(35, 3)])
+    assert place(run) == (21 if stopped == 20 else 35, 3, 0)
 
 
 def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, capsys):
