@@ -127,6 +127,17 @@ def test_one_set_of_files_is_written_at_a_time_and_the_caller_does_not_wait():
     assert order == [1, 2]
 
 
+def test_a_failure_is_told_once_and_only_of_the_last_set():
+    writer = BackgroundWriter()
+    writer.submit(full)
+    writer.wait()
+    assert isinstance(writer.take_failure(), RunError)
+    assert writer.take_failure() is None
+    writer.submit(full)
+    writer.submit(lambda: None)
+    writer.finish()  # what was written last is whole
+
+
 def test_a_fault_that_is_no_full_disk_is_not_passed_over():
     writer = BackgroundWriter()
     writer.submit(lambda: {}["missing"])
