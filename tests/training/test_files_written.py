@@ -1,5 +1,6 @@
 """A file is written whole or not at all, a snapshot stands still, weights go where they belong."""
 
+import errno
 import json
 import math
 import os
@@ -41,15 +42,23 @@ def test_until_a_file_is_whole_its_name_has_the_old_content(tmp_path):
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EIO, "mend that"),
+    ],
+)
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(number, remedy, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
     def fail(file):
         file.write(b"half")
-        raise OSError(28, os.strerror(28))
+        raise OSError(number, os.strerror(number))
 
-    with pytest.raises(RunError, match="free some space and continue with --resume"):
+    with pytest.raises(RunError, match=f"{os.strerror(number)}; {remedy} and continue with --res"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
