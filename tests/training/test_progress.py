@@ -117,7 +117,10 @@ def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, caps
     run = tmp_path / "run"
     main(["train", *TINY_RUN, "--run-dir", str(run), "--train.epochs", "2"])
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "3"])
-    assert "the schedule of 2 epochs had ended: for train.epochs 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the schedule of 2 epochs had ended: for train.epochs 3" in said
+    # Half of the decay of a run of 3 epochs, the first of which is the warm-up
+    assert "rises again, from 0 to 0.5 of its peak" in said
     assert place(run) == (36, 3, 0)
 
 
