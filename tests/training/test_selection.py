@@ -152,11 +152,12 @@ def test_the_selected_checkpoint_of_a_folder(tmp_path):
 
 
 def test_resume_auto_takes_the_newest_of_several_runs(tmp_path, monkeypatch, capsys):
-    """Each run without ``--run-dir`` has a folder of its own, which ends in a number."""
+    """Each run without ``--run-dir`` has a folder of its own, which ends in a number. The resumed
+    run keeps the values that it began with."""
     monkeypatch.chdir(tmp_path)
     train = ["train", *TINY_RUN, "--quiet", "--train.select", "last"]
-    for _ in range(2):
-        main([*train, "--max-steps", "1"])
+    for rate in ("0.01", "0.02"):
+        main([*train, "--max-steps", "1", "--optimizer.learning-rate", rate])
     main([*train, "--resume", "auto", "--max-steps", "2"])
     assert capsys.readouterr().out.split() == [
         "runs/tiny-bdkd-seed0", "runs/tiny-bdkd-seed0-2", "runs/tiny-bdkd-seed0-2",
@@ -164,6 +165,7 @@ def test_resume_auto_takes_the_newest_of_several_runs(tmp_path, monkeypatch, cap
     steps = [numbers(RunFolder(Path("runs") / name), "step")[-1]
              for name in ("tiny-bdkd-seed0", "tiny-bdkd-seed0-2")]  # fmt: skip
     assert steps == [1, 2]
+    assert load_recipe("runs/tiny-bdkd-seed0-2/config.toml").optimizer.learning_rate == 0.02
 
 
 def test_the_folder_of_a_run_without_run_dir(tmp_path, monkeypatch):
