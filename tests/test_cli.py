@@ -89,6 +89,17 @@ def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run, capsys):
     for name, network in kept.items():  # which has the recalibrated figures besides
         assert came[name].items() <= network.items()
     assert came.keys() == kept.keys()
+    main(["evaluate", str(run), "--split", "test"])
+    rows = {line.split()[0]: line.split()[2:] for line in capsys.readouterr().out.splitlines()[3:6]
+            if line.strip()}  # fmt: skip
+    for name in ("teacher", "student"):
+        network = kept[name]
+        assert rows[name] == [
+            f"{network['parameters']:,}", f"{100 * network['top1']:.2f}%", f"{network['nll']:.4f}",
+            f"{100 * network['ece']:.2f}%", f"{100 * network['ece_if_calibrated']:.2f}%",
+        ]  # fmt: skip
+    code, message = fail(capsys, "evaluate", str(run), "--device", "cuda:9")
+    assert (code, "no device cuda:9" in message) == (1, True)
     main(["evaluate", str(best_of(run))])
     out = capsys.readouterr().out
     assert "216 val images" in out
@@ -334,6 +345,9 @@ def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
     config = load_recipe(str(run / "config.toml"))
     assert (config.optimizer.learning_rate, config.optimizer.momentum) == (0.02, 0.5)
     assert (config.log_every, config.max_steps) == (3, 1)
+    code, message = fail(capsys, "train", "digits", "--resume", "--run-dir", str(run))
+    assert code == 1
+    assert "holds a run of the recipe 'tiny', not of 'digits'" in message
 
 
 @pytest.mark.parametrize(
