@@ -14,22 +14,16 @@ from small_runs import bdkd
 
 from bdkd.cli import main
 from bdkd.cli.compare import (
-    Arguments,
     chosen_methods,
     chosen_seeds,
-    headline,
     parse_method,
     plan_runs,
-    prepare,
-    report,
     room_for,
     run_name,
 )
-from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.config import load_recipe, to_toml
 from bdkd.errors import RunError, UsageError
 from bdkd.training.checkpoint import load_checkpoint
-from bdkd.training.run_folder import RunFolder
 
 TINY = [
     "digits", "--networks.teacher.model", "resnet8", "--max-steps", "3", "--train.batch-size", "32",
@@ -371,125 +365,6 @@ def test_a_teacher_with_weights_of_its_own_is_taken_as_it_is(tmp_path):
     recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
     [run] = plan_runs(recipe, ["kd"], [0], tmp_path)
     assert (run.teachers, run.frozen) == ((), {"teacher"})
-
-
-def test_the_teacher_of_a_seed_is_that_seeds_run(tmp_path):
-    """Its selected checkpoint: the best one of the independent run."""
-    recipe = load_recipe("digits")
-    runs = {run.name: run for run in plan_runs(recipe, ["kd"], [0, 1], tmp_path)}
-    for seed in (0, 1):
-        folder = RunFolder(runs[f"independent-seed{seed}"].path)
-        folder.checkpoints.mkdir(parents=True)
-        folder.write_config(runs[f"independent-seed{seed}"].recipe)
-        for path in (folder.best_path(10 + seed), folder.step_path(20)):
-            path.touch()
-    for seed in (0, 1):
-        planned = runs[f"kd-seed{seed}"]
-        command = prepare(planned, tmp_path)
-        assert command == ["train", "--resume", "require", "--run-dir", str(planned.path)]
-        config = load_recipe(str(planned.path / "config.toml"))
-        best = tmp_path / f"independent-seed{seed}" / "checkpoints" / f"best-{10 + seed:08d}.pt"
-        assert config.networks["teacher"].weights == str(best)
-        assert config.networks["student"].weights is None
-        assert (config.objective.name, config.seed) == ("kd", seed)
-    plan_runs(recipe, ["kd"], [0, 1], tmp_path)  # its weights make it no other run
-
-
-NAMES = ("independent", "kd")
-# By method and seed, made up
-TOP1 = {("independent", 0): 0.5, ("independent", 1): 0.7, ("kd", 0): 0.6, ("kd", 1): 0.9}
-
-
-def a_summary(method: str, seed: int) -> dict:
-    student = {
-        "model": "resnet8", "role": "student", "parameters": 10, "top1": TOP1[method, seed],
-        "ece": 0.0625, "nll": 0.5, "brier": 0.25, "ece_scaled": 0.03, "nll_scaled": 0.4,
-        "brier_scaled": 0.2, "temperature": 1.5,
-    }  # fmt: skip
-    teacher = {**student, "role": "teacher", "top1": 0.95}
-    return {
-        "recipe": "digits", "method": method, "seed": seed, "wall_seconds": 10.0 + 4 * seed,
-        "images": 359, "torch": "2", "device": "cpu",
-        "networks": {"teacher": teacher, "student": student},
-    }  # fmt: skip
-
-
-def test_the_tables_are_of_the_summaries(tmp_path, monkeypatch, capsys):
-    """Means over seeds by method, differences of the same seed; one run of another method failed.
-    The figure is not what is looked at here."""
-    monkeypatch.setattr("bdkd.evaluation.comparison_figure.comparison_figure", lambda *_: None)
-    recipe = load_recipe("digits")
-    planned = plan_runs(recipe, NAMES, [0, 1], tmp_path)
-    for run in planned:
-        run.path.mkdir()
-        RunFolder(run.path).write_summary(a_summary(run.method, run.seed))
-    for as_json in (False, True):
-        arguments = Arguments(recipe="digits", config=recipe, json=as_json)
-        report(planned, NAMES, tmp_path, "the command", {"dml-seed0": Outcome(1, "why")}, arguments)
-    out = capsys.readouterr().out
-    tables, _, printed = out.partition("\n{")
-    content = json.loads((tmp_path / "comparison.json").read_text())
-    assert json.loads("{" + printed) == content
-    assert content["failed"] == {"dml-seed0": "why"}
-    assert (content["methods"], content["command"]) == ([*NAMES], "the command")
-    assert [(run["method"], run["seed"], run["folder"]) for run in content["runs"]] == [
-        (run.method, run.seed, run.path.name) for run in planned
-    ]
-    [own] = [r for r in content["rows"] if (r["method"], r["network"]) == ("kd", "student")]
-    assert own["cells"]["top1"]["mean"] == pytest.approx(0.75)
-    assert own["cells"]["top1"]["std"] == pytest.approx(0.15 * 2**0.5)
-    assert (own["seeds"], own["train_seconds"]) == ([0, 1], 12.0)
-    [line] = [line for line in tables.splitlines() if line.startswith("kd ") and "75.00" in line]
-    assert line.split()[-2:] == ["2", "12"]
-    assert "differences of student from independent" in tables
-    assert "differences of teacher" not in tables  # kd does not train it
-    assert "kd: the teacher is that of the run of independent" in tables.replace("\n", " ")
-    assert "Without the runs that failed: dml-seed0." in tables
-    assert headline(a_summary("kd", 1)).startswith(
-        "teacher top-1 95.00% ECE 6.25%  student top-1 9"
-    )
-    assert headline(a_summary("kd", 1)).endswith("  14 s")
-    text = (tmp_path / "comparison.md").read_text()
-    assert text.index("## student") < text.index("## teacher")
-
-
-def test_jobs_run_in_order_so_many_at_a_time_and_after_what_they_need(tmp_path):
-    """Five commands, of which the second fails."""
-    running, most, ended = set(), [], {}
-
-    def job(name: str, arguments: list[str], *needs: str) -> Job:
-        def starts():
-            running.add(name)
-            most.append(len(running))
-            return arguments
-
-        return Job(name, starts, tmp_path / name, needs)
-
-    def done(job: Job, outcome: Outcome) -> None:
-        running.discard(job.name)
-        ended[job.name] = outcome
-
-    (tmp_path / "first").write_text("before\n")
-    jobs = [
-        job("needs first", ["--version"], "first"),
-        job("first", ["--version"]),
-        job("bad", ["trian"]),
-        job("needs bad", ["--version"], "bad"),
-        job("last", ["--version"]),
-    ]
-    run_jobs(jobs, 2, done, lambda: False)
-    assert {name: outcome.code for name, outcome in ended.items()} == {
-        "first": 0, "needs first": 0, "bad": 2, "needs bad": 1, "last": 0,
-    }  # fmt: skip
-    assert max(most) == 2
-    assert [*ended].index("first") < [*ended].index("needs first")
-    assert "unknown command 'trian'" in ended["bad"].message
-    assert ended["needs bad"].message == "not run: it needs bad, which failed"
-    assert not (tmp_path / "needs bad").exists()
-    assert (tmp_path / "first").read_text().startswith("before\nbdkd ")  # appended
-    assert "Traceback" in (tmp_path / "bad").read_text()
-    run_jobs([job("never", ["--version"])], 1, done, lambda: True)
-    assert "never" not in ended
 
 
 def test_a_folder_of_runs_of_something_else_is_refused(compared):
