@@ -14,7 +14,9 @@ from bdkd.training.setup import Setup
 
 
 def planned(*options: str) -> tuple[Setup, str]:
-    setup = Setup(parse([*TINY_RUN, *options], load_recipe(*TINY_RUN)).config)
+    """A run whose networks differ in size, and its plan."""
+    small = ["--networks.teacher.options", "width", "0.25"]
+    setup = Setup(parse([*TINY_RUN, *small, *options], load_recipe(*TINY_RUN)).config)
     return setup, plan(setup)
 
 
