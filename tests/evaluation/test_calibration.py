@@ -370,6 +370,12 @@ def test_expected_ece_shrinks_with_samples_and_repeats_with_its_seed():
     assert few == pytest.approx(10 * many, rel=0.2)  # as one over the square root
     assert expected_ece(c, draws=200) == many != expected_ece(c, draws=200, seed=1)
     assert expected_ece(c, bins=5, draws=200) < many
+    logits = (20 * c[:50]).float().log().unsqueeze(1) * torch.tensor([[1.0, 0.0]])
+    calibration = Calibration(2)
+    calibration.update(logits, torch.zeros(50, dtype=torch.int64))
+    confidences, _ = calibration.samples()
+    found = calibration.compute(draws=7, seed=3).ece_if_calibrated
+    assert found == expected_ece(confidences, draws=7, seed=3)
     with pytest.raises(ValueError, match=r"\(N,\) with N >= 1, got \(0,\)"):
         expected_ece(torch.empty(0))
     with pytest.raises(ValueError, match="draws must be >= 1, got 0"):

@@ -11,6 +11,7 @@ from bdkd.config import Recipe, load_recipe
 from bdkd.errors import RunError, UsageError
 from bdkd.training.checkpoint import save_checkpoint, snapshot
 from bdkd.training.distributed import Ranks
+from bdkd.training.run_folder import RunFolder
 from bdkd.training.setup import Setup, choose_device
 from bdkd.training.state import TrainingState
 
@@ -120,6 +121,16 @@ def test_a_network_begins_with_its_weights_and_the_others_do_not_change(saved):
     setup = Setup(with_network(tiny(), "student", weights=str(saved)))
     assert same(weights_of(setup, "student"), weights_of(Setup(tiny(seed=3)), "student"))
     assert same(weights_of(setup, "teacher"), weights_of(Setup(tiny()), "teacher"))
+
+
+def test_weights_of_a_run_are_those_of_its_selected_checkpoint(saved, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open_for_training("no")
+    folder.write_config(tiny(seed=3))
+    saved.rename(folder.step_path(2))
+    folder.close()
+    setup = Setup(with_network(tiny(), "student", weights=str(folder.path)))
+    assert same(weights_of(setup, "student"), weights_of(Setup(tiny(seed=3)), "student"))
 
 
 def test_a_run_with_a_checkpoint_does_not_read_them(tmp_path):
