@@ -10,56 +10,24 @@ from bdkd.errors import RunError
 from bdkd.models import create_model
 
 
-def warm(network: nn.Module, x: torch.Tensor) -> nn.Module:
-    """Weights off their start and running statistics of ``x``, so that no term is a zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in network.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=generator)
-        for _ in range(20):
-            network(x)
-    return network.eval()
-
-
-def same_function(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
-    ours.eval()
-    theirs.eval()
-    with torch.no_grad():
-        want = theirs(x)
-        assert want.std() > 1e-3
-        torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x1_0"])
-def test_imagenet_networks_take_torchvisions_weights(torchvision, name):
-    torch.manual_seed(0)
-    theirs = torchvision.models.get_model(name, weights=None, num_classes=7)
-    x = torch.randn(4, 3, 64, 64)
-    ours = create_model(f"imagenet_{name}", 7)
-    ours.load_state_dict(warm(theirs, x).state_dict())  # strict: every name, every shape
-    same_function(ours, theirs, x)
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in network.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_imagenet_resnets_take_timms_weights(timm, name):
-    torch.manual_seed(0)
-    theirs = timm.create_model(name, num_classes=7)
-    x = torch.randn(4, 3, 64, 64)
-    ours = create_model(f"imagenet_{name}", 7)
-    ours.load_state_dict(warm(theirs, x).state_dict())
-    same_function(ours, theirs, x)
+def test_weights_of_the_imagenet_resnets_have_timms_names(timm, name):
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=7)
+        ours = create_model(f"imagenet_{name}", 7)
+    assert shapes(ours) == shapes(theirs)
 
 
-@pytest.mark.parametrize("width", [1.0, 1.25])
-def test_mobilenet_v1_is_timms_but_for_its_activation(timm, width):
-    torch.manual_seed(0)
-    theirs = timm.create_model(f"mobilenetv1_{width:.2f}".replace(".", ""), num_classes=7,
-                               act_layer=nn.ReLU)  # fmt: skip
-    x = torch.randn(4, 3, 64, 64)
-    ours = create_model("imagenet_mobilenet_v1", 7, width=width)
-    weights = warm(theirs, x).state_dict().values()  # the same layers in the same order
-    ours.load_state_dict(dict(zip(ours.state_dict(), weights, strict=True)))
-    same_function(ours, theirs, x)
+@pytest.mark.parametrize(("name", "width"), [("mobilenetv1_100", 1.0), ("mobilenetv1_125", 1.25)])
+def test_mobilenet_v1_scales_as_timms(timm, name, width):
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=7)
+        ours = create_model("imagenet_mobilenet_v1", 7, width=width)
+    assert list(shapes(ours).values()) == list(shapes(theirs).values())
 
 
 @pytest.mark.parametrize("width", [0.35, 0.5, 1.4])
@@ -67,17 +35,15 @@ def test_mobilenet_v2_scales_as_torchvisions(torchvision, width):
     with torch.device("meta"):
         theirs = torchvision.models.mobilenet_v2(width_mult=width)
         ours = create_model("imagenet_mobilenet_v2", 1000, width=width)
-    shapes = {name: p.shape for name, p in theirs.state_dict().items()}
-    assert {name: p.shape for name, p in ours.state_dict().items()} == shapes
+    assert shapes(ours) == shapes(theirs)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0"])
-def test_the_starting_weights_have_torchvisions_scale(torchvision, name):
-    torch.manual_seed(0)
-    theirs = torchvision.models.get_model(name, weights=None).state_dict()
-    for key, p in create_model(f"imagenet_{name}", 1000).state_dict().items():
-        if p.is_floating_point() and p.numel() > 2000:
-            assert p.std().item() == pytest.approx(theirs[key].std().item(), rel=0.1), key
+@pytest.mark.parametrize("size", ["x0_5", "x1_0", "x1_5", "x2_0"])
+def test_shufflenet_v2_scales_as_torchvisions(torchvision, size):
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(f"shufflenet_v2_{size}")
+        ours = create_model(f"imagenet_shufflenet_v2_{size}", 1000)
+    assert shapes(ours) == shapes(theirs)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The registry and the CIFAR families: names, counts, shapes, and the ways a trainer runs them."""
 
+import functools
+
 import pytest
 import torch
+from torch import nn
 
 from bdkd.models import create_model, list_models
 
@@ -20,14 +23,17 @@ PARAMETERS_100 = {
     "wrn_16_6": 6_206_772,
     "wrn_16_8": 11_007_540,
     "wrn_16_10": 17_174_324,
+    "wrn_28_10": 36_536_884,
     "wrn_40_1": 569_780,
     "wrn_40_2": 2_255_156,
     "vgg8": 3_965_028,
+    "vgg11": 9_277_284,
     "vgg13": 9_462_180,
     "mobilenetv2": 812_836,
     "shufflenetv1": 949_258,
     "shufflenetv2": 1_355_528,
     "resnet18": 11_220_132,
+    "resnet34": 21_328_292,
     "resnet50": 23_705_252,
 }
 # torchvision's; timm's for MobileNetV1.
@@ -45,9 +51,10 @@ PARAMETERS_1000 = {
 PARAMETERS_10 = {"resnet20": 272_474, "wrn_16_1": 175_066, "wrn_16_8": 10_961_370}
 
 
-def parameters(name: str, num_classes: int, in_channels: int = 3, **options) -> int:
+@functools.cache
+def parameters(name: str, num_classes: int, **options) -> int:
     with torch.device("meta"):
-        network = create_model(name, num_classes, in_channels, **options)
+        network = create_model(name, num_classes, **options)
     return sum(p.numel() for p in network.parameters())
 
 
@@ -61,12 +68,11 @@ def test_parameter_counts(name, classes, expected):
     assert parameters(name, classes) == expected
 
 
-def test_every_name_is_listed_once_and_builds():
+def test_every_name_is_listed_once():
     names = list_models()
-    between = {"resnet14", "resnet44", "resnet34", "wrn_28_10", "vgg11"}
+    between = {"resnet14", "resnet44"}
     assert set(PARAMETERS_100) | set(PARAMETERS_1000) | between == set(names)
     assert len(names) == len(set(names))
-    assert all(parameters(name, 10) > 0 for name in names)
     # What a newcomer reads first are the small networks, each family together and growing.
     assert [name.startswith("imagenet_") for name in names] == sorted(
         name.startswith("imagenet_") for name in names
@@ -77,13 +83,6 @@ def test_a_layer_costs_what_its_depth_says():
     # Two more blocks a stage: 44 lies as far from 32 as 32 from 20, and 14 as far from 8 as 20.
     assert parameters("resnet44", 100) == 2 * 472_756 - 278_324
     assert 2 * parameters("resnet14", 100) == 83_892 + 278_324
-
-
-def test_ten_classes_cost_ninety_rows_of_the_classifier_less():
-    for name, count in PARAMETERS_100.items():
-        with torch.device("meta"):
-            features = create_model(name, 10).num_features
-        assert parameters(name, 10) == count - 90 * (features + 1), name
 
 
 @pytest.mark.parametrize(
@@ -163,81 +162,40 @@ def test_bad_options_say_what_is_needed(name, options, message):
 
 # One of each family, its smallest.
 FAMILIES = [
-    "resnet8", "wrn_10_2", "resnet18", "resnet50", "vgg8", "mobilenetv2", "shufflenetv1",
-    "shufflenetv2", "imagenet_resnet18", "imagenet_mobilenet_v1", "imagenet_mobilenet_v2",
+    "resnet8", "wrn_10_2", "resnet18", "imagenet_resnet50", "vgg8", "mobilenetv2", "shufflenetv1",
+    "shufflenetv2", "imagenet_mobilenet_v1", "imagenet_mobilenet_v2",
     "imagenet_shufflenet_v2_x0_5",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "resnet8x4", "vgg13"])
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (4, 13)])
-def test_any_channels_and_size(name, channels, size):
-    network = create_model(name, 7, channels)
-    x = torch.randn(2, channels, size, size + 3)
-    features = network.forward_features(x)
-    assert features.shape == (2, network.num_features)
-    logits = network(x)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grey_images_of_few_pixels(name):
+    """As the digits are: one channel, 8 pixels, of which the deeper layers see a single one."""
+    network = create_model(name, 7, 1)
+    logits = network(torch.randn(2, 1, 8, 11))
     assert logits.shape == (2, 7)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn_16_2"])
-def test_convolutions_start_with_unit_gain_over_the_fan_out(name):
-    torch.manual_seed(0)
-    for module in create_model(name, 10).modules():
-        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 4000:
-            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+@pytest.mark.parametrize(("height", "width"), [(8, 7), (7, 8)])
+def test_vgg_names_the_smallest_image(height, width):
+    network = create_model("vgg8", 10)
+    message = f"images of at least 8x8 pixels, got {height}x{width}"
+    with pytest.raises(ValueError, match=message):
+        network(torch.randn(1, 3, height, width))
 
 
-@torch.no_grad()
-def test_a_wide_block_projects_the_activated_input_and_passes_on_the_raw_one():
-    network = create_model("wrn_16_2", 10).eval()
-    first, second = network.stages[0]
-    for block in (first, second):  # no activation comes through the first norm
-        block.bn1.weight.zero_()
-        block.bn1.bias.fill_(-1.0)
-        block.bn2.bias.fill_(-1.0)
-        block.bn2.weight.zero_()
-    assert torch.equal(first(torch.randn(2, 16, 8, 8)), torch.zeros(2, 32, 8, 8))
-    x = torch.randn(2, 32, 8, 8)
-    assert torch.equal(second(x), x)
-
-
-@torch.no_grad()
-def test_a_residual_block_activates_the_sum():
-    first, second = create_model("resnet14", 10).eval().stages[1]
-    for block in (first, second):
-        block.bn2.weight.zero_()  # the shortcut alone is left
-    x = torch.randn(2, 16, 8, 8)
-    assert torch.equal(first(x), first.downsample(x).relu())
-    y = torch.randn(2, 32, 4, 4)
-    assert torch.equal(second(y), y.relu())
-
-
-@pytest.mark.parametrize("name", ["vgg8", "vgg13"])
-def test_vgg_names_the_smallest_image(name):
-    network = create_model(name, 10).eval()
-    with pytest.raises(ValueError, match="images of at least 8x8 pixels, got 8x7"):
-        network(torch.randn(1, 3, 8, 7))
-    # Tiny-ImageNet's 64 pixels are halved once more: what comes to the average is no larger.
-    sizes = []
-    network.stages[-1].register_forward_hook(lambda _, __, y: sizes.append(tuple(y.shape[2:])))
-    with torch.no_grad():
-        network(torch.randn(1, 3, 32, 32))
-        network(torch.randn(1, 3, 64, 64))
-    assert sizes == [(4, 4), (4, 4)]
-
-
-@pytest.mark.parametrize("name", ["resnet18", "imagenet_resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "imagenet_resnet50"])  # each kind of block
 @torch.no_grad()
 def test_zero_init_residual_starts_blocks_as_their_shortcuts(name):
     network = create_model(name, 10, zero_init_residual=True).eval()
-    block = network.layer2[1]
-    x = torch.rand(2, block.conv1.in_channels, 4, 4)
-    assert torch.equal(block(x), x)
-    assert not torch.equal(create_model(name, 10).eval().layer2[1](x), x)
+    blocks = [*network.layer1, *network.layer2, *network.layer3, *network.layer4]
+    for block in blocks:
+        x = torch.randn(1, block.conv1.in_channels, 3, 3)
+        assert torch.equal(block(x), block.downsample(x).relu())
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sum(not norm.weight.any() for norm in norms) == len(blocks)  # and no other norm
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -246,8 +204,10 @@ def test_channels_last_and_bf16_autocast(name):
     network = create_model(name, 10)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        for _ in range(20):  # statistics of these images: untrained norms let values explode
-            network(x)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.9
+        network(x)  # statistics of these images: untrained norms let values explode
     network.eval()
     plain = network(x)
     network = network.to(memory_format=torch.channels_last)
@@ -261,7 +221,7 @@ def test_channels_last_and_bf16_autocast(name):
     # As a trainer runs it: every weight gets a finite gradient, and the layout is kept throughout.
     layouts = []
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(
                 lambda _, inputs, __: layouts.append(
                     inputs[0].is_contiguous(memory_format=torch.channels_last)
@@ -276,11 +236,38 @@ def test_channels_last_and_bf16_autocast(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def without_repeats(network: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Remove the blocks that repeat another's code: of the blocks in a stage that keep the shape of
+    their input, all but the first."""
+    keeps_shape = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, y: keeps_shape.update({module: inputs[0].shape == y.shape})
+        )
+        for module in network.modules()
+        if list(module.children())
+    ]
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    for stage in [m for m in network.modules() if isinstance(m, nn.Sequential)]:
+        repeats = [i for i, block in enumerate(stage) if keeps_shape.get(block)]
+        for i in reversed(repeats[1:]):
+            del stage[i]
+    return network
+
+
+# Each block and each network once. The wide networks are compiled below.
+@pytest.mark.parametrize(
+    "name",
+    ["resnet8", "imagenet_resnet50", "vgg8", "imagenet_mobilenet_v1", "imagenet_mobilenet_v2",
+     "shufflenetv1", "imagenet_shufflenet_v2_x0_5"],
+)  # fmt: skip
 def test_traces_without_a_graph_break(name):
     torch.manual_seed(0)
-    network = create_model(name, 10)
     x = torch.randn(2, 3, 16, 16)
+    network = without_repeats(create_model(name, 10), x)
     # The trace alone: generating code, forward and backward, costs up to a minute a network.
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.manual_seed(1)  # for the dropout
@@ -289,10 +276,9 @@ def test_traces_without_a_graph_break(name):
     torch.testing.assert_close(logits, network(x))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_10_1"])
-def test_compiles_forward_and_backward(name):
+def test_compiles_forward_and_backward():
     torch.manual_seed(0)
-    network = create_model(name, 10, dropout=0.3) if name[0] == "w" else create_model(name, 10)
+    network = create_model("wrn_10_1", 10, dropout=0.3)
     x = torch.randn(4, 3, 16, 16)
     # aot_eager traces forward and backward as inductor would, without its minute of C++.
     compiled = torch.compile(network.eval(), fullgraph=True, backend="aot_eager")
@@ -300,12 +286,3 @@ def test_compiles_forward_and_backward(name):
     compiled.train()
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
-
-
-def test_dropout_acts_in_training_only():
-    torch.manual_seed(0)
-    network = create_model("wrn_10_1", 10, dropout=0.5)
-    x = torch.randn(4, 3, 8, 8)
-    assert not torch.equal(network(x), network(x))
-    network.eval()
-    assert torch.equal(network(x), network(x))
