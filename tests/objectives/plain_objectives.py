@@ -1,0 +1,147 @@
+"""The methods a second time, in plain float64 PyTorch, from their papers and nothing of ours.
+
+Sources: BD-KD arXiv 2212.12965 (with several partners: their mean); KD arXiv 1503.02531; DML
+arXiv 1706.00384; KDCL, CVPR 2020; SwitOKD arXiv 2209.04996.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Logits = dict[str, Tensor]
+
+_WEIGHTS = {"student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0, "teacher_kd": 1.0}
+_ONLINE = {"temperature": 1.0, "label_smoothing": 0.0, **_WEIGHTS}
+DEFAULTS = {
+    "bdkd": {
+        **_ONLINE, "gamma": 2.0, "soften_entropy": True, "teacher_divergence": "reverse",
+        "student_divergence": "both", "weighting": "entropy",
+    },
+    "dml": _ONLINE,
+    "independent": {"label_smoothing": 0.0},
+    "kd": {"temperature": 4.0, "label_smoothing": 0.0, "student_ce": 0.1, "student_kd": 0.9},
+    "kdcl": {**_ONLINE, "ensemble": "minlogit"},
+    "switokd": _ONLINE,
+}  # fmt: skip
+
+
+def probabilities(target: Tensor, classes: int) -> Tensor:
+    """Labels (B,) or soft labels (B, C) as (B, C)."""
+    return target if target.ndim == 2 else torch.eye(classes, dtype=torch.float64)[target]
+
+
+def cross_entropy(x: Tensor, target: Tensor, smoothing: float) -> Tensor:  # (B,)
+    q = probabilities(target, x.shape[-1])
+    q = (1 - smoothing) * q + smoothing / x.shape[-1]
+    return -(q * F.log_softmax(x, -1)).sum(-1)
+
+
+def kl(p: Tensor, q: Tensor, tau: float) -> Tensor:  # (B,)
+    """KL(softmax(p / tau) || softmax(q / tau))."""
+    log_p, log_q = F.log_softmax(p / tau, -1), F.log_softmax(q / tau, -1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def entropy(x: Tensor, tau: float) -> Tensor:  # (B,)
+    p = F.softmax(x / tau, -1)
+    return -(p * p.log()).sum(-1)
+
+
+def weights(s: Tensor, t: Tensor, o: dict) -> tuple[Tensor, Tensor]:
+    """The weights of the forward and the reverse KL of each sample, by the entropy gap."""
+    tau = o["temperature"] if o["soften_entropy"] else 1.0
+    gap = entropy(t, tau) - entropy(s, tau)
+    gap[gap.abs() < 1e-12] = 0.0
+    forward = torch.ones_like(gap).masked_fill(gap > 0, o["gamma"])
+    reverse = torch.ones_like(gap).masked_fill(gap < 0, o["gamma"])
+    return forward.detach(), reverse.detach()
+
+
+def bdkd(x: Logits, target: Tensor, o: dict) -> Logits:
+    students = [name for name in x if name[0] == "s"]
+    teachers = [name for name in x if name[0] == "t"]
+    tau, losses = o["temperature"], {}
+    for student in students:
+        rows = []
+        for partner in teachers or [peer for peer in students if peer != student]:
+            s, t = x[student], x[partner].detach()
+            d1, d2 = weights(s, t, o)
+            if o["weighting"] == "swapped":
+                d1, d2 = d2, d1
+            divergence = torch.zeros_like(d1)
+            if o["student_divergence"] in ("both", "forward"):
+                divergence = divergence + d1 * kl(t, s, tau)
+            if o["student_divergence"] in ("both", "reverse"):
+                divergence = divergence + d2 * kl(s, t, tau)
+            hard = cross_entropy(s, target, o["label_smoothing"])
+            rows.append(o["student_ce"] * hard + o["student_kd"] * tau**2 * divergence)
+        losses[student] = torch.stack(rows).mean(0)
+    for teacher in teachers:
+        rows = []
+        for student in students:
+            t, s = x[teacher], x[student].detach()
+            soft = kl(s, t, tau) if o["teacher_divergence"] == "reverse" else kl(t, s, tau)
+            hard = cross_entropy(t, target, o["label_smoothing"])
+            rows.append(o["teacher_ce"] * hard + o["teacher_kd"] * tau**2 * soft)
+        losses[teacher] = torch.stack(rows).mean(0)
+    return losses
+
+
+def learns_from(name: str, partners: list[Tensor], x: Logits, target: Tensor, o: dict) -> Tensor:
+    """The cross entropy of a network and its mean divergence from partners, by its role."""
+    role = {"s": "student", "t": "teacher"}[name[0]]
+    tau = o["temperature"]
+    soft = torch.stack([kl(partner.detach(), x[name], tau) for partner in partners]).mean(0)
+    hard = cross_entropy(x[name], target, o["label_smoothing"])
+    return o[f"{role}_ce"] * hard + o[f"{role}_kd"] * tau**2 * soft
+
+
+def kd(x: Logits, target: Tensor, o: dict) -> Logits:
+    teachers = [logits for name, logits in x.items() if name[0] == "t"]
+    return {name: learns_from(name, teachers, x, target, o) for name in x if name[0] == "s"}
+
+
+def dml(x: Logits, target: Tensor, o: dict) -> Logits:
+    return {
+        name: learns_from(name, [x[peer] for peer in x if peer != name], x, target, o) for name in x
+    }
+
+
+def kdcl(x: Logits, target: Tensor, o: dict) -> Logits:
+    ensemble = []
+    for i, q in enumerate(probabilities(target, next(iter(x.values())).shape[-1])):
+        rows = [logits[i] for logits in x.values()]
+        if o["ensemble"] == "naive":
+            ensemble.append(min(rows, key=lambda row: -(q * F.log_softmax(row, -1)).sum().item()))
+        else:
+            label = int(q.argmax())
+            ensemble.append(torch.stack([row - row[label] for row in rows]).min(0).values)
+    target_logits = torch.stack(ensemble)
+    return {name: learns_from(name, [target_logits], x, target, o) for name in x}
+
+
+def independent(x: Logits, target: Tensor, o: dict) -> Logits:
+    return {name: cross_entropy(logits, target, o["label_smoothing"]) for name, logits in x.items()}
+
+
+def switokd_distances(x: Logits, target: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """L1 distances (B,): student to label, teacher to label, student to teacher."""
+    (s,), (t,) = ([v for name, v in x.items() if name[0] == role] for role in "st")
+    p_s, p_t = F.softmax(s / tau, -1), F.softmax(t / tau, -1)
+    y = probabilities(target, s.shape[-1])
+    return (p_s - y).abs().sum(-1), (p_t - y).abs().sum(-1), (p_s - p_t).abs().sum(-1)
+
+
+def switokd_teacher_pauses(a: float, b: float, g: float) -> bool:
+    """Section 3 of the paper: the gap is larger than the adaptive threshold, and the teacher is
+    the better one."""
+    return b < a and g > a - math.exp(-b / (a + b)) * b
+
+
+METHODS: dict[str, Callable[[Logits, Tensor, dict], Logits]] = {
+    "bdkd": bdkd, "dml": dml, "independent": independent, "kd": kd, "kdcl": kdcl,
+    "switokd": dml,  # of two networks, each learns from the other, but for the pauses
+}  # fmt: skip

@@ -1,0 +1,228 @@
+"""Every method is its paper's equation: each network's loss, whom it trains, and its statistics."""
+
+import plain_objectives as plain
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bdkd.config import NetworkConfig, ObjectiveConfig
+from bdkd.objectives import OBJECTIVES, create_objective
+
+# Ten samples, so that each weight and each branch of the ensembles occurs; more than there are
+# classes, so that a mean over the wrong axis has another value.
+SAMPLES, CLASSES = 10, 6
+LABELS = torch.arange(SAMPLES) % CLASSES
+SOFT_LABELS = torch.rand(
+    SAMPLES, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
+).softmax(-1)
+SOFT_LABELS[:5] = F.one_hot(LABELS[:5], CLASSES).double()
+
+# No two options of a method have one value, and none has its default.
+TUNED = {
+    "temperature": 3.0, "gamma": 2.5, "student_ce": 0.7, "student_kd": 1.3, "teacher_ce": 0.6,
+    "teacher_kd": 0.4, "label_smoothing": 0.1, "teacher_divergence": "forward",
+    "soften_entropy": False,
+}  # fmt: skip
+
+
+def cohort(names: str, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Logits of the networks in "t0 s0 s1"; the first sample's are the same in all of them."""
+    generator = torch.Generator().manual_seed(len(names))
+    x = {}
+    for name in names.split():
+        scale = 0.5 + 2 * torch.rand(SAMPLES, 1, dtype=torch.float64, generator=generator)
+        x[name] = scale * torch.randn(SAMPLES, CLASSES, dtype=torch.float64, generator=generator)
+        x[name][0] = torch.linspace(-1, 1, CLASSES, dtype=torch.float64)
+    return {name: logits.to(dtype).requires_grad_() for name, logits in x.items()}
+
+
+def objective(method: str, names: str, frozen: str = "", **options):
+    roles = {"t": "teacher", "s": "student"}
+    networks = {
+        name: NetworkConfig(
+            "x", roles[name[0]], frozen=name in frozen.split(),
+            weights="file" if method == "kd" and name[0] == "t" else None,
+        )
+        for name in names.split()
+    }  # fmt: skip
+    return create_objective(ObjectiveConfig(method, **options), networks)
+
+
+def tuned(method: str, **changed) -> dict:
+    return {k: v for k, v in TUNED.items() if k in plain.DEFAULTS[method]} | changed
+
+
+# Method, networks, frozen ones, options.
+CASES = {
+    "bdkd": ("bdkd", "t0 s0", "", {}),
+    "bdkd tuned": ("bdkd", "t0 s0", "", tuned("bdkd")),
+    "bdkd softened": ("bdkd", "t0 s0", "", {"temperature": 3.0, "teacher_kd": 0.4}),
+    "bdkd reference": ("bdkd", "t0 s0", "", tuned("bdkd", backend="reference")),
+    "bdkd many": ("bdkd", "t0 t1 t2 s0 s1", "", tuned("bdkd")),
+    "bdkd frozen": ("bdkd", "t0 t1 s0", "t1", tuned("bdkd")),
+    "bdkd peers": ("bdkd", "s0 s1 s2", "", tuned("bdkd")),
+    "bdkd unweighted": ("bdkd", "t0 s0", "", tuned("bdkd", gamma=1.0)),
+    "bdkd no regulariser": ("bdkd", "t0 s0", "", tuned("bdkd", teacher_kd=0.0)),
+    "bdkd no labels": ("bdkd", "t0 s0", "", tuned("bdkd", student_ce=0.0, teacher_ce=0.0)),
+    "bdkd forward": ("bdkd", "t0 s0", "", tuned("bdkd", student_divergence="forward")),
+    "bdkd reverse": ("bdkd", "t0 t1 s0", "", tuned("bdkd", student_divergence="reverse")),
+    "bdkd swapped": ("bdkd", "t0 s0 s1", "", tuned("bdkd", weighting="swapped")),
+    "bdkd swapped forward": (
+        "bdkd", "s0 s1 s2", "",
+        tuned("bdkd", weighting="swapped", student_divergence="forward", soften_entropy=True),
+    ),
+    "dml": ("dml", "t0 s0", "", {}),
+    "dml tuned": ("dml", "t0 s0 s1", "", tuned("dml")),
+    "dml frozen": ("dml", "t0 t1 s0", "t0", tuned("dml")),
+    "independent": ("independent", "t0 s0", "", {}),
+    "independent tuned": ("independent", "t0 t1 s0", "t1", tuned("independent")),
+    "kd": ("kd", "t0 s0", "t0", {}),
+    "kd tuned": ("kd", "t0 t1 t2 s0 s1", "t0 t1 t2", tuned("kd")),
+    "kdcl": ("kdcl", "t0 s0", "", {}),
+    "kdcl tuned": ("kdcl", "t0 s0 s1", "", tuned("kdcl")),
+    "kdcl naive": ("kdcl", "t0 s0 s1", "", tuned("kdcl", ensemble="naive")),
+    "kdcl frozen": ("kdcl", "t0 t1 s0", "t1", tuned("kdcl")),
+    "switokd": ("switokd", "t0 s0", "", {}),
+    "switokd tuned": ("switokd", "t0 s0", "", tuned("switokd")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [LABELS, SOFT_LABELS], ids=["labels", "soft"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_is_its_equation(case, target):
+    method, names, frozen, options = CASES[case]
+    x = cohort(names)
+    settings = plain.DEFAULTS[method] | options
+    expected = plain.METHODS[method](x, target, settings)
+    # The samples of a whole optimizer step: those of other ranks and micro-batches, too.
+    normaliser, scale = 24.0, 8.0
+    out = objective(method, names, frozen, **options)(x, target, normaliser, scale)
+    assert out.losses.keys() == set(names.split()) - set(frozen.split())
+    for name, loss in out.losses.items():
+        wanted = expected[name].sum() / normaliser
+        torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-12)
+        # Its own network's logits get the gradient, and those of no other network.
+        for other, logits in x.items():
+            (gradient,) = torch.autograd.grad(
+                loss * scale, logits, retain_graph=True, materialize_grads=True
+            )
+            (needed,) = torch.autograd.grad(
+                wanted * scale, logits, retain_graph=True, materialize_grads=True
+            )
+            torch.testing.assert_close(gradient, needed, rtol=1e-8, atol=1e-12)
+            assert gradient.any() == (other == name)
+
+
+@pytest.mark.parametrize("names", ["t0 s0", "t0 t1 s0 s1 s2", "s0 s1 s2"])
+@pytest.mark.parametrize("options", [{}, tuned("bdkd"), tuned("bdkd", weighting="swapped")])
+def test_statistics_of_bdkd_are_of_each_pair_and_their_mean(names, options):
+    x = cohort(names)
+    o = plain.DEFAULTS["bdkd"] | options
+    statistics = objective("bdkd", names, **options)(x, LABELS, 24.0, 1.0).statistics
+    teachers = [name for name in x if name[0] == "t"]
+    pairs = [
+        (s, t) for s in x if s[0] == "s" for t in (teachers or x) if t != s
+    ]  # fmt: skip
+    each = {}
+    for s, t in pairs:
+        d1, d2 = plain.weights(x[s], x[t], o)
+        forward, reverse = (plain.kl(*p, o["temperature"]) for p in ((x[t], x[s]), (x[s], x[t])))
+        each[s, t] = {"forward_weight": d1, "reverse_weight": d2, "forward_kl": forward,
+                      "reverse_kl": reverse}  # fmt: skip
+    keys = set(next(iter(each.values())))
+    of_pairs = {f"{key}/{s}/{t}" for key in keys for s, t in pairs} if len(pairs) > 1 else set()
+    assert statistics.keys() == keys | of_pairs
+    assert not any(value.requires_grad for value in statistics.values())
+    for key in keys:
+        mean = torch.stack([values[key] for values in each.values()]).mean(0)
+        torch.testing.assert_close(statistics[key], mean.detach())
+    for name in of_pairs:
+        key, s, t = name.split("/")
+        torch.testing.assert_close(statistics[name], each[s, t][key].detach())
+
+
+@pytest.mark.parametrize("target", [LABELS, SOFT_LABELS], ids=["labels", "soft"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_switokd_measures_distances_at_its_temperature(temperature, target):
+    x = cohort("t0 s0")
+    sums = objective("switokd", "t0 s0", temperature=temperature).measure(x, target)
+    distances = plain.switokd_distances(x, target, temperature)
+    torch.testing.assert_close(sums, torch.stack([d.sum() for d in distances]).detach())
+    assert not sums.requires_grad
+    # In float64 whatever the logits are: the decision must be that of every rank.
+    low = {name: logits.detach().bfloat16() for name, logits in x.items()}
+    assert objective("switokd", "t0 s0").measure(low, target).dtype is torch.float64
+
+
+def test_switokd_pauses_the_teacher_by_its_rule():
+    method = objective("switokd", "t0 s0")
+    generator = torch.Generator().manual_seed(0)
+    pauses = []
+    for a, b, g in (2 * torch.rand(200, 3, dtype=torch.float64, generator=generator)).tolist():
+        pauses.append(plain.switokd_teacher_pauses(a, b, g))
+        active = method.active(torch.tensor([a, b, g], dtype=torch.float64))
+        assert active == ({"s0"} if pauses[-1] else {"s0", "t0"}), (a, b, g)
+    assert 20 < sum(pauses) < 180
+
+
+@pytest.mark.parametrize(
+    "distances",
+    [
+        (1.0, 1.0, 2.0),  # the teacher is no better
+        (1.0, 0.0, 1.0),  # the gap is exactly the threshold
+        (0.0, 0.0, 0.0),  # both are perfect
+        (float("nan"),) * 3,
+    ],
+)
+def test_switokd_lets_both_train_at_the_edge_of_its_rule(distances):
+    active = objective("switokd", "t0 s0").active(torch.tensor(distances))
+    assert active == {"s0", "t0"}
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+def test_a_paused_teacher_has_no_loss_and_its_student_learns_as_before(pauses):
+    x = cohort("t0 s0")
+    active = frozenset({"s0"} if pauses else {"s0", "t0"})
+    method = objective("switokd", "t0 s0")
+    out = method(x, LABELS, 24.0, 1.0, active)
+    assert out.losses.keys() == active
+    torch.testing.assert_close(out.losses["s0"], method(x, LABELS, 24.0, 1.0).losses["s0"])
+    wanted = torch.full((SAMPLES,), float(not pauses))
+    assert torch.equal(out.statistics["teacher_active"], wanted)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_logits_of_half_precision_are_computed_in_single(method):
+    low = {name: x.detach() for name, x in cohort("t0 s0", torch.bfloat16).items()}
+    single = {name: x.float() for name, x in low.items()}
+    of_low, of_single = (objective(method, "t0 s0")(x, LABELS, 24.0, 1.0) for x in (low, single))
+    assert of_low.losses
+    for name, loss in of_low.losses.items():
+        assert loss.dtype is torch.float32
+        torch.testing.assert_close(loss, of_single.losses[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ensemble", ["naive", "minlogit"])
+def test_an_ensemble_is_as_exact_as_its_most_exact_network(ensemble):
+    x = cohort("t0 s0")
+    x["t0"] = x["t0"].detach().float()  # rounded, and then as exact as any
+    exact = x | {"t0": x["t0"].double()}
+    mixed, wanted = (
+        objective("kdcl", "t0 s0", ensemble=ensemble)(logits, LABELS, 24.0, 1.0).losses["s0"]
+        for logits in (x, exact)
+    )
+    torch.testing.assert_close(mixed, wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_what_the_trainer_asks_of_a_method(method):
+    names = "t0 s0"
+    needs = objective(method, names)
+    assert needs.views == (2 if method == "kdcl" else 1)  # KDCL: an image is seen by each network
+    assert needs.controls == (method == "switokd")  # only its teacher pauses
+    assert needs.frozen == ({"t0"} if method == "kd" else set())
+    assert (needs.students, needs.teachers) == (["s0"], ["t0"])
+    if method != "switokd":
+        for call in (lambda: needs.measure(cohort(names), LABELS), lambda: needs.active(None)):
+            with pytest.raises(NotImplementedError, match="controls nothing"):
+                call()
