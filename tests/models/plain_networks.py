@@ -142,8 +142,10 @@ def mobilenet_v1(w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
     return features, w.linear(features, "classifier")
 
 
-def mobilenet_v2(w: Weights, x: Tensor, stage_strides: tuple) -> tuple[Tensor, Tensor]:
-    """arXiv 1801.04381, table 2, with ReLU and an expansion in every block."""
+def mobilenet_v2(w: Weights, x: Tensor, expansion: int) -> tuple[Tensor, Tensor]:
+    """arXiv 1801.04381, table 2, with ReLU, a convolution before every depthwise one, and stage 2
+    of stride 1."""
+    stage_strides = (1, 1, 2, 2, 1, 2, 1)
     x = w.norm(w.conv(x, "features.0.0", stride=2), "features.0.1").relu()
     strides = []
     for stride, count in zip(stage_strides, (1, 2, 3, 4, 3, 3, 1), strict=True):
@@ -151,6 +153,7 @@ def mobilenet_v2(w: Weights, x: Tensor, stage_strides: tuple) -> tuple[Tensor, T
     for block, stride in enumerate(strides, start=1):
         name = f"features.{block}.conv"
         y = w.norm(w.conv(x, f"{name}.0.0"), f"{name}.0.1").relu()
+        assert y.shape[1] == x.shape[1] * (1 if block == 1 else expansion)
         y = w.norm(w.conv(y, f"{name}.1.0", stride, groups=y.shape[1]), f"{name}.1.1").relu()
         y = w.norm(w.conv(y, f"{name}.2"), f"{name}.3")
         x = x + y if stride == 1 and x.shape == y.shape else y

@@ -116,6 +116,10 @@ def test_parameters_of_the_bridged_are_the_libraries(timm):
         (("torchvision:resnet18", 7, 1), {}, "takes images of 3 channels, got in_channels = 1"),
         (("torchvision:resnet18", 7), {"foo": 1}, "torchvision:resnet18 cannot be built.*'foo'"),
         (("torchvision:resnet18", 7), {"pretrained": True}, "come from timm"),
+        (("torchvision:resnet18", 7), {"weights": "DEFAULT"}, "come from timm"),
+        (("torchvision:resnet50", 7), {"width_per_group": -64}, "resnet50 cannot be built: Runt"),
+        (("timm:vit_tiny_patch16_224", 7), {"embed_dim": 190}, "cannot be built: AssertionError"),
+        (("timm:RESNT50", 7), {}, "the nearest name is 'timm:resnet50"),
         (("torchvision:squeezenet1_0", 7), {}, "no linear classifier"),
     ],
 )
@@ -125,10 +129,27 @@ def test_bad_calls_say_what_is_needed(timm, call, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_an_image_of_the_wrong_size_names_the_right_one(timm):
-    network = create_model("timm:vit_tiny_patch16_224", 7, depth=1)
-    with pytest.raises(ValueError, match=r"takes images of 224x224 pixels, got 32x32.*img_size"):
-        network(torch.zeros(1, 3, 32, 32))
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({}, (32, 32), r"takes images of 224x224 pixels, got 32x32.*img_size"),
+        ({"img_size": (32, 48)}, (48, 32), "takes images of 32x48 pixels, got 48x32"),
+        ({"img_size": (32, 48)}, (64, 48), "takes images of 32x48 pixels, got 64x48"),
+    ],
+)
+def test_an_image_of_the_wrong_size_names_the_right_one(timm, options, given, message):
+    network = create_model("timm:vit_tiny_patch16_224", 7, depth=1, **options)
+    for compute in (network, network.forward_features):
+        with pytest.raises(ValueError, match=message):
+            compute(torch.zeros(1, 3, *given))
+    size = options.get("img_size", (224, 224))
+    assert network(torch.zeros(1, 3, *size)).shape == (1, 7)
+
+
+def test_a_network_with_auxiliary_classifiers_gives_one_output(torchvision):
+    with torch.device("meta"):
+        network = create_model("torchvision:inception_v3", 7)
+        assert network.train()(torch.empty(2, 3, 96, 96)).shape == (2, 7)
 
 
 def test_pretrained_weights_that_cannot_be_had_are_one_line(timm, monkeypatch, tmp_path):
@@ -157,6 +178,10 @@ def test_a_missing_library_names_the_extra(library, monkeypatch):
         ("raise RuntimeError('operator torchvision::nms does not exist')",
          "does not import .RuntimeError: operator torchvision::nms does not exist.: install the "
          "torchvision that belongs to torch"),
+        ("raise OSError('libcudart.so: cannot open')", "does not import .OSError: libcudart.so: c"),
+        ("import math; math.no_such_name", "does not import .AttributeError: module 'math' has no"),
+        ("raise RuntimeError('one\\ntwo')", "does not import .RuntimeError: one.: install"),
+        ("raise RuntimeError", "does not import .RuntimeError.: install"),
         ("import no_such_module_here", "timm needs no_such_module_here: pip install"),
     ],
 )  # fmt: skip

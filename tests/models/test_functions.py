@@ -23,7 +23,8 @@ CASES = [
     ("vgg8", {}, plain.vgg, {"counts": (1, 1, 1, 1, 1), "poolings": 3}),
     ("vgg11", {}, plain.vgg, {"counts": (1, 1, 2, 2, 2), "poolings": 3}),
     ("imagenet_mobilenet_v1", {"width": 0.25}, plain.mobilenet_v1, {}),
-    ("mobilenetv2", {}, plain.mobilenet_v2, {"stage_strides": (1, 1, 2, 2, 1, 2, 1)}),
+    ("mobilenetv2", {}, plain.mobilenet_v2, {"expansion": 6}),
+    ("mobilenetv2", {"width": 0.25, "expansion": 2}, plain.mobilenet_v2, {"expansion": 2}),
     ("shufflenetv1", {}, plain.shufflenet_v1, {}),
     ("shufflenetv2", {}, plain.shufflenet_v2, {}),
 ]

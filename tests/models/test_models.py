@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bdkd.models import create_model, list_models
+from bdkd.models.registry import register
 
 # The distillation literature's counts for 32x32x3 images.
 PARAMETERS_100 = {
@@ -74,6 +75,7 @@ def test_every_name_is_listed_once():
     assert set(PARAMETERS_100) | set(PARAMETERS_1000) | between == set(names)
     assert len(names) == len(set(names))
     # What a newcomer reads first are the small networks, each family together and growing.
+    assert names.index("resnet20") < names.index("resnet110") < names.index("resnet8x4")
     assert [name.startswith("imagenet_") for name in names] == sorted(
         name.startswith("imagenet_") for name in names
     )
@@ -102,12 +104,35 @@ def test_hyphens_and_case_do_not_matter(alias, name):
     assert parameters(alias, 100) == PARAMETERS_100[name]
 
 
-def test_widths_beyond_the_list():
-    assert parameters("wrn_16_3", 100) > PARAMETERS_100["wrn_16_2"]
-    assert parameters("wrn_10_1", 100) < PARAMETERS_100["wrn_16_1"]
-    half = create_model("resnet20", 10, width=0.5)
-    assert half.num_features == 32
-    assert create_model("resnet8x4", 10, width=0.01).num_features == 3
+@pytest.mark.parametrize(
+    ("name", "width", "channels"),
+    [
+        ("resnet8", 0.6, [10, 10, 19, 38]),  # 9.6, 9.6, 19.2, 38.4: to the nearest
+        ("resnet8x4", 0.01, [1, 1, 1, 3]),  # at least one
+        ("mobilenetv2", 0.35, [11, 5, 8, 11, 22, 33, 56, 112, 1280]),  # 5.6, 33.6: down
+        ("mobilenetv2", 0.01, [1, 1, 1, 1, 1, 1, 1, 3, 1280]),
+        ("mobilenetv2", 1.5, [48, 24, 36, 48, 96, 144, 240, 480, 1920]),
+    ],
+)
+def test_a_width_multiplies_the_channels_of_every_stage(name, width, channels):
+    with torch.device("meta"):
+        network = create_model(name, 10, width=width)
+    if name == "mobilenetv2":
+        blocks = [network.features[i].conv[-1] for i in (1, 2, 4, 7, 11, 14, 17)]
+        norms = [network.features[0][1], *blocks, network.features[18][1]]
+    else:
+        norms = [network.bn, *(stage[0].bn2 for stage in network.stages)]
+    assert [norm.num_features for norm in norms] == channels
+    assert network.num_features == channels[-1]
+
+
+def test_wide_networks_are_as_deep_and_wide_as_their_name_says():
+    # A block is two convolutions and two norms; its parameters grow by the square of the width.
+    assert parameters("wrn_22_1", 100) - parameters("wrn_16_1", 100) == sum(
+        2 * (9 * c * c) + 4 * c for c in (16, 32, 64)
+    )
+    with torch.device("meta"):
+        assert create_model("wrn_10_3", 10).num_features == 192
 
 
 @pytest.mark.parametrize(
@@ -121,11 +146,14 @@ def test_widths_beyond_the_list():
         (("shufflenet_v2_x1_0", 1000), "the nearest name is 'imagenet_shufflenet_v2_x1_0'"),
         (("mobilenet-v1", 1000), "the nearest name is 'imagenet_mobilenet_v1'"),
         (("keras:resnet50", 1000), "no model named 'keras:resnet50'"),
+        (("wrn_16_2x", 10), "no model named 'wrn_16_2x'; the nearest name is 'wrn_16_2'"),
+        (("WRN-99", 10), "no model named 'WRN-99'; the nearest name is 'wrn_"),
         (("wrn_17_2", 10), r"depth D of 6n \+ 4 .* got D = 17, W = 2"),
         (("wrn_4_2", 10), "got D = 4"),
         (("wrn_16_0", 10), "W = 0"),
         (("resnet8", 0), "num_classes must be an integer >= 1, got 0"),
         (("resnet8", 10, 0), "in_channels must be an integer >= 1, got 0"),
+        (("resnet8", True), "num_classes must be an integer >= 1, got True"),
         (("resnet8", 10.0), "num_classes must be an integer >= 1, got 10.0"),
     ],
 )
@@ -143,6 +171,8 @@ def test_bad_calls_say_what_is_needed(call, message):
         ("wrn-16-2", {"width": 4}, "'wrn_16_2' has no option 'width'; it takes dropout"),
         ("resnet8", {"width": 0}, "width must be a finite number > 0, got 0"),
         ("resnet8", {"width": float("nan")}, "width must be a finite number > 0, got nan"),
+        ("resnet8", {"width": True}, "width must be a finite number > 0, got True"),
+        ("resnet8", {"width": float("inf")}, "width must be a finite number > 0, got inf"),
         ("resnet8", {"width": "2"}, "width must be a finite number > 0, got '2'"),
         ("wrn_16_1", {"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ("vgg8", {"width": 2}, "'vgg8' has no option 'width'; it takes no option"),
@@ -150,6 +180,7 @@ def test_bad_calls_say_what_is_needed(call, message):
         ("resnet18", {"zero_init": True}, "it takes zero_init_residual"),
         ("resnet18", {"zero_init_residual": "no"}, "must be true or false, got 'no'"),
         ("mobilenetv2", {"expansion": 1.5}, "expansion must be an integer >= 1, got 1.5"),
+        ("mobilenetv2", {"expansion": 0}, "expansion must be an integer >= 1, got 0"),
         ("mobilenetv2", {"width": -1}, "width must be a finite number > 0, got -1"),
         ("imagenet_mobilenet_v1", {"width": 0}, "width must be a finite number > 0, got 0"),
         ("imagenet_mobilenet_v2", {"dropout": 1}, r"dropout must be a number in \[0, 1\)"),
@@ -158,6 +189,17 @@ def test_bad_calls_say_what_is_needed(call, message):
 def test_bad_options_say_what_is_needed(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, 10, **options)
+
+
+def test_a_name_must_be_a_string():
+    with pytest.raises(TypeError, match=r"name must be a string such as 'resnet20', got 20 .int"):
+        create_model(20, 10)
+
+
+def test_two_families_cannot_have_one_name():
+    with pytest.raises(ValueError, match="two models are named 'resnet8'"):
+        register({"resnet8": {}})(lambda num_classes, in_channels: None)
+    assert parameters("resnet8", 10) > 0
 
 
 # One of each family, its smallest.
