@@ -39,12 +39,14 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
 def shaken(network: nn.Module) -> nn.Module:
-    """The network with its norms, biases and running statistics off their starts of 0 and 1."""
+    """The network with its norms, biases and running statistics off their starts of 0 and 1, and
+    scales so large that some activations exceed 6, where a ReLU6 ends."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for value in network.state_dict().values():
+        for name, value in network.state_dict().items():
             if value.ndim == 1:
-                value += 0.3 * torch.rand(value.shape, generator=generator, dtype=value.dtype)
+                by = 3.0 if name.endswith("weight") else 0.3
+                value += by * torch.rand(value.shape, generator=generator, dtype=value.dtype)
     return network
 
 

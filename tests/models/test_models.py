@@ -183,6 +183,7 @@ def test_bad_calls_say_what_is_needed(call, message):
         ("mobilenetv2", {"expansion": 0}, "expansion must be an integer >= 1, got 0"),
         ("mobilenetv2", {"width": -1}, "width must be a finite number > 0, got -1"),
         ("imagenet_mobilenet_v1", {"width": 0}, "width must be a finite number > 0, got 0"),
+        ("imagenet_mobilenet_v2", {"width": 0}, "width must be a finite number > 0, got 0"),
         ("imagenet_mobilenet_v2", {"dropout": 1}, r"dropout must be a number in \[0, 1\)"),
     ],
 )
