@@ -45,7 +45,7 @@ def shaken(network: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, value in network.state_dict().items():
             if value.ndim == 1:
-                by = 3.0 if name.endswith("weight") else 0.3
+                by = 6.0 if name.endswith("weight") else 0.3
                 value += by * torch.rand(value.shape, generator=generator, dtype=value.dtype)
     return network
 
