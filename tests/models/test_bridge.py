@@ -119,7 +119,7 @@ def test_parameters_of_the_bridged_are_the_libraries(timm):
         (("torchvision:resnet18", 7), {"weights": "DEFAULT"}, "come from timm"),
         (("torchvision:resnet50", 7), {"width_per_group": -64}, "resnet50 cannot be built: Runt"),
         (("timm:vit_tiny_patch16_224", 7), {"embed_dim": 190}, "cannot be built: AssertionError"),
-        (("timm:RESNT50", 7), {}, "the nearest name is 'timm:resnet50"),
+        (("timm:VIT_TNY_PATCH16_224", 7), {}, "the nearest name is 'timm:vit_tiny_patch16_224'"),
         (("torchvision:squeezenet1_0", 7), {}, "no linear classifier"),
     ],
 )

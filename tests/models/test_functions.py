@@ -17,14 +17,15 @@ CASES = [
     ("resnet14", {}, plain.resnet_cifar, {"depth": 14, "widths": (16, 32, 64)}),
     ("resnet8x4", {}, plain.resnet_cifar, {"depth": 8, "widths": (64, 128, 256)}),
     ("resnet20", {"width": 0.5}, plain.resnet_cifar, {"depth": 20, "widths": (8, 16, 32)}),
-    ("wrn_16_1", {}, plain.wide_resnet, {"depth": 16, "width": 1}),
-    ("wrn_10_2", {"dropout": 0.3}, plain.wide_resnet, {"depth": 10, "width": 2, "dropout": 0.3}),
+    ("wrn_10_2", {}, plain.wide_resnet, {"depth": 10, "width": 2}),
+    ("wrn_16_1", {"dropout": 0.3}, plain.wide_resnet, {"depth": 16, "width": 1, "dropout": 0.3}),
     ("resnet18", {}, plain.resnet, RESNET18),
     ("vgg8", {}, plain.vgg, {"counts": (1, 1, 1, 1, 1), "poolings": 3}),
     ("vgg11", {}, plain.vgg, {"counts": (1, 1, 2, 2, 2), "poolings": 3}),
     ("imagenet_mobilenet_v1", {"width": 0.25}, plain.mobilenet_v1, {}),
     ("mobilenetv2", {}, plain.mobilenet_v2, {"expansion": 6}),
-    ("mobilenetv2", {"width": 0.25, "expansion": 2}, plain.mobilenet_v2, {"expansion": 2}),
+    # So narrow that a block of stride 2 keeps its one channel, and yet is no residual.
+    ("mobilenetv2", {"width": 0.05, "expansion": 2}, plain.mobilenet_v2, {"expansion": 2}),
     ("shufflenetv1", {}, plain.shufflenet_v1, {}),
     ("shufflenetv2", {}, plain.shufflenet_v2, {}),
 ]

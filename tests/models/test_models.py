@@ -112,6 +112,8 @@ def test_hyphens_and_case_do_not_matter(alias, name):
         ("mobilenetv2", 0.35, [11, 5, 8, 11, 22, 33, 56, 112, 1280]),  # 5.6, 33.6: down
         ("mobilenetv2", 0.01, [1, 1, 1, 1, 1, 1, 1, 3, 1280]),
         ("mobilenetv2", 1.5, [48, 24, 36, 48, 96, 144, 240, 480, 1920]),
+        # 9.6 and 19.2 up, since 8 and 16 are less than nine tenths of them; 153.6 and 307.2 down.
+        ("imagenet_mobilenet_v1", 0.3, [16, 24, 40, 40, 80, 80, *[152] * 6, 304, 304]),
     ],
 )
 def test_a_width_multiplies_the_channels_of_every_stage(name, width, channels):
@@ -120,6 +122,8 @@ def test_a_width_multiplies_the_channels_of_every_stage(name, width, channels):
     if name == "mobilenetv2":
         blocks = [network.features[i].conv[-1] for i in (1, 2, 4, 7, 11, 14, 17)]
         norms = [network.features[0][1], *blocks, network.features[18][1]]
+    elif name == "imagenet_mobilenet_v1":
+        norms = [network.stem[1], *(block[1][1] for block in network.blocks)]
     else:
         norms = [network.bn, *(stage[0].bn2 for stage in network.stages)]
     assert [norm.num_features for norm in norms] == channels
@@ -149,6 +153,7 @@ def test_wide_networks_are_as_deep_and_wide_as_their_name_says():
         (("wrn_16_2x", 10), "no model named 'wrn_16_2x'; the nearest name is 'wrn_16_2'"),
         (("WRN-99", 10), "no model named 'WRN-99'; the nearest name is 'wrn_"),
         (("wrn_17_2", 10), r"depth D of 6n \+ 4 .* got D = 17, W = 2"),
+        (("wrn_18_2", 10), "got D = 18"),
         (("wrn_4_2", 10), "got D = 4"),
         (("wrn_16_0", 10), "W = 0"),
         (("resnet8", 0), "num_classes must be an integer >= 1, got 0"),
@@ -237,6 +242,8 @@ def test_zero_init_residual_starts_blocks_as_their_shortcuts(name):
     for block in blocks:
         x = torch.randn(1, block.conv1.in_channels, 3, 3)
         assert torch.equal(block(x), block.downsample(x).relu())
+        last = block.bn3 if hasattr(block, "bn3") else block.bn2
+        assert not last.weight.any()  # so that this weight gets a gradient at once
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(not norm.weight.any() for norm in norms) == len(blocks)  # and no other norm
 
