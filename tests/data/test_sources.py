@@ -93,8 +93,13 @@ def test_stratified_split_parts_every_class(labels, share, seed):
     rest, held_out = stratified_split(labels, share, seed)
     assert sorted([*rest, *held_out]) == list(range(len(labels)))
     for label in range(5):
-        assert (labels[rest] == label).any()
-        assert (labels[held_out] == label).any()
+        of_class = (labels == label).sum()
+        held = (labels[held_out] == label).sum()
+        assert 1 <= held <= of_class - 1
+        # The nearest whole number to the share, but for the image that each part keeps.
+        assert abs(held - share * of_class) <= 0.5 or held in (1, of_class - 1)
+    rest, held_out = stratified_split(labels, 0.0, seed)
+    assert (len(rest), len(held_out)) == (len(labels), 0)
 
 
 def test_mixed_seeds_do_not_collide():

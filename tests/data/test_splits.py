@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bdkd.config import DataConfig, check_recipe, load_recipe
 from bdkd.data import create_source
-from bdkd.data.base import stratified_subset
+from bdkd.data.base import stratified_split, stratified_subset
 from bdkd.data.splits import with_label_noise, with_pixel_noise
 from bdkd.errors import UsageError
 
@@ -49,7 +49,20 @@ def test_wrong_labels_are_any_other_class_with_equal_chance():
     moved = (noisy - labels) % 5
     assert (moved != 0).all()
     assert (moved.bincount(minlength=5)[1:] / 20_000 - 0.25).abs().max() < 0.02
+    assert torch.equal(labels, torch.arange(20_000) % 5)  # the given ones are left as they are
     assert torch.equal(with_label_noise(labels, 0.0, 5), labels)
+    half = with_label_noise(labels, 0.5, 5) != labels
+    assert half.sum() == 10_000
+    assert 0.48 < half[:10_000].double().mean() < 0.52  # anywhere, in files sorted by class too
+    assert (with_label_noise(labels[:9], 0.3, 5) != labels[:9]).sum() == 3  # 2.7, rounded
+
+
+def test_wrong_labels_do_not_follow_the_random_state_of_the_training():
+    labels, found = torch.arange(100) % 5, []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(with_label_noise(labels, 0.5, 5))
+    assert torch.equal(*found)
 
 
 def test_fewer_training_images_leave_the_held_out_ones_alone_and_are_nested():
@@ -69,10 +82,22 @@ def test_pixel_noise_has_its_deviation_and_differs_between_the_splits():
     assert not torch.equal(noisy[:1000], noisy[1000:2000])
     assert not torch.equal(noisy, with_pixel_noise(grey, 10.0, 255, 1))
     assert with_pixel_noise(grey, 500.0, 255, 0).float().std() > 80  # cut, not wrapped round
-    clean, dirty = digits(), digits(pixel_noise=0.2)
+    clean, dirty = digits(), digits(pixel_noise=0.1)
+    noise, grey = {}, {}
     for split in clean:
-        assert not torch.equal(clean[split].pixels, dirty[split].pixels)
-        assert dirty[split].pixels.max() <= 16
+        assert dirty[split].pixels.max() == 16
+        assert torch.equal(clean[split].labels, dirty[split].labels)
+        noise[split] = dirty[split].pixels.double() - clean[split].pixels.double()
+        grey[split] = (clean[split].pixels - 8).abs().lt(2) | (clean[split].pixels == 7)
+        # A tenth of the largest pixel value, 16. Pixels from 7 to 9 are five deviations from it;
+        # rounding adds 1/12 to the variance.
+        deviation = noise[split][grey[split]].std().item()
+        assert deviation == pytest.approx((1.6**2 + 1 / 12) ** 0.5, rel=0.1)
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        count = min(len(noise[one]), len(noise[other]))
+        both = grey[one][:count] & grey[other][:count]
+        equal = (noise[one][:count] == noise[other][:count])[both].double().mean()
+        assert equal < 0.3  # by chance a sixth
 
 
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=60), st.integers(0, 60), st.integers(0, 9))
@@ -84,6 +109,37 @@ def test_a_stratified_subset_keeps_the_proportions(labels, count, seed):
     for label in set(labels):
         exact = (labels == label).sum() * count / len(labels)
         assert abs((labels[chosen] == label).sum() - exact) <= 3
+
+
+def test_a_subset_of_few_images_has_no_place_for_every_rare_class():
+    """Of 100 images of one class and one of each of four others, 4 are all of the first."""
+    labels = np.repeat(np.arange(5), [1, 1, 100, 1, 1])
+    assert labels[stratified_subset(labels, 4, 0)].tolist() == [2] * 4
+
+
+def test_a_subset_and_a_held_out_part_are_drawn_by_their_seed_and_keep_the_order():
+    """From all over each class: files of a class are often sorted by when or where they were
+    taken."""
+    labels = np.repeat(np.arange(2), 1000)
+    for draw in (
+        lambda seed: stratified_subset(labels, 400, seed),
+        lambda seed: stratified_split(labels, 0.2, seed)[1],
+    ):
+        one, again, other = draw(0), draw(0), draw(1)
+        assert np.array_equal(one, again)
+        assert len(one) == 400
+        assert (np.diff(one) > 0).all()
+        assert (one % 1000).mean() == pytest.approx(500, abs=45)  # three deviations
+        assert 40 < len(np.intersect1d(one, other)) < 120  # by chance 80
+    rest, _ = stratified_split(labels, 0.2, 0)
+    assert (np.diff(rest) > 0).all()
+
+
+@pytest.mark.parametrize("count", [10, 1295])
+def test_a_subset_may_be_one_image_a_class_or_all_that_train(count):
+    labels = digits(train_images=count)["train"].labels
+    assert len(labels) == count
+    assert labels.bincount(minlength=10).min() > 0.09 * count
 
 
 @pytest.mark.parametrize("count", [9, 1296])

@@ -1,11 +1,14 @@
-"""The evaluation crop is torchvision's, to the pixel."""
+"""The evaluation crop is torchvision's, to the pixel; the training crop is drawn as its is."""
+
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import chisquare, kstest
 
 from bdkd.data.imagenet.pillow import _cut
-from bdkd.data.imagenet.windows import LONG, central_window
+from bdkd.data.imagenet.windows import DRAWS, LONG, central_window, training_window
 
 
 def torchvision_window(height, width, resize, side):
@@ -57,3 +60,76 @@ def test_a_long_image_does_not_fill_the_memory(size):
     window = central_window(*size, 224)
     assert window.to_height * window.to_width <= LONG * 256 * 256
     assert min(window.to_height - window.square_top, window.to_width - window.square_left) >= 224
+
+
+def training_windows(height, width, smallest=0.08, flip=True, count=4000):
+    """Columns top, left, height, width, mirrored of as many windows."""
+    drawn = np.random.default_rng(0).random((count, DRAWS))
+    found = [training_window(height, width, 32, one, smallest, flip) for one in drawn]
+    assert {window[4:8] for window in found} == {(32, 32, 0, 0)}  # resized to the square
+    return np.array([(*window[:4], window.mirrored) for window in found]).T
+
+
+def test_area_and_aspect_of_the_random_crop_are_those_of_random_resized_crop():
+    """The area is uniform in [0.08, 1], the logarithm of width / height uniform in
+    [log(3/4), log(4/3)]. Windows of up to 3/4 of the area fit with every aspect, so among them
+    nothing was drawn again. In 3,000 pixels a side, rounding does not show."""
+    side = 3000
+    _, _, h, w, _ = training_windows(side, side)
+    area, ratio = h * w / side**2, np.log(w / h)
+    some = area < 0.75
+    assert kstest(area[some], "uniform", (0.08, 0.67)).pvalue > 1e-3
+    assert kstest(ratio[some], "uniform", (-math.log(4 / 3), 2 * math.log(4 / 3))).pvalue > 1e-3
+    assert abs(np.corrcoef(area[some], ratio[some])[0, 1]) < 0.06
+    assert np.abs(ratio).max() < math.log(4 / 3) + 1e-3
+    # Of those that do not fit, ten are drawn: a central one is never needed here.
+    assert not ((h == side) & (w == side)).any()
+    assert 0.93 < area.max() < 1
+    assert area.min() > 0.0799
+    wider = training_windows(side, side, smallest=0.5)
+    assert (wider[2] * wider[3] / side**2).min() > 0.4999
+
+
+def test_the_random_crop_is_at_every_position_and_mirrored_half_of_the_time():
+    """In an image of 9 x 7 pixels, for each size of a window."""
+    top, left, h, w, mirrored = training_windows(9, 7, count=20_000)
+    for first, length, whole in ((top, h, 9), (left, w, 7)):
+        tried = 0
+        for size in range(2, whole + 1):
+            counts = np.bincount(first[length == size], minlength=whole - size + 1)
+            assert len(counts) == whole - size + 1  # none reaches out of the image
+            if counts.sum() > 500 and len(counts) > 1:
+                assert counts.min() > 0
+                assert chisquare(counts).pvalue > 1e-3, (size, counts)
+                tried += 1
+        assert tried >= 4
+    down, right = top / np.maximum(9 - h, 1), left / np.maximum(7 - w, 1)
+    assert np.abs(np.corrcoef((down, right, mirrored)) - np.eye(3)).max() < 0.03
+    assert 0.48 < mirrored.mean() < 0.52
+    assert not training_windows(9, 7, flip=False)[4].any()
+
+
+@pytest.mark.parametrize("size", [(10, 300), (300, 10), (400, 301), (5, 5)])
+def test_the_fallback_of_the_random_crop_is_torchvisions_central_one(size):
+    """From get_params of RandomResizedCrop in torchvision/transforms/transforms.py. With only
+    windows of the whole area and aspect 4/3, none fits."""
+    height, width = size
+    ratio = width / height
+    if ratio < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif ratio > 4 / 3:
+        w, h = round(height * (4 / 3)), height
+    else:
+        w, h = width, height
+    drawn = np.full(DRAWS, 0.999999)
+    if ratio > 1.3:
+        drawn[1:20:2] = 0.0  # aspect 3/4
+    window = training_window(height, width, 32, drawn, 1.0, False)
+    assert window[:4] == ((height - h) // 2, (width - w) // 2, h, w)
+
+
+def test_the_whole_image_is_a_window_of_all_of_its_area():
+    """Whatever the aspect drawn, a square image has no other window of its whole area than itself,
+    as the aspect 1 gives it."""
+    drawn = np.full(DRAWS, 0.5)
+    assert training_window(48, 48, 32, drawn, 1.0, True)[:4] == (0, 0, 48, 48)
