@@ -89,6 +89,11 @@ def test_ranks_together_see_what_one_rank_sees(world):
             )
 
 
+@pytest.mark.parametrize("options", [{"crop": 7}, {"cutout": 16}])
+def test_the_largest_augmentation_that_fits_the_images_is_taken(options):
+    create_source(DataConfig(**options), 0, CPU, torch.channels_last)
+
+
 @pytest.mark.parametrize("options", [{"crop": 8}, {"cutout": 17}])
 def test_augmentation_larger_than_the_images_is_refused(options):
     with pytest.raises(UsageError, match=r"8x8"):

@@ -1,5 +1,6 @@
 """The identity of a data set, which a run compares before it goes on."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from bdkd.config import DataConfig, SyntheticConfig
 from bdkd.data import create_source
-from bdkd.data.digest import digest_names
+from bdkd.data.digest import digest_names, digest_pixels
 
 CPU = torch.device("cpu")
 
@@ -91,8 +92,32 @@ def test_sets_in_memory_have_the_identity_of_their_pixels_and_labels(tmp_path):
     made = identity("synthetic", **options)
     assert identity("synthetic", seed=4, **options) == made
     assert made[1] == {"train": 200, "test": 40}
-    options["synthetic"] = SyntheticConfig(images=200, classes=4)
-    assert identity("synthetic", **options)[0]["train"] != made[0]["train"]
+    assert made[0]["train"] != made[0]["test"]
+    for change in (
+        {"synthetic": SyntheticConfig(images=200, classes=4)},
+        {"synthetic": SyntheticConfig(images=205, classes=5)},
+        {"image_size": 24},
+    ):
+        assert identity("synthetic", **options | change)[0]["train"] != made[0]["train"]
+
+
+def test_a_digest_of_pixels_is_that_of_shape_pixels_and_labels():
+    """In the order of the images, whatever the memory's layout. 2,500 are hashed in parts."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2500, 3, 4, 2), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (2500,), generator=generator)
+    content = b"(2500, 3, 4, 2)" + pixels.numpy().tobytes() + labels.numpy().astype("<i8").tobytes()
+    known = digest_pixels(pixels, labels)
+    assert known == (hashlib.sha256(content).hexdigest(), 2500)
+    assert digest_pixels(pixels.contiguous(memory_format=torch.channels_last), labels) == known
+    for place in (0, 999, 1000, 2499):
+        changed, relabelled = pixels.clone(), labels.clone()
+        changed[place, 2, 3, 1] += 1
+        relabelled[place] += 1
+        assert digest_pixels(changed, labels) != known
+        assert digest_pixels(pixels, relabelled) != known
+    assert digest_pixels(pixels.view(2500, 3, 2, 4), labels) != known
+    assert digest_pixels(pixels.flip(0), labels) != known
 
 
 def test_excluded_images_do_not_belong_to_the_set(tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 from bdkd.config import DataConfig, SyntheticConfig
 from bdkd.data import Shard, create_source
+from bdkd.data.in_memory import Images, InMemory
 from bdkd.errors import RunError, UsageError
 
 CPU = torch.device("cpu")
@@ -222,6 +223,95 @@ def test_an_image_folder_is_read_at_its_size(tmp_path):
     (tmp_path / "train" / "red" / "2.png").write_bytes(b"")
     with pytest.raises(RunError, match=r"cannot read the image .*red/2.png"):
         source("folder", tmp_path)
+
+
+def make_folders(root, **classes):
+    """``train="cat dog"`` makes two images of each class of the split."""
+    from PIL import Image
+
+    for split, names in classes.items():
+        for name in names.split():
+            (root / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8), (100 * i, 0, len(split))).save(
+                    root / split / name / f"{i}.png"
+                )
+
+
+def test_the_folder_test_is_the_test_set_before_val(tmp_path):
+    """Where there are both, ``val`` is for choosing and not for reporting."""
+    make_folders(tmp_path, train="cat dog", val="cat dog", test="cat dog")
+    pixels = source("folder", tmp_path, validation=0.0).splits["test"].pixels
+    assert (pixels[:, 2] == len("test")).all()
+
+
+@pytest.mark.parametrize(("splits", "message"), [
+    ({"train": "cat dog emu", "val": "cat dog"}, r"must hold the same classes: \['emu'\]"),
+    ({"train": "cat dog", "val": "cat dog emu"}, r"must hold the same classes: \['emu'\]"),
+    ({"train": "cat", "val": "cat"}, "each of at least 2 classes"),
+    ({"train": "cat dog"}, r"no folder .*test or .*val"),
+])  # fmt: skip
+def test_folders_of_other_classes_are_refused(splits, message, tmp_path):
+    make_folders(tmp_path, **splits)
+    with pytest.raises(RunError, match=message):
+        source("folder", tmp_path)
+
+
+def test_a_class_folder_with_one_image_is_refused(tmp_path):
+    make_folders(tmp_path, train="cat dog", val="cat dog")
+    (tmp_path / "train" / "dog" / "1.png").unlink()
+    with pytest.raises(RunError, match=r"dog holds 1 images: it needs at least 2"):
+        source("folder", tmp_path)
+
+
+def test_pixel_statistics_are_numpys():
+    """Of every channel for itself, over all images: 2,500 are counted in parts."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers((0, 100, 200), (60, 250, 256), (2500, 5, 4, 3), dtype=np.uint8)
+    pixels[1500:] //= 2
+    images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(2500) % 2)
+    other = Images(images.pixels[:9] // 4, images.labels[:9])
+    data = InMemory(
+        "made", {"train": images, "val": other, "test": other}, ("0", "1"), DataConfig(),
+        scale=255, seed=0, device=CPU, memory_format=torch.channels_last,
+    )  # fmt: skip
+    np.testing.assert_allclose(data.info.normalisation.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(data.info.normalisation.std, pixels.std((0, 1, 2)), rtol=1e-9)
+    (batch,) = data.eval_batches("test", 9)
+    expected = (pixels[:9] // 4 - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
+    np.testing.assert_allclose(batch.views[0].permute(0, 2, 3, 1), expected, atol=1e-5)
+
+
+def test_images_of_one_colour_are_not_divided_by_zero():
+    """A deviation below one step of 255 is taken as one step: of a largest value of 16, 16/255."""
+    images = Images(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8), torch.arange(4) % 2)
+    other = Images(images.pixels + 1, images.labels)
+    data = InMemory(
+        "made", {"train": images, "val": other, "test": other}, ("0", "1"), DataConfig(),
+        scale=16, seed=0, device=CPU, memory_format=torch.channels_last,
+    )  # fmt: skip
+    (batch,) = data.eval_batches("test", 4)
+    torch.testing.assert_close(batch.views[0], torch.full((4, 1, 2, 2), 255 / 16))
+
+
+def test_synthetic_images_are_patterns_under_noise_that_is_cut_and_not_wrapped():
+    """No two images are alike. The noise has a deviation of 48 of 255, so that one pixel in about
+    two hundred lies above 255 or below 0 and becomes 255 or 0."""
+    options = {"synthetic": SyntheticConfig(images=400, classes=5), "image_size": 16}
+    data = source("synthetic", validation=0.0, **options)
+    train, test = data.splits["train"], data.splits["test"]
+    every = torch.cat((train.pixels, test.pixels))
+    assert len(every.flatten(1).unique(dim=0)) == 400 + 80
+    assert train.labels.bincount().tolist() == [80] * 5
+    for extreme in (0, 255):
+        assert 0.003 < (every == extreme).double().mean() < 0.02
+    pixels = train.pixels.double()
+    patterns = torch.stack([pixels[train.labels == label].mean(0) for label in range(5)])
+    noise = pixels - patterns[train.labels]
+    assert noise.std().item() == pytest.approx(48, abs=1.5)
+    assert ((noise > -1) & (noise < 1)).double().mean() < 0.03  # for every pixel by itself
+    of_test = test.pixels.double() - patterns[test.labels]  # of the same classes
+    assert of_test.std().item() == pytest.approx(48, abs=1.5)
 
 
 def test_synthetic_images_can_be_learnt_and_are_the_same_for_every_seed():

@@ -49,6 +49,18 @@ def test_lines_end_at_line_feeds_alone():
     text = "a\u2028b\x1c.jpg\nc\x85\n\nd\n\n"
     assert text_lines(decode_text(text.encode(), "x")) == ["a\u2028b\x1c.jpg", "c\x85", "", "d"]
     assert text_lines("") == text_lines("\n \n") == []
+    assert text_lines("\n  a\n\tb \n \t\n") == ["", "  a", "\tb"]  # line 1 stays line 1
+
+
+def test_line_ends_of_windows_and_of_old_macs_are_line_feeds():
+    assert decode_text(b"a\r\nb\rc\r\n\r\nd\n", "x") == "a\nb\nc\n\nd\n"
+
+
+def test_bytes_that_are_no_utf_8_are_kept_where_asked():
+    """As ``os.fsdecode`` has them, for file names; and refused elsewhere."""
+    assert decode_text(b"\xe9\n", "x", "surrogateescape") == "\udce9\n"
+    with pytest.raises(RunError, match="x is no UTF-8 text"):
+        decode_text(b"\xe9\n", "x")
 
 
 @pytest.fixture

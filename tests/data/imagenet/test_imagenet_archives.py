@@ -3,15 +3,18 @@
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from imagenet_trees import checksum, example, record
+from imagenet_trees import checksum, example, labelled, record
 
 from bdkd.cli import main
 from bdkd.data.imagenet import archives
 from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
+from bdkd.data.imagenet.index import Index, names_array
+from bdkd.data.imagenet.kept import kept
 from bdkd.data.imagenet.layout import find
 from bdkd.errors import RunError
 
@@ -79,6 +82,45 @@ def test_an_archive_that_changed_is_read_again(tfrecords, tmp_path, reads):
     assert not same(before.train, after.train)
     (root / "train-00002-of-00003").unlink()
     assert len(find(root, "tfrecord").train) == 80
+
+
+def test_an_archive_that_is_written_while_it_is_read_is_read_again(tmp_path, cache):
+    """A copy that is still running: what was read of it must not count for the whole."""
+    file = tmp_path / "train.tar"
+    file.write_bytes(b"a part")
+    made = []
+
+    def make():
+        made.append(file.read_bytes())
+        file.write_bytes(b"a part and the rest")
+        names = names_array(["0.jpg"])
+        zero = np.zeros(1, np.int64)
+        return Index(tmp_path, ("train.tar",), zero.astype(np.int32), names, zero, zero, zero + 1)
+
+    for _ in range(3):
+        kept("tar", tmp_path, [file], make, fresh=False)
+        time.sleep(0.01)  # a file system's clock ticks every few milliseconds
+    assert made[1] == b"a part and the rest"
+
+
+def test_what_is_kept_belongs_to_its_place_and_its_format(tmp_path):
+    """Two data sets with archives of the same names, sizes and times, and one of two formats."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a" / "train.tar").touch()
+    os.link(tmp_path / "a" / "train.tar", tmp_path / "b" / "train.tar")
+    zero, names = np.zeros(1, np.int64), names_array(["0"])
+
+    def labels(kind: str, folder: str, number: int) -> list[int]:
+        root = tmp_path / folder
+        made = Index(root, ("train.tar",), zero.astype(np.int32), names, zero + number, zero, zero)
+        found = kept(kind, root, [root / "train.tar"], lambda: made, fresh=False)
+        return found.labels.tolist()
+
+    places = (("tar", "a"), ("tar", "b"), ("tfrecord", "a"))
+    first = [labels(*place, number) for number, place in enumerate(places)]
+    again = [labels(*place, 9) for place in places]
+    assert first == again == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("harm", ["cut", "text", "other"])
@@ -170,6 +212,65 @@ def test_damaged_data_are_found_by_the_check_and_left_out(where, broken, tmp_pat
     assert "bad    train-00001-of-00003#2: the record's checksum does not fit" in out
     assert re.search(r"^bdkd: 1 of 145 images cannot be decoded", err, re.MULTILINE)
     assert listed.read_text().splitlines()[1].startswith("train-00001-of-00003#2\t")
+
+
+@pytest.mark.parametrize(("train", "val", "labels"), [
+    ((1, 1, 2, 2), (1, 2), [0, 0, 1, 1]),  # the field's, from 1
+    ((0, 0, 1, 1), (0, 1), [0, 0, 1, 1]),
+    ((1, 1, 0, 0), (1, 1), [1, 1, 0, 0]),  # a class that val lacks
+])  # fmt: skip
+def test_labels_of_tfrecords_begin_at_0_or_at_1_in_both_splits(train, val, labels, tmp_path):
+    for split, given in (("train", train), ("validation", val)):
+        content = b"".join(record(example(b"an image", label)) for label in given)
+        (tmp_path / split).write_bytes(content)
+    found = find(tmp_path, "tfrecord")
+    assert found.train.labels.tolist() == labels
+    assert found.val.labels.tolist() == [label - min(*train, *val) for label in val]
+    assert found.classes == ("0", "1")
+
+
+@pytest.mark.parametrize(("train", "val", "message"), [
+    ((0, 0, 1, 1), (0, -1), "negative label"), ((-1, 0, 1, 1), (0, 1), "negative label"),
+    ((0, 0, 1, 1), (0, 7), "hold 4 training images and labels up to 7"),
+])  # fmt: skip
+def test_labels_of_either_split_that_cannot_be_are_refused(train, val, message, tmp_path):
+    for split, given in (("train", train), ("validation", val)):
+        content = b"".join(record(example(b"an image", label)) for label in given)
+        (tmp_path / split).write_bytes(content)
+    with pytest.raises(RunError, match=message):
+        find(tmp_path, "tfrecord")
+
+
+def test_classes_txt_may_name_more_classes_than_there_are_labels_and_not_fewer(tmp_path):
+    for split in ("train", "validation"):
+        content = b"".join(record(example(b"an image", label)) for label in (0, 0, 2, 2))
+        (tmp_path / split).write_bytes(content)
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncow\ndog\n")
+    found = find(tmp_path, "tfrecord")
+    assert found.classes == ("ant", "bee", "cow", "dog")
+    with pytest.raises(RunError, match="the class bee in .* holds 0 images"):
+        found.require_images()
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    with pytest.raises(RunError, match="names 2 classes, the labels go to 2"):
+        find(tmp_path, "tfrecord")
+
+
+def test_each_image_is_read_from_its_place_in_its_archive(tars, tfrecords, tree):
+    """The bytes and labels of every file, in its order, and none of a split's subset."""
+    for root, format in ((tars, "webdataset"), (tfrecords, "tfrecord")):
+        for split, index in zip(("train", "val"), find(root, format)[1:], strict=True):
+            files = labelled(tree, split)
+            assert index.labels.tolist() == [label for _, label in files]
+            items = [index.item(i) for i in range(len(index))]
+            assert [item.read() for item in items] == [file.read_bytes() for file, _ in files]
+            some = np.arange(len(files))[::-3]
+            part = index.take(some)
+            assert [part.item(i) for i in range(len(some))] == [items[i] for i in some]
+            assert part.labels.tolist() == index.labels[some].tolist()
+            names = [index.identity(i) for i in range(len(index))]
+            assert len(set(names)) == len(names)
+            assert [part.identity(i) for i in range(len(some))] == [names[i] for i in some]
+            assert np.flatnonzero(index.find({names[3], names[7]})).tolist() == [3, 7]
 
 
 def test_records_that_are_cut_or_empty_are_named(tmp_path):

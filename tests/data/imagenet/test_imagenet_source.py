@@ -49,6 +49,8 @@ def test_an_epoch_resumed_in_the_middle_is_the_epoch(tree, loader):
     assert same(whole[3:], again.train_batches(3, 48, 16, 2))
     assert not same(whole[3:4], list(again.train_batches(4, 48, 16, 2))[:1])
     assert not torch.equal(*whole[0].views)
+    other = imagenet(tree, seed=1, loader=loader, **options)
+    assert not same(whole[3:4], list(other.train_batches(3, 48, 16, 2))[:1])
 
 
 @pytest.mark.parametrize("loader", LOADERS)
