@@ -248,7 +248,7 @@ def test_classes_txt_may_name_more_classes_than_there_are_labels_and_not_fewer(t
     (tmp_path / "classes.txt").write_text("ant\nbee\ncow\ndog\n")
     found = find(tmp_path, "tfrecord")
     assert found.classes == ("ant", "bee", "cow", "dog")
-    with pytest.raises(RunError, match="the class bee in .* holds 0 images"):
+    with pytest.raises(RunError, match=r"the class bee in .* holds 0 images"):
         found.require_images()
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(RunError, match="names 2 classes, the labels go to 2"):

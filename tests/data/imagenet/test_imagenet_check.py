@@ -2,11 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from imagenet_trees import encoded, labelled, wnid
 from PIL import Image
 
 from bdkd.cli import main
+from bdkd.data.imagenet.check import Report
 
 
 def run(capfd, *arguments):
@@ -33,6 +35,8 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     files = [file for file, _ in labelled(root, "train")]
     files[3].write_bytes(files[3].read_bytes()[:2000])
     files[30].write_text("a text\n")
+    files[70].write_bytes(b"")  # every 32 images are one task
+    files[119].write_bytes(b"")
     with Image.open(files[31]) as image:
         files[31].write_bytes(encoded(image.convert("F"), "TIFF"))
         files[33].write_bytes(encoded(image, "GIF"))
@@ -44,10 +48,10 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     assert "1 JPEG CMYK" in out
     assert "1 GIF P" in out
     assert err.count("\n") == 1
-    assert "4 of 145 images cannot be decoded" in err
+    assert "6 of 145 images cannot be decoded" in err
     assert f"1 classes have fewer than 2 training images or none in val ({wnid(9)})" in err
     lines = listed.read_text().splitlines()
-    bad = [files[3], files[30], files[31], labelled(root, "val")[2][0]]
+    bad = [*(files[i] for i in (3, 30, 31, 70, 119)), labelled(root, "val")[2][0]]
     assert lines[0].startswith("# bdkd data check")
     assert [line.split("\t")[0] for line in lines[1:]] == [str(f.relative_to(root)) for f in bad]
     assert "truncated" in lines[1]
@@ -58,6 +62,13 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
           "--max-steps", "1", "--train.batch-size", "8", "--data.image-size", "32", "--log",
           "--data.mixup", "0.2", "--threads", "1", "--run-dir", str(tmp_path / "run")])  # fmt: skip
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_class_lacks_images_below_two_in_train_and_below_one_in_val():
+    counts = {"train": np.array([2, 1, 2, 9]), "val": np.array([1, 1, 0, 9])}
+    report = Report(("ant", "bee", "cow", "dog"), counts)
+    assert report.lacking == ["bee", "cow"]
+    assert report.images == 25
 
 
 def test_the_list_cannot_be_written(tree, tmp_path, capfd):

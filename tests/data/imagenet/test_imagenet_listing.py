@@ -49,9 +49,8 @@ FOLDERS = pytest.mark.parametrize("kind", ["folder source", "folder"])
 
 
 @FOLDERS
-@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "val")])
-def test_hidden_entries_do_not_count_wherever_they_are(kind, splits, tmp_path, capfd):
-    root = make(tmp_path / "d")
+def test_hidden_entries_do_not_count_wherever_they_are(kind, tmp_path, capfd):
+    root, splits = make(tmp_path / "d"), ("train", "val")
     known = facts(load(kind, root))
     (root / ".git" / "train").mkdir(parents=True)
     for split in splits:
@@ -69,6 +68,8 @@ def test_hidden_entries_do_not_count_wherever_they_are(kind, splits, tmp_path, c
         picture(1).save(root / split / "cat" / "folder.jpg" / "0.jpg")
         os.mkfifo(root / split / "dog" / "pipe.jpg")  # reading it would wait for ever
     assert facts(load(kind, root)) == known
+    if kind == "folder source":  # the check reads both alike
+        return
     main(["data", "check", str(root), "--workers", "1", "--to", str(tmp_path / "bad.txt")])
     out, _ = capfd.readouterr()
     assert "train  8 images of 2 classes, 4 to 4 a class" in out

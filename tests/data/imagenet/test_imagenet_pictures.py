@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from odd_images import GREY16, RGB16, SIDE, readable, refused
+from PIL import Image
 
 from bdkd.data.decode import read_images
 from bdkd.data.imagenet.check import examine
@@ -79,3 +80,18 @@ def test_16_bits_become_their_upper_8(name, tmp_path):
     pixels = read_images([tmp_path / "0.png"], SIDE)[0].permute(1, 2, 0).numpy()
     wide = RGB16 if "rgb" in name else np.dstack([GREY16] * 3)
     assert np.array_equal(pixels, wide >> 8)
+
+
+def test_images_of_other_sizes_are_pillows_resized_ones_in_their_order(tmp_path):
+    """By Pillow's own filter for ``resize``; also where only one side differs."""
+    rng, paths = np.random.default_rng(0), []
+    for number, (height, width) in enumerate([(24, 16), (16, 24), (16, 16), (40, 31), (5, 7)] * 4):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    found = read_images(paths, 16)
+    assert found.shape == (20, 3, 16, 16)
+    for path, pixels in zip(paths, found, strict=True):
+        with Image.open(path) as image:
+            expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)

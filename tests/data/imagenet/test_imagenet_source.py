@@ -1,6 +1,7 @@
 """ImageNet as the trainer sees it: order, augmentation, splits, and what is said of bad files."""
 
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +13,10 @@ from PIL import Image
 from bdkd.config import DataConfig
 from bdkd.data import Shard, create_source
 from bdkd.data.imagenet import dali
+from bdkd.data.imagenet.loader import processors
+from bdkd.data.imagenet.pillow import Pillow
+from bdkd.data.in_memory import Images
+from bdkd.data.splits import make_splits
 from bdkd.errors import RunError, UsageError
 
 LOADERS = ("dali", "pillow")
@@ -192,13 +197,14 @@ def odd(kind: str, image: Image.Image) -> bytes:
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["cmyk", "grey", "png", "rgba", "progressive", "1x1", "1x900"])
-def test_odd_images_train_and_both_loaders_agree_on_them(copy, kind):
+def test_odd_images_train_and_both_loaders_agree_on_them(copy):
+    """One of each kind in train and in val. The decoded pixels: see test_imagenet_pictures."""
     for split in ("train", "val"):
-        file, _ = labelled(copy, split)[3]
-        with Image.open(file) as image:
-            image.load()
-        file.write_bytes(odd(kind, image))
+        kinds = ("cmyk", "grey", "png", "rgba", "progressive", "1x1", "1x900")
+        for kind, (file, _) in zip(kinds, labelled(copy, split)[3:], strict=False):
+            with Image.open(file) as image:
+                image.load()
+            file.write_bytes(odd(kind, image))
     seen = []
     for loader in LOADERS:
         source = imagenet(copy, loader=loader, validation=0.0)
@@ -346,8 +352,66 @@ def test_a_list_of_another_data_set_is_refused(tree, tmp_path):
     assert imagenet(tree, exclude=str(listed)).info.counts["train"] == 110
 
 
+def test_a_list_that_leaves_a_class_without_images_is_refused(tree, tmp_path):
+    names = [str(file.relative_to(tree)) for file, label in labelled(tree, "train") if label == 2]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(names[:-1]))
+    with pytest.raises(RunError, match=f"the class {wnid(2)} in .* holds 1 images"):
+        imagenet(tree, exclude=str(listed))
+
+
+def test_an_empty_validation_folder_is_refused(copy):
+    for file, _ in labelled(copy, "val"):
+        file.unlink()
+    with pytest.raises(RunError, match=r"val holds no images: the test split needs some"):
+        imagenet(copy)
+
+
+def test_dali_decodes_where_it_is_installed(tree, monkeypatch):
+    assert isinstance(imagenet(tree, loader="auto").training, dali.Dali)
+    # Another package's "nvidia" has no "dali" in it.
+    monkeypatch.setattr("bdkd.data.imagenet.find_spec", lambda name: name == "nvidia" or None)
+    assert isinstance(imagenet(tree, loader="auto").training, Pillow)
+
+
+def test_subsets_and_wrong_labels_are_those_of_sets_in_memory(tree):
+    """The same images are held out, kept and mislabelled as ``data.splits`` does for others."""
+    options = {"validation": 0.25, "train_images": 50, "label_noise": 0.3}
+    source = imagenet(tree, **options)
+    labels = torch.tensor([label for _, label in labelled(tree, "train")])
+    numbers = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
+    expected = make_splits(
+        DataConfig(**options), Images(numbers, labels), Images(numbers[:1], labels[:1]), 255
+    )
+    names = [str(file.relative_to(tree)) for file, _ in labelled(tree, "train")]
+    for split in ("train", "val"):
+        index, (chosen, wanted) = source.splits[split], expected[split]
+        found = [index.identity(i) for i in range(len(index))]
+        assert found == [names[i] for i in chosen.flatten()]
+        assert index.labels.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("count", [5, 110])
+def test_a_subset_may_be_one_image_a_class_or_all_that_train(tree, count):
+    assert imagenet(tree, train_images=count).info.counts["train"] == count
+
+
+def test_ranks_share_the_processors_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    for ranks, each in (("1", 12), ("5", 2), ("100", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert processors() == each
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processors() == 12
+
+
 def test_mixing_needs_its_neighbours_on_one_rank(tree):
     source = imagenet(tree, cutmix=1.0)
     with pytest.raises(UsageError, match="even number of images"):
         next(source.train_batches(0, 0, 10, 1, Shard(0, 2)))
+    # 14 images of 3 ranks: 0 to 4, 4 to 9, 9 to 14.
+    for rank in (1, 2):
+        with pytest.raises(UsageError, match="even number of images"):
+            next(source.train_batches(0, 0, 14, 1, Shard(rank, 3)))
+    next(source.train_batches(0, 0, 14, 1, Shard(0, 3)))
     next(source.train_batches(0, 0, 9, 1))  # the last one alone
