@@ -130,7 +130,11 @@ class InMemory:
         else:
             gathered = pixels[chosen]
         images = self._normalise(gathered.permute(0, 3, 1, 2))
-        return cut_out(images, draws, self.config.cutout) if self.config.cutout else images
+        if not self.config.cutout:
+            return images
+        # masked_fill returns rows of one channel after the other, whatever the format of its input.
+        blanked = cut_out(images, draws, self.config.cutout)
+        return blanked.contiguous(memory_format=self.memory_format)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         images = pixels.float().sub_(self.mean).div_(self.std)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdkd.config import DataConfig
-from bdkd.data import create_source
+from bdkd.config import DataConfig, SyntheticConfig
+from bdkd.data import Batch, Shard, create_source
 from bdkd.data.base import epoch_order, mix_seed, stratified_split
 
 CPU = torch.device("cpu")
@@ -80,7 +80,42 @@ def test_images_are_normalised_by_the_training_images_alone():
     images = torch.cat([batch.views[0] for batch in source.eval_batches("train", 500)])
     assert images.mean().abs() < 1e-5
     assert images.std().item() == pytest.approx(1.0, abs=1e-4)
-    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("options", [{}, {"crop": 2, "flip": True}, {"cutout": 3}])
+def test_images_have_the_memory_format_of_the_training(memory_format, options):
+    """Of three channels: one channel is contiguous in both formats."""
+    config = DataConfig(
+        source="synthetic", synthetic=SyntheticConfig(images=40, classes=2), **options
+    )
+    source = create_source(config, 0, CPU, memory_format)
+    batches = [next(source.train_batches(0, 0, 8, 2)), next(source.eval_batches("test", 8))]
+    for view in (view for batch in batches for view in batch.views):
+        assert view.dtype == torch.float32
+        assert view.shape == (8, 3, 32, 32)
+        assert view.is_contiguous(memory_format=memory_format)
+
+
+def test_a_batch_splits_into_equal_batches_of_all_its_views():
+    one, other, target = torch.arange(12).view(12, 1, 1, 1), torch.rand(12, 1, 1, 1), torch.rand(12)
+    parts = Batch((one, other), target).split(3)
+    assert [len(part.target) for part in parts] == [4, 4, 4]
+    assert torch.equal(torch.cat([part.views[0] for part in parts]), one)
+    assert torch.equal(torch.cat([part.views[1] for part in parts]), other)
+    assert torch.equal(torch.cat([part.target for part in parts]), target)
+
+
+@given(st.integers(1, 300), st.integers(1, 9))
+def test_ranks_share_a_batch_out_without_gap_or_overlap(size, world):
+    """As evenly as possible, in the order of the ranks; and a split as well."""
+    batch, split = range(size), range(size)
+    parts = [batch[Shard(rank, world).of_batch(size)] for rank in range(world)]
+    assert [i for part in parts for i in part] == list(batch)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    parts = [split[Shard(rank, world).of_split(size)] for rank in range(world)]
+    assert sorted(i for part in parts for i in part) == list(split)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @given(
@@ -103,5 +138,8 @@ def test_stratified_split_parts_every_class(labels, share, seed):
 
 
 def test_mixed_seeds_do_not_collide():
+    """Not in their lower half either, which is all that some generators take."""
     seeds = {mix_seed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
-    assert len(seeds) == 8000
+    assert len(seeds) == len({seed % 2**31 for seed in seeds}) == 8000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len({seed >> 32 for seed in seeds}) > 7990

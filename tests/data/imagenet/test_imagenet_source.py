@@ -325,6 +325,7 @@ def test_archives_that_are_cut_short_are_named(tree, tars, tfrecords, tmp_path):
     ("options", "match"),
     [
         ({"crop": 4}, r"data\.crop does not apply"),
+        ({"crop_padding": "edge"}, r"data\.crop_padding does not apply"),
         ({"cutout": 8}, r"data\.cutout does not apply"),
         ({"pixel_noise": 0.1}, r"data\.pixel_noise does not apply"),
         ({"train_images": 3}, r"data\.train_images must be between 5"),
@@ -335,9 +336,14 @@ def test_options_of_other_sources_are_refused(tree, options, match):
         imagenet(tree, **options)
 
 
-def test_other_sources_refuse_options_of_this_one():
-    config = DataConfig(source="synthetic", mixup=0.2)
-    with pytest.raises(UsageError, match=r"data\.mixup is an option of the source imagenet"):
+@pytest.mark.parametrize(("key", "value"), [
+    ("format", "webdataset"), ("loader", "pillow"), ("workers", 0), ("exclude", "bad.txt"),
+    ("smallest_crop", 0.5), ("progressive", ((0, 32),)), ("rand_augment", (1, 5)),
+    ("erasing", 0.1), ("mixup", 0.2), ("cutmix", 1.0),
+])  # fmt: skip
+def test_other_sources_refuse_options_of_this_one(key, value):
+    config = DataConfig(source="synthetic", **{key: value})
+    with pytest.raises(UsageError, match=rf"data\.{key} is an option of the source imagenet"):
         create_source(config, 0, torch.device("cpu"), torch.channels_last)
 
 

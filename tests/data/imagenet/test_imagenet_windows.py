@@ -128,8 +128,8 @@ def test_the_fallback_of_the_random_crop_is_torchvisions_central_one(size):
     assert window[:4] == ((height - h) // 2, (width - w) // 2, h, w)
 
 
-def test_the_whole_image_is_a_window_of_all_of_its_area():
-    """Whatever the aspect drawn, a square image has no other window of its whole area than itself,
-    as the aspect 1 gives it."""
+def test_a_window_as_high_or_as_wide_as_the_image_fits():
+    """Half of the area of 30 x 60 pixels, of aspect 1; the fallback would be 30 x 40."""
     drawn = np.full(DRAWS, 0.5)
-    assert training_window(48, 48, 32, drawn, 1.0, True)[:4] == (0, 0, 48, 48)
+    assert training_window(30, 60, 32, drawn, 0.0, True)[:4] == (0, 15, 30, 30)
+    assert training_window(60, 30, 32, drawn, 0.0, True)[:4] == (15, 0, 30, 30)
