@@ -64,6 +64,7 @@ def test_an_epoch_shows_every_image_of_its_whole_batches_once(batch_size, world)
     """24 and 20 divide the 240 images, so that the last batch is whole; 50 leaves 40 out. Three
     ranks take unequal parts of 20."""
     source = painted(0)
+    assert (source.info.channels, source.info.image_size) == (3, (HEIGHT, WIDTH))
     parts = [
         list(source.train_batches(0, 0, batch_size, 1, Shard(rank, world))) for rank in range(world)
     ]

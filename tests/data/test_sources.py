@@ -80,6 +80,11 @@ def test_images_are_normalised_by_the_training_images_alone():
     images = torch.cat([batch.views[0] for batch in source.eval_batches("train", 500)])
     assert images.mean().abs() < 1e-5
     assert images.std().item() == pytest.approx(1.0, abs=1e-4)
+    known = source.info.normalisation
+    pixels = source.splits["train"].pixels.double()
+    assert known.largest == pixels.max() == 16
+    assert known.mean == pytest.approx([pixels.mean().item()])
+    assert known.std == pytest.approx([pixels.std().item()], rel=1e-3)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
