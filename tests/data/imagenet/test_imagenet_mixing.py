@@ -243,6 +243,14 @@ def test_a_batch_is_varied_image_by_image_and_operation_after_operation():
         torch.testing.assert_close(image, twice[0], rtol=0, atol=1e-3)
 
 
+def test_equalize_rounds_what_an_operation_before_it_left():
+    image = Image.fromarray(PHOTOGRAPH.clip(1, 254))
+    operations = np.array([[[list(OPERATIONS).index("equalize"), 1]]])
+    for fraction in (-0.4, 0.4):
+        varied = rand_augment(pixels_of(image)[None] + fraction, operations, 5.0)
+        assert torch.equal(varied[0], pixels_of(ImageOps.equalize(image)))
+
+
 def test_every_operation_is_drawn_alike():
     operations = draw_operations(draws(0, 0, (1, 0), np.arange(5000), 4), 2)
     counts = np.bincount(operations[..., 0].ravel(), minlength=len(OPERATIONS))
