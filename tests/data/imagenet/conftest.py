@@ -1,5 +1,6 @@
-"""The trees that the tests of this folder read; none of them writes into one."""
+"""The trees that the tests of this folder read; none of them writes into one but into a copy."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,9 @@ def tars(tree) -> Path:
 @pytest.fixture(scope="session")
 def tfrecords(tree) -> Path:
     return make_tfrecords(tree, tree.parent / "tfrecords", 3)
+
+
+@pytest.fixture
+def copy(tree, tmp_path) -> Path:
+    """A tree to break."""
+    return shutil.copytree(tree, tmp_path / "copy")
