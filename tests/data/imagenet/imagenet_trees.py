@@ -6,12 +6,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-
-from bdkd.config import DataConfig
-from bdkd.data import create_source
 
 HEIGHT, WIDTH = 375, 500  # ImageNet's commonest size
 SIZES = ((HEIGHT, WIDTH), (WIDTH - 80, HEIGHT), (200, 180))
@@ -44,13 +40,6 @@ def make_tree(
                     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 image.save(folder / f"{wnid(label)}_{number}.JPEG", quality=90)
     return root
-
-
-def imagenet(root, seed=0, dtype=torch.float32, **options):
-    # Pillow decodes in this process, but where its workers are the point: they take a while to come
-    options = {"image_size": 64, "workers": 0, "flip": True, "loader": "pillow"} | options
-    config = DataConfig(source="imagenet", root=str(root), **options)
-    return create_source(config, seed, torch.device("cpu"), torch.channels_last, dtype)
 
 
 def labelled(root: Path, split: str) -> list[tuple[Path, int]]:

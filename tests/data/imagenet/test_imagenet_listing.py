@@ -13,6 +13,7 @@ from PIL import Image
 from bdkd.cli import main
 from bdkd.config import DataConfig
 from bdkd.data import create_source
+from bdkd.data.listing import archive_files, class_folders, image_files
 from bdkd.errors import RunError
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
@@ -46,6 +47,17 @@ def facts(source):
 
 
 FOLDERS = pytest.mark.parametrize("kind", ["folder source", "folder"])
+
+
+def test_names_come_sorted_whatever_the_order_of_the_file_system(tmp_path):
+    """By code point, as ``sorted``: labels and the order of an epoch depend on it."""
+    names = [f"{number:04d}.jpg" for number in range(60)] + ["Z.jpg", "a.jpg", "ä.jpg"]
+    for name in sorted(names, key=lambda name: name[::-1]):
+        (tmp_path / name).touch()
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    assert image_files(tmp_path) == sorted(names)
+    assert archive_files(tmp_path) == [tmp_path / name for name in sorted(names)]
+    assert class_folders(tmp_path / "folders") == tuple(sorted(names))
 
 
 @FOLDERS

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from imagenet_trees import imagenet, labelled, wnid
+from imagenet_sources import imagenet
+from imagenet_trees import labelled, wnid
 
 from bdkd.config import DataConfig
 from bdkd.data import create_source

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from imagenet_trees import encoded, imagenet, labelled
+from imagenet_sources import imagenet
+from imagenet_trees import encoded, labelled
 from PIL import Image
 
 from bdkd.data import Shard
