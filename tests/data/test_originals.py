@@ -63,6 +63,15 @@ def test_cifar_rows_are_the_red_the_green_and_the_blue_plane(tmp_path):
         assert test.pixels[7, channel, y, x] == row[1024 * channel + 32 * y + x]
 
 
+def test_cifar100_has_its_fine_labels(tmp_path):
+    files = cifar_files("cifar100", per_file=1)
+    write_files(tmp_path, files)
+    content = pickle.loads(files["cifar-100-python/test"], encoding="bytes")
+    assert content[b"fine_labels"] != content[b"coarse_labels"]
+    data = source("cifar100", tmp_path, validation=0.0)
+    assert data.splits["test"].labels.tolist() == content[b"fine_labels"]
+
+
 def test_training_batches_of_a_cifar_are_the_files_images(tmp_path):
     """Every fifth file's images are among them, each once, whatever the ranks."""
     files = cifar_files("cifar10")

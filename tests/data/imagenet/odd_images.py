@@ -162,6 +162,8 @@ def refused() -> dict[str, bytes]:
     found["a png with another byte"] = (
         whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     )
+    # The checksum of the pixels, in front of the last chunk of 12 bytes.
+    found["a png with another checksum"] = whole[:-14] + bytes([whole[-14] ^ 1]) + whole[-13:]
     jpeg = encode(colour, "JPEG")
     frame = jpeg.index(b"\xff\xc0") + 5
     found["a jpeg bomb"] = jpeg[:frame] + b"\xff\xff\xff\xff" + jpeg[frame + 4 :]

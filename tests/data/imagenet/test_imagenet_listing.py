@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from bdkd.cli import main
 from bdkd.config import DataConfig
 from bdkd.data import create_source
-from bdkd.data.listing import archive_files, class_folders, image_files
+from bdkd.data.listing import archive_files, class_folders, image_files, record_files
 from bdkd.errors import RunError
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
@@ -58,6 +59,13 @@ def test_names_come_sorted_whatever_the_order_of_the_file_system(tmp_path):
     assert image_files(tmp_path) == sorted(names)
     assert archive_files(tmp_path) == [tmp_path / name for name in sorted(names)]
     assert class_folders(tmp_path / "folders") == tuple(sorted(names))
+
+
+def test_files_named_like_tfrecords_are_taken_and_others_beside_them_are_not():
+    names = ("train-00000-of-00002", "train-00001-of-00002", "notes", "train.bak")
+    files = [Path(name) for name in names]
+    assert record_files(files) == files[:2]
+    assert record_files(files[2:]) == files[2:]  # named like nothing: all may be records
 
 
 @FOLDERS
