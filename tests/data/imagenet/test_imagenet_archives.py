@@ -12,6 +12,7 @@ from imagenet_trees import checksum, example, labelled, record
 
 from bdkd.cli import main
 from bdkd.data.imagenet import archives
+from bdkd.data.imagenet.check import check
 from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.data.imagenet.kept import kept
@@ -271,6 +272,16 @@ def test_each_image_is_read_from_its_place_in_its_archive(tars, tfrecords, tree)
             assert len(set(names)) == len(names)
             assert [part.identity(i) for i in range(len(some))] == [names[i] for i in some]
             assert np.flatnonzero(index.find({names[3], names[7]})).tolist() == [3, 7]
+
+
+def test_a_whole_record_without_an_image_is_bad_too(tmp_path):
+    """Its checksum fits; the image in it was damaged before."""
+    content = b"".join(record(example(b"no image", label)) for label in (0, 1))
+    for split in ("train", "validation"):
+        (tmp_path / split).write_bytes(content)
+    bad = check(tmp_path, "tfrecord", workers=1).bad
+    assert [name for name, _ in bad] == ["train#0", "train#1", "validation#0", "validation#1"]
+    assert all("cannot identify image file" in reason for _, reason in bad)
 
 
 def test_records_that_are_cut_or_empty_are_named(tmp_path):
