@@ -95,3 +95,20 @@ def test_images_of_other_sizes_are_pillows_resized_ones_in_their_order(tmp_path)
         with Image.open(path) as image:
             expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("make", [Dali, Pillow])
+def test_loaders_give_normalised_float32_or_for_rand_augment_the_pixels(make, tmp_path):
+    """Of a PNG, whose pixels are exact; float16 would be off by up to 1e-3."""
+    (tmp_path / "0.png").write_bytes(READABLE["png"])
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ((120.0, 110.0, 90.0), (50.0, 60.0, 70.0))
+    )
+    loader = make(0, torch.device("cpu"), torch.float32, mean, std)
+    request = Request([item(tmp_path / "0.png")], SQUARE, None, 1.0, False)
+    pixels = read_images([tmp_path / "0.png"], SIDE)[:, :, 2:30, 2:30]
+    (found,) = list(loader.batches(iter([request]), 1, False))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (pixels - mean) / std, rtol=0, atol=1e-5)
+    (found,) = list(loader.batches(iter([request]), 1, True))
+    assert torch.equal(found, pixels)
