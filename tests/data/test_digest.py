@@ -21,6 +21,10 @@ def identity(source, root=None, seed=0, **options):
     info = create_source(config, seed, CPU, torch.channels_last).info
     assert set(info.digests) == set(info.files) == {"train", "test"}
     assert all(len(digest) == 64 for digest in info.digests.values())
+    assert info.identity() == {
+        "source": source, "classes": list(info.classes),
+        "images": dict(info.files), "digests": dict(info.digests),
+    }  # fmt: skip
     return dict(info.digests), dict(info.files)
 
 

@@ -142,6 +142,15 @@ def test_stratified_split_parts_every_class(labels, share, seed):
     assert (len(rest), len(held_out)) == (len(labels), 0)
 
 
+def test_a_class_of_two_images_keeps_one_on_either_side():
+    """Whatever the share: nine tenths of two would be both, a tenth none."""
+    labels = np.array([0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    for share, of_larger in ((0.9, 9), (0.1, 1)):
+        rest, held_out = stratified_split(labels, share, 0)
+        assert np.bincount(labels[held_out]).tolist() == [1, of_larger]
+        assert np.bincount(labels[rest]).tolist() == [1, 10 - of_larger]
+
+
 def test_mixed_seeds_do_not_collide():
     """Not in their lower half either, which is all that some generators take."""
     seeds = {mix_seed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
