@@ -136,8 +136,9 @@ def test_no_two_lists_of_names_have_the_same_digest():
     """Texts that run together as bytes stay apart, and the order of a listing is not read."""
     one = np.zeros(1, np.int64)
     lists = [("ab", "c", b"d"), ("a", "bc", b"d"), ("a", "b", b"cd"), ("", "abc", b"d")]
+    lists += [("x", "bc", b"d"), ("a", "y", b"d"), ("a", "bc", b"z")]  # one text is another
     found = {digest_names([a], one, [b], one, [c]) for a, b, c in lists}
-    assert len(found) == 4
+    assert len(found) == 7
     labels, names = np.array([0, 1, 1]), [b"x", b"y", os.fsencode("\udcff")]
     folders = ["f", "g"]
     forth = digest_names(["a", "b"], labels, folders, labels, names)
