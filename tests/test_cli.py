@@ -501,7 +501,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_is_wh
         "main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, "train", *SMALL, "--checkpoint.every-steps", "1",
-               "--run-dir", str(run)]  # fmt: skip
+               "--max-steps", "4", "--run-dir", str(run)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -145,3 +145,15 @@ def test_huge_logits_stay_finite():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"\(5, 3\) and \(4,\)"):
         fit_temperature(torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64))
+
+
+def test_parts_of_a_large_set_count_alike(monkeypatch):
+    """What is widened to float64 at a time is a matter of memory. Here it is three rows of five."""
+    rng = torch.Generator().manual_seed(5)
+    logits = 6 * torch.randn(100, 5, generator=rng)
+    target = torch.where(
+        torch.rand(100, generator=rng) < 0.6, logits.argmax(-1), torch.arange(100) % 5
+    )
+    at_once = fit_temperature(logits, target)
+    monkeypatch.setattr("bdkd.evaluation.temperature._ROWS", 15)
+    assert fit_temperature(logits, target) == pytest.approx(at_once, rel=1e-9)

@@ -23,7 +23,7 @@ def run_by_itself(name: str, workers: str, interpreted: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_interpreted_grid():
     run_by_itself("triton_grid.py", workers="2", interpreted="1")
 

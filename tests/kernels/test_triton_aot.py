@@ -13,18 +13,21 @@ from pathlib import Path
 
 import pytest
 
+# The first test waits for all compilers, which may share two cores with the rest of the suite.
+pytestmark = pytest.mark.timeout(1800)
+
 pytest.importorskip("triton", reason="no triton for this platform: native and reference tests run")
 
 _SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
 _RUNS = (
     # Every shape of the launch table; 21841 aligns with nothing, 262144 pads nothing.
-    "--targets sm_90 --dtypes bf16 --classes 10 11 17 33 66 100 101",
+    "--targets sm_90 --dtypes bf16 --classes 10 11 33 100 101",
     "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 32000 262144",
-    "--targets sm_90 --dtypes fp32 --classes 1000 4096 21841 32000 262144 --backward",
+    "--targets sm_90 --dtypes fp32 --classes 1000 21841 262144 --backward",
     "--targets sm_90 --dtypes fp16 fp64 --classes 1000 128256",
     "--targets sm_80 sm_100 --dtypes bf16 fp32 --classes 1000 262144",
-    "--targets sm_80 sm_100 --dtypes fp16 --classes 10 11 17 40 65 66 129 4096",
-    "--targets sm_80 --dtypes fp32 --classes 3 16 17 40 66 100",
+    "--targets sm_80 sm_100 --dtypes fp16 --classes 17 66 4096",
+    "--targets sm_80 --dtypes fp32 --classes 3 40",
     "--targets sm_90 --dtypes fp32 --classes 1000 32000 --variants",
     "--targets gfx942 --dtypes bf16 --classes 1000",  # 15 s: AMD's compiler
 )

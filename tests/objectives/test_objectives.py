@@ -7,7 +7,7 @@ import pytest
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
-from bdkd.objectives import OBJECTIVES, create_objective, resolve_options
+from bdkd.objectives import OBJECTIVES, create_objective, resolve_options, switch_method
 
 STUDENT, TEACHER = NetworkConfig("x", "student"), NetworkConfig("x", "teacher")
 FROZEN = NetworkConfig("x", "teacher", frozen=True)
@@ -28,6 +28,14 @@ def test_an_option_that_is_given_is_kept_also_where_it_is_nothing():
     assert (resolved.student_ce, resolved.soften_entropy, resolved.temperature) == (0.0, False, 3.0)
     assert resolved.gamma == 2.0
     assert resolve_options(resolved) == resolved
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_method_keeps_the_labels_of_the_recipe_and_nothing_of_its_method(name):
+    recipe = ObjectiveConfig(
+        "bdkd", label_smoothing=0.2, temperature=3.0, student_ce=0.5, gamma=7.0
+    )
+    assert switch_method(recipe, name) == ObjectiveConfig(name, label_smoothing=0.2)
 
 
 @pytest.mark.parametrize(
