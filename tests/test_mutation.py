@@ -22,11 +22,14 @@ def project(tmp_path):
     (tmp_path / "bdkd/__init__.py").write_text("")
     (tmp_path / "bdkd/models/__init__.py").write_text("")
     (tmp_path / "bdkd/models/sizes.py").write_text(
-        "def half(size):\n    return size / 2\n\n\ndef is_small(size):\n    return size < 10\n"
+        "LIMIT = 10\n\n\ndef half(size):\n    return size / 2\n\n\n"
+        "def is_small(size):\n    return size < LIMIT\n"
     )
     (tmp_path / "tests/test_sizes.py").write_text(
-        "from bdkd.models.sizes import half, is_small\n\n\n"
-        "def test_half():\n    assert half(6) == 3\n\n\n"
+        "import pytest\nfrom bdkd.models.sizes import half, is_small\n\n\n"
+        "@pytest.fixture(scope='module')\ndef of_six():\n    return half(6)\n\n\n"
+        "def test_first(of_six):\n    assert of_six\n\n\n"
+        "def test_half(of_six):\n    assert of_six == 3\n\n\n"
         "def test_is_small():\n    assert is_small(3) and not is_small(30)\n"
     )
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -53,7 +56,7 @@ def test_a_session_from_its_start_to_its_end(project):
     a judgement removes a survivor from the list; the sample notices a test that was weakened."""
     source = (project / "bdkd/models/sizes.py").read_text()
     mutation(project, "--foreground")
-    edges = ["return size <= 10", "return size < 9", "return size < 11"]
+    edges = ["return size <= LIMIT", "LIMIT = 9", "LIMIT = 11"]
     assert sorted(survivors(project)) == sorted(edges)
     assert (project / "bdkd/models/sizes.py").read_text() == source
 
@@ -62,17 +65,17 @@ def test_a_session_from_its_start_to_its_end(project):
     tests = project / "tests/test_sizes.py"
     tests.write_text(tests.read_text() + "\n\ndef test_edge():\n    assert not is_small(10)\n")
     mutation(project, "--foreground", "--again")
-    assert survivors(project) == ["return size < 9"]
+    assert survivors(project) == ["LIMIT = 9"]
 
     (project / "tests/mutation/judged.toml").write_text(
-        '[[change]]\nfile = "bdkd/models/sizes.py"\nwas = "return size < 10"\n'
-        'now = "return size < 9"\nreason = "sizes are even"\n'
+        '[[change]]\nfile = "bdkd/models/sizes.py"\nwas = "LIMIT = 10"\n'
+        'now = "LIMIT = 9"\nreason = "sizes are even"\n'
     )
     assert survivors(project) == []
 
     mutation(project, "--choose-sample")
     assert "0 no longer in the code" in mutation(project, "--sample")
-    tests.write_text(tests.read_text().replace("half(6) == 3", "half(6)"))
+    tests.write_text(tests.read_text().replace("of_six == 3", "of_six"))
     done = subprocess.run([sys.executable, "tests/mutation", "--sample"], cwd=project,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 1

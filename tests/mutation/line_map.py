@@ -85,7 +85,12 @@ def _measure(test_file: str, copy: Path, seconds: int = 1800) -> str:
         return f"no test ran:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     subprocess.run([sys.executable, "-m", "coverage", "combine", "-q", settings],
                    cwd=copy, env=env, capture_output=True)  # fmt: skip
-    passed = json.loads(times.read_text())
+    written = json.loads(times.read_text())
+    passed = written["seconds"]
+    users = defaultdict(set)  # what was measured -> the tests that rely on it
+    for test in passed:
+        for name in (test, *written["fixtures"][test]):
+            users[name].add(test)
     measured = coverage.CoverageData(str(data))
     measured.read()
     sources, ran = {}, defaultdict(lambda: defaultdict(list))
@@ -97,8 +102,8 @@ def _measure(test_file: str, copy: Path, seconds: int = 1800) -> str:
         (SOURCES / sources[path]).write_text(text, "utf-8")
         for line, contexts in measured.contexts_by_lineno(file).items():
             # In a subprocess: "tests/x.py::test (call)".
-            tests = {context.rsplit(" (", 1)[0] for context in contexts}
-            for test in tests & passed.keys():
+            names = {context.rsplit(" (", 1)[0] for context in contexts}
+            for test in set().union(*(users.get(name, ()) for name in names)):
                 ran[test][path].append(line)
     record = {"file": _digest((copy / test_file).read_text()), "sources": sources,
               "tests": {t: {"seconds": s, "lines": ran[t]} for t, s in passed.items()}}  # fmt: skip
@@ -174,3 +179,12 @@ class LineMap:
             (i, self.seconds[t], t) for tests in cases.values() for i, t in enumerate(tests)
         ]
         return [test for _, _, test in sorted(in_rounds)]
+
+    def tests_of_import(self, path: str) -> list[str]:
+        """Tests for a line that runs when its file is imported, which coverage ascribes to no test:
+        all tests of the test files that run some line of the file, the quickest first."""
+        found = {
+            test for by_line in self._by_line[path].values() for t in by_line.values() for test in t
+        }
+        files = {test.split("::")[0] for test in found}
+        return sorted((t for t in self.seconds if t.split("::")[0] in files), key=self.seconds.get)

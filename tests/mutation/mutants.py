@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cosmic_ray.plugins
+import parso.tree
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
@@ -199,6 +200,7 @@ class Mutant:
     occurrence: int
     start: tuple[int, int]
     end: tuple[int, int]
+    at_import: bool = False  # the line runs when its file is imported, not in a test
 
 
 def _is_left_out(node) -> bool:
@@ -246,7 +248,8 @@ def mutants(root: Path, path: str) -> Iterator[Mutant]:
             what = f"{path}\n{function}\n{text}\n{name}\n{node.get_code(False)}"
             seen[what] += 1
             key = hashlib.sha256(f"{what}\n{seen[what]}".encode()).hexdigest()[:16]
-            yield Mutant(key, path, function, name, occurrence, start, end)
+            at_import = parso.tree.search_ancestor(node, "funcdef", "lambdef") is None
+            yield Mutant(key, path, function, name, occurrence, start, end, at_import)
 
 
 def source_files(root: Path) -> list[str]:

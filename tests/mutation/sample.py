@@ -1,4 +1,4 @@
-"""Fifty mutants with the test that caught each: run by continuous integration.
+"""Fifty careless changes, each with the test that caught it: run by continuous integration.
 
 A sample runs one test for each mutant, so it needs no map of lines and takes minutes. It says that
 the net still holds where it held; how fine the net is says a run over many mutants.
