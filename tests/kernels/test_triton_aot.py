@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# The first test waits for all compilers, which may share two cores with the rest of the suite.
+# The compilers may share two cores with the rest of the suite.
 pytestmark = pytest.mark.timeout(1800)
 
 pytest.importorskip("triton", reason="no triton for this platform: native and reference tests run")
@@ -33,11 +33,10 @@ _RUNS = (
 )
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
+def compile_ahead(cache: Path) -> list[dict]:
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     found = []
 
     def run(arguments: str) -> subprocess.CompletedProcess:
@@ -51,12 +50,12 @@ def compiled(tmp_path_factory) -> list[dict]:
     return found
 
 
-def test_all_compile(compiled):
+def all_compile(compiled: list[dict]):
     assert {x["target"] for x in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {x["kernel"] for x in compiled} == {"tile_kernel", "loop_kernel", "gradient_kernel"}
 
 
-def test_no_register_spills_on_nvidia(compiled):
+def no_register_spills_on_nvidia(compiled: list[dict]):
     """Two registers at most, on sm_100: the launch table bounds them, so that more warps fit."""
     for x in compiled:
         if x["target"].startswith("sm_") and x["dtype"] != "fp64":
@@ -64,7 +63,7 @@ def test_no_register_spills_on_nvidia(compiled):
             assert x["registers"] * 32 * x["warps"] <= 65536, x
 
 
-def test_issue_slots_of_the_row_kernel(compiled):
+def issue_slots_of_the_row_kernel(compiled: list[dict]):
     """At most 82 in bf16 at temperature 4, from 1000 classes to the end of the regime: 16 pairs
     a thread, so that 16 warps fit on a multiprocessor (32 pairs take 55, and only 8 warps fit)."""
     slots = {x["classes"]: x["slots"] for x in compiled
@@ -73,7 +72,7 @@ def test_issue_slots_of_the_row_kernel(compiled):
     assert slots[4096] <= 82
 
 
-def test_issue_slots_of_few_classes(compiled):
+def issue_slots_of_few_classes(compiled: list[dict]):
     """What a row's own values cost; with no two logits in one access, more threads share a row."""
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
@@ -83,7 +82,7 @@ def test_issue_slots_of_few_classes(compiled):
     assert slots[11] <= 205
 
 
-def test_issue_slots_of_the_loop_kernel(compiled):
+def issue_slots_of_the_loop_kernel(compiled: list[dict]):
     """At most 56, also where rows are not aligned to 16 bytes (21841 classes)."""
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
@@ -91,12 +90,26 @@ def test_issue_slots_of_the_loop_kernel(compiled):
         assert slots[classes] <= 56, classes
 
 
-def test_warps_of_the_loop_kernel(compiled):
+def warps_of_the_loop_kernel(compiled: list[dict]):
     """At least 24 warps fit on a multiprocessor: with 16, an H200 waited for loads."""
     for x in compiled:
         if x["target"] == "sm_90" and x["kernel"] == "loop_kernel" and x["dtype"] != "fp64":
             programs = 65536 // (-(-x["registers"] // 8) * 8 * 32 * x["warps"])
             assert programs * x["warps"] >= 24, x
+
+
+def test_compiled_kernels(tmp_path):
+    """One test, because each worker that has a part of them would compile everything."""
+    compiled = compile_ahead(tmp_path)
+    for check in (
+        all_compile,
+        no_register_spills_on_nvidia,
+        issue_slots_of_the_row_kernel,
+        issue_slots_of_few_classes,
+        issue_slots_of_the_loop_kernel,
+        warps_of_the_loop_kernel,
+    ):
+        check(compiled)
 
 
 def test_float64_is_computed_in_float64():
