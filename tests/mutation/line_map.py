@@ -114,7 +114,7 @@ def _measure(test_file: str, copy: Path, seconds: int = 1800) -> str:
 
 
 def measure(workers: int, files: Iterable[str] | None = None) -> None:
-    """Bring the map up to date."""
+    """Measure the test files that have no current measurement."""
     LINES.mkdir(parents=True, exist_ok=True)
     missing = [file for file in files or test_files() if not _is_measured(file)]
     if not missing:
