@@ -71,6 +71,19 @@ def candidates(classes: int, itemsize: int, vector: int) -> list[Launch]:
     return found[:MOST]
 
 
+def size_of(classes: int, dtype: str) -> Size:
+    """Return the size at which launches for a number of classes are timed."""
+    return Size(max(1024, min(8192, 2**28 // classes)), classes, dtype)
+
+
+def launches(size: Size) -> list[Launch]:
+    """Return the launch of the table, and the candidates."""
+    itemsize = DTYPES[size.dtype].itemsize
+    vector = math.gcd(16 // itemsize, size.classes)
+    shipped = triton_launch.choose(size.classes, itemsize, vector, vector * itemsize < 16)
+    return list(dict.fromkeys([shipped, *candidates(size.classes, itemsize, vector)]))
+
+
 def short(launch: Launch) -> str:
     bounded = launch.registers not in (0, 255)
     end = f", {launch.registers} registers" if bounded else ""
@@ -104,14 +117,9 @@ class Search:
         self.pool = ProcessPoolExecutor(processes, mp_context=context)
         self.compiled: dict[Size, dict[Launch, Future]] = {}
         for size in sizes:
-            itemsize = DTYPES[size.dtype].itemsize
-            vector = math.gcd(16 // itemsize, size.classes)
-            shifted = vector * itemsize < 16
-            shipped = triton_launch.choose(size.classes, itemsize, vector, shifted)
-            launches = dict.fromkeys([shipped, *candidates(size.classes, itemsize, vector)])
             self.compiled[size] = {
                 launch: self.pool.submit(compile_launch, size, launch)
-                for launch in (list(launches)[:2] if device == "cpu" else launches)
+                for launch in launches(size)[: 2 if device == "cpu" else None]
             }
 
     def end(self) -> None:
@@ -164,8 +172,7 @@ def main(options: argparse.Namespace) -> int:
     if not options.dry_run and not available_backends()["triton"]:
         print(f"no Triton kernel here: {available_backends()['triton']}", file=sys.stderr)
         return 1
-    sizes = [Size(max(1024, min(8192, 2**28 // classes)), classes, dtype)
-             for dtype in options.dtypes for classes in options.classes]  # fmt: skip
+    sizes = [size_of(classes, dtype) for dtype in options.dtypes for classes in options.classes]
     if options.dry_run:
         sizes = [Size(32, 1000, "bf16")]
     processes = max(1, min(15, (os.cpu_count() or 2) - 1))

@@ -31,7 +31,9 @@ stages=${stages:- 1}
 if [ -z "$total" ]; then
     total=0
     [[ $stages == *1* ]] && total=$((total + 90))
-    [[ $stages == *[234]* ]] && total=$((total + 420))
+    [[ $stages == *2* ]] && total=$((total + 340))
+    [[ $stages == *3* ]] && total=$((total + 115))
+    [[ $stages == *4* ]] && total=$((total + 200))
 fi
 
 python=${PYTHON:-python3}
@@ -105,27 +107,27 @@ for stage in $stages; do
             part "1 smoke" 10 84 "$python" bench/gpu/smoke.py "$results" --seconds SECONDS "${dry[@]}"
             ;;
         2)
-            stage_end=$((SECONDS + 170))
-            part "2 race" 20 108 "$python" bench/gpu/race.py "$results" --seconds SECONDS "${dry[@]}"
+            stage_end=$((SECONDS + 330))
+            part "2 race" 20 150 "$python" bench/gpu/race.py "$results" --seconds SECONDS "${dry[@]}"
             # Neither times anything: compute-sanitizer and the device tests run at the same time.
-            part "2 tests" 20 90 bash -c '
+            part "2 tests" 20 180 bash -c '
                 "$1" bench/gpu/sanitize.py "$2" --seconds "$3" "${@:5}" & sanitizer=$!
                 "$1" -m pytest -n "$4" -q --tb=short -p report_failures -p no:cacheprovider --noconftest -o addopts= \
                     tests/kernels/test_triton_gpu.py
                 code=$?
                 wait "$sanitizer" && exit "$code"' \
-                tests "$python" "$results" SECONDS $((${#dry[@]} ? 2 : 8)) "${dry[@]}"
+                tests "$python" "$results" SECONDS $((${#dry[@]} ? 2 : $(nproc))) "${dry[@]}"
             ;;
         3)
-            stage_end=$((SECONDS + 120))
-            part "3 counters" 12 60 "$python" bench/gpu/counters.py "$results" --seconds SECONDS \
+            stage_end=$((SECONDS + 110))
+            part "3 counters" 12 40 "$python" bench/gpu/counters.py "$results" --seconds SECONDS \
                 "${dry[@]}"
-            part "3 autotune" 12 60 "$python" bench/autotune.py --classes 1000 32000 128256 \
+            part "3 autotune" 12 70 "$python" bench/autotune.py --classes 10 100 500 \
                 --out "$results" --seconds SECONDS "${dry[@]}"
             ;;
         4)
-            stage_end=$((SECONDS + 130))
-            part "4 trainer" 25 130 "$python" bench/gpu/trainer.py "$results" --seconds SECONDS \
+            stage_end=$((SECONDS + 190))
+            part "4 trainer" 25 190 "$python" bench/gpu/trainer.py "$results" --seconds SECONDS \
                 "${dry[@]}"
             ;;
     esac

@@ -40,6 +40,8 @@ HOST_SIZES = [(128, 100, "bf16")]  # for the host time of a call
 REDUCTION_SIZES = [(rows, 1000, "bf16") for rows in (1024, 4096)]
 # The tile kernel with few and with many classes; the loop kernel with unaligned and aligned rows.
 SANITIZER_CLASSES = (7, 1000, 4099, 4104)
+# The search for launch parameters: on the device, compiling its candidates takes too long.
+SEARCHED_CLASSES = (10, 100, 500)
 Call = tuple[int, int, str, str]  # rows, classes, dtype; which call
 
 
@@ -48,7 +50,9 @@ def calls() -> list[Call]:
     found = [(*size, "both") for size in SIZES + HOST_SIZES]
     found += [(9, classes, "bf16", "both") for classes in SANITIZER_CLASSES]
     found += [(*size, "kd") for size in SIZES]
-    return found + [(*size, "reductions") for size in REDUCTION_SIZES]
+    found += [(*size, "reductions") for size in REDUCTION_SIZES]
+    return found + [(0, classes, dtype, "search") for classes in SEARCHED_CLASSES
+                    for dtype in ("bf16", "fp32")]  # fmt: skip
 
 
 @contextmanager
@@ -83,6 +87,12 @@ def make(call: Call) -> None:
     from losses import _NO_CE, DTYPES
 
     rows, classes, dtype, kind = call
+    if kind == "search":
+        from autotune import compile_launch, launches, size_of
+
+        for launch in launches(size_of(classes, dtype)):
+            compile_launch(size_of(classes, dtype), launch)
+        return
     s, t, ds, dt = (torch.empty((rows, classes), dtype=DTYPES[dtype]) for _ in range(4))
     y = torch.zeros(rows, dtype=torch.int64)
     options: dict[str, Any] = {"temperature": 4.0, "gamma": 2.0}

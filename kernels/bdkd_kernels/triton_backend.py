@@ -73,7 +73,7 @@ def _forward(
     # The mean's denominator, in parts; 0 where it is the number of rows.
     parts = 0
     if o.reduction == "mean" and (weight is not None or (target is not None and target.ndim == 1)):
-        parts = min(256, triton_launch.block_of(-(-rows // 4096)))
+        parts = min(256, triton_launch.block_of(-(-rows // 16384)))
     tensors = (student, teacher, target, weight, ds, dt)
     addresses, kinds = _described(tensors)
     key = (o, device.index, student.shape[1], _count(rows), parts, _kind(grad_scale), *kinds)

@@ -239,7 +239,7 @@ CALLS = {
     "plain": {},
     "one row": {"rows": 1},
     "rows that fill nothing": {"rows": 4097},
-    "parts of the denominator": {"rows": 10_000},
+    "parts of the denominator": {"rows": 40_000},
     "one class": {"classes": 1},
     "few classes": {"classes": 16},
     "few classes, aligned with nothing": {"classes": 17},
