@@ -417,7 +417,9 @@ if __name__ == "__main__":
     parser.add_argument("--size", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.ahead is None:
-        sys.exit(main(given))
+        code = main(given)
+        sys.stdout.flush()
+        os._exit(code)  # without waiting for the compiler's processes
     asked = Size(int(given.size[0]), int(given.size[1]), given.size[2])
     compile_ahead(asked, given.ahead, Machine(given.dry_run))
     os._exit(0)

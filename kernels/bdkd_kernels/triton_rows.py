@@ -717,7 +717,10 @@ def _add_block(
         q = tl.load(q_row + cols, mask, other=0.0).to(DTYPE)
         largest = _lane_max(tl.where(inside, q, float("-inf")))
         first = tl.where(inside & (q == largest[None, :, None]), cols, C)
-        q_at = tl.where(largest > q_max, tl.min(tl.min(first, 2), 0), q_at)
+        first = tl.min(tl.min(first, 2), 0)
+        # The last block comes first: an equal class of a later block may be an earlier one.
+        first = tl.where(largest == q_max, tl.minimum(first, q_at), first)
+        q_at = tl.where(largest >= q_max, first, q_at)
         q_max = tl.maximum(q_max, largest)
         if TERMS.smooth:
             q = tl.where(inside, q * (1.0 - smoothing) + smoothing_each, 0.0)
@@ -1143,9 +1146,9 @@ def _row(
         )  # fmt: skip
     else:
         again, nothing, _ = _row_sums(
-            student, teacher, target, sample_weight, records, row, N, s_stride, t_stride, y, counted,
-            C, c, temperature, smoothing, smoothing_each, OUTER, LANES, INNER, 0, SHIFTED, PARTS,
-            DTYPE, TERMS, True,
+            student, teacher, target, sample_weight, records, row, N, s_stride, t_stride, y,
+            counted, C, c, temperature, smoothing, smoothing_each, OUTER, LANES, INNER, 0, SHIFTED,
+            PARTS, DTYPE, TERMS, True,
         )  # fmt: skip
         loss_s, loss_t = _row_rest(
             again, nothing, later, student, teacher, target, scale, ds, dt, records,

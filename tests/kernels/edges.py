@@ -181,6 +181,23 @@ def soft_one_hot_labels_are_labels(backend, device="cpu"):
 
 
 @edge
+def of_equal_soft_labels_the_first_is_the_label(backend, device="cpu"):
+    """As two classes mixed half and half, or a row without a label. The last classes of a row are
+    read first in some kernels, and rows with a masked class by other code."""
+    for classes, first, last in ((33, 0, 32), (5000, 3, 4099)):
+        s, t, _ = draw("equal soft", 4, classes, device=device)
+        soft = torch.zeros(4, classes, device=device)
+        soft[:3, [first, last]] = 0.5
+        s[1:, 7] = t[1:, 7] = -math.inf
+        s[:2, first], t[:2, last] = 20.0, 20.0
+        s[2, last], t[2, first] = 20.0, 20.0
+        s[3, 0], t[3, 1] = 20.0, 20.0
+        for result in judged(s, t, soft, backend):
+            assert result.stats.student_correct.tolist() == [1, 1, 0, 1]
+            assert result.stats.teacher_correct.tolist() == [0, 0, 1, 0]
+
+
+@edge
 def soft_labels_need_not_sum_to_one(backend, device="cpu"):
     s, t, _ = draw("mass", device=device)
     soft = torch.rand(5, 11, device=device) * torch.tensor([[0.0], [0.1], [1], [3], [9]]).to(device)
