@@ -1,6 +1,7 @@
 """The rooms: dependencies point one way, importing is cheap, style and types are clean."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,14 @@ def test_style_and_types_are_clean(command):
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_continuous_integration_runs_the_tests_and_the_mutants(tmp_path):
+    """An empty file passed once: it ran no test."""
+    for name in ("make", "chromium"):
+        stub = tmp_path / name
+        stub.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/called\n')
+        stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment, check=True)
+    assert (tmp_path / "called").read_text().splitlines() == ["make test", "make mutate-sample"]

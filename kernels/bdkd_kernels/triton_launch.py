@@ -1,9 +1,9 @@
 """Which kernel, and in what shape, serves a number of classes.
 
-From 513 classes on, chosen by measurements on an H200 (bench/results/2026-11-26-gpu-h200,
-``stage1-run3.jsonl``): the number of warps that fit on a multiprocessor matters more than issue
-slots. For fewer classes, chosen from the compiled code (``bench/compiled.py``), not measured yet.
-``bench/autotune.py`` prints this table anew from measurements.
+Chosen by measurements on an H200: from 513 classes on in ``bench/results/2026-11-26-gpu-h200``
+(``stage1-run3.jsonl``), for fewer in ``bench/results/2026-11-27-gpu-h200`` (``autotune.txt``; 10,
+100 and 500 classes, the others by analogy). The number of warps that fit on a multiprocessor
+matters more than issue slots. ``bench/autotune.py`` prints this table anew from measurements.
 """
 
 from dataclasses import dataclass
@@ -84,13 +84,13 @@ def choose(
             warps = block // (512 if itemsize == 2 else 256)
             registers = 255 if itemsize == 8 else 80 if itemsize == 4 and warps < 16 else 128
             return Tile(1, block, block, warps, registers)
-        # Every thread of a row computes the row's own values: so they are few, with 32 pairs each,
-        # and less where these would spill.
-        pairs = 32 if block > 128 or (block == 128 and vector > 2) else 16
-        if block <= 32 and vector == 1:
-            pairs = 8
-        threads = block // pairs  # of a row
-        return Tile(32 // threads, block, threads * vector, 1)
+        # One warp a program. Few pairs a thread leave room for many warps on a multiprocessor.
+        if block <= 64:
+            threads = block // 4  # of a row
+            return Tile(32 // threads, block, min(block, threads * vector), 1)
+        if itemsize == 8:
+            return Tile(1, block, block, 2 if block == 512 else 1)
+        return Tile(1, block, block, 1, 80 if block == 128 else 128)
     if vector * itemsize < 16 and not shifted:
         return Loop(8, 1, outer=8)
     # Both networks' rows wait in L2 for the second sweep: few rows at a time where they are long.

@@ -265,8 +265,8 @@ def _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS: tl.constexpr, CAREFUL: tl.
 
 @triton.jit
 def _load_total(records, N, DTYPE: tl.constexpr, PARTS: tl.constexpr, TERMS: tl.constexpr):
-    """The denominator of the mean, in parts. Load it long before `_row_weight` needs it: a program
-    that waits for it at its beginning takes 6% longer at 32000 classes."""
+    """The denominator of the mean, in parts. Load it long before `_row_weight` needs it: a row
+    that begins with it waits for it before its first logits."""
     if TERMS.mean and PARTS > 0:
         if TERMS.overlapped:
             gdc_wait()

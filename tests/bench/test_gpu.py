@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="no triton for this platform: its kernels are not compiled")
 
 ROOT = Path(__file__).parents[2]
-RUN = ROOT / "bench" / "results" / "2026-11-26-gpu-h200"
+RUN = ROOT / "bench" / "results" / "2026-11-27-gpu-h200"
 
 
 @pytest.mark.timeout(300)

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="no triton for this platform: native and re
 _SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
 _RUNS = (
     # Every shape of the launch table; 21841 aligns with nothing, 262144 pads nothing.
-    "--targets sm_90 --dtypes bf16 --classes 10 11 33 100 101",
+    "--targets sm_90 --dtypes bf16 --classes 10 11 33 100 101 500",
     "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 32000 262144",
     "--targets sm_90 --dtypes fp32 --classes 1000 21841 262144 --backward",
     "--targets sm_90 --dtypes fp16 fp64 --classes 1000 128256",
@@ -72,14 +72,15 @@ def issue_slots_of_the_row_kernel(compiled: list[dict]):
     assert slots[4096] <= 82
 
 
-def issue_slots_of_few_classes(compiled: list[dict]):
-    """What a row's own values cost; with no two logits in one access, more threads share a row."""
-    slots = {x["classes"]: x["slots"] for x in compiled
-             if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
-    assert slots[10] <= 80
-    assert slots[100] <= 65
-    assert slots[101] <= 110
-    assert slots[11] <= 205
+def few_classes_leave_room_for_warps(compiled: list[dict]):
+    """At least 12 programs of one warp fit on a multiprocessor up to 512 classes: with 32 pairs a
+    thread 8 did, and an H200 took 1.2 to 1.5 times as long (autotune.txt)."""
+    few = [x for x in compiled if x["target"] == "sm_90" and x["classes"] <= 512]
+    assert few
+    for x in few:
+        assert x["warps"] == 1, x
+        assert x["registers"] <= 160, x
+        assert x["slots"] <= 280, x
 
 
 def issue_slots_of_the_loop_kernel(compiled: list[dict]):
@@ -105,7 +106,7 @@ def test_compiled_kernels(tmp_path):
         all_compile,
         no_register_spills_on_nvidia,
         issue_slots_of_the_row_kernel,
-        issue_slots_of_few_classes,
+        few_classes_leave_room_for_warps,
         issue_slots_of_the_loop_kernel,
         warps_of_the_loop_kernel,
     ):
