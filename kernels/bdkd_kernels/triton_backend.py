@@ -33,6 +33,7 @@ _RECORD, _STATE, _STATISTICS = RECORD.value, STATE.value, STATISTICS.value
 _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
 _INTERPRETED = triton.knobs.runtime.interpret
 _OLDEST = (3, 6)
+_ROWS_A_PART = 2**14  # of the mean's denominator, which one program adds up
 _NVIDIA = torch.version.hip is None and not _INTERPRETED
 _AMD = torch.version.hip is not None and not _INTERPRETED
 _ORDERED_STORES = torch.version.hip is None
@@ -73,7 +74,7 @@ def _forward(
     # The mean's denominator, in parts; 0 where it is the number of rows.
     parts = 0
     if o.reduction == "mean" and (weight is not None or (target is not None and target.ndim == 1)):
-        parts = min(256, triton_launch.block_of(-(-rows // 16384)))
+        parts = min(256, triton_launch.block_of(-(-rows // _ROWS_A_PART)))
     tensors = (student, teacher, target, weight, ds, dt)
     addresses, kinds = _described(tensors)
     key = (o, device.index, student.shape[1], _count(rows), parts, _kind(grad_scale), *kinds)
@@ -221,7 +222,7 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
         rows=rows, dtype=dtype, terms=terms,
         numbers=(classes, *strides, *_numbers(o, terms, classes, dtype), o.ignore_index,
                  *aligned, *shape, parts),
-        totals_shape=(terms.target == "labels", 4096, early),
+        totals_shape=(terms.target == "labels", min(4096, _ROWS_A_PART), early),
         sum_shape=(parts, 4096, early),
     )  # fmt: skip
 

@@ -68,6 +68,17 @@ def small_blocks(inner: int = 4, prefetch: int = 1):
         yield
 
 
+@pytest.mark.parametrize("loop", [False, True], ids=["tile", "loop"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["labels", "weights"])
+def test_the_denominator_of_many_rows_is_added_up_in_parts(loop, weighted, monkeypatch):
+    """As from 16,385 rows on, here with 4 rows a part: 3 parts, rounded up to 4."""
+    monkeypatch.setattr(triton_backend, "_ROWS_A_PART", 4)
+    monkeypatch.setattr(triton_backend, "_plans", {})
+    case = Case("parts", (9, 20), sample_weight=weighted, ignored=True)
+    with small_blocks() if loop else contextlib.nullcontext():
+        judge(case, "triton")
+
+
 @pytest.mark.parametrize("case", LOOPED, ids=str)
 def test_loop_agrees_with_float64(case):
     with small_blocks(inner=(1, 2, 4)[len(case.name) % 3], prefetch=len(case.name) % 4):
