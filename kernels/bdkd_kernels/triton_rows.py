@@ -264,41 +264,22 @@ def _teacher_gradient(e_t, e1_t, e_s, d, q, k, TERMS: tl.constexpr, CAREFUL: tl.
 
 
 @triton.jit
-def _load_total(records, N, DTYPE: tl.constexpr, PARTS: tl.constexpr, TERMS: tl.constexpr):
-    """The denominator of the mean, in parts. Load it long before `_row_weight` needs it: a row
-    that begins with it waits for it before its first logits."""
-    if TERMS.mean and PARTS > 0:
-        if TERMS.overlapped:
-            gdc_wait()
-        if PARTS == 1:
-            return tl.load(_totals(records, N))
-        else:
-            return tl.load(_totals(records, N) + tl.arange(0, PARTS))
-    else:
-        return N.to(DTYPE)
-
-
-@triton.jit
-def _load_weight(sample_weight, rows, counted):
-    if sample_weight is None:
-        return 1.0
-    else:
-        return tl.load(sample_weight + rows, counted, other=0.0)
-
-
-@triton.jit
-def _row_weight(weight, total, counted, DTYPE: tl.constexpr, PARTS: tl.constexpr,
-                TERMS: tl.constexpr):  # fmt: skip
+def _row_weight(sample_weight, records, rows, counted, N, DTYPE: tl.constexpr,
+                PARTS: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
     """What the row's losses are multiplied by: its weight over the denominator of the mean."""
-    weight = tl.where(counted, tl.cast(weight, DTYPE), 0.0)
+    weight = tl.where(counted, 1.0, 0.0).to(DTYPE)
+    if sample_weight is not None:
+        weight = tl.where(counted, tl.load(sample_weight + rows, counted, other=0.0).to(DTYPE), 0.0)
     if TERMS.mean:
-        if PARTS > 1:
-            total = tl.sum(total)
-        if PARTS > 0:
+        if PARTS == 0:
+            total = N.to(DTYPE)
+        else:
+            if TERMS.overlapped:
+                gdc_wait()
+            total = tl.sum(tl.load(_totals(records, N) + tl.arange(0, PARTS)))
             total = tl.where(total == 0.0, 1.0, total)
-        return weight / total
-    else:
-        return weight
+        weight = weight / total
+    return weight
 
 
 @triton.jit
@@ -533,8 +514,6 @@ def _tile(
         s_y = _load(s_rows + y, counted, True, DTYPE)
         t_y = _load(t_rows + y, counted, True, DTYPE)
     m_s, m_t = _max_2(s, t)
-    weight = _load_weight(sample_weight, rows, counted)
-    total = _load_total(records, N, DTYPE, PARTS, TERMS)
     M_s, M_t = _shift(m_s, c), _shift(m_t, c)
     a_s, a_t = _log2_e(s, c, M_s), _log2_e(t, c, M_t)
     e_s, e_t = tl.exp2(a_s), tl.exp2(a_t)
@@ -549,7 +528,7 @@ def _tile(
         m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, counted, TERMS
     )
 
-    weight = _row_weight(weight, total, counted, DTYPE, PARTS, TERMS)
+    weight = _row_weight(sample_weight, records, rows, counted, N, DTYPE, PARTS, TERMS)
     zero = tl.zeros_like(Z1_s)
     suspect, d = zero, 0.0
     F, R, H_s, H_t, d1, d2 = zero, zero, zero, zero, zero, zero
@@ -873,8 +852,9 @@ def _row_sums(
     loads of the others have no mask.
 
     Rows to be ignored are read like the others, so that no load waits for a label; where they are
-    not finite, the row is done again, CAREFUL. ``later`` is loaded after the first blocks, and used
-    after the sweep: both logits of the label, the sample's weight, the denominator.
+    not finite, the row is done again, CAREFUL. ``later`` is used after the sweep: both logits of
+    the label, and the row's weight. Its loads come after those of the first blocks, and arrive with
+    them.
     """
     zeros = tl.zeros((LANES,), DTYPE)
     lowest = zeros + PAD
@@ -910,8 +890,7 @@ def _row_sums(
     if TERMS.target == "labels":
         s_y = _load(student + row * s_stride + y, counted, True, DTYPE)  # as in _tile
         t_y = _load(teacher + row * t_stride + y, counted, True, DTYPE)
-    later = (s_y, t_y, _load_weight(sample_weight, row, counted),
-             _load_total(records, N, DTYPE, PARTS, TERMS))  # fmt: skip
+    later = (s_y, t_y, _row_weight(sample_weight, records, row, counted, N, DTYPE, PARTS, TERMS))
     sums = _add_block(sums, s, t, q_row, tail + head, is_tail, read, C, c, temperature, smoothing,
                       smoothing_each, DTYPE, TERMS, CAREFUL)  # fmt: skip
     for start in tl.range(0, body, step, num_stages=1):
@@ -975,7 +954,7 @@ def _row_rest(
     c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
     smoothing, smoothing_each,
     OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
-    PREFETCH: tl.constexpr, SHIFTED: tl.constexpr, PARTS: tl.constexpr,
+    PREFETCH: tl.constexpr, SHIFTED: tl.constexpr,
     SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The other sweep: gradients and the values of both divergences. Returns both weighted losses.
@@ -984,8 +963,7 @@ def _row_rest(
     """
     (m_s, m_t, Z_s, Z_t, Z1_s, Z1_t, S_s, S_t, x, x_t, qa_s, qa_t, mean_s, mean_t, q_sum,
      _, q_at) = sums  # fmt: skip
-    s_y, t_y, weight, total = later
-    weight = _row_weight(weight, total, counted, DTYPE, PARTS, TERMS)
+    s_y, t_y, weight = later
     if TERMS.target != "soft":
         q_sum = 1.0
     s_row, t_row = student + row * s_stride, teacher + row * t_stride
@@ -1133,7 +1111,7 @@ def _row(
             sums, ahead, later, student, teacher, target, scale, ds, dt, records,
             row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED, PARTS,
+            smoothing, smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED,
             SCALE_AT, DTYPE, TERMS, True,
         )  # fmt: skip
     elif suspect == suspect:
@@ -1141,7 +1119,7 @@ def _row(
             sums, ahead, later, student, teacher, target, scale, ds, dt, records,
             row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED, PARTS,
+            smoothing, smoothing_each, OUTER, LANES, INNER, PREFETCH, SHIFTED,
             SCALE_AT, DTYPE, TERMS, False,
         )  # fmt: skip
     else:
@@ -1154,7 +1132,7 @@ def _row(
             again, nothing, later, student, teacher, target, scale, ds, dt, records,
             row, y, in_range, counted, C, s_stride, t_stride, ds_stride, dt_stride,
             c, temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd,
-            smoothing, smoothing_each, OUTER, LANES, INNER, 0, SHIFTED, PARTS,
+            smoothing, smoothing_each, OUTER, LANES, INNER, 0, SHIFTED,
             SCALE_AT, DTYPE, TERMS, True,
         )  # fmt: skip
     return loss_s, loss_t
