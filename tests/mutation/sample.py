@@ -73,5 +73,5 @@ def check(workers: int) -> int:
     caught, gone = results.count("caught"), results.count("gone")
     print(f"{caught} of {len(entries)} mutants caught, {gone} no longer in the code")
     if gone > MOST_GONE:
-        print("too many are gone: choose new ones with `make mutate-choose`")
+        print("too many are gone: choose new ones with `python tests/mutation --choose-sample`")
     return int("NOT CAUGHT" in results or gone > MOST_GONE)
