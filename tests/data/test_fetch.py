@@ -1,5 +1,6 @@
 """Downloads, from a server of our own: whole, resumed, wrong, hostile, and with no network."""
 
+import dataclasses
 import errno
 import fcntl
 import gzip
@@ -26,11 +27,12 @@ from bdkd.errors import RunError, UsageError
 
 class Host:
     """A web server on this machine. ``ranges``: it continues downloads; ``breaks_after``: it hangs
-    up after so many bytes, once; ``claims``: the length it announces."""
+    up after so many bytes, once; ``claims``: the length it announces, if it does."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.ranges, self.breaks_after, self.claims = True, None, None
+        self.announces_no_length = False
         self.asked: list[str | None] = []
         host = self
 
@@ -45,7 +47,8 @@ class Host:
                     start = int(found[1])
                 self.send_response(206 if host.ranges else 200)
                 length = len(content) - start if host.claims is None else host.claims
-                self.send_header("Content-Length", str(length))
+                if not host.announces_no_length:
+                    self.send_header("Content-Length", str(length))
                 self.end_headers()
                 end = len(content) if host.breaks_after is None else start + host.breaks_after
                 host.breaks_after = None
@@ -183,6 +186,57 @@ def test_a_full_disk_is_seen_before_and_during_the_download(tmp_path, host, tabl
     assert hidden(tmp_path) == ["cifar-10-python.tar.gz"]  # the download is kept, no half a folder
     assert fetch("cifar10", tmp_path, table).is_dir()
     assert len(host.asked) == 1
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_the_archive_and_what_it_unpacks_to_must_fit(tmp_path, table, monkeypatch, missing):
+    needed = 11 * len(CIFAR)  # the archive, and the ten times that its entry says
+    usage = SimpleNamespace(free=needed - missing)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
+    if missing:
+        with pytest.raises(RunError, match="make room"):
+            fetch("cifar10", tmp_path, table)
+    else:
+        assert fetch("cifar10", tmp_path, table).is_dir()
+
+
+def test_a_whole_download_that_was_not_renamed_is_not_fetched_again(tmp_path, host, table):
+    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(CIFAR)
+    assert fetch("cifar10", tmp_path, table).is_dir()
+    assert host.asked == []
+    assert hidden(tmp_path) == ["cifar-10-batches-py"]
+
+
+def test_a_host_that_sends_more_than_the_archive_is_not_read_to_its_end(tmp_path, host, table):
+    """It announces no length and sends 20 times as much: of that, a chunk at most is kept."""
+    host.files["/cifar-10-python.tar.gz"] = CIFAR + bytes(20 * fetching.CHUNK)
+    host.announces_no_length = True
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        sha256 = fetching._sha256
+        patch.setattr(fetching, "_sha256", lambda p: kept.append(p.stat().st_size) or sha256(p))
+        with pytest.raises(RunError, match="is not the known file"):
+            fetch("cifar10", tmp_path, table)
+    assert kept[0] <= len(CIFAR) + fetching.CHUNK
+    assert hidden(tmp_path) == []
+
+
+def zip_of_zeros(count: int) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("set/zeros", bytes(count))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("unpacked", [40_000, 40_001])
+def test_an_archive_may_unpack_to_twice_what_its_entry_says(tmp_path, host, unpacked):
+    known = host.archive("set.zip", zip_of_zeros(unpacked), "set")
+    known = dataclasses.replace(known, unpacked=20_000)
+    if unpacked == 40_000:
+        assert (fetch("set", tmp_path, {"set": known}) / "zeros").stat().st_size == unpacked
+    else:
+        with pytest.raises(RunError, match="unpacks to more than 40,000 bytes"):
+            fetch("set", tmp_path, {"set": known})
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, table):

@@ -107,6 +107,10 @@ BROKEN = {
     "no names": ("batches.meta", lambda b: python2_pickle({b"names": []}), "no list 'label_names'"),
     "a label out of range": ("test_batch", lambda b: python2_pickle(
         {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}), "class 0..9 an image"),
+    "a label too few": ("test_batch", lambda b: python2_pickle(
+        {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}), "class 0..9 an image"),
+    "a label too many": ("test_batch", lambda b: python2_pickle(
+        {b"data": np.zeros((1, 3072), np.uint8), b"labels": [1, 2]}), "class 0..9 an image"),
     "other pixels": ("test_batch", lambda b: python2_pickle(
         {b"data": np.zeros((1, 300), np.uint8), b"labels": [1]}), "no rows of 3072 bytes"),
     "a program": ("test_batch", lambda b: b"cos\nsystem\n(S'exit 1'\ntR.",
@@ -183,6 +187,17 @@ def test_tiny_imagenet_in_its_own_layout(tmp_path):
             assert grey or brightest == 2 - label
     at_32 = source("tiny-imagenet", tmp_path / "tiny-imagenet-200", image_size=32)
     assert at_32.info.image_size == (32, 32)
+
+
+@pytest.mark.parametrize("words", [b"n08\tthing n08\nno tab\n", None], ids=["one", "no file"])
+def test_a_class_of_tiny_imagenet_without_words_has_its_wordnet_id_as_name(tmp_path, words):
+    files = tiny_imagenet_files()
+    del files["tiny-imagenet-200/words.txt"]
+    if words is not None:
+        files["tiny-imagenet-200/words.txt"] = words
+    write_files(tmp_path, files)
+    middle = "n08" if words is None else "thing n08"
+    assert source("tiny-imagenet", tmp_path).info.classes == ("n07", middle, "n09")
 
 
 TINY_BROKEN = {

@@ -199,7 +199,8 @@ def test_a_folder_is_read_number_by_number(tmp_path):
         {"step": 50, "epoch": 2, "split": "val", "student": {"top1": 0.8}},  # stopped there
     ]  # fmt: skip
     text = "\n".join(json.dumps(line) for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text + '\nbroken\n{"step": 60, "spl')
+    odd = ["broken", *(json.dumps({**lines[-1], "step": step}) for step in (-1, 1e12, None))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([text, *odd]) + '\n{"step": 60, "spl')
     run = read_run(tmp_path)
     nan = pytest.approx(math.nan, nan_ok=True)
     assert {key: (list(s.steps), list(s.values)) for key, s in run.series.items()} == {
@@ -211,7 +212,7 @@ def test_a_folder_is_read_number_by_number(tmp_path):
     }
     assert run.steps_per_epoch == 19  # of whole epochs
     assert run.notes == [
-        "1 lines of metrics.jsonl cannot be read and are left out",
+        "4 lines of metrics.jsonl cannot be read and are left out",
         "not finished: it has no summary.json yet",
     ]
 

@@ -68,6 +68,15 @@ def test_weights_start_by_the_rule_of_their_family(torchvision, name, convolutio
             assert (module.running_var == 1).all(), path
 
 
+@torch.no_grad()
+def test_googlenet_starts_by_torchvisions_rule(torchvision):
+    """Which torchvision asks its caller to choose: a normal distribution, cut at 2."""
+    torch.manual_seed(0)
+    for path, module in create_model("torchvision:googlenet", 100).named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert_drawn_from(module.weight, "normal", 0.01, path)
+
+
 def test_two_networks_of_one_seed_are_equal_and_of_another_are_not():
     def first_weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

@@ -370,3 +370,11 @@ def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])
     assert "continuing at step 12" in capsys.readouterr().out
     assert [line["step"] for line in RunFolder(run).read_metrics()][:3] == [2, 1, 13]
+
+
+def test_a_last_line_without_its_end_is_not_read_although_it_is_json(run):
+    """Killed in the middle of `{"step": 120, ...`: a number may be cut as well."""
+    whole = RunFolder(run).read_metrics()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12}')
+    assert RunFolder(run).read_metrics() == whole

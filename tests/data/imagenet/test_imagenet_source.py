@@ -1,5 +1,6 @@
 """ImageNet as the trainer sees it: order, augmentation, and what is said of bad files."""
 
+import dataclasses
 import multiprocessing
 import shutil
 
@@ -9,10 +10,13 @@ import torch
 from imagenet_sources import imagenet
 from imagenet_trees import encoded, labelled
 from PIL import Image
+from small_runs import TINY_RUN
 
+from bdkd.config import load_recipe
 from bdkd.data import Shard
 from bdkd.data.imagenet import dali
 from bdkd.errors import RunError, UsageError
+from bdkd.training.setup import Setup
 
 LOADERS = ("dali", "pillow")
 
@@ -137,6 +141,18 @@ def test_training_resolution_follows_the_epoch_and_evaluation_does_not(tree, loa
     assert sides == [32, 32, 48, 48]
     assert next(iter(source.eval_batches("val", 4))).views[0].shape[-1] == 64
     assert imagenet(tree, progressive=((5, 32),)).side(0) == 64
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("fp32", torch.float32), ("bf16", torch.bfloat16),
+])  # fmt: skip
+def test_a_run_decodes_into_the_dtype_in_which_it_computes(tree, precision, dtype):
+    recipe = load_recipe(TINY_RUN[0])
+    data = imagenet(tree, loader="pillow").config
+    train = dataclasses.replace(recipe.train, precision=precision, batch_size=4)
+    setup = Setup(dataclasses.replace(recipe, data=data, train=train))
+    batch = next(setup.source.train_batches(0, 0, 4, 1))
+    assert {view.dtype for view in batch.views} == {dtype}
 
 
 @pytest.mark.parametrize("loader", LOADERS)
