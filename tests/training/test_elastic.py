@@ -28,7 +28,8 @@ def whole_run(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+# Two ranks of a run on ImageNet's layout: test_imagenet_ranks.py, always.
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_a_killed_rank_comes_back_by_itself_bit_for_bit(ranks, whole_run, tmp_path):
     with Launch(ranks, tmp_path / "run", *TINY, options=("--max-restarts", "3")) as launch:
         launch.until_step(10)
