@@ -1,7 +1,7 @@
 """The native kernel's test grid under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind.
 
     python kernels/csrc/sanitize.py            every instruction set of this machine, and valgrind
-    python kernels/csrc/sanitize.py --short    the portable one under the sanitizers only, not optimised
+    python kernels/csrc/sanitize.py --short    the portable one, not optimised, under the sanitizers
 
 Exits with the failing program's status. valgrind is left out, in words, where it is not installed;
 it knows no AVX-512.

@@ -21,6 +21,8 @@ import coverage
 from copies import ROOT, STATE, environment, make_copy, pytest_command
 
 LINES = STATE / "lines"
+# No file takes more of a mutant's time than this: its quickest tests, and one at least.
+SECONDS_OF_A_FILE = 40
 SOURCES = STATE / "sources"
 
 # Test files that mutants do not run, and why.
@@ -135,7 +137,7 @@ def measure(workers: int, files: Iterable[str] | None = None) -> None:
 
 
 class LineMap:
-    """The tests that run a line, the quickest first."""
+    """The tests that run a line."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -166,25 +168,37 @@ class LineMap:
         return self._new_line[path, digest]
 
     def tests_of(self, path: str, lines: Iterable[int]) -> list[str]:
-        """Tests that run one of the lines: first one case of each test, then the other cases."""
+        """Tests that run one of the lines."""
         found = set()
         for digest, by_line in self._by_line[path].items():
             old = self._old_lines(path, digest)
             for line in lines:
                 found.update(by_line.get(old.get(line, -1), ()))
-        cases: dict[str, list[str]] = defaultdict(list)
-        for test in sorted(found, key=self.seconds.__getitem__):
-            cases[test.split("[")[0]].append(test)
-        in_rounds = [
-            (i, self.seconds[t], t) for tests in cases.values() for i, t in enumerate(tests)
-        ]
-        return [test for _, _, test in sorted(in_rounds)]
+        return self._in_order(found)
 
     def tests_of_import(self, path: str) -> list[str]:
         """Tests for a line that runs when its file is imported, which coverage ascribes to no test:
-        all tests of the test files that run some line of the file, the quickest first."""
+        all tests of the test files that run some line of the file."""
         found = {
             test for by_line in self._by_line[path].values() for t in by_line.values() for test in t
         }
         files = {test.split("::")[0] for test in found}
-        return sorted((t for t in self.seconds if t.split("::")[0] in files), key=self.seconds.get)
+        return self._in_order({t for t in self.seconds if t.split("::")[0] in files})
+
+    def _in_order(self, tests: set[str]) -> list[str]:
+        """File by file, because fixtures of a file are made again after a test of another; the
+        quickest file first, and of each file first one case of each test."""
+        files = defaultdict(lambda: defaultdict(list))
+        for test in sorted(tests, key=lambda t: (self.seconds[t], t)):
+            files[test.split("::")[0]][test.split("[")[0]].append(test)
+        parts = []
+        for cases in files.values():
+            rounds = ((i, self.seconds[t], t) for of in cases.values() for i, t in enumerate(of))
+            part, seconds = [], 0.0
+            for _, takes, test in sorted(rounds):
+                seconds += takes
+                if part and seconds > SECONDS_OF_A_FILE:
+                    break
+                part.append(test)
+            parts.append((sum(map(self.seconds.__getitem__, part)), part))
+        return [test for _, part in sorted(parts) for test in part]
