@@ -164,15 +164,18 @@ def test_many_programs(rows, reduction):
 @pytest.mark.parametrize("classes", [40, 300, 700])
 @pytest.mark.parametrize("looped", [False, True])
 def test_tied_maxima_belong_to_the_first_class(classes, looped):
-    logits = torch.zeros(4, classes)
-    logits[0, [3, classes - 1]] = 2.0
-    logits[1, [3, classes - 1]] = 2.0
-    logits[2, classes - 1] = 20.0
-    logits[3, classes // 2] = 2.0
-    labels = torch.tensor([3, classes - 1, classes - 1, classes // 2])
-    with small_blocks() if looped else contextlib.nullcontext():
-        stats = bdkd_loss(logits, logits.flip(0), labels, backend="triton").stats
-    assert stats.student_correct.tolist() == [1, 0, 1, 1]
+    last = classes - 1
+    logits = torch.zeros(7, classes)
+    logits[1::2, 1] = 1.0  # the rows between have no class as large as their neighbours'
+    logits[[0, 2], 3] = logits[[0, 2], last] = 2.0
+    logits[4, last] = 20.0
+    logits[6, classes // 2] = 2.0
+    labels = torch.tensor([3, 1, last, 1, last, 1, classes // 2])
+    for student, teacher in ((logits, logits.flip(0)), (logits.flip(0), logits)):
+        with small_blocks() if looped else contextlib.nullcontext():
+            stats = bdkd_loss(student, teacher, labels, backend="triton").stats
+        for network, right in ((student, stats.student_correct), (teacher, stats.teacher_correct)):
+            assert torch.equal(right.bool(), network.argmax(1) == labels)
 
 
 @pytest.mark.parametrize("classes", [10, 1000])

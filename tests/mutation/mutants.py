@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cosmic_ray.plugins
-import parso.tree
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
@@ -248,8 +247,18 @@ def mutants(root: Path, path: str) -> Iterator[Mutant]:
             what = f"{path}\n{function}\n{text}\n{name}\n{node.get_code(False)}"
             seen[what] += 1
             key = hashlib.sha256(f"{what}\n{seen[what]}".encode()).hexdigest()[:16]
-            at_import = parso.tree.search_ancestor(node, "funcdef", "lambdef") is None
-            yield Mutant(key, path, function, name, occurrence, start, end, at_import)
+            yield Mutant(
+                key, path, function, name, occurrence, start, end, _runs_at_import(node)
+            )
+
+
+def _runs_at_import(node) -> bool:
+    """In no function's body. The default of a parameter is evaluated where its function is."""
+    while (parent := node.parent) is not None:
+        if parent.type in ("funcdef", "lambdef") and node is parent.children[-1]:
+            return False
+        node = parent
+    return True
 
 
 def source_files(root: Path) -> list[str]:

@@ -131,6 +131,15 @@ def test_the_devices_time_counts_where_it_was_launched_and_gaps_are_idle():
     assert lines["data wait"].split() == ["data", "wait", "0.0%", "0.00", "0.01"]
 
 
+def test_times_are_a_step_s_mean():
+    """Of two steps, of which the second enters no range."""
+    events = [*TRACE, span("user_annotation", "ProfilerStep#8", 100, 100)]
+    for rows in where_time_goes(events, {"data wait", "forward", "backward"}):
+        found = {row.name: row.milliseconds for row in rows}
+        assert found["forward"] == pytest.approx(0.02 / 2)
+        assert sum(row.share for row in rows) == pytest.approx(1)
+
+
 def test_a_captured_graphs_kernels_count_where_it_was_replayed():
     """All kernels of a replay have the correlation of its one launch."""
     events = [

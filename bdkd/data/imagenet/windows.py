@@ -52,8 +52,7 @@ def training_window(
             top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
             break
     else:
-        w = max(1, min(width, round(height * 4 / 3)))
-        h = max(1, min(height, round(width * 4 / 3)))
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         top, left = (height - h) // 2, (width - w) // 2
     return Window(top, left, h, w, side, side, 0, 0, flip and mirror < 0.5)
 
