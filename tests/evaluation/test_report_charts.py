@@ -159,6 +159,9 @@ def test_whole_numbers_count_steps_and_epochs():
     chart = parse(line_chart("T", [line], "epoch"))
     below = with_class(chart, "text", "tick", "middle")
     assert [words(e) for e in below] == ["1", "2"]
+    [path] = with_class(chart, "path", "line")
+    assert classes(path) == {"line", "c0"}  # the first colour and no dash, unless said otherwise
+    assert path.get("stroke-dasharray") is None
 
 
 def test_a_lone_point_has_a_dot_and_a_flat_line_has_ticks():
@@ -170,6 +173,8 @@ def test_a_lone_point_has_a_dot_and_a_flat_line_has_ticks():
     x, y = at(dot, "cx", "cy")
     assert axes.x(x) == pytest.approx(5, abs=axes.near[0])
     assert axes.y(y) == pytest.approx(0.25, abs=axes.near[1])
+    [top, *_, bottom] = sorted(at(line, "y1")[0] for line in with_class(chart, "line", "grid"))
+    assert top < y < bottom  # in the middle of the frame
 
 
 def test_styles_tell_sixteen_series_apart():

@@ -22,7 +22,7 @@ from copies import ROOT, STATE, environment, make_copy, pytest_command
 
 LINES = STATE / "lines"
 # No file takes more of a mutant's time than this: its quickest tests, and one at least.
-SECONDS_OF_A_FILE = 40
+SECONDS_OF_A_FILE = 60
 SOURCES = STATE / "sources"
 
 # Test files that mutants do not run, and why.
@@ -178,12 +178,9 @@ class LineMap:
 
     def tests_of_import(self, path: str) -> list[str]:
         """Tests for a line that runs when its file is imported, which coverage ascribes to no test:
-        all tests of the test files that run some line of the file."""
-        found = {
-            test for by_line in self._by_line[path].values() for t in by_line.values() for test in t
-        }
-        files = {test.split("::")[0] for test in found}
-        return self._in_order({t for t in self.seconds if t.split("::")[0] in files})
+        all that run some line of the file."""
+        by_lines = self._by_line[path].values()
+        return self._in_order({t for by_line in by_lines for of in by_line.values() for t in of})
 
     def _in_order(self, tests: set[str]) -> list[str]:
         """File by file, because fixtures of a file are made again after a test of another; the
