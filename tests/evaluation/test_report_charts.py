@@ -275,6 +275,9 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
     correct = rng.random(400) < np.where(confidence > 0.6, confidence - 0.2, confidence + 0.2)
     chart = parse(draw("Reliability of a", bin_images(confidence, correct)))
     axes = Axes(chart)
+    for ticks in ("end", "middle"):
+        written = [words(e) for e in with_class(chart, "text", "tick", ticks)]
+        assert [f"{k}%" for k in range(0, 101, 20)] == [x for x in written if x.endswith("%")]
     found = []
     most = max(int(((confidence > k / 15) & (confidence <= (k + 1) / 15)).sum()) for k in range(15))
     gaps = 0.0

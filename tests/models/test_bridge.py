@@ -113,6 +113,7 @@ def test_parameters_of_the_bridged_are_the_libraries(timm):
         (("timm:resnet18.foo", 7), {}, "Invalid pretrained tag"),
         (("timm:resnet18", 0), {}, "num_classes must be an integer >= 1"),
         (("torchvision:resnt50", 7), {}, "the nearest name is 'torchvision:resnet50'"),
+        (("torchvision:fasterrcnn_resnet50_fpn", 7), {}, "the nearest name is 'torchvision:"),
         (("torchvision:resnet18", 7, 1), {}, "takes images of 3 channels, got in_channels = 1"),
         (("torchvision:resnet18", 7), {"foo": 1}, "torchvision:resnet18 cannot be built.*'foo'"),
         (("torchvision:resnet18", 7), {"pretrained": True}, "come from timm"),

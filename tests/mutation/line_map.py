@@ -23,6 +23,7 @@ from copies import ROOT, STATE, environment, make_copy, pytest_command
 LINES = STATE / "lines"
 # No file takes more of a mutant's time than this: its quickest tests, and one at least.
 SECONDS_OF_A_FILE = 60
+FEW = 10
 SOURCES = STATE / "sources"
 
 # Test files that mutants do not run, and why.
@@ -168,19 +169,26 @@ class LineMap:
         return self._new_line[path, digest]
 
     def tests_of(self, path: str, lines: Iterable[int]) -> list[str]:
-        """Tests that run one of the lines."""
+        """Tests that run one of the lines. Where few are known, the line may run at import, or in
+        a process that ends too suddenly to be measured: then all tests of the file as well."""
         found = set()
         for digest, by_line in self._by_line[path].items():
             old = self._old_lines(path, digest)
             for line in lines:
                 found.update(by_line.get(old.get(line, -1), ()))
-        return self._in_order(found)
+        in_order = self._in_order(found)
+        if len(found) < FEW:
+            in_order += [t for t in self.tests_of_import(path) if t not in found]
+        return in_order
 
     def tests_of_import(self, path: str) -> list[str]:
         """Tests for a line that runs when its file is imported, which coverage ascribes to no test:
-        all that run some line of the file."""
+        all that run some line of the file; those first whose file is named after it."""
         by_lines = self._by_line[path].values()
-        return self._in_order({t for by_line in by_lines for of in by_line.values() for t in of})
+        found = {t for by_line in by_lines for of in by_line.values() for t in of}
+        name = Path(path).stem
+        own = {t for t in self.seconds if Path(t.split("::")[0]).stem.endswith(f"_{name}")}
+        return self._in_order(own) + self._in_order(found - own)
 
     def _in_order(self, tests: set[str]) -> list[str]:
         """File by file, because fixtures of a file are made again after a test of another; the

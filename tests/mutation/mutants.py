@@ -203,7 +203,10 @@ class Mutant:
 
 
 def _is_left_out(node) -> bool:
-    """Annotations change nothing, and the words of an error are not results."""
+    """Annotations change nothing, nor does a * between parameters, and the words of an error are
+    not results."""
+    if node.type == "operator" and node.parent.type == "parameters":
+        return True
     while node.parent is not None:
         parent = node.parent
         if parent.type == "tfpdef" or parent.type == "raise_stmt":

@@ -108,7 +108,7 @@ def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
         step(batch)
         if number == WARM_UP + 2:
             assert str(other.meter.read()) == str(plain.meter.read())  # NaN is NaN here
-    assert captures.count == 2
+    assert captures.count == 2  # one for each size of a batch, as documented
     expected = everything(plain)
     for key, value in everything(other).items():
         assert torch.equal(value, expected[key]), key

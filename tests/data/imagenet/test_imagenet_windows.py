@@ -90,6 +90,10 @@ def test_area_and_aspect_of_the_random_crop_are_those_of_random_resized_crop():
     assert (wider[2] * wider[3] / side**2).min() > 0.4999
 
 
+def test_as_many_random_crops_are_tried_as_torchvision_tries():
+    assert DRAWS == 2 * 10 + 3  # an area and a shape each; then the place and the mirror
+
+
 def test_the_random_crop_is_at_every_position_and_mirrored_half_of_the_time():
     """In an image of 9 x 7 pixels, for each size of a window."""
     top, left, h, w, mirrored = training_windows(9, 7, count=20_000)
