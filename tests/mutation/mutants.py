@@ -250,9 +250,7 @@ def mutants(root: Path, path: str) -> Iterator[Mutant]:
             what = f"{path}\n{function}\n{text}\n{name}\n{node.get_code(False)}"
             seen[what] += 1
             key = hashlib.sha256(f"{what}\n{seen[what]}".encode()).hexdigest()[:16]
-            yield Mutant(
-                key, path, function, name, occurrence, start, end, _runs_at_import(node)
-            )
+            yield Mutant(key, path, function, name, occurrence, start, end, _runs_at_import(node))
 
 
 def _runs_at_import(node) -> bool:
