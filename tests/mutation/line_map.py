@@ -23,6 +23,7 @@ from copies import ROOT, STATE, environment, make_copy, pytest_command
 LINES = STATE / "lines"
 # No file takes more of a mutant's time than this: its quickest tests, and one at least.
 SECONDS_OF_A_FILE = 60
+SECONDS_OF_THE_GRID = 240  # of the kernels' interpreted tests: no others know them as well
 FEW = 10
 SOURCES = STATE / "sources"
 
@@ -197,12 +198,13 @@ class LineMap:
         for test in sorted(tests, key=lambda t: (self.seconds[t], t)):
             files[test.split("::")[0]][test.split("[")[0]].append(test)
         parts = []
-        for cases in files.values():
+        for file, cases in files.items():
+            most = SECONDS_OF_THE_GRID if file == INTERPRETED else SECONDS_OF_A_FILE
             rounds = ((i, self.seconds[t], t) for of in cases.values() for i, t in enumerate(of))
             part, seconds = [], 0.0
             for _, takes, test in sorted(rounds):
                 seconds += takes
-                if part and seconds > SECONDS_OF_A_FILE:
+                if part and seconds > most:
                     break
                 part.append(test)
             parts.append((sum(map(self.seconds.__getitem__, part)), part))

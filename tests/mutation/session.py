@@ -19,14 +19,14 @@ from copies import ROOT, STATE, make_copy
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
 from forks import Tests
-from line_map import LineMap
+from line_map import INTERPRETED, LineMap
 from mutants import PACKAGES, Mutant, mutants, mutated_source, source_files
 
 SESSION = STATE / "session.sqlite"
 JUDGED = Path(__file__).parent / "judged.toml"
 
 # A mutant runs its tests in the order of line_map.py until they would have taken this long without
-# it, and as long again before it counts as endless.
+# it (interpreted ones not counted), and as long again before it counts as endless.
 SECONDS_OF_TESTS = 90
 MOST_TESTS = 1000
 
@@ -88,7 +88,8 @@ class Worker:
             found = self.line_map.tests_of(mutant.path, lines)
         chosen, seconds = [], 0.0
         for test in found[:MOST_TESTS]:
-            seconds += self.line_map.seconds[test]
+            if not test.startswith(INTERPRETED):
+                seconds += self.line_map.seconds[test]
             if chosen and seconds > SECONDS_OF_TESTS:
                 break
             chosen.append(test)

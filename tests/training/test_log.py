@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import math
+import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -105,6 +107,21 @@ def test_a_line_for_a_pipe(capsys):
         "step 7/40  epoch 2  teacher top-1 50.0%  student loss 1.250 top-1 25.7%  1234 images/s  "
         "2:05 left\n"
     )
+
+
+@pytest.mark.parametrize("call", [
+    "line('a line')", "metrics({'step': 1, 'epoch': 0, 'images_per_second': 2.0}, 1.0)",
+])  # fmt: skip
+def test_a_line_comes_through_a_pipe_at_once(call):
+    """Not when the buffer is full or the run ends: whoever follows a log sees where it is."""
+    code = f"from bdkd.training.log import Console\nConsole(9, 0, bar=False).{call}\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        assert process.stdout.readline()  # while it waits for its input
+        timer.cancel()
+        process.communicate("\n")
 
 
 def test_a_bar_for_a_terminal(monkeypatch):

@@ -251,6 +251,17 @@ def test_equalize_rounds_what_an_operation_before_it_left():
     assert torch.equal(varied[0], pixels_of(ImageOps.equalize(image)))
 
 
+def test_equalize_leaves_out_the_largest_value_also_where_one_pixel_has_it():
+    """As often as the largest value occurs, so many pixels fewer are shared out."""
+    pixels = np.full((16, 16, 3), 255, np.uint8)
+    pixels[:] = np.arange(255, -1, -1, np.uint8).reshape(16, 16, 1)  # each value once
+    pixels[3:9] = 17
+    image = Image.fromarray(pixels)
+    operations = np.array([[[list(OPERATIONS).index("equalize"), 1]]])
+    varied = rand_augment(pixels_of(image)[None], operations, 5.0)
+    assert torch.equal(varied[0], pixels_of(ImageOps.equalize(image)))
+
+
 def test_every_operation_is_drawn_alike():
     operations = draw_operations(draws(0, 0, (1, 0), np.arange(5000), 4), 2)
     counts = np.bincount(operations[..., 0].ravel(), minlength=len(OPERATIONS))
