@@ -267,6 +267,34 @@ def test_huge_tensors_are_an_error_and_not_the_end_of_the_machine(run, here, cap
     assert "onnxruntime cannot run" in fail(capsys, forge(here / "a.onnx", model, facts_of(run)))
 
 
+@pytest.mark.parametrize(("constant", "limit", "status"), [
+    (False, 2**26, 1), (True, 2**26, 1), (True, 2**30, 0),
+])  # fmt: skip
+def test_tensors_are_held_to_the_limit_where_the_machine_has_more(
+    constant, limit, status, run, here
+):
+    """128 MiB, of the images or of constants, which onnxruntime would fold without a limit. In a
+    process each, for which the limit is set once."""
+    shape = [2**25 // 10, 10] if constant else [2**19, 1, 8, 8]
+    size = helper.make_tensor("size", TensorProto.INT64, [len(shape)], shape)
+    nodes = [
+        helper.make_node("ReduceMax", ["images"], ["pixel"], keepdims=1),
+        helper.make_node("Expand", ["v" if constant else "pixel", "size"], ["large"]),
+        helper.make_node("ReduceMax", ["large"], ["most"], keepdims=0),
+        helper.make_node("Add", ["most", "v"], ["w"]),
+        *scores("w"),
+    ]
+    model = model_of(nodes, [size, vector("v"), *constants()])
+    file = forge(here / "a.onnx", model, facts_of(run))
+    code = (
+        "import sys\nfrom bdkd.cli import main\nfrom bdkd.training import exported\n"
+        f"exported.memory_limit = lambda: {limit}\nmain(['evaluate', sys.argv[1]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("onnxruntime cannot run" in done.stderr) == bool(status)
+
+
 def test_a_file_in_two_formats(run, here, capsys):
     """The name of a producer turns the same bytes into a file of onnxruntime's own format. It is
     read as the ONNX file that was checked."""

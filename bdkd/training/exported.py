@@ -468,7 +468,10 @@ def _open_onnx(exported: Exported, network: nn.Module, device: torch.device) -> 
     # Without the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime takes options from there.
     checked = _without_metadata(_parse_onnx(exported.path, exported.content))
     try:
-        session = runtime.InferenceSession(checked, options, providers=providers)
+        session = runtime.InferenceSession(
+            checked, options, providers=providers,
+            disabled_optimizers=["ConstantFolding"],  # its tensors are made outside of the arena
+        )  # fmt: skip
     except Exception as error:  # onnxruntime has one type for each of its codes, below Exception
         raise RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}") from error
 

@@ -142,6 +142,9 @@ def test_marks_of_a_logarithmic_axis_have_their_names_above_them():
     axes = Axes(chart, log_x=True)
     [path] = with_class(chart, "path", "line")
     axes.assert_drawn(path, x, y)
+    below = [words(e) for e in with_class(chart, "text", "tick", "middle")]
+    inside = [number(v) for v in (1e5, 2e5, 5e5, 1e6, 2e6)]
+    assert [x for x in below if x not in line.names] == inside
     names = with_class(chart, "text", "halo")
     assert [words(e) for e in names] == ["small", "middle", "large"]
     dots = [at(e, "cx", "cy") for e in chart.iter("circle")]

@@ -2,7 +2,7 @@
 
 python tests/mutation                       start or continue in the background
 python tests/mutation --foreground PATH...  mutants of some files or folders only
-python tests/mutation --again               try survivors again, after tests were added
+python tests/mutation --again               try unjudged survivors again, after tests were added
 python tests/mutation --report              write tests/mutation/report.md
 python tests/mutation --sample              the sample of continuous integration
 python tests/mutation --choose-sample       choose a new sample from what was caught

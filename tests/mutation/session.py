@@ -162,7 +162,7 @@ def outcomes(wanted: Iterable[Mutant]) -> Iterator[Outcome]:
 
 
 def run(wanted: list[Mutant], workers: int, again: bool = False) -> None:
-    """Try every mutant without a result; with ``again``, those that survived too."""
+    """Try every mutant without a result; with ``again``, unjudged survivors too."""
     STATE.mkdir(exist_ok=True)
     with open(STATE / "lock", "w") as lock, use_db(SESSION) as database:
         try:
@@ -170,11 +170,14 @@ def run(wanted: list[Mutant], workers: int, again: bool = False) -> None:
         except BlockingIOError:
             raise SystemExit("another run is going on: see .mutate/log, or stop it first") from None
         known = _load(database)
-        todo = [
-            m
-            for m in wanted
-            if m.key not in known or (again and known[m.key][0] in ("survived", "uncovered"))
-        ]
+        judgements = Judgements()
+
+        def is_survivor(mutant: Mutant) -> bool:
+            result, by, was, now = known[mutant.key]
+            outcome = Outcome(mutant, was, now, result, by)
+            return result in ("survived", "uncovered") and judgements.reason(outcome) is None
+
+        todo = [m for m in wanted if m.key not in known or (again and is_survivor(m))]
         stored = {item.job_id for item in database.work_items}
         database.add_work_items(
             WorkItem.single(m.key, MutationSpec(m.path, m.operator, m.occurrence, m.start, m.end))

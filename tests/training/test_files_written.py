@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from bdkd.training.checkpoint import (
     snapshot,
     write_atomically,
 )
-from bdkd.training.run_folder import to_json
+from bdkd.training.run_folder import RunFolder, to_json
 
 
 def test_until_a_file_is_whole_its_name_has_the_old_content(tmp_path):
@@ -148,3 +149,18 @@ def test_weights_that_do_not_fit_are_named():
     assert wide == "'weight' has shape (3, 2), needed (3, 4)"
     assert "'more', which the network has not" in mismatched_keys(network, {**weights, "more": 1})
     assert "'bias' has shape ()" in mismatched_keys(network, {**weights, "bias": 1.0})
+
+
+def test_a_launch_knows_its_run_while_it_trains_and_waits_until_a_rank_of_it_is_gone(tmp_path):
+    """torchrun starts the ranks again after one was killed, before the kernel has let go of all."""
+    first, second, stranger = (RunFolder(tmp_path / "run") for _ in range(3))
+    assert first.open_for_training("auto", "launch 1") is False
+    assert second.launched_by("launch 1")
+    assert not second.launched_by("launch 2")
+    with pytest.raises(RunError, match="another process is training in"):
+        stranger.open_for_training("auto", "launch 2")
+    ends = threading.Timer(0.5, first.close)
+    ends.start()
+    second.open_for_training("auto", "launch 1")
+    ends.join()
+    second.close()

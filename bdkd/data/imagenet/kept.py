@@ -77,4 +77,4 @@ def _keep(file: Path, index: Index, stamps: np.ndarray) -> None:
         beside.replace(file)
     except OSError:  # a disk that is full or not ours: the next run reads the headers again
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            beside.unlink()

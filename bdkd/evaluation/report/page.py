@@ -296,7 +296,7 @@ def _time(groups: Sequence[Group], epochs: bool) -> list[Html]:
 def _runs(groups: Sequence[Group]) -> list[Html]:
     parts: list[Html] = []
     keys = differing(groups)
-    if len(groups) > 1 and keys:
+    if keys:
         rows: list[list[object]] = [
             [tag("code", key), *("–" if v is None else _value(v) for v in of)]
             for key, of in keys.items()
