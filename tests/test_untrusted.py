@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 from onnx import TensorProto, helper
 from small_runs import SMALL
@@ -265,6 +266,13 @@ def test_huge_tensors_are_an_error_and_not_the_end_of_the_machine(run, here, cap
     ]
     model = model_of(nodes, [size, *constants()])
     assert "onnxruntime cannot run" in fail(capsys, forge(here / "a.onnx", model, facts_of(run)))
+
+
+def test_the_limit_is_half_of_the_memory():
+    here = psutil.virtual_memory().total // 2
+    group = Path("/sys/fs/cgroup/memory.max")
+    bounded = group.exists() and group.read_text().strip() != "max"
+    assert memory_limit() <= here if bounded else memory_limit() == pytest.approx(here, rel=1e-3)
 
 
 @pytest.mark.parametrize(("constant", "limit", "status"), [

@@ -155,6 +155,12 @@ def test_ragged_batches_equal_one_batch_to_the_last_bit():
     assert whole.compute() == ragged.compute()
 
 
+def test_before_the_first_sample_there_is_none():
+    confidence, correct = Calibration(10).samples()
+    assert confidence.shape == correct.shape == (0,)
+    assert (confidence.dtype, correct.dtype) == (torch.float64, torch.bool)
+
+
 @pytest.mark.parametrize("m", [1, 3, 5, 15])
 def test_a_confidence_on_an_edge_belongs_below(m):
     logits = torch.full((1, 16), -math.inf)

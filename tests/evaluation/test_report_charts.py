@@ -338,6 +338,20 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
     )
 
 
+def test_hatches_have_a_size_and_a_mark_inside():
+    """A pattern without width or height draws nothing, and says nothing."""
+    patterns = list(parse(PATTERNS).iter("pattern"))
+    assert [pattern.get("id") for pattern in patterns] == ["over", "under"]
+    for pattern in patterns:
+        assert min(at(pattern, "width", "height")) > 0
+        ground, mark = pattern
+        assert at(ground, "width", "height") == at(pattern, "width", "height")
+        if mark.tag == "line":
+            assert at(mark, "x1", "y1") != at(mark, "x2", "y2")
+        else:
+            assert at(mark, "r")[0] > 0
+
+
 def test_the_key_of_the_diagrams_names_their_parts():
     named = {words(item): next(iter(classes(item.find("svg")[0]))) for item in parse(key())}
     assert named == {

@@ -177,23 +177,23 @@ class LineMap:
             old = self._old_lines(path, digest)
             for line in lines:
                 found.update(by_line.get(old.get(line, -1), ()))
-        in_order = self._in_order(found)
+        in_order = self._in_order(path, found)
         if len(found) < FEW:
-            in_order += [t for t in self.tests_of_import(path) if t not in found]
+            in_order += [test for test in self.tests_of_import(path) if test not in found]
         return in_order
 
     def tests_of_import(self, path: str) -> list[str]:
         """Tests for a line that runs when its file is imported, which coverage ascribes to no test:
-        all that run some line of the file; those first whose file is named after it."""
+        all tests of the test files that run some line of the file."""
         by_lines = self._by_line[path].values()
-        found = {t for by_line in by_lines for of in by_line.values() for t in of}
-        name = Path(path).stem
-        own = {t for t in self.seconds if Path(t.split("::")[0]).stem.endswith(f"_{name}")}
-        return self._in_order(own) + self._in_order(found - own)
+        found = {t.split("::")[0] for lines in by_lines for tests in lines.values() for t in tests}
+        return self._in_order(path, {t for t in self.seconds if t.split("::")[0] in found})
 
-    def _in_order(self, tests: set[str]) -> list[str]:
-        """File by file, because fixtures of a file are made again after a test of another; the
-        quickest file first, and of each file first one case of each test."""
+    def _in_order(self, path: str, tests: set[str]) -> list[str]:
+        """File by file, because fixtures of a file are made again after a test of another: those of
+        the package's own tests first, then the quickest. Of each file, one case of each test
+        first."""
+        package = path.removeprefix("bdkd/").split("/")[0]  # its tests are in tests/<package>/
         files = defaultdict(lambda: defaultdict(list))
         for test in sorted(tests, key=lambda t: (self.seconds[t], t)):
             files[test.split("::")[0]][test.split("[")[0]].append(test)
@@ -207,5 +207,6 @@ class LineMap:
                 if part and seconds > most:
                     break
                 part.append(test)
-            parts.append((sum(map(self.seconds.__getitem__, part)), part))
-        return [test for _, part in sorted(parts) for test in part]
+            is_other = not file.startswith(f"tests/{package}/")
+            parts.append((is_other, sum(map(self.seconds.__getitem__, part)), part))
+        return [test for _, _, part in sorted(parts) for test in part]

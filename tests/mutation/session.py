@@ -90,7 +90,8 @@ class Worker:
         for test in found[:MOST_TESTS]:
             if not test.startswith(INTERPRETED):
                 seconds += self.line_map.seconds[test]
-            if chosen and seconds > SECONDS_OF_TESTS:
+            # A constant at the head of a file has its test anywhere.
+            if chosen and seconds > SECONDS_OF_TESTS * (1 + mutant.at_import):
                 break
             chosen.append(test)
         return chosen
