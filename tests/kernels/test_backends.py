@@ -1,6 +1,7 @@
 """Which implementation a call takes, what it says where that one cannot run, and what a GPU's
 tensors are spared. No GPU is needed: a tensor that says it is on one is enough for the choice."""
 
+import sys
 import warnings
 
 import pytest
@@ -168,6 +169,39 @@ def test_an_older_kernel_that_cannot_be_built_again_is_not_loaded(monkeypatch, t
     library, availability = native._load()
     assert library is None
     assert "older than kernels/csrc (there is no cmake here)" in str(availability)
+
+
+CMAKE = """#!/bin/sh
+[ -e {folder}/broken ] && {{ echo "a line" >&2; echo "the last line" >&2; exit 1; }}
+echo "$*" >> {folder}/calls
+[ "$1" = --build ] && echo "built from new sources" > "$2/{library}"
+exit 0
+"""
+
+
+def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
+    """With a cmake of ours, beside a Python of ours."""
+    library = tmp_path / "package" / native._LIBRARY.name
+    library.parent.mkdir()
+    library.write_text("built from old sources")
+    cmake = tmp_path / "cmake"
+    cmake.write_text(CMAKE.format(folder=tmp_path, library=library.name))
+    monkeypatch.setattr(native, "_LIBRARY", library)
+    monkeypatch.setattr(native, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin/nowhere")
+    assert native._rebuild("new") == "there is no cmake here"  # it cannot be executed
+    cmake.chmod(0o755)
+    (tmp_path / "broken").touch()
+    assert native._rebuild("new") == "the last line"
+    assert library.read_text() == "built from old sources"
+    (tmp_path / "broken").unlink()
+    for _ in range(2):
+        assert native._rebuild("new") == ""
+        assert library.read_text() == "built from new sources\n"
+    folder = tmp_path / "build" / "native"
+    assert (tmp_path / "calls").read_text() == f"-S {tmp_path} -B {folder}\n--build {folder}\n"
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
 
 
 @pytest.mark.parametrize(
