@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -114,8 +115,12 @@ def test_a_line_for_a_pipe(capsys):
 ])  # fmt: skip
 def test_a_line_comes_through_a_pipe_at_once(call):
     """Not when the buffer is full or the run ends: whoever follows a log sees where it is."""
-    code = f"from bdkd.training.log import Console\nConsole(9, 0, bar=False).{call}\ninput()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+    code = (
+        "import sys\nfrom bdkd.training.log import Console\n"
+        f"Console(9, 0, bar=False).{call}\nsys.stdin.read()"
+    )
+    buffered = {key: x for key, x in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=buffered,
                           stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
         timer = threading.Timer(60, process.kill)
         timer.start()

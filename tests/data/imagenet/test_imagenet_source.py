@@ -166,6 +166,19 @@ def test_training_images_have_the_dtype_of_the_training(tree, loader, dtype):
     assert next(iter(narrow.eval_batches("val", 8))).views[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_images_are_normalised_by_the_means_and_deviations_of_imagenet(copy, loader):
+    """As torchvision's and timm's weights expect it."""
+    for split in ("train", "val"):
+        for file, _ in labelled(copy, split):
+            file.write_bytes(encoded(Image.new("RGB", (70, 60), (200, 100, 50)), "PNG"))
+    source = imagenet(copy, loader=loader)
+    want = [(200 / 255 - 0.485) / 0.229, (100 / 255 - 0.456) / 0.224, (50 / 255 - 0.406) / 0.225]
+    for batches in (source.train_batches(0, 0, 8, 1), source.eval_batches("test", 8)):
+        for channel, value in zip(next(batches).views[0].unbind(1), want, strict=True):
+            torch.testing.assert_close(channel, torch.full_like(channel, value), rtol=0, atol=1e-4)
+
+
 def odd(kind: str, image: Image.Image) -> bytes:
     return {
         "cmyk": lambda: encoded(image.convert("CMYK"), "JPEG"),
