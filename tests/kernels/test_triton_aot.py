@@ -25,15 +25,17 @@ ALWAYS = (
     "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 262144",
     "--targets sm_90 --dtypes fp32 --classes 1000 21841 262144 --backward",
     "--targets sm_90 --dtypes fp16 fp64 --classes 1000",
-    "--targets sm_80 sm_100 --dtypes bf16 fp32 --classes 1000 262144",
+    "--targets sm_80 sm_100 --dtypes bf16 --classes 1000 262144",
     "--targets sm_80 sm_100 --dtypes fp16 --classes 66",
-    "--targets sm_90 --dtypes fp32 --classes 1000 32000 --variants",
+    "--targets sm_90 --dtypes fp32 --classes 32000 --variants",
     "--targets gfx942 --dtypes bf16 --classes 1000",
 )
 MORE = (
     "--targets sm_90 --dtypes bf16 --classes 10 33 101 32000",
     "--targets sm_90 --dtypes fp16 fp64 --classes 10 128256",
     "--targets sm_80 sm_100 --dtypes fp16 fp32 --classes 3 17 40 4096",
+    "--targets sm_80 sm_100 --dtypes fp32 --classes 1000 262144",
+    "--targets sm_90 --dtypes fp32 --classes 1000 --variants",
 )
 
 

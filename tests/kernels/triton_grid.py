@@ -150,7 +150,7 @@ def test_label_where_stores_are_not_ordered(smoothing, looped):
                   "triton")  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [5, 513])
+@pytest.mark.parametrize("rows", [5, 133])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_many_programs(rows, reduction):
     """More programs than one, a ragged last one, and labels that do not count among them."""

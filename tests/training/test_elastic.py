@@ -28,8 +28,10 @@ def whole_run(tmp_path_factory):
     return of
 
 
-# Two ranks of a run on ImageNet's layout: test_imagenet_ranks.py, always.
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.soak), 3])
+# A run of two ranks on ImageNet's layout is killed like this in every run of the suite:
+# test_imagenet_ranks.py.
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_a_killed_rank_comes_back_by_itself_bit_for_bit(ranks, whole_run, tmp_path):
     with Launch(ranks, tmp_path / "run", *TINY, options=("--max-restarts", "3")) as launch:
         launch.until_step(10)
