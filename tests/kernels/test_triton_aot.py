@@ -81,7 +81,8 @@ def issue_slots_of_the_row_kernel(compiled: list[dict]):
 def few_classes_leave_room_for_warps(compiled: list[dict]):
     """At least 12 programs of one warp fit on a multiprocessor up to 512 classes: with 32 pairs a
     thread 8 did, and an H200 took 1.2 to 1.5 times as long (autotune.txt)."""
-    few = [x for x in compiled if x["target"] == "sm_90" and x["classes"] <= 512]
+    few = [x for x in compiled
+           if x["target"] == "sm_90" and x["classes"] <= 512 and x["dtype"] != "fp64"]  # fmt: skip
     assert few
     for x in few:
         assert x["warps"] == 1, x
