@@ -180,7 +180,7 @@ exit 0
 
 
 def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
-    """With a cmake of ours, beside a Python of ours."""
+    """With a script in place of cmake, found in the folder of the interpreter."""
     library = tmp_path / "package" / native._LIBRARY.name
     library.parent.mkdir()
     library.write_text("built from old sources")
