@@ -17,18 +17,18 @@ from bdkd_kernels import (
 )
 
 if TYPE_CHECKING:
-    from bdkd_kernels.swap_in import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
+    from bdkd_kernels.compat import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
 
     from bdkd.models import create_model, list_models
 
     __version__: str
 
 _LATE = {  # name -> the module it is imported from when it is asked for
-    "DistillKL": "bdkd_kernels.swap_in",
-    "LigerJSD": "bdkd_kernels.swap_in",
-    "LigerKLDIVLoss": "bdkd_kernels.swap_in",
+    "DistillKL": "bdkd_kernels.compat",
+    "LigerJSD": "bdkd_kernels.compat",
+    "LigerKLDIVLoss": "bdkd_kernels.compat",
     "create_model": "bdkd.models",
-    "kd_loss": "bdkd_kernels.swap_in",
+    "kd_loss": "bdkd_kernels.compat",
     "list_models": "bdkd.models",
 }
 

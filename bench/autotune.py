@@ -3,7 +3,7 @@
     python bench/autotune.py [--classes 1000 32000] [--dtypes bf16 fp32] [--seconds 60]
                              [--json FILE] [--out FOLDER]
 
-Copy the winners into ``triton_launch.py`` by hand, with the printed line: no call ever tunes. Times
+Copy the winners into ``launch_table.py`` by hand, with the printed line: no call ever tunes. Times
 are GPU times by graph replay. Candidates are compiled in other processes beforehand, into Triton's
 cache. ``--out`` writes each measurement to ``FOLDER/measurements.jsonl`` as well.
 """
@@ -23,8 +23,10 @@ from unittest import mock
 
 import machine
 import torch
-from bdkd_kernels import available_backends, bdkd_loss_and_grad, triton_backend, triton_launch
-from bdkd_kernels.triton_launch import Loop, Tile
+from bdkd_kernels import available_backends, bdkd_loss_and_grad
+from bdkd_kernels.triton import backend as triton_backend
+from bdkd_kernels.triton import launch_table
+from bdkd_kernels.triton.launch_table import Loop, Tile
 from harness import Contender, DeviceClock, WallClock, _rounds
 from losses import DTYPES, Race, Size
 from triton.runtime.errors import OutOfResources
@@ -43,7 +45,7 @@ def candidates(classes: int, itemsize: int, vector: int) -> list[Launch]:
     """Return at most MOST launches."""
     aligned = vector * itemsize == 16
     found: list[Launch] = []
-    block = max(16, triton_launch.block_of(classes))
+    block = max(16, launch_table.block_of(classes))
     if classes <= 16384:
         for warps in (1, 2, 4, 8, 16):
             for pairs in (4, 8, 16, 32):  # a thread
@@ -80,7 +82,7 @@ def launches(size: Size) -> list[Launch]:
     """Return the launch of the table, and the candidates."""
     itemsize = DTYPES[size.dtype].itemsize
     vector = math.gcd(16 // itemsize, size.classes)
-    shipped = triton_launch.choose(size.classes, itemsize, vector, vector * itemsize < 16)
+    shipped = launch_table.choose(size.classes, itemsize, vector, vector * itemsize < 16)
     return list(dict.fromkeys([shipped, *candidates(size.classes, itemsize, vector)]))
 
 
@@ -96,7 +98,7 @@ def short(launch: Launch) -> str:
 def chosen(launch: Launch) -> Any:
     """Let every call take one launch."""
     triton_backend._plans.clear()
-    return mock.patch.object(triton_launch, "choose", mock.Mock(return_value=launch))
+    return mock.patch.object(launch_table, "choose", mock.Mock(return_value=launch))
 
 
 def compile_launch(size: Size, launch: Launch) -> None:

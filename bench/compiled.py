@@ -19,15 +19,16 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from bdkd_kernels import triton_backend, triton_launch
-from bdkd_kernels.triton_rows import (
+from bdkd_kernels.triton import backend as triton_backend
+from bdkd_kernels.triton import launch_table
+from bdkd_kernels.triton.row_kernels import (
     gradient_kernel,
     loop_kernel,
     sum_kernel,
     tile_kernel,
     totals_kernel,
 )
-from bdkd_kernels.types import LossOptions, Problem
+from bdkd_kernels.types import LossInputs, LossOptions
 from issue_slots import loop_slots, resources, tile_slots
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -110,13 +111,13 @@ def compile_kernels(target: str, call) -> dict[str, object]:
     return kernels
 
 
-def problem(dtype: str, classes: int, soft: bool = False, **options) -> Problem:
+def problem(dtype: str, classes: int, soft: bool = False, **options) -> LossInputs:
     """A call of 64 rows, without memory."""
     logits = torch.empty((64, classes), dtype=DTYPES[dtype], device="meta")
     target = torch.empty(64, dtype=torch.int64, device="meta")
     if soft:
         target = torch.empty((64, classes), device="meta")
-    return Problem(logits, logits.clone(), target, None, LossOptions(**options))
+    return LossInputs(logits, logits.clone(), target, None, LossOptions(**options))
 
 
 def compile_forward(
@@ -155,7 +156,7 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
     slots = None
     if target == "sm_90" and dtype != "fp64" and ds is not None and name != "gradient_kernel":
         launch = triton_backend._launch(call, ds, dt)
-        if isinstance(launch, triton_launch.Tile):
+        if isinstance(launch, launch_table.Tile):
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
         else:
             slots = sum(loop_slots(cubin)) * 32 * warps / launch.block

@@ -216,17 +216,18 @@ def main(options: argparse.Namespace) -> int:
 def child(size: Size, launch: str) -> None:
     """Call the loss three times on one size; the third call is profiled."""
     import torch
-    from bdkd_kernels import bdkd_loss_and_grad, triton_launch
+    from bdkd_kernels import bdkd_loss_and_grad
+    from bdkd_kernels.triton import launch_table
 
-    choose, chosen = triton_launch.choose, []
+    choose, chosen = launch_table.choose, []
     fields = json.loads(launch) if launch else {}
-    kind = triton_launch.Tile if "rows" in fields else triton_launch.Loop
+    kind = launch_table.Tile if "rows" in fields else launch_table.Loop
 
     def choose_and_note(*arguments: Any, **options: Any) -> Any:
         chosen.append(kind(**fields) if fields else choose(*arguments, **options))
         return chosen[-1]
 
-    triton_launch.choose = choose_and_note
+    launch_table.choose = choose_and_note
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[size.dtype]
     torch.manual_seed(0)
     s, t = (torch.empty(size.rows, size.classes, device="cuda", dtype=dtype).normal_(0.0, 2.0)

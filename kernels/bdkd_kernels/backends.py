@@ -9,7 +9,7 @@ import torch
 
 from . import native, reference
 from ._torch_compat import is_dtensor, needs_torch_operators
-from .types import Availability, Problem, shown
+from .types import Availability, LossInputs, shown
 
 NAMES = ("auto", "triton", "native", "reference")
 
@@ -32,7 +32,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {shown(backend)}")
 
 
-def choose(backend: str, problem: Problem) -> ModuleType:
+def choose(backend: str, problem: LossInputs) -> ModuleType:
     """Return the module whose ``loss`` and ``loss_and_grad`` serve this call.
 
     Transforms that only torch's own operators support run the reference, whatever the backend.
@@ -100,7 +100,7 @@ def _triton_availability() -> Availability:
 
 
 def _triton_module() -> ModuleType:
-    from . import triton_backend
+    from .triton import backend as triton_backend
 
     return triton_backend
 

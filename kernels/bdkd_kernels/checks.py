@@ -17,7 +17,7 @@ from ._torch_compat import (
     is_zero_tensor,
     values_can_be_read,
 )
-from .types import LossOptions, Problem, as_float, shown
+from .types import LossInputs, LossOptions, as_float, shown
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -31,7 +31,7 @@ def prepare(
     sample_weight: Tensor | None,  # (...)
     options: LossOptions,
     grad_scale: float | Tensor,
-) -> Problem:
+) -> LossInputs:
     """Check the tensors of one call and flatten their leading dimensions to rows.
 
     Flattening returns views wherever a view exists. The options are checked elsewhere.
@@ -114,7 +114,7 @@ def prepare(
         student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
         if target is not None:
             target = target.reshape((rows, classes) if target.is_floating_point() else (rows,))
-    return Problem(student, teacher, target, sample_weight, options, plain, dense)
+    return LossInputs(student, teacher, target, sample_weight, options, plain, dense)
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -212,7 +212,7 @@ def check_gradient_buffers(
 
     A buffer may be its own network's logits. Any other memory shared with an input, with the other
     buffer or within itself would be read after it was overwritten, and is refused. Memory is looked
-    at only in a ``plain`` call (:class:`Problem`); in any other, torch copies into the buffers.
+    at only in a ``plain`` call (:class:`LossInputs`); in any other, torch copies into the buffers.
 
     Raises:
         TypeError, ValueError: a buffer that does not fit, by name.

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import ops
 from .checks import raise_bad_label
 from .reference import compute_dtype
-from .types import Availability, LossOptions, Problem
+from .types import Availability, LossInputs, LossOptions
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = Path(__file__).with_name(f"libbdkd_native{_SUFFIX}")
@@ -57,7 +57,7 @@ def _packed(o: LossOptions) -> bytes:
 
 
 def _run(
-    problem: Problem,
+    problem: LossInputs,
     scales: tuple[float, float],
     upstreams: tuple[Tensor | None, Tensor | None],
     gradients: tuple[Tensor | None, Tensor | None],
@@ -102,7 +102,7 @@ def _row_stride(rows: Tensor, classes: int) -> int:
 
 
 def _forward(
-    problem: Problem,
+    problem: LossInputs,
     grad_scale: float | Tensor,
     ds: Tensor | None,
     dt: Tensor | None,
@@ -118,7 +118,7 @@ def _forward(
 
 
 def _backward(
-    problem: Problem,
+    problem: LossInputs,
     state: Tensor | None,
     student_upstream: Tensor | None,
     teacher_upstream: Tensor | None,
@@ -213,5 +213,5 @@ def _load() -> tuple[ctypes.CDLL | None, Availability]:
 
 
 _library, AVAILABILITY = _load()
-_fused = ops.Fused("native", _forward, _backward, state_rows=0)
+_fused = ops.FusedBackend("native", _forward, _backward, state_rows=0)
 loss, loss_and_grad = _fused.loss, _fused.loss_and_grad

@@ -2,7 +2,7 @@
 
 A backend provides two functions over rows and registers them once::
 
-    _fused = ops.Fused("native", forward, backward, state_rows=0)
+    _fused = ops.FusedBackend("native", forward, backward, state_rows=0)
     loss, loss_and_grad = _fused.loss, _fused.loss_and_grad
 
     forward(problem, grad_scale, ds, dt, check_labels)
@@ -47,17 +47,17 @@ from . import buffers
 from ._torch_compat import has_memory
 from .checks import check_labels, in_memory, labels_can_be_read
 from .reference import compute_dtype, savable, write, zero_with_graph
-from .types import BDKDStats, LossOptions, Problem
+from .types import BDKDStats, LossInputs, LossOptions
 
 Losses = tuple[Tensor, Tensor, BDKDStats]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # losses, statistics, state
 Forward = Callable[
-    [Problem, float | Tensor, Tensor | None, Tensor | None, bool],
+    [LossInputs, float | Tensor, Tensor | None, Tensor | None, bool],
     Outputs,
 ]
 Backward = Callable[
     [
-        Problem, Any, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+        LossInputs, Any, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
         float | Tensor | None,
     ],
     None,
@@ -88,7 +88,7 @@ def flat_options(o: LossOptions) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-class Fused:
+class FusedBackend:
     """One backend's ``loss`` and ``loss_and_grad``, and its operators ``bdkd::NAME_forward`` and
     ``bdkd::NAME_backward``."""
 
@@ -99,7 +99,7 @@ class Fused:
         self.forward_op = getattr(torch.ops.bdkd, f"{name}_forward").default
         self.backward_op = getattr(torch.ops.bdkd, f"{name}_backward").default
 
-    def loss(self, problem: Problem, grad_scale: float | Tensor = 1.0) -> Losses:
+    def loss(self, problem: LossInputs, grad_scale: float | Tensor = 1.0) -> Losses:
         """Return the student's loss, the teacher's loss and the statistics.
 
         The losses are connected to autograd.
@@ -125,7 +125,7 @@ class Fused:
 
     def _plain_loss(
         self,
-        problem: Problem,
+        problem: LossInputs,
         grad_scale: float | Tensor,
         want_student: bool,
         want_teacher: bool,
@@ -134,7 +134,7 @@ class Fused:
         dt = buffers.empty_rows(problem.teacher, problem.dense) if want_teacher else None  # (N, C)
         student, teacher, stats, state = self.forward(problem, grad_scale, ds, dt, True)
         if want_student or want_teacher:
-            call = _Call(self, problem.options, grad_scale, ds, dt)
+            call = _SavedGradients(self, problem.options, grad_scale, ds, dt)
             saved: tuple[Tensor | None, ...] = (*problem[:4], state)
             try:
                 # The student's node comes last, so that it is the first to go backward.
@@ -155,7 +155,7 @@ class Fused:
         return student, teacher, BDKDStats(stats)
 
     def loss_and_grad(
-        self, problem: Problem, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
+        self, problem: LossInputs, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
     ) -> Losses:
         """Return :meth:`loss`, detached, and write both gradients, times ``grad_scale``.
 
@@ -191,7 +191,7 @@ class Fused:
 
     def forward(
         self,
-        problem: Problem,
+        problem: LossInputs,
         grad_scale: float | Tensor,
         ds: Tensor | None,
         dt: Tensor | None,
@@ -206,7 +206,7 @@ class Fused:
 
     def backward(
         self,
-        problem: Problem,
+        problem: LossInputs,
         state: Tensor | None,
         upstreams: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None],
@@ -224,7 +224,7 @@ class Fused:
                 _laid_out(problem), state, student, teacher, gradients[0], gradients[1], announced
             )
 
-    def _empty_outputs(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _empty_outputs(self, problem: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s = problem.student
         rows, dtype = s.shape[0], compute_dtype(s, problem.teacher)
         shape = (rows,) if problem.options.reduction == "none" else ()
@@ -238,7 +238,7 @@ class Fused:
     # -- through torch.library ------------------------------------------------------------------
 
     def _loss_through_operator(
-        self, problem: Problem, want_student: bool, want_teacher: bool
+        self, problem: LossInputs, want_student: bool, want_teacher: bool
     ) -> Losses:
         if labels_can_be_read(problem.target):
             check_labels(problem.target, problem.student.shape[-1], problem.options.ignore_index)
@@ -251,7 +251,7 @@ class Fused:
             teacher = self._call_once(problem, False, True)[1]
         return student, teacher, BDKDStats(stats)
 
-    def _call_once(self, problem: Problem, want_student: bool, want_teacher: bool):
+    def _call_once(self, problem: LossInputs, want_student: bool, want_teacher: bool):
         if want_student or want_teacher:
             problem = savable(problem, logits=True)
         connected = problem._replace(
@@ -266,7 +266,11 @@ class Fused:
         )
 
     def _call_forward_op(
-        self, problem: Problem, grad_scale: float | Tensor, student_grad: bool, teacher_grad: bool
+        self,
+        problem: LossInputs,
+        grad_scale: float | Tensor,
+        student_grad: bool,
+        teacher_grad: bool,
     ):
         tensor = grad_scale if isinstance(grad_scale, Tensor) else None
         value = 1.0 if isinstance(grad_scale, Tensor) else float(grad_scale)
@@ -283,7 +287,7 @@ class Fused:
 
         @impl(forward, "default")
         def _(student, teacher, target, weight, scale, value, student_grad, teacher_grad, *options):
-            problem = Problem(student, teacher, target, weight, LossOptions(*options))
+            problem = LossInputs(student, teacher, target, weight, LossOptions(*options))
             with_student, with_teacher = problem.has_terms()
             ds, dt = _gradients(problem, student_grad, teacher_grad)
             outputs = self.forward(
@@ -299,13 +303,13 @@ class Fused:
 
         @register_fake(forward)
         def _(student, teacher, target, weight, scale, value, student_grad, teacher_grad, *options):
-            problem = Problem(student, teacher, target, weight, LossOptions(*options))
+            problem = LossInputs(student, teacher, target, weight, LossOptions(*options))
             ds, dt = _gradients(problem, student_grad, teacher_grad)
             return *self._empty_outputs(problem), ds, dt
 
         @impl(backward, "default")
         def _(student_up, teacher_up, student, teacher, target, weight, state, *options):
-            problem = Problem(student, teacher, target, weight, LossOptions(*options))
+            problem = LossInputs(student, teacher, target, weight, LossOptions(*options))
             ds, dt = _gradients(problem, student_up is not None, teacher_up is not None)
             self.backward(
                 problem, state, (student_up, teacher_up),
@@ -316,7 +320,7 @@ class Fused:
 
         @register_fake(backward)
         def _(student_up, teacher_up, student, teacher, target, weight, state, *options):
-            problem = Problem(student, teacher, target, weight, LossOptions(*options))
+            problem = LossInputs(student, teacher, target, weight, LossOptions(*options))
             return _gradients(problem, student_up is not None, teacher_up is not None)
 
         def keep(ctx, inputs, output):
@@ -326,7 +330,7 @@ class Fused:
 
         def forward_backward(ctx, student_upstream, teacher_upstream, *_):
             student, teacher, target, weight, state = ctx.saved_tensors
-            problem = Problem(student, teacher, target, weight, LossOptions(*ctx.options))
+            problem = LossInputs(student, teacher, target, weight, LossOptions(*ctx.options))
             with_student, with_teacher = problem.has_terms()
             if not (with_student and ctx.needs_input_grad[0]):
                 student_upstream = None
@@ -350,7 +354,7 @@ class Fused:
         register_autograd(backward, refuse)
 
 
-class _Call:
+class _SavedGradients:
     """What the two nodes of one call share: the gradients computed and not handed out yet.
 
     A node whose upstream gradient is not the announced one computes both networks' gradients with
@@ -364,14 +368,14 @@ class _Call:
 
     def __init__(
         self,
-        fused: Fused,
+        fused: FusedBackend,
         options: LossOptions,
         announced: float | Tensor,
         ds: Tensor | None,
         dt: Tensor | None,
     ) -> None:
         self.fused, self.options, self.inference = fused, options, None
-        made_with = _Upstream(announced)
+        made_with = _GradScale(announced)
         self.gradients, self.made_with = [ds, dt], [made_with, made_with]
 
     def keep_inference_tensors(self, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -383,13 +387,13 @@ class _Call:
         pairs = zip(saved, self.inference, strict=True)
         return tuple(None if kept is not None else x for x, kept in pairs)
 
-    def problem(self, ctx: Any) -> tuple[Problem, Tensor | None]:
+    def problem(self, ctx: Any) -> tuple[LossInputs, Tensor | None]:
         """The inputs and the state, from a node's saved tensors."""
         saved = ctx.saved_tensors
         if self.inference is not None:
             saved = [x if k is None else k for x, k in zip(saved, self.inference, strict=True)]
         student, teacher, target, weight, state = saved
-        return Problem(student, teacher, target, weight, self.options), state
+        return LossInputs(student, teacher, target, weight, self.options), state
 
     def gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
         """One network's gradient, which is the caller's alone from now on."""
@@ -422,7 +426,7 @@ class _Call:
         with torch.no_grad():
             self.fused.backward(problem, state, upstreams, gradients, announced)
         if partner is not None:
-            self.made_with[1 - network] = _Upstream(upstream)
+            self.made_with[1 - network] = _GradScale(upstream)
             self.gradients[1 - network] = partner
         return gradient
 
@@ -449,7 +453,7 @@ class _Call:
         return (upstream[..., None] * gradient).to(storage)
 
 
-class _Upstream:
+class _GradScale:
     """What a gradient was made with, as it was then."""
 
     __slots__ = ("value", "version")
@@ -504,7 +508,7 @@ class _NetworkLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, known: tuple[Tensor, tuple, _Call, int]) -> Tensor:
+    def forward(ctx, logits: Tensor, known: tuple[Tensor, tuple, _SavedGradients, int]) -> Tensor:
         # In a tuple: a loss that is an argument itself would be returned as a view.
         loss, saved, ctx.call, ctx.network = known
         ctx.save_for_backward(*saved)
@@ -547,7 +551,7 @@ def _zero_with_graph(logits: Tensor, o: LossOptions) -> Tensor:
     return rows if o.reduction == "none" else rows.sum()
 
 
-def _gradients(problem: Problem, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
+def _gradients(problem: LossInputs, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
     """(N, C) each, zero where the network has no term; (0,) where no gradient is wanted."""
 
     def make(logits: Tensor, wanted: bool, has_term: bool) -> Tensor:
@@ -561,7 +565,7 @@ def _gradients(problem: Problem, student: bool, teacher: bool) -> tuple[Tensor, 
     )
 
 
-def _laid_out(problem: Problem) -> Problem:
+def _laid_out(problem: LossInputs) -> LossInputs:
     """The problem with unit stride in the class dimension and contiguous labels and weights. Copies
     only what is not."""
     student, teacher, target, weight, options, plain, _ = problem
@@ -571,7 +575,7 @@ def _laid_out(problem: Problem) -> Problem:
         return problem
     if target is not None:
         target = target.contiguous()
-    return Problem(_unit_stride(student), _unit_stride(teacher), target, weight, options, plain)
+    return LossInputs(_unit_stride(student), _unit_stride(teacher), target, weight, options, plain)
 
 
 def _is_dense(rows: Tensor) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ._torch_compat import copies_to_save
 from .checks import check_labels, labels_can_be_read
-from .types import BDKDStats, LossOptions, Problem
+from .types import BDKDStats, LossInputs, LossOptions
 
 
-def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor, BDKDStats]:
+def loss(problem: LossInputs, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor, BDKDStats]:
     """Return the student's loss, the teacher's loss and the statistics, ``(N,)`` each.
 
     The losses are reduced as the options say. ``grad_scale`` is not read: autograd computes the
@@ -52,7 +52,7 @@ def loss(problem: Problem, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Te
 
 
 def loss_and_grad(
-    problem: Problem, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
+    problem: LossInputs, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
 ) -> tuple[Tensor, Tensor, BDKDStats]:
     """Return :func:`loss`, detached, and write both gradients, times ``grad_scale``.
 
@@ -200,7 +200,7 @@ def zero_with_graph(logits: Tensor) -> Tensor:
     return logits[:, :0].sum(-1)
 
 
-def savable(problem: Problem, logits: bool = False) -> Problem:
+def savable(problem: LossInputs, logits: bool = False) -> LossInputs:
     """The problem with tensors that autograd may save for the backward pass: not those made under
     ``torch.inference_mode()``, of which it gets copies.
 
@@ -224,7 +224,7 @@ def savable(problem: Problem, logits: bool = False) -> Problem:
     return problem._replace(**dict(zip(copied, copies, strict=True)))  # type: ignore[arg-type]
 
 
-def _tensors(problem: Problem) -> dict[str, Tensor]:
+def _tensors(problem: LossInputs) -> dict[str, Tensor]:
     """The tensors of a call, by field."""
     pairs = zip(problem._fields[:4], problem[:4], strict=True)
     return {name: x for name, x in pairs if isinstance(x, Tensor)}

@@ -264,7 +264,7 @@ class Availability:
         return self.reason
 
 
-class Problem(NamedTuple):
+class LossInputs(NamedTuple):
     """One checked call, flattened to rows, as every backend receives it."""
 
     student: Tensor  # (N, C) fp16, bf16, fp32 or fp64; any row stride

@@ -483,7 +483,7 @@ def retain_graph_gives_the_gradient_again(backend, device="cpu"):
 def a_scale_put_in_late_comes_to_both(backend, device="cpu"):
     """However the losses are led back, also where the host cannot see which upstream came."""
     s, t, y = draw("late", 2, 5, device)
-    blind = mock.patch.object(ops._Upstream, "is_like", return_value=False)
+    blind = mock.patch.object(ops._GradScale, "is_like", return_value=False)
     for reduction, seen in (("mean", True), ("mean", False), ("none", False)):
         one = run(s, t, y, backend, reduction=reduction)[0]
         shape = (2,) if reduction == "none" else ()

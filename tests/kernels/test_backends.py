@@ -84,7 +84,7 @@ def test_with_triton_a_gpu_takes_it(gpu, monkeypatch):
     monkeypatch.setattr(backends, "_triton", Availability(True, "here"))
     problem = prepare(*gpu[:2], None, None, LossOptions(), 1.0)
     for backend in ("auto", "triton"):
-        assert backends.choose(backend, problem).__name__ == "bdkd_kernels.triton_backend"
+        assert backends.choose(backend, problem).__name__ == "bdkd_kernels.triton.backend"
     assert backends.choose("reference", problem).__name__ == "bdkd_kernels.reference"
 
 
@@ -218,7 +218,7 @@ def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
 )
 def test_which_gpus_triton_serves(version, hip, seen, capability, words, monkeypatch):
     pytest.importorskip("triton", reason="no triton for this platform: it serves none")
-    from bdkd_kernels import triton_backend
+    from bdkd_kernels.triton import backend as triton_backend
 
     monkeypatch.setattr(triton_backend.triton, "__version__", version)
     monkeypatch.setattr(triton_backend, "_INTERPRETED", False)

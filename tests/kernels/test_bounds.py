@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bdkd_kernels import BDKDLoss, bdkd_loss, bdkd_loss_and_grad
-from bdkd_kernels.swap_in import DistillKL, LigerJSD, kd_loss
+from bdkd_kernels.compat import DistillKL, LigerJSD, kd_loss
 
 S, T = torch.zeros(4, 5), torch.ones(4, 5)
 Y = torch.tensor([0, 1, 2, 3])

@@ -4,7 +4,7 @@ pointers, so each is either right or refused by the argument's name."""
 import pytest
 import torch
 from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad, native
-from bdkd_kernels.swap_in import DistillKL, LigerJSD
+from bdkd_kernels.compat import DistillKL, LigerJSD
 
 BACKENDS = ["reference", *(["native"] if native.AVAILABILITY else [])]
 N, C = 4, 6

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from bdkd_kernels import BDKDLoss, bdkd_loss, bdkd_loss_and_grad, native
-from bdkd_kernels.swap_in import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
+from bdkd_kernels.compat import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
 from compiler import COMPILER
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -12,14 +12,10 @@ from unittest import mock
 
 import pytest
 import torch
-from bdkd_kernels import (
-    available_backends,
-    bdkd_loss,
-    bdkd_loss_and_grad,
-    triton_backend,
-    triton_launch,
-)
-from bdkd_kernels.types import LossOptions, Problem
+from bdkd_kernels import available_backends, bdkd_loss, bdkd_loss_and_grad
+from bdkd_kernels.triton import backend as triton_backend
+from bdkd_kernels.triton import launch_table
+from bdkd_kernels.types import LossInputs, LossOptions
 from cases import BF16, FP32, FP64, SHORT, Case, judge, sample
 from edges import EDGES
 from triton import language
@@ -82,11 +78,11 @@ def small_blocks(inner: int = 4, prefetch: int = 1):
     def choose(classes: int, itemsize: int, vector: int, shifted: bool = False):
         if shifted and vector * itemsize < 16:
             neighbours = 16 // itemsize
-            return triton_launch.Loop(1, neighbours, prefetch=prefetch, shifted=True, lanes=16)
-        return triton_launch.Loop(1, inner, outer=4 // inner, prefetch=prefetch, lanes=16)
+            return launch_table.Loop(1, neighbours, prefetch=prefetch, shifted=True, lanes=16)
+        return launch_table.Loop(1, inner, outer=4 // inner, prefetch=prefetch, lanes=16)
 
     with (
-        mock.patch.object(triton_launch, "choose", choose),
+        mock.patch.object(launch_table, "choose", choose),
         mock.patch.dict(triton_backend._plans, clear=True),
     ):
         yield
@@ -219,7 +215,7 @@ def test_backward_of_the_announced_scale_launches_nothing_over_the_logits(monkey
     values, although the logits and the state have been spoiled since."""
     s, t = torch.randn(2, 6, 20).unbind()
     y = torch.arange(6)
-    problem = Problem(s.clone(), t.clone(), y, None, LossOptions())
+    problem = LossInputs(s.clone(), t.clone(), y, None, LossOptions())
     ds, dt = torch.empty_like(s), torch.empty_like(t)
     *_, state = triton_backend._forward(problem, 8.0, ds, dt, False)
     kept = ds.clone(), dt.clone()

@@ -52,15 +52,15 @@ os.environ["TRITON_LIBCUDA_PATH"] = _folder.name  # what the launcher is linked 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from bdkd_kernels import triton_backend  # noqa: E402
-from bdkd_kernels.triton_rows import (  # noqa: E402
+from bdkd_kernels.triton import backend as triton_backend  # noqa: E402
+from bdkd_kernels.triton.row_kernels import (  # noqa: E402
     gradient_kernel,
     loop_kernel,
     sum_kernel,
     tile_kernel,
     totals_kernel,
 )
-from bdkd_kernels.types import LossOptions, Problem  # noqa: E402
+from bdkd_kernels.types import LossInputs, LossOptions  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -215,7 +215,7 @@ def call(
         y = tensor(shape, target, off["y"], device=device)
     compute = FP64 if FP64 in dtypes else FP32
     w = tensor((rows,), compute, off["w"], device=device) if weight else None
-    problem = Problem(s, t, y, w, LossOptions(**options))
+    problem = LossInputs(s, t, y, w, LossOptions(**options))
 
     def scalar(x):
         return tensor((), x, scale_off, device=device) if isinstance(x, torch.dtype) else x

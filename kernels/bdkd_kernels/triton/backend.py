@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from . import ops, triton_launch
-from .checks import check_labels as raise_for_bad_labels
-from .checks import labels_can_be_read
-from .reference import compute_dtype
-from .triton_rows import (
+from .. import ops
+from ..checks import check_labels as raise_for_bad_labels
+from ..checks import labels_can_be_read
+from ..reference import compute_dtype
+from ..types import Availability, LossInputs, LossOptions
+from . import launch_table
+from .row_kernels import (
     RECORD,
     STATE,
     STATISTICS,
@@ -27,7 +29,6 @@ from .triton_rows import (
     tile_kernel,
     totals_kernel,
 )
-from .types import Availability, LossOptions, Problem
 
 _RECORD, _STATE, _STATISTICS = RECORD.value, STATE.value, STATISTICS.value
 _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
@@ -57,7 +58,7 @@ def availability() -> Availability:
 
 
 def _forward(
-    problem: Problem,
+    problem: LossInputs,
     grad_scale: float | Tensor,
     ds: Tensor | None,
     dt: Tensor | None,
@@ -74,7 +75,7 @@ def _forward(
     # The mean's denominator, in parts; 0 where it is the number of rows.
     parts = 0
     if o.reduction == "mean" and (weight is not None or (target is not None and target.ndim == 1)):
-        parts = min(256, triton_launch.block_of(-(-rows // _ROWS_A_PART)))
+        parts = min(256, launch_table.block_of(-(-rows // _ROWS_A_PART)))
     tensors = (student, teacher, target, weight, ds, dt)
     addresses, kinds = _described(tensors)
     key = (o, device.index, student.shape[1], _count(rows), parts, _kind(grad_scale), *kinds)
@@ -84,7 +85,7 @@ def _forward(
     dtype, per_row = plan.dtype, plan.terms.per_row
     programs = -(-rows // plan.rows)
 
-    # All that the launches leave for each other, in one allocation: see triton_rows._totals.
+    # All that the launches leave for each other, in one allocation: see row_kernels._totals.
     records = torch.empty(rows * _RECORD + parts + 2 * programs, dtype=dtype, device=device)
     shape = (rows,) if per_row else ()
     losses = (torch.empty(shape, dtype=dtype, device=device),
@@ -197,7 +198,7 @@ class _Plan(NamedTuple):
 _plans: dict[tuple, _Plan] = {}
 
 
-def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) -> _Plan:
+def _plan(problem: LossInputs, ds: Tensor | None, dt: Tensor | None, parts: int) -> _Plan:
     student, teacher, _, _, o, *_ = problem
     classes, dtype = student.shape[1], compute_dtype(student, teacher)
     early = _NVIDIA and driver.active.get_current_target().arch >= 90
@@ -205,7 +206,7 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
     launch = _launch(problem, ds, dt)
     strides = (student.stride(0), teacher.stride(0), _row_stride(ds), _row_stride(dt))
     aligned = (_divisor(*strides), _divisor(classes))
-    if isinstance(launch, triton_launch.Tile):
+    if isinstance(launch, launch_table.Tile):
         kernel, rows = tile_kernel, launch.rows
         apart = launch.block // launch.beside
         shape: tuple = (launch.rows, apart, launch.beside, launch.chunk, classes != launch.block)
@@ -228,7 +229,7 @@ def _plan(problem: Problem, ds: Tensor | None, dt: Tensor | None, parts: int) ->
 
 
 def _backward(
-    problem: Problem,
+    problem: LossInputs,
     state: Tensor | None,
     student_upstream: Tensor | None,
     teacher_upstream: Tensor | None,
@@ -255,7 +256,7 @@ def _backward(
         numbers = (
             classes, *strides, state.stride(1), state.stride(0), _row_stride(student_upstream),
             _row_stride(teacher_upstream), *_numbers(o, terms, classes, dtype, gamma=False),
-            o.ignore_index, min(2048, triton_launch.block_of(classes)),
+            o.ignore_index, min(2048, launch_table.block_of(classes)),
         )  # fmt: skip
         plan = _backward_plans[key] = _Launcher(gradient_kernel, 4), dtype, terms, numbers
     launcher, dtype, terms, numbers = plan
@@ -271,7 +272,7 @@ _backward_plans: dict[tuple, tuple[_Launcher, torch.dtype, Terms, tuple]] = {}
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _terms(problem: Problem, student_grad: bool, teacher_grad: bool) -> Terms:
+def _terms(problem: LossInputs, student_grad: bool, teacher_grad: bool) -> Terms:
     o, target = problem.options, problem.target
     kd = bool(o.student_kd or o.teacher_kd)
     return Terms(
@@ -331,7 +332,7 @@ def _divisor(*numbers: int) -> int:
     return common & -common
 
 
-def _launch(problem: Problem, ds: Tensor | None, dt: Tensor | None):
+def _launch(problem: LossInputs, ds: Tensor | None, dt: Tensor | None):
     tensors = [x for x in (problem.student, problem.teacher, ds, dt) if x is not None]
     itemsize = max(x.element_size() for x in tensors)
     vector, shifted = 1, False  # Triton knows of an address that it divides by 16 or nothing
@@ -340,8 +341,8 @@ def _launch(problem: Problem, ds: Tensor | None, dt: Tensor | None):
         vector = min(16 // itemsize, _divisor(*strides))
         distances = {stride * itemsize % 16 for stride in strides}
         shifted = len(distances) == 1 and all(x.element_size() == itemsize for x in tensors)
-    return triton_launch.choose(problem.student.shape[1], itemsize, vector, shifted)
+    return launch_table.choose(problem.student.shape[1], itemsize, vector, shifted)
 
 
-_fused = ops.Fused("triton", _forward, _backward, state_rows=_STATE)
+_fused = ops.FusedBackend("triton", _forward, _backward, state_rows=_STATE)
 loss, loss_and_grad = _fused.loss, _fused.loss_and_grad

@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
-from bdkd_kernels import triton_launch
-from bdkd_kernels.triton_launch import Loop, Tile
+from bdkd_kernels.triton import launch_table
+from bdkd_kernels.triton.launch_table import Loop, Tile
 
 # Every small number, then around powers of two, where blocks are padded, and the usual data sets.
 CLASSES = [*range(1, 70), *(2**k + d for k in range(7, 13) for d in (-1, 0, 1)), 100, 1000, 5000,
@@ -16,13 +16,13 @@ REGISTERS, LANES = 65536, 32  # of a multiprocessor; of a warp
 @pytest.mark.parametrize("classes", CLASSES)
 def test_every_launch_fits_its_rows_and_the_hardware(classes):
     for (itemsize, vector), shifted in itertools.product(ALIGNED, (False, True)):
-        launch = triton_launch.choose(classes, itemsize, vector, shifted)
+        launch = launch_table.choose(classes, itemsize, vector, shifted)
         threads = LANES * launch.warps
         assert launch.warps in (1, 2, 4, 8, 16, 32)
         no_limit = (0, 255)  # the compiler's choice, and all that a thread can have
         assert launch.registers in no_limit or threads * launch.registers <= REGISTERS
         if isinstance(launch, Tile):
-            assert classes <= triton_launch.TILE_CLASSES
+            assert classes <= launch_table.TILE_CLASSES
             assert launch.block >= classes
             assert launch.block < 2 * classes or launch.block == 16
             assert launch.block % launch.beside == 0
@@ -37,7 +37,7 @@ def test_every_launch_fits_its_rows_and_the_hardware(classes):
                 assert launch.rows == max(1, 128 // launch.block)
             continue
         assert isinstance(launch, Loop)
-        assert classes > triton_launch.TILE_CLASSES
+        assert classes > launch_table.TILE_CLASSES
         assert launch.lanes == threads
         assert launch.block == launch.outer * threads * launch.inner
         assert launch.block < classes or launch.prefetch == 0
@@ -48,24 +48,24 @@ def test_every_launch_fits_its_rows_and_the_hardware(classes):
 
 
 def test_one_class_more_than_a_tile_holds_is_looped_over():
-    limit = triton_launch.TILE_CLASSES
-    assert isinstance(triton_launch.choose(limit, 4, 4), Tile)
-    assert isinstance(triton_launch.choose(limit + 1, 4, 4), Loop)
-    assert isinstance(triton_launch.choose(513, 4, 4, tile_classes=512), Loop)
+    limit = launch_table.TILE_CLASSES
+    assert isinstance(launch_table.choose(limit, 4, 4), Tile)
+    assert isinstance(launch_table.choose(limit + 1, 4, 4), Loop)
+    assert isinstance(launch_table.choose(513, 4, 4, tile_classes=512), Loop)
 
 
 @pytest.mark.parametrize("classes", [4100, 12288, 12289, 24576, 24577])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_long_rows_of_both_networks_wait_in_the_second_cache(classes, itemsize):
     """Up to 96 KB of them, with 8 warps a row; of longer ones fewer at once, with 16."""
-    launch = triton_launch.choose(classes, itemsize, 16 // itemsize)
+    launch = launch_table.choose(classes, itemsize, 16 // itemsize)
     assert launch.warps == (8 if 2 * classes * itemsize <= 96 * 1024 else 16)
     assert launch.registers == (0 if itemsize == 8 else 80 if launch.warps == 8 else 64)
 
 
 def test_blocks_are_the_next_power_of_two():
     for classes in range(1, 300):
-        block = triton_launch.block_of(classes)
+        block = launch_table.block_of(classes)
         assert block >= classes
         assert block & (block - 1) == 0
         assert block < 2 * classes

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from bdkd_kernels import native
-from bdkd_kernels.swap_in import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
+from bdkd_kernels.compat import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
 from torch import nn
 from torch.nn import functional as F
 

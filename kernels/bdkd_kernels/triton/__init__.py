@@ -1,0 +1,1 @@
+"""The Triton backend: device code, launch table and host code."""
