@@ -1,0 +1,277 @@
+"""The options of the loss and the statistics that it returns, in one table.
+
+Everything that needs their names, order, types or bounds reads this file: the signatures of the
+public functions, the checks, the schemas of the operators, the rows of ``BDKDStats``, the records
+of the Triton kernels, and the structs of the native kernel. To add an option, add a field to
+:class:`LossOptions` and :class:`LossArguments`, and use it in the mathematics of each backend.
+
+This file needs the standard library only. The build of the native kernel runs it to generate a C
+header: ``python options.py > table.h``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args
+
+Reduction = Literal["mean", "sum", "none"]
+Divergence = Literal["reverse", "forward"]
+
+
+class Bounds(NamedTuple):
+    """The values that an option accepts."""
+
+    needed: str  # for the error message
+    accept: Callable[[Any], bool]
+
+
+# The bounds keep every product of options, and its square, within float32: a value beyond them
+# would become 0 or inf in a kernel and turn a loss into NaN.
+TEMPERATURE = Bounds("a number in [0.0001, 10000]", lambda x: 1e-4 <= x <= 1e4)
+GAMMA = Bounds("a number in [1, 1e9]", lambda x: 1 <= x <= 1e9)
+WEIGHT = Bounds("0 or a number in [1e-30, 1e9]", lambda x: x == 0 or 1e-30 <= x <= 1e9)
+FRACTION = Bounds("a number in [0, 1]", lambda x: 0 <= x <= 1)
+INT64 = Bounds("an int of 64 bits", lambda x: -(2**63) <= x < 2**63)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of one call, in the order of the operators' schemas."""
+
+    temperature: Annotated[
+        float, "Temperature of both divergences, in [1e-4, 1e4].", TEMPERATURE
+    ] = 1.0
+    gamma: Annotated[
+        float,
+        "The larger of a sample's two weights, in [1, 1e9]. 1 turns the weighting off.",
+        GAMMA,
+    ] = 2.0
+    student_ce: Annotated[
+        float,
+        "Weight of the student's cross entropy: 0, or in [1e-30, 1e9]. A term of weight 0 is not "
+        "computed.",
+        WEIGHT,
+    ] = 1.0
+    student_kd: Annotated[
+        float, "Weight of the student's two divergences, with the same bounds.", WEIGHT
+    ] = 1.0
+    teacher_ce: Annotated[
+        float, "Weight of the teacher's cross entropy, with the same bounds.", WEIGHT
+    ] = 1.0
+    teacher_kd: Annotated[
+        float, "Weight of the teacher's divergence, with the same bounds.", WEIGHT
+    ] = 1.0
+    teacher_divergence: Annotated[
+        Divergence,
+        'The teacher\'s divergence: ``"reverse"`` is KL(p_s || p_t), ``"forward"`` is '
+        "KL(p_t || p_s).",
+    ] = "reverse"
+    soften_entropy: Annotated[
+        bool, "Compare the entropies at ``temperature``. If False, compare them at temperature 1."
+    ] = True
+    label_smoothing: Annotated[
+        float,
+        "Label smoothing as in :func:`torch.nn.functional.cross_entropy`, in [0, 1].",
+        FRACTION,
+    ] = 0.0
+    ignore_index: Annotated[
+        int,
+        "Samples with this label have loss 0 and gradients 0, and ``mean`` does not count them.",
+        INT64,
+    ] = -100
+    reduction: Annotated[Reduction, '``"mean"``, ``"sum"`` or ``"none"``.'] = "mean"
+
+    def check(self) -> None:
+        """Check every option.
+
+        Numbers of other types, such as NumPy's, are converted to Python's, because operators accept
+        no others.
+
+        Raises:
+            ValueError, TypeError: If an option does not fit. The message names the first one.
+        """
+        for option in TABLE:
+            value = getattr(self, option.name)
+            checked = option.check(value)
+            if checked is not value:
+                object.__setattr__(self, option.name, checked)
+
+
+class LossArguments(TypedDict, total=False):
+    """:class:`LossOptions` as keyword arguments, for type checkers and editors."""
+
+    temperature: float
+    gamma: float
+    student_ce: float
+    student_kd: float
+    teacher_ce: float
+    teacher_kd: float
+    teacher_divergence: Divergence
+    soften_entropy: bool
+    label_smoothing: float
+    ignore_index: int
+    reduction: Reduction
+
+
+class Option(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    type: Any  # float, int, bool or a Literal of strings
+    default: Any
+    doc: str
+    bounds: Bounds | None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.type)
+
+    def check(self, value: Any) -> Any:
+        """Return ``value`` as the option's type, or raise an error that names the option."""
+        if self.choices:
+            if not isinstance(value, str) or value not in self.choices:
+                *others, last = map(repr, self.choices)
+                needed = f"{', '.join(others)} or {last}"
+                raise ValueError(f"{self.name} must be {needed}, got {shown(value)}")
+            return value
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise TypeError(f"{self.name} must be a bool, got {shown(value)}")
+            return value
+        assert self.bounds is not None
+        if self.type is int:
+            if type(value) is not int:
+                if isinstance(value, bool) or not isinstance(value, Integral):
+                    raise TypeError(f"{self.name} must be an int, got {shown(value)}")
+                value = int(value)
+        elif type(value) is not float:
+            value = as_float(self.name, value, self.bounds.needed)
+        if not self.bounds.accept(value):
+            raise ValueError(f"{self.name} must be {self.bounds.needed}, got {shown(value)}")
+        return value
+
+
+def _table() -> tuple[Option, ...]:
+    options = []
+    for f in fields(LossOptions):
+        kind, doc, *bounds = get_args(f.type)
+        options.append(Option(f.name, kind, f.default, doc, bounds[0] if bounds else None))
+    return tuple(options)
+
+
+TABLE = _table()
+
+# The statistics of each sample, in the order of the rows of ``BDKDStats.table``.
+STATISTICS = {
+    "forward_kl": "KL(p_t || p_s), in nats.",
+    "reverse_kl": "KL(p_s || p_t), in nats.",
+    "student_entropy": "Entropy of the student, in nats, at ``temperature`` or "
+    "(``soften_entropy=False``) at 1.",
+    "teacher_entropy": "Entropy of the teacher, in nats, at ``temperature`` or "
+    "(``soften_entropy=False``) at 1.",
+    "student_ce": "Cross entropy of the student, in nats.",
+    "teacher_ce": "Cross entropy of the teacher, in nats.",
+    "forward_weight": "d1: ``gamma`` or 1.",
+    "reverse_weight": "d2: ``gamma`` or 1.",
+    "student_confidence": "The student's largest probability at temperature 1.",
+    "teacher_confidence": "The teacher's largest probability at temperature 1.",
+    "student_correct": "1.0 if the first of the student's largest logits is the label's. 0.0 "
+    "otherwise, and without a target.",
+    "teacher_correct": "1.0 if the first of the teacher's largest logits is the label's. 0.0 "
+    "otherwise, and without a target.",
+}
+
+
+def as_float(name: str, value: object, needed: str) -> float:
+    """Return any real number as a Python float. ``needed`` completes the error message.
+
+    Raises:
+        TypeError: If ``value`` is not a number.
+        ValueError: If no float can hold the number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = f": pass {name}.item()" if hasattr(value, "item") else ""
+        raise TypeError(f"{name} must be {needed}, got {shown(value)}{hint}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {needed}, got {shown(value)}") from None
+
+
+def shown(value: object) -> str:
+    """The value and its type for an error message, on one line and cut to a readable length."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python refuses to print an int of more than 4300 digits
+        text = "a very large number"
+    text = text if len(text) <= 60 else f"{text[:60]}..."
+    return text if isinstance(value, float) else f"{text} ({type(value).__name__})"
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
+def _checked_options(**values: Any) -> LossOptions:
+    options = LossOptions(**values)
+    options.check()
+    return options
+
+
+def checked_options(values: dict[str, Any]) -> LossOptions:
+    """Return ``LossOptions(**values)``, checked.
+
+    The same values return the same object. A training loop repeats them, and creating and checking
+    the options takes longer than the kernel of a small batch.
+    """
+    try:
+        return _checked_options(**values)
+    except TypeError:
+        # A value that cannot be hashed or that the check refuses: raise the check's own error.
+        options = LossOptions(**values)
+        options.check()
+        return options
+
+
+# -- the native kernel -----------------------------------------------------------------------------
+
+
+def struct_format() -> str:
+    """The layout of the options for :mod:`struct`: 8 bytes each, in the order of the table."""
+    return "".join("d" if option.type is float else "q" for option in TABLE)
+
+
+def struct_values(options: LossOptions) -> list[float | int]:
+    """The options as numbers, in the order of :func:`struct_format`. A choice is its index."""
+    values = [getattr(options, option.name) for option in TABLE]
+    return [
+        option.choices.index(value) if option.choices else value
+        for option, value in zip(TABLE, values, strict=True)
+    ]
+
+
+def _camel(name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def c_header() -> str:
+    """The struct ``Options``, an enum for each choice, and the enum ``Statistic``, in C++."""
+    lines = [
+        "// Generated from kernels/bdkd_kernels/options.py.",
+        "#pragma once",
+        "#include <cstdint>",
+    ]
+    for option in TABLE:
+        if option.choices:
+            names = ", ".join(f"k{_camel(option.name)}{_camel(x)}" for x in option.choices)
+            lines.append(f"enum {_camel(option.name)} : int64_t {{ {names} }};")
+    lines.append("struct Options {")
+    for option in TABLE:
+        ctype = "double" if option.type is float else "int64_t"
+        lines.append(f"  {ctype} {option.name};")
+    lines.append("};")
+    names = ", ".join(f"k{_camel(name)}" for name in STATISTICS)
+    lines.append(f"enum Statistic {{ {names}, kStatistics }};")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(c_header(), end="")
