@@ -51,9 +51,9 @@ def candidates(classes: int, itemsize: int, vector: int) -> list[Launch]:
             for pairs in (4, 8, 16, 32):  # a thread
                 rows, rest = divmod(32 * warps * pairs, block)
                 if rest == 0 and rows >= 1 and (rows == 1 or block <= 512) and rows <= 32:
-                    beside = min(block, block // pairs * vector) if rows > 1 else block
+                    inner = min(block, block // pairs * vector) if rows > 1 else block
                     found += [
-                        Tile(rows=rows, block=block, beside=max(1, beside), warps=warps,
+                        Tile(rows=rows, block=block, inner=max(1, inner), warps=warps,
                              registers=registers)
                         for registers in ((255,) if pairs == 32 or rows > 1 else (255, 128, 80))
                     ]  # fmt: skip

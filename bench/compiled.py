@@ -13,21 +13,15 @@ import json
 import re
 import struct
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from bdkd_kernels.triton import arguments, launch_table
 from bdkd_kernels.triton import backend as triton_backend
-from bdkd_kernels.triton import launch_table
-from bdkd_kernels.triton.row_kernels import (
-    gradient_kernel,
-    loop_kernel,
-    sum_kernel,
-    tile_kernel,
-    totals_kernel,
-)
+from bdkd_kernels.triton.launcher import KERNELS
 from bdkd_kernels.types import LossInputs, LossOptions
 from issue_slots import loop_slots, resources, tile_slots
 from triton.backends.compiler import GPUTarget
@@ -72,6 +66,7 @@ class Compiled:
     stack: int | None = None
     shared: int | None = None  # bytes of dynamic shared memory a program
     slots: float | None = None  # a class pair, on the hot path
+    variant: str = ""
 
 
 # Options that compile to code of their own, by name, beside the defaults at temperature 4.
@@ -97,13 +92,13 @@ def compile_kernels(target: str, call) -> dict[str, object]:
         return kernel
 
     run = JITFunction.run
-    for function in (totals_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_kernel):
+    for function in KERNELS:
         function.device_caches.clear()  # by device number: another target has the same
     driver.set_active(_Absent(TARGETS[target]))
-    nvidia = TARGETS[target].backend == "cuda"
+    platform = arguments.Platform(interpreted=False, amd=TARGETS[target].backend == "hip")
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.multiple(triton_backend, _NVIDIA=nvidia, _ORDERED_STORES=nvidia),
+        mock.patch.object(arguments, "PLATFORM", platform),
         mock.patch.dict(triton_backend._plans, clear=True),
         mock.patch.dict(triton_backend._backward_plans, clear=True),
     ):
@@ -135,7 +130,7 @@ def compile_forward(
 def compile_backward(target: str, dtype: str, classes: int, **kwargs) -> Compiled:
     call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
     ds, dt = (torch.empty_like(x) for x in (call.student, call.teacher))
-    state = torch.empty((triton_backend._STATE, 64), device="meta")
+    state = torch.empty((triton_backend._FIELDS, 64), device="meta")
     upstream = torch.empty((), device="meta")
     kernels = compile_kernels(
         target,
@@ -155,7 +150,7 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
     used = resources(cubin)._replace(shared=kernel.metadata.shared)
     slots = None
     if target == "sm_90" and dtype != "fp64" and ds is not None and name != "gradient_kernel":
-        launch = triton_backend._launch(call, ds, dt)
+        launch = arguments.launch_of(call, (ds, dt))
         if isinstance(launch, launch_table.Tile):
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
         else:
@@ -175,7 +170,7 @@ def float32_constants() -> list[str]:
             options = {"temperature": 1.7, "gamma": 1.7, "student_ce": 0.3, **variant}
             call = problem("fp64", classes, **options)
             ds, dt = torch.empty_like(call.student), torch.empty_like(call.teacher)
-            state = torch.empty((triton_backend._STATE, 64), dtype=torch.float64, device="meta")
+            state = torch.empty((triton_backend._FIELDS, 64), dtype=torch.float64, device="meta")
             above = torch.empty((), dtype=torch.float64, device="meta")
             forward = partial(triton_backend._forward, call, 1.1, ds, dt, False)
             kernels = compile_kernels("sm_90", forward)
@@ -227,13 +222,12 @@ def main() -> None:
                     for name, variant in VARIANTS.items():
                         if not options.json:
                             print(name)
-                        _print(compile_forward(target, dtype, classes, **variant), options.json)
+                        found = compile_forward(target, dtype, classes, **variant)
+                        _print(replace(found, variant=name), options.json)
                     continue
-                found = [compile_forward(target, dtype, classes)]
+                _print(compile_forward(target, dtype, classes), options.json)
                 if options.backward:
-                    found.append(compile_backward(target, dtype, classes))
-                for x in found:
-                    _print(x, options.json)
+                    _print(compile_backward(target, dtype, classes), options.json)
 
 
 def _print(x: Compiled, as_json: bool) -> None:

@@ -107,3 +107,45 @@ def _fake_copies(tensors: list[Tensor]) -> list[Tensor]:
 def copies_to_save(tensors: list[Tensor]) -> list[Tensor]:
     """Copies that ``torch.compile`` saves for the backward pass in the place of the tensors."""
     return torch.ops.bdkd.copies(tensors)
+
+
+# -- triton ----------------------------------------------------------------------------------------
+
+# Triton's launcher of a compiled kernel, which `kernel[grid]` calls after binding its arguments.
+# The direct call saves the binding, about 20 us of a call. tests/kernels/triton_launches.py
+# compares what both hand to the driver, with each of these versions of triton.
+# https://github.com/triton-lang/triton/blob/v3.7.1/python/triton/runtime/jit.py (JITFunction.run)
+_FAST_LAUNCH = ((3, 6), (3, 7))
+
+
+def fast_launch_is_tested(version: str) -> bool:
+    """Whether `launch_compiled` was tested with this version of triton."""
+    return tuple(map(int, version.split(".")[:2])) in _FAST_LAUNCH
+
+
+def launch_compiled(compiled, programs: int, stream: int, arguments: tuple) -> None:
+    """Launch a compiled Triton kernel: ``arguments`` are all of the kernel's, pointers as numbers.
+
+    Raises:
+        TypeError: If the kernel takes other arguments. Nothing was launched.
+    """
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *arguments,
+    )  # fmt: skip
+
+
+def has_launch_hooks() -> bool:
+    """Whether a profiler such as Proton watches Triton's launches."""
+    runtime = sys.modules["triton"].knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def current_triton_stream(device: int) -> int:
+    """Return the handle of the current stream; torch's public API takes several times as long."""
+    return sys.modules["triton"].runtime.driver.active.get_current_stream(device)
+
+
+def current_triton_arch() -> int:
+    """Return the compute capability of the current NVIDIA device: 90 for sm_90."""
+    return sys.modules["triton"].runtime.driver.active.get_current_target().arch

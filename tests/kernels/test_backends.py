@@ -218,10 +218,11 @@ def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
 )
 def test_which_gpus_triton_serves(version, hip, seen, capability, words, monkeypatch):
     pytest.importorskip("triton", reason="no triton for this platform: it serves none")
+    from bdkd_kernels.triton import arguments
     from bdkd_kernels.triton import backend as triton_backend
 
     monkeypatch.setattr(triton_backend.triton, "__version__", version)
-    monkeypatch.setattr(triton_backend, "_INTERPRETED", False)
+    monkeypatch.setattr(arguments, "PLATFORM", arguments.Platform(False, False))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")

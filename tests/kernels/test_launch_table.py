@@ -25,7 +25,7 @@ def test_every_launch_fits_its_rows_and_the_hardware(classes):
             assert classes <= launch_table.TILE_CLASSES
             assert launch.block >= classes
             assert launch.block < 2 * classes or launch.block == 16
-            assert launch.block % launch.beside == 0
+            assert launch.block % launch.inner == 0
             assert launch.chunk <= launch.block
             if classes > 512:  # a program is one row
                 assert launch.rows == 1
@@ -33,7 +33,7 @@ def test_every_launch_fits_its_rows_and_the_hardware(classes):
             elif classes > 1:  # one warp, whose threads have few pairs each and are all busy
                 pairs = launch.rows * launch.block // threads
                 assert 4 <= pairs <= 16
-                assert launch.beside // min(vector, pairs) * launch.rows >= threads
+                assert launch.inner // min(vector, pairs) * launch.rows >= threads
                 assert launch.rows == max(1, 128 // launch.block)
             continue
         assert isinstance(launch, Loop)

@@ -53,8 +53,8 @@ def test_cache_keys_do_not_depend_on_what_is_called_first():
     """Triton's own do: a kernel that is in the cache would be compiled again."""
     code = (
         "import sys\n"
-        "from bdkd_kernels.triton import backend as t\n"
-        "t._Launcher(getattr(t, sys.argv[1] + '_kernel'), 4)\n"
+        "from bdkd_kernels.triton import launcher as t\n"
+        "t.Launcher(getattr(t, sys.argv[1] + '_kernel'), 4)\n"
         "print(getattr(t, sys.argv[1] + '_kernel').cache_key, t.loop_kernel.cache_key)"
     )
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}

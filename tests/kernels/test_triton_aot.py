@@ -1,59 +1,21 @@
-"""The Triton kernels compiled ahead for GPUs that are not here: that they compile, that no register
-spills, and how many issue slots a class pair takes on sm_90. Twin of what a GPU's profiler shows.
+"""The Triton kernels compiled ahead for GPUs that are not here.
 
-In processes of their own: nothing compiles where TRITON_INTERPRET=1, and two compile at a time.
+They compile for every target, no register spills, and no kernel needs more registers or issue slots
+than are recorded for the installed version of triton. Twin of what a GPU's profiler shows.
 """
 
-import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled_limits import ALWAYS, MORE, compile_ahead, exceeded
 
 # The compilers may share two cores with the rest of the suite.
 pytestmark = pytest.mark.timeout(1800)
 
 pytest.importorskip("triton", reason="no triton for this platform: native and reference tests run")
-
-_SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
-# Every shape of the launch table; 21841 aligns with nothing, 262144 pads nothing.
-ALWAYS = (
-    "--targets sm_90 --dtypes bf16 --classes 11 100 500",
-    "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 262144",
-    "--targets sm_90 --dtypes fp32 --classes 1000 21841 262144 --backward",
-    "--targets sm_90 --dtypes fp16 fp64 --classes 1000",
-    "--targets sm_80 sm_100 --dtypes bf16 --classes 1000 262144",
-    "--targets sm_80 sm_100 --dtypes fp16 --classes 66",
-    "--targets sm_90 --dtypes fp32 --classes 32000 --variants",
-    "--targets gfx942 --dtypes bf16 --classes 1000",
-)
-MORE = (
-    "--targets sm_90 --dtypes bf16 --classes 10 33 101 32000",
-    "--targets sm_90 --dtypes fp16 fp64 --classes 10 128256",
-    "--targets sm_80 sm_100 --dtypes fp16 fp32 --classes 3 17 40 4096",
-    "--targets sm_80 sm_100 --dtypes fp32 --classes 1000 262144",
-    "--targets sm_90 --dtypes fp32 --classes 1000 --variants",
-)
-
-
-def compile_ahead(runs: tuple[str, ...], cache: Path) -> list[dict]:
-    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["OMP_NUM_THREADS"] = "1"
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    found = []
-
-    def run(arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(_SCRIPT), "--json", *arguments.split()]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as two_at_a_time:
-        for done in two_at_a_time.map(run, runs):
-            assert done.returncode == 0, done.stderr[-3000:]
-            found += [json.loads(line) for line in done.stdout.splitlines()]
-    return found
 
 
 def all_compile(compiled: list[dict]):
@@ -109,6 +71,7 @@ def warps_of_the_loop_kernel(compiled: list[dict]):
 def test_compiled_kernels(tmp_path):
     """One test, because each worker that has a part of them would compile everything."""
     compiled = compile_ahead(ALWAYS, tmp_path)
+    assert not exceeded(compiled)
     for check in (
         all_compile,
         no_register_spills_on_nvidia,
@@ -123,6 +86,7 @@ def test_compiled_kernels(tmp_path):
 @pytest.mark.soak
 def test_more_compiled_kernels(tmp_path):
     compiled = compile_ahead(MORE, tmp_path)
+    assert not exceeded(compiled)
     no_register_spills_on_nvidia(compiled)
     few_classes_leave_room_for_warps(compiled)
     warps_of_the_loop_kernel(compiled)
@@ -132,7 +96,8 @@ def test_float64_is_computed_in_float64():
     """No option is rounded to float32 on its way: ``tl.where`` of two Python numbers and ``tl.fma``
     of one would do that. (Constants of float32 that are 0, 1, NaN or infinite are exact.)"""
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(_SCRIPT), "--constants"]
+    script = Path(__file__).parents[2] / "bench" / "compiled.py"
+    command = [sys.executable, str(script), "--constants"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == ["float32 constants in float64 kernels: none"]

@@ -13,15 +13,15 @@ from unittest import mock
 import pytest
 import torch
 from bdkd_kernels import available_backends, bdkd_loss, bdkd_loss_and_grad
+from bdkd_kernels.triton import arguments, launch_table
 from bdkd_kernels.triton import backend as triton_backend
-from bdkd_kernels.triton import launch_table
 from bdkd_kernels.types import LossInputs, LossOptions
 from cases import BF16, FP32, FP64, SHORT, Case, judge, sample
 from edges import EDGES
 from triton import language
 from triton.runtime.interpreter import InterpretedFunction
 
-# Masked classes are -inf - -inf until a row is found to have them: see triton_rows.py.
+# Masked classes are -inf - -inf until a row is found to have them: see row_math.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
 # Other calls than the tile kernel's, of rows that fill a few small blocks. (One class is never
@@ -31,6 +31,12 @@ LOOPED = [
     for case in sample(0.12, "loop")
     if math.prod(case.shape) <= 4000 and case.shape[-1] > 1 and math.prod(case.shape[:-1]) <= 33
 ]
+
+
+class Unordered(arguments.Platform):
+    """As on AMD, where a barrier does not order the stores of a program."""
+
+    ordered_stores = False
 
 
 @functools.cache
@@ -92,7 +98,7 @@ def small_blocks(inner: int = 4, prefetch: int = 1):
 @pytest.mark.parametrize("weighted", [False, True], ids=["labels", "weights"])
 def test_the_denominator_of_many_rows_is_added_up_in_parts(loop, weighted, monkeypatch):
     """As from 16,385 rows on, here with 4 rows a part: 3 parts, rounded up to 4."""
-    monkeypatch.setattr(triton_backend, "_ROWS_A_PART", 4)
+    monkeypatch.setattr(triton_backend, "_ROWS_A_PARTIAL", 4)
     monkeypatch.setattr(triton_backend, "_plans", {})
     case = Case("parts", (9, 20), sample_weight=weighted, ignored=True)
     with small_blocks() if loop else contextlib.nullcontext():
@@ -135,7 +141,7 @@ def test_rows_that_are_not_aligned(classes, storage, prefetch):
 def test_label_where_stores_are_not_ordered(smoothing, looped):
     """As on AMD: the label is compared with every class instead of stored once more."""
     with (
-        mock.patch.object(triton_backend, "_ORDERED_STORES", False),
+        mock.patch.object(arguments, "PLATFORM", Unordered(interpreted=True, amd=False)),
         mock.patch.dict(triton_backend._plans, clear=True),
         small_blocks() if looped else contextlib.nullcontext(),
     ):

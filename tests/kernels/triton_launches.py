@@ -52,14 +52,9 @@ os.environ["TRITON_LIBCUDA_PATH"] = _folder.name  # what the launcher is linked 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from bdkd_kernels.triton import arguments, launcher  # noqa: E402
 from bdkd_kernels.triton import backend as triton_backend  # noqa: E402
-from bdkd_kernels.triton.row_kernels import (  # noqa: E402
-    gradient_kernel,
-    loop_kernel,
-    sum_kernel,
-    tile_kernel,
-    totals_kernel,
-)
+from bdkd_kernels.triton.launcher import KERNELS  # noqa: E402
 from bdkd_kernels.types import LossInputs, LossOptions  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
@@ -69,7 +64,6 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-KERNELS = (totals_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_kernel)
 STREAM = 0x5EA
 SERIALIZED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _BYTES = {"i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
@@ -101,11 +95,20 @@ LAUNCHES: list[Launch] = []
 _loaded: dict[int, object] = {}  # compiled kernels by their handle
 
 
+def flat(signature):
+    """The types of all arguments that are not compiled in; a tuple is as many as its fields."""
+    for x in signature:
+        if isinstance(x, tuple):
+            yield from flat(x)
+        elif x != "constexpr":
+            yield x
+
+
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Config), ctypes.c_size_t,
                   ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)  # fmt: skip
 def _keep(config, function, parameters, _):
     c, kernel = config[0], _loaded[function]
-    types = [x for x in kernel.src.signature.values() if x != "constexpr"] + ["*", "*"]  # scratch
+    types = [*flat(kernel.src.signature.values()), "*", "*"]  # the last two are scratch memory
     arguments = tuple(
         ctypes.string_at(parameters[i], _BYTES.get(x, 8)) for i, x in enumerate(types)
     )
@@ -171,7 +174,8 @@ def h100():
 @pytest.fixture
 def mi300(h100):
     driver.set_active(MI300())
-    with mock.patch.multiple(triton_backend, _NVIDIA=False, _AMD=True, _ORDERED_STORES=False):
+    amd = arguments.Platform(interpreted=False, amd=True)
+    with mock.patch.object(arguments, "PLATFORM", amd):
         yield
 
 
@@ -346,7 +350,7 @@ def test_a_later_call_launches_what_the_first_does(uncompiled, name):
     reduction = CALLS[name].get("reduction", "mean")
     labelled = CALLS[name].get("target", "labels") == "labels" or CALLS[name].get("weight")
     assert names == [
-        *["totals_kernel"] * (reduction == "mean" and bool(labelled)), rows,
+        *["denominator_kernel"] * (reduction == "mean" and bool(labelled)), rows,
         *["sum_kernel"] * (reduction != "none"), *["gradient_kernel"] * has_gradient,
     ]  # fmt: skip
     # Early is what follows a launch of the same call; what comes first waits for all before it.
@@ -360,7 +364,7 @@ def test_no_call_is_served_with_the_kernel_of_another(uncompiled, gpu, request):
     """Every kind of call after every other one, three of each so that none is its kind's first:
     what is launched is what Triton, asked anew, would have chosen."""
     request.getfixturevalue(gpu)
-    plain = triton_backend._Launcher.__call__
+    plain = launcher.Launcher.__call__
     wrong, checked = [], 0
 
     def check(self, programs, stream, tensors, addresses, numbers):
@@ -375,7 +379,7 @@ def test_no_call_is_served_with_the_kernel_of_another(uncompiled, gpu, request):
         plain(self, programs, stream, tensors, addresses, numbers)
 
     made = {name: call(**options) for name, options in CALLS.items()}
-    with mock.patch.object(triton_backend._Launcher, "__call__", check):
+    with mock.patch.object(launcher.Launcher, "__call__", check):
         for _ in range(3):
             for name, (forward, backward) in made.items():
                 state = forward()[3]

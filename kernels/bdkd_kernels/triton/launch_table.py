@@ -1,4 +1,4 @@
-"""Which kernel, and in what shape, serves a number of classes.
+"""The launch table: which kernel serves a number of classes, in which shape.
 
 Chosen by measurements on an H200: from 513 classes on in ``bench/results/2026-11-26-gpu-h200``
 (``stage1-run3.jsonl``), for fewer in ``bench/results/2026-11-27-gpu-h200`` (``autotune.txt``; 10,
@@ -6,27 +6,11 @@ Chosen by measurements on an H200: from 513 classes on in ``bench/results/2026-1
 matters more than issue slots. ``bench/autotune.py`` prints this table anew from measurements.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 # Up to this many classes both rows stay in registers; beyond, a row is read in blocks, twice.
 TILE_CLASSES = 4096
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows in registers: (rows, block) class pairs a program."""
-
-    rows: int
-    block: int  # classes, padded to a power of two
-    beside: int  # neighbouring classes that the threads of a row take at a time
-    warps: int
-    registers: int = 255  # a thread, at most, on NVIDIA
-
-    @property
-    def chunk(self) -> int:
-        """Classes a block where a row is read again (masked classes, tied maxima)."""
-        return min(self.block, 32 * self.warps)
 
 
 @dataclass(frozen=True)
@@ -51,6 +35,35 @@ class Loop:
     @property
     def block(self) -> int:
         return self.outer * self.lanes * self.inner
+
+    def of_row(self, classes: int) -> "Loop":
+        """The same without prefetching, if a row is too short for it."""
+        return self if classes >= self.block + 2 * self.inner else replace(self, prefetch=0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows in registers: (rows, block) class pairs a program."""
+
+    rows: int
+    block: int  # classes, padded to a power of two
+    inner: int  # neighbouring classes that the threads of a row take at a time
+    warps: int
+    registers: int = 255  # a thread, at most, on NVIDIA
+
+    @property
+    def outer(self) -> int:
+        return self.block // self.inner
+
+    @property
+    def chunk(self) -> int:
+        """Classes a block where a row is read again (masked classes, tied maxima)."""
+        return min(self.block, 32 * self.warps)
+
+    @property
+    def retry(self) -> Loop:
+        """The launch by which a program computes a row again that has masked classes."""
+        return Loop(self.warps, inner=1, lanes=self.chunk)
 
 
 def block_of(classes: int) -> int:

@@ -1,0 +1,58 @@
+"""Launches one compiled kernel again and again with little work on the host."""
+
+import functools
+from typing import Any
+
+import triton
+
+from .._torch_compat import fast_launch_is_tested, has_launch_hooks, launch_compiled
+from .gradient_kernel import gradient_kernel
+from .loop_kernel import loop_kernel
+from .small_kernels import denominator_kernel, sum_kernel
+from .tile_kernel import tile_kernel
+
+KERNELS = (denominator_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_kernel)
+
+
+@functools.cache
+def _fix_cache_keys() -> None:
+    """Compute Triton's cache keys in one order.
+
+    They depend on which kernel's key is computed first (seen in 3.6 and 3.7), and a kernel would be
+    compiled again for no reason.
+    """
+    for kernel in KERNELS:
+        _ = getattr(kernel, "cache_key", None)  # an interpreted kernel has none
+
+
+class Launcher:
+    """Launches one kernel with arguments of one kind.
+
+    The first launch is ``kernel[grid]``. With a version of Triton that this was tested with, later
+    ones call the compiled kernel directly: without binding and hashing its 30 arguments, and with
+    addresses in place of tensors, which the driver need not look up. All launches are
+    ``kernel[grid]`` with other versions of Triton, under the interpreter, and while a profiler has
+    installed launch hooks.
+    """
+
+    def __init__(self, kernel: Any, warps: int, early: bool = False, registers: int = 0) -> None:
+        _fix_cache_keys()
+        self.kernel, self.compiled = kernel, None
+        self.is_fast = fast_launch_is_tested(triton.__version__)
+        self.options: dict[str, Any] = {"num_warps": warps}
+        if early:
+            self.options["launch_pdl"] = True
+        if registers:
+            self.options["maxnreg"] = registers
+
+    def __call__(self, programs: int, stream: int, tensors, addresses, numbers) -> None:
+        """Launch ``programs`` programs, with the tensors and then the numbers as arguments."""
+        if self.compiled is not None and not has_launch_hooks():
+            try:
+                launch_compiled(self.compiled, programs, stream, (*addresses, *numbers))
+                return
+            except TypeError:  # the compiled kernel takes other arguments: nothing was launched
+                self.compiled, self.is_fast = None, False
+        compiled = self.kernel[(programs,)](*tensors, *numbers, **self.options)
+        if self.is_fast:
+            self.compiled = compiled

@@ -1,0 +1,66 @@
+"""What is stored of a row: its statistics, its state for the backward pass, and its losses."""
+
+import triton
+import triton.language as tl
+
+from .row_io import store_record
+from .spec import NUM_STATISTICS, Pair, RowState, RowStats
+
+
+@triton.jit
+def network_loss(network, ce, own_kl, partner_kl, options, NET: tl.constexpr):
+    """Return one network's loss; ``own_kl`` and ``partner_kl`` are weighted."""
+    loss = 0.0
+    if NET.ce:
+        loss += network.ce * ce
+    if NET.kd:
+        if NET.own_kl and NET.partner_kl:
+            kl = partner_kl + own_kl
+        else:
+            kl = own_kl if NET.own_kl else partner_kl
+        loss += network.kd * options.temperature * options.temperature * kl
+    return loss
+
+
+@triton.jit
+def row_stats(kl, ce, confidences, correct):
+    """Return the RowStats of a row from its Divergences and Pairs of the other statistics."""
+    return RowStats(
+        forward_kl=kl.forward,
+        reverse_kl=kl.reverse,
+        student_entropy=kl.student_entropy,
+        teacher_entropy=kl.teacher_entropy,
+        student_ce=ce.student,
+        teacher_ce=ce.teacher,
+        forward_weight=kl.forward_weight,
+        reverse_weight=kl.reverse_weight,
+        student_confidence=confidences.student,
+        teacher_confidence=confidences.teacher,
+        student_correct=correct.student,
+        teacher_correct=correct.teacher,
+    )
+
+
+@triton.jit
+def store_row(batch, networks, rows, counted, stored, weight, target_sum, stats, softmaxes, options,
+              SPEC: tl.constexpr):  # fmt: skip
+    """Store the records of the rows, and return a Pair: their weighted losses."""
+    s, t = softmaxes.student, softmaxes.teacher
+    state = RowState(
+        s.shift, s.inv_z, s.inv_z1, t.shift, t.inv_z, t.inv_z1, softmaxes.log_ratio, weight,
+        target_sum,
+    )  # fmt: skip
+    store_record(batch.records, rows, stored, NUM_STATISTICS, state)
+    for i in tl.static_range(len(stats)):
+        value = tl.where(counted, stats[i], 0.0) if SPEC.target == "labels" else stats[i]
+        store_record(batch.records, rows, stored, i, (value,))
+    forward, reverse = stats.forward_kl, stats.reverse_kl
+    student = network_loss(
+        networks.student, stats.student_ce, stats.reverse_weight * reverse,
+        stats.forward_weight * forward, options, SPEC.student,
+    )  # fmt: skip
+    teacher = network_loss(
+        networks.teacher, stats.teacher_ce, forward, reverse, options, SPEC.teacher
+    )
+    kept = counted & stored
+    return Pair(tl.where(kept, weight * student, 0.0), tl.where(kept, weight * teacher, 0.0))

@@ -1,0 +1,136 @@
+"""What the device code is given: compile-time specification, arguments in groups, row records."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+from ..options import STATISTICS, TABLE
+
+_namedtuple: Any = namedtuple  # mypy accepts literal fields only
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What is compiled for one network, ``own``, whose partner is the other one."""
+
+    ce: bool  # its loss has a cross entropy, and there is a target
+    kd: bool  # its loss has a divergence
+    own_kl: bool  # the divergence KL(own || partner) is a term of its loss
+    partner_kl: bool  # the divergence KL(partner || own) is a term of its loss
+    grad: bool  # its gradient is wanted
+
+
+# The statistics of a sample, in the order of ``BDKDStats.table``.
+RowStats = _namedtuple("RowStats", tuple(STATISTICS))
+
+
+class RowState(NamedTuple):
+    """What the backward pass needs of a row, in addition to its statistics."""
+
+    student_shift: Any
+    student_inv_z: Any
+    student_inv_z1: Any
+    teacher_shift: Any
+    teacher_inv_z: Any
+    teacher_inv_z1: Any
+    log_ratio: Any  # log2 of z_student / z_teacher
+    weight: Any  # the factor of the row's losses
+    target_sum: Any  # the sum of the row's target, 1 for a label
+
+
+# A row's record: its statistics, then its state. The fields of a row are neighbours: as a table
+# (fields, N) each would need its own address.
+RECORD_FIELDS = (*RowStats._fields, *RowState._fields)
+NUM_STATISTICS = tl.constexpr(len(RowStats._fields))
+NUM_FIELDS = tl.constexpr(len(RECORD_FIELDS))
+RECORD = tl.constexpr(-(-len(RECORD_FIELDS) // 8) * 8)  # padded to sectors of 32 bytes
+
+
+# The options of the loss that are not numbers, by name.
+Choices = _namedtuple(
+    "Choices", tuple(option.name for option in TABLE if option.type not in (float, int))
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is compiled into the kernels of one call. Everything else is a run-time argument."""
+
+    student: NetworkSpec
+    teacher: NetworkSpec
+    target: str  # "none", "labels" or "soft"
+    smooth: bool  # the target is smoothed
+    squarings: int  # log2(temperature) for 1, 2, 4 and 8; -1: a second exponential instead
+    choices: Any  # Choices
+    dtype: tl.dtype  # of the arithmetic: float32 or float64
+    nvidia: bool  # compiled for an NVIDIA GPU
+    # A barrier orders a program's stores to one address before and after it. This is true on
+    # NVIDIA. On AMD, Triton's barrier waits for shared memory only (seen in gfx942's assembly).
+    ordered_stores: bool
+    # A launch begins while the launch before it still runs, and waits before it reads what that
+    # launch writes (programmatic dependent launch).
+    overlapped: bool = False
+    num_partials: int = 0  # partial sums of the mean's denominator; 0: the denominator is N
+    scale_is_tensor: bool = False
+    row_alignment: int = 1  # a divisor of all row strides
+    class_alignment: int = 1  # a divisor of C
+    # Part of Triton's cache key: the offsets in a record depend on the order of its fields.
+    record: tuple[str, ...] = RECORD_FIELDS
+
+    @property
+    def kd(self) -> bool:
+        return self.student.kd or self.teacher.kd
+
+    @property
+    def grads(self) -> bool:
+        return self.student.grad or self.teacher.grad
+
+    @property
+    def has_nan_if_masked(self) -> bool:
+        """Whether a masked class (-inf) makes sums of its row NaN."""
+        return self.kd or self.target == "soft"
+
+    @property
+    def stores_label_again(self) -> bool:
+        """Whether the gradient of the label's class is stored a second time, with its target."""
+        student = self.student.grad and self.student.ce
+        teacher = self.teacher.grad and self.teacher.ce
+        return self.ordered_stores and self.target == "labels" and (student or teacher)
+
+
+class Pair(NamedTuple):
+    """The same value of both networks."""
+
+    student: Any
+    teacher: Any
+
+
+class Network(NamedTuple):
+    """One network's arguments."""
+
+    logits: Any  # (N, C); rows are `stride` elements apart
+    stride: Any
+    gradient: Any  # (N, C), or None; rows are `gradient_stride` elements apart
+    gradient_stride: Any
+    ce: Any  # weight of its cross entropy
+    kd: Any  # weight of its divergences
+
+
+class Batch(NamedTuple):
+    """The arguments that both networks share."""
+
+    target: Any  # (N,) int64 labels, (N, C) soft labels, or None
+    sample_weight: Any  # (N,), or None
+    scale: Any  # factor of the gradients: a number, or 0-dim if SPEC.scale_is_tensor
+    records: Any  # (N, RECORD), then the partial sums; see `partial_sums`
+    N: Any  # rows
+    C: Any  # classes
+
+
+# The options of the loss that are numbers, by name, and two numbers that are derived from them:
+# ``c`` is log2(e) / temperature, ``smoothing_per_class`` is label_smoothing / C. The kernels get
+# them as one argument.
+_NUMBERS = tuple(option.name for option in TABLE if option.type in (float, int))
+Options = _namedtuple("Options", ("c", "smoothing_per_class", *_NUMBERS))
