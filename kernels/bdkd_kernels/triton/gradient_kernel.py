@@ -29,6 +29,8 @@ def load_record(record, field_stride):
 def store_gradient_row(g, networks, batch, options, record, field_stride, row,
                        BLOCK: tl.constexpr, SPEC: tl.constexpr):  # fmt: skip
     """Store the gradients of one row, whose losses have the factors ``g``, a Pair."""
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     y, in_range, counted = load_labels(batch, row, row >= 0, options, SPEC)
     stats, state = load_record(record, field_stride)
     softmaxes = Softmaxes(
@@ -61,11 +63,11 @@ def store_gradient_row(g, networks, batch, options, record, field_stride, row,
         elif SPEC.target == "labels":
             q = smoothed_label(cols, y, options, SPEC.dtype)
         if SPEC.student.grad:
-            x = gradient(s, t, d, q, k.student, SPEC.student, True)
+            x = gradient(s, t, d, q, k.student, STUDENT, True)
             ds = networks.student.gradient + row * networks.student.gradient_stride
             store_gradient(ds + cols, x, inside, "")
         if SPEC.teacher.grad:
-            x = gradient(t, s, -d, q, k.teacher, SPEC.teacher, True)
+            x = gradient(t, s, -d, q, k.teacher, TEACHER, True)
             dt = networks.teacher.gradient + row * networks.teacher.gradient_stride
             store_gradient(dt + cols, x, inside, "")
 

@@ -73,6 +73,8 @@ def gradient_block(sums, logits, block, outputs, batch, row, softmaxes, k, optio
 
     Adds to the lanes' sums of the divergences.
     """
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     excess, forward, reverse = sums
     s = exponentials(logits.student, softmaxes.student.shift, options, SPEC)
     t = exponentials(logits.teacher, softmaxes.teacher.shift, options, SPEC)
@@ -92,10 +94,10 @@ def gradient_block(sums, logits, block, outputs, batch, row, softmaxes, k, optio
         q = smoothed_label(block.cols, row.label, options, SPEC.dtype)
     mask = block.inside if PADDED else None
     if SPEC.student.grad:
-        x = gradient(s, t, d, q, k.student, SPEC.student, MASKED)
+        x = gradient(s, t, d, q, k.student, STUDENT, MASKED)
         store_gradient(outputs.student, x, mask, "evict_first")
     if SPEC.teacher.grad:
-        x = gradient(t, s, -d, q, k.teacher, SPEC.teacher, MASKED)
+        x = gradient(t, s, -d, q, k.teacher, TEACHER, MASKED)
         store_gradient(outputs.teacher, x, mask, "evict_first")
     return excess, forward, reverse
 

@@ -157,14 +157,16 @@ def add_target(sums, q, block, C):
 @triton.jit
 def add_block(sums, logits, block, batch, row, options, SPEC: tl.constexpr, MASKED: tl.constexpr):
     """Add a block of logits, a Pair of (OUTER, LANES, INNER), to each lane's RowSums."""
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     s, t, target = sums.student, sums.teacher, sums.target
     m_s = tl.maximum(s.m, lane_max(logits.student))
     m_t = tl.maximum(t.m, lane_max(logits.teacher))
     shift_s, shift_t = shift_of(m_s, options.c), shift_of(m_t, options.c)
     moved_s = shift_of(s.m, options.c) - shift_s
     moved_t = shift_of(t.m, options.c) - shift_t
-    s = rescale(s, m_s, moved_s, moved_t, target.q, options, SPEC.student, SPEC, MASKED)
-    t = rescale(t, m_t, moved_t, moved_s, target.q, options, SPEC.teacher, SPEC, MASKED)
+    s = rescale(s, m_s, moved_s, moved_t, target.q, options, STUDENT, SPEC, MASKED)
+    t = rescale(t, m_t, moved_t, moved_s, target.q, options, TEACHER, SPEC, MASKED)
     e_s = exponentials(logits.student, shift_s[None, :, None], options, SPEC)
     e_t = exponentials(logits.teacher, shift_t[None, :, None], options, SPEC)
     q = None
@@ -178,20 +180,22 @@ def add_block(sums, logits, block, batch, row, options, SPEC: tl.constexpr, MASK
     elif SPEC.smooth:
         count = target.q + lane_sum(tl.where(block.inside, 1.0, 0.0))
         target = TargetSums(count, target.largest, target.label)
-    s = add_network(s, e_s, e_t, q, block.inside, SPEC.student, SPEC, MASKED)
-    t = add_network(t, e_t, e_s, q, block.inside, SPEC.teacher, SPEC, MASKED)
+    s = add_network(s, e_s, e_t, q, block.inside, STUDENT, SPEC, MASKED)
+    t = add_network(t, e_t, e_s, q, block.inside, TEACHER, SPEC, MASKED)
     return RowSums(s, t, target)
 
 
 @triton.jit
 def merge(sums, C, options, SPEC: tl.constexpr, MASKED: tl.constexpr):
     """Merge the lanes' RowSums, (LANES,) each, into the row's, scalars."""
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     s, t, target = sums.student, sums.teacher, sums.target
     m_s, m_t = max_lanes_2(s.m, t.m)
     moved_s = shift_of(s.m, options.c) - shift_of(m_s, options.c)
     moved_t = shift_of(t.m, options.c) - shift_of(m_t, options.c)
-    s = rescale(s, m_s, moved_s, moved_t, target.q, options, SPEC.student, SPEC, MASKED)
-    t = rescale(t, m_t, moved_t, moved_s, target.q, options, SPEC.teacher, SPEC, MASKED)
+    s = rescale(s, m_s, moved_s, moved_t, target.q, options, STUDENT, SPEC, MASKED)
+    t = rescale(t, m_t, moved_t, moved_s, target.q, options, TEACHER, SPEC, MASKED)
     zero = tl.zeros((), SPEC.dtype)
     z, ea, gap = Pair(zero, zero), Pair(zero, zero), Pair(zero, zero)
     if SPEC.kd:

@@ -307,14 +307,16 @@ def network_coefficients(g, network, own, partner, in_range, target_sum, own_kl,
 @triton.jit
 def coefficients(g, networks, softmaxes, in_range, target_sum, kl, options, SPEC: tl.constexpr):
     """Return both networks' Coefficients. ``g`` is a Pair, ``kl`` the row's Divergences."""
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     s, t = softmaxes.student, softmaxes.teacher
     student = network_coefficients(
         g.student, networks.student, s, t, in_range, target_sum, kl.reverse, kl.forward,
-        kl.reverse_weight, kl.forward_weight, options, SPEC.student, SPEC,
+        kl.reverse_weight, kl.forward_weight, options, STUDENT, SPEC,
     )  # fmt: skip
     teacher = network_coefficients(
         g.teacher, networks.teacher, t, s, in_range, target_sum, kl.forward, kl.reverse,
-        1.0, 1.0, options, SPEC.teacher, SPEC,
+        1.0, 1.0, options, TEACHER, SPEC,
     )  # fmt: skip
     return Pair(student, teacher)
 
@@ -354,14 +356,16 @@ def store_label_gradients(rows, y, stored, label_logit, softmaxes, k, options, S
 
     Comparing every class with the label would cost issue slots of every class pair.
     """
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     tl.debug_barrier()  # after the other threads' stores to these elements
     s = exponentials(label_logit.student, softmaxes.student.shift, options, SPEC)
     t = exponentials(label_logit.teacher, softmaxes.teacher.shift, options, SPEC)
     d = (t.a - s.a) + softmaxes.log_ratio
     q = tl.full((), (1.0 - options.label_smoothing) + options.smoothing_per_class, SPEC.dtype)
     if SPEC.student.grad and SPEC.student.ce:
-        x = gradient(s, t, d, q, k.student, SPEC.student, MASKED)
+        x = gradient(s, t, d, q, k.student, STUDENT, MASKED)
         store_gradient(rows.student + y, x, stored, "")
     if SPEC.teacher.grad and SPEC.teacher.ce:
-        x = gradient(t, s, -d, q, k.teacher, SPEC.teacher, MASKED)
+        x = gradient(t, s, -d, q, k.teacher, TEACHER, MASKED)
         store_gradient(rows.teacher + y, x, stored, "")

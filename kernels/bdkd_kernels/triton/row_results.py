@@ -45,6 +45,8 @@ def row_stats(kl, ce, confidences, correct):
 def store_row(batch, networks, rows, counted, stored, weight, target_sum, stats, softmaxes, options,
               SPEC: tl.constexpr):  # fmt: skip
     """Store the records of the rows, and return a Pair: their weighted losses."""
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     s, t = softmaxes.student, softmaxes.teacher
     state = RowState(
         s.shift, s.inv_z, s.inv_z1, t.shift, t.inv_z, t.inv_z1, softmaxes.log_ratio, weight,
@@ -57,10 +59,8 @@ def store_row(batch, networks, rows, counted, stored, weight, target_sum, stats,
     forward, reverse = stats.forward_kl, stats.reverse_kl
     student = network_loss(
         networks.student, stats.student_ce, stats.reverse_weight * reverse,
-        stats.forward_weight * forward, options, SPEC.student,
+        stats.forward_weight * forward, options, STUDENT,
     )  # fmt: skip
-    teacher = network_loss(
-        networks.teacher, stats.teacher_ce, forward, reverse, options, SPEC.teacher
-    )
+    teacher = network_loss(networks.teacher, stats.teacher_ce, forward, reverse, options, TEACHER)
     kept = counted & stored
     return Pair(tl.where(kept, weight * student, 0.0), tl.where(kept, weight * teacher, 0.0))

@@ -97,7 +97,7 @@ def sum_4(a, b, c, d):
 
 @triton.jit
 def load_target(batch, tile, y, mask, options, SPEC: tl.constexpr):
-    """Return the rows' Target; ``y`` are their labels."""
+    """Return the rows' Target, if it is soft or smoothed; ``y`` are their labels."""
     if SPEC.target == "soft":
         cols, inside = tile.cols, tile.inside
         q = tl.load(batch.target + tile.rows * batch.C + cols, mask, other=0.0).to(SPEC.dtype)
@@ -105,14 +105,11 @@ def load_target(batch, tile, y, mask, options, SPEC: tl.constexpr):
         first = tl.where(inside & (q == largest), cols, batch.C - 1)
         first = tl.min(tl.min(first, 0), 1)[None, :, None]
         if SPEC.smooth:
-            q = tl.where(
-                inside, q * (1.0 - options.label_smoothing) + options.smoothing_per_class, 0.0
-            )
+            smoothed = q * (1.0 - options.label_smoothing) + options.smoothing_per_class
+            q = tl.where(inside, smoothed, 0.0)
         return Target(q, tl.sum(tl.sum(q, 0), 1)[None, :, None], first)
-    elif SPEC.smooth:
-        return Target(tl.full((), options.smoothing_per_class, SPEC.dtype), 1.0, y)
     else:
-        return Target(None, 1.0, y)
+        return Target(tl.full((), options.smoothing_per_class, SPEC.dtype), 1.0, y)
 
 
 @triton.jit
@@ -191,6 +188,8 @@ def tile_cross_entropies(s, t, target, tile, label_logit, softmaxes, C, options,
 def store_tile_gradients(networks, s, t, d, target, tile, stored, label_logit, softmaxes, k,
                          options, PADDED: tl.constexpr, SPEC: tl.constexpr):  # fmt: skip
     """Store both gradients of all rows that are to be ``stored``."""
+    STUDENT: tl.constexpr = SPEC.student
+    TEACHER: tl.constexpr = SPEC.teacher
     mask = (stored & tile.inside) if PADDED else stored
     if SPEC.target != "none":
         tl.debug_barrier()  # gradients may replace logits: all threads have read the label's
@@ -200,11 +199,11 @@ def store_tile_gradients(networks, s, t, d, target, tile, stored, label_logit, s
     ds, dt = networks.student.gradient, networks.teacher.gradient
     if SPEC.student.grad:
         ds = ds + tile.rows * networks.student.gradient_stride
-        x = gradient(s, t, d, q, k.student, SPEC.student, False)
+        x = gradient(s, t, d, q, k.student, STUDENT, False)
         store_gradient(ds + tile.cols, x, mask, "")
     if SPEC.teacher.grad:
         dt = dt + tile.rows * networks.teacher.gradient_stride
-        x = gradient(t, s, -d, q, k.teacher, SPEC.teacher, False)
+        x = gradient(t, s, -d, q, k.teacher, TEACHER, False)
         store_gradient(dt + tile.cols, x, mask, "")
     if SPEC.stores_label_again:
         store_label_gradients(Pair(ds, dt), target.label, stored, label_logit, softmaxes, k,
@@ -231,7 +230,9 @@ def compute_tile(networks, batch, options, rows, PADDED: tl.constexpr, TILE: tl.
                       networks.teacher.logits + rows * networks.teacher.stride)  # fmt: skip
     s_logits = load_logits(logit_rows.student + cols, mask, PADDED, SPEC.dtype)
     t_logits = load_logits(logit_rows.teacher + cols, mask, PADDED, SPEC.dtype)
-    target = load_target(batch, tile, y, mask, options, SPEC)
+    target = Target(None, 1.0, y)
+    if SPEC.target == "soft" or SPEC.smooth:
+        target = load_target(batch, tile, y, mask, options, SPEC)
     label_logit = load_label_logits(logit_rows, target.label, counted, SPEC)
     m = max_2(s_logits, t_logits)
     s, t, softmaxes = tile_softmaxes(s_logits, t_logits, m, counted, options, SPEC)
@@ -292,6 +293,7 @@ def tile_kernel(
     first = tl.program_id(0).to(tl.int64) * TILE.rows
     rows = first + tl.arange(0, TILE.rows)[None, :, None]  # (1, ROWS, 1)
     losses, has_nan = compute_tile(networks, batch, loss_options, rows, PADDED, TILE, SPEC)
+    RETRY: tl.constexpr = TILE.retry
     loss_s, loss_t = losses.student, losses.teacher
     if SPEC.has_nan_if_masked:  # noqa: SIM102  # the outer condition is the compiler's
         if tl.max(has_nan.to(tl.int32)) != 0:
@@ -299,9 +301,7 @@ def tile_kernel(
                 row = first + i
                 here = rows == row
                 if tl.max((has_nan & here).to(tl.int32)) != 0:
-                    again = compute_long_row(
-                        networks, batch, loss_options, row, TILE.retry, SPEC, True
-                    )
+                    again = compute_long_row(networks, batch, loss_options, row, RETRY, SPEC, True)
                     loss_s = tl.where(here, again.student, loss_s)
                     loss_t = tl.where(here, again.teacher, loss_t)
     if SPEC.choices.reduction == "none" and TILE.rows > 1:
