@@ -3,18 +3,22 @@
 ``import bdkd`` imports torch and nothing heavier; the trainer's rooms are imported when used.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from bdkd_kernels import (
-    BDKDLoss,
-    BDKDOutput,
-    BDKDStats,
-    available_backends,
-    bdkd_loss,
-    bdkd_loss_and_grad,
-)
+with warnings.catch_warnings():
+    # Without numpy, which the loss does not need, torch warns when it is imported.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    from bdkd_kernels import (
+        BDKDLoss,
+        BDKDOutput,
+        BDKDStats,
+        available_backends,
+        bdkd_loss,
+        bdkd_loss_and_grad,
+    )
 
 if TYPE_CHECKING:
     from bdkd_kernels.compat import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss

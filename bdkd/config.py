@@ -11,6 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from bdkd.extras import missing_packages
+
+if message := missing_packages(("msgspec", "tomli-w")):
+    raise ImportError(message)
+
 import msgspec
 import tomli_w
 

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 import torch
 from harness import Case, Clock, DeviceClock, WallClock
 
+from bdkd.extras import TRAINER_PACKAGES
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -118,12 +120,13 @@ SUITES: dict[str, tuple[str, Callable[[Settings], Iterator[Case]]]] = {
 }
 
 
-# What a suite cannot do without, beyond torch: modules of bdkd's own dependencies.
+# Modules of the extra bdkd[train] that a suite needs.
+_TRAINING = ("msgspec", "numpy", "tomli_w", "tqdm")
 _NEEDS = {
-    "step_cpu": ("msgspec", "tomli_w"),
-    "step_gpu": ("msgspec", "tomli_w"),
-    "loader": ("msgspec", "tomli_w"),
-    "startup": ("tyro", "msgspec", "tomli_w"),
+    "step_cpu": _TRAINING,
+    "step_gpu": _TRAINING,
+    "loader": _TRAINING,
+    "startup": tuple(TRAINER_PACKAGES.values()),
 }
 
 

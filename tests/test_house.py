@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kernels"}
 
 # Who may import whom: cli -> training -> objectives, data, models, evaluation -> kernels.
-LEAVES = {"bdkd.config", "bdkd.errors", "bdkd.identity", "bdkd.text"}
+LEAVES = {"bdkd.config", "bdkd.errors", "bdkd.extras", "bdkd.identity", "bdkd.text"}
 ALLOWED = {
     "bdkd_kernels": {"bdkd_kernels"},
     "bdkd.objectives": {"bdkd_kernels", "bdkd.objectives", *LEAVES},
@@ -22,7 +22,8 @@ ALLOWED = {
     "bdkd.training": {
         "bdkd.training", "bdkd.objectives", "bdkd.data", "bdkd.models", "bdkd.evaluation", *LEAVES,
     },
-    "bdkd.config": {"bdkd.errors", "bdkd.text"},
+    "bdkd.config": {"bdkd.errors", "bdkd.extras", "bdkd.text"},
+    "bdkd.extras": set(),
     "bdkd.text": {"bdkd.errors"},
     "bdkd.errors": set(),
     "bdkd.identity": {"bdkd.errors"},

@@ -9,7 +9,7 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
-from importlib.metadata import distribution, distributions, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
@@ -17,19 +17,15 @@ import pythons
 import yaml
 from bdkd_kernels import available_backends
 from compiler import HAS_COMPILER
+from environments import add_the_other_packages, link, requirements, run, torch_environment
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import bdkd
+from bdkd.extras import TRAINER_PACKAGES
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*command: object, **options) -> subprocess.CompletedProcess:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
-                          timeout=550, **options)  # fmt: skip
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +48,7 @@ def builder(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("builder")
     run(sys.executable, "-m", "venv", "--without-pip", folder)
-    [site] = folder.glob("lib/python3*/site-packages")
-    files = {
-        path.parts[0] for path in distribution("setuptools").files or [] if ".." not in path.parts
-    }
-    for name in files:
-        (site / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    link(folder, {"setuptools"})
     return folder / "bin" / "python"
 
 
@@ -84,19 +75,6 @@ def sdist(builder, source, tmp_path_factory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def clean_environment(folder: Path, wheel: Path) -> Path:
-    """A virtual environment that has the wheel and, from this one, its dependencies: nothing of the
-    source tree. Returns its Python."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder)
-    python = folder / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
-    [site] = folder.glob("lib/python3*/site-packages")
-    # A folder named in a .pth file is searched, but its own .pth files (the editable install of
-    # this source tree) are not read.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    return python
-
-
 def test_the_build_needs_no_torch():
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert not [name for name in requires if "torch" in name]
@@ -119,8 +97,20 @@ def test_a_wheel_in_a_clean_environment(builder, sdist, tmp_path):
     strangers = ("tests", "bench", "kernels", "build", "examples", "docs")
     assert not [name for name in names if name.startswith(strangers)]
 
-    python = clean_environment(tmp_path / "environment", wheel)
+    assert requirements(wheel) == {"torch"}
+    python = torch_environment(tmp_path / "environment", wheel)
     assert six_lines(python, tmp_path, native=HAS_COMPILER)
+    says = run(python, "-I", ROOT / "tests" / "loss_alone.py", cwd=tmp_path).stdout
+    assert f"not installed: {' '.join(TRAINER_PACKAGES)}\n" in says
+    assert ("native" in says) == HAS_COMPILER
+    packages = ", ".join(TRAINER_PACKAGES)
+    line = f"the trainer and its command line need {packages}: pip install 'bdkd[train]'"
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    for command in ([python.with_name("bdkd"), "train", "digits"], [python, "-m", "bdkd"]):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=outside)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"bdkd: {line}\n")
+
+    add_the_other_packages(tmp_path / "environment")
     run(python, "-I", "-m", "bdkd", "train", "digits", "--max-steps", "2", "--log", cwd=tmp_path)
     assert (tmp_path / "runs/digits-bdkd-seed0/summary.json").exists()
 
@@ -129,8 +119,9 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(builde
     none = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
     wheel = build(builder, sdist, tmp_path / "wheels", "wheel", **none)
     assert wheel.name.endswith("-py3-none-any.whl")
-    python = clean_environment(tmp_path / "environment", wheel)
+    python = torch_environment(tmp_path / "environment", wheel)
     assert six_lines(python, tmp_path, native=False)
+    add_the_other_packages(tmp_path / "environment")
     done = run(python, "-I", "-m", "bdkd", "doctor", cwd=tmp_path)
     [line] = [line for line in done.stdout.splitlines() if "native kernel" in line]
     assert line.startswith("missing")
@@ -168,9 +159,22 @@ def test_an_sdist_holds_what_a_build_and_a_reader_need(sdist):
     assert "License-Expression: Apache-2.0" in (sdist / "PKG-INFO").read_text("utf-8")
 
 
-def test_a_plain_install_needs_little_more_than_torch():
-    needed = {re.split(r"[^\w.-]", line)[0] for line in project()["dependencies"]}
-    assert needed == {"torch", "numpy", "tyro", "msgspec", "tomli-w", "tqdm", "safetensors"}
+def extras(name: str) -> set[str]:
+    """Return an extra's packages, and those of the extras of bdkd that it names."""
+    found = set()
+    for needed in map(Requirement, project()["optional-dependencies"][name]):
+        found |= (
+            set().union(*map(extras, needed.extras)) if needed.name == "bdkd" else {needed.name}
+        )
+    return found
+
+
+def test_an_extra_that_needs_the_command_line_installs_it():
+    for name in project()["optional-dependencies"]:
+        for_the_loss = name in ("triton", "examples")
+        assert (extras(name) >= TRAINER_PACKAGES.keys()) != for_the_loss, name
+    rest = {"matplotlib", "scikit-learn", "tensorboard"}
+    assert extras("train") == TRAINER_PACKAGES.keys() | rest
 
 
 def test_every_pin_fits_the_oldest_python():

@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from bdkd.errors import Interrupted, RunError, UsageError
+from bdkd.extras import missing_packages
 
 COMMANDS = {
     "train": "train the networks of a recipe together",
@@ -23,6 +24,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0; 1 for a failure; 2 for wrong usage; 128 + n after signal n."""
+    _require_trainer()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -37,6 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("bdkd: interrupted", file=sys.stderr)
         code = 130
     _exit(code)
+
+
+def _require_trainer() -> None:
+    """Exit with 1 and one line if the extra ``bdkd[train]`` is not installed."""
+    if message := missing_packages():
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine under torchrun
+            print(f"bdkd: {message}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _report(error: Exception, debug: bool) -> int:

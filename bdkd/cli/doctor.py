@@ -4,15 +4,16 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from bdkd.extras import TRAINER_PACKAGES
 
 # Package, the module that tells whether it is there, and the extra of bdkd that brings it.
 OPTIONAL = (
@@ -122,10 +123,8 @@ def _torch() -> Finding:
 
 
 def _requirements() -> str:
-    """Versions of what bdkd always needs; torch stands on its own line."""
-    needed = [line for line in requires("bdkd") or [] if "extra ==" not in line]
-    names = [re.split(r"[^\w.-]", line)[0] for line in needed]
-    return ", ".join(f"{name} {version(name)}" for name in names if name != "torch")
+    """Return the versions of the packages that the trainer always needs."""
+    return ", ".join(f"{name} {_version(name)}" for name in TRAINER_PACKAGES)
 
 
 def _gpu() -> Finding:

@@ -2,6 +2,11 @@
 
 from collections.abc import Callable
 
+from bdkd.extras import missing_packages
+
+if message := missing_packages(("msgspec", "numpy", "tomli-w", "tqdm")):
+    raise ImportError(message)
+
 import torch
 
 from bdkd.config import DataConfig, nearest

@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdkd.extras import missing_packages
+
+if message := missing_packages(("numpy",)):
+    raise ImportError(message)
+
 import numpy as np
 
 # Enough points for a picture of ten clusters, and 2 MB a network at 2,048 features.

@@ -1,0 +1,31 @@
+"""The packages that the trainer and its command line import: a part of the extra ``bdkd[train]``.
+
+``pip install bdkd`` installs torch and nothing else. The loss and the models need no more.
+"""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+# Package -> module. The rest of the extra (scikit-learn, matplotlib, tensorboard) is imported where
+# it is used, and the code there says what to install.
+TRAINER_PACKAGES = {
+    "msgspec": "msgspec",
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "tomli-w": "tomli_w",
+    "tqdm": "tqdm",
+    "tyro": "tyro",
+}
+
+
+def missing_packages(packages: Iterable[str] = tuple(TRAINER_PACKAGES)) -> str | None:
+    """Return one line about the packages that are not installed, or None if all are.
+
+    Args:
+        packages: keys of ``TRAINER_PACKAGES``. A module passes those that it cannot be imported
+            without; the command line needs all.
+    """
+    missing = [name for name in packages if find_spec(TRAINER_PACKAGES[name]) is None]
+    if not missing:
+        return None
+    return f"the trainer and its command line need {', '.join(missing)}: pip install 'bdkd[train]'"
