@@ -52,10 +52,13 @@ os.environ["TRITON_LIBCUDA_PATH"] = _folder.name  # what the launcher is linked 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import triton  # noqa: E402
+from bdkd_kernels._torch_compat import fast_launch_is_tested  # noqa: E402
 from bdkd_kernels.triton import arguments, launcher  # noqa: E402
 from bdkd_kernels.triton import backend as triton_backend  # noqa: E402
 from bdkd_kernels.triton.launcher import KERNELS  # noqa: E402
 from bdkd_kernels.types import LossInputs, LossOptions  # noqa: E402
+from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -357,6 +360,52 @@ def test_a_later_call_launches_what_the_first_does(uncompiled, name):
     assert [x.early for x in first] == [
         i > 0 and x != "gradient_kernel" for i, x in enumerate(names)
     ]
+
+
+def of_other_arguments(*arguments):
+    raise TypeError("function takes exactly 3 arguments (40 given)")
+
+
+@pytest.mark.parametrize("why", ["untested version", "other arguments", "launch hooks"])
+def test_without_the_fast_launch_every_launch_is_the_same(uncompiled, monkeypatch, why):
+    """``kernel[grid]`` hands the same arguments to the driver as the fast launch does."""
+    forward, backward = call(weight=True, temperature=4.0)
+    with memory() as reused:
+        launches_of(forward, backward, reused, True)
+        fast = launches_of(forward, backward, reused, True)
+        if why == "untested version":
+            triton_backend._plans.clear()
+            triton_backend._backward_plans.clear()
+            monkeypatch.setattr(launcher, "fast_launch_is_tested", lambda version: False)
+        elif why == "other arguments":
+            monkeypatch.setattr(launcher, "launch_compiled", of_other_arguments)
+        watched = []
+        hook = knobs.runtime.launch_enter_hook
+        if why == "launch hooks":
+            hook.add(watched.append)
+        bound = []
+        run = JITFunction.run
+
+        def count(self, *args, **kwargs):
+            bound.append(self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        try:
+            with mock.patch.object(JITFunction, "run", count):
+                for _ in range(2):
+                    assert launches_of(forward, backward, reused, True) == fast
+        finally:
+            if why == "launch hooks":
+                hook.remove(watched.append)
+    assert len(bound) == 2 * len(fast)
+    assert len(watched) == (len(bound) if why == "launch hooks" else 0)
+
+
+def test_the_fast_launch_is_known_to_agree_with_these_versions():
+    assert fast_launch_is_tested("3.6.0")
+    assert fast_launch_is_tested(triton.__version__)
+    assert not fast_launch_is_tested("3.5.1")
+    assert not fast_launch_is_tested("99.0.0+git")
 
 
 @pytest.mark.parametrize("gpu", ["h100", "mi300"])
