@@ -280,9 +280,7 @@ def loop_kernel(
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """One row a program. See spec.py for the arguments."""
-    if (
-        SPEC.overlapped and SPEC.choices.reduction != "none"
-    ):  # otherwise no launch of this call follows
+    if SPEC.next_starts_early:
         gdc_launch_dependents()
     C = multiple_of(C, SPEC.class_alignment)
     networks = Pair(

@@ -88,6 +88,11 @@ class Spec:
         return self.student.grad or self.teacher.grad
 
     @property
+    def next_starts_early(self) -> bool:
+        """Whether a launch of this call follows the rows' launch, and starts before it ends."""
+        return self.overlapped and self.choices.reduction != "none"
+
+    @property
     def has_nan_if_masked(self) -> bool:
         """Whether a masked class (-inf) makes sums of its row NaN."""
         return self.kd or self.target == "soft"

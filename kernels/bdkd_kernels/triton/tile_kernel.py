@@ -276,9 +276,7 @@ def tile_kernel(
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """TILE.rows rows a program. See spec.py for the arguments."""
-    if (
-        SPEC.overlapped and SPEC.choices.reduction != "none"
-    ):  # otherwise no launch of this call follows
+    if SPEC.next_starts_early:
         gdc_launch_dependents()
     C = multiple_of(C, SPEC.class_alignment)
     networks = Pair(
