@@ -84,9 +84,14 @@ def load_labels(batch, rows, active, options, SPEC: tl.constexpr):
         y = tl.load(batch.target + rows, active, other=0)
         in_range = (y >= 0) & (y < batch.C)
         counted = active & (y != options.ignore_index)
-        return tl.where(in_range, y, 0).to(tl.int32), in_range, counted
+        y = tl.where(in_range, y, 0).to(tl.int32)
     else:
-        return (rows * 0).to(tl.int32), rows >= 0, active & (rows >= 0)
+        y, in_range, counted = (rows * 0).to(tl.int32), rows >= 0, active & (rows >= 0)
+    if INTERPRETED:
+        # The interpreter gives a comparison the type of its operands. Broadcast, a scalar one is a
+        # block of int32, which triton 3.9 refuses as a mask.
+        counted = tl.where(counted, True, False)
+    return y, in_range, counted
 
 
 @triton.jit
