@@ -1,7 +1,8 @@
 """The private APIs of torch that the checks and the operators rely on, each with its reason.
 
-Tried with torch 2.13. They answer questions that torch has no public API for, or ones whose public
-API takes several times as long in every call. ``buffers.py`` has one more, and its fallback.
+``make versions`` tries them with each version of torch. They answer questions that torch has no
+public API for, or ones whose public API takes several times as long in every call. ``buffers.py``
+has one more, and its fallback.
 """
 
 import sys
@@ -19,6 +20,30 @@ _transforms_active = torch._C._are_functorch_transforms_active
 # How many TorchDispatchModes watch this thread: FakeTensorMode, make_fx, FlopCounterMode, ...
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state  # torch.jit.is_tracing(), without its Python
+
+# DTensor before torch 2.10 computes neither argmax nor the gradient of gather.
+DTENSORS_WORK = torch.__version__ >= "2.10"
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces this call.
+
+    Before torch 2.12, ``torch.compiler.is_exporting()`` is also True under ``torch.compile``, but
+    the flag behind it is not.
+    """
+    if torch.__version__ >= "2.12":
+        return torch.compiler.is_exporting()
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def vjp_needs_to_leave_inference_mode() -> bool:
+    """Whether ``torch.func.vjp`` would compute zeros here: before torch 2.12, it does so under
+    ``torch.inference_mode()``."""
+    return (
+        torch.__version__ < "2.12"
+        and not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+    )
 
 
 def is_plain(student: Tensor, teacher: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Which implementations of the loss this machine has, and which one a call takes."""
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -93,10 +94,21 @@ def _triton_availability() -> Availability:
             _triton = Availability(False, "triton is not installed: pip install 'bdkd[triton]'")
         else:
             try:
-                _triton = _triton_module().availability()
+                too_old = _too_old_triton()
+                _triton = _triton_module().availability() if too_old is None else too_old
             except ImportError as error:
                 _triton = Availability(False, f"the triton kernel does not import: {error}")
     return _triton
+
+
+def _too_old_triton() -> Availability | None:
+    """Say so if triton is older than 3.6, with which the kernel's module does not import."""
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) >= (3, 6):
+        return None
+    return Availability(
+        False, f"triton {version} is too old: 3.6 is needed, which torch 2.10 or newer installs"
+    )
 
 
 def _triton_module() -> ModuleType:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._torch_compat import (
+    DTENSORS_WORK,
     PLAIN,
     is_dtensor,
     is_fake,
@@ -510,6 +511,11 @@ def check_one_kind(tensors: dict[str, Tensor]) -> None:
             raise TypeError(
                 f"{one} is a {kind} and {other} is not, got {type(tensors[other]).__name__}: "
                 "give all tensors of one kind"
+            )
+        if kind == "DTensor" and all(are.values()) and not DTENSORS_WORK:
+            raise RuntimeError(
+                "the tensors are DTensors, which need torch 2.10 or newer, got torch "
+                f"{torch.__version__}: give their to_local(), or upgrade torch"
             )
 
 

@@ -254,7 +254,7 @@ class FusedBackend:
     def _call_once(self, problem: LossInputs, want_student: bool, want_teacher: bool):
         if want_student or want_teacher:
             problem = savable(problem, logits=True)
-        connected = problem._replace(
+        connected = problem.with_tensors(
             student=problem.student if want_student else problem.student.detach(),
             teacher=problem.teacher if want_teacher else problem.teacher.detach(),
         )
@@ -442,7 +442,7 @@ class _SavedGradients:
         dtype = compute_dtype(problem.student, problem.teacher)
         storage = (problem.student, problem.teacher)[network].dtype
         wide = problem.student.to(dtype), problem.teacher.to(dtype)
-        problem = problem._replace(student=wide[0], teacher=wide[1])
+        problem = problem.with_tensors(student=wide[0], teacher=wide[1])
         rows = problem.student.shape[:1] if problem.options.reduction == "none" else ()
         gradient = torch.empty_like(wide[network], memory_format=torch.contiguous_format)
         gradients: list[Tensor | None] = [None, None]

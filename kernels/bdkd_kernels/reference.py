@@ -9,7 +9,11 @@ All tensors here are rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
 import torch
 from torch import Tensor
 
-from ._torch_compat import copies_to_save
+from ._torch_compat import (
+    copies_to_save,
+    is_exporting,
+    vjp_needs_to_leave_inference_mode,
+)
 from .checks import check_labels, labels_can_be_read
 from .types import BDKDStats, LossInputs, LossOptions
 
@@ -58,18 +62,21 @@ def loss_and_grad(
 
     They go into ``ds`` and ``dt`` where these are given.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(
             "torch.export cannot record the gradients of backend 'reference': export bdkd_loss, "
             "or use backend='native' or 'triton'"
         )
+    if vjp_needs_to_leave_inference_mode():
+        with torch.inference_mode(False):
+            return loss_and_grad(problem, grad_scale, ds, dt)
     problem = savable(problem)
     s, t = problem.student.detach(), problem.teacher.detach()
     wanted = {net: logits for net, logits, buffer in (("s", s, ds), ("t", t, dt))
               if buffer is not None}  # fmt: skip
 
     def losses(logits: dict[str, Tensor]):
-        rows = problem._replace(student=logits.get("s", s), teacher=logits.get("t", t))
+        rows = problem.with_tensors(student=logits.get("s", s), teacher=logits.get("t", t))
         student, teacher, stats = loss(rows)
         return (student, teacher), stats.table
 
@@ -210,24 +217,18 @@ def savable(problem: LossInputs, logits: bool = False) -> LossInputs:
     if not torch.compiler.is_compiling():
         if torch.is_inference_mode_enabled():
             return problem
-        made_there = {name: x.clone() for name, x in _tensors(problem).items() if x.is_inference()}
-        return problem._replace(**made_there) if made_there else problem  # type: ignore[arg-type]
+        made_there = {name: x.clone() for name, x in problem.tensors().items() if x.is_inference()}
+        return problem.with_tensors(**made_there) if made_there else problem
     copied = {
         name: x
-        for name, x in _tensors(problem).items()
+        for name, x in problem.tensors().items()
         if x.is_floating_point() and not x.requires_grad
         and (logits or name not in ("student", "teacher"))
     }  # fmt: skip
     if not copied or not torch.is_grad_enabled():
         return problem
     copies = copies_to_save(list(copied.values()))
-    return problem._replace(**dict(zip(copied, copies, strict=True)))  # type: ignore[arg-type]
-
-
-def _tensors(problem: LossInputs) -> dict[str, Tensor]:
-    """The tensors of a call, by field."""
-    pairs = zip(problem._fields[:4], problem[:4], strict=True)
-    return {name: x for name, x in pairs if isinstance(x, Tensor)}
+    return problem.with_tensors(**dict(zip(copied, copies, strict=True)))
 
 
 def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
@@ -244,8 +245,9 @@ def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
     if ε:
         own = (1 - ε) * loss if ε < 1 else 0.0  # at 1, not even where it is infinite
         loss = own - ε * log_p.mean(-1)
-    one = loss.new_ones(())  # of the loss's dtype, whatever the default dtype
-    return loss * torch.where(in_range, one, torch.nan)  # no such class: NaN, gradients too
+    # No such class: NaN, gradients too. As 0 / 0, because torch 2.8 exports no NaN constant.
+    exists = in_range.to(loss.dtype)
+    return loss * (exists / exists)
 
 
 def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -281,3 +281,27 @@ class LossInputs(NamedTuple):
         student = o.student_kd != 0 or (o.student_ce != 0 and labelled)
         teacher = o.teacher_kd != 0 or (o.teacher_ce != 0 and labelled)
         return student, teacher
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of this call, by field."""
+        # Field by field: in torch 2.8, torch.compile traces no slice of a NamedTuple.
+        found = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "target": self.target,
+            "sample_weight": self.sample_weight,
+        }
+        return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+    def with_tensors(self, **changed: Tensor) -> "LossInputs":
+        """Return this call with other tensors."""
+        # Not _replace, which torch.compile does not trace in torch 2.8.
+        return LossInputs(
+            changed.get("student", self.student),
+            changed.get("teacher", self.teacher),
+            changed.get("target", self.target),
+            changed.get("sample_weight", self.sample_weight),
+            self.options,
+            self.plain,
+            self.dense,
+        )

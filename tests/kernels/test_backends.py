@@ -80,7 +80,7 @@ def test_a_gpus_labels_are_checked_where_that_is_asked_for(gpu, monkeypatch):
 
 
 def test_with_triton_a_gpu_takes_it(gpu, monkeypatch):
-    pytest.importorskip("triton", reason="no triton for this platform: nothing to choose")
+    pytest.importorskip("triton", minversion="3.6", reason="no triton here: nothing to choose")
     monkeypatch.setattr(backends, "_triton", Availability(True, "here"))
     problem = prepare(*gpu[:2], None, None, LossOptions(), 1.0)
     for backend in ("auto", "triton"):
@@ -137,10 +137,21 @@ def test_a_triton_that_does_not_import_says_why(monkeypatch):
         raise ImportError("it lacks a symbol")
 
     monkeypatch.setattr(backends, "_triton", None)
+    monkeypatch.setattr(backends, "_too_old_triton", lambda: None)
     monkeypatch.setattr(backends, "_triton_module", broken)
     availability = available_backends()["triton"]
     assert not availability
     assert "it lacks a symbol" in str(availability)
+
+
+def test_a_triton_that_is_too_old_is_not_imported_from(monkeypatch):
+    triton = pytest.importorskip("triton", reason="no triton for this platform: none is too old")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    monkeypatch.setattr(backends, "_triton", None)
+    monkeypatch.setattr(backends, "_triton_module", None)  # not called
+    availability = available_backends()["triton"]
+    assert not availability
+    assert str(availability).startswith("triton 3.5.1 is too old: 3.6 is needed")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +228,7 @@ def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
     ],
 )
 def test_which_gpus_triton_serves(version, hip, seen, capability, words, monkeypatch):
-    pytest.importorskip("triton", reason="no triton for this platform: it serves none")
+    pytest.importorskip("triton", minversion="3.6", reason="no triton here: it serves none")
     from bdkd_kernels.triton import arguments
     from bdkd_kernels.triton import backend as triton_backend
 

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from bdkd_kernels import BDKDLoss, bdkd_loss, bdkd_loss_and_grad, native
+from bdkd_kernels import BDKDLoss, bdkd_loss, bdkd_loss_and_grad, checks, native
 from bdkd_kernels.compat import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
 from compiler import COMPILER
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -275,6 +275,17 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
+def test_distributed_tensors_need_a_torch_that_computes_them(mesh, backend, monkeypatch):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    monkeypatch.setattr(checks, "DTENSORS_WORK", False)
+    s, t, y = (distribute_tensor(x, mesh, [Shard(0)]) for x in (S, T, Y))
+    for name in (backend, "auto"):
+        with pytest.raises(RuntimeError, match=r"need torch 2\.10 or newer.*to_local"):
+            student_loss(s, t, y, backend=name)
+
+
+@pytest.mark.skipif(not checks.DTENSORS_WORK, reason="the test above runs with any torch")
 def test_distributed_tensors(mesh, backend):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

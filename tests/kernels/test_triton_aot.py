@@ -15,7 +15,9 @@ from compiled_limits import ALWAYS, MORE, compile_ahead, exceeded
 # The compilers may share two cores with the rest of the suite.
 pytestmark = pytest.mark.timeout(1800)
 
-pytest.importorskip("triton", reason="no triton for this platform: native and reference tests run")
+pytest.importorskip(
+    "triton", minversion="3.6", reason="no triton here: native and reference tests run"
+)
 
 
 def all_compile(compiled: list[dict]):
