@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt
 # Two workers of one thread each: tests that want more threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test pythons soak mutate mutate-report mutate-sample sanitize bench compare-commits lint format docs wheel hooks clean
+.PHONY: demo test pythons versions soak mutate mutate-report mutate-sample sanitize bench compare-commits lint format docs wheel hooks clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed ## train a teacher and a student on handwritten digits
@@ -20,6 +20,10 @@ test: .venv/.installed-dev ## the whole suite
 PYTHONS ?=
 pythons: ## make demo and make test with each installed Python, or PYTHONS="python3.12 ..."
 	$(PYTHON) tests/pythons.py $(PYTHONS)
+
+VERSIONS ?=
+versions: .venv/.installed-dev ## the kernel tests with each torch and its triton, or VERSIONS="--only 2.13 ..."
+	$(PY) tests/versions.py $(VERSIONS)
 
 soak: .venv/.installed-dev ## the tests again, many times longer
 	$(PYTEST) -m soak
