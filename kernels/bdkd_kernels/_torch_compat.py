@@ -21,6 +21,8 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state  # torch.jit.is_tracing(), without its Python
 
+_FROM_2_12 = torch.__version__ >= "2.12"
+
 # DTensor before torch 2.10 computes neither argmax nor the gradient of gather.
 DTENSORS_WORK = torch.__version__ >= "2.10"
 
@@ -31,7 +33,7 @@ def is_exporting() -> bool:
     Before torch 2.12, ``torch.compiler.is_exporting()`` is also True under ``torch.compile``, but
     the flag behind it is not.
     """
-    if torch.__version__ >= "2.12":
+    if _FROM_2_12:
         return torch.compiler.is_exporting()
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
@@ -40,9 +42,7 @@ def vjp_needs_to_leave_inference_mode() -> bool:
     """Whether ``torch.func.vjp`` would compute zeros here: before torch 2.12, it does so under
     ``torch.inference_mode()``."""
     return (
-        torch.__version__ < "2.12"
-        and not torch.compiler.is_compiling()
-        and torch.is_inference_mode_enabled()
+        not _FROM_2_12 and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     )
 
 
