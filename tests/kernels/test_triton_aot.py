@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiled_limits import ALWAYS, MORE, compile_ahead, exceeded
+from compiled_limits import ALWAYS, MORE, compile_ahead, exceeded, minor_version
 
 # The compilers may share two cores with the rest of the suite.
 pytestmark = pytest.mark.timeout(1800)
@@ -18,6 +18,11 @@ pytestmark = pytest.mark.timeout(1800)
 pytest.importorskip(
     "triton", minversion="3.6", reason="no triton here: native and reference tests run"
 )
+
+
+# Other versions of triton compile otherwise: their kernels are held to their records alone.
+_CONSTRAINTS = (Path(__file__).parents[2] / "constraints.txt").read_text("utf-8")
+IS_PINNED = f"\ntriton=={minor_version()}." in _CONSTRAINTS
 
 
 def all_compile(compiled: list[dict]):
@@ -74,13 +79,17 @@ def test_compiled_kernels(tmp_path):
     """One test, because each worker that has a part of them would compile everything."""
     compiled = compile_ahead(ALWAYS, tmp_path)
     assert not exceeded(compiled)
+    all_compile(compiled)
     for check in (
-        all_compile,
-        no_register_spills_on_nvidia,
-        issue_slots_of_the_row_kernel,
-        few_classes_leave_room_for_warps,
-        issue_slots_of_the_loop_kernel,
-        warps_of_the_loop_kernel,
+        ()
+        if not IS_PINNED
+        else (
+            no_register_spills_on_nvidia,
+            issue_slots_of_the_row_kernel,
+            few_classes_leave_room_for_warps,
+            issue_slots_of_the_loop_kernel,
+            warps_of_the_loop_kernel,
+        )
     ):
         check(compiled)
 
@@ -89,9 +98,10 @@ def test_compiled_kernels(tmp_path):
 def test_more_compiled_kernels(tmp_path):
     compiled = compile_ahead(MORE, tmp_path)
     assert not exceeded(compiled)
-    no_register_spills_on_nvidia(compiled)
-    few_classes_leave_room_for_warps(compiled)
-    warps_of_the_loop_kernel(compiled)
+    if IS_PINNED:
+        no_register_spills_on_nvidia(compiled)
+        few_classes_leave_room_for_warps(compiled)
+        warps_of_the_loop_kernel(compiled)
 
 
 def test_float64_is_computed_in_float64():

@@ -25,16 +25,12 @@ from .spec import NUM_FIELDS, NUM_STATISTICS, RECORD, Spec
 from .tile_kernel import tile_kernel
 
 _RECORD, _FIELDS, _STATISTICS = RECORD.value, NUM_FIELDS.value, NUM_STATISTICS.value
-_OLDEST = (3, 6)
 _ROWS_A_PARTIAL = 2**14  # of the mean's denominator, which one program adds up
 
 
 def availability() -> Availability:
     """Whether this machine can run the kernels, or why not."""
     version = triton.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        needed = ".".join(map(str, _OLDEST))
-        return Availability(False, f"triton {version} is too old: {needed} is needed")
     if arguments.PLATFORM.interpreted:
         return Availability(True, f"triton {version}, interpreted on the CPU")
     if not torch.cuda.is_available():

@@ -39,7 +39,8 @@ class Launcher:
         _fix_cache_keys()
         self.kernel, self.compiled = kernel, None
         self.is_fast = fast_launch_is_tested(triton.__version__)
-        self.options: dict[str, Any] = {"num_warps": warps}
+        # Multiply-adds are what the arithmetic is written for; triton 3.10 will not make them unasked.
+        self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
         if early:
             self.options["launch_pdl"] = True
         if registers:
