@@ -39,7 +39,7 @@ class Launcher:
         _fix_cache_keys()
         self.kernel, self.compiled = kernel, None
         self.is_fast = fast_launch_is_tested(triton.__version__)
-        # Multiply-adds are what the arithmetic is written for; triton 3.10 will not make them unasked.
+        # The arithmetic is written for multiply-adds, which triton 3.10 will not make by default.
         self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
         if early:
             self.options["launch_pdl"] = True
