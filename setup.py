@@ -1,7 +1,8 @@
-"""The CMake step: kernels/csrc becomes one plain library beside ``bdkd_kernels``.
+"""The CMake step: builds kernels/csrc into one shared library inside ``bdkd_kernels``.
 
-It is optional: without a compiler the package installs all the same, and ``bdkd doctor`` says what
-is missing. The library needs no Python headers, so its wheel serves every Python 3 of a platform.
+The step is optional: without a compiler the package still installs, and ``bdkd doctor`` says what
+is missing. The library needs no Python headers, so one wheel works with every Python 3 of a
+platform.
 """
 
 import subprocess
@@ -25,7 +26,7 @@ class CMakeBuild(build_ext):
         folder = Path(self.build_temp).resolve() / "native"
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = ["cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(folder),
-                     "-G", "Ninja"]  # fmt: skip
+                     "-G", "Ninja", f"-DPython3_EXECUTABLE={sys.executable}"]  # fmt: skip
         try:
             for step in (configure, ["cmake", "--build", str(folder)]):
                 subprocess.run(step, check=True)
@@ -47,7 +48,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    # Named as setuptools wants an extension; what is built is LIBRARY, loaded through ctypes.
+    # setuptools needs an extension's name. The build makes LIBRARY, which ctypes loads.
     ext_modules=[Extension("bdkd_kernels.libbdkd_native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

@@ -211,7 +211,8 @@ def build_kernel(tree: Path) -> None:
     if (tree / "kernels" / "bdkd_kernels" / library).exists():
         return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for step in (["-S", str(tree), "-B", str(build)], ["--build", str(build)]):
+    configure = ["-S", str(tree), "-B", str(build), f"-DPython3_EXECUTABLE={sys.executable}"]
+    for step in (configure, ["--build", str(build)]):
         subprocess.run(["cmake", *step], check=True, env={**os.environ, "PATH": path})
     shutil.copy(build / library, tree / "kernels" / "bdkd_kernels")
 

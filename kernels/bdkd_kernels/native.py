@@ -1,8 +1,10 @@
-"""The C++ CPU kernel of ``kernels/csrc``, loaded through ctypes: it needs neither torch's headers
-nor Python's, and other Python threads run while it does.
+"""The C++ CPU kernel of ``kernels/csrc``, loaded through ctypes.
 
-In a source checkout the library carries a hash of its sources. Where they have changed since, it is
-built again at import; where that fails, the kernel counts as missing, with the remedy.
+ctypes needs neither torch's headers nor Python's, and it releases the GIL during a call.
+
+In a source checkout the library contains a hash of its sources. If the sources have changed, the
+library is rebuilt at import. If that fails, the kernel is unavailable, and the reason says what to
+do.
 """
 
 import ctypes
@@ -14,91 +16,116 @@ import subprocess
 import sys
 from ctypes import c_char_p, c_int64
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import native_call, ops
 from .checks import raise_bad_label
+from .native_call import STORAGE, TARGET_KIND
+from .options import STATISTICS, struct_format, struct_values
 from .reference import compute_dtype
-from .types import Availability, LossInputs, LossOptions
+from .types import Availability, LossInputs
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = Path(__file__).with_name(f"libbdkd_native{_SUFFIX}")
 _CHECKOUT = Path(__file__).resolve().parents[2]
-CHECKOUT_SOURCES = _CHECKOUT / "kernels" / "csrc"  # there, or installed without
+CHECKOUT_SOURCES = _CHECKOUT / "kernels" / "csrc"  # missing in an installed package
 _REMEDY = "with a C++ compiler, run: pip install -e . (or pip install . for a copy)"
 
-_STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-# Templates of the outputs: new_empty of one is faster than torch.empty with a dtype, and on the CPU
-# whatever the default device is.
+_STORAGE = {getattr(torch, name): index for index, name in enumerate(STORAGE)}
+_NO_TARGET, _LABELS, _PROBABILITIES = map(
+    TARGET_KIND.index, ("no_target", "labels", "probabilities")
+)
+# Templates for allocating outputs: new_empty is faster than torch.empty with a dtype, and it
+# allocates on the CPU whatever the default device is.
 _WIDE, _NARROW = (torch.empty((), dtype=d, device="cpu") for d in (torch.float64, torch.float32))
 _SCALARS = {
     (s, t): _WIDE if torch.float64 in (s, t) else _NARROW for s in _STORAGE for t in _STORAGE
 }
-_NO_TARGET, _LABELS = -2, -1  # or the storage of soft labels
+_OPTIONS = struct.Struct(f"={struct_format()}")
 
 
-_OPTIONS = struct.Struct("=7dq4i")  # csrc/call.h: Options
-_CALL = struct.Struct("=2d17q5i")  # csrc/kernel.cpp: Arguments
+def _packed(o: Any) -> bytes:
+    """Return the options as the kernel reads them.
 
-
-def _packed(o: LossOptions) -> bytes:
-    """The options as the kernel reads them. Kept with the options, whose hash, for a cache keyed by
-    them, would take 1 us of every call."""
+    The bytes are stored with the options. A cache keyed by the options would hash them, which takes
+    1 us of every call.
+    """
     packed = o.__dict__.get("_packed")
     if packed is None:
-        packed = o.__dict__["_packed"] = _OPTIONS.pack(
-            o.temperature, o.gamma, o.student_ce, o.student_kd, o.teacher_ce, o.teacher_kd,
-            o.label_smoothing, o.ignore_index, o.teacher_divergence == "forward",
-            o.soften_entropy, o.reduction == "mean", o.reduction == "none",
-        )  # fmt: skip
+        packed = o.__dict__["_packed"] = _OPTIONS.pack(*struct_values(o))
     return packed
 
 
 def _run(
-    problem: LossInputs,
+    inputs: LossInputs,
     scales: tuple[float, float],
     upstreams: tuple[Tensor | None, Tensor | None],
     gradients: tuple[Tensor | None, Tensor | None],
-    losses: tuple[Tensor, Tensor] | None,
+    losses: tuple[Tensor, Tensor] | tuple[None, None],
     stats: Tensor | None,
     check_labels: bool,
 ) -> None:
-    student, teacher, target, weight, options, _, dense = problem
-    (ds, dt), (student_upstream, teacher_upstream) = gradients, upstreams
+    """Call the kernel, which writes ``gradients``, ``losses`` and ``stats``.
+
+    ``upstreams`` are the gradients of the losses, (N,); None stands for ``scales``.
+    """
+    student, teacher, target, weight, options, _, dense = inputs
     rows, classes = student.shape
-    if target is None:
-        target_kind = _NO_TARGET
-    elif target.ndim == 1:
+    target_kind, target_storage = _NO_TARGET, 0
+    if target is not None:
         target_kind = _LABELS
-    else:
-        target_kind = _STORAGE[target.dtype]
-    assert _library is not None  # or `choose` would not have come here
-    # One packed argument: as many by themselves would take ctypes longer than a small batch takes.
-    bad = _library.bdkd_run(_packed(options) + _CALL.pack(
-        *scales, rows, classes,
-        student.data_ptr(), classes if dense else student.stride()[0],
-        teacher.data_ptr(), classes if dense else teacher.stride()[0],
-        0 if target is None else target.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if stats is None else stats.data_ptr(),
-        *((0, 0) if ds is None else (ds.data_ptr(), _row_stride(ds, classes))),
-        *((0, 0) if dt is None else (dt.data_ptr(), _row_stride(dt, classes))),
-        0 if student_upstream is None else student_upstream.data_ptr(),
-        0 if teacher_upstream is None else teacher_upstream.data_ptr(),
-        0 if losses is None else losses[0].data_ptr(),
-        0 if losses is None else losses[1].data_ptr(),
-        _STORAGE[student.dtype], _STORAGE[teacher.dtype], target_kind,
-        torch.get_num_threads(), check_labels,
+        if target.ndim == 2:
+            target_kind, target_storage = _PROBABILITIES, _STORAGE[target.dtype]
+    assert _library is not None  # else `choose` does not select this backend
+    # One packed argument: passing each field through ctypes takes longer than a small batch.
+    invalid = _library.bdkd_run(native_call.pack(
+        options=_packed(options),
+        student=_network(student, dense, gradients[0], upstreams[0], scales[0], losses[0]),
+        teacher=_network(teacher, dense, gradients[1], upstreams[1], scales[1], losses[1]),
+        rows=rows,
+        classes=classes,
+        target_kind=target_kind,
+        target_storage=target_storage,
+        target=_address(target),
+        weight=_address(weight),
+        statistics=_address(stats),
+        threads=torch.get_num_threads(),
+        check_labels=check_labels,
     ))  # fmt: skip
-    if bad >= 0:
+    if invalid >= 0:
         assert target is not None
-        raise_bad_label(bad, int(target[bad]), classes, options.ignore_index)
+        raise_bad_label(invalid, int(target[invalid]), classes, options.ignore_index)
 
 
-def _row_stride(rows: Tensor, classes: int) -> int:
-    return classes if rows.is_contiguous() else rows.stride()[0]
+def _network(
+    logits: Tensor,
+    dense: bool,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
+    scale: float,
+    loss: Tensor | None,
+) -> tuple[float, ...]:
+    classes = logits.shape[1]
+    gradient_stride = classes
+    if gradient is not None and not gradient.is_contiguous():
+        gradient_stride = gradient.stride()[0]
+    return native_call.network(
+        storage=_STORAGE[logits.dtype],
+        logits=logits.data_ptr(),
+        stride=classes if dense else logits.stride()[0],
+        gradient=_address(gradient),
+        gradient_stride=gradient_stride,
+        upstream=_address(upstream),
+        scale=scale,
+        loss=_address(loss),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _forward(
@@ -109,7 +136,7 @@ def _forward(
     check_labels: bool,
 ) -> ops.Outputs:
     scalar = _SCALARS[problem.student.dtype, problem.teacher.dtype]
-    stats = scalar.new_empty(12, problem.student.shape[0])
+    stats = scalar.new_empty(len(STATISTICS), problem.student.shape[0])
     loss = stats[0] if problem.options.reduction == "none" else scalar
     student, teacher = torch.empty_like(loss), torch.empty_like(loss)
     scale = float(grad_scale)
@@ -131,34 +158,36 @@ def _backward(
     teacher_scale, teacher_rows, teacher_differs = _upstream(teacher_upstream, dtype, announced)
     if student_differs or teacher_differs:
         scales, rows = (student_scale, teacher_scale), (student_rows, teacher_rows)
-        _run(problem, scales, rows, (ds, dt), None, None, False)
+        _run(problem, scales, rows, (ds, dt), (None, None), None, False)
 
 
 def _upstream(
     upstream: Tensor | None, dtype: torch.dtype, announced: float | Tensor | None
 ) -> tuple[float, Tensor | None, bool]:
-    """As one number, or one a row; and whether it is not what was announced."""
+    """Return the upstream gradient as a scale or as (N,), and whether ``announced`` is another."""
     if upstream is None:
         return 0.0, None, False
-    if upstream.ndim == 0:  # one that was announced does not come here
+    if upstream.ndim == 0:  # the caller has compared a scalar with `announced` already
         return upstream.item(), None, True
     rows = upstream.to(dtype).contiguous()  # (N,)
     return 0.0, rows, announced is None or not bool((rows == announced).all())
 
 
 def set_instruction_set(name: str | None = None) -> str:
-    """The instruction set in use; with the name of one that this machine has, that one now."""
+    """Select an instruction set if this machine supports it, and return the one in use."""
     assert _library is not None
     _library.bdkd_instruction_set(None if name is None else name.encode())
     return _library.bdkd_instruction_set(None).decode()
 
 
 def _sources_hash() -> str | None:
-    """Of what the library is built from, as CMakeLists.txt makes it; None without a checkout."""
+    """Return the hash of the library's sources that CMakeLists.txt computes, or None if there is no
+    checkout."""
     recipe = _CHECKOUT / "CMakeLists.txt"
     if not (recipe.exists() and CHECKOUT_SOURCES.is_dir()):
         return None
     sources = sorted(path for path in CHECKOUT_SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    sources += [Path(__file__).with_name(name) for name in ("options.py", "native_call.py")]
     hashes = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, recipe))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -168,21 +197,22 @@ def _is_built_from(sources: str) -> bool:
 
 
 def _rebuild(sources: str) -> str:
-    """Build the library of this checkout again; '' or why that did not work, in one line."""
+    """Rebuild the library of this checkout. Return "", or one line that says why it failed."""
     import fcntl
 
-    beside_python = Path(sys.executable).parent
-    cmake = shutil.which("cmake", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+    python = Path(sys.executable)
+    cmake = shutil.which("cmake", path=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
     if cmake is None:
         return "there is no cmake here"
     folder = _CHECKOUT / "build" / "native"
+    configure = ["-S", str(_CHECKOUT), "-B", str(folder), f"-DPython3_EXECUTABLE={python}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several ranks or test workers import at once
         if _is_built_from(sources):
             return ""
         print("bdkd: kernels/csrc has changed, building the native kernel", file=sys.stderr)
-        for step in (["-S", str(_CHECKOUT), "-B", str(folder)], ["--build", str(folder)]):
+        for step in (configure, ["--build", str(folder)]):
             done = subprocess.run([cmake, *step], capture_output=True, text=True)
             if done.returncode:
                 return (done.stderr or done.stdout).strip().splitlines()[-1]

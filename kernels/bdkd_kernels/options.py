@@ -252,26 +252,30 @@ def _camel(name: str) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-def c_header() -> str:
-    """The struct ``Options``, an enum for each choice, and the enum ``Statistic``, in C++."""
+def cpp_header() -> str:
+    """Return a C++ header with ``Options``, an enum for each choice, and ``Statistic``."""
+    enums, fields = [], []
+    for option in TABLE:
+        kind = "double" if option.type is float else "int64_t"
+        if option.choices:
+            kind = _camel(option.name)
+            names = ", ".join(f"k{kind}{_camel(choice)}" for choice in option.choices)
+            enums.append(f"enum {kind} : int64_t {{ {names} }};")
+        fields.append(f"  {kind} {option.name};")
+    statistics = ", ".join(f"k{_camel(name)}" for name in STATISTICS)
     lines = [
         "// Generated from kernels/bdkd_kernels/options.py.",
         "#pragma once",
         "#include <cstdint>",
+        *enums,
+        "struct Options {",
+        *fields,
+        "};",
+        f"static_assert(sizeof(Options) == {8 * len(TABLE)});",
+        f"enum Statistic {{ {statistics}, kStatistics }};",
     ]
-    for option in TABLE:
-        if option.choices:
-            names = ", ".join(f"k{_camel(option.name)}{_camel(x)}" for x in option.choices)
-            lines.append(f"enum {_camel(option.name)} : int64_t {{ {names} }};")
-    lines.append("struct Options {")
-    for option in TABLE:
-        ctype = "double" if option.type is float else "int64_t"
-        lines.append(f"  {ctype} {option.name};")
-    lines.append("};")
-    names = ", ".join(f"k{_camel(name)}" for name in STATISTICS)
-    lines.append(f"enum Statistic {{ {names}, kStatistics }};")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(c_header(), end="")
+    print(cpp_header(), end="")

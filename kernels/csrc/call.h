@@ -1,53 +1,36 @@
-// One call of the loss as the row kernels see it.
+// One call of the loss as the row kernels see it, and the queue that gives its rows to threads.
 #pragma once
-#include <cstdint>
+#include "arguments.h"  // generated from native_call.py, with options.h from options.py
 
-enum Storage : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
-constexpr int64_t kStorageSize[] = {4, 8, 2, 2};
-enum Target : int32_t { kNoTarget = -2, kLabels = -1 };  // else soft labels, of that Storage
+constexpr int64_t kStorageBytes[] = {4, 8, 2, 2};  // by Storage
 
-struct Options {  // as native.py packs them
-  double temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, label_smoothing;
-  int64_t ignore_index;
-  int32_t teacher_forward, soften_entropy, mean, none;
+// A value for each network.
+template <class T>
+struct Pair {
+  T student, teacher;
 };
 
-struct Logits {
-  int32_t storage;
-  const void* rows;   // (N, C), unit class stride
-  int64_t stride;     // in elements
-  void* gradient;     // (N, C) or null; may be the logits
-  int64_t gradient_stride;
-  const void* upstream;  // (N,) of the compute type, or null: `scale` for all
-  double scale;
+struct Call : Arguments {
+  double row_scale;         // 1, or 1 / the weight of all counted rows if the reduction is the mean
+  Pair<double*> row_loss;   // (N,) each, weighted, not yet reduced; or null
+  bool nontemporal;         // store the gradients past the caches
 };
 
-struct Call {
-  Options options;
-  int64_t rows, classes;
-  Logits student, teacher;
-  int32_t target_kind;
-  const void* target;  // (N,) int64, (N, C) soft, or null
-  const void* weight;  // (N,) of the compute type, or null
-  double per_row;      // 1, or 1 / the weight of all counted rows
-  void* stats;         // (12, N) of the compute type, or null
-  double *student_loss, *teacher_loss;  // (N,), weighted, not yet divided
-  bool streaming;      // gradients leave the cache: store past it, both networks alike
-};
-
-// The rows, which threads take until there are none left: each from a range of its own, whose next rows it
-// fetches while it works, then from what others have left of theirs.
-struct Shares {
-  struct alignas(64) Range {
+// Each thread takes blocks of rows from its own range, then from the ranges of slower threads.
+struct WorkQueue {
+  struct alignas(64) Range {  // a cache line each, so that threads do not share one
     int64_t next, end;
   };
-  Range* ranges;  // of which there are `count`; each in shares of `size` rows
-  int64_t count, size;
-  int64_t arrived;  // threads
+  Range* ranges;     // (range_count,)
+  int64_t range_count;
+  int64_t block_rows;
+  int64_t threads_started;
 };
 
-using RunRows = void (*)(const Call&, Shares&);
+using RowKernel = void (*)(const Call&, WorkQueue&);
+
+// The kernels of one instruction set.
 struct RowKernels {
-  RunRows of[4];               // by the Storage of both
-  RunRows mixed, mixed_wide;   // two storage types; where one is float64
+  RowKernel by_storage[4];       // both networks have this Storage
+  RowKernel mixed, mixed_float64;  // two types; two types of which one is float64
 };

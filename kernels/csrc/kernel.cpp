@@ -1,22 +1,13 @@
-// The C interface: picks the instruction set, shares the rows among threads, reduces in a fixed
-// order. Nothing here knows of torch or Python.
-#include <algorithm>
-#include <atomic>
-#include <cstddef>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <system_error>
-#include <thread>
-#include <vector>
-
+// The C interface: checks the labels, chooses the instruction set, reduces the losses in a fixed
+// order. Nothing here depends on torch or Python.
 #include "kernel.h"
 
-#if !defined(_WIN32)
-#include <dlfcn.h>
-#include <pthread.h>
-#endif
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "threads.h"
 
 #ifndef BDKD_SOURCES
 #define BDKD_SOURCES "unknown"
@@ -34,10 +25,10 @@ namespace {
 struct InstructionSet {
   const char* name;
   const RowKernels& kernels;
-  bool here;
+  bool is_supported;
 };
 
-const std::vector<InstructionSet>& instruction_sets() {  // best first
+const std::vector<InstructionSet>& instruction_sets() {  // fastest first
   static const std::vector<InstructionSet> sets = {
 #if defined(BDKD_X86)
       {"avx512bf16", avx512bf16::kernels,
@@ -54,175 +45,124 @@ const std::vector<InstructionSet>& instruction_sets() {  // best first
   return sets;
 }
 
-const InstructionSet* best() {
+const InstructionSet* fastest() {
   for (auto& set : instruction_sets())
-    if (set.here) return &set;
+    if (set.is_supported) return &set;
   return nullptr;
 }
 
-std::atomic<const InstructionSet*> chosen{best()};
+std::atomic<const InstructionSet*> chosen{fastest()};
 
-// ---- threads -----------------------------------------------------------------------------------
-//
-// torch's own OpenMP team is used, found by name in the process: its threads are awake after the
-// network's last layer, and a second team would fight them for the cores. A forked child must not
-// touch that team (libgomp hangs there): it starts threads of its own, as does a process whose
-// torch has no OpenMP.
-
-std::atomic<bool> forked{false};
-
-#if !defined(_WIN32)
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-GompParallel team() {
-  static const auto found = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+bool computes_in_float64(const Arguments& a) {
+  return a.student.storage == kFloat64 || a.teacher.storage == kFloat64;
 }
 
-[[gnu::constructor]] void watch_forks() {
-  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+bool is_ignored(const Arguments& a, int64_t row) {
+  return a.target_kind == kLabels && ((const int64_t*)a.target)[row] == a.options.ignore_index;
 }
-#endif
 
-struct Work {
-  const Call& call;
-  RunRows run;
-  Shares shares;
+// Returns the first row whose label is neither in [0, classes) nor ignored, or -1.
+int64_t first_invalid_label(const Arguments& a) {
+  const auto* labels = (const int64_t*)a.target;
+  const auto is_invalid = [&](int64_t i) {
+    return (uint64_t)labels[i] >= (uint64_t)a.classes && labels[i] != a.options.ignore_index;
+  };
+  int64_t invalid = 0;  // counted first: a loop without an exit is vectorised
+  for (int64_t i = 0; i < a.rows; ++i) invalid += is_invalid(i);
+  if (!invalid) return -1;
+  int64_t row = 0;
+  while (!is_invalid(row)) ++row;
+  return row;
+}
 
-  void operator()() { run(call, shares); }
-};
-
-void run_all(const Call& call, RunRows run, int threads) {
-  constexpr int64_t kAlone = 8192;  // class pairs: what a thread that is awake gains below it, its waking costs
-  if (threads < 1 || call.rows * call.classes < kAlone || call.rows < 2) threads = 1;
-  // A thread's rows lie side by side, so that what it fetches ahead is its own; in thirty-two shares, so that
-  // one that was interrupted is not waited for. A share is of whole lines of the statistics, 16 rows, or two
-  // threads would take them from each other row by row.
-  int64_t size = call.rows / (32 * threads);
-  size = size >= 16 ? size / 16 * 16 : call.classes < 4096 ? 16 : size > 1 ? size : 1;
-  if (threads == 1) size = std::max<int64_t>(call.rows, 1);
-  const int64_t shares = (call.rows + size - 1) / size;
-  std::vector<Shares::Range> ranges(threads);
-  for (int64_t i = 0; i < threads; ++i) {
-    const auto until = [&](int64_t n) { return std::min(shares * n / threads * size, call.rows); };
-    ranges[i] = {until(i), until(i + 1)};
+// Returns the weight of all rows that are not ignored: what the mean divides by.
+double total_weight(const Arguments& a) {
+  double total = 0;
+  if (!a.weight) {
+    int64_t counted = 0;
+    for (int64_t i = 0; i < a.rows; ++i) counted += !is_ignored(a, i);
+    return counted;
   }
-  Work work{call, run, {ranges.data(), threads, size, 0}};
-  if (threads == 1) return work();
-#if !defined(_WIN32)
-  if (auto parallel = team()) return parallel([](void* work) { (*static_cast<Work*>(work))(); }, &work, threads, 0);
-#endif
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < threads; ++i) others.emplace_back(std::ref(work));
-  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
-  }
-  work();
-  for (auto& thread : others) thread.join();
+  const bool is_float64 = computes_in_float64(a);
+  for (int64_t i = 0; i < a.rows; ++i)
+    if (!is_ignored(a, i)) total += is_float64 ? ((const double*)a.weight)[i] : ((const float*)a.weight)[i];
+  return total;
 }
 
+// Non-temporal stores pay for gradients that are too large to stay in the caches until they are
+// read. They write whole cache lines, and one loop writes both gradients, so the lines of both must
+// begin at the same classes of a row.
+bool use_nontemporal_stores(const Arguments& a) {
+  constexpr int64_t kMinBytes = 4 << 20;
+  constexpr uint64_t kLineBytes = 64;
+  const Network &s = a.student, &t = a.teacher;
+  int64_t bytes = 0;
+  for (const Network* network : {&s, &t})
+    if (network->gradient) bytes += a.rows * a.classes * kStorageBytes[network->storage];
+  uint64_t difference = 0;
+  if (s.gradient && t.gradient)
+    difference = ((uintptr_t)t.gradient - (uintptr_t)s.gradient) |
+                 (uint64_t)((t.gradient_stride - s.gradient_stride) * kStorageBytes[t.storage]);
+  return bytes >= kMinBytes && difference % kLineBytes == 0;
+}
+
+RowKernel choose_kernel(const Arguments& a) {
+  const RowKernels& kernels = chosen.load()->kernels;
+  if (a.student.storage == a.teacher.storage) return kernels.by_storage[a.student.storage];
+  return computes_in_float64(a) ? kernels.mixed_float64 : kernels.mixed;
+}
+
+// Eight partial sums in a fixed order: the same bits for any number of threads.
 double ordered_sum(const double* x, int64_t n) {
-  double lanes[8] = {};
+  double partial[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    for (int k = 0; k < 8; ++k) lanes[k] += x[i + k];
-  for (; i < n; ++i) lanes[i % 8] += x[i];
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    for (int k = 0; k < 8; ++k) partial[k] += x[i + k];
+  for (; i < n; ++i) partial[i % 8] += x[i];
+  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
 }
 
 template <class R>
 void write_loss(const double* rows, const Call& call, void* loss) {
-  if (call.options.none) {
+  if (call.options.reduction == kReductionNone)
     for (int64_t i = 0; i < call.rows; ++i) ((R*)loss)[i] = rows[i];
-  } else {
-    *(R*)loss = ordered_sum(rows, call.rows) * call.per_row;
-  }
-}
-
-double weight_at(const void* weight, bool wide, int64_t i) {
-  return !weight ? 1.0 : wide ? ((const double*)weight)[i] : ((const float*)weight)[i];
+  else
+    *(R*)loss = ordered_sum(rows, call.rows) * call.row_scale;
 }
 
 }  // namespace
 
 EXPORT int64_t bdkd_run(const void* packed) {
-  Arguments a;
-  memcpy(&a, packed, offsetof(Arguments, check_labels) + sizeof a.check_labels);
-  const Options* options = &a.options;
-  const int64_t rows = a.rows, classes = a.classes;
-  const bool wide = a.storage_s == kFloat64 || a.storage_t == kFloat64;
-  const int64_t* labels = a.target_kind == kLabels ? (const int64_t*)a.target : nullptr;
-  double counted = 0;
-  if (labels && (a.check_labels || options->mean)) {
-    const int64_t ignore = options->ignore_index;
-    int64_t kept = 0, bad = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      kept += labels[i] != ignore;
-      bad += (uint64_t)labels[i] >= (uint64_t)classes && labels[i] != ignore;
-    }
-    if (a.check_labels && bad) {
-      int64_t i = 0;
-      while ((uint64_t)labels[i] < (uint64_t)classes || labels[i] == ignore) ++i;
-      return i;
-    }
-    counted = kept;
-  } else {
-    counted = rows;
-  }
-  if (a.weight && options->mean) {
-    counted = 0;
-    for (int64_t i = 0; i < rows; ++i)
-      if (!labels || labels[i] != options->ignore_index) counted += weight_at(a.weight, wide, i);
-  }
-
   Call call{};
-  call.options = *options;
-  call.rows = rows, call.classes = classes;
-  call.student = {a.storage_s, a.s, a.stride_s, a.ds, a.stride_ds, a.upstream_s, a.scale_s};
-  call.teacher = {a.storage_t, a.t, a.stride_t, a.dt, a.stride_dt, a.upstream_t, a.scale_t};
-  call.target_kind = a.target_kind, call.target = a.target, call.weight = a.weight;
-  call.per_row = options->mean && counted != 0 ? 1 / counted : 1;
-  call.stats = a.stats;
-  // Gradients too large for the caches that their reader could find them in go past them. That
-  // takes whole vectors, of both networks alike.
-  constexpr int64_t kStreamed = 4 << 20;
-  int64_t bytes = 0;
-  uint64_t apart = 0;
-  const Logits* before = nullptr;
-  for (const Logits* network : {&call.student, &call.teacher}) {
-    if (!network->gradient) continue;
-    const int64_t size = kStorageSize[network->storage];
-    bytes += rows * classes * size;
-    if (before)
-      apart = ((uintptr_t)network->gradient - (uintptr_t)before->gradient |
-               (network->gradient_stride - before->gradient_stride) * size) % 64;
-    before = network;
-  }
-  call.streaming = bytes >= kStreamed && !apart;
+  Arguments& arguments = call;
+  memcpy(&arguments, packed, sizeof arguments);
+  if (call.check_labels && call.target_kind == kLabels)
+    if (const int64_t row = first_invalid_label(call); row >= 0) return row;
+  const double weight = call.options.reduction == kReductionMean ? total_weight(call) : 0;
+  call.row_scale = weight != 0 ? 1 / weight : 1;
+  call.nontemporal = use_nontemporal_stores(call);
 
-  std::unique_ptr<double[]> losses;
-  if (a.loss_s) {
-    losses.reset(new double[2 * rows]);
-    call.student_loss = losses.get(), call.teacher_loss = losses.get() + rows;
+  const bool has_losses = call.student.loss != nullptr;
+  std::unique_ptr<double[]> row_losses;
+  if (has_losses) {
+    row_losses.reset(new double[2 * call.rows]);
+    call.row_loss = {row_losses.get(), row_losses.get() + call.rows};
   }
-  const RowKernels& kernels = chosen.load()->kernels;
-  run_all(call, a.storage_s == a.storage_t ? kernels.of[a.storage_s] : wide ? kernels.mixed_wide : kernels.mixed,
-          a.threads);
-  if (a.loss_s) {
-    auto write = wide ? write_loss<double> : write_loss<float>;
-    write(call.student_loss, call, a.loss_s);
-    write(call.teacher_loss, call, a.loss_t);
+  run_on_threads(call, choose_kernel(call));
+  if (has_losses) {
+    const auto write = computes_in_float64(call) ? write_loss<double> : write_loss<float>;
+    write(call.row_loss.student, call, call.student.loss);
+    write(call.row_loss.teacher, call, call.teacher.loss);
   }
   return -1;
 }
 
 EXPORT const char* bdkd_instruction_set(const char* name) {
-  if (name) {
-    for (auto& set : instruction_sets())
-      if (!strcmp(set.name, name) && set.here) return chosen = &set, set.name;
-    return nullptr;
-  }
-  return chosen.load()->name;
+  if (!name) return chosen.load()->name;
+  for (auto& set : instruction_sets())
+    if (set.is_supported && !strcmp(set.name, name)) return chosen = &set, set.name;
+  return nullptr;
 }
 
 EXPORT const char* bdkd_sources() { return BDKD_SOURCES; }

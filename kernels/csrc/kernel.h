@@ -8,32 +8,14 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// What native.py packs: Options, then these; null where there is nothing. Student before teacher.
-struct Arguments {
-  Options options;
-  double scale_s, scale_t;
-  int64_t rows, classes;
-  const void* s;
-  int64_t stride_s;
-  const void* t;
-  int64_t stride_t;
-  const void *target, *weight;
-  void* stats;
-  void* ds;
-  int64_t stride_ds;
-  void* dt;
-  int64_t stride_dt;
-  const void *upstream_s, *upstream_t;
-  void *loss_s, *loss_t;
-  int32_t storage_s, storage_t, target_kind, threads, check_labels;
-};
-
-// The first row whose label is neither in [0, classes) nor ignored, or -1; nothing is written then
-// where the labels are to be checked. `packed`: Arguments, unaligned.
+// Computes losses, statistics and gradients. `packed` points to Arguments, at any alignment.
+// Returns -1. If the labels are to be checked and one is neither in [0, classes) nor ignored, writes
+// nothing and returns the first such row.
 EXPORT int64_t bdkd_run(const void* packed);
 
-// The instruction set in use; with a name, takes that one first: null if this machine lacks it.
+// Returns the instruction set in use. A name selects that instruction set first; returns null if
+// this machine does not have it.
 EXPORT const char* bdkd_instruction_set(const char* name);
 
-// The hash of the sources that this library was built from: native.py compares it.
+// Returns the hash of the sources that this library was built from. native.py compares it.
 EXPORT const char* bdkd_sources();

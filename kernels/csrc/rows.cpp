@@ -22,10 +22,6 @@ constexpr int64_t kAheadBytes = 16 << 10;  // of logits from those in work to th
 constexpr bool kWide = BDKD_BYTES == 64;  // 32 registers, which two loops in one take
 constexpr int kBlock = 64;  // vectors summed in the compute type before float64 takes them over
 
-enum Stat { kForwardKL, kReverseKL, kStudentEntropy, kTeacherEntropy, kStudentCE, kTeacherCE,
-            kForwardWeight, kReverseWeight, kStudentConfidence, kTeacherConfidence,
-            kStudentCorrect, kTeacherCorrect, kStats };
-
 // Rows whose scalars (logarithms, divergences, weights, coefficients) are worked out side by side,
 // a lane each: for few classes they cost more than the classes do. No row's result depends on which
 // others stand beside it.
@@ -160,7 +156,7 @@ void widen_as(const void* from, int64_t count, R* to) {
   }
 }
 template <class R>
-void widen(int32_t storage, const void* rows, int64_t first, int64_t count, R* to) {
+void widen(Storage storage, const void* rows, int64_t first, int64_t count, R* to) {
   switch (storage) {
     case kFloat32: return widen_as<R, float>((const float*)rows + first, count, to);
     case kFloat64: return widen_as<R, double>((const double*)rows + first, count, to);
@@ -178,7 +174,7 @@ void narrow_as(const R* from, int64_t count, void* to) {
   }
 }
 template <class R>
-void narrow(int32_t storage, const R* from, int64_t count, void* rows, int64_t first) {
+void narrow(Storage storage, const R* from, int64_t count, void* rows, int64_t first) {
   switch (storage) {
     case kFloat32: return narrow_as<R, float>(from, count, (float*)rows + first);
     case kFloat64: return narrow_as<R, double>(from, count, (double*)rows + first);
@@ -189,7 +185,7 @@ void narrow(int32_t storage, const R* from, int64_t count, void* rows, int64_t f
 
 template <class R>
 int64_t soft_row(const Call& call, int64_t row, R* q) {  // the row, smoothed; its first largest class
-  widen<R>(call.target_kind, call.target, row * call.classes, call.classes, q);
+  widen<R>(call.target_storage, call.target, row * call.classes, call.classes, q);
   int64_t first = 0;
   for (int64_t i = 1; i < call.classes; ++i)
     if (q[i] > q[first]) first = i;
@@ -210,11 +206,12 @@ struct Rows {
   const int64_t C = call.classes;
   const int64_t padded = (C + W - 1) / W * W;
   const bool kd = o.student_kd != 0 || o.teacher_kd != 0;
-  const bool labels = call.target_kind == kLabels, soft = call.target_kind >= 0;
+  const bool labels = call.target_kind == kLabels, soft = call.target_kind == kProbabilities;
   const bool student_ce = o.student_ce != 0 && call.target_kind != kNoTarget;
   const bool teacher_ce = o.teacher_ce != 0 && call.target_kind != kNoTarget;
   const bool smooth = labels && o.label_smoothing != 0 && (student_ce || teacher_ce);
   const bool plain_entropy = kd && !o.soften_entropy;
+  const bool teacher_forward = o.teacher_divergence == kTeacherDivergenceForward;
   const double tau = kd ? o.temperature : 1.0;
   const R to_log2 = kLog2E / tau;
   // e1 = e^tau: by multiplications for a tau of 1, 2, 4, 8; 0: another exponential.
@@ -239,7 +236,7 @@ struct Rows {
   const int64_t rows_ahead = C > 2 * kChunk ? 1 : 1 + (kAheadBytes - 1) / (2 * C * (int64_t)sizeof(S));
   const int64_t classes_ahead = C > 2 * kChunk ? 2 * kChunk : 0;
 
-  const bool streaming = call.streaming && C >= 16 * W;  // past the cache; few classes fill no lines
+  const bool streaming = call.nontemporal && C >= 16 * W;  // past the cache; few classes fill no lines
 
   // Where a class may be masked, x to_log2 is raised to this: 2 to its power is 0. At temperature 1 the
   // floor is another x: a temperature below 1 has 0 where e^x is not.
@@ -282,26 +279,26 @@ struct Rows {
     }
   };
 
-  struct Pair {  // logits of both networks
+  struct RowPair {  // logits of both networks
     const S *s, *t;
-    bool operator==(const Pair& other) const { return s == other.s && t == other.t; }
-    Pair operator+(int64_t classes) const { return {s + classes, t + classes}; }
+    bool operator==(const RowPair& other) const { return s == other.s && t == other.t; }
+    RowPair operator+(int64_t classes) const { return {s + classes, t + classes}; }
   };
-  Pair down(Pair row, int64_t n) const { return {row.s + n * call.student.stride, row.t + n * call.teacher.stride}; }
+  RowPair down(RowPair row, int64_t n) const { return {row.s + n * call.student.stride, row.t + n * call.teacher.stride}; }
 
   // Classes begin .. end of row k of the group, and what is done beside their sums.
   struct Piece {
     int k;
-    Pair row;
+    RowPair row;
     int64_t begin, end;
-    Pair next{};  // of as many classes, whose maxima are taken; or null
-    Pair fetched;  // of as many
+    RowPair next{};  // of as many classes, whose maxima are taken; or null
+    RowPair fetched;  // of as many
     const S *ds{}, *dt{};  // the row's gradients, to be fetched; or null
     bool careful = false;
   };
 
   struct Maxima {
-    Pair of{};
+    RowPair of{};
     R s{}, t{};
   };
 
@@ -313,7 +310,7 @@ struct Rows {
     const int k = piece.k;
     const bool careful = piece.careful;
     const S *const s = piece.row.s, *const t = piece.row.t, *const ds = piece.ds, *const dt = piece.dt;
-    const Pair fetched = piece.fetched + -piece.begin, next = (piece.next.s ? piece.next : piece.row) + -piece.begin;
+    const RowPair fetched = piece.fetched + -piece.begin, next = (piece.next.s ? piece.next : piece.row) + -piece.begin;
     const V to_log2 = V{} + this->to_log2, floor = (R)kFloor / to_log2, floor_at_one = V{} + (R)(kFloor / kLog2E);
     const R max_s = student.max[k], max_t = teacher.max[k];
     const int64_t C = this->C;
@@ -388,7 +385,7 @@ struct Rows {
   }
 
   // Of `count` classes; taken already, as a rule.
-  INLINE Maxima maxima(Pair logits, int64_t count) const {
+  INLINE Maxima maxima(RowPair logits, int64_t count) const {
     return ahead.of == logits ? ahead : Maxima{logits, (R)row_max<R>(logits.s, count), (R)row_max<R>(logits.t, count)};
   }
 
@@ -451,7 +448,7 @@ struct Rows {
 
   struct Due {  // a row whose gradients are still to be made
     bool waits = false, careful = false;
-    Pair row{};
+    RowPair row{};
     S *ds{}, *dt{};
     int64_t label = 0;
     R max_s{}, max_t{};
@@ -479,7 +476,7 @@ struct Rows {
         : ks(rows.to_s, k), kt(rows.to_t, k), to_log2(V{} + rows.to_log2), C(rows.C),
           own_label(rows.labels ? due.label : -1), per_vector(rows.per_vector), any_power(rows.power),
           q(rows.q_of(k)), keeps(rows.kept_of(k)), soft(rows.soft), smooth(rows.smooth), streaming(rows.streaming),
-          forward(rows.o.teacher_forward), student_kd(rows.o.student_kd != 0), teacher_kd(rows.o.teacher_kd != 0),
+          forward(rows.teacher_forward), student_kd(rows.o.student_kd != 0), teacher_kd(rows.o.teacher_kd != 0),
           student_ce(rows.student_ce), teacher_ce(rows.teacher_ce), s(due.row.s), t(due.row.t), ds(due.ds),
           dt(due.dt), max_s(due.max_s), max_t(due.max_t), i(due.made) {
       // Stores past the cache are of whole lines: what comes before the first is a head of its own.
@@ -600,7 +597,7 @@ struct Rows {
   Due due[kGroup];
   Maxima ahead;
 
-  static double upstream(const Logits& logits, int64_t row) {
+  static double upstream(const Network& logits, int64_t row) {
     return logits.upstream ? (double)((const R*)logits.upstream)[row] : logits.scale;
   }
 
@@ -615,7 +612,7 @@ struct Rows {
 
   // Rows first .. first + n, n <= group; up to `last` this thread may go on. `logits`, ds and dt: of the
   // first. Gradients may still be due afterwards: `finish` makes them.
-  void operator()(int64_t first, int n, int64_t last, Pair logits, S* ds, S* dt) {
+  void operator()(int64_t first, int n, int64_t last, RowPair logits, S* ds, S* dt) {
     NetworkSums student, teacher;
     Scalars row;
     const auto gradient = [](S* rows, int64_t stride, int k) { return rows ? rows + k * stride : nullptr; };
@@ -650,7 +647,7 @@ struct Rows {
   };
 
   // Row k's maxima and sums; false where it is ignored. Makes the gradients due in its place meanwhile.
-  bool one_row(int64_t number, int k, int64_t last, Pair logits, const S* ds, const S* dt, NetworkSums& student,
+  bool one_row(int64_t number, int k, int64_t last, RowPair logits, const S* ds, const S* dt, NetworkSums& student,
                NetworkSums& teacher, Scalars& row) {
     int64_t label = labels ? ((const int64_t*)call.target)[number] : -1;
     if (labels && label == o.ignore_index) return false;
@@ -670,14 +667,14 @@ struct Rows {
     if (kept) {
       const Maxima max = maxima(logits, C);
       student.max[k] = max.s, teacher.max[k] = max.t;
-      const Pair next = number + 1 < last ? down(logits, 1) : Pair{};
+      const RowPair next = number + 1 < last ? down(logits, 1) : RowPair{};
       (this->*loop)({k, logits, 0, C, next, down(logits, rows_ahead) + classes_ahead, ds, dt}, student, teacher);
     } else {
       for (int64_t begin = 0; begin < C; begin += kChunk) {
         const int64_t end = begin + kChunk < C ? begin + kChunk : C;
         const Maxima max = maxima(logits + begin, end - begin);
         raise(k, max.s, max.t, student, teacher);
-        const Pair next = end + kChunk <= C ? logits + end : Pair{};
+        const RowPair next = end + kChunk <= C ? logits + end : RowPair{};
         (this->*loop)({k, logits, begin, end, next, logits + (begin + 2 * kChunk), ds, dt}, student, teacher);
       }
     }
@@ -772,17 +769,17 @@ struct Rows {
     // A NaN of either network reaches every class, also those whose e is 0. (Sums are finite or NaN.)
     const W poison = kd ? 0 * (of(student.z) + of(teacher.z)) : W{};
     if (call.student.gradient) {
-      const W scale = weight * call.per_row * of(row.upstream_s), kd_scale = scale * o.student_kd * tau;
+      const W scale = weight * call.row_scale * of(row.upstream_s), kd_scale = scale * o.student_kd * tau;
       put(to_s.gap, -kd_scale * d2 / tau * per_zs);
       put(to_s.offset, kd_scale * (d1 + d2 * (log_zt_over_zs - reverse)) * per_zs);
       put(to_s.partner, kd_scale * d1 * per_zt + poison);
       if (student_ce) to_target(to_s, scale * o.student_ce, per_z1s);
     }
     if (call.teacher.gradient) {
-      const W scale = weight * call.per_row * of(row.upstream_t), kd_scale = scale * o.teacher_kd * tau;
-      put(to_t.gap, o.teacher_forward ? kd_scale / tau * per_zt : W{});
-      put(to_t.offset, kd_scale * (o.teacher_forward ? -log_zt_over_zs - forward : one) * per_zt);
-      put(to_t.partner, (o.teacher_forward ? W{} : kd_scale * per_zs) + poison);
+      const W scale = weight * call.row_scale * of(row.upstream_t), kd_scale = scale * o.teacher_kd * tau;
+      put(to_t.gap, teacher_forward ? kd_scale / tau * per_zt : W{});
+      put(to_t.offset, kd_scale * (teacher_forward ? -log_zt_over_zs - forward : one) * per_zt);
+      put(to_t.partner, (teacher_forward ? W{} : kd_scale * per_zs) + poison);
       if (teacher_ce) to_target(to_t, scale * o.teacher_ce, per_z1t);
     }
 
@@ -792,20 +789,20 @@ struct Rows {
       if (n - k >= D) memcpy((void*)(rows + first + k), &narrow, sizeof narrow);
       else memcpy((void*)(rows + first + k), &narrow, sizeof(T) * (n - k));
     };
-    if (call.stats) {
+    if (call.statistics) {
       const W z1s = of(student.z1), z1t = of(teacher.z1);
-      const W stats[kStats] = {forward, reverse, entropy_s, entropy_t, ce_s, ce_t, d1, d2, per_z1s, per_z1t,
+      const W stats[kStatistics] = {forward, reverse, entropy_s, entropy_t, ce_s, ce_t, d1, d2, per_z1s, per_z1t,
                                z1s == z1s ? of(row.correct_s) : W{}, z1t == z1t ? of(row.correct_t) : W{}};
-      for (int stat = 0; stat < kStats; ++stat) write((R*)call.stats + stat * call.rows, stats[stat]);
+      for (int stat = 0; stat < kStatistics; ++stat) write((R*)call.statistics + stat * call.rows, stats[stat]);
     }
-    if (call.student_loss) {
+    if (call.row_loss.student) {
       W student_loss{}, teacher_loss{};
       if (o.student_kd != 0) student_loss += o.student_kd * tau * tau * (d1 * forward + d2 * reverse);
-      if (o.teacher_kd != 0) teacher_loss += o.teacher_kd * tau * tau * (o.teacher_forward ? forward : reverse);
+      if (o.teacher_kd != 0) teacher_loss += o.teacher_kd * tau * tau * (teacher_forward ? forward : reverse);
       if (student_ce) student_loss += o.student_ce * ce_s;
       if (teacher_ce) teacher_loss += o.teacher_ce * ce_t;
-      write(call.student_loss, weight * student_loss);
-      write(call.teacher_loss, weight * teacher_loss);
+      write(call.row_loss.student, weight * student_loss);
+      write(call.row_loss.teacher, weight * teacher_loss);
     }
   }
 
@@ -821,16 +818,16 @@ struct Subnormals {  // exponentials that small would cost 150 cycles each: on x
 };
 
 struct Share {  // one after the other, of one thread
-  Shares& all;
-  int64_t from = __atomic_fetch_add(&all.arrived, 1, __ATOMIC_RELAXED) % all.count;  // this range
-  int64_t left = all.count;  // ranges that may hold some
+  WorkQueue& all;
+  int64_t from = __atomic_fetch_add(&all.threads_started, 1, __ATOMIC_RELAXED) % all.range_count;  // this range
+  int64_t left = all.range_count;  // ranges that may hold some
   int64_t begin{}, end{}, last{};  // rows; `last` ends their range
 
   bool next() {
-    for (; left; --left, from = (from + 1) % all.count) {
-      Shares::Range& range = all.ranges[from];
-      begin = __atomic_fetch_add(&range.next, all.size, __ATOMIC_RELAXED), last = range.end;
-      end = begin + all.size < last ? begin + all.size : last;
+    for (; left; --left, from = (from + 1) % all.range_count) {
+      WorkQueue::Range& range = all.ranges[from];
+      begin = __atomic_fetch_add(&range.next, all.block_rows, __ATOMIC_RELAXED), last = range.end;
+      end = begin + all.block_rows < last ? begin + all.block_rows : last;
       if (begin < last) return true;
     }
     return false;
@@ -838,14 +835,14 @@ struct Share {  // one after the other, of one thread
 };
 
 template <class S>
-void run(const Call& call, Shares& shares) {
+void run(const Call& call, WorkQueue& shares) {
   const Subnormals are_zero;
   Rows<S> rows{call};
   const auto &s = call.student, &t = call.teacher;
   for (Share share{shares}; share.next();)
     for (int64_t row = share.begin; row < share.end; row += rows.group)
       rows(row, share.end - row < rows.group ? share.end - row : rows.group, share.last,
-           {(const S*)s.rows + row * s.stride, (const S*)t.rows + row * t.stride},
+           {(const S*)s.logits + row * s.stride, (const S*)t.logits + row * t.stride},
            s.gradient ? (S*)s.gradient + row * s.gradient_stride : nullptr,
            t.gradient ? (S*)t.gradient + row * t.gradient_stride : nullptr);
   rows.finish();
@@ -853,9 +850,9 @@ void run(const Call& call, Shares& shares) {
 
 // Two storage types: each row goes through a copy in the compute type.
 template <class R>
-void run_mixed(const Call& mixed, Shares& shares) {
+void run_mixed(const Call& mixed, WorkQueue& shares) {
   Call call = mixed;
-  call.streaming = false;
+  call.nontemporal = false;
   Rows<R> one_row{call};
   const int64_t padded = one_row.padded;
   const std::unique_ptr<R[]> memory(new R[2 * padded]);
@@ -863,8 +860,8 @@ void run_mixed(const Call& mixed, Shares& shares) {
   const auto &s = call.student, &t = call.teacher;
   for (Share share{shares}; share.next();)
     for (int64_t row = share.begin; row < share.end; ++row) {
-      widen<R>(s.storage, s.rows, row * s.stride, call.classes, a);
-      widen<R>(t.storage, t.rows, row * t.stride, call.classes, b);  // float32's subnormals are float64's numbers
+      widen<R>(s.storage, s.logits, row * s.stride, call.classes, a);
+      widen<R>(t.storage, t.logits, row * t.stride, call.classes, b);  // float32's subnormals are float64's numbers
       {
         const Subnormals are_zero;
         one_row(row, 1, row + 1, {a, b}, s.gradient ? a : nullptr, t.gradient ? b : nullptr);

@@ -1,10 +1,10 @@
-"""The native kernel's test grid under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind.
+"""Run the native kernel's test grid under AddressSanitizer, UBSan and valgrind.
 
-    python kernels/csrc/sanitize.py            every instruction set of this machine, and valgrind
-    python kernels/csrc/sanitize.py --short    the portable one, not optimised, under the sanitizers
+    python kernels/csrc/sanitize.py            all instruction sets of this machine, and valgrind
+    python kernels/csrc/sanitize.py --short    the portable one, without optimisation or valgrind
 
-Exits with the failing program's status. valgrind is left out, in words, where it is not installed;
-it knows no AVX-512.
+Exits with the status of the first program that fails. If valgrind is not installed, a message says
+so. valgrind does not support AVX-512.
 """
 
 import argparse
@@ -18,11 +18,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path, *options: str) -> Path:
-    """The grid's program, built with these CMake options."""
-    beside_python = Path(sys.executable).parent
-    cmake = shutil.which("cmake", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+    """Build the program with these CMake options and return its path."""
+    scripts = Path(sys.executable).parent
+    cmake = shutil.which("cmake", path=f"{scripts}{os.pathsep}{os.environ['PATH']}")
     if cmake is None:
         sys.exit("sanitize.py needs cmake: pip install cmake")
+    options = (f"-DPython3_EXECUTABLE={sys.executable}", *options)
     run([cmake, "-S", str(CHECKOUT), "-B", str(folder), *options], stdout=subprocess.DEVNULL)
     target = ["--build", str(folder), "--target", "bdkd_sanitize", "--parallel", "2"]
     run([cmake, *target], stdout=subprocess.DEVNULL)
@@ -41,11 +42,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=CHECKOUT / "build" / "sanitize")
     arguments = parser.parse_args()
     sanitizers = "-DBDKD_SANITIZE=address,undefined"
-    # An unknown bit pattern read as a bool or an enum, a wrong alignment, an overflow: all fatal.
+    # Invalid bools and enums, wrong alignment and overflows stop the program.
     environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
 
     if arguments.short:
-        # Most of the time is the compiler's, which is much faster without optimisation.
+        # Most of the time goes to the compiler, which is much faster without optimisation.
         program = build(
             arguments.folder / "short", sanitizers, "-DBDKD_PORTABLE=ON", "-DBDKD_OPTIMIZE=0"
         )
@@ -54,7 +55,7 @@ def main() -> None:
     run([str(program), "portable", "avx2", "avx512", "avx512bf16"], env=environment)
     valgrind = shutil.which("valgrind")
     if valgrind is None:
-        return print("valgrind is not installed: left out")
+        return print("valgrind is not installed: its run is skipped")
     program = build(arguments.folder / "plain")
     run([valgrind, "--quiet", "--error-exitcode=1", str(program), "portable", "avx2"])
 
