@@ -1,10 +1,10 @@
-"""Where the native kernel's time goes, pass by pass: samples of one thread, sorted by function.
+"""Profile the native kernel: the share of each pass over the rows, in one thread.
 
     python bench/native_profile.py [--seconds 2]
 
-Wants perf (Debian: apt install linux-perf). It samples the processor's clock, which a virtual
-machine without hardware counters has too. Inputs beyond the caches, both losses and gradients,
-temperature 4.
+Requires perf (Debian: apt install linux-perf). perf samples the processor's clock, which also works
+in a virtual machine without hardware counters. The inputs are larger than the caches. Each call
+computes both losses and both gradients at temperature 4.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import results
 
 SIZES = [(128, 100, "float32"), (1024, 1000, "float32"), (256, 21841, "float32"),
          (64, 128256, "float32"), (64, 128256, "bfloat16")]  # fmt: skip
-# Where maxima are taken depends on the compiler, which may put them in their caller. Wide vectors
-# take most of them in the loop of the sums; with large gradients all three passes are one loop.
+# Parts of the symbols, first match first. The compiler may inline the maxima into RowWorker. With
+# AVX-512 most of them are computed in the loop of the sums, and large gradients in that loop too.
 PASSES = {
-    "::sums_and_gradients<": "both in one",
+    "::sums_and_gradients<": "fused",
     "row_max": "maxima",
-    "operator()": "maxima",
+    "::RowWorker<": "maxima",
     "::sums<": "sums",
     "::gradients<": "gradients",
     "::scalars": "scalars",
@@ -46,7 +46,7 @@ while time.perf_counter() < until:
 
 
 def profile(perf: str, rows: int, classes: int, dtype: str, seconds: float) -> Counter:
-    """Percent of the library's own samples, by pass."""
+    """Return each pass's share of the library's samples, in percent."""
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder, "perf.data"))
         size = [str(rows), str(classes), dtype, str(seconds)]
@@ -67,7 +67,7 @@ def profile(perf: str, rows: int, classes: int, dtype: str, seconds: float) -> C
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each size")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per size")
     seconds = parser.parse_args().seconds
     perf = shutil.which("perf")
     if perf is None:
@@ -75,7 +75,7 @@ def main() -> None:
     command = f"python bench/native_profile.py --seconds {seconds:g}"
     print(results.head({"machine": machine.describe(1, "cpu"), "commit": machine.commit(),
                         "date": machine.now(), "command": command}), end="\n\n")  # fmt: skip
-    names = ["both in one", "sums", "gradients", "maxima", "scalars", "the rest"]
+    names = ["fused", "sums", "gradients", "maxima", "scalars", "the rest"]
     rows = []
     for size in SIZES:
         shares = profile(perf, *size, seconds)

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import native_call, ops
 from .checks import raise_bad_label
 from .native_call import STORAGE, TARGET_KIND
-from .options import STATISTICS, struct_format, struct_values
+from .options import STATISTICS, cpp_header, struct_format, struct_values
 from .reference import compute_dtype
 from .types import Availability, LossInputs
 
@@ -187,9 +187,10 @@ def _sources_hash() -> str | None:
     if not (recipe.exists() and CHECKOUT_SOURCES.is_dir()):
         return None
     sources = sorted(path for path in CHECKOUT_SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    sources += [Path(__file__).with_name(name) for name in ("options.py", "native_call.py")]
-    hashes = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, recipe))
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    parts = [cpp_header().encode(), native_call.cpp_header().encode()]
+    parts += [path.read_bytes() for path in (*sources, recipe)]
+    hashes = "".join(hashlib.sha256(part).hexdigest() for part in parts)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def _is_built_from(sources: str) -> bool:

@@ -57,10 +57,6 @@ bool computes_in_float64(const Arguments& a) {
   return a.student.storage == kFloat64 || a.teacher.storage == kFloat64;
 }
 
-bool is_ignored(const Arguments& a, int64_t row) {
-  return a.target_kind == kLabels && ((const int64_t*)a.target)[row] == a.options.ignore_index;
-}
-
 // Returns the first row whose label is neither in [0, classes) nor ignored, or -1.
 int64_t first_invalid_label(const Arguments& a) {
   const auto* labels = (const int64_t*)a.target;
@@ -77,15 +73,17 @@ int64_t first_invalid_label(const Arguments& a) {
 
 // Returns the weight of all rows that are not ignored: what the mean divides by.
 double total_weight(const Arguments& a) {
-  double total = 0;
+  const auto* labels = a.target_kind == kLabels ? (const int64_t*)a.target : nullptr;
+  const auto is_counted = [&](int64_t i) { return !labels || labels[i] != a.options.ignore_index; };
   if (!a.weight) {
     int64_t counted = 0;
-    for (int64_t i = 0; i < a.rows; ++i) counted += !is_ignored(a, i);
+    for (int64_t i = 0; i < a.rows; ++i) counted += is_counted(i);
     return counted;
   }
+  double total = 0;
   const bool is_float64 = computes_in_float64(a);
   for (int64_t i = 0; i < a.rows; ++i)
-    if (!is_ignored(a, i)) total += is_float64 ? ((const double*)a.weight)[i] : ((const float*)a.weight)[i];
+    if (is_counted(i)) total += is_float64 ? ((const double*)a.weight)[i] : ((const float*)a.weight)[i];
   return total;
 }
 

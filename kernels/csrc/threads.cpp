@@ -1,3 +1,4 @@
+// Shares the rows of a call among threads.
 #include "threads.h"
 
 #include <algorithm>

@@ -23,10 +23,10 @@ def test_a_report_is_summed_by_pass(tmp_path):
     perf.write_text(
         "#!/bin/sh\n[ $1 = record ] && exit\n"
         "echo '# a head'\n"
-        "echo '    50.00%  [.] portable::Rows<float>::sums_and_gradients<4, true>'\n"
-        "echo '    10.00%  [.] portable::Rows<float>::sums<4, true>'\n"
-        "echo '    30.00%  [.] portable::Rows<float>::gradients<4, true>'\n"
-        "echo '     9.00%  [.] portable::Rows<float>::operator()'\n"
+        "echo '    50.00%  [.] avx2::(anonymous namespace)::sums_and_gradients<float, 4, true>'\n"
+        "echo '    10.00%  [.] avx2::(anonymous namespace)::sums<float, 4, true>'\n"
+        "echo '    30.00%  [.] avx2::(anonymous namespace)::gradients<float, 4, true>'\n"
+        "echo '     9.00%  [.] avx2::(anonymous namespace)::RowWorker<float>::run'\n"
     )
     perf.chmod(0o755)
     done = subprocess.run(
