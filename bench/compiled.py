@@ -19,10 +19,11 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from bdkd_kernels.options import LossOptions
 from bdkd_kernels.triton import arguments, launch_table
 from bdkd_kernels.triton import backend as triton_backend
 from bdkd_kernels.triton.launcher import KERNELS
-from bdkd_kernels.types import LossInputs, LossOptions
+from bdkd_kernels.types import LossInputs, Pair
 from issue_slots import loop_slots, resources, tile_slots
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -122,7 +123,9 @@ def compile_forward(
     call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
     ds = torch.empty_like(call.student) if gradients else None
     dt = torch.empty_like(call.teacher) if gradients else None
-    kernels = compile_kernels(target, lambda: triton_backend._forward(call, 1.0, ds, dt, False))
+    kernels = compile_kernels(
+        target, lambda: triton_backend._forward(call, 1.0, Pair(ds, dt), False)
+    )
     (name,) = kernels.keys() & {"tile_kernel", "loop_kernel"}
     return _described(target, dtype, classes, name, kernels[name], call, ds, dt)
 
@@ -134,7 +137,7 @@ def compile_backward(target: str, dtype: str, classes: int, **kwargs) -> Compile
     upstream = torch.empty((), device="meta")
     kernels = compile_kernels(
         target,
-        lambda: triton_backend._backward(call, state, upstream, upstream, ds, dt, 1.0),
+        lambda: triton_backend._backward(call, state, Pair(upstream, upstream), Pair(ds, dt), 1.0),
     )
     name = "gradient_kernel"
     return _described(target, dtype, classes, name, kernels[name], call, ds, dt)
@@ -150,7 +153,7 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
     used = resources(cubin)._replace(shared=kernel.metadata.shared)
     slots = None
     if target == "sm_90" and dtype != "fp64" and ds is not None and name != "gradient_kernel":
-        launch = arguments.launch_of(call, (ds, dt))
+        launch = arguments.launch_of(call, Pair(ds, dt))
         if isinstance(launch, launch_table.Tile):
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
         else:
@@ -172,10 +175,10 @@ def float32_constants() -> list[str]:
             ds, dt = torch.empty_like(call.student), torch.empty_like(call.teacher)
             state = torch.empty((triton_backend._FIELDS, 64), dtype=torch.float64, device="meta")
             above = torch.empty((), dtype=torch.float64, device="meta")
-            forward = partial(triton_backend._forward, call, 1.1, ds, dt, False)
+            forward = partial(triton_backend._forward, call, 1.1, Pair(ds, dt), False)
             kernels = compile_kernels("sm_90", forward)
             if classes == 10:
-                arguments = (call, state, above, above, ds, dt, 1.1)
+                arguments = (call, state, Pair(above, above), Pair(ds, dt), 1.1)
                 backward = partial(triton_backend._backward, *arguments)
                 kernels |= compile_kernels("sm_90", backward)
             for name, kernel in kernels.items():

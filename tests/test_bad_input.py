@@ -37,7 +37,7 @@ FUNCTIONS = [
     ("bdkd_loss", lambda: bdkd.bdkd_loss(s.numpy(), t, y), TypeError,
      ["student_logits must be a tensor", "got ndarray", "torch.as_tensor(student_logits)"]),
     ("bdkd_loss", lambda: bdkd.bdkd_loss(s, ModelOutput(), y), TypeError,
-     ["teacher_logits", "got ModelOutput", "give its .logits"]),
+     ["teacher_logits", "got ModelOutput", "pass its .logits"]),
     ("bdkd_loss", lambda: bdkd.bdkd_loss(None, t, y), TypeError,
      ["student_logits must be a tensor", "got NoneType"]),
     ("bdkd_loss", lambda: bdkd.bdkd_loss(y, t, s), TypeError,

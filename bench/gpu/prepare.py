@@ -58,7 +58,7 @@ def calls() -> list[Call]:
 @contextmanager
 def compile_only() -> Iterator[None]:
     """Let calls of the loss on CPU tensors compile the Triton kernels for sm_90 and launch none."""
-    from bdkd_kernels import backends, ops
+    from bdkd_kernels import autograd, backends
     from bdkd_kernels.triton import backend as triton_backend
     from compiled import TARGETS, _Absent
     from triton.runtime import driver
@@ -74,7 +74,9 @@ def compile_only() -> Iterator[None]:
         mock.patch.object(JITFunction, "run", warm_up),
         mock.patch.object(backends, "choose", mock.Mock(return_value=triton_backend)),
         # On a GPU the upstream gradient's value is not known.
-        mock.patch.object(ops._GradScale, "is_like", lambda self, upstream: upstream is self.value),
+        mock.patch.object(
+            autograd.GradScale, "is_like", lambda self, upstream: upstream is self.value
+        ),
         mock.patch.dict(triton_backend._plans, clear=True),
         mock.patch.dict(triton_backend._backward_plans, clear=True),
     ):

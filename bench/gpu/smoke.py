@@ -24,7 +24,7 @@ import losses
 import prepare
 import torch
 from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad
-from bdkd_kernels.types import STATISTICS
+from bdkd_kernels.options import STATISTICS
 from harness import Contender, DeviceClock, Sampler, WallClock, _rounds
 from losses import Race, Size
 from measurements import Log

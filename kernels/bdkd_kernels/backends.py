@@ -10,7 +10,8 @@ import torch
 
 from . import native, reference
 from ._torch_compat import is_dtensor, needs_torch_operators
-from .types import Availability, LossInputs, shown
+from .options import shown
+from .types import Availability, LossInputs
 
 NAMES = ("auto", "triton", "native", "reference")
 
@@ -33,7 +34,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {shown(backend)}")
 
 
-def choose(backend: str, problem: LossInputs) -> ModuleType:
+def choose(backend: str, inputs: LossInputs) -> ModuleType:
     """Return the module whose ``loss`` and ``loss_and_grad`` serve this call.
 
     Transforms that only torch's own operators support run the reference, whatever the backend.
@@ -41,8 +42,8 @@ def choose(backend: str, problem: LossInputs) -> ModuleType:
     Raises:
         RuntimeError: the named backend cannot run here, or not on this device, with the remedy.
     """
-    student = problem.student
-    if not problem.plain and backend != "reference":
+    student = inputs.student
+    if not inputs.plain and backend != "reference":
         check_name(backend)
         if needs_torch_operators():
             return reference

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from ._torch_compat import is_plain, needs_torch_operators
 from .backends import check_name
-from .checks import INTEGERS, check_dense, check_logits, check_one_kind, in_memory
+from .checks import INTEGERS, check_logits, check_one_kind
 from .loss import bdkd_loss
-from .types import TEMPERATURE_NEEDED, TEMPERATURE_RANGE, Divergence, as_float, shown
+from .memory import check_dense, in_memory
+from .options import TEMPERATURE, Divergence, as_float, shown
 
 _IGNORED = -100  # the label of a sample that does not count, whatever the caller's is
 
@@ -247,9 +248,9 @@ def _mixture_divergence(log_q: Tensor, log_p: Tensor, labels: Tensor | None, bet
 
 
 def _checked_temperature(name: str, value: object) -> float:
-    number = as_float(name, value, TEMPERATURE_NEEDED)
-    if not TEMPERATURE_RANGE[0] <= number <= TEMPERATURE_RANGE[1]:
-        raise ValueError(f"{name} must be {TEMPERATURE_NEEDED}, got {shown(value)}")
+    number = as_float(name, value, TEMPERATURE.needed)
+    if not TEMPERATURE.accept(number):
+        raise ValueError(f"{name} must be {TEMPERATURE.needed}, got {shown(value)}")
     return number
 
 

@@ -1,35 +1,41 @@
-"""The loss as a function and as a module: checks the arguments, flattens them, picks a backend."""
+"""The public functions and the module: they check the arguments and choose a backend."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, Unpack
+
+import torch
 from torch import Tensor, nn
 
 from . import backends, buffers
-from .checks import as_rows, check_gradient_buffers, prepare
-from .types import BDKDOutput, BDKDStats, Divergence, Reduction, checked_options
+from .checks import prepare
+from .memory import as_rows, check_gradient_buffers
+from .options import (
+    STATISTICS,
+    TABLE,
+    LossArguments,
+    LossOptions,
+    cached_options,
+    check_names,
+    checked_options,
+    shows_options,
+)
+from .types import BDKDOutput, BDKDStats, Pair
 
 
+@shows_options
 def bdkd_loss(
     student_logits: Tensor,  # (..., C)
     teacher_logits: Tensor,  # (..., C)
     target: Tensor | None,  # (...) labels or (..., C) soft labels
     *,
-    temperature: float = 1.0,
-    gamma: float = 2.0,
-    student_ce: float = 1.0,
-    student_kd: float = 1.0,
-    teacher_ce: float = 1.0,
-    teacher_kd: float = 1.0,
-    teacher_divergence: Divergence = "reverse",
-    soften_entropy: bool = True,
-    label_smoothing: float = 0.0,
-    sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    sample_weight: Tensor | None = None,  # (...)
     grad_scale: float | Tensor = 1.0,
     backend: str = "auto",
+    **options: Unpack[LossArguments],
 ) -> BDKDOutput:
-    """Compute BD-KD's losses of a student and its teacher from their logits.
+    """Compute the BD-KD losses of a student and its teacher from their logits.
 
-    For every sample, with ``p = softmax(logits / temperature)``, everything in nats::
+    For every sample, with ``p = softmax(logits / temperature)``, in nats::
 
         student = student_ce * CE(s, y) + student_kd * temperature**2 * (d1 * F + d2 * R)
         teacher = teacher_ce * CE(t, y) + teacher_kd * temperature**2 * R
@@ -41,141 +47,109 @@ def bdkd_loss(
     trains its own network only: ``(out.student + out.teacher).backward()`` trains both.
 
     Args:
-        student_logits, teacher_logits: ``(..., C)``, fp16, bf16, fp32 or fp64; the two may differ.
-            All arithmetic is float32, or float64 if one of them is. ``-inf`` masks a class.
-            Tensors that were made under ``torch.inference_mode()`` are accepted everywhere.
-        target: labels ``(...)`` of an integer type, soft labels ``(..., C)`` of a floating type, or
+        student_logits, teacher_logits: Logits ``(..., C)``, fp16, bf16, fp32 or fp64. The two
+            dtypes may differ. The arithmetic is float32, or float64 if either dtype is float64.
+            ``-inf`` masks a class. Tensors created under ``torch.inference_mode()`` are accepted
+            everywhere.
+        target: Labels ``(...)`` of an integer type, soft labels ``(..., C)`` of a floating type, or
             None for unlabelled data (no cross entropy).
-        temperature: of both divergences, in [1e-4, 1e4].
-        gamma: the larger of a sample's two weights, in [1, 1e9]. 1 means no weighting.
-        student_ce, student_kd, teacher_ce, teacher_kd: weights of the four terms, each 0 or in
-            [1e-30, 1e9]. A term of weight 0 is not computed. A loss without any term is 0, and its
-            gradients are 0.
-        teacher_divergence: ``"reverse"``, KL(p_s || p_t), or ``"forward"``, KL(p_t || p_s).
-        soften_entropy: compare the entropies at ``temperature``, or else at 1.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
-        sample_weight: ``(...)``, multiplies each sample's losses; ``mean`` divides by its sum over
-            the counted samples. A constant: no gradient flows into it.
-        ignore_index: samples with this label have loss 0 and gradients 0 and are not counted.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        grad_scale: the gradient that the backward pass will bring, for example fp16's loss scale: a
-            number of float32's range or a 0-dim tensor. Backends that compute gradients in the
-            forward pass apply it before rounding. It changes no value.
-        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``;
-            see :func:`available_backends`. Calls under ``torch.func``, forward-mode AD or
-            ``torch.jit.trace`` run the reference whatever the backend.
+        {options}
+        sample_weight: Weights ``(...)`` that multiply each sample's losses. ``mean`` divides by
+            their sum over the counted samples. They are constants: no gradient flows into them.
+        grad_scale: The gradient that the backward pass will bring, for example the loss scale of
+            fp16 training: a number in float32's range or a 0-dim tensor. Backends that compute the
+            gradients in the forward pass apply it before rounding. It does not change the result.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see
+            :func:`available_backends`. Calls under ``torch.func``, forward-mode AD or
+            ``torch.jit.trace`` run the reference, whatever the backend is.
+
+    A loss without any term is 0, and its gradients are 0.
 
     Returns:
         :class:`BDKDOutput`: ``student`` and ``teacher``, float32 (float64 for float64 logits), and
         ``stats``, the :class:`BDKDStats` of every sample.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name; a label outside [0, C), with
-            its row, on the CPU (elsewhere that row's loss is NaN, unless ``BDKD_CHECK_LABELS=1``).
-        RuntimeError: ``backend`` is not available here, or not for these tensors.
+        ValueError, TypeError: If an argument does not fit. The message names it. A label outside
+            [0, C) raises on the CPU, with its row. On other devices the loss of that row is NaN,
+            unless ``BDKD_CHECK_LABELS=1`` is set.
+        RuntimeError: If ``backend`` is not available here, or does not accept these tensors.
 
     Source: Amara et al., arXiv 2212.12965.
     """
-    options = checked_options(
-        temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
-        soften_entropy, label_smoothing, ignore_index, reduction,
-    )  # fmt: skip
-    problem = prepare(student_logits, teacher_logits, target, sample_weight, options, grad_scale)
-    implementation = backends.choose(backend, problem)
-    student, teacher, stats = implementation.loss(problem, grad_scale)
-    return _unflatten(student, teacher, stats, student_logits, reduction)
+    checked = _checked(bdkd_loss, options)
+    inputs = prepare(student_logits, teacher_logits, target, sample_weight, checked, grad_scale)
+    losses, stats = backends.choose(backend, inputs).loss(inputs, grad_scale)
+    return _output(losses, stats, student_logits, checked)
 
 
+@shows_options
 def bdkd_loss_and_grad(
     student_logits: Tensor,  # (..., C)
     teacher_logits: Tensor,  # (..., C)
     target: Tensor | None,  # (...) labels or (..., C) soft labels
     *,
-    temperature: float = 1.0,
-    gamma: float = 2.0,
-    student_ce: float = 1.0,
-    student_kd: float = 1.0,
-    teacher_ce: float = 1.0,
-    teacher_kd: float = 1.0,
-    teacher_divergence: Divergence = "reverse",
-    soften_entropy: bool = True,
-    label_smoothing: float = 0.0,
-    sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    sample_weight: Tensor | None = None,  # (...)
     grad_scale: float | Tensor = 1.0,
     backend: str = "auto",
     grads: tuple[Tensor | None, Tensor | None] | None = None,
+    **options: Unpack[LossArguments],
 ) -> tuple[BDKDOutput, tuple[Tensor | None, Tensor | None]]:
-    """Compute :func:`bdkd_loss` and both gradients, in one pass.
+    """Compute :func:`bdkd_loss` and both gradients in one pass.
 
-    For trainers that call ``torch.autograd.backward([s, t], [ds, dt])`` themselves. The arguments
-    are those of :func:`bdkd_loss`. ``ds`` is the gradient of ``out.student`` (of its sum, with
-    ``reduction="none"``) with respect to the student's logits, times ``grad_scale``. ``dt`` is that
-    of ``out.teacher`` and the teacher's logits. Each has the shape and dtype of its logits.
+    For trainers that call ``torch.autograd.backward([s, t], [ds, dt])`` themselves. ``ds`` is the
+    gradient of ``out.student`` (of its sum, with ``reduction="none"``) with respect to the
+    student's logits, times ``grad_scale``. ``dt`` is the gradient of ``out.teacher`` with respect
+    to the teacher's logits, times ``grad_scale``. Each has the shape and dtype of its logits.
 
     If neither network's logits require a gradient, both gradients are computed. If only one does,
     the other gradient is None (offline distillation).
 
     Args:
-        grads: tensors to write the gradients into, ``(ds, dt)``, each of its logits' shape, dtype
-            and device. A buffer may be its own network's logits; it must not share memory with any
-            other argument, with the other buffer or within itself. Pass None in a place to compute
-            no such gradient.
+        student_logits, teacher_logits, target: See :func:`bdkd_loss`.
+        {options}
+        sample_weight, grad_scale, backend: See :func:`bdkd_loss`.
+        grads: Tensors ``(ds, dt)`` to write the gradients into, each of the shape, dtype and device
+            of its logits. A buffer may be its own network's logits. It must not share memory with
+            any other argument, with the other buffer or within itself. Pass None in one place to
+            skip that gradient.
 
     Returns:
         ``(out, (ds, dt))``; ``out`` is detached.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`bdkd_loss`; a buffer that does not fit.
+        ValueError, TypeError, RuntimeError: As :func:`bdkd_loss`, and if a buffer does not fit.
     """
-    options = checked_options(
-        temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
-        soften_entropy, label_smoothing, ignore_index, reduction,
-    )  # fmt: skip
-    problem = prepare(student_logits, teacher_logits, target, sample_weight, options, grad_scale)
+    checked = _checked(bdkd_loss_and_grad, options)
+    inputs = prepare(student_logits, teacher_logits, target, sample_weight, checked, grad_scale)
     if grads is None:
-        neither = not (student_logits.requires_grad or teacher_logits.requires_grad)
-        want_student = neither or student_logits.requires_grad
-        want_teacher = neither or teacher_logits.requires_grad
-        ds = buffers.empty_like(student_logits.detach()) if want_student else None
-        dt = buffers.empty_like(teacher_logits.detach()) if want_teacher else None
+        gradients = _gradient_buffers(student_logits, teacher_logits)
     else:
         check_gradient_buffers(
-            grads, student_logits, teacher_logits, target, sample_weight, grad_scale, problem.plain
+            grads, student_logits, teacher_logits, target, sample_weight, grad_scale, inputs.plain
         )
-        ds, dt = grads
-    implementation = backends.choose(backend, problem)
-    student, teacher, stats = implementation.loss_and_grad(
-        problem, grad_scale, as_rows("grads[0]", ds), as_rows("grads[1]", dt)
-    )
-    return _unflatten(student, teacher, stats, student_logits, reduction), (ds, dt)
+        gradients = Pair(*grads)
+    rows = gradients if student_logits.ndim == 2 else as_rows(gradients)
+    losses, stats = backends.choose(backend, inputs).loss_and_grad(inputs, grad_scale, rows)
+    # A plain tuple: torch.export.save knows no named tuples of other libraries.
+    return _output(losses, stats, student_logits, checked), (gradients.student, gradients.teacher)
 
 
+@shows_options
 class BDKDLoss(nn.Module):
-    """:func:`bdkd_loss` as a module: options in the constructor, tensors in the call."""
+    """:func:`bdkd_loss` as a module: options in the constructor, tensors in the call.
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        gamma: float = 2.0,
-        student_ce: float = 1.0,
-        student_kd: float = 1.0,
-        teacher_ce: float = 1.0,
-        teacher_kd: float = 1.0,
-        teacher_divergence: Divergence = "reverse",
-        soften_entropy: bool = True,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        backend: str = "auto",
-    ) -> None:
+    Args:
+        {options}
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: If an option does not fit. The message names it.
+    """
+
+    def __init__(self, *, backend: str = "auto", **options: Unpack[LossArguments]) -> None:
         super().__init__()
-        self.options = checked_options(
-            temperature, gamma, student_ce, student_kd, teacher_ce, teacher_kd, teacher_divergence,
-            soften_entropy, label_smoothing, ignore_index, reduction,
-        )  # fmt: skip
+        self.options = _checked(BDKDLoss.__init__, options)
         backends.check_name(backend)
         self.backend = backend
 
@@ -187,25 +161,44 @@ class BDKDLoss(nn.Module):
         sample_weight: Tensor | None = None,  # (...)
         grad_scale: float | Tensor = 1.0,
     ) -> BDKDOutput:
-        problem = prepare(
-            student_logits, teacher_logits, target, sample_weight, self.options, grad_scale
-        )
-        implementation = backends.choose(self.backend, problem)
-        student, teacher, stats = implementation.loss(problem, grad_scale)
-        return _unflatten(student, teacher, stats, student_logits, self.options.reduction)
+        options = self.options
+        inputs = prepare(student_logits, teacher_logits, target, sample_weight, options, grad_scale)
+        losses, stats = backends.choose(self.backend, inputs).loss(inputs, grad_scale)
+        return _output(losses, stats, student_logits, options)
 
     def extra_repr(self) -> str:
-        o = self.options
-        options = ", ".join(f"{name}={getattr(o, name)!r}" for name in o.__dataclass_fields__)
+        options = ", ".join(f"{x.name}={getattr(self.options, x.name)!r}" for x in TABLE)
         return f"{options}, backend={self.backend!r}"
 
 
-def _unflatten(
-    student: Tensor, teacher: Tensor, stats: BDKDStats, logits: Tensor, reduction: Reduction
+def _checked(function: Callable, values: Mapping[str, Any]) -> LossOptions:
+    """Return the options of one call of ``function``."""
+    if not torch.compiler.is_dynamo_compiling():  # dynamo ignores lru_cache, with a warning
+        try:
+            return cached_options(**values)
+        except TypeError:
+            pass  # the checks below raise it again or accept what cannot be hashed
+    check_names(function, values)
+    return checked_options(values)
+
+
+def _gradient_buffers(student: Tensor, teacher: Tensor) -> Pair[Tensor | None]:
+    """Allocate the gradients that :func:`bdkd_loss_and_grad` returns."""
+    neither = not (student.requires_grad or teacher.requires_grad)
+    return Pair(
+        buffers.empty_like(student.detach()) if neither or student.requires_grad else None,
+        buffers.empty_like(teacher.detach()) if neither or teacher.requires_grad else None,
+    )
+
+
+def _output(
+    losses: Pair[Tensor], stats: BDKDStats, logits: Tensor, options: LossOptions
 ) -> BDKDOutput:
+    """Give the rows the leading shape of the logits."""
+    student, teacher = losses
     if logits.ndim != 2:
         leading = logits.shape[:-1]
-        stats = BDKDStats(stats.table.reshape(12, *leading))
-        if reduction == "none":
+        stats = BDKDStats(stats.table.reshape(len(STATISTICS), *leading))
+        if options.reduction == "none":
             student, teacher = student.reshape(leading), teacher.reshape(leading)
     return BDKDOutput(student, teacher, stats)

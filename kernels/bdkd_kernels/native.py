@@ -26,7 +26,7 @@ from .checks import raise_bad_label
 from .native_call import STORAGE, TARGET_KIND
 from .options import STATISTICS, cpp_header, struct_format, struct_values
 from .reference import compute_dtype
-from .types import Availability, LossInputs
+from .types import NONE, Availability, LossInputs, Outputs, Pair, fast_new
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = Path(__file__).with_name(f"libbdkd_native{_SUFFIX}")
@@ -62,9 +62,9 @@ def _packed(o: Any) -> bytes:
 def _run(
     inputs: LossInputs,
     scales: tuple[float, float],
-    upstreams: tuple[Tensor | None, Tensor | None],
-    gradients: tuple[Tensor | None, Tensor | None],
-    losses: tuple[Tensor, Tensor] | tuple[None, None],
+    upstreams: Pair[Tensor | None],
+    gradients: Pair[Tensor | None],
+    losses: Pair[Any],
     stats: Tensor | None,
     check_labels: bool,
 ) -> None:
@@ -129,36 +129,33 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _forward(
-    problem: LossInputs,
+    inputs: LossInputs,
     grad_scale: float | Tensor,
-    ds: Tensor | None,
-    dt: Tensor | None,
+    gradients: Pair[Tensor | None],
     check_labels: bool,
-) -> ops.Outputs:
-    scalar = _SCALARS[problem.student.dtype, problem.teacher.dtype]
-    stats = scalar.new_empty(len(STATISTICS), problem.student.shape[0])
-    loss = stats[0] if problem.options.reduction == "none" else scalar
-    student, teacher = torch.empty_like(loss), torch.empty_like(loss)
+) -> Outputs:
+    scalar = _SCALARS[inputs.student.dtype, inputs.teacher.dtype]
+    stats = scalar.new_empty(len(STATISTICS), inputs.student.shape[0])
+    loss = stats[0] if inputs.options.reduction == "none" else scalar
+    losses = fast_new(Pair, (torch.empty_like(loss), torch.empty_like(loss)))
     scale = float(grad_scale)
-    _run(problem, (scale, scale), (None, None), (ds, dt), (student, teacher), stats, check_labels)
-    return student, teacher, stats, None
+    _run(inputs, (scale, scale), NONE, gradients, losses, stats, check_labels)
+    return fast_new(Outputs, (losses, stats, None))
 
 
 def _backward(
-    problem: LossInputs,
+    inputs: LossInputs,
     state: Tensor | None,
-    student_upstream: Tensor | None,
-    teacher_upstream: Tensor | None,
-    ds: Tensor | None,
-    dt: Tensor | None,
+    upstreams: Pair[Tensor | None],
+    gradients: Pair[Tensor | None],
     announced: float | Tensor | None,
 ) -> None:
-    dtype = compute_dtype(problem.student, problem.teacher)
-    student_scale, student_rows, student_differs = _upstream(student_upstream, dtype, announced)
-    teacher_scale, teacher_rows, teacher_differs = _upstream(teacher_upstream, dtype, announced)
+    dtype = compute_dtype(inputs.student, inputs.teacher)
+    student_scale, student_rows, student_differs = _upstream(upstreams.student, dtype, announced)
+    teacher_scale, teacher_rows, teacher_differs = _upstream(upstreams.teacher, dtype, announced)
     if student_differs or teacher_differs:
-        scales, rows = (student_scale, teacher_scale), (student_rows, teacher_rows)
-        _run(problem, scales, rows, (ds, dt), (None, None), None, False)
+        rows = Pair(student_rows, teacher_rows)
+        _run(inputs, (student_scale, teacher_scale), rows, gradients, NONE, None, False)
 
 
 def _upstream(

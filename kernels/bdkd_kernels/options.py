@@ -9,11 +9,16 @@ This file needs the standard library only. The build of the native kernel runs i
 header: ``python options.py > table.h``.
 """
 
-from collections.abc import Callable
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import lru_cache
+from inspect import Parameter
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 Reduction = Literal["mean", "sum", "none"]
 Divergence = Literal["reverse", "forward"]
@@ -122,10 +127,7 @@ class Option(NamedTuple):
     default: Any
     doc: str
     bounds: Bounds | None
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return get_args(self.type)
+    choices: tuple[str, ...]  # the strings of a Literal; empty for other types
 
     def check(self, value: Any) -> Any:
         """Return ``value`` as the option's type, or raise an error that names the option."""
@@ -154,9 +156,12 @@ class Option(NamedTuple):
 
 def _table() -> tuple[Option, ...]:
     options = []
-    for f in fields(LossOptions):
-        kind, doc, *bounds = get_args(f.type)
-        options.append(Option(f.name, kind, f.default, doc, bounds[0] if bounds else None))
+    for field in fields(LossOptions):
+        kind, doc, *bounds = get_args(field.type)
+        options.append(
+            Option(field.name, kind, field.default, doc, bounds[0] if bounds else None,
+                   get_args(kind))
+        )  # fmt: skip
     return tuple(options)
 
 
@@ -209,26 +214,80 @@ def shown(value: object) -> str:
     return text if isinstance(value, float) else f"{text} ({type(value).__name__})"
 
 
-@lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
-def _checked_options(**values: Any) -> LossOptions:
+def checked_options(values: Mapping[str, Any]) -> LossOptions:
+    """Return ``LossOptions(**values)``, checked."""
     options = LossOptions(**values)
     options.check()
     return options
 
 
-def checked_options(values: dict[str, Any]) -> LossOptions:
-    """Return ``LossOptions(**values)``, checked.
+@lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
+def cached_options(**values: Any) -> LossOptions:
+    """Return :func:`checked_options` of the values: the same values return the same object.
 
-    The same values return the same object. A training loop repeats them, and creating and checking
-    the options takes longer than the kernel of a small batch.
+    A training loop repeats them, and creating and checking the options takes longer than the kernel
+    of a small batch.
+
+    Raises:
+        TypeError: Also if a value cannot be hashed. :func:`checked_options` accepts such a value or
+            raises the error that names it.
     """
-    try:
-        return _checked_options(**values)
-    except TypeError:
-        # A value that cannot be hashed or that the check refuses: raise the check's own error.
-        options = LossOptions(**values)
-        options.check()
-        return options
+    return checked_options(values)
+
+
+# -- signatures and docstrings ---------------------------------------------------------------------
+
+_Definition = TypeVar("_Definition", bound=Callable)
+
+
+def shows_options(definition: _Definition) -> _Definition:
+    """Show the options in the signature and docstring of a function or class.
+
+    The function, or the constructor of the class, takes ``**options: Unpack[LossArguments]``. Its
+    ``__signature__``, which ``help()``, IPython and Sphinx read, lists them before its other
+    keyword arguments. The line ``{options}`` of the docstring becomes their descriptions.
+    """
+    function: Any = definition.__init__ if isinstance(definition, type) else definition  # type: ignore[misc]
+    signature = inspect.signature(function)
+    others = [*signature.parameters.values()][:-1]  # the last one is **options
+    options = [
+        Parameter(
+            option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
+        )
+        for option in TABLE
+    ]
+    # Positional arguments, then the options, then the other keyword arguments: sorted() is stable.
+    parameters = sorted((*options, *others), key=lambda parameter: parameter.kind)
+    function.__signature__ = signature.replace(parameters=parameters)
+    fill_doc(definition, "options", {option.name: option.doc for option in TABLE})
+    return definition
+
+
+def fill_doc(definition: Any, placeholder: str, entries: Mapping[str, str]) -> None:
+    """Replace the line ``{placeholder}`` of a docstring with the description of every entry."""
+
+    def described(line: re.Match) -> str:
+        return "\n".join(
+            textwrap.fill(f"{name}: {doc}", 100, initial_indent=line[1],
+                          subsequent_indent=f"{line[1]}    ", break_on_hyphens=False)
+            for name, doc in entries.items()
+        )  # fmt: skip
+
+    if definition.__doc__ is not None:  # python -OO removes docstrings
+        pattern = rf"^( *)\{{{placeholder}\}}$"
+        definition.__doc__ = re.sub(pattern, described, definition.__doc__, flags=re.M)
+
+
+def check_names(function: Callable, names: Iterable[str]) -> None:
+    """Raise Python's ``TypeError`` for a keyword that is not an option, with the nearest name."""
+    known = [*inspect.signature(function).parameters]
+    for name in names:
+        if name not in known:
+            nearest = get_close_matches(name, known, 1)
+            hint = f". Did you mean '{nearest[0]}'?" if nearest else ""
+            raise TypeError(
+                f"{function.__qualname__}() got an unexpected keyword argument '{name}'{hint}"
+            )
 
 
 # -- the native kernel -----------------------------------------------------------------------------

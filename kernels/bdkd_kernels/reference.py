@@ -1,7 +1,7 @@
-"""BD-KD in eager PyTorch, written as its equations: the truth every kernel is held to.
+"""BD-KD in eager PyTorch, written as its equations. Tests compare every kernel with this file.
 
 Amara et al., *Balancing the Divergences for Online Knowledge Distillation*, arXiv 2212.12965.
-Gradients are autograd's, so they owe nothing to the closed forms that the kernels use.
+The gradients are autograd's, so they are independent of the closed forms that the kernels use.
 
 All tensors here are rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
 """
@@ -15,52 +15,52 @@ from ._torch_compat import (
     vjp_needs_to_leave_inference_mode,
 )
 from .checks import check_labels, labels_can_be_read
-from .types import BDKDStats, LossInputs, LossOptions
+from .options import STATISTICS, LossOptions
+from .types import BDKDStats, LossInputs, Pair
 
 
-def loss(problem: LossInputs, grad_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor, BDKDStats]:
-    """Return the student's loss, the teacher's loss and the statistics, ``(N,)`` each.
+def loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0) -> tuple[Pair[Tensor], BDKDStats]:
+    """Return the losses, reduced as the options say, and the statistics, ``(N,)`` each.
 
-    The losses are reduced as the options say. ``grad_scale`` is not read: autograd computes the
-    gradients from the one that it is given.
+    ``grad_scale`` is not used: autograd computes the gradients from the upstream gradient.
     """
-    problem = savable(problem)
-    o = problem.options
-    if labels_can_be_read(problem.target):
-        check_labels(problem.target, problem.student.shape[-1], o.ignore_index)
-    dtype = compute_dtype(problem.student, problem.teacher)
-    s, t = problem.student.to(dtype), problem.teacher.to(dtype)  # (N, C)
+    inputs = savable(inputs)
+    o = inputs.options
+    if labels_can_be_read(inputs.target):
+        check_labels(inputs.target, inputs.student.shape[-1], o.ignore_index)
+    dtype = compute_dtype(inputs.student, inputs.teacher)
+    s, t = inputs.student.to(dtype), inputs.teacher.to(dtype)  # (N, C)
 
     counted = None  # (N,) bool; None: every row counts
-    if problem.target is not None and not problem.target.is_floating_point():
-        counted = problem.target != o.ignore_index
-        # An ignored row is replaced before anything is computed of it, so that neither its
-        # values nor, through 0 * NaN in the backward pass, its gradients can carry a NaN.
+    if inputs.target is not None and not inputs.target.is_floating_point():
+        counted = inputs.target != o.ignore_index
+        # Replace an ignored row before anything is computed from it, so that neither its values
+        # nor, through 0 * NaN in the backward pass, its gradients can carry a NaN.
         s = torch.where(counted[:, None], s, 0.0)
         t = torch.where(counted[:, None], t, 0.0)
 
-    student_rows, teacher_rows, stats = row_losses(s, t, problem.target, o)
-    student_has_term, teacher_has_term = problem.has_terms()
-    if not student_has_term:
+    (student_rows, teacher_rows), stats = row_losses(s, t, inputs.target, o)
+    terms = inputs.has_terms()
+    if not terms.student:
         student_rows = student_rows + zero_with_graph(s)
-    if not teacher_has_term:
+    if not terms.teacher:
         teacher_rows = teacher_rows + zero_with_graph(t)
 
     if counted is not None:
-        stats = BDKDStats(torch.where(counted, stats.table, 0.0))
-    return (
-        reduce(student_rows, counted, problem.sample_weight, o.reduction),
-        reduce(teacher_rows, counted, problem.sample_weight, o.reduction),
-        stats,
+        stats = torch.where(counted, stats, 0.0)
+    losses = Pair(
+        reduce(student_rows, counted, inputs.sample_weight, o.reduction),
+        reduce(teacher_rows, counted, inputs.sample_weight, o.reduction),
     )
+    return losses, BDKDStats(stats)
 
 
 def loss_and_grad(
-    problem: LossInputs, grad_scale: float | Tensor, ds: Tensor | None, dt: Tensor | None
-) -> tuple[Tensor, Tensor, BDKDStats]:
-    """Return :func:`loss`, detached, and write both gradients, times ``grad_scale``.
+    inputs: LossInputs, grad_scale: float | Tensor, gradients: Pair[Tensor | None]
+) -> tuple[Pair[Tensor], BDKDStats]:
+    """Return :func:`loss`, detached, and write the gradients, times ``grad_scale``.
 
-    They go into ``ds`` and ``dt`` where these are given.
+    The gradients are written into the buffers that are not None.
     """
     if is_exporting():
         raise RuntimeError(
@@ -69,31 +69,29 @@ def loss_and_grad(
         )
     if vjp_needs_to_leave_inference_mode():
         with torch.inference_mode(False):
-            return loss_and_grad(problem, grad_scale, ds, dt)
-    problem = savable(problem)
-    s, t = problem.student.detach(), problem.teacher.detach()
-    wanted = {net: logits for net, logits, buffer in (("s", s, ds), ("t", t, dt))
-              if buffer is not None}  # fmt: skip
+            return loss_and_grad(inputs, grad_scale, gradients)
+    inputs = savable(inputs)
+    inputs = inputs.with_tensors(student=inputs.student.detach(), teacher=inputs.teacher.detach())
+    buffers = {net: x for net, x in gradients._asdict().items() if x is not None}
 
     def losses(logits: dict[str, Tensor]):
-        rows = problem.with_tensors(student=logits.get("s", s), teacher=logits.get("t", t))
-        student, teacher, stats = loss(rows)
-        return (student, teacher), stats.table
+        losses, stats = loss(inputs.with_tensors(**logits))
+        return tuple(losses), stats.table
 
+    wanted = {net: getattr(inputs, net) for net in buffers}
     # torch's annotation forgets what has_aux returns.
     (student, teacher), pull_back, table = torch.func.vjp(losses, wanted, has_aux=True)  # type: ignore[misc]
     scale = grad_scale.detach() if isinstance(grad_scale, Tensor) else grad_scale
     upstream = tuple((torch.ones_like(x) * scale).to(x.dtype) for x in (student, teacher))
-    (gradients,) = pull_back(upstream)
+    (computed,) = pull_back(upstream)
     with torch.no_grad():
-        for net, buffer in (("s", ds), ("t", dt)):
-            if buffer is not None:
-                write(buffer, gradients[net])
-    return student, teacher, BDKDStats(table)
+        for net, buffer in buffers.items():
+            write(buffer, computed[net])
+    return Pair(student, teacher), BDKDStats(table)
 
 
 def write(buffer: Tensor, values: Tensor | float) -> None:
-    """Set a tensor of the caller's, which only inference mode may write to if it was made there."""
+    """Set a tensor of the caller. Only inference mode may write to an inference tensor."""
     if torch.compiler.is_compiling() or not buffer.is_inference():
         buffer.copy_(values) if isinstance(values, Tensor) else buffer.fill_(values)
         return
@@ -103,8 +101,8 @@ def write(buffer: Tensor, values: Tensor | float) -> None:
 
 def row_losses(
     s: Tensor, t: Tensor, target: Tensor | None, o: LossOptions
-) -> tuple[Tensor, Tensor, BDKDStats]:
-    """The losses of every row, before ``ignore_index``, weights and reduction."""
+) -> tuple[Pair[Tensor], Tensor]:
+    """The losses and statistics of every row, before ``ignore_index``, weights and reduction."""
     zero = s.new_zeros(s.shape[0])  # (N,)
     student_loss = teacher_loss = zero
     F = R = H_s = H_t = CE_s = CE_t = d1 = d2 = zero
@@ -147,10 +145,14 @@ def row_losses(
 
     confidence_s, correct_s = confidence(s.detach(), log_q_s.detach(), target)
     confidence_t, correct_t = confidence(t.detach(), log_q_t.detach(), target)
-    stats = torch.stack(
-        [F, R, H_s, H_t, CE_s, CE_t, d1, d2, confidence_s, confidence_t, correct_s, correct_t]
-    )
-    return student_loss, teacher_loss, BDKDStats(stats.detach())
+    stats = {
+        "forward_kl": F, "reverse_kl": R, "student_entropy": H_s, "teacher_entropy": H_t,
+        "student_ce": CE_s, "teacher_ce": CE_t, "forward_weight": d1, "reverse_weight": d2,
+        "student_confidence": confidence_s, "teacher_confidence": confidence_t,
+        "student_correct": correct_s, "teacher_correct": correct_t,
+    }  # fmt: skip
+    table = torch.stack([stats[name] for name in STATISTICS]).detach()
+    return Pair(student_loss, teacher_loss), table
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -207,8 +209,8 @@ def zero_with_graph(logits: Tensor) -> Tensor:
     return logits[:, :0].sum(-1)
 
 
-def savable(problem: LossInputs, logits: bool = False) -> LossInputs:
-    """The problem with tensors that autograd may save for the backward pass: not those made under
+def savable(inputs: LossInputs, logits: bool = False) -> LossInputs:
+    """The inputs with tensors that autograd may save for the backward pass: not those made under
     ``torch.inference_mode()``, of which it gets copies.
 
     Under ``torch.compile``, which cannot ask a tensor where it was made, every floating tensor that
@@ -216,19 +218,19 @@ def savable(problem: LossInputs, logits: bool = False) -> LossInputs:
     """
     if not torch.compiler.is_compiling():
         if torch.is_inference_mode_enabled():
-            return problem
-        made_there = {name: x.clone() for name, x in problem.tensors().items() if x.is_inference()}
-        return problem.with_tensors(**made_there) if made_there else problem
+            return inputs
+        made_there = {name: x.clone() for name, x in inputs.tensors().items() if x.is_inference()}
+        return inputs.with_tensors(**made_there) if made_there else inputs
     copied = {
         name: x
-        for name, x in problem.tensors().items()
+        for name, x in inputs.tensors().items()
         if x.is_floating_point() and not x.requires_grad
         and (logits or name not in ("student", "teacher"))
     }  # fmt: skip
     if not copied or not torch.is_grad_enabled():
-        return problem
+        return inputs
     copies = copies_to_save(list(copied.values()))
-    return problem.with_tensors(**dict(zip(copied, copies, strict=True)))
+    return inputs.with_tensors(**dict(zip(copied, copies, strict=True)))
 
 
 def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 from bdkd_kernels import BDKDStats, bdkd_loss, bdkd_loss_and_grad, reference
-from bdkd_kernels.types import STATISTICS
+from bdkd_kernels.options import STATISTICS
 from torch import Tensor
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

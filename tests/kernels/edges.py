@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 import torch
-from bdkd_kernels import BDKDStats, bdkd_loss, bdkd_loss_and_grad, ops
-from bdkd_kernels.types import STATISTICS
+from bdkd_kernels import BDKDStats, autograd, bdkd_loss, bdkd_loss_and_grad
+from bdkd_kernels.options import STATISTICS
 from cases import (
     BF16,
     FP16,
@@ -483,7 +483,7 @@ def retain_graph_gives_the_gradient_again(backend, device="cpu"):
 def a_scale_put_in_late_comes_to_both(backend, device="cpu"):
     """However the losses are led back, also where the host cannot see which upstream came."""
     s, t, y = draw("late", 2, 5, device)
-    blind = mock.patch.object(ops._GradScale, "is_like", return_value=False)
+    blind = mock.patch.object(autograd.GradScale, "is_like", return_value=False)
     for reduction, seen in (("mean", True), ("mean", False), ("none", False)):
         one = run(s, t, y, backend, reduction=reduction)[0]
         shape = (2,) if reduction == "none" else ()

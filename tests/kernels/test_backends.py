@@ -8,7 +8,8 @@ import pytest
 import torch
 from bdkd_kernels import available_backends, backends, bdkd_loss, bdkd_loss_and_grad, native
 from bdkd_kernels.checks import prepare
-from bdkd_kernels.types import Availability, LossOptions
+from bdkd_kernels.options import LossOptions
+from bdkd_kernels.types import Availability
 
 S, T = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
 Y = torch.tensor([0, 3, 2, 1])

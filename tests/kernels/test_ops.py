@@ -10,7 +10,7 @@ import pytest
 import torch
 from bdkd_kernels import BDKDLoss, bdkd_loss, bdkd_loss_and_grad, native
 from bdkd_kernels.ops import flat_options
-from bdkd_kernels.types import LossOptions
+from bdkd_kernels.options import LossOptions
 from cases import BF16, FP16, FP32, FP64
 from compiler import COMPILER
 from torch.utils._python_dispatch import TorchDispatchMode

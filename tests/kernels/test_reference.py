@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bdkd_kernels import BDKDLoss, BDKDStats, bdkd_loss, bdkd_loss_and_grad
-from bdkd_kernels.types import STATISTICS
+from bdkd_kernels.options import STATISTICS
 from cases import (
     CASES,
     FP32,

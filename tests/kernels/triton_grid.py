@@ -13,9 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from bdkd_kernels import available_backends, bdkd_loss, bdkd_loss_and_grad
+from bdkd_kernels.options import LossOptions
 from bdkd_kernels.triton import arguments, launch_table
 from bdkd_kernels.triton import backend as triton_backend
-from bdkd_kernels.types import LossInputs, LossOptions
+from bdkd_kernels.types import LossInputs, Pair
 from cases import BF16, FP32, FP64, SHORT, Case, judge, sample
 from edges import EDGES
 from triton import language
@@ -221,18 +222,19 @@ def test_backward_of_the_announced_scale_launches_nothing_over_the_logits(monkey
     values, although the logits and the state have been spoiled since."""
     s, t = torch.randn(2, 6, 20).unbind()
     y = torch.arange(6)
-    problem = LossInputs(s.clone(), t.clone(), y, None, LossOptions())
+    inputs = LossInputs(s.clone(), t.clone(), y, None, LossOptions())
     ds, dt = torch.empty_like(s), torch.empty_like(t)
-    *_, state = triton_backend._forward(problem, 8.0, ds, dt, False)
+    gradients = Pair(ds, dt)
+    state = triton_backend._forward(inputs, 8.0, gradients, False).state
     kept = ds.clone(), dt.clone()
-    problem.student.fill_(float("nan"))
+    inputs.student.fill_(float("nan"))
     state.fill_(float("nan"))
     eight = torch.tensor(8.0)
     for announced in (8.0, eight):
-        triton_backend._backward(problem, state, eight, eight, ds, dt, announced)
+        triton_backend._backward(inputs, state, Pair(eight, eight), gradients, announced)
         assert torch.equal(ds, kept[0])
         assert torch.equal(dt, kept[1])
-    triton_backend._backward(problem, state, eight + 1, None, ds, None, 8.0)
+    triton_backend._backward(inputs, state, Pair(eight + 1, None), Pair(ds, None), 8.0)
     assert ds.isnan().all()  # another upstream: made again
     assert torch.equal(dt, kept[1])
 

@@ -54,10 +54,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from bdkd_kernels._torch_compat import fast_launch_is_tested  # noqa: E402
+from bdkd_kernels.options import LossOptions  # noqa: E402
 from bdkd_kernels.triton import arguments, launcher  # noqa: E402
 from bdkd_kernels.triton import backend as triton_backend  # noqa: E402
 from bdkd_kernels.triton.launcher import KERNELS  # noqa: E402
-from bdkd_kernels.types import LossInputs, LossOptions  # noqa: E402
+from bdkd_kernels.types import LossInputs, Pair  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
@@ -222,7 +223,7 @@ def call(
         y = tensor(shape, target, off["y"], device=device)
     compute = FP64 if FP64 in dtypes else FP32
     w = tensor((rows,), compute, off["w"], device=device) if weight else None
-    problem = LossInputs(s, t, y, w, LossOptions(**options))
+    inputs = LossInputs(s, t, y, w, LossOptions(**options))
 
     def scalar(x):
         return tensor((), x, scale_off, device=device) if isinstance(x, torch.dtype) else x
@@ -231,13 +232,13 @@ def call(
     up = tensor((rows,) if upstream == "rows" else (), compute, off["up"], device=device)
     if upstream == "expanded":
         up = up.expand(rows)
-    ups = tuple(up if has else None for has in grads)
+    ups = Pair(*(up if has else None for has in grads))
 
     def forward():
-        return triton_backend._forward(problem, scale, ds, dt, False)
+        return triton_backend._forward(inputs, scale, Pair(ds, dt), False)
 
     def backward(state):
-        triton_backend._backward(problem, state, *ups, ds, dt, announced)
+        triton_backend._backward(inputs, state, ups, Pair(ds, dt), announced)
 
     return forward, backward
 
@@ -333,7 +334,7 @@ def memory():
 def launches_of(forward, backward, reused: Reused, with_backward: bool) -> list[Launch]:
     LAUNCHES.clear()
     reused.again()
-    state = forward()[3]
+    state = forward().state
     if with_backward:
         backward(state)
     return list(LAUNCHES)
@@ -431,7 +432,7 @@ def test_no_call_is_served_with_the_kernel_of_another(uncompiled, gpu, request):
     with mock.patch.object(launcher.Launcher, "__call__", check):
         for _ in range(3):
             for name, (forward, backward) in made.items():
-                state = forward()[3]
+                state = forward().state
                 if any(CALLS[name].get("grads", (True,))):
                     backward(state)
                     dense = state.contiguous() if state.device.type == "cpu" else state

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..options import TABLE
-from ..types import LossInputs, LossOptions
+from ..options import TABLE, LossOptions
+from ..types import LossInputs, Pair
 from . import launch_table
 from .spec import Choices, NetworkSpec, Options, Spec
 
@@ -94,7 +94,7 @@ def network_specs(
 
 def spec_of(
     inputs: LossInputs,
-    gradients: tuple[Tensor | None, Tensor | None],
+    gradients: Pair[Tensor | None],
     dtype: torch.dtype,
     **others: Any,
 ) -> Spec:
@@ -158,7 +158,7 @@ def alignment(*numbers: int) -> int:
 
 
 def launch_of(
-    inputs: LossInputs, gradients: tuple[Tensor | None, Tensor | None]
+    inputs: LossInputs, gradients: Pair[Tensor | None]
 ) -> launch_table.Tile | launch_table.Loop:
     """Return the launch of the row kernel."""
     tensors = [x for x in (inputs.student, inputs.teacher, *gradients) if x is not None]

@@ -15,7 +15,7 @@ from .._torch_compat import current_triton_arch, current_triton_stream
 from ..checks import check_labels as raise_for_bad_labels
 from ..checks import labels_can_be_read
 from ..reference import compute_dtype
-from ..types import Availability, LossInputs
+from ..types import Availability, LossInputs, Outputs, Pair
 from . import arguments, launch_table
 from .gradient_kernel import gradient_kernel
 from .launcher import Launcher
@@ -92,7 +92,7 @@ def _count_partials(inputs: LossInputs) -> int:
 
 def _plan(
     inputs: LossInputs,
-    gradients: tuple[Tensor | None, Tensor | None],
+    gradients: Pair[Tensor | None],
     partials: int,
     scale_is_tensor: bool,
 ) -> _Plan:
@@ -132,18 +132,16 @@ def _plan(
 def _forward(
     inputs: LossInputs,
     grad_scale: float | Tensor,
-    ds: Tensor | None,
-    dt: Tensor | None,
+    gradients: Pair[Tensor | None],
     check_labels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     student, teacher, target, weight, o, *_ = inputs
-    gradients = (ds, dt)
     if check_labels and labels_can_be_read(target):
         raise_for_bad_labels(target, student.shape[1], o.ignore_index)
     rows, device = student.shape[0], student.device
     if _is_on_other_device(device):
         with torch.cuda.device(device):
-            return _forward(inputs, grad_scale, ds, dt, False)
+            return _forward(inputs, grad_scale, gradients, False)
     partials = _count_partials(inputs)
     tensors = (student, teacher, target, weight, *gradients)
     addresses, kinds = arguments.described(tensors)
@@ -172,8 +170,8 @@ def _forward(
     if not per_row:
         plan.sum(1, stream, (*losses, records), (*losses_at, at),
                  (rows, programs, *plan.sum_shape))  # fmt: skip
-    return (
-        *losses,
+    return Outputs(
+        Pair(*losses),
         records.as_strided((_STATISTICS, rows), (1, _RECORD)),
         records.as_strided((_FIELDS, rows), (1, _RECORD)),
     )
@@ -182,19 +180,16 @@ def _forward(
 def _backward(
     inputs: LossInputs,
     state: Tensor | None,
-    student_upstream: Tensor | None,
-    teacher_upstream: Tensor | None,
-    ds: Tensor | None,
-    dt: Tensor | None,
+    upstreams: Pair[Tensor | None],
+    gradients: Pair[Tensor | None],
     announced: float | Tensor | None,
 ) -> None:
     student, teacher, target, _, o, *_ = inputs
-    upstreams, gradients = (student_upstream, teacher_upstream), (ds, dt)
     assert state is not None  # it comes from _forward
     rows, device = student.shape[0], student.device
     if _is_on_other_device(device):
         with torch.cuda.device(device):
-            _backward(inputs, state, student_upstream, teacher_upstream, ds, dt, announced)
+            _backward(inputs, state, upstreams, gradients, announced)
         return
     tensors = (student, teacher, target, state, *upstreams, *gradients)
     addresses, kinds = arguments.described(tensors)
@@ -213,8 +208,8 @@ def _backward(
 def _backward_plan(
     inputs: LossInputs,
     state: Tensor,
-    upstreams: tuple[Tensor | None, Tensor | None],
-    gradients: tuple[Tensor | None, Tensor | None],
+    upstreams: Pair[Tensor | None],
+    gradients: Pair[Tensor | None],
 ) -> _BackwardPlan:
     o, (student, teacher) = inputs.options, inputs[:2]
     classes, dtype = student.shape[1], compute_dtype(student, teacher)

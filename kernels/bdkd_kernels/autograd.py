@@ -1,0 +1,235 @@
+"""The autograd nodes of a plain eager call, whose gradients the forward pass has computed."""
+
+from collections.abc import Sequence
+from ctypes import c_float
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import buffers
+from ._torch_compat import has_memory
+from .options import LossOptions
+from .reference import compute_dtype
+from .types import LossInputs, Pair, fast_new
+
+if TYPE_CHECKING:
+    from .ops import FusedBackend
+
+STUDENT, TEACHER = 0, 1  # indices of a Pair
+
+
+def connect(
+    losses: Pair[Tensor],
+    inputs: LossInputs,
+    saved: tuple[Tensor | None, ...],  # the first four inputs and the state
+    call: "SavedGradients",
+    wanted: Pair[bool],
+) -> Pair[Tensor]:
+    """Return the losses, connected to the logits of the networks in ``wanted``."""
+    student, teacher = losses
+    try:
+        # The node that is created last goes backward first: the student's.
+        if wanted.teacher:
+            teacher = _NetworkLoss.apply(inputs.teacher, (teacher, saved, call, TEACHER))
+        if wanted.student:
+            student = _NetworkLoss.apply(inputs.student, (student, saved, call, STUDENT))
+    except RuntimeError:
+        # Autograd does not save inference tensors. They do not need its version check: only
+        # inference mode can change their values.
+        if not call.keep_inference_tensors(saved):
+            raise
+        saved = tuple(None if x is None or x.is_inference() else x for x in saved)
+        return connect(losses, inputs, saved, call, wanted)
+    return fast_new(Pair, (student, teacher))
+
+
+class SavedGradients:
+    """The gradients of one call that are computed and not returned yet. Both nodes share it.
+
+    If the upstream gradient of a node is not the announced one, the node computes the gradients of
+    both networks with it, in one pass, because a loss scale that is applied late applies to both
+    losses. The other node then finds a gradient that was computed with its own upstream gradient,
+    and recomputes it only if that differs again.
+    """
+
+    __slots__ = ("fused", "gradients", "inference", "made_with", "options")
+    gradients: list[Tensor | None]  # of the student and of the teacher
+    made_with: list["GradScale"]  # the upstream gradient that each was computed with
+    inference: Sequence[Tensor | None] | None  # saved tensors that autograd refuses to save
+
+    def __init__(
+        self,
+        fused: "FusedBackend",
+        options: LossOptions,
+        announced: float | Tensor,
+        gradients: Pair[Tensor | None],
+    ) -> None:
+        self.fused, self.options, self.inference = fused, options, None
+        made_with = GradScale(announced)
+        self.gradients, self.made_with = [*gradients], [made_with, made_with]
+
+    def keep_inference_tensors(self, saved: tuple[Tensor | None, ...]) -> bool:
+        """Keep the inference tensors among those to save. False if there are none.
+
+        Called only after autograd has refused to save them: checking the tensors of every call
+        takes 0.6 us.
+        """
+        self.inference = [x if x is not None and x.is_inference() else None for x in saved]
+        return any(x is not None for x in self.inference)
+
+    def inputs(self, ctx: Any) -> tuple[LossInputs, Tensor | None]:
+        """Return the inputs and the state from the saved tensors of a node."""
+        saved = ctx.saved_tensors
+        if self.inference is not None:
+            saved = [x if k is None else k for x, k in zip(saved, self.inference, strict=True)]
+        student, teacher, target, weight, state = saved
+        return LossInputs(student, teacher, target, weight, self.options), state
+
+    def gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
+        """Return the gradient of one network. From now on it belongs to the caller alone."""
+        # Take the gradient before anything is written into it, so that no other thread finds it.
+        gradient, self.gradients[network] = self.gradients[network], None
+        made_with = self.made_with[network]
+        try:
+            if gradient is not None and made_with.is_like(upstream):
+                return gradient
+            batched = not has_memory(upstream)
+        except RuntimeError:  # .item() of a batched tensor
+            batched = not has_memory(upstream)
+            if not batched:
+                raise
+        if batched:  # is_grads_batched=True, jacobian(vectorize=True)
+            self.gradients[network] = gradient
+            return self._batched_gradient(network, upstream, ctx)
+        inputs, state = self.inputs(ctx)
+        other = 1 - network
+        gradients: list[Tensor | None] = [None, None]
+        upstreams: list[Tensor | None] = [None, None]
+        partner = announced = None
+        if gradient is None:
+            gradient = buffers.empty_rows(inputs.logits[network], False)
+        else:
+            announced = made_with.scale()
+            partner, self.gradients[other] = self.gradients[other], None
+            if partner is not None:
+                gradients[other], upstreams[other] = partner, upstream
+        gradients[network], upstreams[network] = gradient, upstream
+        with torch.no_grad():
+            self.fused.backward(inputs, state, Pair(*upstreams), Pair(*gradients), announced)
+        if partner is not None:
+            self.made_with[other] = GradScale(upstream)
+            self.gradients[other] = partner
+        return gradient
+
+    def _batched_gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
+        """Return the gradient for a batch of upstream gradients, which a kernel cannot read.
+
+        The gradient is linear in the upstream gradient. The gradient for 1 is computed in
+        ``compute_dtype``, multiplied, and rounded once.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(double_backward_error(self.fused.name))
+        inputs, state = self.inputs(ctx)
+        dtype = compute_dtype(inputs.student, inputs.teacher)
+        storage = inputs.logits[network].dtype
+        student, teacher = inputs.student.to(dtype), inputs.teacher.to(dtype)
+        inputs = inputs.with_tensors(student=student, teacher=teacher)
+        rows = inputs.student.shape[:1] if self.options.reduction == "none" else ()
+        gradient = torch.empty_like(inputs.logits[network], memory_format=torch.contiguous_format)
+        one = gradient.new_ones(rows)
+        pairs = (
+            (Pair(one, None), Pair(gradient, None))
+            if network == STUDENT
+            else (Pair(None, one), Pair(None, gradient))
+        )
+        self.fused.backward(inputs, state, *pairs, None)
+        return (upstream[..., None] * gradient).to(storage)
+
+
+class GradScale:
+    """The upstream gradient that a gradient was computed with, and its version at that time."""
+
+    __slots__ = ("value", "version")
+
+    def __init__(self, value: float | Tensor) -> None:
+        self.value = value
+        self.version = 0 if type(value) is float else _version(value)
+
+    def scale(self) -> float | Tensor | None:
+        """Return the number that a backend may compare an upstream gradient with.
+
+        None if it is a tensor that has changed since, or that holds one number a row.
+        """
+        if not isinstance(self.value, Tensor):
+            return self.value
+        return self.value if self.value.ndim == 0 and _version(self.value) == self.version else None
+
+    def is_like(self, upstream: Tensor) -> bool:
+        """Whether ``upstream`` is this value. False also if only the device could tell."""
+        if upstream is self.value:  # as from the sum of both losses
+            return _version(upstream) == self.version
+        scale = self.scale()
+        if scale is None or upstream.ndim != 0 or not upstream.is_cpu:
+            return False
+        value, announced = upstream.item(), float(scale)
+        if value != announced and upstream.dtype == torch.float32:
+            announced = c_float(announced).value  # 0.1 was rounded to float32 on its way here
+        if value != announced:
+            return False
+        # The upstream gradient of the other network is usually the same tensor.
+        self.version = _version(upstream)
+        self.value = upstream
+        return True
+
+
+def _version(scale: float | Tensor) -> int:
+    """A number that changes when the tensor is written to. Inference tensors have none."""
+    return scale._version if isinstance(scale, Tensor) and not scale.is_inference() else 0
+
+
+class _NetworkLoss(torch.autograd.Function):
+    """Connects the loss of one network to its logits and its gradient from the forward pass.
+
+    Each network has its own node. With a common node, the backward pass of one loss would enter the
+    other network and free the tensors that it saved. The first backward returns the gradient and
+    drops its reference, because ``AccumulateGrad`` clones a gradient that has other references. A
+    second backward (``retain_graph=True``) computes it again from the saved logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, known: tuple[Tensor, tuple, SavedGradients, int]) -> Tensor:
+        # In a tuple: autograd would return a loss that is itself an argument as a view.
+        loss, saved, ctx.call, ctx.network = known
+        ctx.save_for_backward(*saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        call = ctx.call
+        gradient = call.gradient(ctx.network, upstream, ctx)
+        if torch.is_grad_enabled():  # create_graph=True: an error, but only if it is used
+            inputs, _ = call.inputs(ctx)
+            gradient = _NoDoubleBackward.apply(
+                inputs.student, inputs.teacher, upstream, gradient, call.fused.name
+            )
+        return gradient, None
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """The gradient as a function of its inputs, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx, student: Tensor, teacher: Tensor, upstream: Tensor, gradient: Tensor, backend: str
+    ) -> Tensor:
+        ctx.backend = backend
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(double_backward_error(ctx.backend))
+
+
+def double_backward_error(backend: str) -> str:
+    return f"the {backend} backend has no double backward: use backend='reference' for it"
