@@ -20,7 +20,7 @@ class Field(NamedTuple):
 
 
 # The index of a name is the value of the C++ enum.
-STORAGE = ("float32", "float64", "float16", "bfloat16")
+STORAGE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}  # and its bytes
 TARGET_KIND = ("no_target", "labels", "probabilities")
 
 # The compute type is float64 if a network's storage is, and float32 otherwise.
@@ -87,7 +87,8 @@ def cpp_header() -> str:
         "#pragma once",
         "#include <cstdint>",
         '#include "options.h"',
-        _cpp_enum("Storage", STORAGE),
+        _cpp_enum("Storage", tuple(STORAGE)),
+        f"constexpr int64_t kStorageBytes[] = {{{', '.join(map(str, STORAGE.values()))}}};",
         _cpp_enum("TargetKind", TARGET_KIND),
         "struct Network {",
         *_cpp_fields(NETWORK),

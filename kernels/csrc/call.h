@@ -2,8 +2,6 @@
 #pragma once
 #include "arguments.h"  // generated from native_call.py, with options.h from options.py
 
-constexpr int64_t kStorageBytes[] = {4, 8, 2, 2};  // by Storage
-
 // A value for each network.
 template <class T>
 struct Pair {
@@ -11,9 +9,9 @@ struct Pair {
 };
 
 struct Call : Arguments {
-  double row_scale;         // 1, or 1 / the weight of all counted rows if the reduction is the mean
-  Pair<double*> row_loss;   // (N,) each, weighted, not yet reduced; or null
-  bool nontemporal;         // store the gradients past the caches
+  double row_scale;        // 1, or 1 / the weight of all counted rows if the reduction is the mean
+  Pair<double*> row_loss;  // (N,) each, weighted, not yet reduced; or null
+  bool nontemporal;        // store the gradients past the caches
 };
 
 // Each thread takes blocks of rows from its own range, then from the ranges of slower threads.
@@ -21,7 +19,7 @@ struct WorkQueue {
   struct alignas(64) Range {  // a cache line each, so that threads do not share one
     int64_t next, end;
   };
-  Range* ranges;     // (range_count,)
+  Range* ranges;  // (range_count,)
   int64_t range_count;
   int64_t block_rows;
   int64_t threads_started;
@@ -31,6 +29,6 @@ using RowKernel = void (*)(const Call&, WorkQueue&);
 
 // The kernels of one instruction set.
 struct RowKernels {
-  RowKernel by_storage[4];       // both networks have this Storage
-  RowKernel mixed, mixed_float64;  // two types; two types of which one is float64
+  RowKernel by_storage[4];         // both networks have this Storage
+  RowKernel mixed, mixed_float64;  // they have two types; two types of which one is float64
 };

@@ -66,14 +66,14 @@ class RowMath {
     const Call& call = plan.call;
     const NetworkTerms &s = terms.student, &t = terms.teacher;
     if (call.student.gradient) {
-      const Doubles scale = row_scale(group.student), kd = scale * options.student_kd * tau;
+      const Doubles scale = gradient_scale(group.student), kd = scale * options.student_kd * tau;
       put(to.student.e_g, -kd * d2 / tau * s.inv_z);
       put(to.student.e, kd * (d1 + d2 * (log_z_ratio - reverse)) * s.inv_z);
       put(to.student.other_e, kd * d1 * t.inv_z + nan);
       if (plan.has_ce.student) write_ce(to.student, scale * options.student_ce, s.inv_z1);
     }
     if (call.teacher.gradient) {
-      const Doubles scale = row_scale(group.teacher), kd = scale * options.teacher_kd * tau, one = Doubles{} + 1;
+      const Doubles scale = gradient_scale(group.teacher), kd = scale * options.teacher_kd * tau, one = Doubles{} + 1;
       put(to.teacher.e_g, plan.teacher_forward ? kd / tau * t.inv_z : Doubles{});
       put(to.teacher.e, kd * (plan.teacher_forward ? -log_z_ratio - forward : one) * t.inv_z);
       put(to.teacher.other_e, (plan.teacher_forward ? Doubles{} : kd * s.inv_z) + nan);
@@ -112,7 +112,7 @@ class RowMath {
  private:
   INLINE Doubles lanes_of(const Slots& slots) const { return loaded<Doubles>(slots + slot); }
 
-  INLINE Doubles row_scale(const NetworkSums& sums) const {
+  INLINE Doubles gradient_scale(const NetworkSums& sums) const {
     return lanes_of(group.weight) * plan.call.row_scale * lanes_of(sums.upstream);
   }
 
