@@ -11,10 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# The operators of this package. A copy under another name, for example a vendored one, has its own
-# namespace, so that both can be loaded into one process.
-NAMESPACE = "bdkd" if __package__ == "bdkd_kernels" else str(__package__).replace(".", "_")
-
 PLAIN = (Tensor, torch.nn.Parameter)  # exact types: a subclass may redefine what a call does
 
 # True inside torch.func's grad, vmap, jvp, ... and while autograd runs a batched backward pass.
@@ -116,26 +112,6 @@ def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether it stands for zeros that were never stored, as autograd makes them internally
     (``torch._efficientzerotensor``)."""
     return tensor._is_zerotensor()
-
-
-# An operator, since torch.compile would compute a plain clone again in the backward pass, and save
-# what was cloned.
-torch.library.define(f"{NAMESPACE}::copies", "(Tensor[] tensors) -> Tensor[]")
-
-
-@torch.library.impl(f"{NAMESPACE}::copies", "default")
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.clone(memory_format=torch.contiguous_format) for x in tensors]
-
-
-@torch.library.register_fake(f"{NAMESPACE}::copies")
-def _fake_copies(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-
-
-def copies_to_save(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies that ``torch.compile`` saves for the backward pass in the place of the tensors."""
-    return getattr(torch.ops, NAMESPACE).copies(tensors)
 
 
 # -- triton ----------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class GradScale:
         """Whether ``upstream`` is this value. False also if only the device could tell."""
         if upstream is self.value:  # as from the sum of both losses
             return _version(upstream) == self.version
-        scale = self.scale()
+        scale = self.value if type(self.value) is float else self.scale()
         if scale is None or upstream.ndim != 0 or not upstream.is_cpu:
             return False
         value, announced = upstream.item(), float(scale)
@@ -184,8 +184,11 @@ class GradScale:
 
 
 def _version(scale: float | Tensor) -> int:
-    """A number that changes when the tensor is written to. Inference tensors have none."""
-    return scale._version if isinstance(scale, Tensor) and not scale.is_inference() else 0
+    """A number that changes when a tensor is written to."""
+    try:
+        return scale._version  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # floats and inference tensors have none
+        return 0
 
 
 class _NetworkLoss(torch.autograd.Function):

@@ -17,7 +17,7 @@ from ._torch_compat import (
 )
 from .memory import check_dense, check_device, in_memory, is_dense, not_a_tensor
 from .options import LossOptions, as_float, shown
-from .types import LossInputs
+from .types import LossInputs, fast_new
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,21 +44,21 @@ def prepare(
     if shape != teacher_shape:
         raise _different_shapes(shape, teacher_shape)
     device = student.device
-    check_device("teacher_logits", teacher, device)
+    if teacher.device != device:
+        check_device("teacher_logits", teacher, device)
     if type(grad_scale) is not float or not abs(grad_scale) <= _FLOAT32_MAX:
         _check_grad_scale(grad_scale, device)
 
-    leading, classes = shape[:-1], shape[-1]
+    leading = shape[:-1]
     if target is not None:
         target = _check_target(target, shape, leading, device)
     if sample_weight is not None:
         sample_weight = _check_sample_weight(sample_weight, leading, device)
 
     plain, dense = is_plain(student, teacher), False
-    if target is not None and type(target) not in PLAIN:
-        plain = False
-    if sample_weight is not None and type(sample_weight) not in PLAIN:
-        plain = False
+    for x in (target, sample_weight):
+        if x is not None and type(x) not in PLAIN:
+            plain = False
     if type(grad_scale) is not float and isinstance(grad_scale, Tensor):
         plain = plain and type(grad_scale) in PLAIN
         if plain:
@@ -70,23 +70,33 @@ def prepare(
             and (target is None or is_dense(target))
         )  # fmt: skip
         if not dense:
-            student = in_memory("student_logits", student)
-            teacher = in_memory("teacher_logits", teacher)
-            if target is not None:
-                target = in_memory("target", target)
-            if sample_weight is not None:
-                sample_weight = in_memory("sample_weight", sample_weight)
+            student, teacher, target, sample_weight = _in_memory(
+                student, teacher, target, sample_weight
+            )
     else:
         _check_tensors_of_one_kind(student, teacher, target, sample_weight, grad_scale)
 
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if len(shape) != 2:
-        rows = leading.numel()  # -1 is ambiguous if the leading shape holds a 0
+        # -1 instead of the number of rows is ambiguous if the leading shape holds a 0.
+        rows, classes = leading.numel(), shape[-1]
         student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
         if target is not None:
             target = target.reshape((rows, classes) if target.is_floating_point() else (rows,))
-    return LossInputs(student, teacher, target, sample_weight, options, plain, dense)
+    fields = (student, teacher, target, sample_weight, options, plain, dense)
+    return fast_new(LossInputs, fields) if plain else LossInputs(*fields)
+
+
+def _in_memory(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return (
+        in_memory("student_logits", student),
+        in_memory("teacher_logits", teacher),
+        None if target is None else in_memory("target", target),
+        None if sample_weight is None else in_memory("sample_weight", sample_weight),
+    )
 
 
 # -- labels ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .options import (
     checked_options,
     shows_options,
 )
-from .types import BDKDOutput, BDKDStats, Pair
+from .types import BDKDOutput, BDKDStats, Pair, fast_new
 
 
 @shows_options
@@ -128,7 +128,7 @@ def bdkd_loss_and_grad(
         check_gradient_buffers(
             grads, student_logits, teacher_logits, target, sample_weight, grad_scale, inputs.plain
         )
-        gradients = Pair(*grads)
+        gradients = fast_new(Pair, grads) if inputs.plain else Pair(*grads)
     rows = gradients if student_logits.ndim == 2 else as_rows(gradients)
     losses, stats = backends.choose(backend, inputs).loss_and_grad(inputs, grad_scale, rows)
     # A plain tuple: torch.export.save knows no named tuples of other libraries.
@@ -176,8 +176,8 @@ def _checked(function: Callable, values: Mapping[str, Any]) -> LossOptions:
     if not torch.compiler.is_dynamo_compiling():  # dynamo ignores lru_cache, with a warning
         try:
             return cached_options(**values)
-        except TypeError:
-            pass  # the checks below raise it again or accept what cannot be hashed
+        except (TypeError, KeyError):
+            pass  # the checks below raise a clear error, or accept what cannot be hashed
     check_names(function, values)
     return checked_options(values)
 

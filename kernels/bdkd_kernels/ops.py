@@ -45,11 +45,11 @@ from torch.autograd.graph import increment_version
 from torch.library import define, impl, register_autograd, register_fake
 
 from . import buffers
-from ._torch_compat import NAMESPACE
 from .autograd import SavedGradients, connect, double_backward_error
 from .checks import check_labels, labels_can_be_read
+from .library import NAMESPACE
 from .memory import in_memory
-from .options import STATISTICS, TABLE, LossOptions
+from .options import NAMES, STATISTICS, TABLE, LossOptions
 from .reference import compute_dtype, savable, write, zero_with_graph
 from .types import BOOLS, NONE, BDKDStats, LossInputs, Outputs, Pair, fast_new
 
@@ -78,12 +78,14 @@ _BACKWARD_SCHEMA = (
 
 def flat_options(options: LossOptions) -> tuple[Any, ...]:
     """Return the options in the order of the operators' schemas."""
-    return tuple(getattr(options, option.name) for option in TABLE)
+    return tuple(getattr(options, name) for name in NAMES)
 
 
 class FusedBackend:
-    """The ``loss`` and ``loss_and_grad`` of one backend, and its operators ``NAME_forward`` and
-    ``NAME_backward``."""
+    """The ``loss`` and ``loss_and_grad`` of one backend.
+
+    Registers its operators, ``bdkd::NAME_forward`` and ``bdkd::NAME_backward``.
+    """
 
     def __init__(self, name: str, forward: Forward, backward: Backward, state_rows: int) -> None:
         self.name, self.state_rows = name, state_rows
@@ -136,34 +138,24 @@ class FusedBackend:
 
         The gradients are written into the buffers that are not None.
         """
-        terms = inputs.has_terms()
-        wanted = gradients
+        terms, wanted = inputs.has_terms(), gradients
         if not (terms.student and terms.teacher):
             wanted = Pair(*(x if term else None for x, term in zip(gradients, terms, strict=True)))
         if inputs.plain:
             made = _with_unit_stride(wanted)
             losses, stats, _ = self.forward(inputs, grad_scale, made, True)
+            # The kernel wrote without torch: autograd must notice if it saved this memory.
+            _raise_versions([x for x in made if x is not None])
         else:
             with torch.no_grad():
                 losses, stats, made = self._call_forward_op(
                     inputs, grad_scale, Pair(*(x is not None for x in wanted))
                 )
-        written = []
-        for buffer, gradient in zip(wanted, made, strict=True):
-            if buffer is None:
-                continue
-            if gradient is buffer:
-                written.append(buffer)
-            elif gradient is not None:
-                write(buffer, gradient)
-        if written:
-            # A kernel wrote without torch: autograd must notice if it saved this memory.
-            _raise_versions(written)
-        # Only now, because a buffer may be the logits.
-        if gradients.student is not None and not terms.student:
-            write(gradients.student, 0.0)
-        if gradients.teacher is not None and not terms.teacher:
-            write(gradients.teacher, 0.0)
+        if made is not gradients:
+            # Only now, because a buffer may be the logits.
+            for buffer, value, term in zip(gradients, made, terms, strict=True):
+                if buffer is not None and value is not buffer:
+                    write(buffer, value if term and value is not None else 0.0)
         return losses, BDKDStats(stats)
 
     def forward(
@@ -285,7 +277,7 @@ class FusedBackend:
     def _register_autograd(self) -> None:
         def keep(ctx, inputs, output):
             ctx.save_for_backward(*inputs[:4], output[3])
-            ctx.options = inputs[-len(TABLE) :]
+            ctx.options = inputs[-len(NAMES) :]
             ctx.inputs = len(inputs)
 
         def backward(ctx, student_upstream, teacher_upstream, *_):

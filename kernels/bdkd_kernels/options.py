@@ -87,21 +87,6 @@ class LossOptions:
     ] = -100
     reduction: Annotated[Reduction, '``"mean"``, ``"sum"`` or ``"none"``.'] = "mean"
 
-    def check(self) -> None:
-        """Check every option.
-
-        Numbers of other types, such as NumPy's, are converted to Python's, because operators accept
-        no others.
-
-        Raises:
-            ValueError, TypeError: If an option does not fit. The message names the first one.
-        """
-        for option in TABLE:
-            value = getattr(self, option.name)
-            checked = option.check(value)
-            if checked is not value:
-                object.__setattr__(self, option.name, checked)
-
 
 class LossArguments(TypedDict, total=False):
     """:class:`LossOptions` as keyword arguments, for type checkers and editors."""
@@ -166,6 +151,8 @@ def _table() -> tuple[Option, ...]:
 
 
 TABLE = _table()
+NAMES = tuple(option.name for option in TABLE)
+_BY_NAME = {option.name: option for option in TABLE}
 
 # The statistics of each sample, in the order of the rows of ``BDKDStats.table``.
 STATISTICS = {
@@ -215,10 +202,16 @@ def shown(value: object) -> str:
 
 
 def checked_options(values: Mapping[str, Any]) -> LossOptions:
-    """Return ``LossOptions(**values)``, checked."""
-    options = LossOptions(**values)
-    options.check()
-    return options
+    """Return ``LossOptions(**values)``, checked.
+
+    Numbers of other types, such as NumPy's, are converted to Python's, because operators accept no
+    others.
+
+    Raises:
+        ValueError, TypeError: If an option does not fit. The message names the first one.
+        KeyError: If a name is not an option; see :func:`check_names`.
+    """
+    return LossOptions(**{name: _BY_NAME[name].check(value) for name, value in values.items()})
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
@@ -280,14 +273,14 @@ def fill_doc(definition: Any, placeholder: str, entries: Mapping[str, str]) -> N
 
 def check_names(function: Callable, names: Iterable[str]) -> None:
     """Raise Python's ``TypeError`` for a keyword that is not an option, with the nearest name."""
-    known = [*inspect.signature(function).parameters]
     for name in names:
-        if name not in known:
-            nearest = get_close_matches(name, known, 1)
-            hint = f". Did you mean '{nearest[0]}'?" if nearest else ""
-            raise TypeError(
-                f"{function.__qualname__}() got an unexpected keyword argument '{name}'{hint}"
-            )
+        if name in _BY_NAME:
+            continue
+        nearest = get_close_matches(name, inspect.signature(function).parameters, 1)
+        hint = f". Did you mean '{nearest[0]}'?" if nearest else ""
+        raise TypeError(
+            f"{function.__qualname__}() got an unexpected keyword argument '{name}'{hint}"
+        )
 
 
 # -- the native kernel -----------------------------------------------------------------------------

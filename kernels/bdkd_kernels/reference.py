@@ -9,12 +9,9 @@ All tensors here are rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
 import torch
 from torch import Tensor
 
-from ._torch_compat import (
-    copies_to_save,
-    is_exporting,
-    vjp_needs_to_leave_inference_mode,
-)
+from ._torch_compat import is_exporting, vjp_needs_to_leave_inference_mode
 from .checks import check_labels, labels_can_be_read
+from .library import copies_to_save
 from .options import STATISTICS, LossOptions
 from .types import BDKDStats, LossInputs, Pair
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, overload
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from ._torch_compat import NAMESPACE
+from .library import NAMESPACE
 from .options import STATISTICS, LossOptions, fill_doc
 
 T = TypeVar("T")

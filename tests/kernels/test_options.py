@@ -13,11 +13,10 @@ import pytest
 import torch
 from bdkd_kernels import BDKDLoss, BDKDStats, bdkd_loss, bdkd_loss_and_grad, native, options
 from bdkd_kernels.ops import flat_options
-from bdkd_kernels.options import STATISTICS, TABLE, LossArguments, LossOptions
+from bdkd_kernels.options import NAMES, STATISTICS, TABLE, LossArguments, LossOptions
 
 S, T = torch.zeros(4, 5), torch.ones(4, 5)
 Y = torch.tensor([0, 1, 2, 3])
-NAMES = [option.name for option in TABLE]
 DEFINITIONS = [bdkd_loss, bdkd_loss_and_grad, BDKDLoss]
 OPERATORS = ["native_forward", "native_backward"] if native.AVAILABILITY else []
 
@@ -25,7 +24,7 @@ OPERATORS = ["native_forward", "native_backward"] if native.AVAILABILITY else []
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_every_option_is_in_the_signature_with_its_default(definition):
     parameters = inspect.signature(definition).parameters
-    assert [name for name in parameters if name in NAMES] == NAMES
+    assert [name for name in parameters if name in NAMES] == [*NAMES]
     for option in TABLE:
         parameter = parameters[option.name]
         assert parameter.default == option.default == getattr(LossOptions(), option.name)
@@ -64,7 +63,7 @@ def test_type_checkers_see_every_option():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_schemas_end_with_the_options_in_order(name):
     arguments = getattr(torch.ops.bdkd, name).default._schema.arguments[-len(TABLE) :]
-    assert [x.name for x in arguments] == NAMES
+    assert [x.name for x in arguments] == [*NAMES]
     for argument, option in zip(arguments, TABLE, strict=True):
         assert str(argument.type) == ("str" if option.choices else option.type.__name__)
     assert LossOptions(*flat_options(OTHER)) == OTHER
@@ -131,7 +130,7 @@ def test_the_c_header_holds_the_table():
     fields = re.search(r"struct Options \{(.*?)\};", header, re.S)[1]
     assert {"double", "int64_t"} < set(re.findall(r"(\w+) \w+;", fields))
     found = re.findall(r"(\w+) (\w+);", fields)
-    assert [name for _, name in found] == NAMES
+    assert [name for _, name in found] == [*NAMES]
     for (kind, _), option in zip(found, TABLE, strict=True):
         camel = "".join(part.title() for part in option.name.split("_"))
         assert kind == (
