@@ -78,6 +78,22 @@ def test_the_kernels_import_torch_and_nothing_of_the_trainer():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_kernels_stay_readable():
+    """Files of at most 400 lines, functions of at most 60, and at most 14 parameters. The arguments
+    of a kernel's launch are exempt: Triton takes each pointer and stride by itself."""
+    for path in PACKAGES["bdkd_kernels"].rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                where = f"{path.name}, {node.name}"
+                assert node.end_lineno - node.lineno < 60, where
+                parameters = len(node.args.args) + len(node.args.kwonlyargs)
+                assert parameters <= 14 or node.name.endswith("_kernel"), where
+    for path in (ROOT / "kernels" / "csrc").iterdir():
+        assert path.read_text("utf-8").count("\n") <= 400, path
+
+
 @pytest.mark.parametrize(
     "command",
     [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],

@@ -43,13 +43,12 @@ def prepare(
     teacher_shape = check_logits("teacher_logits", teacher)
     if shape != teacher_shape:
         raise _different_shapes(shape, teacher_shape)
-    device = student.device
+    device, leading = student.device, shape[:-1]
     if teacher.device != device:
         check_device("teacher_logits", teacher, device)
     if type(grad_scale) is not float or not abs(grad_scale) <= _FLOAT32_MAX:
         _check_grad_scale(grad_scale, device)
 
-    leading = shape[:-1]
     if target is not None:
         target = _check_target(target, shape, leading, device)
     if sample_weight is not None:
@@ -70,9 +69,8 @@ def prepare(
             and (target is None or is_dense(target))
         )  # fmt: skip
         if not dense:
-            student, teacher, target, sample_weight = _in_memory(
-                student, teacher, target, sample_weight
-            )
+            tensors = _in_memory(student, teacher, target, sample_weight)
+            student, teacher, target, sample_weight = tensors
     else:
         _check_tensors_of_one_kind(student, teacher, target, sample_weight, grad_scale)
 
