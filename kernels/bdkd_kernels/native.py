@@ -24,7 +24,7 @@ from torch import Tensor
 from . import native_call, ops
 from .checks import raise_bad_label
 from .native_call import STORAGE, TARGET_KIND
-from .options import STATISTICS, cpp_header, struct_format, struct_values
+from .options import STATISTICS, LossOptions, cpp_header, struct_format, struct_values
 from .reference import compute_dtype
 from .types import NONE, Availability, LossInputs, Outputs, Pair, fast_new
 
@@ -47,7 +47,7 @@ _SCALARS = {
 _OPTIONS = struct.Struct(f"={struct_format()}")
 
 
-def _packed(o: Any) -> bytes:
+def _packed(o: LossOptions) -> bytes:
     """Return the options as the kernel reads them.
 
     The bytes are stored with the options. A cache keyed by the options would hash them, which takes
