@@ -56,7 +56,7 @@ SUITES = (
         (SANITIZERS,),
     ),
     Suite("operators", ("test_ops.py", "test_torch_features.py", "test_loss_api.py",
-                        "test_swap_in.py", "test_backends.py")),
+                        "test_compat.py", "test_backends.py")),
     Suite("triton, interpreted", ("triton_grid.py",), triton=True, interpreted=True),
     Suite("triton, compiled ahead", ("test_triton_aot.py", "triton_launches.py"), triton=True),
 )  # fmt: skip

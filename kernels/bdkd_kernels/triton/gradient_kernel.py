@@ -43,7 +43,7 @@ def store_gradient_row(g, networks, batch, options, record, field_stride, row,
                      stats.teacher_entropy, stats.forward_weight, stats.reverse_weight)  # fmt: skip
     g = Pair(tl.where(counted, state.weight * g.student, 0.0),
              tl.where(counted, state.weight * g.teacher, 0.0))  # fmt: skip
-    k = coefficients(g, networks, softmaxes, in_range | (counted == 0), state.target_sum, kl,
+    k = coefficients(g, softmaxes, in_range | (counted == 0), state.target_sum, kl,
                      options, SPEC)  # fmt: skip
     s_row = networks.student.logits + row * networks.student.stride
     t_row = networks.teacher.logits + row * networks.teacher.stride
@@ -87,8 +87,8 @@ def gradient_kernel(
     stored. ANNOUNCED is "number", "tensor" (0-dim) or "none".
     """
     networks = Pair(
-        Network(student, s_stride, ds, ds_stride, loss_options.student_ce, loss_options.student_kd),
-        Network(teacher, t_stride, dt, dt_stride, loss_options.teacher_ce, loss_options.teacher_kd),
+        Network(student, s_stride, ds, ds_stride),
+        Network(teacher, t_stride, dt, dt_stride),
     )
     batch = Batch(target, None, None, None, N, C)
     g_s, g_t = tl.zeros((), SPEC.dtype), tl.zeros((), SPEC.dtype)

@@ -227,7 +227,7 @@ def finish_row(sums, ahead, late, networks, batch, options, row, LOOP: tl.conste
     scale = tl.load(batch.scale).to(SPEC.dtype) if SPEC.scale_is_tensor else batch.scale
     g = tl.where(row.counted, late.weight * scale, 0.0)
     in_range = row.in_range | (row.counted == 0)
-    k = coefficients(Pair(g, g), networks, values.softmaxes, in_range, values.target_sum, kl,
+    k = coefficients(Pair(g, g), values.softmaxes, in_range, values.target_sum, kl,
                      options, SPEC)  # fmt: skip
     if SPEC.kd or SPEC.grads:
         F, R = store_gradients(networks, batch, options, row, ahead, values, k, LOOP, PREFETCH,
@@ -235,7 +235,7 @@ def finish_row(sums, ahead, late, networks, batch, options, row, LOOP: tl.conste
         kl = Divergences(F, R, kl.student_entropy, kl.teacher_entropy, kl.forward_weight,
                          kl.reverse_weight)  # fmt: skip
     stats = row_stats(kl, values.ce, values.confidences, values.correct)
-    return store_row(batch, networks, row.index, row.counted, row.index >= 0, late.weight,
+    return store_row(batch, row.index, row.counted, row.index >= 0, late.weight,
                      values.target_sum, stats, values.softmaxes, options, SPEC)  # fmt: skip
 
 
@@ -285,11 +285,9 @@ def loop_kernel(
     C = multiple_of(C, SPEC.class_alignment)
     networks = Pair(
         Network(student, multiple_of(s_stride, SPEC.row_alignment),
-                ds, multiple_of(ds_stride, SPEC.row_alignment), loss_options.student_ce,
-                loss_options.student_kd),
+                ds, multiple_of(ds_stride, SPEC.row_alignment)),
         Network(teacher, multiple_of(t_stride, SPEC.row_alignment),
-                dt, multiple_of(dt_stride, SPEC.row_alignment), loss_options.teacher_ce,
-                loss_options.teacher_kd),
+                dt, multiple_of(dt_stride, SPEC.row_alignment)),
     )  # fmt: skip
     batch = Batch(target, sample_weight, scale, records, N, C)
     index = tl.program_id(0).to(tl.int64)

@@ -278,17 +278,18 @@ def is_correct(rows, y, in_range, label_logit, m, confidences, C, CHUNK: tl.cons
 
 
 @triton.jit
-def network_coefficients(g, network, own, partner, in_range, target_sum, own_kl, partner_kl,
+def network_coefficients(g, ce, kd, own, partner, in_range, target_sum, own_kl, partner_kl,
                          own_weight, partner_weight, options, NET: tl.constexpr,
                          SPEC: tl.constexpr):  # fmt: skip
-    """Return one network's Coefficients. ``g`` is the factor of the row's loss.
+    """Return one network's Coefficients. ``g`` is the factor of the row's loss, ``ce`` and ``kd``
+    are the weights of its terms.
 
     ``own_kl`` is KL(own || partner) and ``partner_kl`` is KL(partner || own). Normalisers, weights
     and scales are folded in here, once a row.
     """
     label = g if SPEC.target != "labels" else g + tl.where(in_range, 0.0, float("nan"))
-    q = label * network.ce
-    k = g * (network.kd * options.temperature)
+    q = label * ce
+    k = g * (kd * options.temperature)
     # A NaN of either network reaches every product, even where e is 0.
     poison = 0.0 * (own.inv_z + partner.inv_z)
     of_own = partner_weight if NET.partner_kl else 0.0
@@ -305,18 +306,18 @@ def network_coefficients(g, network, own, partner, in_range, target_sum, own_kl,
 
 
 @triton.jit
-def coefficients(g, networks, softmaxes, in_range, target_sum, kl, options, SPEC: tl.constexpr):
+def coefficients(g, softmaxes, in_range, target_sum, kl, options, SPEC: tl.constexpr):
     """Return both networks' Coefficients. ``g`` is a Pair, ``kl`` the row's Divergences."""
     STUDENT: tl.constexpr = SPEC.student
     TEACHER: tl.constexpr = SPEC.teacher
     s, t = softmaxes.student, softmaxes.teacher
     student = network_coefficients(
-        g.student, networks.student, s, t, in_range, target_sum, kl.reverse, kl.forward,
-        kl.reverse_weight, kl.forward_weight, options, STUDENT, SPEC,
+        g.student, options.student_ce, options.student_kd, s, t, in_range, target_sum, kl.reverse,
+        kl.forward, kl.reverse_weight, kl.forward_weight, options, STUDENT, SPEC,
     )  # fmt: skip
     teacher = network_coefficients(
-        g.teacher, networks.teacher, t, s, in_range, target_sum, kl.forward, kl.reverse,
-        1.0, 1.0, options, TEACHER, SPEC,
+        g.teacher, options.teacher_ce, options.teacher_kd, t, s, in_range, target_sum, kl.forward,
+        kl.reverse, 1.0, 1.0, options, TEACHER, SPEC,
     )  # fmt: skip
     return Pair(student, teacher)
 

@@ -8,17 +8,17 @@ from .spec import NUM_STATISTICS, Pair, RowState, RowStats
 
 
 @triton.jit
-def network_loss(network, ce, own_kl, partner_kl, options, NET: tl.constexpr):
+def network_loss(ce_weight, kd_weight, ce, own_kl, partner_kl, options, NET: tl.constexpr):
     """Return one network's loss; ``own_kl`` and ``partner_kl`` are weighted."""
     loss = 0.0
     if NET.ce:
-        loss += network.ce * ce
+        loss += ce_weight * ce
     if NET.kd:
         if NET.own_kl and NET.partner_kl:
             kl = partner_kl + own_kl
         else:
             kl = own_kl if NET.own_kl else partner_kl
-        loss += network.kd * options.temperature * options.temperature * kl
+        loss += kd_weight * options.temperature * options.temperature * kl
     return loss
 
 
@@ -42,7 +42,7 @@ def row_stats(kl, ce, confidences, correct):
 
 
 @triton.jit
-def store_row(batch, networks, rows, counted, stored, weight, target_sum, stats, softmaxes, options,
+def store_row(batch, rows, counted, stored, weight, target_sum, stats, softmaxes, options,
               SPEC: tl.constexpr):  # fmt: skip
     """Store the records of the rows, and return a Pair: their weighted losses."""
     STUDENT: tl.constexpr = SPEC.student
@@ -58,9 +58,11 @@ def store_row(batch, networks, rows, counted, stored, weight, target_sum, stats,
         store_record(batch.records, rows, stored, i, (value,))
     forward, reverse = stats.forward_kl, stats.reverse_kl
     student = network_loss(
-        networks.student, stats.student_ce, stats.reverse_weight * reverse,
+        options.student_ce, options.student_kd, stats.student_ce, stats.reverse_weight * reverse,
         stats.forward_weight * forward, options, STUDENT,
     )  # fmt: skip
-    teacher = network_loss(networks.teacher, stats.teacher_ce, forward, reverse, options, TEACHER)
+    teacher = network_loss(
+        options.teacher_ce, options.teacher_kd, stats.teacher_ce, forward, reverse, options, TEACHER
+    )
     kept = counted & stored
     return Pair(tl.where(kept, weight * student, 0.0), tl.where(kept, weight * teacher, 0.0))

@@ -119,8 +119,6 @@ class Network(NamedTuple):
     stride: Any
     gradient: Any  # (N, C), or None; rows are `gradient_stride` elements apart
     gradient_stride: Any
-    ce: Any  # weight of its cross entropy
-    kd: Any  # weight of its divergences
 
 
 class Batch(NamedTuple):
@@ -136,6 +134,7 @@ class Batch(NamedTuple):
 
 # The options of the loss that are numbers, by name, and two numbers that are derived from them:
 # ``c`` is log2(e) / temperature, ``smoothing_per_class`` is label_smoothing / C. The kernels get
-# them as one argument.
+# them as one argument. Pass its fields on as arguments: an assignment, also of a tuple with them,
+# makes float32 tensors of compile-time numbers, and float64 would lose digits.
 _NUMBERS = tuple(option.name for option in TABLE if option.type in (float, int))
 Options = _namedtuple("Options", ("c", "smoothing_per_class", *_NUMBERS))

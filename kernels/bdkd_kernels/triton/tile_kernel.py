@@ -254,12 +254,12 @@ def compute_tile(networks, batch, options, rows, PADDED: tl.constexpr, TILE: tl.
     if SPEC.grads:
         scale = tl.load(batch.scale).to(SPEC.dtype) if SPEC.scale_is_tensor else batch.scale
         g = tl.where(counted, weight * scale, 0.0)
-        k = coefficients(Pair(g, g), networks, softmaxes, in_range | (counted == 0), target.sum,
+        k = coefficients(Pair(g, g), softmaxes, in_range | (counted == 0), target.sum,
                          kl, options, SPEC)  # fmt: skip
         store_tile_gradients(networks, s, t, d, target, tile, stored, label_logit, softmaxes, k,
                              options, PADDED, SPEC)  # fmt: skip
     stats = row_stats(kl, ce, confidences, correct)
-    losses = store_row(batch, networks, rows, counted, stored, weight, zero + target.sum, stats,
+    losses = store_row(batch, rows, counted, stored, weight, zero + target.sum, stats,
                        softmaxes, options, SPEC)  # fmt: skip
     return losses, active & (has_nan != has_nan)
 
@@ -281,11 +281,9 @@ def tile_kernel(
     C = multiple_of(C, SPEC.class_alignment)
     networks = Pair(
         Network(student, multiple_of(s_stride, SPEC.row_alignment),
-                ds, multiple_of(ds_stride, SPEC.row_alignment), loss_options.student_ce,
-                loss_options.student_kd),
+                ds, multiple_of(ds_stride, SPEC.row_alignment)),
         Network(teacher, multiple_of(t_stride, SPEC.row_alignment),
-                dt, multiple_of(dt_stride, SPEC.row_alignment), loss_options.teacher_ce,
-                loss_options.teacher_kd),
+                dt, multiple_of(dt_stride, SPEC.row_alignment)),
     )  # fmt: skip
     batch = Batch(target, sample_weight, scale, records, N, C)
     first = tl.program_id(0).to(tl.int64) * TILE.rows
