@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,55 @@ def test_the_kernels_stay_readable():
                 assert parameters <= 14 or node.name.endswith("_kernel"), where
     for path in (ROOT / "kernels" / "csrc").iterdir():
         assert path.read_text("utf-8").count("\n") <= 400, path
+
+
+NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of the underscore
+
+
+def private_names(text: str) -> list[str]:
+    """Attributes with an underscore that the file does not define, and private modules."""
+    tree = ast.parse(text)
+    own = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            own.add(node.attr)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            names = [x.value for x in node.args[1:2] if isinstance(x, ast.Constant)]
+        else:
+            continue
+        found += [x for x in names if re.match(r"_[^_]", str(x)) and x not in own | NAMED_TUPLE]
+    return found
+
+
+def test_private_apis_are_used_in_one_file():
+    """Of torch and triton. Each has a source, a fallback and a test there."""
+    folder = ROOT / "kernels"
+    compat = folder / "bdkd_kernels" / "_torch_compat.py"
+    assert private_names(compat.read_text("utf-8"))
+    for path in folder.rglob("*.py"):
+        found = private_names(path.read_text("utf-8"))
+        assert path == compat or not found, f"{path.relative_to(ROOT)} uses {found}"
+    for text, names in (
+        ("import torch\ntorch._C._len()", ["_C", "_len"]),
+        ("from torch._subclasses import FakeTensor", ["_subclasses"]),
+        ("from torch.utils._pytree import tree_map", ["_pytree"]),
+        ("from torch.autograd.forward_ad import _current_level", ["_current_level"]),
+        ("getattr(x, '_version', 0)", ["_version"]),
+        ("class A:\n    def f(self, other):\n        self._x = other._x._replace()", []),
+    ):
+        assert sorted(private_names(text)) == sorted(names)
 
 
 @pytest.mark.parametrize(

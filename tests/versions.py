@@ -55,8 +55,11 @@ SUITES = (
          "test_gradient_buffers.py"),
         (SANITIZERS,),
     ),
-    Suite("operators", ("test_ops.py", "test_torch_features.py", "test_loss_api.py",
-                        "test_compat.py", "test_backends.py")),
+    Suite(
+        "operators",
+        ("test_ops.py", "test_torch_features.py", "test_torch_compat.py", "test_loss_api.py",
+         "test_compat.py", "test_backends.py"),
+    ),
     Suite("triton, interpreted", ("triton_grid.py",), triton=True, interpreted=True),
     Suite("triton, compiled ahead", ("test_triton_aot.py", "triton_launches.py"), triton=True),
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""The BD-KD loss alone: forward and reverse KL balanced sample by sample, and its kernels.
+"""The BD-KD loss, forward and reverse KL balanced sample by sample, and its kernels.
 
-It imports torch and nothing heavier, and nothing of the trainer.
+The package imports torch and nothing heavier, and nothing of the trainer.
 """
 
 from .backends import available_backends

@@ -1,25 +1,20 @@
-"""The private APIs of torch that the checks and the operators rely on, each with its reason.
+"""The private APIs of torch and triton that the package uses. No other file uses any.
 
-``make versions`` tries them with each version of torch. They answer questions that torch has no
-public API for, or ones whose public API takes several times as long in every call. ``buffers.py``
-has one more, and its fallback.
+For each: the question that no public API answers, or answers as fast; its source; and what replaces
+it in a torch that lacks it, so that importing the package never fails.
+``tests/kernels/test_torch_compat.py`` removes each one and compares the results. ``make versions``
+runs the tests of the kernels with each version of torch and triton.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-PLAIN = (Tensor, torch.nn.Parameter)  # exact types: a subclass may redefine what a call does
-
-# True inside torch.func's grad, vmap, jvp, ... and while autograd runs a batched backward pass.
-# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/function.py (Function.apply)
-_transforms_active = torch._C._are_functorch_transforms_active
-
-# How many TorchDispatchModes watch this thread: FakeTensorMode, make_fx, FlopCounterMode, ...
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state  # torch.jit.is_tracing(), without its Python
+PLAIN = (Tensor, torch.nn.Parameter)  # exact types: a subclass may redefine its operations
 
 _FROM_2_12 = torch.__version__ >= "2.12"
 
@@ -27,23 +22,53 @@ _FROM_2_12 = torch.__version__ >= "2.12"
 DTENSORS_WORK = torch.__version__ >= "2.10"
 
 
-def is_exporting() -> bool:
-    """Whether ``torch.export`` traces this call.
-
-    Before torch 2.12, ``torch.compiler.is_exporting()`` is also True under ``torch.compile``, but
-    the flag behind it is not.
-    """
-    if _FROM_2_12:
-        return torch.compiler.is_exporting()
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+def _private(path: str) -> Any:
+    """Return a private attribute of torch, or None if this torch does not have it."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
-def vjp_needs_to_leave_inference_mode() -> bool:
-    """Whether ``torch.func.vjp`` would compute zeros here: before torch 2.12, it does so under
-    ``torch.inference_mode()``."""
-    return (
-        not _FROM_2_12 and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    )
+# -- the kind of a call ----------------------------------------------------------------------------
+
+_peek_transform = _private("_C._functorch.peek_interpreter_stack")
+
+
+def _has_transform() -> bool:
+    """:func:`_transforms_active`, as ``torch/_functorch/pyfunctorch.py`` finds out."""
+    return _peek_transform is not None and _peek_transform() is not None
+
+
+# Whether a transform of torch.func (grad, vmap, jvp, ...) or a batched backward pass is active.
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/utils/python_dispatch.cpp
+# Without both ways to know, such a call ends with an error of torch about storage.
+_transforms_active: Callable[[], bool] = (
+    _private("_C._are_functorch_transforms_active") or _has_transform
+)
+
+# How many TorchDispatchModes see the calls of this thread: FakeTensorMode, make_fx and others.
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/init.cpp
+# Without it, every call runs the operators of torch.library, which a mode sees.
+_dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
+
+
+class _Levels:
+    """The level of forward-mode AD by the public API, which takes 1.8 us: it mostly raises."""
+
+    @property
+    def _current_level(self) -> int:
+        zero = torch.zeros((), device="cpu")
+        try:
+            forward_ad.make_dual(zero, zero)
+        except RuntimeError:
+            return -1
+        return 0
+
+
+# Its _current_level is the number of nested levels of forward-mode AD, minus 1.
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/forward_ad.py (make_dual)
+_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _Levels()
 
 
 def is_plain(student: Tensor, teacher: Tensor) -> bool:
@@ -53,48 +78,87 @@ def is_plain(student: Tensor, teacher: Tensor) -> bool:
     dispatch mode, and for subclasses of ``Tensor``.
     """
     return not (
-        torch.compiler.is_dynamo_compiling()  # what follows it watches by a dispatch mode
+        torch.compiler.is_dynamo_compiling()  # the later stages of torch.compile: a dispatch mode
         or _dispatch_modes()
         or _transforms_active()
-        or forward_ad._current_level >= 0  # as in forward_ad.make_dual; no public counterpart
-        or _tracing_state() is not None
+        or _levels._current_level >= 0
+        or torch.jit.is_tracing()
         or type(student) not in PLAIN
         or type(teacher) not in PLAIN
     )
 
 
 def needs_torch_operators() -> bool:
-    """Whether every step of the call must be an operator of torch's own: a transform of
-    ``torch.func``, forward-mode AD or ``torch.jit.trace`` is active outside ``torch.compile``."""
+    """Whether every step of the call must be an operator of torch itself.
+
+    True outside ``torch.compile`` if a transform of ``torch.func``, forward-mode AD or
+    ``torch.jit.trace`` is active.
+    """
     if torch.compiler.is_compiling():
         return False
-    return _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
+    return _transforms_active() or _levels._current_level >= 0 or torch.jit.is_tracing()
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """Whether Python may look at the values: not while they are traced, faked or batched."""
-    if torch.compiler.is_compiling() or _tracing_state() is not None or _proxy_mode():
+    """Whether Python may read the values. Not if they are traced, faked or batched."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_recording():
         return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
+    if is_fake(tensor) or tensor.is_meta:
+        return False
+    if _transforms_active():
+        try:
+            tensor.sum().item()
+        except RuntimeError:  # a batched tensor of vmap
             return False
-        tensor = functorch.get_unwrapped(tensor)
-    return not (is_fake(tensor) or tensor.is_meta)
+    return True
 
 
-def _proxy_mode() -> bool:
-    """Whether make_fx records this call."""
+def _is_recording() -> bool:
+    """Whether make_fx records this call.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/fx/experimental/proxy_tensor.py
+    Without ``get_proxy_mode``: True under any dispatch mode, where labels are then not checked.
+    """
     if not _dispatch_modes():
         return False
-    # Imported with make_fx at the latest.
-    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return module is not None and module.get_proxy_mode() is not None
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")  # make_fx imports it
+    if module is None:
+        return False
+    get_proxy_mode = getattr(module, "get_proxy_mode", None)
+    return get_proxy_mode is None or get_proxy_mode() is not None
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces this call.
+
+    Before torch 2.12, ``torch.compiler.is_exporting()`` is also True under ``torch.compile``, but
+    the flag behind it is not.
+    https://github.com/pytorch/pytorch/blob/v2.11.0/torch/compiler/__init__.py
+    """
+    if _FROM_2_12:
+        return torch.compiler.is_exporting()
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def vjp_needs_to_leave_inference_mode() -> bool:
+    """Whether ``torch.func.vjp`` would compute zeros.
+
+    Before torch 2.12, it does so under ``torch.inference_mode()``.
+    """
+    return (
+        not _FROM_2_12 and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    )
+
+
+# -- the kind of a tensor --------------------------------------------------------------------------
 
 
 def is_fake(tensor: object) -> bool:
-    """Whether it is a ``FakeTensor``, which has a shape and a device but no values."""
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+    """Whether it is a ``FakeTensor``, which has a shape and a device but no values.
+
+    By name: the class is in the private module ``torch._subclasses``.
+    """
+    return any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__)
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -103,15 +167,79 @@ def is_dtensor(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-# Whether a tensor has a storage at all. False for the batched tensors of torch.func.vmap and of
-# autograd's is_grads_batched=True, which the other questions above do not see.
-has_memory = torch._C._has_storage
-
-
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether it stands for zeros that were never stored, as autograd makes them internally
-    (``torch._efficientzerotensor``)."""
-    return tensor._is_zerotensor()
+    """Whether it represents zeros that were never stored, which forward-mode AD creates.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/ZeroTensorFallback.cpp
+    Without ``_is_zerotensor``: such a tensor is refused, because it has no memory.
+    """
+    return getattr(tensor, "_is_zerotensor", bool)()
+
+
+def _version(value: float | Tensor) -> object:
+    """A number that changes when a tensor is written to; 0 for floats and inference tensors.
+
+    https://docs.pytorch.org/docs/stable/notes/autograd.html (in-place correctness checks)
+    """
+    try:
+        return value._version  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return 0
+
+
+def _new_version(value: float | Tensor) -> object:
+    """:func:`_version` without the version counter: the gradient is recomputed more often."""
+    return object() if isinstance(value, Tensor) else 0
+
+
+version = _version if hasattr(Tensor, "_version") else _new_version
+
+
+# -- registries and memory -------------------------------------------------------------------------
+
+
+def register_pytree(
+    kind: type, flatten: Callable, unflatten: Callable, serialized_type_name: str
+) -> None:
+    """Let ``torch.func`` and ``torch.export`` handle a class as a container of tensors.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_pytree.py
+    Without it: they refuse functions that return the class.
+    """
+    try:
+        from torch.utils._pytree import register_pytree_node
+    except ImportError:
+        return
+    register_pytree_node(kind, flatten, unflatten, serialized_type_name=serialized_type_name)
+
+
+def _owner_counter() -> Callable[[torch.UntypedStorage], tuple[int, int]] | None:
+    """Return a function that counts the owners of a storage, if it counts right in this torch.
+
+    Tensors, views and NumPy arrays are owners of the memory. References to the Python object are
+    counted too, because ``untyped_storage()`` returns the same object to every caller.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/cudagraph_trees.py
+    Without it: ``buffers.py`` recycles nothing.
+    """
+    use_count = _private("_C._storage_Use_Count")
+
+    def count(storage: torch.UntypedStorage) -> tuple[int, int]:
+        return use_count(storage._cdata), sys.getrefcount(storage)
+
+    try:
+        tensor = torch.empty(2, device="cpu")
+        storage = tensor.untyped_storage()
+        memory, references = count(storage)
+        view, same = tensor[1:], storage
+        with_owners = count(storage)
+        del view, same
+        right = with_owners == (memory + 1, references + 1)
+        return count if right and count(storage) == (memory, references) else None
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+
+owners = _owner_counter()
 
 
 # -- triton ----------------------------------------------------------------------------------------

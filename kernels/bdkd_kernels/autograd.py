@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import buffers
-from ._torch_compat import has_memory
+from ._torch_compat import version
 from .options import LossOptions
 from .reference import compute_dtype
 from .types import LossInputs, Pair, fast_new
@@ -86,7 +86,13 @@ class SavedGradients:
         student, teacher, target, weight, state = saved
         return LossInputs(student, teacher, target, weight, self.options), state
 
-    def gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
+    def gradient(
+        self,
+        network: int,
+        upstream: Tensor,
+        ctx: Any,
+        unpacked: tuple[LossInputs, Tensor | None] | None = None,  # inputs(ctx), if known
+    ) -> Tensor:
         """Return the gradient of one network. From now on it belongs to the caller alone."""
         # Take the gradient before anything is written into it, so that no other thread finds it.
         gradient, self.gradients[network] = self.gradients[network], None
@@ -94,15 +100,15 @@ class SavedGradients:
         try:
             if gradient is not None and made_with.is_like(upstream):
                 return gradient
-            batched = not has_memory(upstream)
+            batched = _is_batched(upstream)
         except RuntimeError:  # .item() of a batched tensor
-            batched = not has_memory(upstream)
+            batched = _is_batched(upstream)
             if not batched:
                 raise
         if batched:  # is_grads_batched=True, jacobian(vectorize=True)
             self.gradients[network] = gradient
             return self._batched_gradient(network, upstream, ctx)
-        inputs, state = self.inputs(ctx)
+        inputs, state = unpacked or self.inputs(ctx)
         other = 1 - network
         gradients: list[Tensor | None] = [None, None]
         upstreams: list[Tensor | None] = [None, None]
@@ -147,6 +153,15 @@ class SavedGradients:
         return (upstream[..., None] * gradient).to(storage)
 
 
+def _is_batched(upstream: Tensor) -> bool:
+    """Whether it is a batch of upstream gradients, which has no memory that a kernel could read."""
+    try:
+        upstream.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
+
+
 class GradScale:
     """The upstream gradient that a gradient was computed with, and its version at that time."""
 
@@ -154,7 +169,7 @@ class GradScale:
 
     def __init__(self, value: float | Tensor) -> None:
         self.value = value
-        self.version = 0 if type(value) is float else _version(value)
+        self.version = 0 if type(value) is float else version(value)
 
     def scale(self) -> float | Tensor | None:
         """Return the number that a backend may compare an upstream gradient with.
@@ -163,12 +178,12 @@ class GradScale:
         """
         if not isinstance(self.value, Tensor):
             return self.value
-        return self.value if self.value.ndim == 0 and _version(self.value) == self.version else None
+        return self.value if self.value.ndim == 0 and version(self.value) == self.version else None
 
     def is_like(self, upstream: Tensor) -> bool:
         """Whether ``upstream`` is this value. False also if only the device could tell."""
         if upstream is self.value:  # as from the sum of both losses
-            return _version(upstream) == self.version
+            return version(upstream) == self.version
         scale = self.value if type(self.value) is float else self.scale()
         if scale is None or upstream.ndim != 0 or not upstream.is_cpu:
             return False
@@ -178,17 +193,9 @@ class GradScale:
         if value != announced:
             return False
         # The upstream gradient of the other network is usually the same tensor.
-        self.version = _version(upstream)
+        self.version = version(upstream)
         self.value = upstream
         return True
-
-
-def _version(scale: float | Tensor) -> int:
-    """A number that changes when a tensor is written to."""
-    try:
-        return scale._version  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):  # floats and inference tensors have none
-        return 0
 
 
 class _NetworkLoss(torch.autograd.Function):
@@ -210,12 +217,13 @@ class _NetworkLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         call = ctx.call
-        gradient = call.gradient(ctx.network, upstream, ctx)
-        if torch.is_grad_enabled():  # create_graph=True: an error, but only if it is used
-            inputs, _ = call.inputs(ctx)
-            gradient = _NoDoubleBackward.apply(
-                inputs.student, inputs.teacher, upstream, gradient, call.fused.name
-            )
+        if not torch.is_grad_enabled():
+            return call.gradient(ctx.network, upstream, ctx), None
+        # create_graph=True: an error, but only if it is used. Checkpointing allows the saved
+        # tensors to be unpacked once.
+        unpacked = call.inputs(ctx)
+        gradient = call.gradient(ctx.network, upstream, ctx, unpacked)
+        gradient = _NoDoubleBackward.apply(*unpacked[0].logits, upstream, gradient, call.fused.name)
         return gradient, None
 
 

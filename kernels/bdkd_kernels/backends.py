@@ -1,4 +1,4 @@
-"""Which implementations of the loss this machine has, and which one a call takes."""
+"""The backends that this machine can run, and the choice of one for a call."""
 
 import importlib
 import importlib.util
@@ -15,12 +15,12 @@ from .types import Availability, LossInputs
 
 NAMES = ("auto", "triton", "native", "reference")
 
-_triton: Availability | None = None  # None until somebody asks: importing triton takes its time
-_told = False
+_triton: Availability | None = None  # None until it is needed: importing triton is slow
+_warned = False
 
 
 def available_backends() -> dict[str, Availability]:
-    """Every backend by name; each value is true where it can run here and says why where not."""
+    """Return every backend by name. A value is truthy if the backend can run, and says why not."""
     return {
         "triton": _triton_availability(),
         "native": native.AVAILABILITY,
@@ -35,12 +35,13 @@ def check_name(backend: str) -> None:
 
 
 def choose(backend: str, inputs: LossInputs) -> ModuleType:
-    """Return the module whose ``loss`` and ``loss_and_grad`` serve this call.
+    """Return the module whose ``loss`` and ``loss_and_grad`` compute this call.
 
-    Transforms that only torch's own operators support run the reference, whatever the backend.
+    Calls under a transform that only torch's own operators support run the reference, whatever
+    ``backend`` is.
 
     Raises:
-        RuntimeError: the named backend cannot run here, or not on this device, with the remedy.
+        RuntimeError: If the named backend cannot run here, or not on this device.
     """
     student = inputs.student
     if not inputs.plain and backend != "reference":
@@ -51,8 +52,8 @@ def choose(backend: str, inputs: LossInputs) -> ModuleType:
             if backend == "auto":
                 return reference
             raise RuntimeError(
-                f"backend {backend!r} takes no DTensor in student_logits: give "
-                "student_logits.to_local() and the like, or use backend='reference'"
+                f"backend {backend!r} takes no DTensor in student_logits: pass .to_local() of each "
+                "tensor, or use backend='auto'"
             )
     if backend == "auto":
         if student.is_cpu:
@@ -61,7 +62,7 @@ def choose(backend: str, inputs: LossInputs) -> ModuleType:
             availability = _triton_availability()
             if availability:
                 return _triton_module()
-            _tell_once(availability)
+            _warn_once(availability)
         return reference
     check_name(backend)
     device = student.device.type
@@ -69,14 +70,14 @@ def choose(backend: str, inputs: LossInputs) -> ModuleType:
         _require("native", native.AVAILABILITY)
         if device != "cpu":
             raise RuntimeError(
-                f"backend 'native' takes CPU tensors, got {device}: 'auto' takes what fits"
+                f"backend 'native' takes CPU tensors, got {device}: use backend='auto'"
             )
         return native
     if backend == "triton":
         if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise RuntimeError(
-                f"backend 'triton' takes CUDA or ROCm tensors, got {device}: 'auto' takes what "
-                "fits (TRITON_INTERPRET=1 in the environment lets it interpret CPU tensors)"
+                f"backend 'triton' takes CUDA or ROCm tensors, got {device}: use backend='auto' "
+                "(with TRITON_INTERPRET=1 in the environment, triton interprets CPU tensors)"
             )
         _require("triton", _triton_availability())
         return _triton_module()
@@ -103,7 +104,7 @@ def _triton_availability() -> Availability:
 
 
 def _too_old_triton() -> Availability | None:
-    """Say so if triton is older than 3.6, with which the kernel's module does not import."""
+    """Return an error if triton is older than 3.6, with which the kernel does not import."""
     version = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) >= (3, 6):
         return None
@@ -118,10 +119,10 @@ def _triton_module() -> ModuleType:
     return triton_backend
 
 
-def _tell_once(availability: Availability) -> None:
-    global _told
-    if not _told and not torch.compiler.is_compiling():
-        _told = True
+def _warn_once(availability: Availability) -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
         warnings.warn(
             f"bdkd runs its eager reference on the GPU: the triton backend is not available "
             f"({availability})",

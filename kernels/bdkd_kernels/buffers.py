@@ -1,22 +1,21 @@
-"""Memory of gradients on the CPU that is used again once nobody holds it.
+"""Memory for large gradients on the CPU, which is reused once it has no owner.
 
-The C library gives large blocks back to the system as soon as they are freed: a step whose fresh
-gradients fault their pages in anew can take longer for that than for the loss. So the storages of
-the latest large gradients are kept, and one that has no owner left is handed out again. At most
-``LIMIT`` bytes are kept, and ``COUNT`` storages; ``BDKD_BUFFER_MB`` in the environment sets the
-limit, 0 keeps none.
+The C library returns a large block to the system when it is freed. A step whose new gradients fault
+in their pages again can take longer for that than for the loss: 3.9 instead of 1.2 ms at
+1024 x 1000. So the storages of the latest large gradients are kept, and a storage that has no other
+owner is reused. At most ``LIMIT`` bytes and ``COUNT`` storages are kept. The environment variable
+``BDKD_BUFFER_MB`` sets the limit; 0 keeps nothing.
 """
 
 import os
-import sys
 from collections import deque
 
 import torch
 from torch import Tensor
 
-from ._torch_compat import PLAIN
+from ._torch_compat import PLAIN, owners
 
-SMALLEST = 1 << 20  # bytes: smaller ones stay with the C library
+SMALLEST = 1 << 20  # bytes; the C library keeps smaller blocks itself
 COUNT = 16
 
 
@@ -30,33 +29,28 @@ def _limit(text: str | None) -> int:
 
 
 LIMIT = _limit(os.environ.get("BDKD_BUFFER_MB"))
-# How many hold a storage; not public, so a torch without it keeps none.
-_owners = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class _Kept:
-    """Memory; what is handed out shares it with ``tensor``, and nothing else."""
+    """A block of memory. The tensors that are returned share it with ``tensor``."""
 
-    __slots__ = ("address", "alone", "bytes", "dtype", "key", "shape", "storage", "tensor")
+    __slots__ = ("address", "alone", "bytes", "dtype", "shape", "storage", "tensor")
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, size: int) -> None:
-        with torch.inference_mode(False):  # its next user may be a step that trains
+        with torch.inference_mode(False):  # its next user may be a training step
             self.tensor = torch.empty(shape, dtype=dtype, device="cpu")
         self.shape, self.dtype, self.bytes = shape, dtype, size
         self.address = self.tensor.data_ptr()
         self.storage = self.tensor.untyped_storage()
-        self.key = self.storage._cdata
-        self.alone = self._holders()
+        self.alone = self._owners()
 
-    def _holders(self) -> tuple[int, int]:
-        """Tensors, views and NumPy arrays count as the memory's owners; whoever took the storage
-        itself shares this very object."""
-        assert _owners is not None
-        return _owners(self.key), sys.getrefcount(self.storage)
+    def _owners(self) -> tuple[int, int]:
+        assert owners is not None
+        return owners(self.storage)
 
     def is_free(self) -> bool:
-        # another address: somebody has resized the storage
-        return self._holders() == self.alone and self.tensor.data_ptr() == self.address
+        # The address differs if somebody has resized the storage.
+        return self._owners() == self.alone and self.tensor.data_ptr() == self.address
 
 
 _kept: deque[_Kept] = deque()  # the latest last
@@ -70,21 +64,23 @@ def empty_like(logits: Tensor) -> Tensor:
 
 
 def empty_rows(logits: Tensor, contiguous: bool) -> Tensor:
-    """:func:`empty_like` of a plain tensor in an eager call, where it is 0.4 us faster, and another
-    0.3 us for logits that are known to be contiguous."""
+    """Return :func:`empty_like` of a plain tensor in an eager call.
+
+    It is 0.4 us faster, and 0.3 us more for logits that are known to be contiguous.
+    """
     size = logits.nbytes
-    if size < SMALLEST or size > LIMIT or _owners is None or not logits.is_cpu:
+    if size < SMALLEST or size > LIMIT or owners is None or not logits.is_cpu:
         if contiguous:
             return torch.empty_like(logits)
-        # Dense, whatever the strides of the logits.
+        # Dense, whatever the strides of the logits are.
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     shape, dtype = logits.shape, logits.dtype
     # The latest first: it may still be in the caches.
     others, again = [], None
     while _kept and again is None:
         try:
-            kept = _kept.pop()  # out of every other thread's reach while it is looked at
-        except IndexError:  # they have taken the rest
+            kept = _kept.pop()  # no other thread can find it while it is checked
+        except IndexError:  # other threads have taken the rest
             break
         if kept.shape == shape and kept.dtype == dtype and kept.is_free():
             again = kept.tensor.data
@@ -102,7 +98,7 @@ def empty_rows(logits: Tensor, contiguous: bool) -> Tensor:
 
 
 def release() -> None:
-    """Keep none of those that there are now."""
+    """Keep none of the present storages."""
     _kept.clear()
 
 

@@ -124,9 +124,11 @@ def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
     True if they are values (neither traced nor batched) and either reading them needs no device
     sync or ``BDKD_CHECK_LABELS=1`` asks for it.
     """
-    if target is None or target.is_floating_point() or not values_can_be_read(target):
+    if target is None or target.is_floating_point() or torch.compiler.is_compiling():
         return False
-    return target.device.type == "cpu" or os.environ.get("BDKD_CHECK_LABELS") == "1"
+    if target.device.type != "cpu" and os.environ.get("BDKD_CHECK_LABELS") != "1":
+        return False
+    return values_can_be_read(target)
 
 
 # -- one argument ----------------------------------------------------------------------------------

@@ -7,15 +7,15 @@
 ``LigerKLDIVLoss``     Liger-Kernel, ``liger_kernel.transformers.LigerKLDIVLoss``
 =====================  =========================================================================
 
-Change one import; the values and gradients stay those of the original.
+Change one import: values and gradients are those of the original.
 
-Each of these losses is a single divergence, which is one half of a :func:`bdkd_kernels.bdkd_loss`
-call: the network that learns takes the teacher's place, its partner the student's, and every weight
-but ``teacher_kd`` is 0. To add cross entropy, or to train both networks, call
-:func:`bdkd_kernels.bdkd_loss`, which computes everything in the same pass.
+Each of these losses is one divergence, a part of a :func:`bdkd_kernels.bdkd_loss` call: the network
+that learns is passed as the teacher, its partner as the student, and every weight but
+``teacher_kd`` is 0. To add cross entropy, or to train both networks, call
+:func:`bdkd_kernels.bdkd_loss`, which computes everything in one pass.
 
-All arithmetic is float32 (float64 for float64 inputs), also where the original rounds to the type
-of its inputs. A gradient from above other than 1, as in ``0.9 * loss``, costs one more pass.
+The arithmetic is float32 (float64 for float64 inputs), even if the original rounds to the dtype of
+its inputs. An upstream gradient other than 1, as in ``0.9 * loss``, costs one more pass.
 """
 
 import math
@@ -31,18 +31,18 @@ from .loss import bdkd_loss
 from .memory import check_dense, in_memory
 from .options import TEMPERATURE, Divergence, as_float, shown
 
-_IGNORED = -100  # the label of a sample that does not count, whatever the caller's is
+_IGNORED = -100  # the label of an ignored sample, whatever the caller's ignore_index is
 
 
 class DistillKL(nn.Module):
     """RepDistiller's module: ``T**2 * KL(p_t || p_s)``, summed over classes, averaged over samples.
 
     Args:
-        T: temperature of both networks, in [1e-4, 1e4].
-        backend: of the kernel; see :func:`bdkd_kernels.available_backends`.
+        T: Temperature of both networks, in [1e-4, 1e4].
+        backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: a value or a tensor that does not fit, by name.
+        TypeError, ValueError: If a value or a tensor does not fit. The message names it.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
@@ -55,8 +55,11 @@ class DistillKL(nn.Module):
         self.backend = backend
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
-        """Student and teacher logits ``(N, C)`` to a scalar. As in the original, a gradient flows
-        into ``y_t`` too where it asks for one: detach it, or compute it under ``no_grad``."""
+        """Return the loss of student and teacher logits ``(N, C)``, a scalar.
+
+        As in the original, a gradient also flows into ``y_t`` if it requires one. Detach it, or
+        compute it under ``torch.no_grad()``.
+        """
         _check_pair("y_s", y_s, "y_t", y_t)
         return _forward_kl(y_s, y_t, self.T, "mean", self.backend)
 
@@ -75,14 +78,15 @@ def kd_loss(
     """mdistiller's function: ``temperature**2 * KL(p_t || p_s)``.
 
     Args:
-        logits_student, logits_teacher: ``(N, C)``. A gradient flows into both where they ask.
-        temperature: of both networks, in [1e-4, 1e4].
-        reduce: the mean over samples, or else ``(N,)``. By name only: the fourth positional
-            argument means different things in mdistiller's descendants.
-        backend: of the kernel.
+        logits_student, logits_teacher: Logits ``(N, C)``. A gradient flows into each that requires
+            one.
+        temperature: Temperature of both networks, in [1e-4, 1e4].
+        reduce: Return the mean over samples. If False, return ``(N,)``. A keyword argument only,
+            because the fourth positional argument differs between mdistiller's descendants.
+        backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name.
+        TypeError, ValueError: If an argument does not fit. The message names it.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
@@ -99,20 +103,20 @@ class LigerJSD(nn.Module):
 
     With ``M = beta P + (1 - beta) Q``, P the teacher and Q the student, it is
     ``beta KL(P || M) + (1 - beta) KL(Q || M)``, averaged over the samples that are not ignored.
-    ``beta`` 0 and 1, one-sided divergences, run on the fused kernel; between them eager PyTorch
-    does it, on any device (on a GPU Liger's own kernel is the faster one there).
+    For ``beta`` 0 and 1, the one-sided divergences, it runs the fused kernel. For other values it
+    runs eager PyTorch on any device; on a GPU, Liger's own kernel is faster then.
 
-    Both inputs are log-probabilities, as Liger's documentation asks. They are normalised here once
-    more, which changes none: behind a ``log_softmax`` the logits receive the same gradient as from
-    Liger, and that ``log_softmax`` may as well be left out.
+    Both inputs are log-probabilities, as in Liger. They are normalised once more, which does not
+    change them: the logits behind a ``log_softmax`` receive the same gradient as from Liger. You
+    can leave that ``log_softmax`` out.
 
     Args:
-        beta: in [0, 1].
-        ignore_index: samples with this label count for nothing.
-        backend: of the kernel.
+        beta: Weight of the teacher in the mixture, in [0, 1].
+        ignore_index: Samples with this label are ignored.
+        backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: a value or a tensor that does not fit, by name.
+        TypeError, ValueError: If a value or a tensor does not fit. The message names it.
 
     Source: Hsu et al., arXiv 2410.10989.
     """
@@ -128,12 +132,15 @@ class LigerJSD(nn.Module):
         self.backend = backend
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Log-probabilities ``(BT, V)`` of student and teacher, labels ``(BT,)``, to a scalar. No
-        gradient flows into the teacher's, as in the original."""
+        """Return the loss, a scalar.
+
+        ``log_q`` of the student and ``log_p`` of the teacher are ``(BT, V)``, the labels ``(BT,)``.
+        As in the original, no gradient flows into ``log_p``.
+        """
         _check_pair("log_q", log_q, "log_p", log_p)
         if shift_labels is not None:
             _check_labels("shift_labels", shift_labels, log_q)
-            # They say which samples count and nothing else: one beyond the vocabulary is no error.
+            # Labels only say which samples count. One outside the vocabulary is no error.
             ignored = shift_labels == self.ignore_index
             shift_labels = torch.where(ignored, _IGNORED, 0)
         if self.beta in (0, 1):
@@ -150,19 +157,20 @@ class LigerJSD(nn.Module):
 class LigerKLDIVLoss(nn.Module):
     """Liger's KL(true || pred) from log-probabilities, as :class:`torch.nn.KLDivLoss`.
 
-    Both inputs are distributions over the classes, and normalised here once more, which changes
-    none: behind a ``log_softmax`` the logits receive the same gradient as from Liger. There is no
-    ``eps``, since ``0 log 0`` is 0 here; by name only, since it is Liger's first argument.
+    Both inputs are distributions over the classes. They are normalised once more, which does not
+    change them: the logits behind a ``log_softmax`` receive the same gradient as from Liger. There
+    is no ``eps``, Liger's first argument, because ``0 log 0`` is 0 here. So the arguments are
+    keyword arguments only.
 
     Args:
-        reduction: ``"mean"`` (over samples and classes, as torch has it), ``"batchmean"`` or
-            ``"sum"``. ``"none"``, a value for every class, is not on offer: nothing here is that
-            large.
-        log_target: the truth is given as log-probabilities.
-        backend: of the kernel.
+        reduction: ``"mean"`` (over samples and classes, as in torch), ``"batchmean"`` or ``"sum"``.
+            ``"none"``, a value for every class, is not supported: use
+            :class:`torch.nn.KLDivLoss`.
+        log_target: Whether ``y_true`` holds log-probabilities.
+        backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: a value or a tensor that does not fit, by name.
+        TypeError, ValueError: If a value or a tensor does not fit. The message names it.
     """
 
     def __init__(
@@ -174,7 +182,7 @@ class LigerKLDIVLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(reduction, str) or reduction not in ("mean", "batchmean", "sum"):
-            hint = ": keep torch.nn.KLDivLoss for a value of every class"
+            hint = ": use torch.nn.KLDivLoss for a value of every class"
             raise ValueError(
                 f"reduction must be 'mean', 'batchmean' or 'sum', got {shown(reduction)}"
                 + (hint if isinstance(reduction, str) and reduction == "none" else "")
@@ -187,11 +195,11 @@ class LigerKLDIVLoss(nn.Module):
         self.backend = backend
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """Log-probabilities and (log-)probabilities ``(BT, V)`` to a scalar."""
+        """Return the loss of log-probabilities and (log-)probabilities ``(BT, V)``, a scalar."""
         _check_pair("y_pred", y_pred, "y_true", y_true)
         log_true = y_true.detach()
         if not self.log_target:
-            # A logarithm in half precision would be off by up to 2**-9, and the gradient with it.
+            # A logarithm in half precision is wrong by up to 2**-9, and the gradient with it.
             log_true = log_true.to(torch.promote_types(log_true.dtype, torch.float32)).log()
         reduction = "sum" if self.reduction == "sum" else "mean"
         loss = _learner_kl(y_pred, log_true, "reverse", 1.0, reduction, self.backend)
@@ -206,11 +214,11 @@ class LigerKLDIVLoss(nn.Module):
 def _forward_kl(
     student: Tensor, teacher: Tensor, temperature: float, reduction: str, backend: str
 ) -> Tensor:
-    """KL(p_t || p_s), whose gradient reaches each network that asks for one."""
+    """Return KL(p_t || p_s), with a gradient for each network that requires one."""
     loss = _learner_kl(student, teacher.detach(), "reverse", temperature, reduction, backend)
     if (teacher.requires_grad and torch.is_grad_enabled()) or needs_torch_operators():
         again = _learner_kl(teacher, student.detach(), "forward", temperature, reduction, backend)
-        loss = loss + (again - again.detach())  # the value once, both gradients
+        loss = loss + (again - again.detach())  # adds a gradient and no value
     return loss
 
 
@@ -231,10 +239,10 @@ def _learner_kl(
 
 
 def _mixture_divergence(log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float) -> Tensor:
-    """The divergence of both to their mixture, ``0 < beta < 1``, in float32 or better."""
+    """Return the divergence of both from their mixture, ``0 < beta < 1``."""
     dtype = torch.promote_types(torch.promote_types(log_q.dtype, log_p.dtype), torch.float32)
     counted = None if labels is None else labels != _IGNORED  # (N,)
-    if counted is not None:  # an ignored row brings no NaN, also through 0 * NaN behind it
+    if counted is not None:  # an ignored row must bring no NaN, also through 0 * NaN in backward
         log_q = torch.where(counted[:, None], log_q, 0.0)
         log_p = torch.where(counted[:, None], log_p, 0.0)
     # exp(-1e4) is 0 in every type: a masked class adds 0, and no inf - inf.
@@ -262,7 +270,7 @@ def _check_integer(name: str, value: object) -> None:
 
 
 def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) -> None:
-    """Both are logits, or as good as: rows of one shape on one device."""
+    """Check that both are logits or log-probabilities: rows of one shape on one device."""
     check_dense(name, learner)
     check_dense(partner_name, partner)
     shape = check_logits(name, learner)
@@ -270,7 +278,7 @@ def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) 
     if len(shape) != 2:
         raise ValueError(
             f"{name} must have shape (N, C), one row a sample, got {tuple(shape)}"
-            + ": bring the classes last, then flatten(0, -2)" * (len(shape) > 2)
+            + ": move the classes to the last dimension, then flatten(0, -2)" * (len(shape) > 2)
         )
     if shape != partner_shape:
         raise ValueError(

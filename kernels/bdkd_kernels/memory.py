@@ -87,7 +87,9 @@ def check_dense(name: str, value: object, needed: str = "a tensor") -> None:
 def not_a_tensor(name: str, value: object, needed: str = "a tensor") -> TypeError:
     """The error for a value that is not a tensor, with the usual conversion."""
     remedy = ""
-    if hasattr(value, "logits"):  # the output of a Hugging Face model
+    if isinstance(value, torch.fx.Proxy):
+        remedy = ": trace with torch.export or make_fx instead of symbolic_trace"
+    elif hasattr(value, "logits"):  # the output of a Hugging Face model
         remedy = ": pass its .logits"
     elif hasattr(value, "__array__") or isinstance(value, tuple | list):
         remedy = f": convert with torch.as_tensor({name})"

@@ -51,7 +51,7 @@ from .library import NAMESPACE
 from .memory import in_memory
 from .options import NAMES, STATISTICS, TABLE, LossOptions
 from .reference import compute_dtype, savable, write, zero_with_graph
-from .types import BOOLS, NONE, BDKDStats, LossInputs, Outputs, Pair, fast_new
+from .types import NONE, BDKDStats, LossInputs, Outputs, Pair, bools, fast_new
 
 Losses = tuple[Pair[Tensor], BDKDStats]
 Gradients = Pair[Tensor | None]
@@ -100,10 +100,10 @@ class FusedBackend:
     def loss(self, inputs: LossInputs, grad_scale: float | Tensor = 1.0) -> Losses:
         """Return the losses, connected to autograd, and the statistics."""
         terms = inputs.has_terms()
-        trained = BOOLS[False][False]
+        trained = bools(False, False)
         if torch.is_grad_enabled():
-            trained = BOOLS[inputs.student.requires_grad][inputs.teacher.requires_grad]
-        wanted = BOOLS[terms.student and trained.student][terms.teacher and trained.teacher]
+            trained = bools(inputs.student.requires_grad, inputs.teacher.requires_grad)
+        wanted = bools(terms.student and trained.student, terms.teacher and trained.teacher)
         if inputs.plain:
             losses, stats = self._plain_loss(inputs, grad_scale, wanted)
         else:
@@ -146,16 +146,17 @@ class FusedBackend:
             losses, stats, _ = self.forward(inputs, grad_scale, made, True)
             # The kernel wrote without torch: autograd must notice if it saved this memory.
             _raise_versions([x for x in made if x is not None])
+            if made is gradients:
+                return losses, BDKDStats(stats)
         else:
             with torch.no_grad():
                 losses, stats, made = self._call_forward_op(
                     inputs, grad_scale, Pair(*(x is not None for x in wanted))
                 )
-        if made is not gradients:
-            # Only now, because a buffer may be the logits.
-            for buffer, value, term in zip(gradients, made, terms, strict=True):
-                if buffer is not None and value is not buffer:
-                    write(buffer, value if term and value is not None else 0.0)
+        # Only now, because a buffer may be the logits.
+        for buffer, value, term in zip(gradients, made, terms, strict=True):
+            if buffer is not None and value is not buffer:
+                write(buffer, value if term and value is not None else 0.0)
         return losses, BDKDStats(stats)
 
     def forward(
@@ -228,8 +229,9 @@ class FusedBackend:
         tensor = grad_scale if isinstance(grad_scale, Tensor) else None
         value = 1.0 if isinstance(grad_scale, Tensor) else float(grad_scale)
         student, teacher, stats, _, ds, dt = self.forward_op(
-            *inputs[:4], tensor, value, *with_gradients, *flat_options(inputs.options)
-        )
+            inputs.student, inputs.teacher, inputs.target, inputs.sample_weight,
+            tensor, value, *with_gradients, *flat_options(inputs.options),
+        )  # fmt: skip
         return Pair(student, teacher), stats, Pair(ds, dt)
 
     def _register_forward(self, name: str) -> None:
@@ -281,16 +283,15 @@ class FusedBackend:
             ctx.inputs = len(inputs)
 
         def backward(ctx, student_upstream, teacher_upstream, *_):
-            student, teacher, target, weight, _ = ctx.saved_tensors
+            saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+            student, teacher, target, weight, _ = saved
             options = LossOptions(*ctx.options)
             terms = LossInputs(student, teacher, target, weight, options).has_terms()
             if not (terms.student and ctx.needs_input_grad[0]):
                 student_upstream = None
             if not (terms.teacher and ctx.needs_input_grad[1]):
                 teacher_upstream = None
-            ds, dt = self.backward_op(
-                student_upstream, teacher_upstream, *ctx.saved_tensors, *ctx.options
-            )
+            ds, dt = self.backward_op(student_upstream, teacher_upstream, *saved, *ctx.options)
             return (
                 None if student_upstream is None else ds,
                 None if teacher_upstream is None else dt,

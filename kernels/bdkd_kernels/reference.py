@@ -153,15 +153,18 @@ def row_losses(
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """float64 where either network's logits are float64, float32 otherwise."""
+    """float64 if either network's logits are float64, float32 otherwise."""
     wide = student.dtype == torch.float64 or teacher.dtype == torch.float64
     return torch.float64 if wide else torch.float32
 
 
 def log_softmax(logits: Tensor, τ: float = 1.0) -> Tensor:
-    """log softmax(logits / τ). Shifted before it is divided: dividing logits of 1e4 first would
-    round away 5e-4 of each exponent. torch.log_softmax adds its exponentials one after the other
-    (float32, 100,000 classes: a probability of 0.94 off by 2e-5); sum adds them pairwise."""
+    """log softmax(logits / τ).
+
+    The logits are shifted before they are divided: dividing logits of 1e4 first would round away
+    5e-4 of each exponent. torch.log_softmax adds the exponentials one after the other, which makes
+    a probability of 0.94 wrong by 2e-5 (float32, 100,000 classes). ``sum`` adds them pairwise.
+    """
     u = (logits - logits.amax(-1, keepdim=True).detach()) / τ
     return u - u.exp().sum(-1, keepdim=True).log()
 
@@ -175,16 +178,16 @@ def entropy(log_p: Tensor) -> Tensor:
 def balance(H_s: Tensor, H_t: Tensor, γ: float) -> tuple[Tensor, Tensor]:
     """The weights d1 of the forward and d2 of the reverse KL, by the entropy gap of each row."""
     one = torch.ones_like(H_s)
-    d1 = torch.where(H_t > H_s, γ, one)  # surer than its teacher: spread, cover the mass
-    d2 = torch.where(H_s > H_t, γ, one)  # less sure: sharpen, seek the mode
+    d1 = torch.where(H_t > H_s, γ, one)  # more certain than its teacher: cover the mass
+    d2 = torch.where(H_s > H_t, γ, one)  # less certain: seek the mode
     return d1, d2
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) = Σ p (log p - log q), with 0 log 0 = 0 (so a class masked in both adds nothing).
+    """KL(p ‖ q) = Σ p (log p - log q), with 0 log 0 = 0 (a class masked in both adds nothing).
 
-    Written Σ [p (log p - log q) + q - p]. The two sums added are both 1, and with them every term
-    is >= 0: nearly equal distributions lose nothing to cancellation between classes.
+    Computed as Σ [p (log p - log q) + q - p]. The two added sums are both 1, and with them every
+    term is >= 0: for nearly equal distributions, no digits cancel between classes.
     """
     p, q = log_p.exp(), log_q.exp()
     log_ratio = torch.where(p == 0, 0.0, log_p - log_q)
@@ -194,8 +197,8 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def where_mass(logits: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """The same logits, constant where p is 0, for the gradient of KL(p ‖ q).
 
-    d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is then 0 also where the KL is infinite, for
-    which autograd would compute 0 * inf. If q is NaN, so is the whole row of the gradient.
+    Then d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is 0 there even if the KL is infinite.
+    Autograd would compute 0 * inf. If q is NaN, the whole row of the gradient is NaN.
     """
     massless = (log_p.exp() == 0) & ~log_q.isnan().any(-1, keepdim=True)
     return torch.where(massless, logits.detach(), logits)
@@ -207,11 +210,11 @@ def zero_with_graph(logits: Tensor) -> Tensor:
 
 
 def savable(inputs: LossInputs, logits: bool = False) -> LossInputs:
-    """The inputs with tensors that autograd may save for the backward pass: not those made under
-    ``torch.inference_mode()``, of which it gets copies.
+    """Return the inputs with copies of the tensors that autograd cannot save.
 
-    Under ``torch.compile``, which cannot ask a tensor where it was made, every floating tensor that
-    needs no gradient is copied, ``logits`` only if the backward pass reads them.
+    These are the tensors of ``torch.inference_mode()``. ``torch.compile`` cannot recognise them, so
+    it copies every floating tensor that needs no gradient; logits only if ``logits`` is True, which
+    says that the backward pass reads them.
     """
     if not torch.compiler.is_compiling():
         if torch.is_inference_mode_enabled():
@@ -231,7 +234,7 @@ def savable(inputs: LossInputs, logits: bool = False) -> LossInputs:
 
 
 def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
-    """-Σ q log p per row, q the label or the soft label, smoothed as in torch."""
+    """-Σ q log p of each row. q is the label or the soft label, smoothed as in torch."""
     ε = o.label_smoothing
     C = log_p.shape[-1]
     if target.is_floating_point():
@@ -242,7 +245,7 @@ def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
     label = torch.where(in_range, target, 0)
     loss = -log_p.gather(-1, label[:, None]).squeeze(-1)
     if ε:
-        own = (1 - ε) * loss if ε < 1 else 0.0  # at 1, not even where it is infinite
+        own = (1 - ε) * loss if ε < 1 else 0.0  # not 0 * inf
         loss = own - ε * log_p.mean(-1)
     # No such class: NaN, gradients too. As 0 / 0, because torch 2.8 exports no NaN constant.
     exists = in_range.to(loss.dtype)
@@ -250,7 +253,10 @@ def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
 
 
 def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Largest softmax at temperature 1, and 1.0 where the first largest logit is the label's."""
+    """The largest probability at temperature 1, and 1.0 if the first largest logit is the label's.
+
+    Without a target, the second is 0.
+    """
     largest = log_q.amax(-1).exp()
     if target is None:
         return largest, torch.zeros_like(largest)
@@ -262,7 +268,7 @@ def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Te
 def reduce(
     rows: Tensor, counted: Tensor | None, sample_weight: Tensor | None, reduction: str
 ) -> Tensor:
-    """Weighted rows; their sum; or their sum over the sum of the weights of counted rows."""
+    """The weighted rows, their sum, or their sum over the weights of the counted rows."""
     weight = torch.ones_like(rows) if sample_weight is None else sample_weight.to(rows.dtype)
     if counted is not None:
         weight = torch.where(counted, weight, 0.0)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, overload
 
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node
 
+from ._torch_compat import register_pytree
 from .library import NAMESPACE
 from .options import STATISTICS, LossOptions, fill_doc
 
@@ -24,8 +24,13 @@ NONE: Pair[Any] = Pair(None, None)
 # Calling a named tuple takes 0.42 us, and fast_new(Pair, (student, teacher)) 0.2 us. Only for the
 # path of a plain call, of which a batch of 8 x 10 takes 90 us: torch.compile does not trace it.
 fast_new = tuple.__new__
-# Every pair of bools, as BOOLS[student][teacher], for the same reason.
-BOOLS = tuple(tuple(Pair(s, t) for t in (False, True)) for s in (False, True))
+_BOOLS = tuple(tuple(Pair(s, t) for t in (False, True)) for s in (False, True))
+
+
+def bools(student: bool, teacher: bool) -> Pair[bool]:
+    """Return a pair without creating it, for the same reason."""
+    # torch.compile takes no bool as an index before torch 2.12, and no symbol in any version.
+    return _BOOLS[1 if student else 0][1 if teacher else 0]
 
 
 class BDKDStats(Sequence[Tensor]):
@@ -93,7 +98,7 @@ fill_doc(BDKDStats, "statistics", STATISTICS)
 
 # torch.func and torch.export handle the statistics as they handle a tuple of rows. The table itself
 # cannot be the leaf, because the batch dimension of vmap would come before that of the rows.
-register_pytree_node(
+register_pytree(
     BDKDStats,
     lambda stats: (list(stats), None),
     lambda rows, _: BDKDStats(tuple(rows)),  # type: ignore[arg-type]
@@ -146,7 +151,7 @@ class LossInputs(NamedTuple):
         o, labelled = self.options, self.target is not None
         student = o.student_kd != 0 or (o.student_ce != 0 and labelled)
         teacher = o.teacher_kd != 0 or (o.teacher_ce != 0 and labelled)
-        return BOOLS[student][teacher]
+        return bools(student, teacher)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of this call, by field."""

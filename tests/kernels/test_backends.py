@@ -35,7 +35,7 @@ class OnGPU(torch.Tensor):
 def gpu(monkeypatch):
     """Logits and labels on a GPU, for which there is no triton."""
     monkeypatch.setattr(backends, "_triton", ABSENT)
-    monkeypatch.setattr(backends, "_told", False)
+    monkeypatch.setattr(backends, "_warned", False)
     monkeypatch.delenv("BDKD_CHECK_LABELS", raising=False)
     OnGPU.called.clear()
     return [x.clone().as_subclass(OnGPU) for x in (S, T, Y)]
