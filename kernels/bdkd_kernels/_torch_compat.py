@@ -248,7 +248,7 @@ owners = _owner_counter()
 # The direct call saves the binding, about 20 us of a call. tests/kernels/triton_launches.py
 # compares what both hand to the driver, with each of these versions of triton.
 # https://github.com/triton-lang/triton/blob/v3.7.1/python/triton/runtime/jit.py (JITFunction.run)
-_FAST_LAUNCH = ((3, 6), (3, 7))
+_FAST_LAUNCH = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 
 def fast_launch_is_tested(version: str) -> bool:

@@ -24,15 +24,15 @@ def connect(
     inputs: LossInputs,
     saved: tuple[Tensor | None, ...],  # the first four inputs and the state
     call: "SavedGradients",
-    wanted: Pair[bool],
+    needs_grad: Pair[bool],
 ) -> Pair[Tensor]:
-    """Return the losses, connected to the logits of the networks in ``wanted``."""
+    """Return the losses, connected to the logits of the networks in ``needs_grad``."""
     student, teacher = losses
     try:
         # The node that is created last goes backward first: the student's.
-        if wanted.teacher:
+        if needs_grad.teacher:
             teacher = _NetworkLoss.apply(inputs.teacher, (teacher, saved, call, TEACHER))
-        if wanted.student:
+        if needs_grad.student:
             student = _NetworkLoss.apply(inputs.student, (student, saved, call, STUDENT))
     except RuntimeError:
         # Autograd does not save inference tensors. They do not need its version check: only
@@ -40,14 +40,14 @@ def connect(
         if not call.keep_inference_tensors(saved):
             raise
         saved = tuple(None if x is None or x.is_inference() else x for x in saved)
-        return connect(losses, inputs, saved, call, wanted)
+        return connect(losses, inputs, saved, call, needs_grad)
     return fast_new(Pair, (student, teacher))
 
 
 class SavedGradients:
     """The gradients of one call that are computed and not returned yet. Both nodes share it.
 
-    If the upstream gradient of a node is not the announced one, the node computes the gradients of
+    If the upstream gradient of a node is not the assumed one, the node computes the gradients of
     both networks with it, in one pass, because a loss scale that is applied late applies to both
     losses. The other node then finds a gradient that was computed with its own upstream gradient,
     and recomputes it only if that differs again.
@@ -62,11 +62,11 @@ class SavedGradients:
         self,
         fused: "FusedBackend",
         options: LossOptions,
-        announced: float | Tensor,
+        assumed: float | Tensor,
         gradients: Pair[Tensor | None],
     ) -> None:
         self.fused, self.options, self.inference = fused, options, None
-        made_with = GradScale(announced)
+        made_with = GradScale(assumed)
         self.gradients, self.made_with = [*gradients], [made_with, made_with]
 
     def keep_inference_tensors(self, saved: tuple[Tensor | None, ...]) -> bool:
@@ -112,17 +112,17 @@ class SavedGradients:
         other = 1 - network
         gradients: list[Tensor | None] = [None, None]
         upstreams: list[Tensor | None] = [None, None]
-        partner = announced = None
+        partner = assumed = None
         if gradient is None:
             gradient = buffers.empty_rows(inputs.logits[network], False)
         else:
-            announced = made_with.scale()
+            assumed = made_with.scale()
             partner, self.gradients[other] = self.gradients[other], None
             if partner is not None:
                 gradients[other], upstreams[other] = partner, upstream
         gradients[network], upstreams[network] = gradient, upstream
         with torch.no_grad():
-            self.fused.backward(inputs, state, Pair(*upstreams), Pair(*gradients), announced)
+            self.fused.backward(inputs, state, Pair(*upstreams), Pair(*gradients), assumed)
         if partner is not None:
             self.made_with[other] = GradScale(upstream)
             self.gradients[other] = partner
@@ -174,7 +174,7 @@ class GradScale:
     def scale(self) -> float | Tensor | None:
         """Return the number that a backend may compare an upstream gradient with.
 
-        None if it is a tensor that has changed since, or that holds one number a row.
+        None if it is a tensor that has changed since, or that has one number per row.
         """
         if not isinstance(self.value, Tensor):
             return self.value
@@ -187,10 +187,10 @@ class GradScale:
         scale = self.value if type(self.value) is float else self.scale()
         if scale is None or upstream.ndim != 0 or not upstream.is_cpu:
             return False
-        value, announced = upstream.item(), float(scale)
-        if value != announced and upstream.dtype == torch.float32:
-            announced = c_float(announced).value  # 0.1 was rounded to float32 on its way here
-        if value != announced:
+        value, assumed = upstream.item(), float(scale)
+        if value != assumed and upstream.dtype == torch.float32:
+            assumed = c_float(assumed).value  # 0.1 was rounded to float32 on its way here
+        if value != assumed:
             return False
         # The upstream gradient of the other network is usually the same tensor.
         self.version = version(upstream)

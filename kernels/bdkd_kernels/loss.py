@@ -56,7 +56,7 @@ def bdkd_loss(
         {options}
         sample_weight: Weights ``(...)`` that multiply each sample's losses. ``mean`` divides by
             their sum over the counted samples. They are constants: no gradient flows into them.
-        grad_scale: The gradient that the backward pass will bring, for example the loss scale of
+        grad_scale: The upstream gradient of the later backward pass, for example the loss scale of
             fp16 training: a number in float32's range or a 0-dim tensor. Backends that compute the
             gradients in the forward pass apply it before rounding. It does not change the result.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see

@@ -145,26 +145,26 @@ def _backward(
     state: Tensor | None,
     upstreams: Pair[Tensor | None],
     gradients: Pair[Tensor | None],
-    announced: float | Tensor | None,
+    assumed: float | Tensor | None,
 ) -> None:
     dtype = compute_dtype(inputs.student, inputs.teacher)
-    student_scale, student_rows, student_differs = _upstream(upstreams.student, dtype, announced)
-    teacher_scale, teacher_rows, teacher_differs = _upstream(upstreams.teacher, dtype, announced)
+    student_scale, student_rows, student_differs = _upstream(upstreams.student, dtype, assumed)
+    teacher_scale, teacher_rows, teacher_differs = _upstream(upstreams.teacher, dtype, assumed)
     if student_differs or teacher_differs:
         rows = Pair(student_rows, teacher_rows)
         _run(inputs, (student_scale, teacher_scale), rows, gradients, NONE, None, False)
 
 
 def _upstream(
-    upstream: Tensor | None, dtype: torch.dtype, announced: float | Tensor | None
+    upstream: Tensor | None, dtype: torch.dtype, assumed: float | Tensor | None
 ) -> tuple[float, Tensor | None, bool]:
-    """Return the upstream gradient as a scale or as (N,), and whether ``announced`` is another."""
+    """Return the upstream gradient as a scale or as (N,), and whether ``assumed`` differs."""
     if upstream is None:
         return 0.0, None, False
-    if upstream.ndim == 0:  # the caller has compared a scalar with `announced` already
+    if upstream.ndim == 0:  # the caller has compared a scalar with `assumed` already
         return upstream.item(), None, True
     rows = upstream.to(dtype).contiguous()  # (N,)
-    return 0.0, rows, announced is None or not bool((rows == announced).all())
+    return 0.0, rows, assumed is None or not bool((rows == assumed).all())
 
 
 def set_instruction_set(name: str | None = None) -> str:

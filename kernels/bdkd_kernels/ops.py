@@ -6,7 +6,7 @@ A backend provides two functions over rows and registers them once::
     loss, loss_and_grad = _fused.loss, _fused.loss_and_grad
 
     forward(inputs, grad_scale, gradients, check_labels) -> Outputs(losses, stats, state)
-    backward(inputs, state, upstreams, gradients, announced) -> None
+    backward(inputs, state, upstreams, gradients, assumed) -> None
 
 ``losses``, ``gradients`` and ``upstreams`` are pairs: student, teacher.
 
@@ -17,9 +17,9 @@ If it is False, or if the labels cannot be read, the row of a bad label is NaN. 
 ``backward`` needs of each row.
 
 ``backward`` writes the gradients that are not None: each network's gradient times its upstream
-gradient (0-dim, or (N,) for ``"none"``). ``announced`` (a float or a 0-dim tensor) says that the
-buffers already hold the gradients times that number, which is right if the upstream gradient is the
-same number. None says that the buffers hold nothing.
+gradient (0-dim, or (N,) for ``"none"``). If ``assumed`` is a float or a 0-dim
+tensor, the buffers already hold the gradients times that number: the ``grad_scale`` of the forward
+pass. Rows whose upstream gradient equals it need no work. If it is None, the buffers hold nothing.
 
 Logits and gradients have unit stride in the class dimension, any row stride, and at least one row.
 ``target`` and ``sample_weight`` (in ``compute_dtype``) are contiguous. A network without a term
@@ -103,12 +103,12 @@ class FusedBackend:
         trained = bools(False, False)
         if torch.is_grad_enabled():
             trained = bools(inputs.student.requires_grad, inputs.teacher.requires_grad)
-        wanted = bools(terms.student and trained.student, terms.teacher and trained.teacher)
+        needs_grad = bools(terms.student and trained.student, terms.teacher and trained.teacher)
         if inputs.plain:
-            losses, stats = self._plain_loss(inputs, grad_scale, wanted)
+            losses, stats = self._plain_loss(inputs, grad_scale, needs_grad)
         else:
-            losses, stats = self._loss_through_operator(inputs, wanted)
-        if wanted == trained:
+            losses, stats = self._loss_through_operator(inputs, needs_grad)
+        if needs_grad == trained:
             return losses, stats
         student, teacher = losses
         if trained.student and not terms.student:
@@ -118,17 +118,20 @@ class FusedBackend:
         return Pair(student, teacher), stats
 
     def _plain_loss(
-        self, inputs: LossInputs, grad_scale: float | Tensor, wanted: Pair[bool]
+        self, inputs: LossInputs, grad_scale: float | Tensor, needs_grad: Pair[bool]
     ) -> Losses:
-        if not (wanted.student or wanted.teacher):
+        if not (needs_grad.student or needs_grad.teacher):
             losses, stats, _ = self.forward(inputs, grad_scale, NONE, True)
             return losses, BDKDStats(stats)
-        ds = buffers.empty_rows(inputs.student, inputs.dense) if wanted.student else None  # (N, C)
-        dt = buffers.empty_rows(inputs.teacher, inputs.dense) if wanted.teacher else None  # (N, C)
+        ds = dt = None  # (N, C)
+        if needs_grad.student:
+            ds = buffers.empty_rows(inputs.student, inputs.dense)
+        if needs_grad.teacher:
+            dt = buffers.empty_rows(inputs.teacher, inputs.dense)
         gradients = fast_new(Pair, (ds, dt))
         losses, stats, state = self.forward(inputs, grad_scale, gradients, True)
         call = SavedGradients(self, inputs.options, grad_scale, gradients)
-        losses = connect(losses, inputs, (*inputs[:4], state), call, wanted)
+        losses = connect(losses, inputs, (*inputs[:4], state), call, needs_grad)
         return losses, BDKDStats(stats)
 
     def loss_and_grad(
@@ -175,7 +178,7 @@ class FusedBackend:
         state: Tensor | None,
         upstreams: Gradients,
         gradients: Gradients,
-        announced: float | Tensor | None,
+        assumed: float | Tensor | None,
     ) -> None:
         """Call the backend's backward on contiguous rows; see the docstring of the module."""
         if inputs.student.shape[0] == 0:
@@ -184,7 +187,7 @@ class FusedBackend:
             if x is not None:
                 in_memory(name, x)  # its storage may have been freed since
         above = (None if x is None else in_memory("the gradient of the loss", x) for x in upstreams)
-        self._backward(_laid_out(inputs), state, Pair(*above), gradients, announced)
+        self._backward(_laid_out(inputs), state, Pair(*above), gradients, assumed)
 
     def _empty_outputs(self, inputs: LossInputs) -> Outputs:
         s = inputs.student
@@ -198,28 +201,28 @@ class FusedBackend:
 
     # -- through torch.library ------------------------------------------------------------------
 
-    def _loss_through_operator(self, inputs: LossInputs, wanted: Pair[bool]) -> Losses:
+    def _loss_through_operator(self, inputs: LossInputs, needs_grad: Pair[bool]) -> Losses:
         if labels_can_be_read(inputs.target):
             check_labels(inputs.target, inputs.student.shape[-1], inputs.options.ignore_index)
-        if torch.compiler.is_compiling() or not (wanted.student and wanted.teacher):
-            return self._call_once(inputs, wanted)
+        if torch.compiler.is_compiling() or not (needs_grad.student and needs_grad.teacher):
+            return self._call_once(inputs, needs_grad)
         # Two nodes: in eager mode, the backward pass of a common node would free the tensors that
         # the other network saved.
         losses, stats = self._call_once(inputs, Pair(True, False))
         (_, teacher), _ = self._call_once(inputs, Pair(False, True))
         return Pair(losses.student, teacher), stats
 
-    def _call_once(self, inputs: LossInputs, wanted: Pair[bool]) -> Losses:
-        if wanted.student or wanted.teacher:
+    def _call_once(self, inputs: LossInputs, needs_grad: Pair[bool]) -> Losses:
+        if needs_grad.student or needs_grad.teacher:
             inputs = savable(inputs, logits=True)
         connected = inputs.with_tensors(
-            student=inputs.student if wanted.student else inputs.student.detach(),
-            teacher=inputs.teacher if wanted.teacher else inputs.teacher.detach(),
+            student=inputs.student if needs_grad.student else inputs.student.detach(),
+            teacher=inputs.teacher if needs_grad.teacher else inputs.teacher.detach(),
         )
         (student, teacher), stats, _ = self._call_forward_op(connected, 1.0, Pair(False, False))
         losses = Pair(
-            student if wanted.student else student.detach(),
-            teacher if wanted.teacher else teacher.detach(),
+            student if needs_grad.student else student.detach(),
+            teacher if needs_grad.teacher else teacher.detach(),
         )
         return losses, BDKDStats(stats.detach())
 

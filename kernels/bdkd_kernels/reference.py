@@ -195,10 +195,10 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def where_mass(logits: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The same logits, constant where p is 0, for the gradient of KL(p ‖ q).
+    """Return the logits, detached where p is 0, for the gradient of KL(p ‖ q).
 
-    Then d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is 0 there even if the KL is infinite.
-    Autograd would compute 0 * inf. If q is NaN, the whole row of the gradient is NaN.
+    With them, d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is 0 there, even if the KL is
+    infinite. Autograd would compute 0 * inf. If q is NaN, the whole row of the gradient is NaN.
     """
     massless = (log_p.exp() == 0) & ~log_q.isnan().any(-1, keepdim=True)
     return torch.where(massless, logits.detach(), logits)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Pair(NamedTuple, Generic[T]):
-    """The same thing of the student and of the teacher: losses, gradients, upstream gradients."""
+    """A value for the student and one for the teacher, such as their losses or gradients."""
 
     student: T
     teacher: T

@@ -398,8 +398,8 @@ def judge(case: Case, backend: str, device: str = "cpu") -> None:
     x = make(case, device)
     result = backward_from(x, backend)
     compare(x, result, f"{case} bdkd_loss")
-    announced = float(x.options.get("grad_scale", 1.0))
-    x = x._replace(upstream=tuple(torch.full_like(above, announced) for above in x.upstream))
+    assumed = float(x.options.get("grad_scale", 1.0))
+    x = x._replace(upstream=tuple(torch.full_like(above, assumed) for above in x.upstream))
     compare(x, at_once(x, backend), f"{case} bdkd_loss_and_grad")
 
 

@@ -505,7 +505,7 @@ def a_scale_put_in_late_comes_to_both(backend, device="cpu"):
 
 
 @edge
-def an_announcement_that_was_changed_counts_for_nothing(backend, device="cpu"):
+def an_assumption_that_was_changed_counts_for_nothing(backend, device="cpu"):
     s, t, y = draw("changed", device=device)
     want = run(s, t, y, backend)[0]
     s.requires_grad_()
@@ -602,7 +602,7 @@ def grad_scale_changes_no_value(backend, device="cpu"):
         scaled = run(s, t, y, backend, grad_scale=scale)
         for result in scaled:
             assert torch.equal(result.student, plain.student)
-        close("ds announced", scaled[1].ds, 64 * plain.ds, 64e-7)
+        close("ds assumed", scaled[1].ds, 64 * plain.ds, 64e-7)
         close("ds of 1", scaled[0].ds, plain.ds, 1e-7)
         a = s.clone().requires_grad_()
         (bdkd_loss(a, t, y, backend=backend, grad_scale=scale).student * scale).backward()
@@ -659,7 +659,7 @@ def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
 
 @edge
 def gradients_from_above_are_read_from_any_memory(backend, device="cpu"):
-    """A sum over samples brings one number, seen N times. Some may be what was announced, 1."""
+    """A sum over samples brings one number, seen N times. Some may be what was assumed, 1."""
     s, t, y = draw("above", device=device)
     one = run(s, t, y, backend, reduction="none")[0]
     many = torch.arange(1.0, 11.0, device=device)

@@ -159,7 +159,7 @@ def test_storage_freed_before_backward_is_refused(backend):
         return torch.testing.assert_close(s.grad.double(), 3 * expected()[0], rtol=1e-5, atol=1e-5)
     t.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"teacher_logits.*freed"):
-        (3 * out.student).backward()  # not the announced gradient: computed from the logits
+        (3 * out.student).backward()  # not the assumed gradient: computed from the logits
 
 
 def negative(x: torch.Tensor) -> torch.Tensor:

@@ -230,7 +230,7 @@ def test_another_upstream_is_computed_not_rescaled():
         (1.0, 64.0),  # a scale that comes late comes to both, in the first backward pass
     ],
 )
-def test_a_gradient_that_was_announced_needs_no_logits(scale, above, storage, module):
+def test_a_gradient_that_was_assumed_needs_no_logits(scale, above, storage, module):
     """It was made in the forward pass, so that the logits may be written over. And so may they be,
     of both networks, once one has gone backward with another scale."""
     s, t, y = draw(5, 7, 12, storage)
@@ -251,7 +251,7 @@ def test_a_gradient_that_was_announced_needs_no_logits(scale, above, storage, mo
 
 
 def test_a_scale_that_was_written_into_is_another():
-    """One tensor is the scale of every step: neither the announcement nor the other network's
+    """One tensor is the scale of every step: neither the assumption nor the other network's
     backward pass may take its new value for the old one."""
     s, t, y = draw(5, 7, 12)
     scale = torch.tensor(8.0)

@@ -217,8 +217,8 @@ def test_compiles_without_a_graph_break(dynamic):
         torch.testing.assert_close(t.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_backward_of_the_announced_scale_launches_nothing_over_the_logits(monkeypatch):
-    """Where the upstream is what was announced, the gradients of the forward pass stay: the very
+def test_backward_of_the_assumed_scale_launches_nothing_over_the_logits(monkeypatch):
+    """Where the upstream is what was assumed, the gradients of the forward pass stay: the very
     values, although the logits and the state have been spoiled since."""
     s, t = torch.randn(2, 6, 20).unbind()
     y = torch.arange(6)
@@ -230,8 +230,8 @@ def test_backward_of_the_announced_scale_launches_nothing_over_the_logits(monkey
     inputs.student.fill_(float("nan"))
     state.fill_(float("nan"))
     eight = torch.tensor(8.0)
-    for announced in (8.0, eight):
-        triton_backend._backward(inputs, state, Pair(eight, eight), gradients, announced)
+    for assumed in (8.0, eight):
+        triton_backend._backward(inputs, state, Pair(eight, eight), gradients, assumed)
         assert torch.equal(ds, kept[0])
         assert torch.equal(dt, kept[1])
     triton_backend._backward(inputs, state, Pair(eight + 1, None), Pair(ds, None), 8.0)

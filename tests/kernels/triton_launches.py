@@ -205,7 +205,7 @@ def tensor(shape, dtype=FP32, off: int = 0, stride: int | None = None, device: s
 
 def call(
     rows=9, classes=100, dtypes=(FP32, FP32), target="labels", weight=False, off=(), strides=None,
-    grads=(True, True), scale=1.0, scale_off=0, upstream="one", announced=1.0, device="cpu",
+    grads=(True, True), scale=1.0, scale_off=0, upstream="one", assumed=1.0, device="cpu",
     **options,
 ):  # fmt: skip
     """Makes a call's tensors; gives it as functions of nothing, forward and backward."""
@@ -228,7 +228,7 @@ def call(
     def scalar(x):
         return tensor((), x, scale_off, device=device) if isinstance(x, torch.dtype) else x
 
-    scale, announced = scalar(scale), scalar(announced)
+    scale, assumed = scalar(scale), scalar(assumed)
     up = tensor((rows,) if upstream == "rows" else (), compute, off["up"], device=device)
     if upstream == "expanded":
         up = up.expand(rows)
@@ -238,7 +238,7 @@ def call(
         return triton_backend._forward(inputs, scale, Pair(ds, dt), False)
 
     def backward(state):
-        triton_backend._backward(inputs, state, ups, Pair(ds, dt), announced)
+        triton_backend._backward(inputs, state, ups, Pair(ds, dt), assumed)
 
     return forward, backward
 
@@ -286,21 +286,21 @@ CALLS = {
     "temperature 4": {"temperature": 4.0},
     "temperature 3": {"temperature": 3.0},
     "sum": {"reduction": "sum"},
-    "none": {"reduction": "none", "upstream": "rows", "announced": None},
+    "none": {"reduction": "none", "upstream": "rows", "assumed": None},
     "none, several rows a program": {"classes": 16, "reduction": "none", "upstream": "rows"},
-    "none, one upstream": {"reduction": "none", "upstream": "expanded", "announced": None},
+    "none, one upstream": {"reduction": "none", "upstream": "expanded", "assumed": None},
     "none, upstream not aligned": {"reduction": "none", "upstream": "rows", "off": ("up",)},
     "ignore 1": {"ignore_index": 1},
     "ignore 16": {"ignore_index": 16},
     "ignore far away": {"ignore_index": -(2**40)},
     "smooth": {"label_smoothing": 0.1},
-    "another number": {"scale": 8.0, "announced": 8.0},
-    "a whole number": {"scale": 1, "announced": 1},
-    "a scale": {"scale": FP32, "announced": FP32},
-    "a scale not aligned": {"scale": FP32, "announced": FP32, "scale_off": 1},
-    "a scale fp16": {"scale": FP16, "announced": FP16},
-    "a scale fp64": {"scale": FP64, "announced": FP64},
-    "nothing announced": {"announced": None},
+    "another number": {"scale": 8.0, "assumed": 8.0},
+    "a whole number": {"scale": 1, "assumed": 1},
+    "a scale": {"scale": FP32, "assumed": FP32},
+    "a scale not aligned": {"scale": FP32, "assumed": FP32, "scale_off": 1},
+    "a scale fp16": {"scale": FP16, "assumed": FP16},
+    "a scale fp64": {"scale": FP64, "assumed": FP64},
+    "nothing assumed": {"assumed": None},
 }
 
 

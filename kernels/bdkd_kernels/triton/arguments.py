@@ -20,7 +20,7 @@ _SQUARINGS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}
 
 @dataclass(frozen=True)
 class Platform:
-    """What the kernels are compiled for."""
+    """The platform that the kernels are compiled for."""
 
     interpreted: bool
     amd: bool
@@ -38,7 +38,7 @@ class Platform:
 PLATFORM = Platform(triton.knobs.runtime.interpret, torch.version.hip is not None)
 
 
-# -- what compiled code depends on -----------------------------------------------------------------
+# -- properties that compiled code depends on ------------------------------------------------------
 
 
 def described(tensors: tuple[Tensor | None, ...]) -> tuple[list, list]:

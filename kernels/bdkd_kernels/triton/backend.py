@@ -43,9 +43,9 @@ def availability() -> Availability:
 
 
 class _Plan(NamedTuple):
-    """What is the same in every call of one kind.
+    """Launchers and arguments that are shared by all calls with one key.
 
-    A kind is everything that a launch depends on, except the number of rows.
+    The key contains everything that a launch depends on, except the number of rows.
     """
 
     denominator: Launcher
@@ -153,7 +153,7 @@ def _forward(
     dtype, per_row = plan.dtype, o.reduction == "none"
     programs = -(-rows // plan.rows_a_program)
 
-    # All that the launches leave for each other, in one allocation: see row_io.partial_sums.
+    # One allocation for all values that one launch passes to the next: see row_io.partial_sums.
     records = torch.empty(rows * _RECORD + partials + 2 * programs, dtype=dtype, device=device)
     shape = (rows,) if per_row else ()
     losses = (torch.empty(shape, dtype=dtype, device=device),
@@ -182,27 +182,27 @@ def _backward(
     state: Tensor | None,
     upstreams: Pair[Tensor | None],
     gradients: Pair[Tensor | None],
-    announced: float | Tensor | None,
+    assumed: float | Tensor | None,
 ) -> None:
     student, teacher, target, _, o, *_ = inputs
     assert state is not None  # it comes from _forward
     rows, device = student.shape[0], student.device
     if _is_on_other_device(device):
         with torch.cuda.device(device):
-            _backward(inputs, state, upstreams, gradients, announced)
+            _backward(inputs, state, upstreams, gradients, assumed)
         return
     tensors = (student, teacher, target, state, *upstreams, *gradients)
     addresses, kinds = arguments.described(tensors)
     key = (o, device.index, student.shape[1], arguments.kind_of_count(rows),
-           arguments.kind_of_scale(announced), *kinds)  # fmt: skip
+           arguments.kind_of_scale(assumed), *kinds)  # fmt: skip
     plan = _backward_plans.get(key)
     if plan is None:
         plan = _backward_plans[key] = _backward_plan(inputs, state, upstreams, gradients)
-    if announced is not None:
-        announced = arguments.exact_scale(announced, plan.dtype, device)
-    kind = "none" if announced is None else "tensor" if isinstance(announced, Tensor) else "number"
+    if assumed is not None:
+        assumed = arguments.exact_scale(assumed, plan.dtype, device)
+    kind = "none" if assumed is None else "tensor" if isinstance(assumed, Tensor) else "number"
     plan.gradient(min(rows, 1024), _stream(device), tensors, addresses,
-                  (announced, rows, *plan.numbers, kind, plan.spec))  # fmt: skip
+                  (assumed, rows, *plan.numbers, kind, plan.spec))  # fmt: skip
 
 
 def _backward_plan(

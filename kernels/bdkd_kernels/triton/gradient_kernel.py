@@ -74,17 +74,17 @@ def store_gradient_row(g, networks, batch, options, record, field_stride, row,
 
 @triton.jit(do_not_specialize=["N"])
 def gradient_kernel(
-    student, teacher, target, state, student_upstream, teacher_upstream, ds, dt, announced,
+    student, teacher, target, state, student_upstream, teacher_upstream, ds, dt, assumed,
     N, C, s_stride, t_stride, ds_stride, dt_stride,
     state_row, state_field,  # strides of the state: from row to row, from field to field
     student_upstream_stride, teacher_upstream_stride,  # 0: one upstream gradient for all rows
     loss_options,  # Options; Triton has an argument `options`
-    BLOCK: tl.constexpr, ANNOUNCED: tl.constexpr, SPEC: tl.constexpr,
+    BLOCK: tl.constexpr, ASSUMED: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients again, for another upstream gradient than the forward pass expected.
 
-    Rows whose upstream gradient equals ``announced`` are left alone: their gradients are already
-    stored. ANNOUNCED is "number", "tensor" (0-dim) or "none".
+    Rows whose upstream gradient equals ``assumed`` are left alone: their gradients are already
+    stored. ASSUMED is "number", "tensor" (0-dim) or "none".
     """
     networks = Pair(
         Network(student, s_stride, ds, ds_stride),
@@ -99,8 +99,8 @@ def gradient_kernel(
         if SPEC.teacher.grad:
             g_t = tl.load(teacher_upstream + row * teacher_upstream_stride).to(SPEC.dtype)
         stale = True
-        if ANNOUNCED != "none":
-            scale = tl.load(announced).to(SPEC.dtype) if ANNOUNCED == "tensor" else announced
+        if ASSUMED != "none":
+            scale = tl.load(assumed).to(SPEC.dtype) if ASSUMED == "tensor" else assumed
             stale = (g_s != scale) & SPEC.student.grad | (g_t != scale) & SPEC.teacher.grad
         if stale:
             record = state + row * state_row

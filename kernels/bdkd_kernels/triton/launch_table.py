@@ -9,15 +9,15 @@ matters more than issue slots. ``bench/autotune.py`` prints this table anew from
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-# Up to this many classes both rows stay in registers; beyond, a row is read in blocks, twice.
+# Up to this many classes, both rows stay in registers. Longer rows are read twice, in blocks.
 TILE_CLASSES = 4096
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One row a program, in blocks of (outer, lanes, inner) class pairs.
+    """One row per program, in blocks of (outer, lanes, inner) class pairs.
 
-    A lane takes ``inner`` neighbouring classes in one access, ``outer`` times a block.
+    A lane loads ``inner`` neighbouring classes in one access, ``outer`` times per block.
     """
 
     warps: int
@@ -25,8 +25,8 @@ class Loop:
     outer: int = 1
     prefetch: int = 0  # blocks that are loaded into registers ahead of their arithmetic
     shifted: bool = False  # align the accesses of rows that are not aligned; see `choose`
-    lanes: int = 0  # 0: one a thread
-    registers: int = 0  # a thread, at most, on NVIDIA; 0: the compiler's choice
+    lanes: int = 0  # 0: one per thread
+    registers: int = 0  # at most, per thread, on NVIDIA; 0: the compiler's choice
 
     def __post_init__(self) -> None:
         if not self.lanes:
@@ -37,19 +37,19 @@ class Loop:
         return self.outer * self.lanes * self.inner
 
     def of_row(self, classes: int) -> "Loop":
-        """The same without prefetching, if a row is too short for it."""
+        """Return this launch, without prefetching if rows are too short for it."""
         return self if classes >= self.block + 2 * self.inner else replace(self, prefetch=0)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows in registers: (rows, block) class pairs a program."""
+    """Rows that stay in registers: (rows, block) class pairs per program."""
 
     rows: int
     block: int  # classes, padded to a power of two
     inner: int  # neighbouring classes that the threads of a row take at a time
     warps: int
-    registers: int = 255  # a thread, at most, on NVIDIA
+    registers: int = 255  # at most, per thread, on NVIDIA
 
     @property
     def outer(self) -> int:
@@ -57,17 +57,17 @@ class Tile:
 
     @property
     def chunk(self) -> int:
-        """Classes a block where a row is read again (masked classes, tied maxima)."""
+        """Classes per block when a row is read again (masked classes, tied maxima)."""
         return min(self.block, 32 * self.warps)
 
     @property
     def retry(self) -> Loop:
-        """The launch by which a program computes a row again that has masked classes."""
+        """The shape in which a program recomputes a row with masked classes."""
         return Loop(self.warps, inner=1, lanes=self.chunk)
 
 
 def block_of(classes: int) -> int:
-    """The next power of two."""
+    """Return the next power of two."""
     return 1 << (classes - 1).bit_length()
 
 
@@ -92,12 +92,12 @@ def choose(
     block = max(16, block_of(classes))
     if classes <= tile_classes:
         if block > 512:
-            # A warp waits for its own logits, so many must be there: 16 warps a multiprocessor
-            # at 128 registers, 24 at 80.
+            # A warp waits for its own logits, so many warps are needed: 16 per multiprocessor
+            # with 128 registers, 24 with 80.
             warps = block // (512 if itemsize == 2 else 256)
             registers = 255 if itemsize == 8 else 80 if itemsize == 4 and warps < 16 else 128
             return Tile(1, block, block, warps, registers)
-        # One warp a program. Few pairs a thread leave room for many warps on a multiprocessor.
+        # One warp per program. Few pairs per thread leave room for many warps per multiprocessor.
         if block <= 64:
             threads = block // 4  # of a row
             return Tile(32 // threads, block, min(block, threads * vector), 1)
@@ -106,7 +106,7 @@ def choose(
         return Tile(1, block, block, 1, 80 if block == 128 else 128)
     if vector * itemsize < 16 and not shifted:
         return Loop(8, 1, outer=8)
-    # Both networks' rows wait in L2 for the second sweep: few rows at a time where they are long.
+    # Both networks' rows stay in L2 for the second sweep, so few long rows may be in flight.
     # 64 registers leave 32 warps on a multiprocessor, 80 leave 24.
     warps, registers = (8, 80) if 2 * classes * itemsize <= 96 * 1024 else (16, 64)
     return Loop(warps, 16 // itemsize, prefetch=1, shifted=vector * itemsize < 16,

@@ -1,4 +1,4 @@
-"""Launches one compiled kernel again and again with little work on the host."""
+"""Repeated launches of one kernel, with little work on the host."""
 
 import functools
 from typing import Any
@@ -18,8 +18,8 @@ KERNELS = (denominator_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_ke
 def _fix_cache_keys() -> None:
     """Compute Triton's cache keys in one order.
 
-    They depend on which kernel's key is computed first (seen in 3.6 and 3.7), and a kernel would be
-    compiled again for no reason.
+    A key depends on which kernel's key was computed first (seen in 3.6 and 3.7). In another order,
+    kernels would be compiled again for no reason.
     """
     for kernel in KERNELS:
         _ = getattr(kernel, "cache_key", None)  # an interpreted kernel has none

@@ -1,8 +1,9 @@
 """The blocks of a long row, and how they are loaded.
 
-A block has shape (LOOP.outer, LOOP.lanes, LOOP.inner): a lane takes LOOP.inner neighbouring classes
-in one access. Rows that are not aligned to 16 bytes, but alike in all tensors (LOOP.shifted), have
-whole accesses between their edges, the few classes before the first and after the last of them.
+A block has shape (LOOP.outer, LOOP.lanes, LOOP.inner): a lane loads LOOP.inner neighbouring classes
+in one access. If rows are not aligned to 16 bytes, but have the same offset in all tensors
+(LOOP.shifted), the aligned accesses start at the first aligned class. The few classes before and
+after them are the edges, which are loaded one by one.
 """
 
 from typing import Any, NamedTuple
@@ -82,9 +83,9 @@ def load_row(networks, row, cols, mask, SPEC: tl.constexpr):
 
 @triton.jit
 def load_packed(body, at, mask, LOOP: tl.constexpr, POLICY: tl.constexpr):
-    """Load a block of one row. Two numbers of bf16 are one int32, (OUTER, LANES, INNER / 2).
+    """Load a block of one row. Two bf16 numbers are one int32, (OUTER, LANES, INNER / 2).
 
-    As variables of a loop, 16-bit numbers would be extracted from their register and put back.
+    As loop variables, 16-bit numbers would be extracted from their register and put back.
     """
     if body.dtype.element_ty == tl.bfloat16 and LOOP.inner > 1 and mask is None:
         pairs = body.to(tl.pointer_type(tl.int32), bitcast=True)

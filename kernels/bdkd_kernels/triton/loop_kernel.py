@@ -1,8 +1,8 @@
-"""The kernel for rows of any length: one row a program, read twice in blocks.
+"""The kernel for rows of any length: one row per program, read twice in blocks.
 
 The first sweep (loop_sums.py) sums over the classes. The second sweep stores the gradients and
-computes the values of the divergences. It goes backward through the row, so that it begins with
-what the first one left in the cache.
+computes the values of the divergences. It goes backward through the row and starts with the
+blocks that the first sweep left in the cache.
 """
 
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ from .spec import Batch, Network, Pair
 
 
 class Values(NamedTuple):
-    """A row's own values between the sweeps."""
+    """The values of a row between the sweeps."""
 
     softmaxes: Any
     kl: Any  # Divergences, from moments: precise enough for the gradient, not for the value
@@ -157,7 +157,7 @@ def row_values(sums, late, networks, batch, row, options, LOOP: tl.constexpr, SP
 def output_pointers(networks, row, LOOP: tl.constexpr, SPEC: tl.constexpr):
     """Return a Pair of pointers to the rows of the gradients, and a Pair to their aligned parts."""
     s, t = networks.student, networks.teacher
-    # Where no gradient is wanted, these are never stored to.
+    # Pointers of a network without a gradient are placeholders and never used.
     rows, bodies = Pair(s.logits, t.logits), Pair(s.logits, t.logits)
     if SPEC.student.grad:
         rows = Pair(s.gradient + row.index * s.gradient_stride, rows.teacher)
@@ -279,7 +279,7 @@ def loop_kernel(
     LOOP: tl.constexpr,  # a launch_table.Loop
     SPEC: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. See spec.py for the arguments."""
+    """Compute one row per program. See spec.py for the arguments."""
     if SPEC.next_starts_early:
         gdc_launch_dependents()
     C = multiple_of(C, SPEC.class_alignment)

@@ -37,7 +37,7 @@ class NetworkSums(NamedTuple):
 
 
 class TargetSums(NamedTuple):
-    """The same of the target."""
+    """Values of the target, over the classes of each lane or of the row."""
 
     q: Any  # sum q of a soft label; with label smoothing, the number of classes
     largest: Any  # the largest q
@@ -51,7 +51,7 @@ class RowSums(NamedTuple):
 
 
 class Late(NamedTuple):
-    """What is loaded during the first sweep and used after it."""
+    """Values that are loaded during the first sweep and used after it."""
 
     label_logit: Any  # Pair
     weight: Any  # the factor of the row's losses
@@ -242,8 +242,8 @@ def load_late(networks, batch, row, SPEC: tl.constexpr):
 
 @triton.jit
 def load_ahead(bodies, at, last, mask, LOOP: tl.constexpr):
-    """Load the block that begins at ``at``. After the ``last`` one it goes back: the second sweep
-    begins with the last block."""
+    """Load the block that begins at ``at``. Beyond the ``last`` one it counts back, because the
+    second sweep begins with the last block."""
     at = tl.maximum(tl.minimum(at, 2 * last + LOOP.block - at), 0)
     return load_block(bodies, at, mask, LOOP, "evict_last")
 
@@ -253,12 +253,12 @@ def sum_row(networks, batch, options, row, LOOP: tl.constexpr, PREFETCH: tl.cons
             SPEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """First sweep: return the row's RowSums, the first blocks of the second sweep, and its Late.
 
-    PREFETCH blocks are loaded ahead, into registers, in their storage type. The row must have more
-    than one block then. (Triton's own pipeline, through shared memory, costs two barriers a block.)
-    The last block and the edges come first, so that the loads of the others need no mask.
+    PREFETCH blocks are loaded ahead, into registers, in their storage type. This requires rows of
+    more than one block. (Triton's own pipeline goes through shared memory and costs two barriers
+    per block.) The last block and the edges are added first, so that other loads need no mask.
 
-    Rows that do not count are loaded like the others, so that no load waits for a label. If they
-    are not finite, the row is computed again, MASKED.
+    Ignored rows are loaded as well, so that no load waits for a label. If such a row has values
+    that are not finite, it is computed again with MASKED.
     """
     bodies = bodies_of(networks, row, LOOP)
     mask = row.counted if MASKED else None

@@ -8,8 +8,8 @@ from triton.language.target_info import is_cuda
 from .spec import RECORD
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Stands for classes past C. A power of two, so that PAD * c - shift is exactly 0 in a row of
-# nothing else; finite, so that 0 * a is 0; below any logit that is not masked.
+# The logit of padding, the classes past C. It is a power of two, so that PAD * c - shift is exactly
+# 0 in a row of padding; finite, so that 0 * a is 0; and less than any logit that is not masked.
 PAD = tl.constexpr(-(2.0**100))
 
 
@@ -17,8 +17,8 @@ PAD = tl.constexpr(-(2.0**100))
 def multiple_of(x, ALIGNMENT: tl.constexpr):
     """Return x, and tell the compiler what divides it.
 
-    By itself it knows multiples of 16 only: rows of 1000 classes, which are aligned to 16 bytes,
-    would be read logit by logit.
+    The compiler knows multiples of 16 only. Without this, rows of 1000 classes would be read logit
+    by logit although they are aligned to 16 bytes.
     """
     return x // ALIGNMENT * ALIGNMENT
 

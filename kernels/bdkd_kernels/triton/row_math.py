@@ -164,7 +164,7 @@ def times(p, x, MASKED: tl.constexpr):
         return p * x
 
 
-# -- a row's own values ----------------------------------------------------------------------------
+# -- the values of a row ---------------------------------------------------------------------------
 
 
 @triton.jit
@@ -285,7 +285,7 @@ def network_coefficients(g, ce, kd, own, partner, in_range, target_sum, own_kl, 
     are the weights of its terms.
 
     ``own_kl`` is KL(own || partner) and ``partner_kl`` is KL(partner || own). Normalisers, weights
-    and scales are folded in here, once a row.
+    and scales are folded in here, once per row.
     """
     label = g if SPEC.target != "labels" else g + tl.where(in_range, 0.0, float("nan"))
     q = label * ce

@@ -1,4 +1,4 @@
-"""What is stored of a row: its statistics, its state for the backward pass, and its losses."""
+"""The outputs of a row: its statistics, its state for the backward pass, its losses."""
 
 import triton
 import triton.language as tl

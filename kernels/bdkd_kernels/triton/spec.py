@@ -1,4 +1,4 @@
-"""What the device code is given: compile-time specification, arguments in groups, row records."""
+"""The types of the device code: compile-time options, grouped arguments, row records."""
 
 from collections import namedtuple
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ _namedtuple: Any = namedtuple  # mypy accepts literal fields only
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What is compiled for one network, ``own``, whose partner is the other one."""
+    """Compile-time options of one network, ``own``. The other network is its ``partner``."""
 
     ce: bool  # its loss has a cross entropy, and there is a target
     kd: bool  # its loss has a divergence
     own_kl: bool  # the divergence KL(own || partner) is a term of its loss
     partner_kl: bool  # the divergence KL(partner || own) is a term of its loss
-    grad: bool  # its gradient is wanted
+    grad: bool  # its gradient is computed
 
 
 # The statistics of a sample, in the order of ``BDKDStats.table``.
@@ -27,7 +27,7 @@ RowStats = _namedtuple("RowStats", tuple(STATISTICS))
 
 
 class RowState(NamedTuple):
-    """What the backward pass needs of a row, in addition to its statistics."""
+    """The values of a row that the backward pass needs, in addition to its statistics."""
 
     student_shift: Any
     student_inv_z: Any
@@ -56,7 +56,7 @@ Choices = _namedtuple(
 
 @dataclass(frozen=True)
 class Spec:
-    """What is compiled into the kernels of one call. Everything else is a run-time argument."""
+    """Compile-time options of one call. Everything else is a run-time argument."""
 
     student: NetworkSpec
     teacher: NetworkSpec

@@ -3,8 +3,8 @@
 A program has TILE.rows rows of up to TILE.block classes, as tensors of shape (BLOCK_OUTER, ROWS,
 BLOCK_INNER): class ``outer * BLOCK_INNER + inner``. Triton distributes threads along the last
 dimension first, then along the rows, and never along the first where these two fill a warp. So
-BLOCK_INNER decides how many threads share a row. Each of them computes all of the row's own values,
-which have shape (1, ROWS, 1).
+BLOCK_INNER decides how many threads share a row. Each of these threads computes all values of the
+row, which have shape (1, ROWS, 1).
 """
 
 from typing import Any, NamedTuple
@@ -44,14 +44,14 @@ from .spec import Batch, Network, Pair
 
 
 class Tile(NamedTuple):
-    """Which elements a program has."""
+    """Indices and masks of a program's elements."""
 
     rows: Any  # (1, ROWS, 1)
     cols: Any  # (BLOCK_OUTER, 1, BLOCK_INNER)
     inside: Any  # whether cols are classes
-    active: Any  # whether rows are rows
-    counted: Any  # whether rows count
-    in_range: Any  # whether the rows' labels are
+    active: Any  # whether rows are rows of the batch
+    counted: Any  # whether rows count in the loss: active and not ignored
+    in_range: Any  # whether the rows' labels are classes
 
 
 class Target(NamedTuple):
@@ -275,7 +275,7 @@ def tile_kernel(
     TILE: tl.constexpr,  # a launch_table.Tile
     SPEC: tl.constexpr,
 ):  # fmt: skip
-    """TILE.rows rows a program. See spec.py for the arguments."""
+    """Compute TILE.rows rows per program. See spec.py for the arguments."""
     if SPEC.next_starts_early:
         gdc_launch_dependents()
     C = multiple_of(C, SPEC.class_alignment)
