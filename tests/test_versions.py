@@ -1,5 +1,6 @@
 """``make versions``, with a pip that answers at once: which pairs it tries, and what it prints."""
 
+import ast
 import json
 import os
 import subprocess
@@ -47,6 +48,32 @@ def test_numpy_is_held_back_for_the_interpreter_of_triton_3_6_alone(tmp_path):
 def test_every_suite_names_tests_that_exist():
     for suite in versions.SUITES:
         assert all((ROOT / versions.KERNELS / file).is_file() for file in suite.files)
+
+
+def imports(path: Path) -> set[str]:
+    """Return the top-level modules that a file imports, also within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_environments_have_what_the_tests_import():
+    """NumPy came as a dependency of ours once, and 8 tests failed when it was none any more."""
+    paths = [ROOT / versions.KERNELS / file for suite in versions.SUITES for file in suite.files]
+    seen, found = set(), {"pytest"}
+    while paths:
+        seen.add(path := paths.pop())
+        for name in imports(path) - sys.stdlib_module_names - {"bdkd", "bdkd_kernels"}:
+            ours = [f for x in ("tests", "tests/kernels", "bench")
+                    if (f := ROOT / x / f"{name}.py").is_file()]  # fmt: skip
+            paths += [file for file in ours if file not in seen]
+            found |= set() if ours else {name}
+    assert len(seen) > 15
+    assert found <= {"torch", "triton", *versions.TOOLS}
 
 
 def test_passed_and_failed_tests_are_counted(tmp_path):

@@ -30,7 +30,9 @@ TRITON_OF_CPU_BUILDS = {
     "2.8": "==3.4.0", "2.9": "==3.5.1", "2.10": "==3.6.0", "2.11": "==3.6.0", "2.12": "==3.7.1",
     "2.13": "==3.7.1", "2.14": "~=3.8.0", "2.15": "~=3.9.0",
 }  # fmt: skip
-TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "pytest-benchmark", "hypothesis", "packaging"]
+# Of the tests. The loss itself needs torch only.
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "pytest-benchmark", "hypothesis", "packaging",
+         "numpy"]  # fmt: skip
 
 KERNELS = "tests/kernels/"
 # The sanitizers' test compiles C++ for a minute, and no torch takes part in it.
