@@ -25,6 +25,7 @@ static size_t functions;
 void on_launch(launch_t f) { launched = f; }
 int cuLaunchKernelEx(void *c, void *f, void **p, void **e) { return launched(c, f, p, e); }
 int cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
+int cuCtxGetDevice(int *d) { *d = 0; return 0; }
 int cuCtxGetLimit(size_t *v, int l) { *v = 0; return 0; }
 int cuCtxSetCurrent(void *c) { return 0; }
 int cuCtxSetLimit(int l, size_t v) { return 0; }
@@ -38,7 +39,9 @@ int cuFuncSetCacheConfig(void *f, int c) { return 0; }
 int cuGetErrorString(int code, const char **s) { *s = "the stub's"; return 0; }
 int cuModuleGetFunction(void **f, void *m, const char *n) { *f = (void *)++functions; return 0; }
 int cuModuleLoadData(void **m, const void *data) { *m = (void *)1; return 0; }
+int cuModuleUnload(void *m) { return 0; }
 int cuPointerGetAttribute(size_t *v, int a, size_t p) { *v = p; return 0; }
+int cuStreamIsCapturing(void *s, int *v) { *v = 0; return 0; }
 """
 _folder = tempfile.TemporaryDirectory()
 _library = Path(_folder.name, "libcuda.so.1")
