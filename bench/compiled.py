@@ -24,7 +24,7 @@ from bdkd_kernels.triton import arguments, launch_table
 from bdkd_kernels.triton import backend as triton_backend
 from bdkd_kernels.triton.launcher import KERNELS
 from bdkd_kernels.types import LossInputs, Pair
-from issue_slots import loop_slots, resources, tile_slots
+from issue_slots import loop_slots, resources, spills_in_loops, tile_slots
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -56,7 +56,7 @@ class _Absent(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target; a stack that is not 0 means spills, slots are sm_90's alone."""
+    """One kernel for one target. A stack that is not 0 means spills. Slots are counted on sm_90."""
 
     target: str
     dtype: str
@@ -67,6 +67,7 @@ class Compiled:
     stack: int | None = None
     shared: int | None = None  # bytes of dynamic shared memory a program
     slots: float | None = None  # a class pair, on the hot path
+    spills_in_loops: int | None = None  # instructions that access spilled registers
     variant: str = ""
 
 
@@ -158,7 +159,16 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
         else:
             slots = sum(loop_slots(cubin)) * 32 * warps / launch.block
-    return Compiled(target, dtype, classes, name, warps, *used, slots)
+    return Compiled(
+        target,
+        dtype,
+        classes,
+        name,
+        warps,
+        *used,
+        slots,
+        spills_in_loops(cubin) if used.stack else 0,
+    )
 
 
 def float32_constants() -> list[str]:

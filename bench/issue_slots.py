@@ -121,6 +121,7 @@ class Graph:
 
 
 _EXP, _STORE = r"MUFU\.EX2", r"STG\.E"
+_SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
 def tile_slots(cubin: bytes) -> int:
@@ -130,10 +131,22 @@ def tile_slots(cubin: bytes) -> int:
     return graph.length(way)
 
 
+def spills_in_loops(cubin: bytes) -> int:
+    """Return how many instructions of the loops over classes access spilled registers."""
+    graph = Graph(disassembly(cubin))
+    loops = {tuple(way) for way in _sweeps(graph)}
+    return sum(bool(_SPILL.search(x)) for way in loops for b in way for x in graph.blocks[b])
+
+
+def _sweeps(graph: Graph) -> list[list[int]]:
+    """Return the loops that compute exponentials."""
+    return [way for way in graph.loops() if any(graph.holds(block, _EXP) for block in way)]
+
+
 def loop_slots(cubin: bytes) -> tuple[int, int]:
     """Instructions a thread of the loop kernel issues a block, in the first and second sweep."""
     graph = Graph(disassembly(cubin))
-    sweeps = [way for way in graph.loops() if any(graph.holds(b, _EXP) for b in way)]
+    sweeps = _sweeps(graph)
     stores = [any(graph.holds(b, _STORE) for b in way) for way in sweeps]
     lengths = [graph.length(way) for way in sweeps]
     first = min(n for n, s in zip(lengths, stores, strict=True) if not s)

@@ -31,10 +31,12 @@ def all_compile(compiled: list[dict]):
 
 
 def no_register_spills_on_nvidia(compiled: list[dict]):
-    """Two registers at most, on sm_100: the launch table bounds them, so that more warps fit."""
+    """None on sm_90, which the launch table is for. On sm_80 and sm_100 a few outside of the loops:
+    once a row, which is cheaper than fewer warps."""
     for x in compiled:
         if x["target"].startswith("sm_") and x["dtype"] != "fp64":
-            assert x["stack"] <= (8 if x["target"] == "sm_100" else 0), x
+            assert x["stack"] <= (0 if x["target"] == "sm_90" else 24), x
+            assert x["spills_in_loops"] == 0, x
             assert x["registers"] * 32 * x["warps"] <= 65536, x
 
 

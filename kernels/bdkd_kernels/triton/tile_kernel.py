@@ -142,14 +142,38 @@ def tile_softmaxes(s_logits, t_logits, m, counted, options, SPEC: tl.constexpr):
 
 
 @triton.jit
-def tile_divergences(s, t, softmaxes, options, SPEC: tl.constexpr):
-    """Return the rows' Divergences, each class's d, and a value that is NaN in a masked row."""
-    zero = tl.zeros_like(softmaxes.student.z)
+def tile_moments(s, t, target, tile, zero, SPEC: tl.constexpr):
+    """Return Pairs of sum e a (soften_entropy=False: sum e1 a) and of sum q a.
+
+    The first is for the entropies. The second is for the cross entropies: q is the soft label, or 1
+    for label smoothing. Both are one exchange, after which only d needs a.
+    """
+    NEEDS_QA: tl.constexpr = SPEC.target == "soft" or SPEC.smooth
+    if SPEC.target == "soft":
+        qa_s, qa_t = target.q * s.a, target.q * t.a
+    elif SPEC.smooth:
+        qa_s, qa_t = tl.where(tile.inside, s.a, 0.0), tl.where(tile.inside, t.a, 0.0)
     if SPEC.kd:
         if SPEC.choices.soften_entropy:
-            sum_ea = sum_2(s.e * s.a, t.e * t.a)
+            ea_s, ea_t = s.e * s.a, t.e * t.a
         else:
-            sum_ea = sum_2(s.e1 * s.a, t.e1 * t.a)
+            ea_s, ea_t = s.e1 * s.a, t.e1 * t.a
+        if NEEDS_QA:
+            ea_s, ea_t, qa_s, qa_t = sum_4(ea_s, ea_t, qa_s, qa_t)
+            return Pair(ea_s, ea_t), Pair(qa_s, qa_t)
+        else:
+            return sum_2(ea_s, ea_t), Pair(zero, zero)
+    elif NEEDS_QA:
+        return Pair(zero, zero), sum_2(qa_s, qa_t)
+    else:
+        return Pair(zero, zero), Pair(zero, zero)
+
+
+@triton.jit
+def tile_divergences(s, t, sum_ea, softmaxes, options, SPEC: tl.constexpr):
+    """Return the rows' Divergences, and each class's d."""
+    zero = tl.zeros_like(softmaxes.student.z)
+    if SPEC.kd:
         H_s = entropy(sum_ea.student, softmaxes.student, options, SPEC)
         H_t = entropy(sum_ea.teacher, softmaxes.teacher, options, SPEC)
         d1, d2 = balance(H_s, H_t, options, SPEC)
@@ -157,31 +181,26 @@ def tile_divergences(s, t, softmaxes, options, SPEC: tl.constexpr):
         excess = t.e * softmaxes.ratio - s.e
         forward, reverse, excess, _ = sum_4(t.e * d, s.e * d, excess, s.e * d)
         F, R = divergence_values(forward, reverse, excess, softmaxes)
-        return Divergences(F, R, H_s, H_t, d1, d2), d, sum_ea.student + sum_ea.teacher
+        return Divergences(F, R, H_s, H_t, d1, d2), d
     else:
-        return Divergences(zero, zero, zero, zero, zero, zero), 0.0, zero
+        return Divergences(zero, zero, zero, zero, zero, zero), 0.0
 
 
 @triton.jit
-def tile_cross_entropies(s, t, target, tile, label_logit, softmaxes, C, options,
+def tile_cross_entropies(sum_qa, target, tile, label_logit, softmaxes, C, options,
                          SPEC: tl.constexpr):  # fmt: skip
-    """Return a Pair of cross entropies, and a value that is NaN in a masked row."""
+    """Return a Pair of cross entropies."""
     zero = tl.zeros_like(softmaxes.student.z)
-    qa, mean, has_nan = Pair(zero, zero), Pair(zero, zero), zero
-    if SPEC.target == "soft":
-        qa = sum_2(target.q * s.a, target.q * t.a)
-        has_nan = qa.student + qa.teacher
-    elif SPEC.smooth and SPEC.target == "labels":
-        sums = sum_2(tl.where(tile.inside, s.a, 0.0), tl.where(tile.inside, t.a, 0.0))
-        mean = Pair(sums.student / C, sums.teacher / C)
     student, teacher = zero, zero
     if SPEC.student.ce:
-        student = cross_entropy(softmaxes.student, label_logit.student, qa.student, mean.student,
-                                target.sum, tile.in_range, options, SPEC)  # fmt: skip
+        student = cross_entropy(softmaxes.student, label_logit.student, sum_qa.student,
+                                sum_qa.student / C, target.sum, tile.in_range, options,
+                                SPEC)  # fmt: skip
     if SPEC.teacher.ce:
-        teacher = cross_entropy(softmaxes.teacher, label_logit.teacher, qa.teacher, mean.teacher,
-                                target.sum, tile.in_range, options, SPEC)  # fmt: skip
-    return Pair(student, teacher), has_nan
+        teacher = cross_entropy(softmaxes.teacher, label_logit.teacher, sum_qa.teacher,
+                                sum_qa.teacher / C, target.sum, tile.in_range, options,
+                                SPEC)  # fmt: skip
+    return Pair(student, teacher)
 
 
 @triton.jit
@@ -237,16 +256,20 @@ def compute_tile(networks, batch, options, rows, PADDED: tl.constexpr, TILE: tl.
     m = max_2(s_logits, t_logits)
     s, t, softmaxes = tile_softmaxes(s_logits, t_logits, m, counted, options, SPEC)
     weight = load_row_weight(batch, rows, counted, SPEC)
-    kl, d, has_nan = tile_divergences(s, t, softmaxes, options, SPEC)
+    zero = tl.zeros_like(weight)
+    sum_ea, sum_qa = tile_moments(s, t, target, tile, zero, SPEC)
+    has_nan = zero
+    if SPEC.kd:
+        has_nan += sum_ea.student + sum_ea.teacher
+    if SPEC.target == "soft":
+        has_nan += sum_qa.student + sum_qa.teacher
+    kl, d = tile_divergences(s, t, sum_ea, softmaxes, options, SPEC)
     confidences = Pair(confidence(m.student, softmaxes.student, options, SPEC),
                        confidence(m.teacher, softmaxes.teacher, options, SPEC))  # fmt: skip
-    zero = tl.zeros_like(weight)
     ce, correct = Pair(zero, zero), Pair(zero, zero)
     if SPEC.target != "none":
-        ce, target_has_nan = tile_cross_entropies(
-            s, t, target, tile, label_logit, softmaxes, batch.C, options, SPEC
-        )
-        has_nan += target_has_nan
+        ce = tile_cross_entropies(sum_qa, target, tile, label_logit, softmaxes, batch.C, options,
+                                  SPEC)  # fmt: skip
         right = is_correct(logit_rows, target.label, in_range, label_logit, m, confidences,
                            batch.C, TILE.chunk, SPEC.dtype)  # fmt: skip
         correct = Pair(right.student.to(SPEC.dtype), right.teacher.to(SPEC.dtype))
