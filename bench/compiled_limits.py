@@ -1,6 +1,7 @@
 """The recorded registers, spills and issue slots of the compiled kernels, for each triton version.
 
-    python bench/compiled_limits.py           # compile with the installed triton, record its limits
+    python bench/compiled_limits.py  # compile with the installed triton, record its limits
+    python bench/compiled_limits.py "--targets sm_90 --dtypes fp32 --classes 1000"  # some kernels
 
 The records are in ``compiled_limits.json``. ``tests/kernels/test_triton_aot.py`` compiles the
 kernels of ``ALWAYS`` and fails if one needs more than its record; ``make soak`` adds ``MORE``.
@@ -87,8 +88,9 @@ def exceeded(kernels: list[dict]) -> list[str]:
 
 def main() -> None:
     records = json.loads(_FILE.read_text()) if _FILE.exists() else {}
-    kernels = compile_ahead(ALWAYS + MORE)
-    records[minor_version()] = {
+    kernels = compile_ahead(tuple(sys.argv[1:]) or ALWAYS + MORE)
+    kept = records.get(minor_version(), {}) if sys.argv[1:] else {}
+    records[minor_version()] = kept | {
         key(x): [x[field] if field != "slots" or x[field] is None else round(x[field] + 0.05, 1)
                  for field in FIELDS]
         for x in kernels

@@ -1,7 +1,8 @@
 """The Triton kernels compiled ahead for GPUs that are not here.
 
-They compile for every target, no register spills, and no kernel needs more registers or issue slots
-than are recorded for the installed version of triton. Twin of what a GPU's profiler shows.
+They compile for every target, no loop accesses a spilled register, and no kernel needs more
+registers, stack or issue slots than are recorded for the installed version of triton. Twin of what
+a GPU's profiler shows.
 """
 
 import os
@@ -104,6 +105,25 @@ def test_more_compiled_kernels(tmp_path):
         no_register_spills_on_nvidia(compiled)
         few_classes_leave_room_for_warps(compiled)
         warps_of_the_loop_kernel(compiled)
+
+
+def test_spills_in_loops_are_counted():
+    """With 40 registers a thread, where the loop kernel needs 64."""
+    code = (
+        "import sys; sys.path.insert(0, 'bench')\n"
+        "from dataclasses import replace\n"
+        "import compiled\n"
+        "from bdkd_kernels.triton import launch_table\n"
+        "choose = launch_table.choose\n"
+        "launch_table.choose = lambda *shape: replace(choose(*shape), registers=40)\n"
+        "print(compiled.compile_forward('sm_90', 'bf16', 32000).spills_in_loops)"
+    )
+    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 0
 
 
 def test_float64_is_computed_in_float64():
