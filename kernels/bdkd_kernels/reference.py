@@ -69,7 +69,9 @@ def loss_and_grad(
             return loss_and_grad(inputs, grad_scale, gradients)
     inputs = savable(inputs)
     inputs = inputs.with_tensors(student=inputs.student.detach(), teacher=inputs.teacher.detach())
-    buffers = {net: x for net, x in gradients._asdict().items() if x is not None}
+    # Not _asdict, which torch.compile of torch 2.8 does not trace.
+    names = ("student", "teacher")
+    buffers = {net: x for net, x in zip(names, gradients, strict=True) if x is not None}
 
     def losses(logits: dict[str, Tensor]):
         losses, stats = loss(inputs.with_tensors(**logits))
