@@ -227,9 +227,8 @@ def test_a_forked_child_computes_too(two_threads):
         status = 4  # an error: the child must not go on as a second pytest
         try:
             got = everything(s, t, y)
-            same = [x.numpy().tobytes() == w.numpy().tobytes()
-                    for x, w in zip(got, want, strict=True)]  # fmt: skip
-            status = 0 if all(same) else 3
+            pairs = zip(got, want, strict=True)
+            status = 0 if all(x.numpy().tobytes() == w.numpy().tobytes() for x, w in pairs) else 3
         finally:
             os._exit(status)
     deadline = threading.Timer(30, os.kill, (child, 9))
