@@ -159,16 +159,8 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
             slots = tile_slots(cubin) * 32 * warps / (launch.rows * launch.block)
         else:
             slots = sum(loop_slots(cubin)) * 32 * warps / launch.block
-    return Compiled(
-        target,
-        dtype,
-        classes,
-        name,
-        warps,
-        *used,
-        slots,
-        spills_in_loops(cubin) if used.stack else 0,
-    )
+    spills = spills_in_loops(cubin) if used.stack else 0
+    return Compiled(target, dtype, classes, name, warps, *used, slots, spills)
 
 
 def float32_constants() -> list[str]:

@@ -71,13 +71,13 @@ def test_every_row_says_something_else():
         assert not row.note or row.note.endswith("."), row.name
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+@pytest.mark.skipif(INTERPRETED, reason="starts an interpreted process from another one")
 def test_triton_has_the_features_too():
     """Interpreted, without the rows that compile for seconds or need two threads."""
     pytest.importorskip("triton", reason="no triton for this platform: the other backends run")
     too_old = backends._too_old_triton()
     if too_old is not None:
-        pytest.skip(f"{too_old}: the other backends run")
+        pytest.skip(f"{too_old}; the same table runs here on native and reference")
     rows = [f"[{row.run.__name__}-triton]" for row in FEATURES if not (row.compiles or row.threads)]
     test = f"{__file__}::{test_a_feature_works_or_raises_the_error_of_the_table.__name__}"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
