@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 
 from bdkd.config import CheckpointConfig, load_recipe
-from bdkd.training import loop
-from bdkd.training.run_folder import RunFolder
-from bdkd.training.setup import Setup
+from bdkd.data import Batch
+from bdkd.engine.components import build_components
+from bdkd.runs.checkpointer import Checkpointer
+from bdkd.runs.folder import RunFolder
+from bdkd.trainer import Trainer
 
 
 def main() -> None:
@@ -35,22 +37,22 @@ def main() -> None:
 
     stalls: list[tuple[float, float]] = []  # when a save ended, and how long it held the loop
     steps: list[tuple[float, bool]] = []  # seconds of a step, and whether a file was being written
-    save, step = loop.Run.save, loop.train_step
-    current: list[loop.Run] = []
+    save, step = Checkpointer.save, Trainer.train_step
+    current: list[Checkpointer] = []
 
-    def timed_save(self: loop.Run, newest: bool, best: bool) -> None:
+    def timed_save(self: Checkpointer, newest: bool, best: bool) -> None:
         current[:] = [self]
         began = time.perf_counter()
         save(self, newest, best)
         stalls.append((time.perf_counter(), time.perf_counter() - began))
 
-    def timed_step(*given, **named) -> None:
-        writing = bool(current) and current[0].writer.busy()
+    def timed_step(self: Trainer, batch: Batch) -> None:
+        writing = bool(current) and current[0].is_writing()
         began = time.perf_counter()
-        step(*given, **named)
+        step(self, batch)
         steps.append((time.perf_counter() - began, writing))
 
-    loop.Run.save, loop.train_step = timed_save, timed_step  # type: ignore[method-assign]
+    Checkpointer.save, Trainer.train_step = timed_save, timed_step  # type: ignore[method-assign]
     total = arguments.every * arguments.checkpoints
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(arguments.recipe)
@@ -59,7 +61,7 @@ def main() -> None:
             checkpoint=CheckpointConfig(every_steps=arguments.every),
         )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
-            loop.train(Setup(recipe), RunFolder(Path(folder)), "never")
+            Trainer(build_components(recipe)).train(RunFolder(Path(folder)))
         size = max(p.stat().st_size for p in (Path(folder) / "checkpoints").glob("step-*"))
 
     regular = stalls[: arguments.checkpoints]

@@ -165,7 +165,7 @@ def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
-    from bdkd.training.distributed import end_process
+    from bdkd.distributed.launch import exit_rank
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
@@ -212,7 +212,7 @@ def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
         )
     dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
-    end_process(0)
+    exit_rank(0)
 
 
 def measure(ranks: int, steps: int, width: int) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from bdkd.config import DataConfig, NetworkConfig, SyntheticConfig
 from bdkd.data import Batch, DataSource, create_source
 from bdkd.data.imagenet import dali, pillow
-from bdkd.training.step import AUTOCAST
+from bdkd.device import AUTOCAST
 
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of ImageNet's pixels
 WIDTH, HEIGHT = 500, 375  # ImageNet's commonest size

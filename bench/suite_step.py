@@ -1,6 +1,6 @@
 """A whole training step: of the pair, beside its networks alone; of more networks and edges.
 
-``bdkd.training.step.train_step`` on one synthetic batch that stays on the device: forward passes,
+``bdkd.trainer.Trainer.train_step`` on one synthetic batch that stays on the device: forward passes,
 the loss, both backward passes, the check for non-finite values, the optimizer, the statistics.
 """
 
@@ -8,7 +8,8 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from harness import Call, Case, Contender
@@ -24,16 +25,13 @@ from bdkd.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from bdkd.data import Batch
+from bdkd.data import Batch, DataInfo, Split
+from bdkd.device import AUTOCAST
+from bdkd.distributed.context import SINGLE_PROCESS
+from bdkd.engine.components import Components
+from bdkd.engine.networks import build_networks
 from bdkd.objectives import create_objective, resolve_options
-from bdkd.training.captured import CapturedStep
-from bdkd.training.compiled import compiled
-from bdkd.training.distributed import ALONE
-from bdkd.training.networks import build_networks
-from bdkd.training.overlap import overlapped
-from bdkd.training.setup import Setup
-from bdkd.training.state import TrainingState
-from bdkd.training.step import AUTOCAST, Passes, forward_and_backward, train_step
+from bdkd.trainer import Trainer
 
 RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
 
@@ -86,41 +84,39 @@ class Run:
         overlaps: bool = False,
         captures: bool = False,
     ) -> None:
+        train = TrainConfig(  # so long that no measurement comes to its end
+            epochs=10**6, batch_size=pair.batch, precision=pair.precision,
+            compile=compiles, overlap=overlaps, cuda_graph=captures,
+        )  # fmt: skip
         recipe = Recipe(
             name="bench",
             networks=networks,
             objective=ObjectiveConfig(name=method),
             optimizer=OptimizerConfig(learning_rate=RATE, momentum=MOMENTUM, weight_decay=DECAY),
             schedule=ScheduleConfig(name="constant"),
-            # So long that no measurement comes to its end.
-            train=TrainConfig(epochs=10**6, batch_size=pair.batch, precision=pair.precision),
+            train=train,
             device=device,
         )
         recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
         where = torch.device(device)
         torch.manual_seed(0)
-        self.recipe = recipe
-        self.objective = create_objective(recipe.objective, networks)
-        self.networks = build_networks(networks, self.objective.frozen, pair.classes, 3)
+        objective = create_objective(recipe.objective, networks)
+        self.networks = build_networks(networks, objective.frozen, pair.classes, 3)
         self.networks.to(where).to(memory_format=torch.channels_last).train()
         images = torch.randn(pair.batch, 3, pair.side, pair.side, device=where)
         labels = torch.randint(pair.classes, (pair.batch,), device=where)
         self.batch = Batch((images.contiguous(memory_format=torch.channels_last),), labels)
-        self.state = TrainingState(recipe, self.networks, 100 * pair.batch, where)
-        self.device, self.ranks = where, ALONE
-        self.passes: Passes = forward_and_backward
-        setup = cast(Setup, self)  # all of one that is looked at
-        if compiles:
-            self.passes = compiled(self.networks, alone=True)
-        if overlaps:
-            self.passes = overlapped(setup)
-        self.captured = CapturedStep(setup, self.state, self.passes) if captures else None
+        counts: dict[Split, int] = {"train": 100 * pair.batch, "val": 0, "test": 0}
+        classes = tuple(map(str, range(pair.classes)))
+        info = DataInfo("bench", classes, 3, (pair.side, pair.side), counts)
+        source: Any = SimpleNamespace(info=info)
+        self.components = Components(
+            recipe, SINGLE_PROCESS, where, objective, source, self.networks
+        )
+        self.trainer = Trainer(self.components)
 
     def step(self, i: int) -> None:
-        if self.captured is not None:
-            self.captured(self.batch)
-        else:
-            train_step(self.state, self.objective, self.batch, self.recipe.train, self.passes)
+        self.trainer.train_step(self.batch)
 
 
 WAYS = {
@@ -153,7 +149,7 @@ def _pair(pair: Pair, device: str, ways: Iterable[str]) -> Case:
         names = ("student", "teacher")
         for x in logits:
             x.grad = None
-        output = run.objective(dict(zip(names, logits, strict=True)), run.batch.target,
+        output = run.components.objective(dict(zip(names, logits, strict=True)), run.batch.target,
                                      float(pair.batch), 1.0)  # fmt: skip
         torch.stack(list(output.losses.values())).sum().backward()
 

@@ -22,5 +22,5 @@ def without_figures():
     """Runs in this process draw no figures, which takes longer than training the tiny recipe."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("reliability_diagram", "training_curves"):
-            patch.setattr(f"bdkd.training.summary.{name}", lambda *_: None)
+            patch.setattr(f"bdkd.runs.summary.{name}", lambda *_: None)
         yield

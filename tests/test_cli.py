@@ -429,11 +429,29 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
             assert part in message, message
 
 
+def test_two_ranks_evaluate_a_run_as_one_process_does(run, capsys):
+    main(["evaluate", str(run), "--split", "test", "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         "-m", "--", "bdkd", "evaluate", str(run), "--split", "test", "--json"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    together = json.loads(done.stdout)  # one rank prints
+    for name, values in alone.pop("networks").items():
+        for key, value in together["networks"][name].items():
+            same = value == values[key] if not isinstance(value, float) else None
+            assert same or value == pytest.approx(values[key], rel=1e-9), (name, key)
+    assert {key: together[key] for key in alone} == alone
+
+
 def test_weights_of_a_run_start_another(run, tmp_path):
     """From a checkpoint's network of the same name, from a state dict, and from safetensors."""
     from safetensors.torch import save_file
 
-    from bdkd.training.checkpoint import load_checkpoint, network_weights
+    from bdkd.runs.checkpoint import load_checkpoint
+    from bdkd.runs.weights import network_weights
 
     best = best_of(run)
     weights = network_weights(load_checkpoint(best)[1], "student", best)
@@ -465,7 +483,7 @@ def test_a_stranger_file_runs_no_code(tmp_path, capsys):
 
 
 def test_two_at_once_in_one_folder_the_second_is_refused(tmp_path, capsys):
-    from bdkd.training.run_folder import RunFolder
+    from bdkd.runs.folder import RunFolder
 
     first = RunFolder(tmp_path / "run")
     first.open_for_training("never")
@@ -492,7 +510,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_is_wh
     run = tmp_path / "run"
     script = (
         "import resource, sys; from bdkd.cli import main\n"
-        "import bdkd.training.run_folder as f\n"
+        "import bdkd.runs.folder as f\n"
         "save = f.RunFolder.save\n"
         "def limited(self, step, *a):\n"
         "    if step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

@@ -13,7 +13,7 @@ import torch
 from small_runs import bdkd
 
 from bdkd.cli import main
-from bdkd.cli.compare import (
+from bdkd.cli.compare_plan import (
     chosen_methods,
     chosen_seeds,
     parse_method,
@@ -23,7 +23,7 @@ from bdkd.cli.compare import (
 )
 from bdkd.config import load_recipe, to_toml
 from bdkd.errors import RunError, UsageError
-from bdkd.training.checkpoint import load_checkpoint
+from bdkd.runs.checkpoint import load_checkpoint
 
 TINY = [
     "digits", "--networks.teacher.model", "resnet8", "--max-steps", "3", "--train.batch-size", "32",

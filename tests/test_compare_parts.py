@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from bdkd.cli.compare import Arguments, headline, plan_runs, prepare, report
+from bdkd.cli.compare_plan import plan_runs
+from bdkd.cli.compare_report import report
+from bdkd.cli.compare_train import headline, prepare
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.cli.table import table
 from bdkd.config import load_recipe
-from bdkd.training.run_folder import RunFolder
+from bdkd.runs.folder import RunFolder
 
 
 def test_the_first_column_is_aligned_to_the_left_and_the_others_to_the_right():
@@ -60,15 +62,14 @@ def a_summary(method: str, seed: int) -> dict:
 def test_the_tables_are_of_the_summaries(tmp_path, monkeypatch, capsys):
     """Means over seeds by method, differences of the same seed; one run of another method failed.
     The figure is not what is looked at here."""
-    monkeypatch.setattr("bdkd.evaluation.comparison_figure.comparison_figure", lambda *_: None)
+    monkeypatch.setattr("bdkd.cli.compare_report.comparison_figure", lambda *_: None)
     recipe = load_recipe("digits")
     planned = plan_runs(recipe, NAMES, [0, 1], tmp_path)
     for run in planned:
         run.path.mkdir()
         RunFolder(run.path).write_summary(a_summary(run.method, run.seed))
     for as_json in (False, True):
-        arguments = Arguments(recipe="digits", config=recipe, json=as_json)
-        report(planned, NAMES, tmp_path, "the command", {"dml-seed0": Outcome(1, "why")}, arguments)
+        report(planned, NAMES, tmp_path, "the command", {"dml-seed0": Outcome(1, "why")}, as_json)
     out = capsys.readouterr().out
     tables, _, printed = out.partition("\n{")
     content = json.loads((tmp_path / "comparison.json").read_text())

@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from bdkd.cli import COMMANDS, main
+from bdkd.cli.compare_plan import parse_method
 from bdkd.config import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -87,11 +88,11 @@ def parse_bdkd(arguments: list[str]) -> None:
         recipe = load_recipe(name if name in shipped_recipes() else "digits")
         rest = rest if rest and rest[0] == name else [name, *rest]
     if command == "train":
-        module.parse(module._resume_alone(rest), recipe)
+        module.parse(module._expand_resume(rest), recipe)
     elif command == "compare":
         default = module.Arguments(recipe=name, config=recipe)
         for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
-            module.parse_method(method, recipe)
+            parse_method(method, recipe)
     elif command == "data":
         action = getattr(module, rest[0].capitalize())
         tyro.cli(action, prog=f"bdkd data {rest[0]}", args=rest[1:])

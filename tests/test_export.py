@@ -21,9 +21,10 @@ from small_runs import SMALL
 from bdkd.cli import main
 from bdkd.config import load_recipe
 from bdkd.errors import RunError, UsageError
-from bdkd.training.checkpoint import load_checkpoint, network_weights
-from bdkd.training.export import choose_network
-from bdkd.training.exported import _difference
+from bdkd.export.export import choose_network
+from bdkd.export.program_format import _difference
+from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.weights import network_weights
 
 FILES = {"onnx": "model.onnx", "export": "model.pt2", "safetensors": "model.safetensors"}
 
@@ -193,7 +194,7 @@ def test_the_network_that_is_meant():
 
 def test_weights_of_a_file_replace_a_download():
     """A teacher that began from timm's weights is built without them: no network is needed."""
-    from bdkd.training.exported import alone
+    from bdkd.export.formats import without_others as alone
 
     recipe = load_recipe("digits")
     teacher = dataclasses.replace(
@@ -338,7 +339,7 @@ def test_foreign_files_are_refused(tmp_path, capsys):
 def test_weights_of_another_network_are_refused(run, tmp_path, capsys):
     from safetensors.torch import load
 
-    from bdkd.training.exported import encode, read_exported
+    from bdkd.export.formats import encode, read_exported
 
     facts = read_exported(exported(run, "safetensors")).facts
     other = torch.nn.Linear(3, 3)
@@ -350,7 +351,7 @@ def test_weights_of_another_network_are_refused(run, tmp_path, capsys):
 
 
 def test_another_data_set_is_refused(run, tmp_path, capsys):
-    from bdkd.training.exported import encode, read_exported
+    from bdkd.export.formats import encode, read_exported
 
     read = read_exported(exported(run, "safetensors"))
     facts = dataclasses.replace(

@@ -19,10 +19,11 @@ from bdkd.cli import main
 from bdkd.config import load_recipe, parse_recipe
 from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
-from bdkd.training.checkpoint import load_checkpoint, network_weights
-from bdkd.training.export import _commit, export, open_trained
-from bdkd.training.exported import open_network, read_exported
-from bdkd.training.model_card import model_card
+from bdkd.export.card import model_card
+from bdkd.export.export import _commit, export, open_trained
+from bdkd.export.formats import FORMATS, open_network, read_exported
+from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.weights import network_weights
 
 NETWORKS = ("teacher", "student", "student_ema")
 
@@ -232,13 +233,9 @@ class Shifted(nn.Module):
 @pytest.mark.parametrize("by", [3e-3, float("nan")])
 def test_a_file_whose_logits_are_off_is_not_written(by, alone, trained, tmp_path, monkeypatch):
     """By a thousandth of the largest logit, of one image or of several."""
-    from bdkd.training import exported
-
-    came = trained["student", 36]
-    plain = exported._OPEN["safetensors"]
-    monkeypatch.setitem(
-        exported._OPEN, "safetensors", lambda *given: Shifted(plain(*given), by, alone)
-    )
+    came, plain = trained["student", 36], FORMATS["safetensors"]
+    shifted = plain._replace(open=lambda *given: Shifted(plain.open(*given), by, alone))
+    monkeypatch.setitem(FORMATS, "safetensors", shifted)
     target = tmp_path / "a.safetensors"
     with pytest.raises(RunError, match="other logits than student"):
         export(came, "safetensors", target, force=False)

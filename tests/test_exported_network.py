@@ -15,18 +15,13 @@ from torch import nn
 
 from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
-from bdkd.training.exported import (
-    SUFFIXES,
-    Facts,
-    _difference,
-    decode,
-    encode,
-    open_network,
-)
+from bdkd.export.facts import Facts
+from bdkd.export.formats import FORMATS, decode, encode, open_network
+from bdkd.export.program_format import _difference
 
 SHAPE = (3, 6, 9)  # not square, so that height and width cannot be exchanged
 CPU = torch.device("cpu")
-each_format = pytest.mark.parametrize("kind", SUFFIXES)
+each_format = pytest.mark.parametrize("kind", FORMATS)
 
 
 class Block(nn.Module):
@@ -65,7 +60,7 @@ FACTS = Facts(
 
 @pytest.fixture(scope="module")
 def written() -> dict[str, nn.Module]:
-    return {kind: a_network(0) for kind in SUFFIXES}
+    return {kind: a_network(0) for kind in FORMATS}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +70,7 @@ def files(written) -> dict[str, bytes]:
 
 
 def path_of(kind: str) -> Path:
-    return Path(f"model{SUFFIXES[kind]}")
+    return Path(f"model{FORMATS[kind].suffix}")
 
 
 @each_format

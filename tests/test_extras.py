@@ -105,7 +105,7 @@ def test_every_module_asks_for_what_it_imports():
     assert checked > 20
 
 
-@pytest.mark.parametrize("name", ["bdkd.config", "bdkd.evaluation.predictions", "bdkd.training"])
+@pytest.mark.parametrize("name", ["bdkd.config", "bdkd.evaluation.predictions", "bdkd.engine"])
 def test_a_module_names_the_extra_that_it_needs(name, hide, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     hide(*TRAINER_PACKAGES.values())

@@ -1,4 +1,4 @@
-"""The rooms: dependencies point one way, importing is cheap, style and types are clean."""
+"""The packages: dependencies point one way, importing is cheap, style and types are clean."""
 
 import ast
 import os
@@ -12,19 +12,36 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kernels"}
 
-# Who may import whom: cli -> training -> objectives, data, models, evaluation -> kernels.
-LEAVES = {"bdkd.config", "bdkd.errors", "bdkd.extras", "bdkd.identity", "bdkd.text"}
+# Who may import whom: cli -> trainer -> runs -> engine -> objectives, data, models, evaluation,
+# distributed -> kernels.
+LEAVES = {
+    "bdkd._torch_compat", "bdkd.config", "bdkd.device", "bdkd.errors", "bdkd.extras",
+    "bdkd.identity", "bdkd.metrics", "bdkd.text",
+}  # fmt: skip
+ENGINE = {
+    "bdkd.engine", "bdkd.evaluation", "bdkd.distributed", "bdkd.objectives", "bdkd.data",
+    "bdkd.models", *LEAVES,
+}  # fmt: skip
 ALLOWED = {
     "bdkd_kernels": {"bdkd_kernels"},
     "bdkd.objectives": {"bdkd_kernels", "bdkd.objectives", *LEAVES},
     "bdkd.data": {"bdkd.data", *LEAVES},
     "bdkd.models": {"bdkd.models", *LEAVES},
-    "bdkd.evaluation": {"bdkd.evaluation", "bdkd_kernels", *LEAVES},
-    "bdkd.training": {
-        "bdkd.training", "bdkd.objectives", "bdkd.data", "bdkd.models", "bdkd.evaluation", *LEAVES,
+    "bdkd.distributed": {"bdkd.distributed", "bdkd.data", *LEAVES},
+    "bdkd.evaluation": {
+        "bdkd.evaluation", "bdkd_kernels", "bdkd.distributed", "bdkd.data", *LEAVES,
     },
-    "bdkd.config": {"bdkd.errors", "bdkd.extras", "bdkd.text"},
+    "bdkd.engine": ENGINE,
+    "bdkd.runs": {"bdkd.runs", *ENGINE},
+    "bdkd.export": {"bdkd.export", "bdkd.runs", *ENGINE},
+    "bdkd.trainer": {"bdkd.runs", *ENGINE},
+    "bdkd._torch_compat": {"bdkd.errors"},
+    "bdkd.config": {
+        "bdkd.config", "bdkd.errors", "bdkd.extras", "bdkd.metrics", "bdkd.text",
+    },
+    "bdkd.device": {"bdkd.config", "bdkd.errors"},
     "bdkd.extras": set(),
+    "bdkd.metrics": set(),
     "bdkd.text": {"bdkd.errors"},
     "bdkd.errors": set(),
     "bdkd.identity": {"bdkd.errors"},
@@ -40,8 +57,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def room(module: str) -> str:
-    """``bdkd.training.step`` -> ``bdkd.training``; ``bdkd_kernels.ops`` -> ``bdkd_kernels``."""
+def package_of(module: str) -> str:
+    """``bdkd.engine.step`` -> ``bdkd.engine``; ``bdkd_kernels.ops`` -> ``bdkd_kernels``."""
     parts = module.split(".")
     return parts[0] if parts[0] == "bdkd_kernels" else ".".join(parts[:2])
 
@@ -60,12 +77,12 @@ def imports(path: Path) -> set[str]:
 def test_dependencies_point_one_way():
     checked = 0
     for module, path in modules().items():
-        allowed = ALLOWED.get(room(module))
+        allowed = ALLOWED.get(package_of(module))
         if allowed is None:
             continue  # the command line and the package's front may use everything
         for imported in imports(path):
             checked += 1
-            assert room(imported) in allowed, f"{module} must not import {imported}"
+            assert package_of(imported) in allowed, f"{module} must not import {imported}"
     assert checked > 50
 
 
@@ -79,18 +96,26 @@ def test_the_kernels_import_torch_and_nothing_of_the_trainer():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_kernels_stay_readable():
-    """Files of at most 400 lines, functions of at most 60, and at most 14 parameters. The arguments
-    of a kernel's launch are exempt: Triton takes each pointer and stride by itself."""
-    for path in PACKAGES["bdkd_kernels"].rglob("*.py"):
-        text = path.read_text("utf-8")
-        assert text.count("\n") <= 400, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                where = f"{path.name}, {node.name}"
-                assert node.end_lineno - node.lineno < 60, where
-                parameters = len(node.args.args) + len(node.args.kwonlyargs)
-                assert parameters <= 14 or node.name.endswith("_kernel"), where
+# Signatures that another library prescribes: torch.utils.flop_counter's, for one operator
+GIVEN = {"_convolution_backward"}
+
+
+def test_the_code_stays_readable():
+    """Files of at most 400 lines, functions of at most 60, and at most 14 parameters in the kernels
+    and 10 in the trainer. The arguments of a kernel's launch are exempt: Triton takes each pointer
+    and stride by itself."""
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            text = path.read_text("utf-8")
+            assert text.count("\n") <= 400, path
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef):
+                    where = f"{path.name}, {node.name}"
+                    assert node.end_lineno - node.lineno < 60, where
+                    parameters = len(node.args.args) + len(node.args.kwonlyargs)
+                    most = 14 if package == "bdkd_kernels" else 10
+                    given = node.name.endswith("_kernel") or node.name in GIVEN
+                    assert parameters <= most or given, where
     for path in (ROOT / "kernels" / "csrc").iterdir():
         assert path.read_text("utf-8").count("\n") <= 400, path
 
@@ -127,12 +152,15 @@ def private_names(text: str) -> list[str]:
 
 def test_private_apis_are_used_in_one_file():
     """Of torch and triton. Each has a source, a fallback and a test there."""
-    folder = ROOT / "kernels"
-    compat = folder / "bdkd_kernels" / "_torch_compat.py"
-    assert private_names(compat.read_text("utf-8"))
-    for path in folder.rglob("*.py"):
-        found = private_names(path.read_text("utf-8"))
-        assert path == compat or not found, f"{path.relative_to(ROOT)} uses {found}"
+    for folder in (ROOT / "kernels", ROOT / "bdkd"):
+        [compat] = folder.rglob("_torch_compat.py")
+        assert private_names(compat.read_text("utf-8"))
+        for path in folder.rglob("*.py"):
+            # os._exit is documented; atexit has no public function that runs what is registered.
+            found = set(private_names(path.read_text("utf-8"))) - {
+                "_exit", "_run_exitfuncs", "_torch_compat",
+            }  # fmt: skip
+            assert path == compat or not found, f"{path.relative_to(ROOT)} uses {found}"
     for text, names in (
         ("import torch\ntorch._C._len()", ["_C", "_len"]),
         ("from torch._subclasses import FakeTensor", ["_subclasses"]),

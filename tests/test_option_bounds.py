@@ -128,8 +128,9 @@ def test_no_option_takes_a_number_that_is_not_finite(value):
 def numeric(kind: type, prefix: str = "") -> set[str]:
     """Dotted names of the options of a dataclass that hold numbers, alone or in tuples."""
     found = set()
+    types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        name, type_ = prefix + field.name, field.type
+        name, type_ = prefix + field.name, types[field.name]
         if dataclasses.is_dataclass(type_):
             found |= numeric(typing.cast(type, type_), f"{name}.")
         elif field.name == "networks":
@@ -141,7 +142,7 @@ def numeric(kind: type, prefix: str = "") -> set[str]:
 
 def leaves(type_: object) -> set[object]:
     """The types inside a union or tuple; of a dict, none."""
-    if isinstance(type_, UnionType) or typing.get_origin(type_) is tuple:
+    if typing.get_origin(type_) in (UnionType, typing.Union, tuple):
         return set().union(*(leaves(part) for part in typing.get_args(type_)))
     return {type_}
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from small_runs import components_of, trainer_of
 
 from bdkd.cli import main
 from bdkd.config import (
@@ -15,11 +16,9 @@ from bdkd.config import (
     shipped_recipes,
     to_toml,
 )
+from bdkd.engine.state import TrainingState
 from bdkd.errors import UsageError
 from bdkd.objectives import switch_method
-from bdkd.training.setup import Setup
-from bdkd.training.state import TrainingState
-from bdkd.training.step import train_step
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10}
 SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
@@ -50,16 +49,16 @@ def test_a_pair_of_the_paper_trains(name):
     recipe = dataclasses.replace(
         recipe, data=data, threads=1, train=dataclasses.replace(recipe.train, batch_size=4)
     )
-    setup = Setup(recipe)
-    state = TrainingState(recipe, setup.networks, setup.source.info.counts["train"], setup.device)
-    batches = setup.source.train_batches(0, 0, 4, setup.objective.views)
-    setup.networks.train()
-    before = [p.detach().clone() for p in setup.networks.parameters()]
+    components = components_of(recipe)
+    state = TrainingState(components)
+    batches = components.source.train_batches(0, 0, 4, components.objective.views)
+    components.networks.train()
+    before = [p.detach().clone() for p in components.networks.parameters()]
     for _ in range(2):
-        train_step(state, setup.objective, next(batches), recipe.train)
+        trainer_of(state, components.objective).train_step(next(batches))
     assert not state.skipped.any()
     changed = [
-        not torch.equal(a, b) for a, b in zip(before, setup.networks.parameters(), strict=True)
+        not torch.equal(a, b) for a, b in zip(before, components.networks.parameters(), strict=True)
     ]
     assert sum(changed) > 0.9 * len(changed)
 
@@ -116,7 +115,7 @@ def test_a_method_that_pauses_networks_is_not_one_graph():
         train=dataclasses.replace(recipe.train, compile=True),
     )
     with pytest.raises(UsageError, match=r"train\.compile must be false with the method 'switokd'"):
-        Setup(recipe)
+        components_of(recipe)
 
 
 def test_another_method_keeps_what_a_recipe_says_of_all_methods():

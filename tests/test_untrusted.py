@@ -20,19 +20,14 @@ from onnx import TensorProto, helper
 from small_runs import SMALL
 
 from bdkd.cli import main
-from bdkd.training.exported import (
-    FACTS,
-    MAX_BYTES,
-    SUFFIXES,
-    _digest_of_bytes,
-    _digest_of_tensors,
-    _digest_of_weights,
-    _without_metadata,
-    built_without_weights,
-    memory_limit,
-)
+from bdkd.export.facts import FACTS, digest_of_bytes, memory_limit
+from bdkd.export.formats import FORMATS, built_without_weights
+from bdkd.export.onnx_format import _without_metadata
+from bdkd.export.program_format import _digest_of_weights
+from bdkd.export.safetensors_format import _digest_of_tensors
 
 ROOT = Path(__file__).parent.parent
+SUFFIXES = {kind: known.suffix for kind, known in FORMATS.items()}
 SUFFIX = pytest.mark.parametrize("suffix", SUFFIXES.values())
 
 
@@ -61,7 +56,7 @@ def facts_of(run: Path) -> str:
 
 def forge(path: Path, model, facts: str, **metadata: str) -> Path:
     """Write a model with facts and the checksum that ``bdkd export`` would give it."""
-    digest = _digest_of_bytes(_without_metadata(model))(facts)
+    digest = digest_of_bytes(_without_metadata(model))(facts)
     helper.set_model_props(model, {"bdkd": facts, "bdkd_sha256": digest, **metadata})
     path.write_bytes(model.SerializeToString())
     return path
@@ -295,7 +290,7 @@ def test_tensors_are_held_to_the_limit_where_the_machine_has_more(
     model = model_of(nodes, [size, vector("v"), *constants()])
     file = forge(here / "a.onnx", model, facts_of(run))
     code = (
-        "import sys\nfrom bdkd.cli import main\nfrom bdkd.training import exported\n"
+        "import sys\nfrom bdkd.cli import main\nfrom bdkd.export import facts as exported\n"
         f"exported.memory_limit = lambda: {limit}\nmain(['evaluate', sys.argv[1]])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
@@ -456,7 +451,7 @@ def test_files_without_end(suffix, here, capsys):
     assert "21,474,836,480 bytes" in fail(capsys, path)
     kind = next(kind for kind, known in SUFFIXES.items() if known == suffix)
     with open(path, "wb") as file:  # the largest that would be read: the end or the head tell
-        file.truncate(min(MAX_BYTES[kind], memory_limit()))
+        file.truncate(min(FORMATS[kind].max_bytes, memory_limit()))
     if suffix != ".onnx":
         assert "corrupt" in fail(capsys, path)
 

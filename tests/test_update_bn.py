@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import components_of
 from torch import nn
 
 from bdkd.cli import main
 from bdkd.config import parse_recipe, to_toml
-from bdkd.training.checkpoint import load_checkpoint, save_checkpoint, snapshot
-from bdkd.training.exported import read_exported
-from bdkd.training.setup import Setup
-from bdkd.training.state import TrainingState
-from bdkd.training.update_bn import update_bn
+from bdkd.engine.state import TrainingState, snapshot
+from bdkd.export.formats import read_exported
+from bdkd.runs.checkpoint import load_checkpoint, save_checkpoint
+from bdkd.runs.update_bn import update_bn
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -118,12 +118,12 @@ def test_the_statistics_are_the_means_over_whole_training_batches(run, tmp_path,
     done = update_bn(source, output, images, "cpu", None)
     assert (done.images, done.split) == (4 * batches, "val")
     text, state = load_checkpoint(source)
-    setup = Setup(parse_recipe(text, "a checkpoint"))
-    setup.networks.load_state_dict(state["networks"])
-    average = copy.deepcopy(setup.networks.members["student"])
+    components = components_of(parse_recipe(text, "a checkpoint"))
+    components.networks.load_state_dict(state["networks"])
+    average = copy.deepcopy(components.networks.members["student"])
     average.load_state_dict(state["ema"]["student_ema"])
-    members = {**setup.networks.members, "student_ema": average}
-    views = [batch.views[0] for batch in setup.source.train_batches(0, 0, 4, 1)][:batches]
+    members = {**components.networks.members, "student_ema": average}
+    views = [batch.views[0] for batch in components.source.train_batches(0, 0, 4, 1)][:batches]
     after = load_checkpoint(output)[1]
     assert [name for name, *_ in done.results] == list(members)
     for name, network in members.items():
@@ -143,8 +143,8 @@ def test_a_frozen_network_keeps_its_statistics(run, tmp_path):
     teacher = dataclasses.replace(frozen.networks["teacher"], frozen=True)
     frozen = dataclasses.replace(frozen, networks={**frozen.networks, "teacher": teacher})
     # A frozen network has no moments: the optimizer's state is that of a run without it.
-    setup = Setup(frozen)
-    of_run = TrainingState(frozen, setup.networks, 48, setup.device)
+    components = components_of(frozen)
+    of_run = TrainingState(components)
     fresh = snapshot(of_run.state_dict())
     save_checkpoint(tmp_path / "frozen.pt", to_toml(frozen), {
         **state, "optimizer": fresh["optimizer"],

@@ -66,10 +66,10 @@ def _report(error: Exception, debug: bool) -> int:
 def _exit(code: int) -> None:
     """Leave with a code; success by returning, for a caller in Python."""
     if "RANK" in os.environ:
-        from bdkd.training.distributed import end_process, joined
+        from bdkd.distributed.launch import exit_rank, is_initialized
 
-        if joined():
-            end_process(code)
+        if is_initialized():
+            exit_rank(code)
     if code:
         sys.exit(code)
 
@@ -77,7 +77,7 @@ def _exit(code: int) -> None:
 def _this_rank_speaks(error: Exception) -> bool:
     if "RANK" not in os.environ:
         return True
-    from bdkd.training.distributed import report_failure  # torchrun started this process and others
+    from bdkd.distributed.launch import report_failure  # torchrun started this process and others
 
     return report_failure(error)
 

@@ -1,16 +1,24 @@
-"""``bdkd evaluate``: the networks of a run, or one that was exported, measured again."""
+"""``bdkd evaluate``: evaluate the networks of a run, or an exported one."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from bdkd.cli.table import results_table
-from bdkd.config import Recipe
+from bdkd.config import Recipe, parse_recipe
 from bdkd.errors import RunError
 from bdkd.identity import class_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from bdkd.distributed.context import DistributedContext
+    from bdkd.engine.components import Components
 
 
 @dataclass(frozen=True)
@@ -26,67 +34,66 @@ class Arguments:
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     data_root: str | None = None
     """Folder of the data set, where it has moved since the training."""
+    timeout: float = 600.0
+    """Under torchrun: seconds that a rank waits for another one."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object instead of a table."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, evaluate, print."""
-    arguments = tyro.cli(Arguments, prog="bdkd evaluate", args=given)
+    """Parse, evaluate on all the ranks that torchrun started, and print on rank 0."""
+    from bdkd.distributed.launch import init_distributed, only_rank0_prints
 
-    from bdkd.training.exported import is_exported
-    from bdkd.training.run_folder import to_json
+    with only_rank0_prints():
+        arguments = tyro.cli(Arguments, prog="bdkd evaluate", args=given)
+
+    from bdkd.export.formats import is_exported
+    from bdkd.runs.folder import to_json
 
     exported = is_exported(arguments.path) and not arguments.path.is_dir()
-    summary = measure_exported(arguments) if exported else measure_run(arguments)
-    if arguments.json:
-        print(to_json(summary, indent=2))
-    else:
-        print(f"{summary['checkpoint']}, step {summary['step']}\n")
-        print(results_table(summary))
+    with init_distributed(arguments.timeout, arguments.device) as context:
+        measure = measure_exported if exported else measure_run
+        summary = measure(arguments, context)
+        if not context.is_rank0:
+            return
+        if arguments.json:
+            print(to_json(summary, indent=2))
+        else:
+            print(f"{summary['checkpoint']}, step {summary['step']}\n")
+            print(results_table(summary))
 
 
-def measure_run(arguments: Arguments) -> dict[str, Any]:
-    """Every network of a run or checkpoint."""
-    from bdkd.config import parse_recipe
-    from bdkd.training.checkpoint import load_checkpoint
-    from bdkd.training.evaluate import evaluate
-    from bdkd.training.resume import restore
-    from bdkd.training.run_folder import selected_checkpoint
-    from bdkd.training.setup import Setup
-    from bdkd.training.state import TrainingState
+def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str, Any]:
+    """Evaluate every network of a run or checkpoint."""
+    from bdkd.engine.components import build_components
+    from bdkd.runs.checkpoint import load_checkpoint
+    from bdkd.runs.folder import selected_checkpoint
+    from bdkd.runs.weights import load_networks
 
-    checkpoint = selected_checkpoint(arguments.path)
-    text, saved = load_checkpoint(checkpoint)
-    recipe = _here(arguments, parse_recipe(text, source=str(checkpoint)))
-    setup = Setup(recipe, initial_weights=False)
-    info = setup.source.info
-    state = TrainingState(
-        recipe, setup.networks, info.counts["train"], setup.device, data=info.identity()
-    )
-    restore(state, checkpoint, saved)
-    results = evaluate(
-        state.evaluated_networks(), setup.source, arguments.split, recipe.train.batch_size,
-        recipe.train.precision,
-    )  # fmt: skip
-    return _summary(
-        arguments, setup, checkpoint, state.position.step, state.evaluated_networks(), results
-    )
+    def load() -> tuple[Path, str, dict[str, Any]]:
+        path = selected_checkpoint(arguments.path)
+        return path, *load_checkpoint(path)
+
+    path, text, saved = context.broadcast_from_rank0(load)
+    recipe = _here(arguments, parse_recipe(text, source=str(path)))
+    components = build_components(recipe, context, training=False)
+    networks = load_networks(components, path, saved)
+    return _evaluate(arguments, components, path, saved["position"]["step"], networks)
 
 
-def measure_exported(arguments: Arguments) -> dict[str, Any]:
-    """The network of a file that ``bdkd export`` wrote, on the data set of its run; float32, as
-    the file is, whatever the precision of the training was."""
-    from bdkd.config import parse_recipe
-    from bdkd.training.evaluate import evaluate
-    from bdkd.training.exported import alone, open_network, read_exported
-    from bdkd.training.setup import Setup
+def measure_exported(arguments: Arguments, context: "DistributedContext") -> dict[str, Any]:
+    """Evaluate the network of a file that ``bdkd export`` wrote, on the data set of its run. It is
+    float32 like the file, whatever the precision of the training was."""
+    from bdkd.engine.components import build_components
+    from bdkd.export.formats import open_network, read_exported, without_others
 
     exported = read_exported(arguments.path)
     facts = exported.facts
-    recipe = alone(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
-    setup = Setup(_here(arguments, recipe), initial_weights=False)
-    info = setup.source.info
+    recipe = without_others(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
+    recipe = _here(arguments, recipe)
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision="fp32"))
+    components = build_components(recipe, context, training=False)
+    info = components.source.info
     differs = class_difference(facts.classes, info.classes)
     if not differs and info.normalisation != facts.normalisation:
         differs = "its mean and standard deviation differ"
@@ -95,37 +102,38 @@ def measure_exported(arguments: Arguments) -> dict[str, Any]:
             f"the data set here is not the one of {arguments.path}: {differs}; give the right one "
             "with --data-root"
         )
-    [reference] = setup.networks.members.values()
-    network = open_network(exported, reference, setup.device)
-    batch_size = setup.recipe.train.batch_size
-    results = evaluate({facts.network: network}, setup.source, arguments.split, batch_size, "fp32")
-    summary = _summary(
-        arguments, setup, arguments.path, facts.step, {facts.network: reference}, results
-    )
-    summary["networks"][facts.network] |= {"role": facts.role}
+    [reference] = components.networks.members.values()
+    network = open_network(exported, reference, components.device)
+    summary = _evaluate(arguments, components, arguments.path, facts.step, {facts.network: network})
+    summary["networks"][facts.network] |= {"role": facts.role, "parameters": facts.parameters}
     return summary
 
 
 def _here(arguments: Arguments, recipe: Recipe) -> Recipe:
-    """A recipe on the device and with the data that the arguments say."""
+    """Return a recipe with the device and the data folder of the arguments."""
     data = recipe.data
     if arguments.data_root is not None:
         data = dataclasses.replace(data, root=arguments.data_root)
     return dataclasses.replace(recipe, device=arguments.device, data=data)
 
 
-def _summary(
-    arguments: Arguments, setup, path: Path, step: int, networks, results
+def _evaluate(
+    arguments: Arguments,
+    components: "Components",
+    path: Path,
+    step: int,
+    networks: "Mapping[str, nn.Module]",
 ) -> dict[str, Any]:
-    from bdkd.training.summary import describe
+    from bdkd.runs.summary import describe, evaluator_of
 
+    results = evaluator_of(components, networks).evaluate(arguments.split)
     return {
         "checkpoint": str(path),
         "step": step,
         "split": arguments.split,
-        "images": setup.source.info.counts[arguments.split],
+        "images": components.source.info.counts[arguments.split],
         "networks": {
-            name: dict(describe(setup, name, network, results[name]))
+            name: describe(components.recipe, name, network, results[name])
             for name, network in networks.items()
         },
     }

@@ -31,9 +31,9 @@ def run(given: list[str]) -> None:
     """Parse, export, say what was written."""
     arguments = tyro.cli(Arguments, prog="bdkd export", args=given)
 
-    from bdkd.training.export import check_output, export, open_trained
-    from bdkd.training.exported import SUFFIXES
-    from bdkd.training.run_folder import run_of, selected_checkpoint
+    from bdkd.export.export import check_output, export, open_trained
+    from bdkd.export.formats import FORMATS
+    from bdkd.runs.folder import run_of, selected_checkpoint
 
     if arguments.output is not None:
         check_output(arguments.to, arguments.output, arguments.force)
@@ -41,7 +41,7 @@ def run(given: list[str]) -> None:
     trained = open_trained(checkpoint, arguments.network, arguments.data_root)
     facts = trained.facts
     output = arguments.output or (
-        run_of(checkpoint) / "export" / facts.network / f"model{SUFFIXES[arguments.to]}"
+        run_of(checkpoint) / "export" / facts.network / f"model{FORMATS[arguments.to].suffix}"
     )
     written = export(trained, arguments.to, output, arguments.force)
     shape = ", ".join(map(str, facts.input_shape))

@@ -19,7 +19,7 @@ from bdkd.errors import RunError, UsageError
 # Imported once, by the server that the processes are forked from: torch and its company take
 # seconds. None of them starts a thread or touches a GPU when imported; a fork would not bear that.
 PRELOADED = [
-    "torch", "bdkd.cli.train", "bdkd.training.loop", "bdkd.training.setup", "matplotlib.figure",
+    "torch", "bdkd.cli.train", "bdkd.trainer", "bdkd.engine.components", "matplotlib.figure",
     "sklearn.datasets", "torch.utils.tensorboard",
 ]  # fmt: skip
 _POLL_SECONDS = 0.2  # between looks at whether we were asked to stop

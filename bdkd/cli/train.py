@@ -1,17 +1,14 @@
-"""``bdkd train``: a recipe, overridden key by key, run or planned."""
+"""The command line of ``bdkd train``: a recipe, overridden key by key."""
 
-import contextlib
 import dataclasses
-import io
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
-from bdkd.cli.table import results_table
 from bdkd.config import (
     Recipe,
     differing_keys,
@@ -20,10 +17,6 @@ from bdkd.config import (
     shipped_recipes,
 )
 from bdkd.errors import RunError, UsageError
-
-if TYPE_CHECKING:
-    from bdkd.training.distributed import Ranks
-    from bdkd.training.run_folder import RunFolder
 
 Resume = Literal["never", "auto", "require"]
 
@@ -48,60 +41,39 @@ class Arguments:
     """Print the run's folder at the end and nothing else, but for failures."""
 
 
+class Command(NamedTuple):
+    """A parsed command line."""
+
+    arguments: Arguments
+    given: list[str]  # with the values that options without a value stand for
+    recipe: str | None  # as given; None: the run's folder names it
+
+
 def run(given: list[str]) -> None:
-    """Parse, then plan or train, on all the ranks that torchrun started."""
-    from bdkd.training.distributed import first_rank_speaks, join_ranks, speak_into
-    from bdkd.training.run_folder import RunFolder
+    """Run ``bdkd train``."""
+    from bdkd.train import main
 
-    with first_rank_speaks():
-        given = _resume_alone(given)
-        name = given[0] if given and not given[0].startswith("-") else None
-        arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
-    quiet = arguments.quiet and not arguments.dry_run
-    with (
-        contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext(),
-        join_ranks(arguments.config.distributed.timeout, arguments.config.device) as ranks,
-    ):
-        asked = arguments
-        arguments = ranks.from_first(lambda: _with_stored_config(_of_launch(asked), given, name))
-        folder = RunFolder(Path(str(arguments.config.run_dir)))
-        if not arguments.dry_run:
-            if not ranks.first:
-                speak_into(folder.logs, ranks.rank)
-            _train(arguments, folder, ranks)
-        elif ranks.first:
-            from bdkd.training.plan import plan
-            from bdkd.training.setup import Setup
-
-            print(plan(Setup(arguments.config), arguments.images_per_second))
-    if quiet and ranks.first:
-        print(arguments.config.run_dir)
+    main(given)
 
 
-def _train(arguments: Arguments, folder: "RunFolder", ranks: "Ranks") -> None:
-    from bdkd.training.distributed import launch_identity
-    from bdkd.training.loop import train
-    from bdkd.training.setup import Setup
+def parse_command(given: list[str]) -> Command:
+    """Parse a command line.
 
-    begins = ranks.from_first(lambda: arguments.resume == "never" or not folder.resumable_paths())
-    setup = Setup(arguments.config, initial_weights=begins, ranks=ranks)
-    summary = train(
-        setup, folder, arguments.resume, not arguments.quiet, launch_identity(), arguments.profile
-    )
-    if not ranks.first:
-        return
-    print()
-    print(results_table(summary))
-    print()
-    print(f"run folder           {folder.path}")
-    print(f"reliability diagram  {folder.figures / 'reliability.png'}")
+    Raises:
+        UsageError, RunError: it is wrong, or a recipe or run that it names cannot be read.
+        SystemExit: tyro has printed help, or what is wrong.
+    """
+    given = _expand_resume(given)
+    name = given[0] if given and not given[0].startswith("-") else None
+    arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
+    return Command(arguments, given, name)
 
 
 def parse(given: list[str], default: Recipe) -> Arguments:
-    """The command line over a recipe; a wrong option exits 2 with tyro's message.
+    """Parse a command line over a recipe. tyro prints wrong options and exits with 2.
 
-    Another method than the recipe's begins from its own defaults: the recipe's options are its
-    method's, but for those that are of all methods alike."""
+    With another objective than the recipe's, the recipe's options of its own objective are dropped.
+    """
     _check_network_names(given, default)
     method = _value_of(given, "--objective.name")
     if method is not None and method != default.objective.name:
@@ -111,7 +83,7 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     arguments = tyro.cli(
         Arguments,
         prog="bdkd train",
-        args=_profile_alone(given),
+        args=_expand_profile(given),
         default=Arguments(recipe=given[0], config=default),
     )
     rate = arguments.images_per_second
@@ -128,7 +100,7 @@ def parse(given: list[str], default: Recipe) -> Arguments:
 
 
 def _check_network_names(given: list[str], default: Recipe) -> None:
-    """tyro takes a network that the recipe lacks for an option like any other."""
+    """Reject networks that the recipe does not have, of which tyro's message says nothing."""
     for option in given:
         group, _, rest = option.partition(".")
         name, dot, _ = rest.partition(".")
@@ -140,8 +112,8 @@ def _check_network_names(given: list[str], default: Recipe) -> None:
 
 
 def _without_recipe(given: list[str]) -> Arguments:
-    """``--help`` shows the first shipped recipe's values; otherwise there must be a run to resume,
-    whose folder knows its recipe."""
+    """Parse a command line without a recipe: ``--help`` shows the values of the first shipped one,
+    and a run that is resumed knows its own."""
     shipped = shipped_recipes()
     if "-h" in given or "--help" in given:
         return parse([shipped[0], *given], load_recipe(shipped[0]))
@@ -151,16 +123,22 @@ def _without_recipe(given: list[str]) -> Arguments:
             "train needs a recipe as its first argument: "
             f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
         )
-    from bdkd.training.run_folder import RunFolder
+    from bdkd.runs.folder import RunFolder
 
     stored = RunFolder(Path(run_dir)).read_config()
     return parse([stored.name, *given], stored)
 
 
-def _with_stored_config(arguments: Arguments, given: list[str], name: str | None) -> Arguments:
-    """Settle the run's folder. A resumed run takes its keys from there, and then from ``given``."""
-    from bdkd.training.run_folder import RunFolder, default_run_dir
+def resolve_run(command: Command) -> Arguments:
+    """Choose the run's folder. A resumed run takes its options from there, and then from the
+    command line.
 
+    Raises:
+        RunError: the folder holds a run of another recipe.
+    """
+    from bdkd.runs.folder import RunFolder, default_run_dir
+
+    arguments, given, name = command
     config = arguments.config
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config, arguments.resume)
     folder = RunFolder(run_dir)
@@ -186,30 +164,33 @@ def _with_stored_config(arguments: Arguments, given: list[str], name: str | None
     return dataclasses.replace(arguments, config=config)
 
 
+def continue_launch(command: Command, launch: str | None) -> Command:
+    """Resume the run that the same ``torchrun`` began before it restarted its ranks.
+
+    Args:
+        launch: identifier of the ``torchrun``; None: there is none.
+    """
+    from bdkd.runs.folder import RunFolder, default_run_dir
+
+    arguments, config = command.arguments, command.arguments.config
+    if launch is None or arguments.resume != "never":
+        return command
+    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config, "auto")
+    if not RunFolder(run_dir).launched_by(launch):
+        return command
+    config = dataclasses.replace(config, run_dir=str(run_dir))
+    return command._replace(arguments=dataclasses.replace(arguments, config=config, resume="auto"))
+
+
 def _with_method_options(recipe: Recipe) -> Recipe:
-    """The recipe with its method's own defaults written out, as a run's folder has them."""
+    """Return a recipe with its objective's defaults written out, as a run's folder has them."""
     from bdkd.objectives import resolve_options
 
     return dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
 
 
-def _of_launch(arguments: Arguments) -> Arguments:
-    """A restart by torchrun continues what the same torchrun began, in the same folder."""
-    from bdkd.training.distributed import launch_identity
-    from bdkd.training.run_folder import RunFolder, default_run_dir
-
-    launch, config = launch_identity(), arguments.config
-    if launch is None or arguments.resume != "never":
-        return arguments
-    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config, "auto")
-    if not RunFolder(run_dir).launched_by(launch):
-        return arguments
-    config = dataclasses.replace(config, run_dir=str(run_dir))
-    return dataclasses.replace(arguments, config=config, resume="auto")
-
-
-def _resume_alone(given: list[str]) -> list[str]:
-    """``--resume`` without a value means ``require``."""
+def _expand_resume(given: list[str]) -> list[str]:
+    """Add the value of a plain ``--resume``, which is ``require``."""
     values = ("never", "auto", "require")
     expanded = []
     for argument, following in pairwise([*given, ""]):
@@ -224,8 +205,8 @@ def _resume_alone(given: list[str]) -> list[str]:
     return expanded
 
 
-def _profile_alone(given: list[str]) -> list[str]:
-    """``--profile`` without a value means 8 steps."""
+def _expand_profile(given: list[str]) -> list[str]:
+    """Add the value of a plain ``--profile``, which is 8 steps."""
     expanded = []
     for argument, following in pairwise([*given, ""]):
         expanded.append(argument)

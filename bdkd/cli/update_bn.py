@@ -36,8 +36,8 @@ def run(given: list[str]) -> None:
     if arguments.images is not None and arguments.images < 1:
         raise UsageError(f"--images must be at least 1, got {arguments.images}")
 
-    from bdkd.training.run_folder import run_of, selected_checkpoint
-    from bdkd.training.update_bn import update_bn
+    from bdkd.runs.folder import run_of, selected_checkpoint
+    from bdkd.runs.update_bn import update_bn
 
     checkpoint = selected_checkpoint(arguments.path)
     output = arguments.output or run_of(checkpoint) / "update-bn" / checkpoint.name

@@ -22,13 +22,12 @@ class Batch(NamedTuple):
     views: tuple[Tensor, ...]  # one or more augmentations of the images, (B, C, H, W) each
     target: Tensor  # (B,) int64, or (B, C) soft labels of mixed images
 
-    def split(self, parts: int) -> list["Batch"]:
-        """The batch as so many equal batches."""
-        views = [view.chunk(parts) for view in self.views]
-        return [
-            Batch(tuple(view[i] for view in views), target)
-            for i, target in enumerate(self.target.chunk(parts))
-        ]
+    def micro_batches(self, parts: int) -> Iterator[tuple["Batch", bool]]:
+        """Yield ``parts`` equal parts of the batch, and whether each is the last one."""
+        targets = self.target.chunk(parts)
+        views = zip(*(view.chunk(parts) for view in self.views), strict=True)
+        for number, (part, target) in enumerate(zip(views, targets, strict=True), 1):
+            yield Batch(part, target), number == len(targets)
 
 
 class Shard(NamedTuple):

@@ -83,7 +83,7 @@ class Calibration:
         self.class_gaps = torch.zeros(num_classes, BINS, dtype=torch.float64, device=device)
         self.confidences = []
         self.corrects = []
-        self._edges = _edges(BINS, device)  # (BINS - 1,)
+        self._edges = bin_edges(BINS, device)  # (BINS - 1,)
         self._rows = torch.arange(4, device=device).unsqueeze(-1)  # (4, 1)
         self._classes = torch.arange(num_classes, device=device)  # (C,)
 
@@ -236,7 +236,7 @@ def expected_ece(confidences: Tensor, bins: int = BINS, draws: int = 1000, seed:
     confidence = _on_host(confidences, draws)  # (N,)
     count = len(confidence)
     member = torch.nn.functional.one_hot(
-        torch.bucketize(confidence, _edges(bins)), bins
+        torch.bucketize(confidence, bin_edges(bins)), bins
     ).double()  # (N, bins)
     expected = confidence @ member  # (bins,)
     generator = torch.Generator().manual_seed(seed)
@@ -288,7 +288,7 @@ def bootstrap(
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
     count = len(confidence)
-    bins = torch.bucketize(confidence, _edges(BINS))  # (N,)
+    bins = torch.bucketize(confidence, bin_edges(BINS))  # (N,)
     gap = correct - confidence  # (N,)
 
     def ece(of_bins: Tensor, of_gaps: Tensor) -> Tensor:  # (rows, N), (rows, N) -> (rows,)
@@ -310,9 +310,9 @@ def bootstrap(
     )
 
 
-def _edges(bins: int, device: torch.device | str = "cpu") -> Tensor:
-    """The edges between ``bins`` equal bins, each ``k / bins`` rounded once, (bins - 1,) float64;
-    ``bucketize`` then closes every bin on its right."""
+def bin_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the edges between ``bins`` equal bins, each ``k / bins`` rounded once, (bins - 1,)
+    float64. ``torch.bucketize`` closes every bin on its right."""
     inner = [k / bins for k in range(1, bins)]
     return torch.tensor(inner, dtype=torch.float64, device=device)
 

@@ -10,36 +10,10 @@ from typing import Any
 
 from bdkd.evaluation.paired import PairedTest, holm, paired_test
 from bdkd.evaluation.temperature import HIGHEST, LOWEST
+from bdkd.metrics import METRICS as ALL_METRICS
+from bdkd.metrics import Metric
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A value of ``summary.json`` and how a table shows it."""
-
-    key: str
-    label: str
-    percent: bool  # a fraction in files, percent on screen
-    digits: int
-    tested: bool  # against the first method
-    headline: bool = False  # in the figure, and its test in the tables; the files have all
-
-    def show(self, value: float | None, sign: str = "") -> str:
-        if value is None:
-            return "–"
-        text = f"{100 * value if self.percent else value:{sign}.{self.digits}f}"
-        # A difference that rounds to nothing has no sign.
-        return text.lstrip("+-") if not float(text) else text
-
-
-METRICS = (
-    Metric("top1", "top-1 %", True, 2, True, True),
-    Metric("ece", "ECE %", True, 2, True, True),
-    Metric("nll", "NLL", False, 4, True, True),
-    Metric("brier", "Brier", False, 4, True),
-    Metric("ece_scaled", "ECE % at T", True, 2, True, True),
-    Metric("nll_scaled", "NLL at T", False, 4, True),
-    Metric("temperature", "T", False, 2, False),
-)
+METRICS = [metric for metric in ALL_METRICS if metric.compared]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdkd.evaluation.comparison import METRICS, Row
-from bdkd.evaluation.figures import INK, MUTED, NETWORK_COLOURS, _quiet, _save
+from bdkd.evaluation.figures import INK, MUTED, NETWORK_COLOURS, mute_axes, save_figure
 
 
 def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -54,7 +54,7 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
                 mean = math.fsum(values) / len(values)
                 axes.plot([place - 0.32, place + 0.32], [mean] * 2, color=INK, linewidth=1.6)
             axes.set_title(f"{head}: {metric.label}", fontsize=10, color=INK, loc="left")
-            _quiet(axes)
+            mute_axes(axes)
             axes.set_xlim(-0.6, len(methods) - 0.4)
             axes.set_xticks(
                 range(len(methods)), methods, rotation=40, ha="right", rotation_mode="anchor"
@@ -65,4 +65,4 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.supxlabel(
         f"a dot is one seed of up to {seeds}, a line the mean", fontsize=9, color=MUTED
     )
-    _save(figure, path)
+    save_figure(figure, path)

@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .calibration import BINS, CalibrationResult
 
@@ -73,7 +73,7 @@ def reliability_diagram(results: Mapping[str, CalibrationResult], path: Path, ti
         fontsize=13, fontweight="bold", color=INK, va="top",
     )  # fmt: skip
     _legend(figure)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _headline(result: CalibrationResult) -> str:
@@ -105,7 +105,7 @@ def _draw_reliability(axes: "Axes", result: CalibrationResult) -> None:
     axes.plot([0, 1], [0, 1], path_effects=halo, **_DIAGONAL)
     ticks = [k / 5 for k in range(6)]
     axes.set(xlim=(0, 1), ylim=(0, _TOP), xticks=ticks, yticks=ticks)
-    _quiet(axes)
+    mute_axes(axes)
     axes.tick_params(labelbottom=False)
 
 
@@ -121,7 +121,7 @@ def _draw_counts(axes: "Axes", result: CalibrationResult, most: int) -> None:
             )  # fmt: skip
     axes.set(xlim=(0, 1), ylim=(0, 1.25 * most), xticks=[k / 5 for k in range(6)])
     axes.locator_params(axis="y", nbins=3, integer=True)
-    _quiet(axes)
+    mute_axes(axes)
 
 
 def _legend(figure: "Figure") -> None:
@@ -145,7 +145,8 @@ def training_curves(metrics: Path, path: Path) -> None:
     """Draw a run's ``metrics.jsonl`` over its steps and write it to ``path`` (a PNG), atomically:
     loss, top-1 and entropy of every network, and the mean weight of the forward KL.
 
-    Training intervals are thin lines, validations thick ones with dots. A panel without data (the
+    Training intervals are thin lines, validations thick ones with dots, and evaluations on the test
+    images (``watch_test``) are dashed. A panel without data (the
     weight, for methods that have none) is left out; a last line that was cut off is passed over.
 
     Raises:
@@ -184,12 +185,12 @@ def training_curves(metrics: Path, path: Path) -> None:
         if metric == "top1":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.tick_params(labelbottom=True)
-        _quiet(axes)
+        mute_axes(axes)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel("step", fontsize=10.5, color=INK)
     _curves_legend(figure, colours, {split for _, split, _ in series})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 Series = dict[tuple[str, str, str], list[tuple[int, float]]]  # (network, split, metric) -> points
@@ -225,7 +226,10 @@ def _draw_series(axes: "Axes", points: list[tuple[int, float]], split: str, colo
     if split == "train":
         axes.plot(steps, values, color=colour, linewidth=1, alpha=0.55)
     else:
-        axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=3.5)
+        dashes = "-" if split == "val" else "--"
+        axes.plot(
+            steps, values, color=colour, linewidth=2, marker="o", markersize=3.5, linestyle=dashes
+        )
 
 
 def _curves_legend(figure: "Figure", colours: Mapping[str, str], splits: set[str]) -> None:
@@ -234,15 +238,21 @@ def _curves_legend(figure: "Figure", colours: Mapping[str, str], splits: set[str
     handles = [Line2D([], [], color=c, linewidth=3, label=name) for name, c in colours.items()]
     if "train" in splits:
         handles.append(Line2D([], [], color=MUTED, linewidth=1, label="training"))
-    if splits - {"train"}:
-        handles.append(
-            Line2D([], [], color=MUTED, linewidth=2, marker="o", markersize=3.5, label="validation")
-        )
+    dashes: Literal["-", "--"]
+    for split, label, dashes in (
+        ("val", "validation", "-"),
+        ("test", "test images, not used for selection", "--"),
+    ):
+        if split in splits:
+            handles.append(
+                Line2D([], [], color=MUTED, linewidth=2, marker="o", markersize=3.5, label=label,
+                       linestyle=dashes)
+            )  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9.5,
                   frameon=False)  # fmt: skip
 
 
-def _quiet(axes: "Axes") -> None:
+def mute_axes(axes: "Axes") -> None:
     """Little but the data: faint grid, no box."""
     axes.set_axisbelow(True)
     axes.grid(color=FAINT, linewidth=0.8)
@@ -267,7 +277,7 @@ def _short(count: int) -> str:
     return f"{count / 1000:.1f}k" if count < 9_950 else f"{count / 1000:.0f}k"
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write as PNG under another name, then rename. The same data give the same bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""The one shape of every training method."""
+"""The interface of every training objective."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,46 +13,48 @@ from bdkd.errors import UsageError
 
 @dataclass
 class ObjectiveOutput:
-    """What a method makes of one batch."""
+    """What an objective computes on one batch."""
 
     losses: dict[str, Tensor]
-    """One 0-dim loss a network that trains on this batch; each reaches its own network's logits
-    only."""
+    """A 0-dim loss for each network that trains on this batch. It depends on the logits of its own
+    network only."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Per-sample values of the method, ``(B,)`` each, detached."""
+    """Per-sample values for the log, ``(B,)`` each, detached."""
+    gradients: dict[str, Tensor] | None = None
+    """Gradients of ``grad_scale * loss`` with respect to the logits ``(B, C)``, for each network
+    that trains. None: call ``backward`` on the losses."""
 
 
 class Objective(ABC):
-    """A method: logits of K networks and labels in, one loss a network out.
+    """A training objective: logits of K networks and labels in, one loss for each network out.
 
-    It knows of no device, precision or process group. ``options`` maps each field of
-    :class:`ObjectiveConfig` that the method reads to the method's own default, so that setting any
-    other field is an error and not a no-op.
+    It knows no device, precision or process group. ``options`` maps each field of
+    :class:`ObjectiveConfig` that the objective reads to the objective's own default. Setting any
+    other field is an error.
 
-    A method with ``controls`` decides batch by batch which networks train. Its decision must be
-    that of the whole batch on every rank, so it comes in two halves: :meth:`measure` gives sums
-    over samples, which the trainer adds up over the ranks; :meth:`active` turns their means into
-    the names of the networks that train. Reading them waits for the device, and the graph of a step
-    is not the same from step to step.
+    An objective with ``has_dynamic_active_set`` decides batch by batch which networks train. All
+    ranks must decide alike, on the whole batch. So the decision has two parts: :meth:`measure`
+    returns sums over samples, which the trainer adds up over the ranks, and :meth:`active` turns
+    their means into the names of the networks that train. Reading them waits for the device.
 
     Args:
-        config: with every option of the method set.
+        config: with every option of the objective set.
 
     Raises:
-        UsageError: networks and roles that do not suit the method.
+        UsageError: the networks or their roles do not fit the objective.
     """
 
     options: ClassVar[Mapping[str, object]]
-    controls: ClassVar[bool] = False
+    has_dynamic_active_set: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
         self.config = config
         self.students = [name for name, network in networks.items() if network.role == "student"]
         self.teachers = [name for name, network in networks.items() if network.role == "teacher"]
         self.frozen = frozenset(name for name, network in networks.items() if network.frozen)
-        """Networks that never train: no gradient, no step, always in evaluation mode."""
+        """Networks that never train."""
         self.views = 1
-        """Augmentations of an image that the method wants: 1, or one for each network."""
+        """Augmentations of each image that the objective needs: 1, or one for each network."""
         if not self.students:
             raise UsageError(
                 f"no network is a student: set networks.{(self.teachers or ['NAME'])[0]}.role, "
@@ -86,13 +88,29 @@ class Objective(ABC):
         active: frozenset[str] | None = None,  # the networks that train; None: all
     ) -> ObjectiveOutput: ...
 
+    def loss_and_grad(
+        self,
+        logits: Mapping[str, Tensor],
+        target: Tensor,
+        normaliser: float | Tensor,
+        grad_scale: float | Tensor,
+        active: frozenset[str] | None = None,
+    ) -> ObjectiveOutput:
+        """Compute the losses for a backward pass that follows at once.
+
+        The arguments are those of ``__call__``. An objective whose gradients come with its losses
+        overrides this and returns ``gradients``, so that no kernel has to check in the backward
+        pass that they still fit.
+        """
+        return self(logits, target, normaliser, grad_scale, active)
+
     def measure(self, logits: Mapping[str, Tensor], target: Tensor) -> Tensor:
-        """What the method decides by, summed over the samples: ``(k,)``, on the device."""
-        raise NotImplementedError(f"{type(self).__name__} controls nothing")
+        """Return what :meth:`active` decides by, summed over the samples: ``(k,)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
 
     def active(self, means: Tensor) -> frozenset[str]:
-        """The networks that train on a batch with these means ``(k,)``, on the CPU."""
-        raise NotImplementedError(f"{type(self).__name__} controls nothing")
+        """Return the networks that train on a batch with these means ``(k,)``, on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
 
     def need_pair(self) -> None:
         """Raise ``UsageError`` unless there is one student and one teacher."""

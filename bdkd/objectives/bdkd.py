@@ -8,7 +8,7 @@ body of the paper was not at hand.
 from collections.abc import Mapping
 from typing import ClassVar
 
-from bdkd_kernels import BDKDLoss, BDKDStats
+from bdkd_kernels import BDKDLoss, BDKDOutput, BDKDStats, bdkd_loss_and_grad
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
@@ -60,13 +60,11 @@ class BDKD(Objective):
         plain = config.student_divergence == "both" and config.weighting == "entropy"
         self.ablation = None if plain else _Ablation(config)
         shared = self.options.keys() - {"student_divergence", "weighting"}
+        # A sum over the counted rows of this part of the batch. Divided by those of the whole step,
+        # micro-batches and ranks add up to the mean.
+        self.arguments = {**{name: getattr(config, name) for name in shared}, "reduction": "sum"}
         try:
-            self.loss = BDKDLoss(
-                **{name: getattr(config, name) for name in shared},
-                # A sum over the batch's counted rows, divided by those of the whole step: the parts
-                # of an accumulated batch, and ranks, add up to the one mean.
-                reduction="sum",
-            )
+            self.loss = BDKDLoss(**self.arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(f"objective.{error}") from error
 
@@ -78,30 +76,64 @@ class BDKD(Objective):
         grad_scale: float | Tensor,
         active: frozenset[str] | None = None,
     ) -> ObjectiveOutput:
-        losses: dict[str, Tensor] = {}
-        statistics: dict[str, Tensor] = {}
+        output = ObjectiveOutput({})
         for student, teacher in self.edges:
             s, t = logits[student], logits[teacher]
-            # The fused loss has one scale for both gradients. Where a student and its teacher have
-            # unlike numbers of partners, one of them is recomputed from the logits, as exactly.
-            scale = grad_scale / (normaliser * self.partners[student])
-            learner, partner = (
-                (s.detach() if self.ablation else s),
-                (t.detach() if self.peers else t),
-            )
-            out = self.loss(learner, partner, target, grad_scale=scale)
-            learned = out.student
+            # The fused loss has one scale for both gradients. If a student and its teacher have
+            # unlike numbers of partners, the backward pass recomputes one gradient exactly.
+            share = normaliser * self.partners[student]
+            learner = s.detach() if self.ablation else s
+            partner = t.detach() if self.peers else t
+            loss = self.loss(learner, partner, target, grad_scale=grad_scale / share)
             if self.ablation is not None:
-                learned = self.ablation(s, t, target, out.stats, scale)
-            _add(losses, student, learned / (normaliser * self.partners[student]))
-            if not self.peers and teacher not in self.frozen:
-                _add(losses, teacher, out.teacher / (normaliser * self.partners[teacher]))
-            for name in STATISTICS:
-                value = getattr(out.stats, name)
-                if len(self.edges) > 1:
-                    statistics[f"{name}/{student}/{teacher}"] = value
-                _add(statistics, name, value / len(self.edges))
-        return ObjectiveOutput(losses, statistics)
+                learned = self.ablation(s, t, target, loss.stats, grad_scale / share)
+                loss = BDKDOutput(learned, loss.teacher, loss.stats)
+            self._add_pair(output, student, teacher, loss, normaliser)
+        return output
+
+    def loss_and_grad(
+        self,
+        logits: Mapping[str, Tensor],
+        target: Tensor,
+        normaliser: float | Tensor,
+        grad_scale: float | Tensor,
+        active: frozenset[str] | None = None,
+    ) -> ObjectiveOutput:
+        if self.ablation is not None or len(set(self.partners.values())) > 1:
+            return self(logits, target, normaliser, grad_scale, active)
+        output = ObjectiveOutput({}, {}, {})
+        assert output.gradients is not None
+        for student, teacher in self.edges:
+            s, t = logits[student], logits[teacher]
+            trains = not self.peers and teacher not in self.frozen
+            loss, gradients = bdkd_loss_and_grad(
+                s, t if trains else t.detach(), target,
+                grad_scale=grad_scale / (normaliser * self.partners[student]),
+                **self.arguments,
+            )  # fmt: skip
+            self._add_pair(output, student, teacher, loss, normaliser)
+            for name, gradient in zip((student, teacher), gradients, strict=True):
+                if gradient is not None:
+                    _add(output.gradients, name, gradient)
+        return output
+
+    def _add_pair(
+        self,
+        output: ObjectiveOutput,
+        student: str,
+        teacher: str,
+        loss: BDKDOutput,
+        normaliser: float | Tensor,
+    ) -> None:
+        """Add the losses and statistics of one student and one teacher to the output."""
+        _add(output.losses, student, loss.student / (normaliser * self.partners[student]))
+        if not self.peers and teacher not in self.frozen:
+            _add(output.losses, teacher, loss.teacher / (normaliser * self.partners[teacher]))
+        for name in STATISTICS:
+            value = getattr(loss.stats, name)
+            if len(self.edges) > 1:
+                output.statistics[f"{name}/{student}/{teacher}"] = value
+            _add(output.statistics, name, value / len(self.edges))
 
 
 class _Ablation:

@@ -31,7 +31,7 @@ class SwitOKD(Objective):
         "temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0,
         "teacher_kd": 1.0, "label_smoothing": 0.0, "backend": "auto",
     }  # fmt: skip
-    controls = True
+    has_dynamic_active_set = True
 
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)

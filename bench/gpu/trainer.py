@@ -11,6 +11,7 @@ Needs kernels, the repository root, bench and bench/gpu on PYTHONPATH.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import gc
 import importlib
@@ -26,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,14 +37,12 @@ from measurements import Log
 from suite_step import WAYS, Loop, Pair, Run
 
 from bdkd.config import NetworkConfig, ObjectiveConfig, TrainConfig
+from bdkd.device import AUTOCAST, set_flags
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.compiled import compiled
+from bdkd.engine.cuda_graph import CapturedStep
 from bdkd.objectives import create_objective, resolve_options
-from bdkd.training.captured import CapturedStep
-from bdkd.training.compiled import compiled
-from bdkd.training.device import set_flags
-from bdkd.training.distributed import Ranks
-from bdkd.training.setup import Setup
-from bdkd.training.state import TrainingState
-from bdkd.training.step import AUTOCAST
+from bdkd.trainer import Trainer
 
 GPU_PAIR = Pair("imagenet_resnet50", "imagenet_mobilenet_v1", 256, 224, 1000, "bf16")
 DRY_PAIR = Pair("resnet8", "resnet8", 4, 16, 10, "bf16")
@@ -342,10 +341,10 @@ def main(options: argparse.Namespace) -> int:
 # The processes of Remote.
 
 
-class OneRank(Ranks):
+class OneRank(DistributedContext):
     """One rank that trains through DDP as if it were one of several."""
 
-    alone = False  # type: ignore[assignment]
+    is_distributed = True  # type: ignore[assignment]
 
 
 class CompiledLoop(Loop):
@@ -403,13 +402,13 @@ def child(kind: str, dry_run: bool) -> None:
         torch.backends.cudnn.benchmark = False  # its search takes longer than the measurement
         dist.init_process_group("gloo" if dry_run else "nccl", store=dist.HashStore(), rank=0,
                                 world_size=1, timeout=datetime.timedelta(seconds=30))  # fmt: skip
-        run.ranks = OneRank(0, 1, group=dist.group.WORLD)
-        run.state = TrainingState(run.recipe, run.networks, 100 * pair.batch, run.device,
-                                  ranks=run.ranks)  # fmt: skip
+        context = OneRank(0, 1, group=dist.group.WORLD)
+        run.trainer = Trainer(dataclasses.replace(run.components, context=context))
         wait_for_permission()
     elif kind == "compiled":
         os.nice(10)
-        run.passes = compiled(run.networks, alone=True, backend=backend)
+        trainer = run.trainer
+        trainer.forward_backward = compiled(trainer.state, trainer.objective, backend=backend)
     else:
         os.nice(10)
         members = [run.networks.members[name] for name in ("student", "teacher")]
@@ -419,7 +418,10 @@ def child(kind: str, dry_run: bool) -> None:
     for line in sys.stdin:
         request, *numbers = line.split()
         if request == "capture":
-            run.captured = CapturedStep(cast(Setup, run), run.state, run.passes)
+            trainer = run.trainer
+            trainer.compute_step = CapturedStep(
+                trainer.compute_step, trainer.state.optimizer, trainer.state.device
+            )
             answer(peak=warm_up(step, 0))
         else:
             answer(seconds=seconds_per_step(step, int(numbers[0])))

@@ -104,7 +104,7 @@ def test_images_have_the_memory_format_of_the_training(memory_format, options):
 
 def test_a_batch_splits_into_equal_batches_of_all_its_views():
     one, other, target = torch.arange(12).view(12, 1, 1, 1), torch.rand(12, 1, 1, 1), torch.rand(12)
-    parts = Batch((one, other), target).split(3)
+    parts = [part for part, _ in Batch((one, other), target).micro_batches(3)]
     assert [len(part.target) for part in parts] == [4, 4, 4]
     assert torch.equal(torch.cat([part.views[0] for part in parts]), one)
     assert torch.equal(torch.cat([part.views[1] for part in parts]), other)

@@ -31,13 +31,13 @@ def result_of(samples: int, classes: int = 10, poison: bool = False) -> Calibrat
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved, beside their files."""
-    saved, save = [], figures._save
+    saved, save = [], figures.save_figure
 
     def keep(figure, path):
         saved.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     return saved
 
 

@@ -333,7 +333,7 @@ def test_importing_bdkd_imports_torch_and_nothing_heavier():
     foreign = [name for name in new if name.split(".")[0] not in ours]
     assert not foreign
     assert len(new) < 40, new
-    assert "bdkd.training" not in new
+    assert "bdkd.engine" not in new
 
 
 def test_statistics_are_used_as_a_named_tuple():

@@ -25,7 +25,11 @@ PACKAGES = [
     "bdkd/objectives",
     "bdkd/evaluation",
     "bdkd/data",
-    "bdkd/training",
+    "bdkd/distributed",
+    "bdkd/engine",
+    "bdkd/export",
+    "bdkd/runs",
+    "bdkd/trainer.py",
     "bdkd/models",
 ]
 
@@ -266,5 +270,5 @@ def source_files(root: Path) -> list[str]:
     return sorted(
         str(file.relative_to(root))
         for package in PACKAGES
-        for file in (root / package).rglob("*.py")
+        for file in ((root / package).rglob("*.py") if "." not in package else [root / package])
     )

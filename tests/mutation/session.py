@@ -32,7 +32,7 @@ MOST_TESTS = 1000
 
 
 def package_of(path: str) -> str:
-    return next(package for package in PACKAGES if path.startswith(f"{package}/"))
+    return next(package for package in PACKAGES if f"{path}/".startswith(f"{package}/"))
 
 
 def all_mutants(paths: Iterable[str] = ()) -> list[Mutant]:

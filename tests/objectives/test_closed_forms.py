@@ -239,10 +239,56 @@ def test_what_the_trainer_asks_of_a_method(method):
     names = "t0 s0"
     needs = objective(method, names)
     assert needs.views == (2 if method == "kdcl" else 1)  # KDCL: an image is seen by each network
-    assert needs.controls == (method == "switokd")  # only its teacher pauses
+    assert needs.has_dynamic_active_set == (method == "switokd")  # only its teacher pauses
     assert needs.frozen == ({"t0"} if method == "kd" else set())
     assert (needs.students, needs.teachers) == (["s0"], ["t0"])
     if method != "switokd":
         for call in (lambda: needs.measure(cohort(names), LABELS), lambda: needs.active(None)):
-            with pytest.raises(NotImplementedError, match="controls nothing"):
+            with pytest.raises(NotImplementedError, match="has no dynamic active set"):
                 call()
+
+
+DIRECT = [  # networks, frozen networks, options: those whose gradients come with the losses
+    ("t s", "", {}),
+    ("t s", "t", {}),
+    ("t0 t1 s0 s1", "", {"teacher_divergence": "forward"}),
+    ("s0 s1 s2", "", {"gamma": 3.0}),
+]
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, torch.tensor(512.0, dtype=torch.float64)])
+@pytest.mark.parametrize(("names", "frozen", "options"), DIRECT)
+def test_gradients_that_come_with_the_losses_are_those_of_a_backward_pass(
+    names, frozen, options, grad_scale
+):
+    method = objective("bdkd", names, frozen, **options)
+    logits = cohort(names)
+    for name in frozen.split():
+        logits[name].requires_grad_(False)
+    came = method.loss_and_grad(logits, LABELS, 7.0, grad_scale)
+    needed = method(logits, LABELS, 7.0, grad_scale)
+    assert came.gradients is not None
+    assert came.gradients.keys() == needed.losses.keys() == came.losses.keys()
+    assert all(not loss.requires_grad for loss in came.losses.values())
+    trained = [logits[name] for name in needed.losses]
+    total = sum(needed.losses.values()) * grad_scale
+    for name, gradient in zip(needed.losses, torch.autograd.grad(total, trained), strict=True):
+        torch.testing.assert_close(came.gradients[name], gradient, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(came.losses[name], needed.losses[name].detach())
+    for name, values in needed.statistics.items():
+        torch.testing.assert_close(came.statistics[name], values)
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "options"),
+    [
+        ("bdkd", "t0 t1 s", {}),  # unlike numbers of partners
+        ("bdkd", "t s", {"student_divergence": "forward"}),
+        ("dml", "s0 s1", {}),
+        ("independent", "s0 s1", {}),
+    ],
+)
+def test_other_objectives_leave_the_gradients_to_autograd(method, names, options):
+    output = objective(method, names, **options).loss_and_grad(cohort(names), LABELS, 1.0, 1.0)
+    assert output.gradients is None
+    assert all(loss.requires_grad for loss in output.losses.values())

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from small_runs import Tiny, tiny_state
+from small_runs import Tiny, objective_of, tiny_state, trainer_of
 from torch import nn
 
-from bdkd.config import DistributedConfig, ObjectiveConfig, OptimizerConfig
+from bdkd.config import DistributedConfig, OptimizerConfig
 from bdkd.data import Batch, DataInfo, Shard, Split
+from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
+from bdkd.distributed.launch import exit_rank
+from bdkd.engine.state import snapshot
+from bdkd.engine.step import warm_up
 from bdkd.errors import RunError
-from bdkd.objectives import create_objective
-from bdkd.training.checkpoint import snapshot
-from bdkd.training.distributed import ALONE, Ranks, end_process
-from bdkd.training.evaluate import evaluate
-from bdkd.training.step import forward_and_loss, train_step, warm_up
+from bdkd.evaluation.predict import Evaluator
 
 LARGEST = 4
 CLIP_NORM = 0.05  # below the norm of every network's first gradient: see gradient_norms
@@ -40,31 +40,29 @@ def whole_batch(seed: int, dtype=torch.float32, size: int = 16) -> Batch:
     return Batch((images.to(dtype),), torch.randint(10, (size,), generator=generator))
 
 
-def share(batch: Batch, ranks: Ranks) -> Batch:
+def share(batch: Batch, ranks: DistributedContext) -> Batch:
     mine = ranks.shard.of_batch(len(batch.target))
     return Batch(tuple(view[mine] for view in batch.views), batch.target[mine])
 
 
-def objective_of(state, name: str):
-    return create_objective(ObjectiveConfig(name), state.recipe.networks)
-
-
 def run(state, batches, name: str = "bdkd", settled: bool = True) -> None:
-    objective = objective_of(state, name)
+    trainer = trainer_of(state, objective_of(state, name))
     state.networks.train()
     batches = list(batches)
-    if settled and not state.ranks.alone:
-        warm_up(state, objective, share(batches[0], state.ranks), state.recipe.train)
+    if settled and state.context.is_distributed:
+        *_, (micro_batch, _) = share(batches[0], state.context).micro_batches(trainer.accumulate)
+        warm_up(state, trainer.forward_backward, micro_batch)
     for batch in batches:
-        train_step(state, objective, share(batch, state.ranks), state.recipe.train)
+        trainer.train_step(share(batch, state.context))
 
 
 def gradient_norms(state, batch: Batch, name: str = "bdkd") -> dict[str, float]:
     """Of each network, unclipped; of a whole network, as one process has it."""
-    _, output = forward_and_loss(
-        state.networks, objective_of(state, name), batch, state.recipe.train,
-        float(len(batch.target)), torch.ones(()), ALONE,
-    )  # fmt: skip
+    objective, logits = objective_of(state, name), state.networks(batch.views)
+    samples, active = float(len(batch.target)), None
+    if objective.has_dynamic_active_set:
+        active = objective.active(objective.measure(logits, batch.target) / samples)
+    output = objective(logits, batch.target, samples, 1.0, active)
     norms = {}
     for member, loss in output.losses.items():
         parameters = list(state.networks.members[member].parameters())
@@ -83,34 +81,38 @@ def weights(state) -> dict[str, torch.Tensor]:
 # --- what is looked at: each gets its ranks and gives what the test reads -------------------------
 
 
-def training(ranks: Ranks, name: str = "bdkd", **options) -> dict:
+def training(ranks: DistributedContext, name: str = "bdkd", **options) -> dict:
     """Forty steps in float64: the weights, and the log's means."""
-    state = tiny_state(NoNorm, dtype=torch.float64, ranks=ranks, controls=name == "switokd",
+    state = tiny_state(NoNorm, dtype=torch.float64, context=ranks, objective=name,
                        ema_decay=0.9, clip_norm=CLIP_NORM, **options)  # fmt: skip
-    norms = gradient_norms(state, whole_batch(0, torch.float64), name) if ranks.alone else {}
+    norms = (
+        gradient_norms(state, whole_batch(0, torch.float64), name)
+        if not ranks.is_distributed
+        else {}
+    )
     run(state, (whole_batch(i, torch.float64) for i in range(40)), name)
     return {"weights": weights(state), "means": state.meter.read(ranks), "norms": norms}
 
 
-def training_switokd(ranks: Ranks) -> dict:
+def training_switokd(ranks: DistributedContext) -> dict:
     return training(ranks, "switokd")
 
 
-def training_accumulated(ranks: Ranks) -> dict:
-    state = tiny_state(NoNorm, dtype=torch.float64, ranks=ranks, accumulate=2,
+def training_accumulated(ranks: DistributedContext) -> dict:
+    state = tiny_state(NoNorm, dtype=torch.float64, context=ranks, accumulate=2,
                        optimizer=OptimizerConfig("adamw", learning_rate=1e-3))  # fmt: skip
     run(state, (whole_batch(i, torch.float64) for i in range(20)))
     return {"weights": weights(state), "means": state.meter.read(ranks)}
 
 
-def training_float32(ranks: Ranks) -> dict:
-    state = tiny_state(NoNorm, ranks=ranks)
+def training_float32(ranks: DistributedContext) -> dict:
+    state = tiny_state(NoNorm, context=ranks)
     run(state, (whole_batch(i) for i in range(10)))
     return {"weights": weights(state)}
 
 
-def training_compressed(ranks: Ranks) -> dict:
-    state = tiny_state(NoNorm, ranks=ranks, distributed=DistributedConfig(compress="bf16"))
+def training_compressed(ranks: DistributedContext) -> dict:
+    state = tiny_state(NoNorm, context=ranks, distributed=DistributedConfig(compress="bf16"))
     run(state, (whole_batch(i) for i in range(10)))
     return {"weights": weights(state)}
 
@@ -131,26 +133,64 @@ class Images:
             yield Batch((images[part],), target[part])
 
 
-def evaluation(ranks: Ranks, count: int = 103) -> dict:
+def evaluation(ranks: DistributedContext, count: int = 103) -> dict:
     """Networks with batch norm, whose running statistics have gone apart."""
-    state = tiny_state(dtype=torch.float64, ranks=ranks)
+    state = tiny_state(dtype=torch.float64, context=ranks)
     for network in state.networks.members.values():
         network[1].running_mean += ranks.rank
-    results = evaluate(state.evaluated_networks(), Images(count), "val", 10, "fp32", ranks)
-    everywhere = ranks.gather(results)
+    results = Evaluator(state.evaluated_networks(), Images(count), 10, "fp32", ranks).evaluate(
+        "val"
+    )
+    everywhere = ranks.gather_objects(results)
     if everywhere is not None:
         assert all(of_rank == results for of_rank in everywhere)
     return {name: dataclasses.asdict(result) for name, result in results.items()}
 
 
-def evaluation_of_two(ranks: Ranks) -> dict:
+class Featured(NoNorm):
+    """A network whose features are its first activations."""
+
+    def forward_features(self, images):
+        return self[1](self[0](images))
+
+
+def predictions(ranks: DistributedContext, count: int = 103, sharded=()) -> dict:
+    """Predictions, features and recalibrated results of one pass, on the first rank."""
+    names = sharded if ranks.is_distributed else ()
+    state = tiny_state(Featured, dtype=torch.float64, context=ranks, sharded=names)
+    evaluator = Evaluator(state.evaluated_networks(), Images(count), 10, "fp32", ranks)
+    temperatures = evaluator.fit_temperatures()
+    done = evaluator.run("val", temperatures, keep_predictions=True)
+    results, scaled, kept = done.results(), done.recalibrated(), done.predictions()
+    assert (kept is None) == (not ranks.is_rank0)
+    if kept is None:
+        return {}
+    return {
+        "target": torch.from_numpy(kept.target), "featured": torch.from_numpy(kept.featured),
+        "scaled": scaled, "nll": {name: result.nll for name, result in results.items()},
+        **{f"{name}/{key}": torch.from_numpy(getattr(answers, key))
+           for name, answers in kept.networks.items()
+           for key in ("confidence", "entropy", "predicted", "features")},
+    }  # fmt: skip
+
+
+def predictions_of_three(ranks: DistributedContext) -> dict:
+    """One rank of four has no image."""
+    return predictions(ranks, 3)
+
+
+def predictions_sharded(ranks: DistributedContext) -> dict:
+    return predictions(ranks, 103, ("teacher",))
+
+
+def evaluation_of_two(ranks: DistributedContext) -> dict:
     """Fewer images than ranks."""
     return evaluation(ranks, 2)
 
 
-def poisoned(ranks: Ranks) -> dict:
+def poisoned(ranks: DistributedContext) -> dict:
     """A NaN among the images of the last rank alone."""
-    state = tiny_state(ranks=ranks)
+    state = tiny_state(context=ranks)
     run(state, [whole_batch(0)])
     before = snapshot(state.networks.state_dict())
     batch = whole_batch(1)
@@ -158,14 +198,16 @@ def poisoned(ranks: Ranks) -> dict:
     run(state, [batch], settled=False)
     after = snapshot(state.networks.state_dict())
     return {
-        "unchanged": ranks.gather(all(torch.equal(before[key], after[key]) for key in before)),
-        "skipped": ranks.gather(state.skipped.tolist()),
+        "unchanged": ranks.gather_objects(
+            all(torch.equal(before[key], after[key]) for key in before)
+        ),
+        "skipped": ranks.gather_objects(state.skipped.tolist()),
     }
 
 
-def resumed(ranks: Ranks) -> dict:
+def resumed(ranks: DistributedContext) -> dict:
     """Six steps, and three with their state loaded into another run that does the other three."""
-    options = {"ranks": ranks, "ema_decay": 0.9}
+    options = {"context": ranks, "ema_decay": 0.9}
 
     def fresh():
         return tiny_state(lambda: nn.Sequential(Tiny(), nn.Dropout(0.2)), **options)
@@ -176,21 +218,18 @@ def resumed(ranks: Ranks) -> dict:
     drawn = torch.rand(1).item()
     first = fresh()
     run(first, steps[:3])
-    saved = ranks.from_first(_whole(first))
+    saved = ranks.broadcast_from_rank0(_whole(first))
     second = fresh()
-    objective = objective_of(second, "bdkd")
-    if not ranks.alone:
-        second.networks.train()
-        warm_up(second, objective, share(steps[0], ranks), second.recipe.train)
+    trainer_of(second).warm_up_ddp()
     second.load_state_dict(saved)
     run(second, steps[3:], settled=False)
     # The running statistics of the first rank are the run's; each rank has its own.
-    kept = "state_dict" if ranks.first else "named_parameters"
+    kept = "state_dict" if ranks.is_rank0 else "named_parameters"
     pairs = [dict(getattr(state.networks, kept)()) for state in (straight, second)]
     same = all(torch.equal(pairs[0][key], pairs[1][key]) for key in pairs[0])
     return {
-        "same": ranks.gather(same),
-        "drawn": ranks.gather(torch.rand(1).item() == drawn),
+        "same": ranks.gather_objects(same),
+        "drawn": ranks.gather_objects(torch.rand(1).item() == drawn),
         "means": [straight.meter.read(ranks), second.meter.read(ranks)],
     }
 
@@ -200,22 +239,22 @@ def _whole(state) -> Callable[[], dict]:
     return lambda: snapshot(saved)
 
 
-def sharded(ranks: Ranks, optimizer: OptimizerConfig | None = None) -> dict:
+def sharded(ranks: DistributedContext, optimizer: OptimizerConfig | None = None) -> dict:
     """A sharded teacher: the training, its checkpoint, and another run from that."""
     options = {"dtype": torch.float64, "ema_decay": 0.9, "optimizer": optimizer,
                "clip_norm": CLIP_NORM}  # fmt: skip
-    names = () if ranks.alone else ("teacher",)
-    state = tiny_state(NoNorm, ranks=ranks, sharded=names, **options)
-    norms = gradient_norms(state, whole_batch(0, torch.float64)) if ranks.alone else {}
+    names = () if not ranks.is_distributed else ("teacher",)
+    state = tiny_state(NoNorm, context=ranks, sharded=names, **options)
+    norms = gradient_norms(state, whole_batch(0, torch.float64)) if not ranks.is_distributed else {}
     run(state, (whole_batch(i, torch.float64) for i in range(5)))
-    saved = ranks.from_first(_whole(state))
-    again = tiny_state(NoNorm, ranks=ranks, sharded=names, **options)
+    saved = ranks.broadcast_from_rank0(_whole(state))
+    again = tiny_state(NoNorm, context=ranks, sharded=names, **options)
     again.load_state_dict(snapshot(saved))  # the optimizer takes moments over as they are
     run(again, (whole_batch(i, torch.float64) for i in range(5, 10)))
     alone = tiny_state(NoNorm, **options)
     alone.load_state_dict(saved)
     run(alone, (whole_batch(i, torch.float64) for i in range(5, 10)))
-    results = evaluate(again.evaluated_networks(), Images(5), "val", 2, "fp32", ranks)
+    results = Evaluator(again.evaluated_networks(), Images(5), 2, "fp32", ranks).evaluate("val")
     return {
         "weights": weights(again), "alone": weights(alone), "nll": results["teacher"].nll,
         "norms": norms,
@@ -224,32 +263,33 @@ def sharded(ranks: Ranks, optimizer: OptimizerConfig | None = None) -> dict:
     }  # fmt: skip
 
 
-def sharded_adamw(ranks: Ranks) -> dict:
+def sharded_adamw(ranks: DistributedContext) -> dict:
     return sharded(ranks, OptimizerConfig("adamw", learning_rate=1e-3))
 
 
-def agreements(ranks: Ranks) -> dict:
+def agreements(ranks: DistributedContext) -> dict:
     """Each rank asks for its own number at step 1, the first for 5 at step 2."""
-    asked = [(ranks.rank, 0), (0, 5 if ranks.first else 1), (0, 0)]
-    answers = [ranks.agree(*numbers) for numbers in asked]
+    asked = [(ranks.rank, 0), (0, 5 if ranks.is_rank0 else 1), (0, 0)]
+    answers = [ranks.async_all_reduce_max(*numbers) for numbers in asked]
     ranks.close()
-    return {"answers": ranks.gather(answers)}
+    return {"answers": ranks.gather_objects(answers)}
 
 
-def errors(ranks: Ranks) -> dict:
+def errors(ranks: DistributedContext) -> dict:
     def broken() -> None:
         raise RunError("the disk has gone")
 
     try:
-        ranks.from_first(broken)
+        ranks.broadcast_from_rank0(broken)
     except RunError as error:
-        return {"said": ranks.gather(str(error))}
+        return {"said": ranks.gather_objects(str(error))}
     raise AssertionError("no error came")
 
 
 CHECKS = (
     training, training_switokd, training_accumulated, training_float32, training_compressed,
-    evaluation, evaluation_of_two, poisoned, resumed, sharded, sharded_adamw, agreements, errors,
+    evaluation, evaluation_of_two, predictions, predictions_of_three, predictions_sharded,
+    poisoned, resumed, sharded, sharded_adamw, agreements, errors,
 )  # fmt: skip
 
 
@@ -266,7 +306,11 @@ def main(rank: int, folder: str) -> None:
         group, control = (dist.new_group(members, timeout=timeout) for _ in range(2))
         if rank >= world:
             continue
-        ranks = Ranks(rank, world, group=group, control=control) if world > 1 else ALONE
+        ranks = (
+            DistributedContext(rank, world, group=group, control=control)
+            if world > 1
+            else SINGLE_PROCESS
+        )
         for check in CHECKS:
             torch.manual_seed(0)
             setattr(found, f"{check.__name__}-{world}", check(ranks))
@@ -274,4 +318,4 @@ def main(rank: int, folder: str) -> None:
         torch.save(vars(found), Path(folder) / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
-    end_process(0)
+    exit_rank(0)

@@ -6,14 +6,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from bdkd.config import NetworkConfig, load_recipe
-from bdkd.training.distributed import ALONE
-from bdkd.training.networks import Networks
-from bdkd.training.state import TrainingState
+from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe, load_recipe
+from bdkd.data import DataInfo
+from bdkd.distributed.context import SINGLE_PROCESS
+from bdkd.engine.components import Components, build_components
+from bdkd.engine.networks import Networks
+from bdkd.engine.state import TrainingState
+from bdkd.objectives import Objective, create_objective
+from bdkd.runs.weights import load_initial_weights
+from bdkd.trainer import Trainer
+
+ROLES = ("teacher", "student")
 
 # Two small networks, two epochs of 19 steps, a checkpoint every 5, everything switched on that a
 # checkpoint has to carry.
@@ -92,14 +100,14 @@ def tiny_state(
     dtype=torch.float32,
     frozen=frozenset(),
     distributed=None,
-    ranks=ALONE,
+    context=SINGLE_PROCESS,
     sharded=(),
-    controls=False,
+    objective="bdkd",
     **train,
 ) -> TrainingState:
     """A training state of two tiny networks, teacher and student."""
     recipe = load_recipe("digits")
-    names = {name: NetworkConfig("tiny", name) for name in ("teacher", "student")}
+    names = {name: NetworkConfig("tiny", name, shard=name in sharded) for name in ROLES}
     recipe = dataclasses.replace(
         recipe,
         train=dataclasses.replace(recipe.train, **{"batch_size": 16, **train}),
@@ -109,12 +117,48 @@ def tiny_state(
     )
     torch.manual_seed(0)
     networks = Networks({name: make() for name in names}, frozen).to(dtype)
-    if sharded:
-        from bdkd.training.sharding import shard
+    recipe = dataclasses.replace(recipe, objective=ObjectiveConfig(objective))
+    return state_of(recipe, networks, 1000, context)
 
-        for name in sharded:
-            shard(networks.members[name], ranks, torch.device("cpu"))
+
+def state_of(
+    recipe: Recipe, networks: Networks, train_images: int, context=SINGLE_PROCESS
+) -> TrainingState:
+    """The state of some networks, for images that do not exist."""
+    counts = {"train": train_images, "val": 0, "test": 0}
+    source = SimpleNamespace(info=DataInfo("tiny", tuple("0123456789"), 1, (8, 8), counts))
+    objective = create_objective(recipe.objective, recipe.networks)
     return TrainingState(
-        recipe, networks, 1000, torch.device("cpu"),
-        ranks=ranks, sharded=sharded, controls=controls,
+        Components(recipe, context, torch.device("cpu"), objective, source, networks)
+    )
+
+
+def tiny_recipe(**changes) -> Recipe:
+    """The tiny recipe; a change names a section and its new options, or an option at the top."""
+    recipe = load_recipe(TINY_RUN[0])
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            value = dataclasses.replace(getattr(recipe, key), **value)
+        recipe = dataclasses.replace(recipe, **{key: value})
+    return recipe
+
+
+def components_of(recipe, context=SINGLE_PROCESS, *, begins=True) -> Components:
+    """The components of a run, with its initial weights if it begins."""
+    components = build_components(recipe, context)
+    if begins:
+        load_initial_weights(components)
+    return components
+
+
+def objective_of(state: TrainingState, name: str = "bdkd", **options) -> Objective:
+    return create_objective(ObjectiveConfig(name, **options), state.recipe.networks)
+
+
+def trainer_of(state: TrainingState, objective: Objective | None = None) -> Trainer:
+    """A trainer that goes on from a state."""
+    components = Components(
+        state.recipe, state.context, state.device, objective or objective_of(state),
+        SimpleNamespace(info=state.info), state.networks,  # type: ignore[arg-type]
     )  # fmt: skip
+    return Trainer(components, state)

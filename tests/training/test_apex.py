@@ -11,8 +11,8 @@ from small_runs import tiny_state
 from test_step import a_batch, everything, run_steps
 
 from bdkd.config import OptimizerConfig
+from bdkd.engine import optim
 from bdkd.errors import RunError, UsageError
-from bdkd.training import apex_optimizers
 
 # As in apex: moments in the parameters' state, the count of steps in the group, and no word of
 # gradients that are not finite.
@@ -72,13 +72,13 @@ def package(tmp_path, monkeypatch):
 def apex(package: Path, monkeypatch):
     (package / "__init__.py").write_text("")
     (package / "optimizers.py").write_text(TWIN)
-    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
+    monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
 
 
-@pytest.mark.parametrize("name", apex_optimizers.CLASSES)
+@pytest.mark.parametrize("name", ["lamb", "novograd"])
 def test_a_step_with_a_nan_changes_nothing_and_is_not_counted(apex, name):
     state = tiny_state(optimizer=OptimizerConfig(name, learning_rate=1e-3), ema_decay=0.9)
-    assert type(state.optimizer).__name__ == apex_optimizers.CLASSES[name]
+    assert type(state.optimizer).__name__ == optim.OPTIMIZERS[name].apex_class
     run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
     before = everything(state)
     run_steps(state, [a_batch(poisoned=True)])
@@ -123,14 +123,14 @@ def test_a_cpu_is_refused_before_anything_is_trained(package):
 
 
 def test_pypis_apex_is_told_apart(package, monkeypatch):
-    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
+    monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     (package / "__init__.py").write_text("from pyramid.session import nothing")
     with pytest.raises(RunError, match=r"PyPI's unrelated package: .* -m pip uninstall apex"):
         tiny_state(optimizer=OptimizerConfig("lamb"))
 
 
 def test_no_apex_says_where_it_is(package, monkeypatch):
-    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
+    monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     package.rmdir()
     with pytest.raises(RunError, match="not installed: build NVIDIA's"):
         tiny_state(optimizer=OptimizerConfig("lamb"))
@@ -140,6 +140,6 @@ def test_apex_without_its_extensions_says_so(package, monkeypatch):
     (package / "__init__.py").write_text("")
     refuse = 'raise RuntimeError("apex.optimizers.FusedLAMB requires cuda extensions")'
     (package / "optimizers.py").write_text(f"def FusedLAMB(*_, **__):\n    {refuse}\n")
-    monkeypatch.setattr(apex_optimizers, "DEVICES", ("cpu",))
+    monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     with pytest.raises(RunError, match="requires cuda extensions: build apex with"):
         tiny_state(optimizer=OptimizerConfig("lamb"))

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from bdkd.training.archive import ArchiveError, check_stored_zip
+from bdkd.runs.archive import ArchiveError, check_stored_zip
 
 
 def saved() -> bytes:
@@ -132,7 +132,7 @@ def test_the_quoted_bomb_of_overlapping_members():
 
 
 def test_a_directory_that_would_fill_the_memory(monkeypatch):
-    monkeypatch.setattr("bdkd.training.archive.MAX_DIRECTORY_BYTES", 100)
+    monkeypatch.setattr("bdkd.runs.archive.MAX_DIRECTORY_BYTES", 100)
     assert "more than 100" in refused(zipped({f"member{index}": b"" for index in range(9)}))
 
 

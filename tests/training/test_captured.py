@@ -4,25 +4,29 @@ replayed on the same tensors without a line of Python, as a graph does.
 What the twin cannot show waits for a GPU: streams, the graph's memory pool, and how fast it is.
 """
 
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import pytest
 import torch
-from small_runs import tiny_state
-from test_step import OPTIMIZERS, a_batch, everything, objective_of
+from small_runs import objective_of, tiny_recipe, tiny_state, trainer_of
+from test_step import OPTIMIZERS, a_batch, everything
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bdkd.config import ObjectiveConfig, OptimizerConfig
+from bdkd.data import Batch
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.cuda_graph import WARM_UP, CapturedStep
+from bdkd.engine.requirements import check_requirements
 from bdkd.errors import UsageError
-from bdkd.training.captured import WARM_UP, CapturedStep, check
-from bdkd.training.step import forward_and_backward, train_step
+from bdkd.objectives import create_objective
 
 
 @pytest.fixture(autouse=True)
 def labels_as_on_a_gpu(monkeypatch):
     """On a CPU the labels are checked on the host; on a GPU nothing reads them."""
-    monkeypatch.setattr("bdkd_kernels.reference.check_labels", lambda *_: None)
+    monkeypatch.setattr("bdkd_kernels.reference.labels_can_be_read", lambda _: False)
 
 
 class Recorder(TorchDispatchMode):
@@ -77,13 +81,15 @@ class Captures:
         return recorder.replay
 
 
-def a_captured(state) -> tuple[CapturedStep, Captures]:
+def a_captured(state) -> tuple[Callable[[Batch], None], Captures]:
     captures = Captures(state)
     # The native kernel is called with pointers, past the dispatcher that the twin listens to.
-    setup = SimpleNamespace(recipe=state.recipe, device=torch.device("cpu"),
-                            objective=objective_of(state, backend="reference"))  # fmt: skip
+    trainer = trainer_of(state, objective_of(state, backend="reference"))
     state.networks.train()
-    return CapturedStep(setup, state, forward_and_backward, captures), captures
+    trainer.compute_step = CapturedStep(
+        trainer.compute_step, state.optimizer, torch.device("cpu"), captures
+    )
+    return trainer.train_step, captures
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -104,7 +110,7 @@ def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
     sizes = [16] * (WARM_UP + 4) + [8] * (WARM_UP + 2) + [16]
     for number, size in enumerate(sizes):
         batch = a_batch(size, seed=number, poisoned=number == WARM_UP + 1)
-        train_step(plain, objective, batch, plain.recipe.train)
+        trainer_of(plain, objective).train_step(batch)
         step(batch)
         if number == WARM_UP + 2:
             assert str(other.meter.read()) == str(plain.meter.read())  # NaN is NaN here
@@ -113,21 +119,21 @@ def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
     for key, value in everything(other).items():
         assert torch.equal(value, expected[key]), key
     assert other.skipped.tolist() == plain.skipped.tolist() == [1, 0, 1]
-    assert vars(other.position) == vars(plain.position)
+    assert vars(other.progress) == vars(plain.progress)
     assert str(other.meter.read()) == str(plain.meter.read())
     rates = [float(group["lr"]) for group in other.optimizer.param_groups]
     assert rates == [float(group["lr"]) for group in plain.optimizer.param_groups]
-    assert rates[0] != float(a_captured(tiny_state())[0].state.optimizer.param_groups[0]["lr"])
+    assert rates[0] != tiny_state().optimizer.param_groups[0]["lr"]
 
 
 def test_nothing_that_outlives_a_step_moves():
     state = tiny_state(ema_decay=0.9)
     objective = objective_of(state)
     state.networks.train()
-    train_step(state, objective, a_batch(seed=0), state.recipe.train)
+    trainer_of(state, objective).train_step(a_batch(seed=0))
     places = [tensor.data_ptr() for tensor in tensors_of(state)]
     for seed in range(1, 4):
-        train_step(state, objective, a_batch(seed=seed), state.recipe.train)
+        trainer_of(state, objective).train_step(a_batch(seed=seed))
         state.meter.read()
     assert [tensor.data_ptr() for tensor in tensors_of(state)] == places
     state.load_state_dict(tiny_state(ema_decay=0.9).state_dict())
@@ -143,7 +149,7 @@ def test_a_checkpoint_of_a_captured_run_resumes_uncaptured_and_back(tmp_path):
     objective = objective_of(whole, backend="reference")
     whole.networks.train()
     for seed in range(8):
-        train_step(whole, objective, a_batch(seed=seed), whole.recipe.train)
+        trainer_of(whole, objective).train_step(a_batch(seed=seed))
     for seed in range(5):
         step(a_batch(seed=seed))
     torch.save(first.state_dict(), tmp_path / "state.pt")
@@ -158,31 +164,33 @@ def test_a_checkpoint_of_a_captured_run_resumes_uncaptured_and_back(tmp_path):
         state.networks.train()
         for seed in range(5, 8):
             batch = a_batch(seed=seed)
-            again(batch) if captured else train_step(state, objective, batch, state.recipe.train)
+            again(batch) if captured else trainer_of(state, objective).train_step(batch)
         expected = everything(whole)
         for key, value in everything(state).items():
             assert torch.equal(value, expected[key]), (captured, key)
 
 
-def a_setup(device="cuda", alone=True, controls=False, optimizer="sgd"):
-    return SimpleNamespace(
-        device=torch.device(device), ranks=SimpleNamespace(alone=alone),
-        objective=SimpleNamespace(controls=controls),
-        recipe=SimpleNamespace(objective=SimpleNamespace(name="switokd"),
-                               optimizer=SimpleNamespace(name=optimizer)),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("setup", "message"),
+    ("device", "world_size", "objective", "optimizer", "message"),
     [
-        (a_setup(device="cpu"), r"on a GPU \(device is cpu\)"),
-        (a_setup(alone=False), "with one rank"),
-        (a_setup(controls=True), "not with switokd"),
-        (a_setup(optimizer="lamb"), "not with lamb"),
+        ("cpu", 1, "bdkd", "sgd", r"on a GPU \(device is cpu\)"),
+        ("cuda", 2, "bdkd", "sgd", "with one rank"),
+        ("cuda", 1, "switokd", "sgd", "with a method whose steps are alike, and not with switokd"),
+        ("cuda", 1, "bdkd", "lamb", "with optimizer.name sgd or adamw, and not with lamb"),
+        ("cuda", 1, "bdkd", "adamw", None),
     ],
 )
-def test_what_cannot_be_captured_is_refused(setup, message):
-    check(a_setup())
-    with pytest.raises(UsageError, match=message):
-        check(setup)
+def test_what_cannot_be_captured_is_refused(device, world_size, objective, optimizer, message):
+    objective = ObjectiveConfig(objective)
+    recipe = tiny_recipe(
+        optimizer=OptimizerConfig(optimizer), objective=objective, train={"cuda_graph": True}
+    )
+    given = (
+        recipe, torch.device(device), DistributedContext(0, world_size),
+        create_objective(objective, recipe.networks),
+    )  # fmt: skip
+    if message is None:
+        check_requirements(*given)
+        return
+    with pytest.raises(UsageError, match=f"train.cuda_graph can be true only {message}"):
+        check_requirements(*given)

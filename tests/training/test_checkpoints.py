@@ -16,9 +16,10 @@ from small_runs import TINY_RUN
 
 from bdkd.cli import main
 from bdkd.errors import DamagedFile, RunError
-from bdkd.training import checkpoint as checkpoints
-from bdkd.training.checkpoint import load_checkpoint, load_weights
-from bdkd.training.run_folder import RunFolder
+from bdkd.runs import checkpoint as checkpoints
+from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.folder import RunFolder
+from bdkd.runs.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -109,7 +110,7 @@ def test_a_resume_after_a_passing_failure_continues(run, monkeypatch, capsys):
 def test_too_little_memory_is_named(run):
     """The limit of a shell or a scheduler, as the operating system enforces it."""
     script = (
-        "import resource, sys; from pathlib import Path; import bdkd.training.checkpoint as c\n"
+        "import resource, sys; from pathlib import Path; import bdkd.runs.checkpoint as c\n"
         "from bdkd.errors import DamagedFile, RunError\n"
         "import torch; torch.zeros(4).sum()\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"

@@ -4,24 +4,30 @@
 """
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from compiler import COMPILER, HAS_COMPILER
-from small_runs import Tiny, tiny_state
-from test_step import OPTIMIZERS, a_batch, everything, objective_of
+from small_runs import Tiny, objective_of, tiny_recipe, tiny_state, trainer_of
+from test_step import OPTIMIZERS, a_batch, everything
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InvalidCxxCompiler
 
 from bdkd.config import load_recipe
 from bdkd.data import Batch
+from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
+from bdkd.engine.compiled import (
+    add_gradients,
+    announce_compilation,
+    compiled,
+    count_shapes,
+)
+from bdkd.engine.requirements import check_requirements
+from bdkd.engine.step import warm_up
 from bdkd.errors import RunError
-from bdkd.training.compiled import add_gradients, announced, check, compiled, count_shapes
-from bdkd.training.distributed import ALONE, Ranks
-from bdkd.training.step import forward_and_backward, train_step, warm_up
+from bdkd.objectives import create_objective
 
 ONE_GRAPH = hasattr(torch._dynamo.config, "trace_autograd_ops")
 
@@ -35,7 +41,7 @@ def fresh():
 @pytest.fixture
 def without_flag(monkeypatch):
     """A torch that cannot take the backward pass into a graph."""
-    monkeypatch.setattr("bdkd.training.compiled._FLAG", "no_such_flag")
+    monkeypatch.setattr("bdkd._torch_compat._BACKWARD_FLAG", "no_such_flag")
 
 
 class Drops(nn.Sequential):
@@ -43,18 +49,19 @@ class Drops(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.3), nn.Linear(16, 10))
 
 
-def steps(state, batches, backend=None, alone=True, shapes=2, **options):
+def steps(state, batches, backend=None, shapes=2, **options):
     """Train, compiled if there is a backend; the number of graphs that took."""
-    passes, counter = forward_and_backward, None
+    trainer, counter = trainer_of(state, objective_of(state, **options)), None
     if backend is not None:
         counter = CompileCounterWithBackend(backend)
-        passes = announced(compiled(state.model, alone, shapes, counter))
-    objective = objective_of(state, **options)
+        compiles = compiled(state, trainer.objective, shapes, counter)
+        trainer.forward_backward = announce_compilation(compiles, prints=True)
     state.networks.train()
-    if not alone:  # as a run begins
-        warm_up(state, objective, batches[0], state.recipe.train, passes)
+    if state.context.is_distributed:  # as a run begins
+        *_, (micro_batch, _) = batches[0].micro_batches(trainer.accumulate)
+        warm_up(state, trainer.forward_backward, micro_batch)
     for batch in batches:
-        train_step(state, objective, batch, state.recipe.train, passes)
+        trainer.train_step(batch)
     return counter and counter.frame_count
 
 
@@ -102,9 +109,7 @@ def test_what_the_compiler_makes_of_it_trains_alike():
 @pytest.mark.skipif(not ONE_GRAPH, reason="this torch lacks the flag: its twin is two graphs below")
 def test_the_backward_pass_is_in_the_graph():
     state, counter = tiny_state(), CompileCounterWithBackend("aot_eager")
-    passes = compiled(state.model, True, backend=counter)
-    batch = a_batch()
-    passes(state.model, objective_of(state), batch, state.recipe.train, 16.0, torch.ones(()), ALONE)
+    compiled(state, objective_of(state), backend=counter)(a_batch())
     assert backward_in(counter) == [True]
     assert all(p.grad is not None for p in state.networks.parameters())
 
@@ -114,10 +119,11 @@ def test_without_the_flag_there_are_two_graphs_and_the_same_run(without_flag):
     batches = [a_batch(seed=i, poisoned=i == 2) for i in range(4)]
     steps(eager, batches)
     counter = CompileCounterWithBackend("aot_eager")
-    passes = compiled(other.model, True, backend=counter)
+    trainer = trainer_of(other)
+    trainer.forward_backward = compiled(other, trainer.objective, backend=counter)
     other.networks.train()
     for batch in batches:
-        train_step(other, objective_of(other), batch, other.recipe.train, passes)
+        trainer.train_step(batch)
     assert backward_in(counter) == [False]
     assert_same(eager, other)
 
@@ -126,16 +132,16 @@ def test_under_ddp_autograd_makes_the_gradients(tmp_path):
     """DDP's hooks exchange them as they come."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        ranks = Ranks(0, 1, group=dist.group.WORLD)
+        ranks = DistributedContext(0, 1, group=dist.group.WORLD)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Ranks, "alone", False)
-            states = [tiny_state(ranks=ranks, accumulate=2) for _ in range(2)]
+            patch.setattr(DistributedContext, "is_distributed", True)
+            states = [tiny_state(context=ranks, accumulate=2) for _ in range(2)]
             exchanged = []
             states[1].model.register_comm_hook(None, lambda _, bucket: exchanged.append(1) or
                                                _done(bucket.buffer()))  # fmt: skip
             batches = [a_batch(seed=i) for i in range(3)]
-            steps(states[0], batches, alone=False)
-            steps(states[1], batches, "aot_eager", alone=False)
+            steps(states[0], batches)
+            steps(states[1], batches, "aot_eager")
         assert len(exchanged) >= len(batches)
         assert_same(*states)
     finally:
@@ -256,8 +262,8 @@ def test_a_new_shape_is_announced_once_and_by_the_first_rank_alone(capsys):
         "compiling the step for batches of 16x1x8x8", "compiled",
         "compiling the step for batches of 8x1x8x8", "compiled",
     ]  # fmt: skip
-    second = announced(lambda *arguments: arguments)
-    assert second(None, None, a_batch(4), None, 1.0, None, Ranks(rank=1, world=2))[4] == 1.0
+    second = announce_compilation(lambda micro_batch: micro_batch, prints=False)
+    assert len(second(a_batch(4)).target) == 4
     assert capsys.readouterr().out == ""
 
 
@@ -271,14 +277,19 @@ def test_what_torch_cannot_compile_is_one_line():
 
 
 def test_a_machine_without_a_compiler_is_refused_before_any_step(monkeypatch):
-    setup = SimpleNamespace(device=torch.device("cpu"))
+    recipe = tiny_recipe(train={"compile": True})
+    objective = create_objective(recipe.objective, recipe.networks)
+
+    def check(device: str) -> None:
+        check_requirements(recipe, torch.device(device), SINGLE_PROCESS, objective)
+
     if HAS_COMPILER:
-        check(setup)
+        check("cpu")
 
     def none() -> str:
         raise InvalidCxxCompiler
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
     with pytest.raises(RunError, match=r"needs a C\+\+ compiler on a CPU"):
-        check(setup)
-    check(SimpleNamespace(device=torch.device("cuda")))
+        check("cpu")
+    check("cuda")

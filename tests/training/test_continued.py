@@ -4,6 +4,7 @@ The killed runs are copies of a run's folder, taken between two of its steps: th
 leaves. One run therefore gives every moment, and each of them is resumed in this process.
 """
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -12,17 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import TINY_RUN, metrics, same, tiny_state
+from small_runs import TINY_RUN, components_of, metrics, same, tiny_state
 from test_step import a_batch, run_steps
 
 from bdkd.cli import main
 from bdkd.cli.train import parse
 from bdkd.config import OptimizerConfig, load_recipe
-from bdkd.training.checkpoint import load_checkpoint, save_checkpoint
-from bdkd.training.loop import train
-from bdkd.training.run_folder import RunFolder
-from bdkd.training.setup import Setup
-from bdkd.training.state import Best
+from bdkd.engine.progress import Best
+from bdkd.runs.checkpoint import load_checkpoint, save_checkpoint
+from bdkd.runs.folder import RunFolder
+from bdkd.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -66,12 +66,13 @@ def whole(without_figures, tmp_path_factory):
     """The run that is never killed, the copies, and the file of the student's first weights."""
     folder = tmp_path_factory.mktemp("whole")
     weights = folder / "weights.pt"
-    stranger = Setup(parse([*TINY_RUN, "--seed", "5"], load_recipe(*TINY_RUN)).config)
+    stranger = components_of(parse([*TINY_RUN, "--seed", "5"], load_recipe(*TINY_RUN)).config)
     torch.save(stranger.networks.members["student"].state_dict(), weights)
     options = [*OPTIONS, "--networks.student.weights", str(weights)]
-    setup = Setup(parse([*TINY_RUN, *options], load_recipe(*TINY_RUN)).config)
-    setup.source = CopiedRun(setup.source, folder / "run", folder / "copies", {*KILLED})
-    train(setup, RunFolder(folder / "run"), "never", bar=False)
+    components = components_of(parse([*TINY_RUN, *options], load_recipe(*TINY_RUN)).config)
+    copied = CopiedRun(components.source, folder / "run", folder / "copies", {*KILLED})
+    components = dataclasses.replace(components, source=copied)
+    Trainer(components).train(RunFolder(folder / "run"), progress_bar=False)
     return folder
 
 
@@ -149,7 +150,7 @@ def observed(state) -> dict:
         ],
         "loss scale": (state.scaler.get_scale(), state.scaler.state_dict()["_growth_tracker"]),
         "skipped": state.skipped.tolist(),
-        "position": vars(state.position).copy(),
+        "position": vars(state.progress).copy(),
         "schedule": vars(state.span).copy(),
         "best": state.best and vars(state.best).copy(),
         "log interval": {k: v.clone() for k, v in vars(state.meter).items() if k in SUMS}
@@ -171,8 +172,8 @@ def test_a_loaded_state_is_the_saved_one_in_everything(tmp_path):
     run_steps(state, [a_batch(seed=1), a_batch(seed=2, poisoned=True)])
     state.meter.read()  # the NaN of the skipped step
     run_steps(state, [a_batch(seed=3)])
-    state.position.validation_due, state.position.seconds = True, 12.5
-    state.position.epoch = 1
+    state.progress.validation_due, state.progress.seconds = True, 12.5
+    state.progress.epoch = 1
     state.span.batch_size, state.span.start, state.span.phase = 8, 3.0, 0.25
     state.best = Best(2, 0.625)
     state.ema_copied_until = 1

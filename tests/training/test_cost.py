@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import components_of
 from torch import nn
 
 from bdkd.cli import main
 from bdkd.config import load_recipe
+from bdkd.device import PEAKS, peak_flops, peak_memory_mib, peak_of, set_flags
+from bdkd.engine.cost import cost_of, costs
 from bdkd.models import create_model
-from bdkd.training.cost import cost_of, costs
-from bdkd.training.device import PEAKS, peak_flops, peak_memory_mib, peak_of, set_flags
-from bdkd.training.setup import Setup
 
 
 def a_network() -> nn.Module:
@@ -85,15 +85,15 @@ def test_the_memory_is_what_a_real_forward_pass_keeps(dtype):
 
 
 def test_counting_leaves_the_networks_and_the_random_state_alone():
-    setup = Setup(load_recipe("digits"))
-    before, state = copy.deepcopy(setup.networks.state_dict()), torch.get_rng_state()
-    found = costs(setup)
+    components = components_of(load_recipe("digits"))
+    before, state = copy.deepcopy(components.networks.state_dict()), torch.get_rng_state()
+    found = costs(components)
     assert list(found) == ["teacher", "student"]
     assert found["teacher"].step > found["student"].step > 0
     assert torch.equal(torch.get_rng_state(), state)
-    for key, value in setup.networks.state_dict().items():
+    for key, value in components.networks.state_dict().items():
         assert torch.equal(value, before[key]), key
-    assert costs(setup, (16, 16))["teacher"].forward > 3 * found["teacher"].forward
+    assert costs(components, (16, 16))["teacher"].forward > 3 * found["teacher"].forward
 
 
 def test_the_plan_tells_operations_and_hours(capsys, tmp_path, monkeypatch):

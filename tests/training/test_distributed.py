@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from rank_checks import CLIP_NORM, LARGEST, main
+from small_runs import components_of
 
 from bdkd.config import ObjectiveConfig, load_recipe
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.networks import parallelize
 from bdkd.errors import UsageError
-from bdkd.training.distributed import Ranks
-from bdkd.training.setup import Setup
 
 SEVERAL = range(2, LARGEST + 1)
 
@@ -74,6 +75,30 @@ def test_evaluation_gives_the_same_figures_however_many_ranks(check, world, foun
     assert [(r["count"], r["top1"], r["bin_count"]) for r in several.values()] == counts
 
 
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("check", ["predictions", "predictions_of_three", "predictions_sharded"])
+def test_one_pass_gives_the_same_predictions_however_many_ranks(check, world, found):
+    one, several = found[f"{check}-1"], found[f"{check}-{world}"]
+    assert one.keys() == several.keys()
+    for key, value in one.items():
+        if isinstance(value, dict):
+            assert_close(several[key], value)
+        elif value.is_floating_point():
+            torch.testing.assert_close(several[key], value, rtol=1e-6, atol=1e-3 * ("feat" in key))
+        else:
+            assert torch.equal(several[key], value), key
+
+
+def assert_close(came: dict, needed: dict) -> None:
+    """Numbers in nested dictionaries."""
+    assert came.keys() == needed.keys()
+    for key, value in needed.items():
+        if isinstance(value, dict):
+            assert_close(came[key], value)
+        else:
+            assert came[key] == pytest.approx(value, rel=1e-8)
+
+
 @pytest.mark.parametrize("world", range(1, LARGEST + 1))
 def test_a_nan_on_one_rank_skips_the_step_on_all(world, found):
     came = found[f"poisoned-{world}"]
@@ -133,22 +158,27 @@ def test_what_does_not_suit_so_many_ranks_is_refused(changes, said):
         value = dataclasses.replace(getattr(recipe, key), **values)
         recipe = dataclasses.replace(recipe, **{key: value})
     with pytest.raises(UsageError, match=said):
-        Setup(recipe, ranks=Ranks(0, 3))
-    assert Setup(recipe).sharded == []  # alone all of it is in order
+        components_of(recipe, context=DistributedContext(0, 3))
+    assert components_of(recipe).sharded == []  # alone all of it is in order
 
 
 def test_batch_norms_over_all_ranks_keep_the_answers_and_the_checkpoints(monkeypatch):
     """torch trains them on GPUs alone: on a CPU they are refused, which is left out here, and in
     evaluation they must be the batch norms that they replace."""
-    monkeypatch.setattr("bdkd.training.setup.check_ranks", lambda *_: None)
+    monkeypatch.setattr("bdkd.engine.components.check_requirements", lambda *_: None)
     recipe = load_recipe("digits")
     synced = dataclasses.replace(recipe.distributed, sync_batch_norm=True)
     group = object()
-    several = Setup(
+    several = components_of(
         dataclasses.replace(recipe, distributed=synced),
-        ranks=Ranks(0, 2, group=group),  # type: ignore[arg-type]
+        DistributedContext(0, 2, group=group),  # type: ignore[arg-type]
     )
-    own = Setup(recipe, ranks=Ranks(0, 2))
+    own = components_of(recipe, context=DistributedContext(0, 2))
+    for components in (several, own):
+        parallelize(
+            components.networks, [], components.context, components.recipe.distributed,
+            components.device, ddp=False,
+        )  # fmt: skip
     for name, network in several.networks.members.items():
         norms = [m for m in network.modules() if hasattr(m, "running_mean")]
         plain = [m for m in own.networks.members[name].modules() if hasattr(m, "running_mean")]
@@ -158,7 +188,7 @@ def test_batch_norms_over_all_ranks_keep_the_answers_and_the_checkpoints(monkeyp
     several.networks.load_state_dict(own.networks.state_dict())
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
-        logits = [setup.networks.eval()((images,)) for setup in (several, own)]
+        logits = [components.networks.eval()((images,)) for components in (several, own)]
     torch.testing.assert_close(*logits)
 
 
@@ -168,7 +198,7 @@ import torch
 import torch.distributed as dist
 from bdkd import cli
 from bdkd.errors import RunError
-from bdkd.training.distributed import join_ranks
+from bdkd.distributed.launch import init_distributed as join_ranks
 
 class Slow:
     def __del__(self):  # in the interpreter's own end, which lets other threads run meanwhile
@@ -188,10 +218,10 @@ def command(given):
     global held  # as the trainer's objects hold them
     with join_ranks(60, "cpu") as ranks:
         held = ranks
-        if not ranks.first:
+        if not ranks.is_rank0:
             time.sleep(1)  # the first rank is ending when its exchange comes about
         work = dist.all_reduce(torch.ones(3), group=ranks.control, async_op=True)
-        if not ranks.first:
+        if not ranks.is_rank0:
             work.wait()
         if given == ["fails"]:
             raise RunError("no space left")

@@ -9,7 +9,7 @@ from torch import nn
 from bdkd.data import WHOLE, Batch, DataInfo
 from bdkd.errors import RunError
 from bdkd.evaluation.calibration import Calibration
-from bdkd.training.evaluate import evaluate
+from bdkd.evaluation.predict import Evaluator
 
 
 class Points:
@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_one_pass_by_hand(split, precision):
         name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in members.items()
     }
     drawn = torch.get_rng_state()
-    results = evaluate(members, source, split, 7, precision)  # type: ignore[arg-type]
+    results = Evaluator(members, source, 7, precision).evaluate(split)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), drawn)
     assert (members["teacher"].training, members["student"].training) == (True, False)
     assert list(results) == ["teacher", "student"]
@@ -78,4 +78,4 @@ def test_the_figures_are_those_of_one_pass_by_hand(split, precision):
 
 def test_nothing_held_out_says_what_to_do():
     with pytest.raises(RunError, match=r"no val images .*data.validation is 0.*--split test"):
-        evaluate(networks(), Points(val=0), "val", 8, "fp32")  # type: ignore[arg-type]
+        Evaluator(networks(), Points(val=0), 8, "fp32").evaluate("val")  # type: ignore[arg-type]

@@ -13,12 +13,12 @@ import pytest
 from launches import TINY, Launch
 from small_runs import SMALL
 
-import bdkd.training.run_folder as run_folder
+import bdkd.runs.folder as run_folder
 from bdkd.cli import main
+from bdkd.distributed.context import DistributedContext
 from bdkd.errors import RunError
-from bdkd.training.checkpoint import BackgroundWriter, load_checkpoint
-from bdkd.training.distributed import Ranks
-from bdkd.training.run_folder import RunFolder
+from bdkd.runs.checkpoint import BackgroundWriter, load_checkpoint
+from bdkd.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -197,7 +197,7 @@ def test_torchrun_passes_a_signal_on_and_all_ranks_save_and_end(number, tmp_path
 )
 def test_a_signal_ends_the_process_in_time(script, code, said):
     program = (
-        "import os, signal, time\nfrom bdkd.training import signals\nme = os.getpid()\n"
+        "import os, signal, time\nfrom bdkd.runs import signals\nme = os.getpid()\n"
         f"with signals.StopRequest(grace=0.5) as stop:\n    {script}\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -223,21 +223,23 @@ class Store:
 
 
 def test_the_ranks_that_do_not_report_are_named(monkeypatch):
-    monkeypatch.setattr("bdkd.training.distributed._REPORT_SECONDS", 0.1)
+    monkeypatch.setattr("bdkd.distributed.context._REPORT_SECONDS", 0.1)
     hosts = {f"host/{rank}": f"node{rank // 2}" for rank in range(4)}
-    ranks = Ranks(0, 4, store=Store({**hosts, "lost/2": "step 7"}), timeout=30)  # type: ignore[arg-type]
-    ranks.place = "step 7"
-    line = ranks.who_is_missing()
+    ranks = DistributedContext(0, 4, store=Store({**hosts, "lost/2": "step 7"}), timeout=30)  # type: ignore[arg-type]
+    ranks.location = "step 7"
+    line = ranks.describe_missing_ranks()
     assert line.startswith("rank 1 on node0, rank 3 on node1: ended, or no answer for 30 s")
     assert "step 7" in line
     everyone = Store({**hosts, **{f"lost/{rank}": "step 7" for rank in range(4)}})
-    assert "network" in Ranks(0, 4, store=everyone).who_is_missing()  # type: ignore[arg-type]
+    assert "network" in DistributedContext(0, 4, store=everyone).describe_missing_ranks()  # type: ignore[arg-type]
 
 
 def test_only_a_lost_rank_is_taken_for_one():
-    several = Ranks(0, 2)
-    assert several.lost(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
-    assert several.lost(RuntimeError("Application timeout caused pair closure"))
-    assert not several.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not several.lost(ValueError("gloo"))
-    assert not Ranks().lost(RuntimeError("gloo"))
+    several = DistributedContext(0, 2)
+    assert several.is_rank_lost(
+        RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    )
+    assert several.is_rank_lost(RuntimeError("Application timeout caused pair closure"))
+    assert not several.is_rank_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not several.is_rank_lost(ValueError("gloo"))
+    assert not DistributedContext().is_rank_lost(RuntimeError("gloo"))

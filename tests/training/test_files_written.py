@@ -12,17 +12,15 @@ import torch
 from small_runs import Tiny
 from torch import nn
 
+from bdkd.engine.state import snapshot
 from bdkd.errors import RunError
-from bdkd.training.checkpoint import (
+from bdkd.runs.checkpoint import (
     load_checkpoint,
-    load_weights,
-    mismatched_keys,
-    network_weights,
     save_checkpoint,
-    snapshot,
     write_atomically,
 )
-from bdkd.training.run_folder import RunFolder, to_json
+from bdkd.runs.folder import RunFolder, to_json
+from bdkd.runs.weights import load_weights, mismatched_keys, network_weights
 
 
 def test_until_a_file_is_whole_its_name_has_the_old_content(tmp_path):

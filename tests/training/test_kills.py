@@ -11,7 +11,7 @@ from launches import Launch, steps_done
 from small_runs import TINY_RUN, metrics, same
 
 from bdkd.cli import main
-from bdkd.training.checkpoint import load_checkpoint
+from bdkd.runs.checkpoint import load_checkpoint
 
 KILLS = 4
 COMMON = [*TINY_RUN, "--checkpoint.every-steps", "2"]

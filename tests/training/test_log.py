@@ -14,7 +14,7 @@ import pytest
 
 from bdkd.config import load_recipe
 from bdkd.errors import RunError
-from bdkd.training.log import Console, check_sinks, flat_scalars, open_sinks
+from bdkd.runs.log import Console, check_sinks, flat_scalars, open_sinks
 
 
 def test_a_line_becomes_named_scalars():
@@ -116,7 +116,7 @@ def test_a_line_for_a_pipe(capsys):
 def test_a_line_comes_through_a_pipe_at_once(call):
     """Not when the buffer is full or the run ends: whoever follows a log sees where it is."""
     code = (
-        "import sys\nfrom bdkd.training.log import Console\n"
+        "import sys\nfrom bdkd.runs.log import Console\n"
         f"Console(9, 0, bar=False).{call}\nsys.stdin.read()"
     )
     buffered = {key: x for key, x in os.environ.items() if key != "PYTHONUNBUFFERED"}

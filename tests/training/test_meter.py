@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bdkd.training.meter import TrainingMeter
+from bdkd.engine.meter import StepOutput, TrainingMeter
 
 # Of very different quality, so that nothing of one network can pass for another's: the first is
 # right and sure, the second unsure, the third sure and wrong.
@@ -79,7 +79,7 @@ def expected(parts: list, classes: int) -> dict:
 
 def fill(meter: TrainingMeter, parts: list) -> None:
     for logits, target, _, losses, statistics in parts:
-        meter.update(logits, target, losses, statistics, STEP_SAMPLES)
+        meter.update(StepOutput(target, logits, losses, statistics), STEP_SAMPLES)
 
 
 def assert_close(came: dict, plain: dict) -> None:

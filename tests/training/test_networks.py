@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from bdkd.config import NetworkConfig, OptimizerConfig
+from bdkd.engine.networks import Networks, SavedBuffers, build_networks
+from bdkd.engine.optim import build_optimizer
 from bdkd.models import create_model
-from bdkd.training.networks import Networks, SavedBuffers, build_networks, build_optimizer
 
 
 class Times(nn.Module):

@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 import pytest
+from small_runs import components_of
 
 from bdkd.cli.evaluate import run as evaluate
 from bdkd.config import load_recipe
 from bdkd.errors import RunError, UsageError
-from bdkd.training.loop import train
-from bdkd.training.run_folder import RunFolder
-from bdkd.training.setup import Setup
+from bdkd.runs.folder import RunFolder
+from bdkd.trainer import Trainer
 
 
 def recipe_without_validation(select: str, run_dir: str):
@@ -29,9 +29,9 @@ def recipe_without_validation(select: str, run_dir: str):
 def test_all_images_train_and_the_last_weights_are_tested(tmp_path, capsys):
     recipe = recipe_without_validation("last", str(tmp_path / "run"))
     whole = dataclasses.replace(recipe.data, train_images=None)
-    setup = Setup(dataclasses.replace(recipe, data=whole))
-    assert setup.source.info.counts == {"train": 1438, "val": 0, "test": 359}
-    summary = train(Setup(recipe), RunFolder(tmp_path / "run"), "never")
+    components = components_of(dataclasses.replace(recipe, data=whole))
+    assert components.source.info.counts == {"train": 1438, "val": 0, "test": 359}
+    summary = Trainer(components_of(recipe)).train(RunFolder(tmp_path / "run"))
     assert summary["selected_step"] == 8
     assert summary["split"] == "test"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -46,4 +46,4 @@ def test_all_images_train_and_the_last_weights_are_tested(tmp_path, capsys):
 
 def test_there_is_no_best_without_a_validation_part(tmp_path):
     with pytest.raises(UsageError, match=r"train.select must be last where data.validation is 0"):
-        Setup(recipe_without_validation("best", str(tmp_path)))
+        components_of(recipe_without_validation("best", str(tmp_path)))

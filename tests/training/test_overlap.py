@@ -3,16 +3,17 @@ streams that a CPU has in name, and on a GPU's own."""
 
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import Tiny, tiny_state
-from test_step import a_batch, everything, objective_of
+from small_runs import Tiny, objective_of, tiny_recipe, tiny_state, trainer_of
+from test_step import a_batch, everything
 
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.requirements import check_requirements
+from bdkd.engine.step import Streams, overlapped
 from bdkd.errors import UsageError
-from bdkd.training.overlap import Streams, check, overlapped
-from bdkd.training.step import train_step
+from bdkd.objectives import create_objective
 
 CPU = torch.device("cpu")
 
@@ -53,7 +54,7 @@ def test_networks_wait_for_the_batch_and_the_loss_for_all_networks(monkeypatch):
     steps = [[f"{name} {step}" for name in ("batch", "a", "b", "c", "loss")] for step in (0, 1)]
     for batch, *networks, loss in steps:
         device.work(batch)
-        assert len(streams.run([partial(device.work, name) for name in networks])) == 3
+        assert len(streams.run_all([partial(device.work, name) for name in networks])) == 3
         device.work(loss)
     for batch, *networks, loss in steps:
         for name in networks:
@@ -63,20 +64,19 @@ def test_networks_wait_for_the_batch_and_the_loss_for_all_networks(monkeypatch):
     assert "loss 0" in device.after["c 1"], "memory of the step before may be used again"
 
 
-def a_run(device: torch.device):
+def a_run():
     state = tiny_state(ema_decay=0.9)
-    setup = SimpleNamespace(device=device, networks=state.networks)
     state.networks.train()
-    return state, overlapped(setup)
+    return state, trainer_of(state)
 
 
 def test_trains_as_one_after_the_other():
-    plain, _ = a_run(CPU)
-    other, passes = a_run(CPU)
-    objective = objective_of(plain)
+    plain, one_by_one = a_run()
+    other, trainer = a_run()
+    trainer.forward_backward = overlapped(other, objective_of(other))
     for seed in range(4):
-        train_step(plain, objective, a_batch(seed=seed), plain.recipe.train)
-        train_step(other, objective, a_batch(seed=seed), other.recipe.train, passes)
+        one_by_one.train_step(a_batch(seed=seed))
+        trainer.train_step(a_batch(seed=seed))
     expected = everything(plain)
     for key, value in everything(other).items():
         assert torch.equal(value, expected[key]), key
@@ -91,7 +91,7 @@ def test_real_streams_give_the_same_logits_and_gradients():
     for seed in range(50):  # a missing wait shows now and then
         images = a_batch(4096, seed=seed).views[0].to(device)
         results = []
-        for run in (streams.run, lambda calls: [call() for call in calls]):
+        for run in (streams.run_all, lambda calls: [call() for call in calls]):
             logits = run([partial(network, images * 2) for network in networks])
             (logits[0] * logits[1].detach()).sum().add((logits[1] ** 2).sum()).backward()
             gradients = [p.grad.clone() for network in networks for p in network.parameters()]
@@ -101,22 +101,23 @@ def test_real_streams_give_the_same_logits_and_gradients():
         torch.testing.assert_close(*results)
 
 
-def a_setup(device="cuda", alone=True, compiles=False):
-    return SimpleNamespace(
-        device=torch.device(device), ranks=SimpleNamespace(alone=alone),
-        recipe=SimpleNamespace(train=SimpleNamespace(compile=compiles)),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("setup", "message"),
+    ("device", "world_size", "compiles", "message"),
     [
-        (a_setup(device="cpu"), r"on a GPU \(device is cpu\)"),
-        (a_setup(alone=False), "with one rank"),
-        (a_setup(compiles=True), r"without train\.compile"),
+        ("cpu", 1, False, r"on a GPU \(device is cpu\)"),
+        ("cuda", 2, False, "with one rank"),
+        ("cuda", 1, True, r"without train\.compile"),
+        ("cuda", 1, False, None),
     ],
 )
-def test_where_there_is_one_order_it_is_refused(setup, message):
-    check(a_setup())
-    with pytest.raises(UsageError, match=message):
-        check(setup)
+def test_where_there_is_one_order_it_is_refused(device, world_size, compiles, message):
+    recipe = tiny_recipe(train={"overlap": True, "compile": compiles})
+    given = (
+        recipe, torch.device(device), DistributedContext(0, world_size),
+        create_objective(recipe.objective, recipe.networks),
+    )  # fmt: skip
+    if message is None:
+        check_requirements(*given)
+        return
+    with pytest.raises(UsageError, match=f"train.overlap can be true only {message}"):
+        check_requirements(*given)

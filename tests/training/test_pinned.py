@@ -16,20 +16,20 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 import torch
+from small_runs import components_of, trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdkd.config import DataConfig, SyntheticConfig, load_recipe, shipped_recipes
 from bdkd.data.base import Shard, epoch_order, mix_seed
 from bdkd.data.imagenet.draws import draws
 from bdkd.data.in_memory import Images, InMemory
-from bdkd.training.evaluate import evaluate
-from bdkd.training.setup import Setup
-from bdkd.training.state import TrainingState
-from bdkd.training.step import train_step
+from bdkd.engine.components import Components
+from bdkd.engine.state import TrainingState
+from bdkd.evaluation.predict import Evaluator
 
 
 def small_setup(recipe_name: str = "digits", *, model: str | None = None, options=None, **train):
-    """Return the setup of a shipped recipe on 120 synthetic images, with its networks or others."""
+    """Return the components of a shipped recipe on 120 synthetic images."""
     recipe = load_recipe(recipe_name)
     if model is not None:
         recipe = dataclasses.replace(
@@ -46,12 +46,11 @@ def small_setup(recipe_name: str = "digits", *, model: str | None = None, option
         device="cpu",
         train=dataclasses.replace(recipe.train, batch_size=12, precision="fp32", **train),
     )
-    return Setup(recipe)
+    return components_of(recipe)
 
 
-def state_of(setup: Setup) -> TrainingState:
-    images = setup.source.info.counts["train"]
-    return TrainingState(setup.recipe, setup.networks, images, torch.device("cpu"))
+def state_of(components: Components) -> TrainingState:
+    return TrainingState(components)
 
 
 # --- the optimizer's groups -----------------------------------------------------------------------
@@ -68,26 +67,26 @@ RESNET8_NORMS = (
 )
 
 
-def named_groups(setup: Setup) -> list[tuple[str, float, float, list[str]]]:
+def named_groups(components: Components) -> list[tuple[str, float, float, list[str]]]:
     """Network, weight decay, peak rate and names of the parameters of each group."""
-    names = {id(p): name for name, p in setup.networks.named_parameters()}
+    names = {id(p): name for name, p in components.networks.named_parameters()}
     return [
         (
             group["network"], group["weight_decay"], group["peak_rate"],
             [names[id(p)].removeprefix(f"members.{group['network']}.") for p in group["params"]],
         )
-        for group in state_of(setup).optimizer.param_groups
+        for group in state_of(components).optimizer.param_groups
     ]  # fmt: skip
 
 
 def test_the_groups_of_digits_by_name():
     """The teacher comes first; norms and biases have no weight decay."""
-    setup = small_setup(model="resnet8")
+    components = small_setup(model="resnet8")
     decayed = [f"{layer}.weight" for layer in RESNET8.split()]
     not_decayed = [
         f"{norm}.{kind}" for norm in RESNET8_NORMS.split() for kind in ("weight", "bias")
     ]
-    assert named_groups(setup) == [
+    assert named_groups(components) == [
         (name, decay, 0.1, names)
         for name in ("teacher", "student")
         for decay, names in ((5e-4, decayed), (0.0, [*not_decayed, "classifier.bias"]))
@@ -229,7 +228,7 @@ def test_the_splits_and_wrong_labels_of_digits():
     recipe = load_recipe("digits-hard")
     found = {}
     for seed in (0, 1):
-        source = Setup(dataclasses.replace(recipe, seed=seed, device="cpu")).source
+        source = components_of(dataclasses.replace(recipe, seed=seed, device="cpu")).source
         found[seed] = {
             split: (len(images.labels), zlib.crc32(bytes(images.labels.tolist())))
             for split, images in source.splits.items()
@@ -261,7 +260,7 @@ def test_the_weights_of_a_seed(seed):
     """The teacher's are drawn before the student's. Rounded: a logarithm or cosine of another
     library may differ in its last bits."""
     recipe = dataclasses.replace(load_recipe("digits"), seed=seed, device="cpu")
-    members = Setup(recipe).networks.members
+    members = components_of(recipe).networks.members
     came = [
         value
         for name in ("teacher", "student")
@@ -304,36 +303,36 @@ class RandomOperators(TorchDispatchMode):
                 yield self
 
 
-def first_batch(setup: Setup):
-    views = setup.objective.views
-    return next(setup.source.train_batches(0, 0, setup.recipe.train.batch_size, views))
+def first_batch(components: Components):
+    views = components.objective.views
+    return next(components.source.train_batches(0, 0, components.recipe.train.batch_size, views))
 
 
 def test_networks_are_called_in_the_recipes_order_part_by_part():
     """Batch norm's statistics and dropout depend on it."""
-    setup = small_setup(model="resnet8", options={"width": 0.1}, accumulate=2)
+    components = small_setup(model="resnet8", options={"width": 0.1}, accumulate=2)
     order = []
-    for name, network in setup.networks.members.items():
+    for name, network in components.networks.members.items():
         network.register_forward_hook(lambda *_, name=name: order.append(name))
-    state = state_of(setup)
+    state = state_of(components)
     state.networks.train()
-    train_step(state, setup.objective, first_batch(setup), setup.recipe.train)
+    trainer_of(state, components.objective).train_step(first_batch(components))
     assert order == ["teacher", "student", "teacher", "student"]
 
 
 def test_the_order_of_random_draws_in_a_step():
     """The epoch's order and the augmentation have generators of their own; dropout, network by
     network, draws from the one that a checkpoint saves."""
-    setup = small_setup(model="wrn_10_1", options={"dropout": 0.3}, accumulate=2)
-    data = dataclasses.replace(setup.recipe.data, crop=1, flip=True, cutout=2)
-    setup.source.config = data
-    state = state_of(setup)
+    components = small_setup(model="wrn_10_1", options={"dropout": 0.3}, accumulate=2)
+    data = dataclasses.replace(components.recipe.data, crop=1, flip=True, cutout=2)
+    components.source.config = data
+    state = state_of(components)
     state.networks.train()
     before = torch.get_rng_state()
-    with RandomOperators().watch(setup.networks.members) as record:
-        batch = first_batch(setup)
+    with RandomOperators().watch(components.networks.members) as record:
+        batch = first_batch(components)
         assert torch.equal(torch.get_rng_state(), before)
-        train_step(state, setup.objective, batch, setup.recipe.train)
+        trainer_of(state, components.objective).train_step(batch)
     # The data, then network by network, part by part; however often each of them draws
     order = [place for place, _ in itertools.groupby(record.seen)]
     assert order == ["data", "teacher", "student", "teacher", "student"]
@@ -341,10 +340,10 @@ def test_the_order_of_random_draws_in_a_step():
 
 def test_nothing_else_draws():
     """Without dropout a step leaves the saved random state alone, and an evaluation always does."""
-    setup = small_setup(model="resnet8", options={"width": 0.1}, ema_decay=0.9)
-    state = state_of(setup)
+    components = small_setup(model="resnet8", options={"width": 0.1}, ema_decay=0.9)
+    state = state_of(components)
     state.networks.train()
     before = torch.get_rng_state()
-    train_step(state, setup.objective, first_batch(setup), setup.recipe.train)
-    evaluate(state.evaluated_networks(), setup.source, "val", 12, "fp32")
+    trainer_of(state, components.objective).train_step(first_batch(components))
+    Evaluator(state.evaluated_networks(), components.source, 12, "fp32").evaluate("val")
     assert torch.equal(torch.get_rng_state(), before)

@@ -4,20 +4,20 @@ import dataclasses
 import re
 
 import pytest
-from small_runs import TINY_RUN
+from small_runs import TINY_RUN, components_of
 
 from bdkd.cli.train import parse
 from bdkd.config import load_recipe
-from bdkd.training.cost import costs
-from bdkd.training.plan import mebibytes, plan
-from bdkd.training.setup import Setup
+from bdkd.engine.components import Components
+from bdkd.engine.cost import costs
+from bdkd.runs.plan import mebibytes, plan
 
 
-def planned(*options: str) -> tuple[Setup, str]:
+def planned(*options: str) -> tuple[Components, str]:
     """A run whose networks differ in size, and its plan."""
     small = ["--networks.teacher.options", "width", "0.25"]
-    setup = Setup(parse([*TINY_RUN, *small, *options], load_recipe(*TINY_RUN)).config)
-    return setup, plan(setup)
+    components = components_of(parse([*TINY_RUN, *small, *options], load_recipe(*TINY_RUN)).config)
+    return components, plan(components)
 
 
 # Copies of a network's size, four bytes a value: weights, gradients, and what the optimizer keeps.
@@ -40,11 +40,11 @@ def test_memory_is_weights_gradients_moments_averages_and_activations(options, c
     """Activations are those of one part of a batch of four."""
     if "--networks.teacher.frozen" in options:
         options = [*options, "--objective.name", "independent"]
-    setup, text = planned(*options)
+    components, text = planned(*options)
     parts = 2 if "--train.accumulate" in options else 1
     needed = sum(
         4 * cost.parameters * copies[name] + cost.kept * 4 // parts
-        for name, cost in costs(setup).items()
+        for name, cost in costs(components).items()
     )
     assert f"memory     about {mebibytes(needed)}:" in text
 
@@ -52,13 +52,14 @@ def test_memory_is_weights_gradients_moments_averages_and_activations(options, c
 def test_steps_and_hours():
     """48 images, batches of 5: nine steps an epoch, the rest of an epoch is dropped."""
     options = ["--train.batch-size", "5", "--train.epochs", "4", "--seed", "3"]
-    setup, text = planned(*options)
+    components, text = planned(*options)
     assert "seed 3, on cpu" in text
     assert "steps      9 an epoch, 4 epochs, 36 in all; batch 5 in 1 part, fp32" in text
-    assert "0.05 hours at 1 images/s" in plan(setup, 1.0)  # 36 * 5 / 3600
+    assert "0.05 hours at 1 images/s" in plan(components, 1.0)  # 36 * 5 / 3600
     for limit, stop, hours in ((18, 18, "0.03"), (100, 36, "0.05")):
-        setup.recipe = dataclasses.replace(setup.recipe, max_steps=limit)
-        text = plan(setup, 1.0)
+        limited = dataclasses.replace(components.recipe, max_steps=limit)
+        components = dataclasses.replace(components, recipe=limited)
+        text = plan(components, 1.0)
         assert f"36 in all, stopping after {stop}; batch 5" in text
         assert f"{hours} hours at 1 images/s" in text
 
@@ -66,8 +67,8 @@ def test_steps_and_hours():
 def test_units():
     assert mebibytes(3 * 2**20 // 2) == "1.5 MiB"
     assert mebibytes(5 * 2**30) == "5,120.0 MiB"
-    setup, text = planned()
-    step = sum(cost.step for cost in costs(setup).values())
+    components, text = planned()
+    step = sum(cost.step for cost in costs(components).values())
     said = re.search(r"operations ([\d.]+) MFLOP an image .*, ([\d.]+) MFLOP a step", text)
     assert said is not None
     assert float(said[1]) == pytest.approx(step / 1e6, rel=5e-3)

@@ -11,10 +11,9 @@ from small_runs import Tiny
 from torch import nn
 
 from bdkd.config import load_recipe
-from bdkd.data import Batch, DataInfo, create_source
+from bdkd.data import WHOLE, Batch, DataInfo, create_source
+from bdkd.evaluation.predict import Evaluator
 from bdkd.models import create_model
-from bdkd.training.evaluate import evaluate
-from bdkd.training.predictions import predict
 
 
 class Unpooled(nn.Module):
@@ -46,9 +45,9 @@ def test_answers_are_those_of_the_metrics(source, batch_size):
     assert torch.equal(torch.get_rng_state(), before)
     assert networks["net"].training
     assert not networks["plain"].training
-    results = evaluate(
-        {name: networks[name] for name in ("net", "plain")}, source, "test", batch_size, "fp32"
-    )
+    results = Evaluator(
+        {name: networks[name] for name in ("net", "plain")}, source, batch_size, "fp32"
+    ).evaluate("test")
     count = source.info.counts["test"]
     assert kept.target.shape == (count,)
     assert len(kept.classes) == 10
@@ -74,16 +73,21 @@ def test_answers_are_those_of_the_metrics(source, batch_size):
     assert np.isfinite(broken.features).all()
 
 
-class Points:
-    """Images of one pixel, of two classes."""
+def predict(networks, source, split, batch_size, precision):
+    evaluator = Evaluator(networks, source, batch_size, precision)
+    return evaluator.run(split, keep_predictions=True).predictions()
 
-    def __init__(self, values: torch.Tensor, target: torch.Tensor) -> None:
+
+class Points:
+    """Images of one pixel, of the first two classes."""
+
+    def __init__(self, values: torch.Tensor, target: torch.Tensor, classes: str = "abc") -> None:
         self.values, self.target = values, target
         fields = dict.fromkeys(DataInfo.__dataclass_fields__)
         counts = {"train": 0, "val": 0, "test": len(values)}
-        self.info = DataInfo(**{**fields, "classes": ("a", "b"), "counts": counts})
+        self.info = DataInfo(**{**fields, "classes": tuple(classes), "counts": counts})
 
-    def eval_batches(self, split, batch_size):
+    def eval_batches(self, split, batch_size, shard=WHOLE):
         assert split == "test"
         for start in range(0, len(self.values), batch_size):
             part = slice(start, start + batch_size)
@@ -131,7 +135,7 @@ def test_the_class_is_that_of_the_logits_where_probabilities_round():
         def forward(self, x):
             return torch.stack((0 * x, 0 * x + 1e-30), 1)
 
-    source = Points(torch.zeros(3), torch.tensor([0, 1, 1]))
+    source = Points(torch.zeros(3), torch.tensor([0, 1, 1]), "ab")
     kept = predict({"close": Close()}, source, "test", 2, "fp32").networks["close"]
     assert kept.predicted.tolist() == [1, 1, 1]
     assert kept.confidence.tolist() == [0.5] * 3

@@ -7,20 +7,18 @@ import time
 
 import pytest
 import torch
-from small_runs import SMALL, bdkd, tiny_state
-from test_step import a_batch, objective_of
+from small_runs import SMALL, bdkd, objective_of, tiny_state, trainer_of
+from test_step import a_batch
 
-from bdkd.training import profile
-from bdkd.training.profile import (
+from bdkd.engine.ranges import is_recording, named_range
+from bdkd.runs.profile import (
     IDLE,
     OTHER,
     SETTLING_STEPS,
     StepProfiler,
-    named_range,
     table,
     where_time_goes,
 )
-from bdkd.training.step import train_step
 
 # In the order of a step; what has no name comes last.
 RANGES = [
@@ -39,7 +37,7 @@ def profiled(folder, steps: int, remaining: int, done: int, **options) -> list[s
         for seed in range(done):
             with named_range("data wait"):
                 batch = a_batch(seed=seed)
-            train_step(state, objective, batch, state.recipe.train)
+            trainer_of(state, objective).train_step(batch)
             p.step()
     return said
 
@@ -169,7 +167,7 @@ def test_without_a_profiler_a_range_is_one_shared_nothing(tmp_path):
 def test_a_run_that_ends_while_recording_leaves_no_half_profile(tmp_path):
     assert profiled(tmp_path, steps=3, remaining=3, done=2) == []
     assert list(tmp_path.iterdir()) == []
-    assert profile._recorded is None
+    assert not is_recording()
     assert profiled(tmp_path, steps=1, remaining=1, done=1)  # and the profiler is free again
 
 
@@ -193,7 +191,7 @@ def test_training_goes_on_where_the_profile_cannot_be_written(tmp_path, which):
         (tmp_path / which).mkdir()
     (line,) = profiled(tmp_path, steps=1, remaining=3, done=3)
     assert re.match(r"warning: training goes on without the profile: cannot write .*profile", line)
-    assert profile._recorded is None
+    assert not is_recording()
 
 
 def test_a_full_disk_ends_the_profile_and_not_the_run(tmp_path):

@@ -9,7 +9,7 @@ from small_runs import TINY_RUN
 
 from bdkd.cli import main
 from bdkd.config import load_recipe
-from bdkd.training.checkpoint import load_checkpoint
+from bdkd.runs.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

@@ -5,20 +5,22 @@ import socket
 import pytest
 import torch
 
-from bdkd.errors import RunError, UsageError
-from bdkd.training.distributed import (
-    Ranks,
+from bdkd.distributed.context import (
+    DistributedContext,
     _buckets,
-    _by_type,
+    _by_dtype,
     copy_flat,
-    first_rank_speaks,
     flatten,
-    join_ranks,
-    launch_identity,
-    launched,
+)
+from bdkd.distributed.launch import (
+    init_distributed,
+    is_launched,
+    launch_id,
     local_rank,
+    only_rank0_prints,
     report_failure,
 )
+from bdkd.errors import RunError, UsageError
 
 # As torchrun sets them for the third of four ranks, the first one of the second machine.
 LAUNCHED = {
@@ -36,10 +38,10 @@ def environment(monkeypatch):
 
 
 def test_a_rank_takes_the_gpu_of_its_place_on_its_own_machine(environment):
-    assert (launched(), local_rank()) == (False, 0)
+    assert (is_launched(), local_rank()) == (False, 0)
     for name, value in LAUNCHED.items():
         environment(name, value)
-    assert (launched(), local_rank()) == (True, 0)
+    assert (is_launched(), local_rank()) == (True, 0)
     environment("LOCAL_RANK", "1")
     assert local_rank() == 1
 
@@ -51,21 +53,26 @@ def test_variables_that_another_program_set_make_no_launch(left_out, environment
         if name != left_out:
             environment(name, value)
     environment("LOCAL_RANK", "3")
-    assert (launched(), local_rank()) == (False, 0)
-    with join_ranks(1.0, "cpu") as ranks:
-        assert (ranks.rank, ranks.world, ranks.alone, ranks.first) == (0, 1, True, True)
+    assert (is_launched(), local_rank()) == (False, 0)
+    with init_distributed(1.0, "cpu") as ranks:
+        assert (ranks.rank, ranks.world_size, not ranks.is_distributed, ranks.is_rank0) == (
+            0,
+            1,
+            True,
+            True,
+        )
 
 
 def test_a_launch_is_told_from_the_next_one(environment, monkeypatch):
-    assert launch_identity() is None
+    assert launch_id() is None
     environment("TORCHELASTIC_RUN_ID", "job-17")
-    assert launch_identity() == "job-17"
+    assert launch_id() == "job-17"
     environment("TORCHELASTIC_RUN_ID", "none")  # torchrun's name for every launch without one
     ranks = []
     for agent, own in ((100, 101), (100, 102), (200, 201)):
         monkeypatch.setattr("os.getppid", lambda agent=agent: agent)
         monkeypatch.setattr("os.getpid", lambda own=own: own)
-        ranks.append(launch_identity())
+        ranks.append(launch_id())
     assert ranks[0] == ranks[1] != ranks[2]
     assert socket.gethostname() in str(ranks[0])
 
@@ -76,7 +83,7 @@ def test_tensors_of_all_types_and_layouts_travel_as_flat_ones():
         torch.randn(4, 3).T, torch.tensor(2.0), torch.randn(0), torch.arange(4),
         torch.randn(3).double(),
     ]  # fmt: skip
-    groups = _by_type(tensors)
+    groups = _by_dtype(tensors)
     assert [{t.dtype for t in group} for group in groups] == [
         {torch.float32}, {torch.int64}, {torch.float64},
     ]  # fmt: skip
@@ -120,30 +127,30 @@ class Store:
 
 
 def test_every_other_rank_that_is_silent_is_named_with_its_machine(monkeypatch):
-    monkeypatch.setattr("bdkd.training.distributed._REPORT_SECONDS", 0.01)
+    monkeypatch.setattr("bdkd.distributed.context._REPORT_SECONDS", 0.01)
     for rank, silent, named in (
         (2, (0, 3), "rank 0 on node0, rank 3 on node1"),
         (3, (2,), "rank 2 on node1"),
         (0, (), "no single rank is silent: the network"),
     ):
         store = Store(*({0, 1, 2, 3} - {rank, *silent}))
-        ranks = Ranks(rank, 4, store=store, timeout=30)  # type: ignore[arg-type]
-        ranks.place = "step 7"
-        assert ranks.who_is_missing() == (
+        ranks = DistributedContext(rank, 4, store=store, timeout=30)  # type: ignore[arg-type]
+        ranks.location = "step 7"
+        assert ranks.describe_missing_ranks() == (
             f"{named}: ended, or no answer for 30 s (distributed.timeout), while rank {rank} was "
             "at step 7"
         )
 
 
 def test_one_process_asks_nobody():
-    ranks, tensor = Ranks(), torch.tensor([1.0])
-    ranks.sum(tensor)
+    ranks, tensor = DistributedContext(), torch.tensor([1.0])
+    ranks.all_reduce_sum(tensor)
     ranks.average_gradients([tensor])
-    ranks.copy_from_first([tensor])
+    ranks.broadcast_tensors([tensor])
     assert tensor.item() == 1
-    assert ranks.gather("mine") == ["mine"]
-    assert ranks.from_first(lambda: "made") == "made"
-    assert ranks.agree(3, 0) == (3, 0)  # at once: there is no step before to answer
+    assert ranks.gather_objects("mine") == ["mine"]
+    assert ranks.broadcast_from_rank0(lambda: "made") == "made"
+    assert ranks.async_all_reduce_max(3, 0) == (3, 0)  # at once: there is no step before to answer
     assert ranks.shard == (0, 1)
 
 
@@ -154,11 +161,11 @@ def test_one_process_asks_nobody():
 def test_what_all_ranks_find_wrong_is_said_by_the_first_alone(
     rank, error, environment, monkeypatch, capsys
 ):
-    monkeypatch.setattr("bdkd.training.distributed._SPEAK_SECONDS", 0.0)
+    monkeypatch.setattr("bdkd.distributed.launch._SPEAK_SECONDS", 0.0)
     for name, value in {**LAUNCHED, "RANK": rank}.items():
         environment(name, value)
 
-    @first_rank_speaks()
+    @only_rank0_prints()
     def command() -> None:
         print("said")
         raise error
@@ -177,8 +184,8 @@ def test_what_all_ranks_find_wrong_is_said_by_the_first_alone(
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_only_the_first_rank_reports_a_failure_on_the_terminal(rank, environment, monkeypatch):
     """The others have files of their own for it, once a run has begun."""
-    monkeypatch.setattr("bdkd.training.distributed._SPEAK_SECONDS", 0.0)
-    monkeypatch.setattr("bdkd.training.distributed._FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("bdkd.distributed.launch._SPEAK_SECONDS", 0.0)
+    monkeypatch.setattr("bdkd.distributed.launch._FIRST_SECONDS", 0.0)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     for name, value in {**LAUNCHED, "RANK": rank}.items():
         environment(name, value)

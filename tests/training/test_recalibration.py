@@ -7,8 +7,13 @@ from torch import nn
 
 from bdkd.data import WHOLE, Batch, DataInfo
 from bdkd.evaluation.calibration import Calibration
+from bdkd.evaluation.predict import Evaluator
 from bdkd.evaluation.temperature import fit_temperature
-from bdkd.training.recalibration import recalibrate
+
+
+def recalibrate(*arguments) -> dict[str, dict]:
+    evaluator = Evaluator(*arguments)
+    return evaluator.run("test", evaluator.fit_temperatures()).recalibrated()
 
 
 class Source:

@@ -8,11 +8,11 @@ from small_runs import Tiny, tiny_state
 from test_step import a_batch, run_steps
 
 from bdkd.config import OptimizerConfig
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.progress import Progress
 from bdkd.errors import RunError
-from bdkd.training.distributed import Ranks
-from bdkd.training.resume import print_changes, progress, restore
-from bdkd.training.run_folder import RunFolder
-from bdkd.training.state import Position
+from bdkd.runs.folder import RunFolder
+from bdkd.runs.resume import print_changes, restore
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def test_progress_is_told_in_epochs_and_images():
         (1, 0, "1 epoch done"),
         (2, 320, "2 epochs and 320 of 1,000 images done"),
     ):
-        state.position = Position(step=99, epoch=epoch, seen=seen)
-        assert progress(state) == said
+        state.progress = Progress(step=99, epoch=epoch, seen=seen)
+        assert state.progress.describe(state.train_images) == said
 
 
 @pytest.mark.parametrize("images", [999, 1001])
@@ -121,7 +121,7 @@ def test_another_number_of_ranks_is_told(capsys):
     said = capsys.readouterr().out
     assert said.startswith("resuming on 1 rank a run of 4: ")
     assert "normalises over 16 images" in said
-    state.ranks = Ranks(0, 2)
+    state.context = DistributedContext(0, 2)
     print_changes(state, saved)
     said = capsys.readouterr().out
     assert said.startswith("resuming on 2 ranks a run of 1: ")

@@ -6,7 +6,7 @@ import signal
 import pytest
 from small_runs import SMALL, bdkd, interrupt_at, metrics, same
 
-from bdkd.training.checkpoint import load_checkpoint
+from bdkd.runs.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

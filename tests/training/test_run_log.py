@@ -9,17 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import TINY_RUN
+from small_runs import TINY_RUN, components_of
 
 from bdkd.cli import main
 from bdkd.cli.train import parse
 from bdkd.config import load_recipe
 from bdkd.data import Batch
+from bdkd.engine import throughput
+from bdkd.engine.components import Components
 from bdkd.errors import Interrupted, RunError
-from bdkd.training import loop, run_folder, usage
-from bdkd.training.checkpoint import load_checkpoint
-from bdkd.training.run_folder import RunFolder
-from bdkd.training.setup import Setup
+from bdkd.evaluation.predict import Evaluator
+from bdkd.runs import checkpointer, log
+from bdkd.runs import folder as run_folder
+from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.folder import RunFolder
+from bdkd.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -30,8 +34,16 @@ SMALL = [
 ]  # fmt: skip
 
 
-def set_up(*options: str) -> Setup:
-    return Setup(parse([*SMALL, *options], load_recipe(*TINY_RUN)).config)
+def set_up(*options: str) -> Components:
+    return components_of(parse([*SMALL, *options], load_recipe(*TINY_RUN)).config)
+
+
+def with_source(components: Components, source, *arguments) -> Components:
+    return dataclasses.replace(components, source=source(components.source, *arguments))
+
+
+def train(components: Components, run: Path, resume: str = "never") -> dict:
+    return Trainer(components).train(RunFolder(run), resume=resume, progress_bar=False)
 
 
 def lines_of(run: Path, split: str) -> list[dict]:
@@ -63,6 +75,34 @@ def test_when_a_run_logs_evaluates_and_saves(tmp_path):
     assert summary["images_per_second"] == rates[1]  # the median of three
 
 
+@pytest.mark.parametrize("validation", [0.0, 0.1])
+def test_watched_test_images_make_a_curve_and_choose_nothing(validation, tmp_path, monkeypatch):
+    """However good their results are."""
+    evaluate, top1 = Evaluator.evaluate, iter([0.2, 0.9, 0.1, 1.0, 0.3, 1.0])
+
+    def prescribed(self, split):
+        value = next(top1) if validation else 0.5
+        return {k: dataclasses.replace(v, top1=value) for k, v in evaluate(self, split).items()}
+
+    monkeypatch.setattr(Evaluator, "evaluate", prescribed)
+    select = "best" if validation else "last"
+    summary = train(
+        set_up(
+            "--train.epochs", "3", "--data.validation", str(validation), "--watch-test",
+            "--train.select", select,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    watched, validated = lines_of(tmp_path, "test"), lines_of(tmp_path, "val")
+    assert len(watched) == 3
+    assert len(validated) == (3 if validation else 0)
+    assert watched[-1].keys() >= {"step", "epoch", "split", "teacher", "student"}
+    steps = [line["step"] for line in watched]
+    assert summary["selected_step"] == (steps[2] if validation else steps[-1])
+    best = load_checkpoint(RunFolder(tmp_path).step_path(steps[-1]))[1]["best"]
+    assert best == ({"step": steps[2], "top1": 0.3} if validation else None)
+
+
 # --- how long -------------------------------------------------------------------------------------
 
 
@@ -92,11 +132,11 @@ STEP, WAIT, EVALUATION, SAVING = 3.0, 1.0, 100.0, 50.0
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    for module in (loop, usage):
+    for module in (log, checkpointer, throughput):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    monkeypatch.setattr(loop, "train_step", clock.takes(STEP, loop.train_step))
-    monkeypatch.setattr(loop, "evaluate", clock.takes(EVALUATION, loop.evaluate))
-    monkeypatch.setattr(loop, "snapshot", clock.takes(SAVING, loop.snapshot))
+    monkeypatch.setattr(Trainer, "train_step", clock.takes(STEP, Trainer.train_step))
+    monkeypatch.setattr(Evaluator, "evaluate", clock.takes(EVALUATION, Evaluator.evaluate))
+    monkeypatch.setattr(checkpointer, "snapshot", clock.takes(SAVING, checkpointer.snapshot))
     return clock
 
 
@@ -113,13 +153,12 @@ class SlowSource:
     def train_batches(self, *arguments):
         for batch in self.source.train_batches(*arguments):
             self.clock.now += WAIT
-            yield batch.split(2)[0]
+            yield next(batch.micro_batches(2))[0]
 
 
 def timed(clock: Clock, run: Path, resume: str, *options: str) -> dict:
-    setup = set_up(*options)
-    setup.source = SlowSource(setup.source, clock)
-    return loop.train(setup, RunFolder(run), resume, bar=False)
+    components = with_source(set_up(*options), SlowSource, clock)
+    return train(components, run, resume)
 
 
 def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
@@ -128,7 +167,7 @@ def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
     """Evaluations and checkpoints lie within the log intervals; they are no training. The wall time
     counts them, over both sessions of a run that was stopped, and to its end although the student
     of the first evaluation is the best."""
-    evaluate, top1 = loop.evaluate, iter((0.9, 0.5, 0.1))
+    evaluate, top1 = Evaluator.evaluate, iter((0.9, 0.5, 0.1))
 
     def worse_each_time(*arguments):
         value = next(top1)
@@ -137,7 +176,7 @@ def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
             for name, result in evaluate(*arguments).items()
         }
 
-    monkeypatch.setattr(loop, "evaluate", worse_each_time)
+    monkeypatch.setattr(Evaluator, "evaluate", worse_each_time)
     options = ["--train.epochs", "4", "--log-every", "2", "--checkpoint.every-steps", "2"]
     summary = timed(clock, tmp_path, "never", *options, "--max-steps", "6")
     # An epoch ends at steps 3 and 6. Saved at 2, at 3 (the best student), at 4, and at 6, whose own
@@ -192,9 +231,8 @@ def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, ca
     poisoned = {2, 3, 5, 6, 9, 10}
     options = ["--train.epochs", "4", "--train.max-skipped", "3", "--checkpoint.every-steps", "1",
                "--checkpoint.keep", "20"]  # fmt: skip
-    setup, run = set_up(*options), tmp_path / "run"
-    setup.source = PoisonedSource(setup.source, poisoned)
-    loop.train(setup, RunFolder(run), "never", bar=False)
+    run = tmp_path / "run"
+    train(with_source(set_up(*options), PoisonedSource, poisoned), run)
     for line in lines_of(run, "train"):
         assert line["skipped_steps"] == sum(step <= line["step"] for step in poisoned)
     said = capsys.readouterr().out.splitlines()
@@ -203,10 +241,9 @@ def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, ca
     # Within a row nothing is saved.
     saved = {int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*.pt")}
     assert saved == {*range(1, 13)} - poisoned
-    setup = set_up(*options)
-    setup.source = PoisonedSource(setup.source, {7, 8, 9})
+    components = with_source(set_up(*options), PoisonedSource, {7, 8, 9})
     with pytest.raises(RunError, match=r"3 steps in a row: the last good .*step-00000006\.pt"):
-        loop.train(setup, RunFolder(tmp_path / "bad"), "never", bar=False)
+        train(components, tmp_path / "bad")
 
 
 class SignallingSource(PoisonedSource):
@@ -224,9 +261,8 @@ class SignallingSource(PoisonedSource):
 
 
 def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
-    setup = set_up("--max-steps", "4")
-    setup.source = SignallingSource(setup.source, signal.SIGTERM)
-    summary = loop.train(setup, RunFolder(tmp_path), "never", bar=False)
+    components = with_source(set_up("--max-steps", "4"), SignallingSource, signal.SIGTERM)
+    summary = train(components, tmp_path)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
 
 
@@ -235,20 +271,19 @@ def test_a_signal_does_not_say_saved_where_the_disk_is_full(tmp_path, monkeypatc
         raise RunError(f"cannot write {path}")
 
     monkeypatch.setattr(run_folder, "save_checkpoint", save)
-    setup = set_up()
-    setup.source = SignallingSource(setup.source, signal.SIGTERM)
+    components = with_source(set_up(), SignallingSource, signal.SIGTERM)
     with pytest.raises(RunError, match="cannot write"):
-        loop.train(setup, RunFolder(tmp_path), "never", bar=False)
+        train(components, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_the_step_that_it_came_in(number, tmp_path):
     """And is answered with 128 + its number; the lines of metrics are written until then."""
     before = signal.getsignal(number)
-    setup, run = set_up("--log-every", "1"), tmp_path / "a run"
-    setup.source = SignallingSource(setup.source, number)
+    run = tmp_path / "a run"
+    components = with_source(set_up("--log-every", "1"), SignallingSource, number)
     with pytest.raises(Interrupted) as stopped:
-        loop.train(setup, RunFolder(run), "never", bar=False)
+        train(components, run)
     assert stopped.value.exit_code == 128 + number
     assert f"--resume --run-dir '{run}'" in str(stopped.value)
     assert f"stopped at step 4, saved in {RunFolder(run).step_path(4)}" in str(stopped.value)
@@ -273,7 +308,7 @@ def test_the_summary_is_of_the_selected_weights_on_the_test_images(tmp_path):
     best = max(lines, key=lambda line: (line["student_ema"]["top1"], line["step"]))["step"]
     assert summary["selected_step"] == best
     saved = load_checkpoint(RunFolder(run).best_path(best))[1]
-    setup = set_up(*options)
+    components = set_up(*options)
     weights = {
         name: {
             key.removeprefix(f"members.{name}."): value
@@ -283,9 +318,9 @@ def test_the_summary_is_of_the_selected_weights_on_the_test_images(tmp_path):
         for name in ("teacher", "student")
     } | saved["ema"]
     assert summary["networks"].keys() == weights.keys()
-    (batch,) = setup.source.eval_batches("test", 1000)
+    (batch,) = components.source.eval_batches("test", 1000)
     for name, own in weights.items():
-        network = setup.networks.members[name.removesuffix("_ema")]
+        network = components.networks.members[name.removesuffix("_ema")]
         network.load_state_dict(own)
         network.eval()
         with torch.no_grad():

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bdkd.config import ScheduleConfig
-from bdkd.training.schedule import Span, rate_factor
+from bdkd.engine.schedule import Span, rate_factor
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import random
 from pathlib import Path
 
 import pytest
-from small_runs import TINY_RUN
+from small_runs import TINY_RUN, components_of
 
 from bdkd.cli import main
 from bdkd.cli.train import parse
 from bdkd.config import NetworkConfig, load_recipe
 from bdkd.errors import RunError
-from bdkd.training import loop
-from bdkd.training.checkpoint import load_checkpoint
-from bdkd.training.run_folder import RunFolder, default_run_dir, run_of, selected_checkpoint
-from bdkd.training.setup import Setup
+from bdkd.evaluation.predict import Evaluator
+from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.folder import RunFolder, default_run_dir, run_of, selected_checkpoint
+from bdkd.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -95,7 +95,7 @@ TOP1 = {
 def test_the_best_student_is_chosen_by_its_average_else_by_itself(
     networks, options, epoch, tmp_path, monkeypatch
 ):
-    real, epochs = loop.evaluate, iter(range(5))
+    real, epochs = Evaluator.evaluate, iter(range(5))
 
     def with_prescribed_top1(*arguments):
         done = next(epochs)
@@ -104,7 +104,7 @@ def test_the_best_student_is_chosen_by_its_average_else_by_itself(
             for name, result in real(*arguments).items()
         }
 
-    monkeypatch.setattr(loop, "evaluate", with_prescribed_top1)
+    monkeypatch.setattr(Evaluator, "evaluate", with_prescribed_top1)
     roles = {name: "teacher" if name == "teacher" else "student" for name in networks}
     model = {"model": "resnet8", "options": {"width": 0.13}}
     recipe = dataclasses.replace(
@@ -112,8 +112,8 @@ def test_the_best_student_is_chosen_by_its_average_else_by_itself(
     )
     arguments = ["tiny", *options, "--train.epochs", "5", "--train.batch-size", "16",
                  "--objective.name", "dml", "--log-every", "100"]  # fmt: skip
-    setup = Setup(parse(arguments, recipe).config)
-    summary = loop.train(setup, RunFolder(tmp_path), "never", bar=False)
+    components = components_of(parse(arguments, recipe).config)
+    summary = Trainer(components).train(RunFolder(tmp_path), progress_bar=False)
     assert summary["selected_step"] == 3 * epoch
     judged = [name for name in TOP1 if name.endswith("_ema") and options] or networks[1:]
     judged = [name for name in judged if name.removesuffix("_ema") in networks]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bdkd.training import signals
-from bdkd.training.signals import StopRequest
+from bdkd.runs import signals
+from bdkd.runs.signals import StopRequest
 
 
 def send(number: int) -> None:

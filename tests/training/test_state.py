@@ -8,20 +8,20 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from small_runs import Tiny, same, tiny_state
-from test_step import a_batch, everything, objective_of, run_steps
+from small_runs import Tiny, objective_of, same, tiny_state
+from test_step import a_batch, everything, run_steps
 from torch import nn
 
 from bdkd.config import OptimizerConfig
-from bdkd.training.checkpoint import snapshot
-from bdkd.training.distributed import Ranks
-from bdkd.training.state import Best, Position
-from bdkd.training.step import warm_up
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.progress import Best, Progress
+from bdkd.engine.state import snapshot
+from bdkd.engine.step import eager, warm_up
 
 
 def of_rank(rank: int, world: int, seed: int = 0):
-    """The state of one of several ranks; ``controls`` keeps DDP out, which needs the others."""
-    return reseeded(tiny_state(controls=True, ranks=Ranks(rank, world)), seed)
+    """The state of one of several ranks. SwitOKD keeps DDP out, which needs the others."""
+    return reseeded(tiny_state(objective="switokd", context=DistributedContext(rank, world)), seed)
 
 
 def reseeded(state, seed: int):
@@ -33,7 +33,9 @@ def test_the_loss_is_scaled_in_fp16_and_by_the_number_of_ranks():
     """DDP averages the gradients of the ranks, whose losses are shares of one mean."""
     scales = {
         (precision, world): float(
-            tiny_state(precision=precision, controls=True, ranks=Ranks(0, world)).loss_scale()
+            tiny_state(
+                precision=precision, objective="switokd", context=DistributedContext(0, world)
+            ).loss_scale()
         )
         for precision in ("fp32", "bf16", "fp16")
         for world in (1, 3)
@@ -53,12 +55,12 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
         rows = [len(list(run)) for skipped, run in itertools.groupby(skips[:number]) if skipped]
         row = rows[-1] if skip else 0
         assert state.skipped.tolist() == [sum(skips[:number]), row, max(rows, default=0)]
-        assert state.in_a_skipped_row() == bool(skip)
+        assert state.last_step_was_skipped() == bool(skip)
 
 
 def test_the_best_checkpoint_is_chosen_by_the_averages_where_there_are_any():
-    assert tiny_state(ema_decay=0.9).judged_networks() == ["student_ema"]
-    assert tiny_state().judged_networks() == ["student"]
+    assert tiny_state(ema_decay=0.9).selection_networks() == ["student_ema"]
+    assert tiny_state().selection_networks() == ["student"]
     assert list(tiny_state(ema_decay=0.9).evaluated_networks()) == [
         "teacher", "student", "student_ema",
     ]  # fmt: skip
@@ -71,7 +73,7 @@ def test_a_warm_up_changes_nothing_that_a_run_continues_from(mode):
     run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
     state.networks.train(mode)
     before = snapshot(state.state_dict())
-    warm_up(state, objective_of(state), a_batch(seed=3), state.recipe.train)
+    warm_up(state, eager(state, objective_of(state)), a_batch(seed=3))
     assert same(snapshot(state.state_dict()), before)
     assert {network.training for network in state.networks.modules()} == {mode}
     assert not any(p.grad.any() for p in state.networks.parameters() if p.grad is not None)
@@ -82,10 +84,10 @@ def test_a_warm_up_changes_nothing_that_a_run_continues_from(mode):
 
 @cache
 def any_state():
-    return tiny_state(controls=True)
+    return tiny_state(objective="switokd")
 
 
-def walk(images: int, size: int, epochs: int, limit: int | None, place: Position) -> int:
+def walk(images: int, size: int, epochs: int, limit: int | None, place: Progress) -> int:
     """Optimizer steps from a place to the end: an epoch ends where no whole batch is left."""
     epoch, seen, step = place.epoch, place.seen, place.step
     while epoch < epochs and (limit is None or step < limit):
@@ -110,25 +112,27 @@ def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
     seen %= images
     train = dataclasses.replace(recipe.train, batch_size=size, epochs=epochs)
     state.recipe = dataclasses.replace(recipe, train=train, max_steps=limit, evaluate_every=every)
-    state.train_images, state.steps_per_epoch = images, images // size
-    state.position = Position(step, epoch, seen, validation_due=due)
-    remaining = walk(images, size, epochs, limit, state.position)
+    state.train_images = images
+    state.progress = Progress(step, epoch, seen, validation_due=due)
+    remaining = walk(images, size, epochs, limit, state.progress)
     assert state.remaining_steps() == remaining
-    state.end_short_epoch()  # less than a batch may be left of the epoch, or nothing
+    state.progress.end_short_epoch(
+        state.recipe, images
+    )  # less than a batch may be left of the epoch, or nothing
     ended = seen > 0 and seen + size > images
-    assert (state.position.epoch, state.position.seen) == (
+    assert (state.progress.epoch, state.progress.seen) == (
         (epoch + 1, 0) if ended else (epoch, seen)
     )
-    assert state.position.validation_due == (
+    assert state.progress.validation_due == (
         due or (ended and (epoch + 1 >= epochs or (epoch + 1) % every == 0))
     )
     assert state.remaining_steps() == remaining
     for left in reversed(range(remaining)):
-        state.advance(size)
+        state.progress.advance(size, images)
         assert state.remaining_steps() == left
-    assert state.position.step == step + remaining
+    assert state.progress.step == step + remaining
     if remaining and limit is None:
-        assert (state.position.epoch, state.position.seen) == (epochs, 0)
+        assert (state.progress.epoch, state.progress.seen) == (epochs, 0)
 
 
 # --- random numbers of several ranks --------------------------------------------------------------
@@ -148,7 +152,7 @@ def test_a_run_resumed_on_more_ranks_draws_random_numbers_that_are_new_to_it():
     """Other ones on every rank, for every seed and at every step."""
     draws = {}
     for steps, seed in ((1, 0), (2, 0), (2, 1)):
-        saved = tiny_state(controls=True)
+        saved = tiny_state(objective="switokd")
         run_steps(saved, [a_batch(seed=i) for i in range(steps)])
         saved = snapshot(saved.state_dict())
         for rank in range(3):
@@ -160,7 +164,7 @@ def test_a_run_resumed_on_more_ranks_draws_random_numbers_that_are_new_to_it():
 
 
 def test_the_first_of_more_ranks_counts_the_interval_that_was_begun():
-    saved = tiny_state(controls=True)
+    saved = tiny_state(objective="switokd")
     run_steps(saved, [a_batch()])
     state = snapshot(saved.state_dict())
     for rank, samples in ((0, 16), (1, 0)):
@@ -168,7 +172,7 @@ def test_the_first_of_more_ranks_counts_the_interval_that_was_begun():
         resumed.load_state_dict(state)
         assert resumed.meter.samples == samples
     two = {**state, "ranks": [state["ranks"][0]] * 2}
-    alone = tiny_state(controls=True)
+    alone = tiny_state(objective="switokd")
     alone.load_state_dict(two)
     assert alone.meter.samples == 32
 
@@ -193,7 +197,7 @@ def test_a_loaded_state_is_the_saved_one_and_continues_like_it(precision):
     whole.meter.read()  # its NaN is equal to nothing
     run_steps(whole, [a_batch(seed=3)])
     whole.best = Best(2, 0.75)
-    whole.position.seconds, whole.position.validation_due = 12.5, True
+    whole.progress.seconds, whole.progress.validation_due = 12.5, True
     saved = snapshot(whole.state_dict())
     run_steps(whole, [a_batch(seed=4), a_batch(seed=5)])
     torch.manual_seed(6)
@@ -202,7 +206,7 @@ def test_a_loaded_state_is_the_saved_one_and_continues_like_it(precision):
     for group in (*loaded["optimizer"]["param_groups"], *saved["optimizer"]["param_groups"]):
         del group["lr"]  # set anew before every step
     assert same(loaded, saved)
-    assert vars(other.position) == {
+    assert vars(other.progress) == {
         "step": 3, "epoch": 0, "seen": 48, "validation_due": True, "seconds": 12.5,
     }  # fmt: skip
     assert other.best == Best(2, 0.75)
@@ -228,7 +232,9 @@ def test_a_resume_has_the_recipes_rates_and_decays_and_the_saved_moments():
             moments = (s.optimizer.state[p] for s, p in ((second, own), (first, old)))
             assert same(*(dict(moment) for moment in moments))
     second.set_learning_rate()
-    steps = 2 * second.steps_per_epoch  # a warm-up of two epochs, in whose second step this is
+    steps = 2 * (
+        second.train_images // second.recipe.train.batch_size
+    )  # a warm-up of two epochs, in whose second step this is
     assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * 2 / steps)
 
 

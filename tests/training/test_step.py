@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from small_runs import tiny_state
+from small_runs import objective_of, tiny_state, trainer_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdkd.config import ObjectiveConfig, OptimizerConfig
+from bdkd.config import OptimizerConfig
 from bdkd.data import Batch
-from bdkd.objectives import create_objective
-from bdkd.training.step import train_step
 
 
 def a_batch(size: int = 16, seed: int = 0, *, poisoned: bool = False) -> Batch:
@@ -20,15 +18,11 @@ def a_batch(size: int = 16, seed: int = 0, *, poisoned: bool = False) -> Batch:
     return Batch((images,), torch.randint(10, (size,), generator=generator))
 
 
-def objective_of(state, name: str = "bdkd", **options):
-    return create_objective(ObjectiveConfig(name, **options), state.recipe.networks)
-
-
 def run_steps(state, batches, **options) -> None:
-    objective = objective_of(state, **options)
+    trainer = trainer_of(state, objective_of(state, **options))
     state.networks.train()
     for batch in batches:
-        train_step(state, objective, batch, state.recipe.train)
+        trainer.train_step(batch)
 
 
 def everything(state) -> dict[str, torch.Tensor]:
@@ -57,7 +51,7 @@ def test_a_step_with_a_nan_changes_nothing_of_any_network(optimizer, name, first
         # AdamW makes its moments in its first step; they must then be zeros
         assert torch.equal(value, before.get(key, torch.zeros_like(value))), key
     assert state.skipped.tolist() == [1, 1, 1]
-    assert state.position.step == (1 if first else 3)
+    assert state.progress.step == (1 if first else 3)
 
     # and the run goes on as if the batch had not been there
     run_steps(state, [a_batch(seed=3)], name=name)
@@ -144,7 +138,7 @@ def test_nothing_is_read_from_the_device_between_logs(precision):
     objective = objective_of(state, "independent")  # bdkd on the CPU checks its labels there
     state.networks.train()
     with Reads() as reads:
-        train_step(state, objective, a_batch(), state.recipe.train)
+        trainer_of(state, objective).train_step(a_batch())
     assert reads.found == []
     with reads:
         state.meter.read()
@@ -180,6 +174,7 @@ def test_fp16_scales_skips_and_recovers():
 
 
 def test_a_batch_splits_into_its_parts_in_order():
-    parts = a_batch(16).split(4)
+    parts, last = zip(*a_batch(16).micro_batches(4), strict=True)
+    assert last == (False, False, False, True)
     assert [len(part.target) for part in parts] == [4] * 4
     assert torch.equal(torch.cat([part.views[0] for part in parts]), a_batch(16).views[0])

@@ -11,14 +11,14 @@ import math
 
 import pytest
 import torch
+from small_runs import state_of, trainer_of
 from torch import Tensor, nn
 
 from bdkd.config import NetworkConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig, load_recipe
 from bdkd.data import Batch
+from bdkd.engine.networks import Networks
+from bdkd.engine.state import TrainingState
 from bdkd.objectives import create_objective
-from bdkd.training.networks import Networks
-from bdkd.training.state import TrainingState
-from bdkd.training.step import train_step
 
 CLASSES, SMOOTHING, DECAY = 5, 0.1, 0.05
 # 3 steps of 8 images are an epoch, which leaves 6 images over; 9 steps are all three epochs.
@@ -77,7 +77,7 @@ def a_state(
     for name, layer in (last or {}).items():
         members[name] = nn.Sequential(members[name], layer)
     networks = Networks(members, frozenset({"judge"})).double()
-    return TrainingState(recipe, networks, IMAGES, torch.device("cpu"))
+    return state_of(recipe, networks, IMAGES)
 
 
 def a_batch(seed: int) -> Batch:
@@ -215,11 +215,11 @@ def test_training_is_what_its_equations_say(case, loss_scale):
     steps = EPOCHS * STEPS_PER_EPOCH
     assert state.remaining_steps() == steps
     for number in range(steps):
-        train_step(state, objective, a_batch(number), state.recipe.train)
+        trainer_of(state, objective).train_step(a_batch(number))
         for network in plain.values():
             network.step(a_batch(number))
         assert state.remaining_steps() == steps - number - 1
-        assert (state.position.epoch, state.position.seen) == (
+        assert (state.progress.epoch, state.progress.seen) == (
             (number + 1) // STEPS_PER_EPOCH, (number + 1) % STEPS_PER_EPOCH * BATCH_SIZE,
         )  # fmt: skip
     for name, network in plain.items():
@@ -250,16 +250,17 @@ class RulesOut(nn.Module):
         return logits + torch.tensor([-torch.inf, 0, 0, 0, 0], dtype=logits.dtype)
 
 
+@pytest.mark.parametrize("method", ["independent", "bdkd"])
 @pytest.mark.parametrize("broken", ["teacher", "pupil"])
-def test_an_infinite_loss_skips_the_step_although_every_gradient_is_finite(broken):
+def test_an_infinite_loss_skips_the_step_although_every_gradient_is_finite(broken, method):
     """The cross entropy of a label that is ruled out is infinite; softmax minus label is not."""
     state = a_state(OptimizerConfig(), {broken: RulesOut()})
-    objective = create_objective(ObjectiveConfig("independent"), state.recipe.networks)
+    objective = create_objective(ObjectiveConfig(method), state.recipe.networks)
     batch = a_batch(0)
     before = copy.deepcopy(state.networks.state_dict())
     state.networks.train()
-    train_step(state, objective, Batch(batch.views, torch.zeros_like(batch.target)),
-               state.recipe.train)  # fmt: skip
+    batch = Batch(batch.views, torch.zeros_like(batch.target))
+    trainer_of(state, objective).train_step(batch)
     assert state.skipped.tolist() == [1, 1, 1]
     for key, value in state.networks.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -283,7 +284,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_of_every_network(broken):
     objective = create_objective(ObjectiveConfig("independent"), state.recipe.networks)
     before = copy.deepcopy(state.networks.state_dict())
     state.networks.train()
-    train_step(state, objective, a_batch(0), state.recipe.train)
+    trainer_of(state, objective).train_step(a_batch(0))
     assert state.skipped.tolist() == [1, 1, 1]
     means = state.meter.read()
     assert all(math.isfinite(means[name]["loss"]) for name in ("teacher", "student", "pupil"))

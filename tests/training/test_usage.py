@@ -4,17 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from small_runs import TINY_RUN
+from small_runs import TINY_RUN, components_of
 
 from bdkd.config import load_recipe
 from bdkd.data import Batch
+from bdkd.device import peak_memory_mib
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine import throughput as usage
+from bdkd.engine.cost import cost_of
+from bdkd.engine.throughput import ThroughputMeter
 from bdkd.models import create_model
-from bdkd.training import usage
-from bdkd.training.cost import cost_of
-from bdkd.training.device import peak_memory_mib
-from bdkd.training.distributed import Ranks
-from bdkd.training.setup import Setup
-from bdkd.training.usage import Usage
 
 
 class Clock:
@@ -31,9 +30,9 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def a_usage(world: int = 1) -> Usage:
+def a_usage(world: int = 1) -> ThroughputMeter:
     recipe = load_recipe(TINY_RUN[0])
-    return Usage(Setup(recipe, ranks=Ranks(0, world)))
+    return ThroughputMeter(components_of(recipe, context=DistributedContext(0, world)))
 
 
 def a_batch(side: int) -> Batch:
@@ -81,7 +80,9 @@ def test_a_frozen_teacher_counts_its_forward_pass(clock):
     teacher = dataclasses.replace(recipe.networks["teacher"], frozen=True)
     recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
     network = cost_of(create_model("resnet8", 3, in_channels=3), (3, 8, 8), trains=True)
-    assert Usage(Setup(recipe)).flops_an_image() == network.forward + network.step
+    assert (
+        ThroughputMeter(components_of(recipe)).flops_per_image() == network.forward + network.step
+    )
 
 
 def test_the_memory_is_that_of_the_process(clock):

@@ -14,18 +14,7 @@ from typing import Any
 
 from bdkd.errors import RunError
 from bdkd.evaluation.predictions import Predictions, read_predictions
-
-NETWORK_METRICS = frozenset({"loss", "top1", "ece", "nll", "entropy"})
-STEP_METRICS = frozenset(
-    {
-        "forward_weight",
-        "reverse_weight",
-        "forward_kl",
-        "reverse_kl",
-        "images_per_second",
-        "data_wait",
-    }
-)
+from bdkd.metrics import CHARTED, STEP_CHARTED
 
 
 @dataclass
@@ -215,6 +204,12 @@ def _read_metrics(
         notes.append("no metrics yet")
     except OSError as error:
         notes.append(f"cannot read {path.name}: {_line(error)}")
+    if not any(split == "val" for _, split, _ in series):
+        watched = [key for key in series if key[1] == "test"]  # watch_test
+        for key in watched:
+            series[key[0], "val", key[2]] = series.pop(key)
+        if watched:
+            notes.append("its curves are of the test images, which have chosen no checkpoint")
     if broken:
         notes.append(f"{broken} lines of {path.name} cannot be read and are left out")
     return series, steps_per_epoch
@@ -234,8 +229,8 @@ def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     found = []
     for key, value in values.items():
         if isinstance(value, dict):
-            found += [(key, m, _known(v)) for m, v in value.items() if m in NETWORK_METRICS]
-        elif key in STEP_METRICS:
+            found += [(key, m, _known(v)) for m, v in value.items() if m in CHARTED]
+        elif key in STEP_CHARTED:
             found.append(("", key, _known(value)))
     return found
 

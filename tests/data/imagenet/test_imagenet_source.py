@@ -10,13 +10,12 @@ import torch
 from imagenet_sources import imagenet
 from imagenet_trees import encoded, labelled
 from PIL import Image
-from small_runs import TINY_RUN
+from small_runs import TINY_RUN, components_of
 
 from bdkd.config import load_recipe
 from bdkd.data import Shard
 from bdkd.data.imagenet import dali
 from bdkd.errors import RunError, UsageError
-from bdkd.training.setup import Setup
 
 LOADERS = ("dali", "pillow")
 
@@ -150,8 +149,8 @@ def test_a_run_decodes_into_the_dtype_in_which_it_computes(tree, precision, dtyp
     recipe = load_recipe(TINY_RUN[0])
     data = imagenet(tree, loader="pillow").config
     train = dataclasses.replace(recipe.train, precision=precision, batch_size=4)
-    setup = Setup(dataclasses.replace(recipe, data=data, train=train))
-    batch = next(setup.source.train_batches(0, 0, 4, 1))
+    components = components_of(dataclasses.replace(recipe, data=data, train=train))
+    batch = next(components.source.train_batches(0, 0, 4, 1))
     assert {view.dtype for view in batch.views} == {dtype}
 
 

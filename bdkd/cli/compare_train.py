@@ -1,0 +1,153 @@
+"""The runs of ``bdkd compare``: train what is not finished yet."""
+
+import dataclasses
+import fcntl
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary, run_name
+from bdkd.cli.processes import Job, Outcome, run_jobs
+from bdkd.errors import Interrupted, RunError, UsageError
+from bdkd.identity import refuse_other_data
+from bdkd.runs.folder import RunFolder, selected_checkpoint
+from bdkd.runs.signals import StopRequest
+
+
+def locked(folder: Path) -> IO[str]:
+    """Create and lock a folder. Closing the returned file unlocks it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the caller
+    except OSError as error:
+        raise RunError(
+            f"cannot write the folder {folder}: {error.strerror or error}; choose another --folder"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise RunError(
+            f"another bdkd compare works in {folder}: wait for it or choose another --folder"
+        ) from error
+    return lock
+
+
+def train_all(
+    runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None
+) -> dict[str, Outcome]:
+    """Train what is not finished yet, ``at_once`` runs at a time.
+
+    Args:
+        command: printed when a signal stops it.
+        stream: receives what is printed. Default: standard output.
+
+    Returns:
+        How each run ended, by name.
+
+    Raises:
+        Interrupted: a signal came. Every run is saved.
+        UsageError: the recipe does not fit, so that no run can succeed.
+        RunError: a run was trained on another data set than the others.
+    """
+    session = _Session(runs, stream or sys.stdout)
+    try:
+        with StopRequest() as stop:
+            before = f"{len(session.outcomes)} of them finished before"
+            session.say(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
+            session.stop = stop
+            run_jobs(session.jobs(folder), at_once, session.done, session.must_stop)
+    finally:
+        session.bar.close()
+    if stop.signal is not None:
+        finished = sum(RunFolder(run.path).summary.exists() for run in runs)
+        raise Interrupted(
+            stop.signal,
+            f"stopped; {finished} of {len(runs)} runs are finished, the others saved where they "
+            f"are; continue with the same command: {command}",
+        )
+    if session.error is not None:
+        raise session.error
+    return session.outcomes
+
+
+class _Session:
+    """The outcomes of the runs so far, and their progress on the screen."""
+
+    stop: StopRequest
+
+    def __init__(self, runs: Sequence[PlannedRun], stream: IO[str]) -> None:
+        self.runs, self.stream = {run.name: run for run in runs}, stream
+        self.outcomes = {
+            run.name: Outcome(0) for run in runs if RunFolder(run.path).summary.exists()
+        }
+        self.error: UsageError | RunError | None = None
+        self.bar = tqdm(
+            total=len(runs), initial=len(self.outcomes), unit="run", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def jobs(self, folder: Path) -> list[Job]:
+        """Return a job for each run that is not finished, which waits for its teachers."""
+        jobs = []
+        for run in self.runs.values():
+            if run.name not in self.outcomes:
+                teacher = run_name(TEACHERS, run.seed)
+                waits = (teacher,) if run.teachers and teacher not in self.outcomes else ()
+                jobs.append(
+                    Job(run.name, partial(prepare, run, folder), run.path / "output.log", waits)
+                )
+        return jobs
+
+    def must_stop(self) -> bool:
+        return self.stop.signal is not None or self.error is not None
+
+    def say(self, text: str) -> None:
+        if self.bar.disable:
+            print(text, file=self.stream, flush=True)
+        else:
+            self.bar.write(text, file=self.stream)
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        """Record the end of a run."""
+        self.outcomes[job.name] = outcome
+        self.bar.update(1)
+        count = f"[{len(self.outcomes)}/{len(self.runs)}] {job.name}"
+        if outcome.code == 2:
+            self.error = self.error or UsageError(outcome.message)
+        elif outcome.code and self.stop.signal is None:
+            self.say(f"{count}  failed: {outcome.message}")
+        elif not outcome.code:
+            self.say(f"{count}  {headline(read_summary(self.runs[job.name]))}")
+            finished = [self.runs[n] for n, done in self.outcomes.items() if not done.code]
+            try:
+                refuse_other_data([(str(r.path), read_summary(r).get("data")) for r in finished])
+            except RunError as error:
+                self.error = self.error or error
+
+
+def prepare(run: PlannedRun, folder: Path) -> list[str]:
+    """Write the run's ``config.toml`` if there is none. Returns the command that trains it."""
+    stored = RunFolder(run.path)
+    if not stored.config.exists():
+        teachers = folder / run_name(TEACHERS, run.seed)
+        networks = dict(run.recipe.networks)
+        for name in run.teachers:
+            weights = str(selected_checkpoint(teachers))
+            networks[name] = dataclasses.replace(networks[name], weights=weights)
+        stored.path.mkdir(parents=True, exist_ok=True)
+        stored.write_config(dataclasses.replace(run.recipe, networks=networks))
+    return ["train", "--resume", "require", "--run-dir", str(run.path)]
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Return the results of a run in one line."""
+    shown = "  ".join(
+        f"{name} top-1 {100 * network['top1']:.2f}% ECE {100 * network['ece']:.2f}%"
+        for name, network in summary["networks"].items()
+    )
+    return f"{shown}  {summary['wall_seconds']:.0f} s"

@@ -1,0 +1,132 @@
+"""Recipes as TOML: shipped ones, files, and the ``config.toml`` of a run."""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+import tomli_w
+
+from bdkd.config.options import Recipe
+from bdkd.errors import RunError, UsageError
+from bdkd.text import read_text
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the shipped recipes."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in files("bdkd.recipes").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Return a shipped recipe by name, or the recipe in a TOML file.
+
+    Raises:
+        UsageError: no such recipe exists, or a key or value in it does not fit.
+        RunError: the file cannot be read.
+    """
+    if name_or_path in shipped_recipes():
+        text = (files("bdkd.recipes") / f"{name_or_path}.toml").read_text("utf-8")
+        return parse_recipe(text, source=f"recipe {name_or_path}")
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and not path.exists():
+        raise UsageError(
+            f"unknown recipe {name_or_path!r}: {nearest(name_or_path, shipped_recipes())} "
+            "(or give a TOML file)"
+        )
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot read the recipe {path}: {error.strerror}: give the path of a TOML file, or "
+            "the name of a shipped recipe (bdkd train names them)"
+        ) from error
+    return parse_recipe(text, source=str(path))
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Return the recipe in a TOML text. ``source`` names the text in error messages.
+
+    Raises:
+        UsageError: a key or the type of a value does not fit.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is not valid TOML: {error}") from error
+    _refuse_unknown_keys(values, Recipe, source, "")
+    try:
+        recipe = msgspec.convert(values, Recipe)
+    except msgspec.ValidationError as error:
+        remedy = "; every run's config.toml is a whole recipe" * ("missing required" in str(error))
+        raise UsageError(f"{source}: {error}{remedy}") from error
+    # msgspec leaves defaults on the class; a copy has every field of its own
+    return typing.cast(Recipe, _with_own_fields(recipe))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return a recipe as TOML, from which :func:`parse_recipe` makes an equal recipe."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Return the dotted keys in which two recipes differ."""
+    left, right = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
+    missing = object()
+    return sorted(
+        key
+        for key in left.keys() | right.keys()
+        if left.get(key, missing) != right.get(key, missing)
+    )
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return a hint for an unknown name: the nearest known name, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def _refuse_unknown_keys(values: object, kind: object, source: str, prefix: str) -> None:
+    """Raise ``UsageError`` for unknown keys, which msgspec ignores in dataclasses."""
+    if typing.get_origin(kind) is dict and isinstance(values, dict):
+        for key, value in values.items():
+            _refuse_unknown_keys(value, typing.get_args(kind)[1], source, f"{prefix}{key}.")
+    if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
+        return
+    known = {f.name: f.type for f in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{source}: unknown key {prefix}{key}: {nearest(key, list(known))}")
+        _refuse_unknown_keys(value, known[key], source, f"{prefix}{key}.")
+
+
+def _with_own_fields(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(
+            **{f.name: _with_own_fields(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    if isinstance(value, dict):
+        return {key: _with_own_fields(item) for key, item in value.items()}
+    return value
+
+
+def _without_none(value: object) -> typing.Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

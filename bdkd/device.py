@@ -1,0 +1,121 @@
+"""The device of a process: choice, precision, flags of cuDNN and cuBLAS, memory used, and the
+published peak that utilisation is measured against."""
+
+import os
+import re
+import resource
+import sys
+
+import torch
+
+from bdkd.config import TrainConfig
+from bdkd.errors import RunError, UsageError
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense peaks, 10^12 operations a second: half precision (bf16 and fp16) on tensor cores, TF32, and
+# float32 outside them; None where the device lacks it. From the makers' data sheets, where tensor
+# figures "with sparsity" are halved:
+#   B200    NVIDIA HGX B200 data sheet, a GPU           H100, H200, GH200  data sheets of each
+#   A100    NVIDIA A100 data sheet (all form factors)   L40S, L40, L4, A10 data sheets of each
+#   V100    NVIDIA V100 data sheet                      T4                 NVIDIA T4 data sheet
+#   MI300X  AMD Instinct MI300X data sheet
+# A part of a GPU (MIG) has another name and so no peak here.
+PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
+    (r"NVIDIA B200", 2250, 1100, 75),
+    (r"NVIDIA (H200|GH200 \w+|H100 80GB HBM3|H100 SXM5.*)", 989.5, 494.7, 67),
+    (r"NVIDIA H200 NVL", 835.5, 417.5, 60),
+    (r"NVIDIA H100 NVL", 835.5, 417.5, 60),
+    (r"NVIDIA H100 PCIe", 756, 378, 51),
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe", 312, 156, 19.5),
+    (r"NVIDIA L40S", 362, 183, 91.6),
+    (r"NVIDIA L40", 181, 90.5, 90.5),
+    (r"NVIDIA L4", 121, 60, 30.3),
+    (r"NVIDIA A10", 125, 62.5, 31.2),
+    (r"Tesla V100-SXM[23]-(16|32)GB.*", 125, None, 15.7),
+    (r"Tesla V100-PCIE-(16|32)GB", 112, None, 14),
+    (r"(Tesla|NVIDIA) T4", 65, None, 8.1),
+    (r"AMD Instinct MI300X.*", 1307, 653.7, 163.4),
+)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device that a recipe names. ``auto`` is a GPU if there is one, and each rank of a
+    machine has its own.
+
+    Raises:
+        UsageError: ``name`` is not a CPU or a GPU.
+        RunError: there is no such GPU.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(
+                f"no GPU for local rank {local_rank}: there are {torch.cuda.device_count()}, so "
+                "give torchrun at most as many --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(
+            f"no device {name} here ({torch.cuda.device_count()} GPUs): use --device cpu"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and kernels belong to the current device
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a ``train.precision``. It does nothing for fp32."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def set_flags(device: torch.device, train: TrainConfig) -> None:
+    """Set the flags of cuDNN, cuBLAS and torch for this process.
+
+    ``train.tf32`` and cuDNN's search for the fastest algorithms affect GPUs only.
+    ``train.deterministic`` turns every operator without a bit-reproducible result into an error.
+    """
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.backends.cuda.matmul.allow_tf32 = train.tf32
+    torch.backends.cudnn.allow_tf32 = train.tf32
+    # It times each algorithm once a shape, and training has few shapes; the timing is why two runs
+    # may differ in the last bit.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not train.deterministic
+    torch.backends.cudnn.deterministic = train.deterministic
+    if train.deterministic:  # read when cuBLAS is first used, which is later
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def peak_flops(device: torch.device, train: TrainConfig) -> float | None:
+    """Return the published dense peak of a GPU in operations per second for the run's precision, or
+    None if it is unknown. CPUs have none."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), train)
+
+
+def peak_of(name: str, train: TrainConfig) -> float | None:
+    """Return :func:`peak_flops` of the GPU that the driver calls ``name``."""
+    for pattern, half, tf32, single in PEAKS:
+        if re.fullmatch(pattern, name):
+            if train.precision != "fp32":
+                return half * 1e12
+            return (tf32 if train.tf32 and tf32 is not None else single) * 1e12
+    return None
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory so far in MiB: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

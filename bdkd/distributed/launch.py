@@ -1,0 +1,203 @@
+"""The start and the end of a rank: process groups, output, failures, exit."""
+
+import atexit
+import contextlib
+import datetime
+import hashlib
+import io
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext, RankLostError
+from bdkd.errors import Interrupted, RunError, UsageError, first_line
+
+_own_files: list[IO[str]] = []  # log files of this process, if it does not print on the terminal
+_terminals: list[IO[str]] = []  # the terminal that this process printed on before
+_stores: list[dist.Store] = []  # stores of the process groups that this process has joined
+_SPEAK_SECONDS = 2.0  # time for rank 0 to print before another rank exits
+_FIRST_SECONDS = 1.0  # time for rank 0 to print an error that other ranks have too
+
+
+@contextlib.contextmanager
+def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext]:
+    """Join the ranks that ``torchrun`` started. Yields :data:`SINGLE_PROCESS` without ``torchrun``.
+
+    Args:
+        timeout: seconds that a rank waits for another one before the run ends.
+        device: the recipe's ``device``. NCCL is initialised if it may be a GPU.
+
+    Raises:
+        RunError: the other ranks cannot be reached.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if is_launched() else 1
+    if world_size == 1:
+        yield SINGLE_PROCESS
+        return
+    rank, seconds = int(os.environ["RANK"]), datetime.timedelta(seconds=timeout)
+    gpu = device != "cpu" and torch.cuda.is_available()
+    try:
+        store = _store(rank, world_size, seconds)
+        # NCCL waits longer: its watchdog ends the process without saying which rank is missing.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=store, rank=rank, world_size=world_size,
+            timeout=seconds + datetime.timedelta(seconds=60 if gpu else 0),
+        )  # fmt: skip
+        control = dist.new_group(backend="gloo", timeout=seconds)
+    except RuntimeError as error:
+        raise RunError(
+            f"rank {rank} of {world_size} on {socket.gethostname()} cannot reach the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {first_line(error)}"
+        ) from error
+    store.set(f"host/{rank}", socket.gethostname())
+    _stores.append(store)
+    context = DistributedContext(
+        rank, world_size, group=dist.group.WORLD, control=control, store=store, timeout=timeout
+    )
+    try:
+        yield context
+    except RuntimeError as error:
+        if not context.is_rank_lost(error):
+            raise
+        raise RankLostError(
+            f"{context.describe_missing_ranks()}; what was saved is whole, continue with --resume"
+        ) from error
+    else:
+        context.close()
+        dist.destroy_process_group()  # after a failure the process ends anyway
+
+
+def is_initialized() -> bool:
+    """Return whether this process has been one of several ranks. It must end with
+    :func:`exit_rank`."""
+    return bool(_stores)
+
+
+def exit_rank(code: int) -> NoReturn:
+    """Run ``atexit`` functions, flush the output and end this process.
+
+    The interpreter's own exit is not safe: a gloo thread that releases the last reference to a
+    tensor waits for the interpreter, and the process aborts if the interpreter ends meanwhile
+    (``terminate called without an active exception``). ``destroy_process_group`` does not
+    necessarily end those threads, because they live as long as anything refers to their group.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
+
+
+def is_launched() -> bool:
+    """Return whether a launcher such as torchrun has assigned a rank to this process."""
+    return all(key in os.environ for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_launched() else 0
+
+
+def launch_id() -> str | None:
+    """Return an identifier that one call of ``torchrun`` shares with its own restarts only, or None
+    without ``torchrun``."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return None
+    # Without --rdzv-id every launch is called "none". The parent of its ranks is its agent.
+    return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
+
+
+@contextlib.contextmanager
+def only_rank0_prints() -> Iterator[None]:
+    """Silence all ranks but rank 0 while they do the same work.
+
+    A silent rank delays its exit, because torchrun ends rank 0 as soon as another rank exits.
+    """
+    if not is_launched() or os.environ["RANK"] == "0":
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except SystemExit:
+        time.sleep(_SPEAK_SECONDS)
+        raise
+    except UsageError as error:
+        time.sleep(_SPEAK_SECONDS)
+        raise SystemExit(2) from error
+
+
+def redirect_output(folder: Path, rank: int) -> None:
+    """Append everything that this process and its libraries print to ``folder/rank-N.log``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / f"rank-{rank}.log", "a", buffering=1)  # noqa: SIM115 - till the end
+    except OSError as error:
+        raise RunError(
+            f"cannot write the log of rank {rank} in {folder}: {error.strerror or error}"
+        ) from error
+    _own_files.append(file)
+    _terminals.append(os.fdopen(os.dup(2), "w", buffering=1))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    file.write(f"--- rank {rank} on {socket.gethostname()}, {now}, restart {attempt}\n")
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(file.fileno(), descriptor)
+
+
+def report_failure(error: BaseException) -> bool:
+    """Record an error where torchrun looks for the first failure. Returns whether this rank should
+    print it: rank 0 on the terminal, another rank in its log file, with the traceback."""
+    first, failed = os.environ.get("RANK", "0") == "0", not isinstance(error, Interrupted)
+    if failed and _own_files:
+        traceback.print_exception(error)
+    if failed and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        if isinstance(error, RunError | UsageError):  # one line says it all
+            error = error.with_traceback(None)
+            error.__cause__, error.__suppress_context__ = None, True
+        try:
+            raise error
+        except BaseException:
+            get_error_handler().record_exception(error)
+    if failed and isinstance(error, RunError | UsageError) and not isinstance(error, RankLostError):
+        _print_on_terminal(error, first)
+    if failed and not first:
+        time.sleep(_SPEAK_SECONDS)  # torchrun ends rank 0 as soon as this rank exits
+    return first or bool(_own_files)
+
+
+def _print_on_terminal(error: Exception, first: bool) -> None:
+    """Print the error of another rank than rank 0 once, unless rank 0 prints the same one."""
+    if not first:
+        time.sleep(_FIRST_SECONDS)
+    digest = hashlib.sha256(str(error).encode(errors="replace")).hexdigest()
+    with contextlib.suppress(RuntimeError, dist.DistError, OSError):  # the store may be gone
+        if all(store.add(f"said/{digest}", 1) == 1 for store in _stores):
+            for terminal in _terminals:
+                print(f"bdkd: rank {os.environ['RANK']}: {error}", file=terminal)
+
+
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Return a store that no earlier attempt of this launch has written to. A restart hangs or
+    fails if it reads stale addresses (pytorch#135712)."""
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size,
+        is_master=rank == 0 and not agents, timeout=timeout, wait_for_workers=False,
+    )  # fmt: skip
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # An elastic change of the number of machines restarts the ranks and keeps that count.
+    return dist.PrefixStore(f"bdkd/{attempt}/{world_size}", store)

@@ -1,0 +1,79 @@
+"""The parts of a run, built from its recipe. Training, evaluation and export share them."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from bdkd.config import Recipe, check_recipe
+from bdkd.data import DataInfo, DataSource, create_source
+from bdkd.device import AUTOCAST, choose_device, set_flags
+from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
+from bdkd.distributed.launch import local_rank
+from bdkd.engine.networks import Networks, build_networks
+from bdkd.engine.requirements import check_requirements
+from bdkd.errors import UsageError
+from bdkd.objectives import Objective, create_objective, resolve_options
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a recipe describes, on this process's device."""
+
+    recipe: Recipe  # with every option of the objective resolved
+    context: DistributedContext
+    device: torch.device
+    objective: Objective
+    source: DataSource
+    networks: Networks  # with random weights
+
+    @property
+    def sharded(self) -> list[str]:
+        """Names of the networks whose weights are distributed over the ranks."""
+        shards = self.context.is_distributed
+        return [name for name, config in self.recipe.networks.items() if config.shard and shards]
+
+
+def build_components(
+    recipe: Recipe, context: DistributedContext = SINGLE_PROCESS, *, training: bool = True
+) -> Components:
+    """Build device, objective, data source and networks, and set the flags of torch.
+
+    Args:
+        context: the processes that work together.
+        training: check first, before any data is read, that a training step can run here.
+
+    Raises:
+        UsageError: a value of the recipe does not fit, or names something that does not exist.
+        RunError: data are missing or cannot be read, or a package is missing.
+    """
+    check_recipe(recipe)
+    # The files of a run name every option that was used.
+    recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
+    device = choose_device(recipe.device, local_rank())
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    set_flags(device, recipe.train)
+    objective = create_objective(recipe.objective, recipe.networks)
+    if training:
+        check_requirements(recipe, device, context, objective)
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    dtype = AUTOCAST[recipe.train.precision] or torch.float32
+    source = create_source(recipe.data, recipe.seed, device, layout, dtype)
+    images, batch_size = source.info.counts["train"], recipe.train.batch_size
+    if images < batch_size:
+        raise UsageError(
+            f"train.batch_size must be at most the {images} training images, got {batch_size}"
+        )
+    torch.manual_seed(recipe.seed)
+    networks = _networks(recipe, objective.frozen, source.info)
+    networks.to(device)
+    networks.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+    return Components(recipe, context, device, objective, source, networks)
+
+
+def _networks(recipe: Recipe, frozen: frozenset[str], info: DataInfo) -> Networks:
+    try:
+        return build_networks(recipe.networks, frozen, info.num_classes, info.channels)
+    except ValueError as error:  # an unknown model or option
+        raise UsageError(str(error)) from error

@@ -1,0 +1,56 @@
+"""Named ranges: labels for parts of a step in the trace of ``bdkd train --profile``."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.profiler import record_function
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_NOTHING: AbstractContextManager = contextlib.nullcontext()
+_recorded: set[str] | None = None  # names of the ranges since recording began; None: not recording
+
+
+def start_recording() -> None:
+    """Record named ranges from now on."""
+    global _recorded
+    _recorded = set()
+
+
+def stop_recording() -> set[str]:
+    """Stop recording. Returns the names of the ranges since :func:`start_recording`."""
+    global _recorded
+    names, _recorded = _recorded or set(), None
+    return names
+
+
+def is_recording() -> bool:
+    """Return whether named ranges are recorded."""
+    return _recorded is not None
+
+
+def named_range(name: str) -> AbstractContextManager:
+    """Return a context that labels its time in the trace. It does nothing while no profiler records
+    and inside a compiled graph."""
+    if torch.compiler.is_compiling() or _recorded is None:
+        return _NOTHING
+    _recorded.add(name)
+    return record_function(name)
+
+
+def in_range(name: str) -> Callable[[Function], Function]:
+    """Return a decorator that runs a function inside :func:`named_range`."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with named_range(name):
+                return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate

@@ -1,0 +1,64 @@
+"""What options require of each other, of the device and of the number of ranks: one table."""
+
+import torch
+
+from bdkd._torch_compat import check_cpp_compiler
+from bdkd.config import Recipe
+from bdkd.distributed.context import DistributedContext
+from bdkd.engine.optim import OPTIMIZERS, check_optimizer
+from bdkd.errors import UsageError
+from bdkd.objectives import Objective
+
+
+def check_requirements(
+    recipe: Recipe, device: torch.device, context: DistributedContext, objective: Objective
+) -> None:
+    """Check that training steps of a recipe can run here, before any data are read.
+
+    Raises:
+        UsageError: an option does not fit another one, the device or the number of ranks.
+        RunError: a compiler or a package is missing.
+    """
+    for applies, holds, message in _requirements(recipe, device, context, objective):
+        if applies and not holds:
+            raise UsageError(message)
+    if recipe.train.compile and device.type == "cpu":
+        check_cpp_compiler("or train without train.compile")
+    check_optimizer(recipe.optimizer, device)
+
+
+def _requirements(
+    recipe: Recipe, device: torch.device, context: DistributedContext, objective: Objective
+) -> list[tuple[bool, bool, str]]:
+    """Return rows: where the requirement applies, whether it holds, and the message if not."""
+    train, name, optimizer = recipe.train, recipe.objective.name, recipe.optimizer.name
+    several, pauses = context.is_distributed, objective.has_dynamic_active_set
+    on_gpu, least = device.type == "cuda", context.world_size * train.accumulate
+    shards = any(network.shard for network in recipe.networks.values())
+    graph, overlap = "train.cuda_graph can be true only", "train.overlap can be true only"
+    return [
+        (several, train.batch_size >= least,
+         f"train.batch_size must be at least {least}, an image for each of the "
+         f"{context.world_size} ranks and parts, got {train.batch_size}"),
+        (several and shards, not pauses,
+         f"networks.NAME.shard must be false with the method {name!r}, which lets a teacher pause"),
+        (several and recipe.distributed.sync_batch_norm, on_gpu,
+         "distributed.sync_batch_norm must be false on CPUs: torch has it on GPUs"),
+        (train.compile, not pauses,
+         f"train.compile must be false with the method {name!r}, which pauses networks: one graph "
+         "of all networks would train them all"),
+        (train.accumulate > 1, not pauses,
+         f"train.accumulate must be 1 with the method {name!r}, which decides on whole batches, "
+         f"got {train.accumulate}"),
+        (train.cuda_graph, on_gpu, f"{graph} on a GPU (device is {device})"),
+        (train.cuda_graph, not several, f"{graph} with one rank"),
+        (train.cuda_graph, not pauses,
+         f"{graph} with a method whose steps are alike, and not with {name}"),
+        (train.cuda_graph, OPTIMIZERS[optimizer].skips_on_device,
+         f"{graph} with optimizer.name sgd or adamw, and not with {optimizer}"),
+        (train.overlap, on_gpu, f"{overlap} on a GPU (device is {device})"),
+        # A DDP bucket holds gradients of several networks and waits for the last one's stream.
+        (train.overlap, not several, f"{overlap} with one rank"),
+        (train.overlap, not train.compile,
+         f"{overlap} without train.compile, whose graph has one order"),
+    ]  # fmt: skip

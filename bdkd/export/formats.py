@@ -1,0 +1,173 @@
+"""Write and read the files of ``bdkd export``: one network, and the facts that its user needs.
+
+Files may come from strangers, so they are read as data and never as code. Sizes are checked before
+anything is loaded.
+"""
+
+import dataclasses
+import math
+import os
+import tomllib
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe
+from bdkd.engine.state import EMA_SUFFIX
+from bdkd.errors import RunError, first_line
+from bdkd.export import facts as shared
+from bdkd.export.facts import DIGEST, FACTS, VERSION, Exported, Facts, FileFormat, Format, corrupt
+from bdkd.export.onnx_format import ONNX
+from bdkd.export.program_format import PROGRAM
+from bdkd.export.safetensors_format import SAFETENSORS
+from bdkd.runs.checkpoint import open_regular
+
+FORMATS: dict[Format, FileFormat] = {
+    "onnx": ONNX, "export": PROGRAM, "safetensors": SAFETENSORS,
+}  # fmt: skip
+
+MAX_FACTS_BYTES = 2**24  # 21,841 class names take 1 MB
+MAX_RECIPE_CHARACTERS, MAX_DOTS = 2**16, 1000  # of a line; recipes have about 2,000 characters
+MAX_PIXELS = 2**28  # of one image, all channels
+
+
+def without_others(recipe: Recipe, network: str) -> Recipe:
+    """Return a recipe with one of its networks, as a student without a teacher. It runs on the
+    recipe's data without the others and their weights.
+
+    Raises:
+        RunError: the recipe has no such network.
+    """
+    config = recipe.networks.get(network.removesuffix(EMA_SUFFIX))
+    if config is None:
+        raise RunError(f"a file of {network!r} says a recipe that has no such network")
+    options = built_without_weights(config)
+    student = NetworkConfig(model=config.model, role="student", options=options)
+    return dataclasses.replace(
+        recipe,
+        networks={network.removesuffix(EMA_SUFFIX): student},
+        objective=ObjectiveConfig(name="independent"),
+    )
+
+
+# Options of timm.create_model that load or download weights; checkpoint_path unpickles a file.
+_WEIGHT_OPTIONS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+}  # fmt: skip
+
+
+def built_without_weights(config: NetworkConfig) -> dict[str, bool | int | float | str]:
+    """Return a network's options without those that load or download other weights."""
+    return {key: value for key, value in config.options.items() if key not in _WEIGHT_OPTIONS}
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether a path has the suffix of an exported file. The content is not checked."""
+    return path.suffix in [known.suffix for known in FORMATS.values()]
+
+
+def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
+    """The file of a network in evaluation mode on the CPU.
+
+    Raises:
+        RunError: a package is missing, or the network cannot be written in this format.
+    """
+    text = msgspec.json.encode(facts).decode()
+    try:
+        return FORMATS[kind].encode(network, text, facts.input_shape)
+    except RunError:
+        raise
+    except Exception as error:  # the exporters raise whatever their inside raises
+        raise RunError(
+            f"cannot export {facts.network} ({facts.model}) to {kind}: {first_line(error)} "
+            "(--debug shows where)"
+        ) from error
+
+
+def read_exported(path: Path) -> Exported:
+    """Read a file and its facts.
+
+    Raises:
+        RunError: the file is missing, too large, corrupt, changed since it was written, or was not
+            written by ``bdkd export``.
+    """
+    kind = next(kind for kind, known in FORMATS.items() if known.suffix == path.suffix)
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            limit = min(FORMATS[kind].max_bytes, shared.memory_limit())
+            if status.st_size > limit:
+                raise RunError(
+                    f"cannot read {path}: it has {status.st_size:,} bytes, and at most {limit:,} "
+                    f"bytes of a {path.suffix} file are read on this machine"
+                )
+            FORMATS[kind].check(path, file)
+            file.seek(0)
+            content = file.read(limit + 1)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"cannot read {path}: {reason}") from error
+    return decode(path, kind, content)
+
+
+def decode(path: Path, kind: Format, content: bytes) -> Exported:
+    """Return what :func:`read_exported` returns, from the content of a file.
+
+    Args:
+        path: names the file in messages.
+    """
+    metadata, digest = FORMATS[kind].decode(path, content)
+    if FACTS not in metadata or DIGEST not in metadata:
+        raise RunError(
+            f"{path} was not written by bdkd export: it has no recipe and no description of its "
+            "images"
+        )
+    if len(metadata[FACTS]) > MAX_FACTS_BYTES:
+        raise corrupt(path, f"its facts have {len(metadata[FACTS]):,} characters")
+    if metadata[DIGEST] != digest(metadata[FACTS]):
+        raise RunError(f"{path} was damaged or changed since bdkd export wrote it: export it again")
+    try:
+        facts = msgspec.json.decode(metadata[FACTS], type=Facts)
+        _check_recipe(facts.recipe)
+    except ValueError as error:  # of msgspec, and of tomllib
+        raise RunError(
+            f"{path} was written by another version of bdkd: export it again ({first_line(error)})"
+        ) from error
+    except RecursionError as error:
+        raise corrupt(path, "its facts are nested too deeply") from error
+    if facts.version != VERSION:
+        raise RunError(
+            f"{path} has facts of version {facts.version}, this bdkd reads {VERSION}: export it "
+            "again"
+        )
+    if min(facts.input_shape) < 1 or math.prod(facts.input_shape) > MAX_PIXELS:
+        raise corrupt(path, f"its images have the shape {facts.input_shape}")
+    return Exported(path, kind, content, facts)
+
+
+def _check_recipe(recipe: str) -> None:
+    """Check that a recipe's text can be parsed in little memory.
+
+    Raises:
+        ValueError: the text is no TOML, or too long.
+        RecursionError: it is nested too deeply.
+    """
+    # tomllib needs memory of the square of the number of parts of a dotted key: 40 GB for 100,000.
+    dots = max((line.count(".") for line in recipe.splitlines()), default=0)
+    if len(recipe) > MAX_RECIPE_CHARACTERS or dots > MAX_DOTS:
+        raise ValueError(f"a recipe of {len(recipe):,} characters, {dots:,} dots in a line")
+    tomllib.loads(recipe)
+
+
+def open_network(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    """The network in a file, as a function of images on ``device``.
+
+    Args:
+        network: built as the file's recipe says, with any weights.
+
+    Raises:
+        RunError: the file holds something else than that network.
+    """
+    return FORMATS[exported.format].open(exported, network, device)

@@ -1,0 +1,149 @@
+"""Exported networks as ONNX.
+
+onnxruntime runs them, after :mod:`bdkd.export.onnx_trust` has checked the whole model.
+"""
+
+import contextlib
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bdkd.errors import RunError, first_line
+from bdkd.export import facts as shared
+from bdkd.export.facts import (
+    DIGEST,
+    FACTS,
+    Digest,
+    Exported,
+    FileFormat,
+    Function,
+    corrupt,
+    digest_of_bytes,
+)
+from bdkd.export.onnx_trust import refusal
+
+
+def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _require(package)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, of its own inside
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, *input_shape),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # with stack traces: paths of the machine it was written on
+    if model.ByteSize() >= 2**31:
+        raise RunError("ONNX files end at 2 GiB: use --to safetensors or export")
+    for key, value in ((FACTS, facts), (DIGEST, digest_of_bytes(_without_metadata(model))(facts))):
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString()
+
+
+def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
+    model = _parse_onnx(path, content)
+    # protobuf raises for text that is not UTF-8, or returns bytes, depending on its version.
+    with contextlib.suppress(UnicodeDecodeError):
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        if all(isinstance(text, str) for entry in metadata.items() for text in entry):
+            return metadata, digest_of_bytes(_without_metadata(model))
+    raise corrupt(path, "its metadata is not text")
+
+
+def _parse_onnx(path: Path, content: bytes):
+    """Return the ``onnx.ModelProto`` in a file.
+
+    Raises:
+        RunError: the file is corrupt, nested too deeply (protobuf's limit is 100 messages), or
+            refused by :func:`~bdkd.export.onnx_trust.refusal`.
+    """
+    onnx = _require("onnx")
+    decode_error = import_module("google.protobuf.message").DecodeError
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except (decode_error, RecursionError) as error:
+        raise corrupt(path, first_line(error)) from error
+    model.DiscardUnknownFields()
+    try:
+        reason = refusal(model)
+    except UnicodeDecodeError as error:
+        raise corrupt(path, first_line(error)) from error
+    if reason is not None:
+        raise RunError(f"{path} is refused: {reason}")
+    return model
+
+
+def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    runtime = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # errors arrive as exceptions
+    # The bytes of some valid ONNX files are also a file in onnxruntime's own format, which nothing
+    # here has checked. onnxruntime would guess the format.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    # A small file can ask for huge tensors, for example with ConstantOfShape. Exceeding max_mem is
+    # an error of the run, where exceeding the machine's memory would kill the process.
+    memory = runtime.OrtMemoryInfo(
+        "Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
+    )
+    arena = runtime.OrtArenaCfg(shared.memory_limit(), -1, -1, -1)
+    runtime.create_and_register_allocator(memory, arena)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    available = runtime.get_available_providers()
+    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
+    # Without the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime takes options from there.
+    checked = _without_metadata(_parse_onnx(exported.path, exported.content))
+    try:
+        session = runtime.InferenceSession(
+            checked, options, providers=providers,
+            disabled_optimizers=["ConstantFolding"],  # its tensors are made outside of the arena
+        )  # fmt: skip
+    except Exception as error:  # onnxruntime has one type for each of its codes, below Exception
+        raise RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}") from error
+
+    def logits(images: Tensor) -> Tensor:
+        pixels = images.float().contiguous().cpu().numpy()
+        try:
+            [result] = session.run(["logits"], {"images": pixels})
+        except Exception as error:
+            raise RunError(
+                f"onnxruntime cannot run {exported.path}: {first_line(error)}"
+            ) from error
+        return torch.from_numpy(result).to(images.device)
+
+    return Function(logits)
+
+
+def _without_metadata(model) -> bytes:
+    """Remove ``metadata_props`` from a model, and return the rest as bytes."""
+    del model.metadata_props[:]
+    return model.SerializeToString(deterministic=True)
+
+
+def _require(package: str):
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise RunError(f"ONNX files need {package}: pip install 'bdkd[export]'") from error
+
+
+ONNX = FileFormat(
+    suffix=".onnx",
+    max_bytes=2**31 - 1,  # protobuf's limit
+    encode=_encode,
+    check=lambda path, file: None,
+    decode=_decode,
+    open=_open,
+)

@@ -1,0 +1,147 @@
+"""Exported networks as programs of ``torch.export``.
+
+A ``.pt2`` is a zip file in which ``torch.export.load`` unpickles members. It is accepted only if it
+equals, byte for byte, the program that this bdkd and this torch make of the network that it names.
+torch then loads that program, with the weights of the file.
+"""
+
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import torch
+from torch import nn
+
+from bdkd.errors import RunError, first_line
+from bdkd.export.facts import (
+    DIGEST,
+    FACTS,
+    Digest,
+    Exported,
+    FileFormat,
+    Function,
+    corrupt,
+    digest_of_bytes,
+)
+from bdkd.runs.archive import ArchiveError, check_stored_zip
+
+_WEIGHTS = "archive/data/weights/weight_"  # members that hold one tensor each
+_EXTRA = "archive/extra/"
+# The last one is the writer's own hash of the archive.
+_UNCOMPARED = {_EXTRA + FACTS, _EXTRA + DIGEST, "archive/.data/serialization_id"}
+
+
+def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(
+        network, (torch.zeros(2, *input_shape),), dynamic_shapes=({0: batch},)
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of the machine that it was written on
+
+    def save(extra: dict[str, str]) -> bytes:
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files=extra)
+        return file.getvalue()
+
+    with zipfile.ZipFile(io.BytesIO(save({}))) as archive:
+        digest = _digest_of_weights(archive)(facts)
+    return save({FACTS: facts, DIGEST: digest})
+
+
+def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
+    try:
+        check_stored_zip(io.BytesIO(content))
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            metadata = {
+                key: archive.read(_EXTRA + key).decode()
+                for key in (FACTS, DIGEST)
+                if _EXTRA + key in archive.namelist()
+            }
+            return metadata, _digest_of_weights(archive)
+    except (ArchiveError, UnicodeDecodeError) as error:
+        raise corrupt(path, first_line(error)) from error
+
+
+def _check(path: Path, file: BinaryIO) -> None:
+    try:
+        check_stored_zip(file)
+    except ArchiveError as error:
+        raise corrupt(path, str(error)) from error
+
+
+def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    facts = exported.facts
+    plain = network.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    ours = _encode(plain.eval(), msgspec.json.encode(facts).decode(), facts.input_shape)
+    difference = _difference(ours, exported.content)
+    if difference and facts.versions.get("torch") != torch.__version__:
+        raise RunError(
+            f"{exported.path} was written by torch {facts.versions.get('torch')}, this is "
+            f"{torch.__version__}: export it again, or evaluate it there"
+        )
+    if difference:
+        raise RunError(
+            f"{exported.path} holds another program than this bdkd makes of {facts.model} "
+            f"({difference}), and a stranger's program could run code, so it is not loaded: "
+            "export it again"
+        )
+    program = torch.export.load(io.BytesIO(_with_weights(ours, exported.content)))
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    graph = program.module()
+    return Function(lambda images: graph(images))
+
+
+def _difference(ours: bytes, theirs: bytes) -> str:
+    """Return the first member in which two programs differ by more than the values of weights, or
+    an empty string."""
+    with zipfile.ZipFile(io.BytesIO(ours)) as a, zipfile.ZipFile(io.BytesIO(theirs)) as b:
+        names = [sorted(archive.namelist()) for archive in (a, b)]
+        if names[0] != names[1]:  # sorted lists: a name that is there twice counts twice
+            return next(iter(set(names[0]) ^ set(names[1])), "a member twice")
+        for name in names[0]:
+            if name.startswith(_WEIGHTS):
+                same = a.getinfo(name).file_size == b.getinfo(name).file_size
+            else:
+                same = name in _UNCOMPARED or a.read(name) == b.read(name)
+            if not same:
+                return name
+    return ""
+
+
+def _with_weights(ours: bytes, theirs: bytes) -> bytes:
+    """Return our archive with the weights of theirs. torch never reads a stranger's archive: its
+    reader of zip files might find other members than Python's."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(ours)) as a,
+        zipfile.ZipFile(io.BytesIO(theirs)) as b,
+        zipfile.ZipFile(file, "w") as merged,
+    ):
+        for name in a.namelist():
+            merged.writestr(name, (b if name.startswith(_WEIGHTS) else a).read(name))
+    return file.getvalue()
+
+
+def _digest_of_weights(archive: zipfile.ZipFile) -> Digest:
+    hashed = hashlib.sha256()
+    for name in sorted(archive.namelist()):
+        if name.startswith(_WEIGHTS):
+            hashed.update(name.encode() + archive.read(name))
+    return digest_of_bytes(hashed.digest())
+
+
+PROGRAM = FileFormat(
+    suffix=".pt2",
+    max_bytes=2**34,  # 4 billion weights
+    encode=_encode,
+    check=_check,
+    decode=_decode,
+    open=_open,
+)

@@ -1,0 +1,82 @@
+"""Exported weights as safetensors, which hold tensors and no code."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from bdkd.errors import RunError, first_line
+from bdkd.export.facts import (
+    DIGEST,
+    FACTS,
+    Digest,
+    Exported,
+    FileFormat,
+    corrupt,
+    digest_of_bytes,
+)
+from bdkd.runs.weights import mismatched_keys
+
+
+def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
+    from safetensors.torch import save
+
+    tensors = {key: value.detach().clone() for key, value in network.state_dict().items()}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", FACTS: facts, DIGEST: _digest_of_tensors(tensors)(facts)}
+    return save(tensors, metadata)
+
+
+def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")  # of the header, which load has checked
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise corrupt(path, first_line(error)) from error
+    return metadata, _digest_of_tensors(tensors)
+
+
+def _check(path: Path, file: BinaryIO) -> None:
+    """Check that the header fits into the file. The library checks the rest."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
+        raise corrupt(path, f"its header would have {length:,} bytes")
+
+
+def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    from safetensors.torch import load
+
+    tensors = load(exported.content)
+    mismatch = mismatched_keys(network, tensors)
+    if mismatch:
+        raise RunError(f"{exported.path} is no {exported.facts.model}: {mismatch}")
+    network.load_state_dict(tensors)
+    return network.to(device).eval()
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> Digest:
+    hashed = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key]
+        hashed.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        hashed.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest_of_bytes(hashed.digest())
+
+
+SAFETENSORS = FileFormat(
+    suffix=".safetensors",
+    max_bytes=2**34,  # 4 billion weights
+    encode=_encode,
+    check=_check,
+    decode=_decode,
+    open=_open,
+)

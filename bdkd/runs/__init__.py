@@ -1,0 +1,9 @@
+"""The files of a run: folder, checkpoints, logs, profile, summary.
+
+It needs the extra ``bdkd[train]``.
+"""
+
+from bdkd.extras import missing_packages
+
+if message := missing_packages(("msgspec", "numpy", "tomli-w", "tqdm")):
+    raise ImportError(message)

@@ -1,0 +1,115 @@
+"""Loading a checkpoint into a run: what must fit, and what the user is told."""
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bdkd.data import DataInfo
+from bdkd.engine.optim import OPTIMIZERS
+from bdkd.engine.schedule import Span
+from bdkd.engine.state import TrainingState
+from bdkd.errors import RunError
+from bdkd.identity import difference
+
+
+def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
+    """Load a checkpoint's state.
+
+    Raises:
+        RunError: the checkpoint has other networks, or was trained on another data set.
+    """
+    try:
+        check_data(path, saved, state.info)
+        state.load_state_dict(saved)
+        foreign = OPTIMIZERS[state.recipe.optimizer.name].foreign_moments
+        if any(foreign(moments) for moments in state.optimizer.state.values()):
+            raise ValueError("moments of another optimizer")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} holds other networks or another optimizer than the recipe: resume with the "
+            f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
+            "--run-dir"
+        ) from error
+    if state.context.is_rank0:
+        warn_of_copied_statistics(path, saved, state.recipe.train.ema_decay)
+
+
+def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -> None:
+    """Continue a run from its newest checkpoint, and print where it continues.
+
+    Args:
+        found: the checkpoint and its state, or None if the run was stopped before its first one.
+    """
+    where = "the beginning: no checkpoint was written"
+    if found is not None:
+        path, saved = found
+        restore(state, path, saved)
+        state.progress.end_short_epoch(state.recipe, state.train_images)
+        print_changes(state, saved)
+        where = str(path)
+    progress = state.progress
+    print(
+        f"continuing at step {progress.step}, from {where} "
+        f"({progress.describe(state.train_images)})",
+        flush=True,
+    )
+    if not state.remaining_steps():
+        print(
+            f"nothing is left to train: train.epochs is {state.recipe.train.epochs} and "
+            f"max_steps {state.recipe.max_steps}",
+            flush=True,
+        )
+
+
+def warn_of_copied_statistics(path: Path, saved: Mapping[str, Any], decay: float | None) -> None:
+    """Warn on standard error if more than 1% of the batch norm statistics in averages of an old
+    version are still those of their students."""
+    until, updates = saved["ema_copied_until"], int(saved["ema_updates"])
+    if until is not None and (decay or 1.0) ** (updates - until) > 0.01:
+        print(
+            f"{path}: the batch norm statistics of its averaged networks are those of the "
+            "students, an error of an earlier version: recalibrate them with bdkd update-bn",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def check_data(path: Path, saved: Mapping[str, Any], info: DataInfo) -> None:
+    """Raise ``RunError`` if a checkpoint was trained on another data set than this one."""
+    if differs := difference(saved["data"], info.identity()):
+        raise RunError(
+            f"the data set here is not the one that {path} was trained on: {differs}; restore it, "
+            "or give the right folder with --data.root (train) or --data-root (evaluate, export)"
+        )
+    if saved["train_images"] != (images := info.counts["train"]):
+        raise RunError(
+            f"{path} was trained on {saved['train_images']} images, the data now has {images}: "
+            "restore the data set or data.validation, or choose another --run-dir"
+        )
+
+
+def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
+    """Print how a resumed run differs from the session that saved its checkpoint."""
+    before, now = len(saved["ranks"]), state.context.world_size
+    size = state.recipe.train.batch_size
+    if before != now:
+        print(
+            f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank's part of a "
+            "batch changes, so sums round differently, dropout draws anew, and batch norm without "
+            f"distributed.sync_batch_norm normalises over {size // now} images",
+            flush=True,
+        )
+    step, images = state.schedule_step(), state.train_images
+    schedule, span = state.recipe.schedule, Span(**saved["schedule"])
+    old, new = (s.factor(schedule, step, images) for s in (span, state.span))
+    if span.epochs == state.span.epochs or not state.remaining_steps():
+        return
+    epochs = state.span.epochs
+    if math.isclose(old, new, abs_tol=1e-6):
+        print(f"the schedule now ends with epoch {epochs}; the rate is {new:.3g} of its peak here")
+    else:
+        print(
+            f"the schedule of {span.epochs} epochs had ended: for train.epochs {epochs} the "
+            f"learning rate rises again, from {old:.3g} to {new:.3g} of its peak"
+        )

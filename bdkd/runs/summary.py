@@ -1,0 +1,110 @@
+"""The end of a run: one pass over the test images, and what is kept of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdkd.config import Recipe
+from bdkd.engine.components import Components
+from bdkd.engine.state import EMA_SUFFIX, TrainingState
+from bdkd.errors import RunError
+from bdkd.evaluation.calibration import CalibrationResult
+from bdkd.evaluation.figures import reliability_diagram, training_curves
+from bdkd.evaluation.predict import Evaluator
+from bdkd.metrics import MEASURED
+from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.folder import RunFolder
+
+
+def evaluator_of(components: Components, networks: Mapping[str, nn.Module]) -> Evaluator:
+    """Return an evaluator of networks on the data and with the precision of a run."""
+    train = components.recipe.train
+    return Evaluator(
+        networks, components.source, train.batch_size, train.precision, components.context
+    )
+
+
+def summarise(components: Components, state: TrainingState, folder: RunFolder) -> dict[str, Any]:
+    """Evaluate the selected weights on the test images and write ``summary.json``, predictions and
+    figures.
+
+    All ranks must call this. Rank 0 writes, and returns the content of ``summary.json``.
+
+    Raises:
+        RunError: the best checkpoint is gone, or a file cannot be written.
+    """
+    recipe, context = components.recipe, components.context
+    seconds = state.progress.seconds
+    context.location = "the evaluation on the test images"
+    if recipe.train.select == "best" and state.best is not None:
+        # The run is over and its last weights are saved, so these can be replaced.
+        path = folder.best_path(state.best.step)
+
+        def load() -> dict[str, Any]:
+            if not path.exists():
+                raise RunError(
+                    f"the best checkpoint {path} is gone: --resume with --train.select last"
+                )
+            return load_checkpoint(path)[1]
+
+        state.load_state_dict(context.broadcast_from_rank0(load))
+    networks = state.evaluated_networks()
+    evaluator = evaluator_of(components, networks)
+    done = evaluator.run("test", evaluator.fit_temperatures(), keep_predictions=True)
+    results, recalibrated, predictions = done.results(), done.recalibrated(), done.predictions()
+    if predictions is None:
+        return {}
+    summary = {
+        "recipe": recipe.name,
+        "method": recipe.objective.name,
+        "seed": recipe.seed,
+        "device": str(components.device),
+        "torch": torch.__version__,
+        "wall_seconds": seconds,
+        "images_per_second": throughput(folder),
+        "selected_step": state.progress.step,
+        "split": "test",
+        "images": components.source.info.counts["test"],
+        "data": components.source.info.identity(),
+        "objective": {k: v for k, v in asdict(recipe.objective).items() if v is not None},
+        "networks": {
+            name: {**describe(recipe, name, network, results[name]), **recalibrated[name]}
+            for name, network in networks.items()
+        },
+    }
+    folder.write_predictions(predictions)
+    folder.write_summary(summary)
+    try:
+        title = f"{recipe.name}, {recipe.objective.name}: test images"
+        reliability_diagram(results, folder.figures / "reliability.png", title)
+        training_curves(folder.metrics, folder.figures / "curves.png")
+    except OSError as error:
+        raise RunError(
+            f"cannot write the figures in {folder.figures}: {error.strerror or error}; mend that "
+            f"and draw them with --resume (the results are in {folder.summary})"
+        ) from error
+    return summary
+
+
+def describe(
+    recipe: Recipe, name: str, network: nn.Module, result: CalibrationResult
+) -> dict[str, Any]:
+    """Return model, size and metrics of one network."""
+    config = recipe.networks[name.removesuffix(EMA_SUFFIX)]
+    return {
+        "model": config.model,
+        "role": config.role,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        **{metric: getattr(result, metric) for metric in MEASURED},
+    }
+
+
+def throughput(folder: RunFolder) -> float | None:
+    """Return the median images per second over the log intervals of training."""
+    lines = [line for line in folder.read_metrics() if line.get("split") == "train"]
+    rates = [r for line in lines if isinstance(r := line.get("images_per_second"), int | float)]
+    return median(rates) if rates else None

@@ -1,0 +1,135 @@
+"""The weights that a run starts from: ``networks.NAME.weights``."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdkd.engine.components import Components
+from bdkd.engine.state import EMA_SUFFIX
+from bdkd.errors import RunError, first_line
+from bdkd.identity import class_difference
+from bdkd.runs.checkpoint import is_checkpoint, load_file
+from bdkd.runs.folder import selected_checkpoint
+from bdkd.runs.resume import check_data, warn_of_copied_statistics
+
+
+def load_initial_weights(components: Components) -> None:
+    """Load the weights that the recipe names into the networks of a new run.
+
+    A run with a checkpoint does not need them any more, and their files may be gone.
+
+    Raises:
+        RunError: a file cannot be read or does not fit its network, or a frozen network was trained
+            on other classes.
+    """
+    for name, config in components.recipe.networks.items():
+        if config.weights is None:
+            continue
+        path = Path(config.weights)
+        file = selected_checkpoint(path) if path.is_dir() else path
+        classes = load_weights(components.networks.members[name], name, file)
+        if name not in components.objective.frozen or classes is None:
+            continue
+        # Its logits would be taken for those of other classes.
+        if differs := class_difference(classes, components.source.info.classes):
+            raise RunError(
+                f"networks.{name}.weights: {file} was trained on other classes than those of this "
+                f"data set: {differs}; give a teacher of this data set, or let {name} train"
+            )
+
+
+def load_networks(
+    components: Components, path: Path, saved: Mapping[str, Any]
+) -> dict[str, nn.Module]:
+    """Load the networks of a checkpoint into ``components`` and return them by name, including the
+    students' averages. Nothing that only training needs is built.
+
+    Args:
+        path: names the checkpoint in messages.
+        saved: its state, from :func:`bdkd.runs.checkpoint.load_checkpoint`.
+
+    Raises:
+        RunError: the networks are not those of the recipe, or were trained on another data set.
+    """
+    networks = components.networks
+    averages = {}
+    try:
+        check_data(path, saved, components.source.info)
+        for name in saved["ema"]:
+            member = networks.members[name.removesuffix(EMA_SUFFIX)]
+            averages[name] = copy.deepcopy(member).requires_grad_(False)
+        networks.load_state_dict(saved["networks"])
+        for name, average in averages.items():
+            average.load_state_dict(saved["ema"][name])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} does not fit its own recipe: {first_line(error)}") from error
+    if components.context.is_rank0:
+        warn_of_copied_statistics(path, saved, components.recipe.train.ema_decay)
+    return {**dict(networks.members.items()), **averages}
+
+
+def load_weights(network: nn.Module, name: str, path: Path) -> list[str] | None:
+    """Load weights from a file into a network.
+
+    Args:
+        path: a state dict (``.pt``, ``.pth``, ``.safetensors``), or a checkpoint of a run that has
+            a network called ``name``.
+
+    Returns:
+        The classes that the network was trained on, if the file knows them.
+
+    Raises:
+        RunError: the file cannot be read, or its weights are not those of this network.
+    """
+    classes = None
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as load_safetensors
+
+        try:
+            weights: Any = load_safetensors(path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read the weights {path}: {first_line(error)}") from error
+    else:
+        weights = load_file(path)
+        if is_checkpoint(weights):
+            classes = (weights["state"].get("data") or {}).get("classes")
+            weights = network_weights(weights["state"], name, path)
+    mismatch = mismatched_keys(network, weights) if isinstance(weights, dict) else "no state dict"
+    if mismatch:
+        raise RunError(f"networks.{name}.weights: {path} does not fit {name!r}: {mismatch}")
+    network.load_state_dict(weights)
+    return classes
+
+
+def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Return the state dict of one network in a checkpoint's state."""
+    if name in state["ema"]:
+        return state["ema"][name]
+    prefix = f"members.{name}."
+    weights = {
+        key.removeprefix(prefix): value
+        for key, value in state["networks"].items()
+        if key.startswith(prefix)
+    }
+    if not weights:
+        names = sorted({key.split(".")[1] for key in state["networks"]})
+        raise RunError(f"{path} holds no network {name!r}: it has {', '.join(names)}")
+    return weights
+
+
+def mismatched_keys(module: nn.Module, weights: Mapping[str, Any]) -> str:
+    """Return in a few words what in a state dict does not fit a module, or an empty string."""
+    own = module.state_dict()
+    for key in own:
+        if key not in weights:
+            return f"it lacks {key!r}"
+        if not isinstance(weights[key], torch.Tensor) or own[key].shape != weights[key].shape:
+            came = tuple(getattr(weights[key], "shape", ()))
+            return f"{key!r} has shape {came}, needed {tuple(own[key].shape)}"
+    extra = [key for key in weights if key not in own]
+    return f"it has {extra[0]!r}, which the network has not" if extra else ""

@@ -1,0 +1,322 @@
+"""The trainer: one run from its first step to its summary."""
+
+import contextlib
+import shlex
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from bdkd.data import Batch, Split
+from bdkd.engine.compiled import choose_forward_backward
+from bdkd.engine.components import Components
+from bdkd.engine.cuda_graph import CapturedStep
+from bdkd.engine.networks import SavedBuffers
+from bdkd.engine.progress import Best
+from bdkd.engine.ranges import in_range, named_range
+from bdkd.engine.state import TrainingState
+from bdkd.engine.step import warm_up
+from bdkd.engine.throughput import ThroughputMeter
+from bdkd.errors import Interrupted, RunError
+from bdkd.evaluation.calibration import CalibrationResult
+from bdkd.metrics import VALIDATED
+from bdkd.runs.checkpointer import Checkpointer
+from bdkd.runs.folder import RunFolder
+from bdkd.runs.log import MetricsLogger, check_sinks
+from bdkd.runs.profile import StepProfiler
+from bdkd.runs.resume import resume as resume_run
+from bdkd.runs.signals import StopRequest
+from bdkd.runs.summary import evaluator_of, summarise
+
+
+class Trainer:
+    """Trains the networks of a recipe together.
+
+    Args:
+        components: from :func:`bdkd.engine.components.build_components`. Initial weights must be
+            loaded already, because the networks are prepared for several ranks here.
+        state: default: a new one, at step 0.
+
+    Attributes:
+        state: everything that a checkpoint holds.
+        forward_backward: computes the gradients of one micro-batch.
+    """
+
+    def __init__(self, components: Components, state: TrainingState | None = None) -> None:
+        self.components = components
+        self.recipe, self.context = components.recipe, components.context
+        self.objective, self.source = components.objective, components.source
+        self.state = TrainingState(components) if state is None else state
+        self.meter = self.state.meter
+        self.batch_size = self.recipe.train.batch_size
+        self.accumulate = self.recipe.train.accumulate
+        self.forward_backward = choose_forward_backward(self.state, self.objective)
+        self.compute_step: Callable[[Batch], None] = self._compute_step
+        if self.recipe.train.cuda_graph:
+            self.compute_step = CapturedStep(
+                self._compute_step, self.state.optimizer, components.device
+            )
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> None:
+        """Run one optimizer step of all networks. Nothing is read from the device.
+
+        Args:
+            batch: this rank's part of the batch.
+        """
+        self.state.set_learning_rate()
+        self.compute_step(batch)
+        self.state.progress.advance(self.batch_size, self.state.train_images)
+
+    def _compute_step(self, batch: Batch) -> None:
+        """Do the device's work of a step. It is the same in every step and changes tensors in
+        place, so that a CUDA graph can replay it."""
+        buffers = SavedBuffers(self.state.networks.buffers())
+        for micro_batch, last in batch.micro_batches(self.accumulate):
+            with self.state.sync_gradients(enabled=last):
+                output = self.forward_backward(micro_batch)
+            with named_range("statistics"):
+                self.meter.update(output, float(self.batch_size))
+        with named_range("optimizer"):
+            self.update_parameters(buffers)
+
+    def update_parameters(self, buffers: SavedBuffers) -> None:
+        """Update the networks and averages, or skip the step if a loss or gradient is not finite.
+
+        Args:
+            buffers: from before the step, because a NaN changes the statistics of batch norm.
+        """
+        state = self.state
+        state.unscale_gradients()
+        finite = state.check_and_clip(self.recipe.train.clip_norm)
+        state.optimizer_step(finite)
+        buffers.restore(where=~finite)
+        state.update_ema(finite)
+        state.networks.zero_grad()
+        state.count_skipped(finite)
+
+    def warm_up_ddp(self) -> None:
+        """Let DDP find the order of its collectives, which it does in its first steps. A resumed
+        run then adds gradients in the same order as a run that was never stopped."""
+        if not self.context.is_distributed:
+            return
+        info = self.source.info
+        part = self.context.shard.of_batch(self.batch_size)
+        count, device = part.stop - part.start, self.state.device
+        images = torch.zeros(count, info.channels, *info.image_size, device=device)
+        target = torch.zeros(count, dtype=torch.int64, device=device)
+        batch = Batch((images,) * self.objective.views, target)
+        *_, (micro_batch, _) = batch.micro_batches(self.accumulate)
+        warm_up(self.state, self.forward_backward, micro_batch)
+
+    # -- a run -------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        folder: RunFolder,
+        *,
+        resume: str = "never",
+        launch: str | None = None,
+        progress_bar: bool = True,
+        profile_steps: int = 0,
+    ) -> dict[str, Any]:
+        """Train to the end of the recipe, then evaluate on the test images.
+
+        Only rank 0 reads and writes the folder, and returns the content of ``summary.json``.
+
+        Args:
+            resume: ``never``, ``auto`` or ``require``; see :meth:`RunFolder.open_for_training`.
+            launch: identifier of the ``torchrun``, whose restarts continue the run.
+            progress_bar: draw one if standard error is a terminal.
+            profile_steps: number of steps to record in ``profile/`` and ``profile.json``.
+
+        Raises:
+            RunError: something is missing, in the way or broken.
+            Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the checkpoint is written.
+        """
+        check_sinks(self.recipe)
+        with contextlib.ExitStack() as stack:
+            stack.callback(folder.close)
+            continues, found = self.context.broadcast_from_rank0(
+                lambda: folder.open_run(resume, launch)
+            )
+            self.warm_up_ddp()
+            if continues:
+                resume_run(self.state, found)
+            remaining = self.state.remaining_steps()
+            self.last_step = self.state.progress.step + remaining
+            self.logger = stack.enter_context(
+                MetricsLogger(self.state, folder, self.last_step, progress_bar)
+            )
+            self.checkpointer = Checkpointer(self.state, folder, warn=self.logger.line)
+            stack.callback(self.checkpointer.close)
+            with (
+                # With one rank, every step ends.
+                StopRequest(
+                    self.recipe.distributed.grace if self.context.is_distributed else None
+                ) as stop,
+                StepProfiler(
+                    profile_steps, remaining, folder.path, self.state.device, self.logger.line,
+                    self.context.rank,
+                ) as profiler,
+            ):  # fmt: skip
+                self._train_loop(stop, profiler)
+            self.logger.close()
+            return summarise(self.components, self.state, folder)
+
+    def _train_loop(self, stop: StopRequest, profiler: StepProfiler) -> None:
+        """Run every step that remains."""
+        self.state.networks.train()
+        self.throughput = ThroughputMeter(self.components)
+        self.logger.start_interval()
+        self._finish_interrupted_step()
+        while self.state.progress.step < self.last_step:
+            epoch = self.state.progress.epoch
+            batches = self.source.train_batches(
+                epoch, self.state.progress.seen, self.batch_size, self.objective.views,
+                self.context.shard,
+            )  # fmt: skip
+            for batch in self.throughput.watch(batches):
+                self.context.location = f"step {self.state.progress.step + 1}"
+                self.train_step(batch)
+                self._after_step(epoch, stop)
+                profiler.step()
+                if self.state.progress.step == self.last_step:
+                    break
+        self.finish_files()
+
+    def _finish_interrupted_step(self) -> None:
+        """Evaluate and save what a run that was killed had not evaluated or saved yet."""
+        progress = self.state.progress
+        best = False
+        if evaluates := progress.validation_due:
+            best = self.validate()
+        unsaved = progress.step >= self.last_step and (
+            evaluates or self.context.broadcast_from_rank0(self.checkpointer.last_step_is_unsaved)
+        )
+        if unsaved or best:
+            self.save(newest=unsaved, best=best)
+
+    def _after_step(self, epoch: int, stop: StopRequest) -> None:
+        """Log, evaluate and save if it is time, and stop if a signal came.
+
+        Args:
+            epoch: of the step that was done.
+        """
+        progress = self.state.progress
+        last = progress.step == self.last_step
+        self.logger.step(self.batch_size)
+        if progress.step % self.recipe.log_every == 0 or last:
+            self.log_interval(epoch)
+        epoch_ended = progress.epoch > epoch
+        evaluated = epoch_ended and progress.epoch % self.recipe.evaluate_every == 0
+        progress.validation_due = evaluated or last
+        signal, overdue = self.context.async_all_reduce_max(
+            stop.signal or 0, int(self.checkpointer.is_overdue())
+        )
+        if signal and not last:
+            self._save_and_stop(signal)
+        # The evaluation comes first: a checkpoint knows the result of its own step.
+        best = progress.validation_due and self.validate()
+        newest = self.checkpointer.is_due(bool(overdue), last)
+        if newest or best:
+            self.save(newest, best)
+
+    @in_range("log")
+    def log_interval(self, epoch: int) -> None:
+        """Log the means since the last time. Reads the device."""
+        values = self.meter.read(self.context)  # waits for the device, so that the clock is right
+        images, seconds = self.logger.interval()
+        self.logger.training(
+            {
+                "step": self.state.progress.step,
+                "epoch": epoch,
+                "split": "train",
+                **values,
+                "images_per_second": images / seconds,
+                **self.throughput.read(images, seconds),
+                "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
+                "skipped_steps": self._check_skipped(),
+            }
+        )
+
+    def _check_skipped(self) -> int:
+        """Return the number of skipped steps so far.
+
+        Raises:
+            RunError: too many steps in a row were skipped.
+        """
+        total, row, longest = self.state.skipped.tolist()
+        self.state.skipped[2] = row
+        if longest:
+            self.logger.line(
+                f"skipped up to {longest} steps in a row: losses or gradients were not finite"
+            )
+        if longest >= self.recipe.train.max_skipped:
+            saved = self.checkpointer.folder.resumable_paths()
+            good = f"the last good checkpoint is {saved[0]}" if saved else "none is saved yet"
+            raise RunError(
+                f"losses or gradients were not finite for {longest} steps in a row: {good}; "
+                "lower optimizer.learning_rate, or use another train.precision"
+            )
+        return total
+
+    @in_range("evaluation")
+    def validate(self) -> bool:
+        """Evaluate on the validation images. Returns whether the student is the best so far.
+
+        With ``watch_test`` the test images are evaluated too. Their results are logged and never
+        choose a checkpoint.
+        """
+        self.state.progress.validation_due = False
+        best = False
+        if self.source.info.counts["val"]:
+            best = self._is_best(self.evaluate("val"))
+        if self.recipe.watch_test:
+            self.evaluate("test")
+        return best
+
+    def evaluate(self, split: Split) -> dict[str, CalibrationResult]:
+        """Evaluate every network on a split, and log the results."""
+        with self.logger.paused():
+            self.context.location = f"the evaluation after step {self.state.progress.step}"
+            networks = self.state.evaluated_networks()
+            results = evaluator_of(self.components, networks).evaluate(split)
+            metrics = {
+                name: {metric: getattr(result, metric) for metric in VALIDATED}
+                for name, result in results.items()
+            }
+            self.logger.evaluation(split, metrics)
+        return results
+
+    def _is_best(self, results: dict[str, CalibrationResult]) -> bool:
+        judges = self.state.selection_networks()
+        top1 = sum(results[name].top1 for name in judges) / len(judges)
+        # Of equal ones the later, because its learning rate was lower.
+        if self.state.best is not None and top1 < self.state.best.top1:
+            return False
+        self.state.best = Best(self.state.progress.step, top1)
+        return True
+
+    @in_range("checkpoint")
+    def save(self, newest: bool, best: bool) -> None:
+        """Save this step as the newest checkpoint, the best student, or both."""
+        with self.logger.paused():
+            self.logger.count_time()
+            self.checkpointer.save(newest, best)
+
+    def finish_files(self) -> None:
+        """Wait until checkpoints and metrics are written. Raises ``RunError`` if they are not."""
+        self.checkpointer.finish()
+        self.logger.flush()
+
+    def _save_and_stop(self, signal_number: int) -> NoReturn:
+        self.save(newest=True, best=False)
+        self.finish_files()
+        folder, step = self.checkpointer.folder, self.state.progress.step
+        raise Interrupted(
+            signal_number,
+            f"stopped at step {step}, saved in {folder.step_path(step)}; continue with: "
+            f"bdkd train --resume --run-dir {shlex.quote(str(folder.path))}",
+        )

@@ -1,6 +1,0 @@
-"""The trainer. It needs the extra ``bdkd[train]``."""
-
-from bdkd.extras import missing_packages
-
-if message := missing_packages(("msgspec", "numpy", "tomli-w", "tqdm")):
-    raise ImportError(message)

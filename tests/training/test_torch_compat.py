@@ -1,0 +1,59 @@
+"""The trainer's private APIs of torch do what public operations do."""
+
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+from bdkd import _torch_compat as compat
+from bdkd.config import OptimizerConfig
+from bdkd.engine.optim import OPTIMIZERS
+from bdkd.errors import RunError
+
+
+def tensors(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in ((3,), (2, 4), ())]
+
+
+def test_lists_of_tensors_are_changed_one_by_one():
+    one, other, weight = tensors(0), tensors(1), torch.tensor(0.25)
+    copied, added, moved = tensors(0), tensors(0), tensors(0)
+    compat.foreach_copy_(copied, other)
+    compat.foreach_add_(added, other)
+    compat.foreach_lerp_(moved, other, weight)
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        assert torch.equal(copied[i], b)
+        assert torch.equal(added[i], a + b)
+        assert torch.equal(moved[i], a + weight * (b - a))
+
+
+def test_ddp_ignores_what_it_is_told_to(tmp_path):
+    """It broadcasts everything else when it is made."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    compat.ignore_in_ddp(network, ["0.weight", "0.bias"])
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(network)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.parameters_to_ignore == {"0.weight", "0.bias"}
+
+
+def test_only_errors_of_the_compiler_have_a_reason():
+    def broken(graph, inputs):
+        raise ValueError("no such operator\nand more")
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception) as raised:
+        torch.compile(lambda x: x + 1, backend=broken)(torch.ones(2))
+    assert compat.compile_error(raised.value) == "ValueError: no such operator"
+    assert compat.compile_error(RunError("a full disk")) is None
+
+
+def test_every_optimizer_of_a_recipe_is_in_the_table():
+    names = typing.get_args(typing.get_type_hints(OptimizerConfig)["name"])
+    assert set(names) == set(OPTIMIZERS)
