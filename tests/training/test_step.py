@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bdkd_kernels import native
 from small_runs import objective_of, tiny_state, trainer_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -143,6 +144,31 @@ def test_nothing_is_read_from_the_device_between_logs(precision):
     with reads:
         state.meter.read()
     assert reads.found, "the check must be able to see a read"
+
+
+class LossOperators(TorchDispatchMode):
+    """Notes the operators of the fused loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "bdkd":
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not native.AVAILABILITY, reason=f"{native.AVAILABILITY}: no fused loss here")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_is_one_operator_for_each_micro_batch(accumulate):
+    """Its gradients come with it: no second operator looks whether they still fit."""
+    state = tiny_state(accumulate=accumulate)
+    state.networks.train()
+    trainer = trainer_of(state, objective_of(state, backend="native"))
+    with LossOperators() as operators:
+        trainer.train_step(a_batch())
+    assert operators.found == ["bdkd::native_forward"] * accumulate
 
 
 def test_bf16_and_channels_last_train():
