@@ -99,6 +99,11 @@ DELIBERATE = (
         "halves of a pixel are rounded to even numbers, as torchvision does it: the crop moves by "
         "one pixel at some sizes; training does not change",
     ),
+    Deliberate(
+        "the test images are watched",
+        lambda case, step, key: case.startswith("imagenet") and key.startswith("metrics.test."),
+        "watch_test writes lines of metrics that older commits did not write; nothing else changes",
+    ),
 )
 
 # --- the cases ------------------------------------------------------------------------------------
