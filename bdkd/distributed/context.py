@@ -82,7 +82,7 @@ class DistributedContext:
         """Overwrite the tensors by those of rank 0, in one message for each dtype."""
         if not self.is_distributed:
             return
-        for group in _by_dtype(tensors):
+        for group in by_dtype(tensors):
             flat = flatten(group)
             dist.broadcast(flat, group=self.group, group_src=0)
             copy_flat(group, flat)
@@ -140,7 +140,7 @@ class DistributedContext:
         """
         if not self.is_distributed:
             return
-        for group in _by_dtype(gradients):
+        for group in by_dtype(gradients):
             for bucket in _buckets(group):
                 flat = flatten(bucket) / self.world_size
                 dist.all_reduce(flat, group=self.group)
@@ -191,7 +191,8 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by dtype."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.dtype, []).append(tensor)

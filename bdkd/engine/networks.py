@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdkd._torch_compat import ignore_in_ddp
 from bdkd.config import DistributedConfig, NetworkConfig
-from bdkd.distributed.context import DistributedContext, copy_flat, flatten
+from bdkd.distributed.context import DistributedContext, by_dtype, copy_flat, flatten
 from bdkd.engine.ranges import named_range
 from bdkd.models import create_model
 
@@ -165,10 +165,7 @@ class SavedBuffers:
     """
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in buffers:
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        self.groups = list(by_dtype.values())
+        self.groups = by_dtype(buffers)
         self.saved = [flatten(group) for group in self.groups]
 
     @torch.no_grad()

@@ -28,11 +28,6 @@ def stop_recording() -> set[str]:
     return names
 
 
-def is_recording() -> bool:
-    """Return whether named ranges are recorded."""
-    return _recorded is not None
-
-
 def named_range(name: str) -> AbstractContextManager:
     """Return a context that labels its time in the trace. It does nothing while no profiler records
     and inside a compiled graph."""

@@ -8,7 +8,7 @@ import torch
 from bdkd.distributed.context import (
     DistributedContext,
     _buckets,
-    _by_dtype,
+    by_dtype,
     copy_flat,
     flatten,
 )
@@ -83,7 +83,7 @@ def test_tensors_of_all_types_and_layouts_travel_as_flat_ones():
         torch.randn(4, 3).T, torch.tensor(2.0), torch.randn(0), torch.arange(4),
         torch.randn(3).double(),
     ]  # fmt: skip
-    groups = _by_dtype(tensors)
+    groups = by_dtype(tensors)
     assert [{t.dtype for t in group} for group in groups] == [
         {torch.float32}, {torch.int64}, {torch.float64},
     ]  # fmt: skip
