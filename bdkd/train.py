@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bdkd.extras import missing_packages
 
-if message := missing_packages():
+if message := missing_packages(("tyro",)):
     raise ImportError(message)
 
 from bdkd.cli.table import results_table
