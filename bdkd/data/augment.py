@@ -1,10 +1,9 @@
-"""Random crop, flip and cutout of a whole batch at once, on the device.
+"""Random crop, flip and cutout of a whole batch on the device.
 
-What is drawn for a batch is drawn for all its images in one go; a rank then keeps its part of the
-draws. So an image is varied alike whatever the number of ranks, and each rank gathers only its own.
+Each rank draws the numbers of the global batch and keeps its part, so the augmentation of an image
+does not depend on the number of ranks.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,12 +13,12 @@ from bdkd.config import DataConfig
 
 
 class Draws(NamedTuple):
-    """The random numbers of a batch's augmentation, one of each an image."""
+    """The random numbers of a batch's augmentation."""
 
-    down: Tensor  # (B,) pixels by which the crop's window is moved
+    down: Tensor  # (B,) offset of the crop in pixels
     right: Tensor  # (B,)
     mirrored: Tensor  # (B,) bool
-    hole_top: Tensor  # (B,) first row of the cutout, may lie outside
+    hole_top: Tensor  # (B,) first row of the cutout, may be outside the image
     hole_left: Tensor  # (B,)
 
     def part(self, mine: slice) -> "Draws":
@@ -29,7 +28,7 @@ class Draws(NamedTuple):
 def draw(
     config: DataConfig, count: int, height: int, width: int, generator: torch.Generator
 ) -> Draws:
-    """Draw for ``count`` images; what is switched off draws nothing."""
+    """Draw the numbers for ``count`` images; disabled augmentations draw no numbers."""
     device = generator.device
     none = torch.zeros(2, count, dtype=torch.int64, device=device)
     offsets, mirrored, holes = none, none[0].bool(), none
@@ -38,25 +37,26 @@ def draw(
         offsets = torch.randint(*limits, (2, count), generator=generator, device=device)
     if config.flip:
         mirrored = torch.rand(count, generator=generator, device=device) < 0.5
-    if config.cutout:  # the hole's centre is any pixel, so that at a border a part of it is lost
+    if config.cutout:  # the centre is any pixel, so the border may clip the hole
         y, x = torch.rand(2, count, generator=generator, device=device)
         holes = torch.stack((y * height, x * width)).long() - config.cutout // 2
     return Draws(offsets[0], offsets[1], mirrored, holes[0], holes[1])
 
 
 def crop_and_flip(
-    pixels: Tensor,  # (N, H, W, C) all images of the set
-    chosen: Tensor,  # (B,) which of them
+    pixels: Tensor,  # (N, H, W, C), all images of the split
+    chosen: Tensor,  # (B,) indices of images
     draws: Draws,
     padding: str,
 ) -> Tensor:
-    """The chosen images, each moved and perhaps mirrored, ``(B, H, W, C)``, in one gather."""
+    """Return the chosen images, cropped and flipped, ``(B, H, W, C)``, in one gather."""
     count, height, width, channels = pixels.shape
     rows = torch.arange(height, device=pixels.device) + draws.down[:, None]  # (B, H)
     columns = torch.arange(width, device=pixels.device) + draws.right[:, None]  # (B, W)
     columns = torch.where(draws.mirrored[:, None], columns.flip(1), columns)
-    into = OUTSIDE[padding]
-    # index_select takes a fifth of the time of indexing by three tensors on a CPU.
+    # Zero padding reads any valid pixel and multiplies it by 0 below.
+    into = _reflected if padding == "reflect" else _nearest
+    # On a CPU, index_select takes a fifth of the time of indexing by three tensors.
     lines = chosen[:, None] * height + into(rows, height)  # (B, H)
     places = lines[:, :, None] * width + into(columns, width)[:, None]  # (B, H, W)
     cropped = (
@@ -75,8 +75,7 @@ def cut_out(
     draws: Draws,
     size: int,
 ) -> Tensor:
-    """A square of ``size`` pixels of each image set to the mean (DeVries and Taylor, 2017,
-    arXiv 1708.04552)."""
+    """Set a square of each image to the mean (DeVries and Taylor, 2017, arXiv 1708.04552)."""
     _, _, height, width = images.shape
     rows = torch.arange(height, device=images.device) - draws.hole_top[:, None]  # (B, H)
     columns = torch.arange(width, device=images.device) - draws.hole_left[:, None]  # (B, W)
@@ -93,13 +92,6 @@ def _nearest(index: Tensor, size: int) -> Tensor:
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:
-    """The border pixel itself is not repeated: -1 is 1, ``size`` is ``size - 2``."""
+    """Map -1 to 1 and ``size`` to ``size - 2``: the border pixel is not repeated."""
     last = size - 1
     return last - (last - index.abs()).abs()
-
-
-OUTSIDE: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "edge": _nearest,
-    "reflect": _reflected,
-    "zero": _nearest,  # any pixel there is: it is multiplied by 0
-}

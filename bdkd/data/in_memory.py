@@ -1,4 +1,4 @@
-"""A data set small enough to lie on the device whole: no loader process at all."""
+"""Data sets that fit into device memory. They need no loader process."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -30,16 +30,16 @@ class Images(NamedTuple):
 
 
 class InMemory:
-    """Keep images as bytes on the device; gather, augment and normalise them there, by batch.
+    """Keeps uint8 images on the device and gathers, augments and normalises each batch there.
 
     Args:
         splits: ``train``, ``val`` and ``test``.
-        config: its ``crop``, ``flip`` and ``cutout`` say how training images are augmented.
+        config: ``crop``, ``crop_padding``, ``flip`` and ``cutout`` define the augmentation.
         scale: the largest pixel value.
-        digests: identity of the data set that the splits were made from.
+        digests: of the data set before it was split.
 
     Raises:
-        UsageError: an augmentation does not fit the size of the images.
+        UsageError: the crop or cutout is too large for the images.
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class InMemory:
         _, channels, height, width = splits["train"].pixels.shape
         if config.crop >= min(height, width) or config.cutout > 2 * min(height, width):
             raise UsageError(
-                f"data.crop must be below the side of the images and data.cutout at most twice it "
-                f"({height}x{width}), got {config.crop} and {config.cutout}"
+                f"data.crop is {config.crop} and data.cutout is {config.cutout}: for images of "
+                f"{height}x{width} pixels, crop must be less than the shorter side, and cutout at "
+                "most twice the shorter side"
             )
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
         self.splits = {
@@ -94,7 +95,7 @@ class InMemory:
         mine = shard.of_batch(batch_size)
         for position in range(start, len(order) - batch_size + 1, batch_size):
             chosen = order[position : position + batch_size][mine]
-            # A generator of its own for every batch: a resumed run draws what it would have drawn.
+            # Each batch has a new generator, so that a resumed run draws the same numbers.
             generator = torch.Generator(self.device).manual_seed(
                 mix_seed(self.seed, epoch, 1, position)
             )
@@ -117,12 +118,12 @@ class InMemory:
     def _augmented(
         self,
         pixels: Tensor,  # (N, H, W, C)
-        chosen: Tensor,  # (B,) this rank's part of the batch
+        chosen: Tensor,  # (B,) indices of this rank's part of the batch
         batch_size: int,
         mine: slice,
         generator: torch.Generator,
     ) -> Tensor:
-        """One view of a batch, ``(B, C, H, W)``."""
+        """Return one view of a batch, ``(B, C, H, W)``."""
         height, width = self.info.image_size
         draws = draw(self.config, batch_size, height, width, generator).part(mine)
         if self.config.crop or self.config.flip:
@@ -132,7 +133,7 @@ class InMemory:
         images = self._normalise(gathered.permute(0, 3, 1, 2))
         if not self.config.cutout:
             return images
-        # masked_fill returns rows of one channel after the other, whatever the format of its input.
+        # masked_fill does not keep the memory format of its input.
         blanked = cut_out(images, draws, self.config.cutout)
         return blanked.contiguous(memory_format=self.memory_format)
 
@@ -142,13 +143,13 @@ class InMemory:
 
 
 def pixel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, ``(1, C, 1, 1)`` float64, in pixel values.
+    """Return the mean and standard deviation of each channel, ``(1, C, 1, 1)`` float64.
 
-    From counts of the 256 values: exact, and no wide copy of a whole data set.
+    A histogram of the 256 values is exact and avoids a float copy of the data set.
     """
     values = torch.arange(256, dtype=torch.float64)
     counts = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
-    for part in pixels.split(1000):  # bincount widens what it counts to 64 bits
+    for part in pixels.split(1000):  # bincount copies its input to int64
         for row, channel in zip(counts, part.unbind(1), strict=True):
             row += torch.bincount(channel.flatten(), minlength=256)
     share = counts / counts.sum(1, keepdim=True)

@@ -80,10 +80,10 @@ def test_every_other_name_is_refused(program):
                                   b"numpy.core.multiarray\n_reconstruct"])  # fmt: skip
 def test_the_stand_ins_themselves_cannot_be_altered(name):
     """BUILD with a pair of states would set attributes of the class itself."""
-    before = [dict(vars(value)) for value in plain_pickle.STANDS_FOR.values()]
+    before = [dict(vars(value)) for value in plain_pickle.REPLACEMENTS.values()]
     with pytest.raises(RunError, match="damaged or no pickle of plain data"):
         load(b"}c" + name + b"\n(N}S'__init__'\nI1\nstb.")
-    assert [dict(vars(value)) for value in plain_pickle.STANDS_FOR.values()] == before
+    assert [dict(vars(value)) for value in plain_pickle.REPLACEMENTS.values()] == before
 
 
 @pytest.mark.parametrize(
