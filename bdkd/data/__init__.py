@@ -18,8 +18,8 @@ __all__ = ["WHOLE", "Batch", "DataInfo", "DataSource", "Shard", "Split", "create
 
 SOURCES: dict[str, Callable[..., DataSource]] = {
     "digits": digits.load,
-    "cifar10": cifar.load_cifar10,
-    "cifar100": cifar.load_cifar100,
+    "cifar10": cifar.load,
+    "cifar100": cifar.load,
     "tiny-imagenet": tiny_imagenet.load,
     "folder": folder.load,
     "imagenet": imagenet.load,

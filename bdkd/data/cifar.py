@@ -7,9 +7,8 @@ import gzip
 import io
 import tarfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +26,7 @@ SIDE = 32
 LARGEST_FILE = 256 << 20
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The file names and pickle keys of a data set."""
 
     source: str
@@ -46,27 +44,11 @@ CIFAR10 = Layout(
 CIFAR100 = Layout("cifar100", ("train",), "test", "meta", "fine_labels", "fine_label_names")
 
 
-def load_cifar10(
+def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """Load 50,000 training and 10,000 test images in 10 classes."""
-    return _load(CIFAR10, config, seed, device, memory_format)
-
-
-def load_cifar100(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
-    """Load 50,000 training and 10,000 test images in 100 (fine) classes."""
-    return _load(CIFAR100, config, seed, device, memory_format)
-
-
-def _load(
-    layout: Layout,
-    config: DataConfig,
-    seed: int,
-    device: torch.device,
-    memory_format: torch.memory_format,
-) -> InMemory:
+    """Load 50,000 training and 10,000 test images, with 10 or 100 (fine) classes."""
+    layout = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.source]
     refuse_image_size(config, layout.source, SIDE)
     contents = _contents(layout, required_root(config, layout.source))
     names = contents[layout.meta].get(layout.names)
@@ -135,8 +117,8 @@ def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[s
                 name = PurePosixPath(member.name).name
                 stream = tar.extractfile(member) if name in wanted else None  # None: not a file
                 if stream is not None:
-                    whole = io.BytesIO(stream.read())  # raises here if the archive is truncated
-                    found[name] = plain_pickle.load(whole, f"{path}:{member.name}")
+                    content = io.BytesIO(stream.read())  # raises here if the archive is truncated
+                    found[name] = plain_pickle.load(content, f"{path}:{member.name}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise RunError(
             f"{path} is damaged or incomplete ({error}): remove it; "
@@ -155,11 +137,9 @@ def _images(layout: Layout, contents: dict[str, dict[str, Any]], name: str, clas
     pixels, labels = contents[name].get("data"), contents[name].get(layout.labels)
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
         raise RunError(_wrong(layout, name, f"no rows of {3 * SIDE**2} bytes 'data'"))
-    if (
-        not isinstance(labels, list)
-        or len(labels) != len(pixels)
-        or not all(isinstance(label, int) and 0 <= label < classes for label in labels)
-    ):
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(
+        isinstance(label, int) and 0 <= label < classes for label in labels
+    ):  # fmt: skip
         raise RunError(
             _wrong(layout, name, f"no list {layout.labels!r} of a class 0..{classes - 1} an image")
         )

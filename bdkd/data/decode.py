@@ -41,11 +41,7 @@ def require_pillow() -> None:
 
 
 def open_image(content: bytes) -> "Image.Image":
-    """Open an encoded image without decoding its pixels.
-
-    Raises:
-        UndecodableError: the content is no image, or has more than ``LARGEST`` pixels.
-    """
+    """Open an encoded image of at most ``LARGEST`` pixels, or raise ``UndecodableError``."""
     from PIL import Image
 
     if content.startswith(PNG):
@@ -63,11 +59,7 @@ def open_image(content: bytes) -> "Image.Image":
 
 
 def decode_rgb(content: bytes) -> "Image.Image":
-    """Decode an image completely and return it in RGB.
-
-    Raises:
-        UndecodableError: the image is damaged or truncated, or cannot be converted to 8 bits.
-    """
+    """Decode a complete image and return it in RGB, or raise ``UndecodableError``."""
     image = open_image(content)
     try:
         image.load()
@@ -110,12 +102,9 @@ def _is_grey16(image: "Image.Image") -> bool:
 
 
 def png_is_whole(content: bytes) -> bool:
-    """Return whether a PNG has all chunks up to its end.
+    """Return whether a PNG has all its chunks, or raise ``UndecodableError`` for a wrong checksum.
 
-    The checksums are verified, because Pillow does not verify those of pixel data.
-
-    Raises:
-        UndecodableError: a checksum does not fit.
+    Pillow does not verify the checksums of pixel data.
     """
     position = len(PNG)
     while position + 12 <= len(content):
@@ -177,15 +166,15 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
     def read(index: int) -> None:
         path = paths[index]
         try:
-            whole = decode_rgb(path.read_bytes())
+            image = decode_rgb(path.read_bytes())
         except (OSError, UndecodableError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(
                 f"cannot read the image {path}: {reason}; replace or remove it"
             ) from error
-        if whole.size != (size, size):
-            whole = whole.resize((size, size))
-        pixels[index] = np.asarray(whole)
+        if image.size != (size, size):
+            image = image.resize((size, size))
+        pixels[index] = np.asarray(image)
 
     # Threads suffice: Pillow releases the GIL while it decodes.
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))

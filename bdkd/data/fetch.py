@@ -94,16 +94,16 @@ def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Pa
     if name not in archives:
         raise UsageError(f"unknown data set {name!r}: {nearest(name, list(archives))}")
     archive = archives[name]
-    folder, whole = to / archive.folder, to / archive.file
+    folder, packed = to / archive.folder, to / archive.file
     if folder.exists():
         return folder
     try:
         to.mkdir(parents=True, exist_ok=True)
-        if not whole.exists():
+        if not packed.exists():
             _check_space(to, archive)
-            _download(archive, whole)
-        _unpack(archive, whole, folder)
-        whole.unlink()
+            _download(archive, packed)
+        _unpack(archive, packed, folder)
+        packed.unlink()
     except OSError as error:  # not of the network, whose errors are RunErrors here
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -121,16 +121,14 @@ def _check_space(to: Path, archive: Archive) -> None:
         )
 
 
-def _download(archive: Archive, whole: Path) -> None:
+def _download(archive: Archive, packed: Path) -> None:
     """Start or continue a download. The file gets its final name after it is verified."""
-    part = whole.with_name(whole.name + ".part")
+    part = packed.with_name(packed.name + ".part")
     with open(part, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError as error:
-            raise RunError(
-                f"another bdkd data fetch is downloading {whole}: wait for it"
-            ) from error
+            raise RunError(f"another bdkd data fetch is downloading {packed}: wait") from error
         try:
             if file.tell() < archive.size:
                 _append(archive, part, file)
@@ -144,9 +142,9 @@ def _download(archive: Archive, whole: Path) -> None:
         raise RunError(
             f"the file from {archive.url} is not the known file: its SHA-256 is {found}, not "
             f"{archive.sha256}; it was removed. Run this again, or get the file elsewhere and put "
-            f"it into {whole.parent}"
+            f"it into {packed.parent}"
         )
-    part.rename(whole)
+    part.rename(packed)
 
 
 def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
@@ -204,53 +202,48 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack(archive: Archive, whole: Path, folder: Path) -> None:
+def _unpack(archive: Archive, packed: Path, folder: Path) -> None:
     """Verify the archive, unpack it into a temporary folder and rename that folder."""
-    if (found := _sha256(whole)) != archive.sha256:
+    if (found := _sha256(packed)) != archive.sha256:
         raise RunError(
-            f"{whole} ({whole.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
+            f"{packed} ({packed.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
             f"{found}, not {archive.sha256}; nothing was unpacked: remove it, and run this again"
         )
-    with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=whole.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=packed.parent) as temporary:
         declared = 0
-        for name, size, stream in _files(whole):
+        for name, size, stream in _files(packed):
             declared += size
             if declared > 2 * archive.unpacked:  # checked before writing
                 raise RunError(
-                    f"{whole} is refused: it unpacks to more than {2 * archive.unpacked:,} bytes, "
+                    f"{packed} is refused: it unpacks to more than {2 * archive.unpacked:,} bytes, "
                     f"{archive.folder} has about {archive.unpacked:,}: remove it and run this again"
                 )
             path = PurePosixPath(name)
             # No links are created, so the name determines where the file is written.
             if path.is_absolute() or ".." in path.parts:
-                raise RunError(f"{whole} is refused: it would write {name!r} outside its folder")
+                raise RunError(f"{packed} is refused: it would write {name!r} outside its folder")
             target = Path(temporary) / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with stream, open(target, "wb") as file:
                 shutil.copyfileobj(stream, file)
         inside = Path(temporary) / archive.folder
         if not inside.is_dir():
-            raise RunError(
-                f"{whole} holds no folder {archive.folder}: remove it and run this again"
-            )
+            raise RunError(f"{packed} holds no folder {archive.folder}: remove it and try again")
         os.rename(inside, folder)
 
 
-def _files(whole: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """Iterate over (name, declared size, content) of every regular file; refuse links and devices.
-
-    No content is longer than declared.
-    """
-    if zipfile.is_zipfile(whole):
-        with zipfile.ZipFile(whole) as unzipped:
+def _files(packed: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Iterate over (name, declared size, content) of every regular file, and refuse links."""
+    if zipfile.is_zipfile(packed):
+        with zipfile.ZipFile(packed) as unzipped:
             for info in unzipped.infolist():
                 if not info.is_dir():
                     yield info.filename, info.file_size, unzipped.open(info)
         return
-    with tarfile.open(whole) as tar:
+    with tarfile.open(packed) as tar:
         for member in tar:
             stream = tar.extractfile(member) if member.isfile() else None
             if stream is not None:
                 yield member.name, member.size, stream
             elif not member.isdir():
-                raise RunError(f"{whole} is refused: {member.name!r} is a link or a device")
+                raise RunError(f"{packed} is refused: {member.name!r} is a link or a device")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdkd.errors import RunError
+from bdkd.text import read_text, text_lines
 
 # The suffixes of torchvision.datasets.ImageFolder.
 IMAGE_SUFFIXES = (
@@ -46,11 +47,7 @@ def is_image(name: str) -> bool:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the class folders in ``folder``, sorted.
-
-    Raises:
-        RunError: ``folder`` cannot be listed, or holds a broken symbolic link.
-    """
+    """Return the sorted names of the class folders, or raise ``RunError`` for a broken link."""
     found = []
     for entry in _entries(folder):
         if _is_folder(entry):
@@ -66,21 +63,13 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Return the names of the images in ``folder``, sorted, without opening them.
-
-    Raises:
-        RunError: ``folder`` cannot be listed.
-    """
+    """Return the sorted names of the images in ``folder``, without opening them."""
     # On nearly every file system scandir returns the type, so no file needs a stat.
     return sorted(e.name for e in _entries(folder) if is_image(e.name) and _is_file_or_broken(e))
 
 
 def archive_files(folder: Path) -> list[Path]:
-    """Return the files in ``folder`` that are not hidden, sorted.
-
-    Raises:
-        RunError: ``folder`` cannot be listed.
-    """
+    """Return the files in ``folder`` that are not hidden, sorted."""
     return sorted(folder / e.name for e in _entries(folder) if _is_file_or_broken(e))
 
 
@@ -89,6 +78,14 @@ def record_files(files: Sequence[Path]) -> list[Path]:
     with the suffix of another format."""
     named = [file for file in files if RECORDS.search(file.name)]
     return named or [file for file in files if not NO_RECORDS.search(file.name)]
+
+
+def read_lines(path: Path, label: str = "", errors: str = "strict") -> list[str]:
+    """Return the lines of a text file, or raise ``RunError`` with ``label`` before the path."""
+    try:
+        return text_lines(read_text(path, errors))
+    except OSError as error:
+        raise RunError(f"cannot read {label}{path}: {error.strerror}") from error
 
 
 def _entries(folder: Path, hidden: bool = False) -> list[os.DirEntry[str]]:

@@ -13,10 +13,9 @@ from bdkd.config import DataConfig
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
 from bdkd.data.folder import read_labelled
 from bdkd.data.in_memory import InMemory
-from bdkd.data.listing import class_folders, image_files
+from bdkd.data.listing import class_folders, image_files, read_lines
 from bdkd.data.splits import make_splits
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
 
 SOURCE = "tiny-imagenet"
 SIDE = 64
@@ -67,7 +66,7 @@ def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
     """Return the images of ``val`` and their labels from lines of file, class and box."""
     listed = root / "val" / "val_annotations.txt"
     found = []
-    for count, line in enumerate(_lines(listed), 1):
+    for count, line in enumerate(read_lines(listed), 1):
         file, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0].strip()
         if wnid not in number or Path(file).name != file:
@@ -83,14 +82,7 @@ def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
 def _names(root: Path, wnids: Sequence[str]) -> tuple[str, ...]:
     """Return the class names from ``words.txt``, or the WordNet ids of classes without a name."""
     words = root / "words.txt"
-    lines = _lines(words) if words.exists() else []
+    lines = read_lines(words) if words.exists() else []
     pairs = [line.split("\t", 1) for line in lines if "\t" in line]
     names = {wnid: name.strip() for wnid, name in pairs}
     return tuple(names.get(wnid, wnid) for wnid in wnids)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return text_lines(read_text(path))
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error

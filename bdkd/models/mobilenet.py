@@ -137,14 +137,10 @@ def mobilenetv2(
     check_number("expansion", expansion, "an integer >= 1", lambda x: x >= 1 and x == int(x))
     widths = tuple(max(1, int(channels * width)) for channels in _CHANNELS)
     return MobileNetV2(
-        num_classes,
-        in_channels,
-        widths=(*widths, int(1280 * max(1.0, width))),
-        strides=(1, 1, 2, 2, 1, 2, 1),
-        expansion=int(expansion),
-        expand_first=True,
+        num_classes, in_channels, widths=(*widths, int(1280 * max(1.0, width))),
+        strides=(1, 1, 2, 2, 1, 2, 1), expansion=int(expansion), expand_first=True,
         activation=nn.ReLU,
-    )
+    )  # fmt: skip
 
 
 @register({"imagenet_mobilenet_v2": {}})
@@ -161,12 +157,7 @@ def imagenet_mobilenet_v2(
     check_dropout(dropout)
     widths = tuple(divisible_by_8(channels * width) for channels in _CHANNELS)
     return MobileNetV2(
-        num_classes,
-        in_channels,
-        widths=(*widths, divisible_by_8(1280 * max(1.0, width))),
-        strides=(1, 2, 2, 2, 1, 2, 1),
-        expansion=6,
-        expand_first=False,
-        activation=nn.ReLU6,
+        num_classes, in_channels, widths=(*widths, divisible_by_8(1280 * max(1.0, width))),
+        strides=(1, 2, 2, 2, 1, 2, 1), expansion=6, expand_first=False, activation=nn.ReLU6,
         dropout=dropout,
-    )
+    )  # fmt: skip

@@ -36,16 +36,16 @@ class UnitV1(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.stride = stride
-        made = out_channels - in_channels if stride == 2 else out_channels
-        inner = made // 4
+        branch = out_channels - in_channels if stride == 2 else out_channels
+        inner = branch // 4
         # The stem has too few channels for groups (section 3.2 of the paper).
         self.groups = 1 if in_channels == _STEM else _GROUPS
         self.conv1 = conv1x1(in_channels, inner, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(inner)
         self.conv2 = depthwise3x3(inner, stride)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = conv1x1(inner, made, groups=_GROUPS)
-        self.bn3 = nn.BatchNorm2d(made)
+        self.conv3 = conv1x1(inner, branch, groups=_GROUPS)
+        self.bn3 = nn.BatchNorm2d(branch)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)

@@ -6,6 +6,7 @@
 
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,18 +59,11 @@ def load(
     if not len(test):
         raise RunError(f"{root / 'val'} holds no images: the test split needs some; fetch it again")
 
-    def make_loader(
-        device: torch.device, dtype: torch.dtype, mean: torch.Tensor, std: torch.Tensor
-    ) -> Dali | Pillow:
-        workers = processors() if config.workers is None else config.workers
-        kind = config.loader
-        if kind == "auto":
-            # Other packages also install a module "nvidia".
-            has_dali = find_spec("nvidia") and find_spec("nvidia.dali")
-            kind = "dali" if has_dali else "pillow"
-        make = Dali if kind == "dali" else Pillow
-        return make(workers, device, dtype, mean, std)
-
+    kind = config.loader
+    if kind == "auto":  # other packages also install a module "nvidia"
+        kind = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "pillow"
+    workers = processors() if config.workers is None else config.workers
+    make_loader = partial(Dali if kind == "dali" else Pillow, workers)
     return ImageNet(
         _splits(config, training, test), found.classes, config, make_loader,
         seed=seed, device=device, memory_format=memory_format, dtype=dtype,

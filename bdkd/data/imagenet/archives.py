@@ -46,8 +46,7 @@ def index_archives(kind: str, root: Path, archives: list[Path], fresh: bool = Fa
         kind: ``tar`` or ``tfrecord``.
 
     Raises:
-        RunError: an archive is incomplete or has another format, an image has no valid label, or
-            google-crc32c is missing (TFRecords only).
+        RunError: an archive is damaged, an image has no valid label, or google-crc32c is missing.
     """
     images_of = _images_of_tar if kind == "tar" else _images_of_tfrecord
     return cached_index(kind, root, archives, lambda: _index(root, archives, images_of), fresh)
@@ -64,11 +63,7 @@ def damaged_records(path: Path) -> dict[str, str]:
 
 
 def masked_crc32c(content: bytes) -> int:
-    """Return the CRC-32C of ``content``, masked as TFRecords store it.
-
-    Raises:
-        RunError: google-crc32c is missing.
-    """
+    """Return the CRC-32C of ``content``, masked as TFRecords store it."""
     try:
         import google_crc32c
     except ImportError as error:
@@ -91,15 +86,11 @@ def _index(
         raise RunError(
             f"no image in {archives[0]} and {len(archives) - 1} more archives: fetch them again"
         )
-    return Index(
-        root,
-        tuple(str(path.relative_to(root)) for path in archives),
-        np.repeat(np.arange(len(archives), dtype=np.int32), [len(images) for images in found]),
-        names_array([image.name for image in flat]),
-        np.asarray([image.label for image in flat], np.int64),
-        np.asarray([image.offset for image in flat], np.int64),
-        np.asarray([image.size for image in flat], np.int64),
-    )
+    containers = tuple(str(path.relative_to(root)) for path in archives)
+    container = np.repeat(np.arange(len(found), dtype=np.int32), [len(images) for images in found])
+    names, offsets, sizes, labels = zip(*flat, strict=True)
+    columns = (np.asarray(column, np.int64) for column in (labels, offsets, sizes))
+    return Index(root, containers, container, names_array(names), *columns)
 
 
 def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:
@@ -186,7 +177,7 @@ def _frames(path: Path, content: mmap.mmap) -> Iterator[tuple[int, mmap.mmap, in
         position = end + 4
         if position > len(content):
             raise RunError(
-                f"{path} is no whole TFRecord file (record {number} ends beyond it): fetch it again"
+                f"{path} is no complete TFRecord file (record {number} is cut): fetch it again"
             )
         yield number, content, start, end
         number += 1

@@ -39,11 +39,7 @@ _Read = tuple[np.ndarray, Crop]  # an image's bytes (n,) uint8, and its crop
 
 
 class Dali:
-    """Decodes with ``threads`` CPU threads, and on the GPU if ``device`` is one.
-
-    Raises:
-        RunError: DALI is missing.
-    """
+    """Decodes with ``threads`` CPU threads, and on the GPU if ``device`` is one."""
 
     def __init__(
         self, threads: int, device: torch.device, dtype: torch.dtype, mean: Tensor, std: Tensor
@@ -62,7 +58,7 @@ class Dali:
         self, requests: Iterator[Request], largest: int, raw: bool
     ) -> Generator[Tensor, None, None]:
         # Pipelines are reused across epochs, unless an unfinished epoch left batches in the queue.
-        pipeline = self.idle.pop((largest, raw), None) or self._pipeline(largest, raw)
+        pipeline = self.idle.pop((largest, raw), None) or _Pipeline(self, largest, raw)
         with ThreadPoolExecutor(READERS) as pool:
             fed = _Feed(requests, pool)
             try:
@@ -77,9 +73,6 @@ class Dali:
                 fed.cancel()
         self.idle[largest, raw] = pipeline
 
-    def _pipeline(self, largest: int, raw: bool) -> "_Pipeline":
-        return _Pipeline(largest, raw, self.threads, self.device, self.dtype, self.mean, self.std)
-
     def _cause(self, fed: "_Feed", raw: bool, error: RuntimeError) -> RunError:
         """Return an error that names the first image that Pillow or DALI cannot decode."""
         for request in fed.handed:
@@ -88,7 +81,7 @@ class Dali:
                     decoded(item)
                 except RunError as found:
                     return found
-        single = self._pipeline(1, raw)
+        single = _Pipeline(self, 1, raw)
         for request in fed.handed:
             for i, item in enumerate(request.items):
                 drawn = None if request.drawn is None else request.drawn[i : i + 1]
@@ -125,13 +118,10 @@ class _Feed:
         crops = np.array(boxes, np.int32)  # (B, 9)
         margin = np.maximum(crops[:, 4:6] - request.side, 1)  # resized image minus square
         numbers = (
-            crops[:, 0:2],
-            crops[:, 2:4],
-            crops[:, 4:6].astype(np.float32),
+            crops[:, 0:2], crops[:, 2:4], crops[:, 4:6].astype(np.float32),
             (crops[:, 6:8] / margin).astype(np.float32),
-            np.full(len(crops), request.side, np.float32),
-            crops[:, 8],
-        )
+            np.full(len(crops), request.side, np.float32), crops[:, 8],
+        )  # fmt: skip
         return list(contents), *map(np.ascontiguousarray, numbers)
 
     def cancel(self) -> None:
@@ -188,36 +178,25 @@ def _is_plain(content: bytes) -> bool:
 class _Pipeline:
     """A built DALI pipeline."""
 
-    def __init__(
-        self,
-        largest: int,
-        raw: bool,
-        threads: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        mean: list[float],
-        std: list[float],
-    ) -> None:
+    def __init__(self, loader: Dali, largest: int, raw: bool) -> None:
         from nvidia.dali.pipeline import Pipeline
 
-        self.device, gpu = device, None
-        if device.type == "cuda":
-            gpu = torch.cuda.current_device() if device.index is None else device.index
-        self.feed: _Feed | None = None
+        self.device, gpu = loader.device, None
+        if self.device.type == "cuda":
+            index = self.device.index
+            gpu = torch.cuda.current_device() if index is None else index
+        self.feed: Callable[[], tuple[Any, ...]]  # set by run()
+        # With exec_dynamic, outputs stay valid until their tensors are deleted.
         self.pipeline = Pipeline(
-            batch_size=largest,
-            num_threads=threads,
-            device_id=gpu,
-            prefetch_queue_depth=PREFETCH,
-            exec_dynamic=True,  # outputs stay valid until their tensors are deleted
-        )
+            batch_size=largest, num_threads=loader.threads, device_id=gpu,
+            prefetch_queue_depth=PREFETCH, exec_dynamic=True,
+        )  # fmt: skip
         with self.pipeline:
-            self.pipeline.set_outputs(graph(self._next, gpu is not None, raw, dtype, mean, std))
+            node = graph(
+                lambda: self.feed(), gpu is not None, raw, loader.dtype, loader.mean, loader.std
+            )
+            self.pipeline.set_outputs(node)
         self.pipeline.build()
-
-    def _next(self) -> tuple[Any, ...]:
-        assert self.feed is not None
-        return self.feed()
 
     def run(self, feed: _Feed) -> Iterator[Tensor]:
         """Yield pixels ``(B, side, side, 3)`` for every batch of the feed."""
@@ -269,29 +248,17 @@ def graph(
         ndim=[1, 1, 1, 1, 1, 0, 0],
     )  # fmt: skip
     images = fn.decoders.image_slice(
-        content,
-        anchor,
-        shape,
-        device="mixed" if gpu else "cpu",
-        axis_names="HW",
-        output_type=types.RGB,
-        adjust_orientation=False,  # as in Pillow and torchvision
-    )
+        content, anchor, shape, device="mixed" if gpu else "cpu", axis_names="HW",
+        output_type=types.RGB, adjust_orientation=False,  # as in Pillow and torchvision
+    )  # fmt: skip
     images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
     # DALI has no bfloat16; float16 represents normalised pixels more precisely.
     wanted = types.FLOAT if dtype == torch.float32 else types.FLOAT16
     return fn.crop_mirror_normalize(
-        images,
-        crop_h=side,
-        crop_w=side,
-        crop_pos_y=position[0],
-        crop_pos_x=position[1],
-        mirror=mirror,
-        mean=[0.0] if raw else mean,
-        std=[1.0] if raw else std,
-        dtype=types.UINT8 if raw else wanted,
-        output_layout="HWC",
-    )
+        images, crop_h=side, crop_w=side, crop_pos_y=position[0], crop_pos_x=position[1],
+        mirror=mirror, mean=[0.0] if raw else mean, std=[1.0] if raw else std,
+        dtype=types.UINT8 if raw else wanted, output_layout="HWC",
+    )  # fmt: skip
 
 
 def _last_line(error: RuntimeError) -> str:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bdkd.data.digest import Digest, digest_names
+from bdkd.data.listing import read_lines
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
 
 WHOLE_FILE = -1
 ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}  # for names in data.exclude
@@ -31,11 +31,7 @@ class Item(NamedTuple):
         return f"{self.path} ({self.member})" if self.member else self.path
 
     def read(self) -> bytes:
-        """Return the encoded image.
-
-        Raises:
-            RunError: the file is missing, cannot be read, or was truncated.
-        """
+        """Return the encoded image, or raise ``RunError`` if it cannot be read completely."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 if self.size == WHOLE_FILE:
@@ -114,14 +110,8 @@ def read_exclusions(path: Path) -> list[str]:
 
     Each line has an identity, a tab and a reason. Empty lines and lines that start with ``#`` are
     skipped.
-
-    Raises:
-        RunError: the list cannot be read.
     """
-    try:
-        lines = text_lines(read_text(path, "surrogateescape"))
-    except OSError as error:
-        raise RunError(f"cannot read data.exclude, {path}: {error.strerror}") from error
+    lines = read_lines(path, "data.exclude, ", "surrogateescape")
     return [line.split("\t", 1)[0] for line in lines if line.strip() and not line.startswith("#")]
 
 

@@ -11,9 +11,15 @@ import numpy as np
 
 from bdkd.data.imagenet.archives import index_archives
 from bdkd.data.imagenet.index import Index, names_array
-from bdkd.data.listing import archive_files, class_folders, image_files, is_hidden, record_files
+from bdkd.data.listing import (
+    archive_files,
+    class_folders,
+    image_files,
+    is_hidden,
+    read_lines,
+    record_files,
+)
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
 
 SORT_VAL = (
     "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r f w _; do mkdir -p val/$w && "
@@ -78,14 +84,14 @@ def _folders(root: Path) -> Layout:
             f"{root / 'val'} holds classes that {root / 'train'} does not have: "
             f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
         )
-    number = {name: label for label, name in enumerate(classes)}
     return Layout(
-        classes, _scan(root, "train", classes, number), _scan(root, "val", in_val, number)
+        classes, _scan(root, "train", classes, classes), _scan(root, "val", in_val, classes)
     )
 
 
-def _scan(root: Path, split: str, folders: tuple[str, ...], number: dict[str, int]) -> Index:
+def _scan(root: Path, split: str, folders: tuple[str, ...], classes: tuple[str, ...]) -> Index:
     """Index every image file in the folders, sorted by name."""
+    number = {name: label for label, name in enumerate(classes)}
     found = [image_files(root / split / folder) for folder in folders]
     container = np.repeat(np.arange(len(folders), dtype=np.int32), [len(names) for names in found])
     labels = np.asarray([number[folder] for folder in folders], np.int64)[container]
@@ -102,7 +108,7 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
     )
     lowest = min(train.labels.min(), val.labels.min())
     if kind == "tfrecord" and lowest == 1:
-        # Most writers of ImageNet's TFRecords reserve class 0 for the background.
+        # Common TFRecords of ImageNet number classes from 1 and reserve 0 for the background.
         train, val, lowest = train.relabelled(-1), val.relabelled(-1), 0
     if lowest < 0:
         raise RunError(f"the archives in {root} hold a negative label: write them again")
@@ -115,10 +121,7 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
     listed = root / "classes.txt"
     if not listed.exists():
         return Layout(tuple(map(str, range(count))), train, val)
-    try:
-        classes = tuple(line.strip() for line in text_lines(read_text(listed)))
-    except OSError as error:
-        raise RunError(f"cannot read {listed}: {error.strerror}") from error
+    classes = tuple(line.strip() for line in read_lines(listed))
     if "" in classes:
         raise RunError(f"{listed}, line {classes.index('') + 1} is empty: it must name a class")
     if len(classes) < count:

@@ -53,11 +53,7 @@ class Loader(Protocol):
 
 
 def decoded(item: Item) -> "Image.Image":
-    """Return an image, decoded completely by Pillow, in RGB.
-
-    Raises:
-        RunError: the image cannot be decoded; the message names it.
-    """
+    """Return an image decoded by Pillow, or raise ``RunError`` with the name of the image."""
     try:
         return decode_rgb(item.read())
     except UndecodableError as error:

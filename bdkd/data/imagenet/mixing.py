@@ -44,7 +44,7 @@ def draw_mix(
 ) -> Mix:
     """Draw the mixing of the global batch at ``position``.
 
-    Each image has its own share from Beta(alpha, alpha) (mixup: Zhang et al., 2018, arXiv
+    Each image has a separate share from Beta(alpha, alpha) (mixup: Zhang et al., 2018, arXiv
     1710.09412; CutMix: Yun et al., 2019, arXiv 1905.04899).
     """
     rng = np.random.default_rng(mix_seed(seed, epoch, 4, position))
@@ -67,10 +67,10 @@ def mix_images(
     box: Tensor,  # (B, 4)
 ) -> Tensor:
     """Return the images, each mixed with its neighbour."""
-    own = share.view(-1, 1, 1, 1).to(images.dtype)
+    weight = share.view(-1, 1, 1, 1).to(images.dtype)
     outside = (~_inside(images, box)).to(images.dtype)[:, None]  # (B, 1, H, W)
-    own = torch.where(cut.view(-1, 1, 1, 1), outside, own)
-    return torch.lerp(neighbours(images), images, own.expand_as(images))
+    weight = torch.where(cut.view(-1, 1, 1, 1), outside, weight)
+    return torch.lerp(neighbours(images), images, weight.expand_as(images))
 
 
 def mix_labels(
@@ -79,8 +79,8 @@ def mix_labels(
     classes: int,
 ) -> Tensor:
     """Return soft labels ``(B, classes)`` float32."""
-    own = F.one_hot(labels, classes).float()
-    return torch.lerp(neighbours(own), own, share[:, None].expand_as(own))
+    one_hot = F.one_hot(labels, classes).float()
+    return torch.lerp(neighbours(one_hot), one_hot, share[:, None].expand_as(one_hot))
 
 
 def neighbours(batch: Tensor) -> Tensor:
@@ -101,12 +101,15 @@ def erasing_boxes(
     The rectangle is empty for images that are not erased. The method is that of Zhong et al., 2020
     (arXiv 1708.04896), except that sides which do not fit are clipped instead of drawn again.
     """
-    chance, share, ratio, down, right = drawn.T
+    chance, share, ratio, dweight, right = drawn.T
     area = (AREA[0] + share * (AREA[1] - AREA[0])) * side**2
     aspect = np.exp(np.log(ASPECT[0]) + ratio * np.log(ASPECT[1] / ASPECT[0]))
     height = np.sqrt(area * aspect).round().clip(1, side) * (chance < probability)
     width = np.sqrt(area / aspect).round().clip(1, side)
-    top, left = (down * (side - height + 1)).astype(int), (right * (side - width + 1)).astype(int)
+    top, left = (
+        (dweight * (side - height + 1)).astype(int),
+        (right * (side - width + 1)).astype(int),
+    )
     return np.stack((top, left, top + height, left + width), 1).astype(np.int64)
 
 
@@ -124,5 +127,5 @@ def _inside(images: Tensor, box: Tensor) -> Tensor:
     top, left, bottom, right = box[:, :, None].unbind(1)  # (B, 1) each
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
-    down, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    return down[:, :, None] & across[:, None]
+    dweight, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return dweight[:, :, None] & across[:, None]

@@ -25,11 +25,7 @@ PREFETCH = 3  # batches per worker
 
 
 class Pillow:
-    """Decodes each batch in one of ``workers`` processes (0: in this process).
-
-    Raises:
-        RunError: Pillow is missing.
-    """
+    """Decodes each batch in one of ``workers`` processes (0: in this process)."""
 
     def __init__(
         self, workers: int, device: torch.device, dtype: torch.dtype, mean: Tensor, std: Tensor

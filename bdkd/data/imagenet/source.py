@@ -10,19 +10,11 @@ from torch import Tensor
 from bdkd.config import DataConfig
 from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split, epoch_order
 from bdkd.data.digest import Digests
+from bdkd.data.imagenet import mixing
 from bdkd.data.imagenet.counter_rng import uniform_draws
 from bdkd.data.imagenet.crops import NUM_DRAWS
 from bdkd.data.imagenet.index import Index
 from bdkd.data.imagenet.loader import Loader, Request
-from bdkd.data.imagenet.mixing import (
-    NUM_ERASING_DRAWS,
-    check_neighbours,
-    draw_mix,
-    erase,
-    erasing_boxes,
-    mix_images,
-    mix_labels,
-)
 from bdkd.data.imagenet.rand_augment import draw_operations, rand_augment
 
 SIDE = 224
@@ -62,6 +54,7 @@ class ImageNet:
     ) -> None:
         self.splits, self.config, self.seed, self.device = splits, config, seed, device
         self.memory_format, self.dtype = memory_format, dtype
+        self.mixes = config.mixup > 0 or config.cutmix > 0
         self.mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
         self.training = make_loader(device, dtype, self.mean, self.std)
@@ -83,8 +76,8 @@ class ImageNet:
         self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
     ) -> Iterator[Batch]:
         images, side, mine = self.splits["train"], self.side(epoch), shard.of_batch(batch_size)
-        if self._mixes:
-            check_neighbours(batch_size, mine)
+        if self.mixes:
+            mixing.check_neighbours(batch_size, mine)
         order = epoch_order(self.seed, epoch, len(images)).numpy()
         positions = range(start, len(order) - batch_size + 1, batch_size)
 
@@ -114,7 +107,14 @@ class ImageNet:
                     for number, view in enumerate(pixels.chunk(views))
                 ]
                 labels = self._to_device(images.labels[order[places]])
-                yield self._mixed(augmented, labels, epoch, position, batch_size, mine)
+                if self.mixes:
+                    drawn = mixing.draw_mix(
+                        self.config, self.seed, epoch, position, batch_size, side
+                    )
+                    mix = [self._to_device(part[mine]) for part in drawn]
+                    augmented = [self._layout(mixing.mix_images(view, *mix)) for view in augmented]
+                    labels = mixing.mix_labels(labels, mix[0], self.info.num_classes)
+                yield Batch(tuple(augmented), labels)
 
     def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
         images = self.splits[split]
@@ -128,53 +128,24 @@ class ImageNet:
 
         with closing(self.evaluation.batches(requests(), batch_size, False)) as decoded:
             for part, pixels in zip(parts, decoded, strict=True):
-                layout = pixels.contiguous(memory_format=self.memory_format)
-                yield Batch((layout,), self._to_device(images.labels[part]))
+                yield Batch((self._layout(pixels),), self._to_device(images.labels[part]))
 
-    @property
-    def _mixes(self) -> bool:
-        return self.config.mixup > 0 or self.config.cutmix > 0
-
-    def _augmented(
-        self,
-        images: Tensor,  # (B, 3, side, side), pixels if RandAugment is on
-        epoch: int,
-        view: int,
-        places: np.ndarray,  # (B,)
-    ) -> Tensor:
-        """Apply RandAugment and random erasing to one view."""
+    def _augmented(self, images: Tensor, epoch: int, view: int, places: np.ndarray) -> Tensor:
+        """Apply RandAugment (to pixels) and random erasing to one view (B, 3, side, side)."""
         if self.config.rand_augment is not None:
             count, magnitude = self.config.rand_augment
             drawn = uniform_draws(self.seed, epoch, (OPERATIONS, view), places, 2 * count)
             images = rand_augment(images.float(), draw_operations(drawn, count), magnitude)
             images = images.sub_(self.mean).div_(self.std).to(self.dtype)
         if self.config.erasing:
-            drawn = uniform_draws(self.seed, epoch, (ERASING, view), places, NUM_ERASING_DRAWS)
-            boxes = erasing_boxes(self.config.erasing, drawn, images.shape[-1])
-            images = erase(images, self._to_device(boxes))
-        return images.contiguous(memory_format=self.memory_format)
+            count = mixing.NUM_ERASING_DRAWS
+            drawn = uniform_draws(self.seed, epoch, (ERASING, view), places, count)
+            boxes = mixing.erasing_boxes(self.config.erasing, drawn, images.shape[-1])
+            images = mixing.erase(images, self._to_device(boxes))
+        return self._layout(images)
 
-    def _mixed(
-        self,
-        views: list[Tensor],  # (B, 3, side, side) each
-        labels: Tensor,  # (B,)
-        epoch: int,
-        position: int,
-        batch_size: int,
-        mine: slice,
-    ) -> Batch:
-        """Mix all views in the same way, because they share one target."""
-        if not self._mixes:
-            return Batch(tuple(views), labels)
-        drawn = draw_mix(self.config, self.seed, epoch, position, batch_size, views[0].shape[-1])
-        share, cut, box = (self._to_device(part[mine]) for part in drawn)
-        return Batch(
-            tuple(
-                mix_images(view, share, cut, box).contiguous(memory_format=self.memory_format)
-                for view in views
-            ),
-            mix_labels(labels, share, self.info.num_classes),
-        )
+    def _layout(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.memory_format)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """Copy to the device without synchronizing with it."""

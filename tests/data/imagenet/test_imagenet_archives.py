@@ -296,8 +296,8 @@ def test_records_that_are_cut_or_empty_are_named(tmp_path):
     whole = record(example(b"an image", 1))
     (tmp_path / "validation").write_bytes(whole)
     for content, match in (
-        (whole * 2 + whole[:7], r"train is no whole TFRecord file \(record 2"),
-        (whole + whole[:-3], r"train is no whole TFRecord file \(record 1"),
+        (whole * 2 + whole[:7], r"train is no complete TFRecord file \(record 2"),
+        (whole + whole[:-3], r"train is no complete TFRecord file \(record 1"),
         (record(b""), r"train, record 0: no Example"),
         (record(b"\x0a\xff\xff\xff\xff\xff\x01"), r"train, record 0: no Example"),
         (record(b"\x0a\x14\x0a\x12\x0a\x0dimage/encoded\x12\x00"), r"train, record 0: no Example"),
