@@ -35,33 +35,27 @@ class _DType:
 
 
 class _Array:
-    """``numpy.ndarray``, with the state (version, shape, dtype, is_fortran, bytes)."""
+    """``numpy.ndarray`` and ``numpy.core.multiarray._reconstruct(ndarray, shape, type)``."""
 
-    value: np.ndarray
+    value: np.ndarray | None = None  # None until the state is set
+
+    def __init__(self, *_: object) -> None:
+        pass
 
     def __setstate__(self, state: tuple) -> None:
+        # (version, shape, dtype, is_fortran, bytes)
         _, shape, dtype, fortran, content = state
         if not isinstance(dtype, _DType) or dtype.name not in ("u1", "|u1", "uint8") or fortran:
             raise pickle.UnpicklingError("an array that is not uint8 in C order")
         self.value = np.frombuffer(content, np.uint8).reshape(shape)
 
 
-class _Reconstruct:
-    """``numpy.core.multiarray._reconstruct(ndarray, shape, type)``: an array without a state."""
-
-    def __new__(cls, *_: object) -> Any:
-        return _Array()
-
-    def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("_reconstruct with a state")
-
-
 REPLACEMENTS: dict[tuple[str, str], Callable] = {
     ("_codecs", "encode"): _Latin1,
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
 }
 
 

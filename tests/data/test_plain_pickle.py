@@ -107,6 +107,10 @@ def test_an_array_whose_bytes_do_not_fill_its_shape_is_refused():
         load(content)
 
 
+def test_an_array_without_a_state_has_no_value():
+    assert load(b"(dS'data'\ncnumpy\nndarray\n)Rs.") == {"data": None}
+
+
 @given(st.integers(0, 200), st.integers(0, 255), st.booleans())
 def test_a_damaged_pickle_is_one_error_or_another_plain_dictionary(place, byte, cut):
     content = bytearray(python2_pickle({b"data": ROWS, b"labels": [1, 2, 3]}))
