@@ -25,7 +25,7 @@ from suite_loader import HEIGHT, WIDTH, write_jpegs
 
 from bdkd.config import DataConfig
 from bdkd.data import DataSource, create_source
-from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
+from bdkd.data.imagenet.archives import masked_crc32c
 from bdkd.data.imagenet.index import Item
 from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import decoded
@@ -92,7 +92,7 @@ def indexing(images: int) -> None:
         write_jpegs(Path(folder), 2)
         file = next(Path(folder).rglob("*.JPEG"))
         content, item = file.read_bytes(), Item(str(file), "", 0, -1)
-        both = [(_seconds(lambda: crc32c_long(content)), _seconds(lambda: decoded(item)))
+        both = [(_seconds(lambda: masked_crc32c(content)), _seconds(lambda: decoded(item)))
                 for _ in range(30)]  # fmt: skip
         print(f"checksum of a record of {len(content):,} bytes: "
               f"{1e3 * statistics.median(a for a, _ in both):.2f} ms, of the time of decoding it "
@@ -139,7 +139,7 @@ def _records(root: Path, split: str, images: int) -> None:
                 label = feature(b"image/class/label", field(3, field(1, bytes([1 + number % 10]))))
                 content = field(1, image + label)
                 for part in (struct.pack("<Q", len(content)), content):
-                    file.write(part + struct.pack("<I", masked(crc32c(part))))
+                    file.write(part + struct.pack("<I", masked_crc32c(part)))
 
 
 def main() -> None:

@@ -18,17 +18,16 @@ __all__ = ["WHOLE", "Batch", "DataInfo", "DataSource", "Shard", "Split", "create
 
 SOURCES: dict[str, Callable[..., DataSource]] = {
     "digits": digits.load,
-    "cifar10": cifar.load_cifar10,
-    "cifar100": cifar.load_cifar100,
+    "cifar10": cifar.load,
+    "cifar100": cifar.load,
     "tiny-imagenet": tiny_imagenet.load,
     "folder": folder.load,
     "imagenet": imagenet.load,
     "synthetic": synthetic.load,
 }
 
-
-# What only images too large for the memory have.
-IMAGENET_ALONE = (
+# Options of the source imagenet only.
+IMAGENET_OPTIONS = (
     "format", "loader", "workers", "exclude", "smallest_crop", "progressive", "rand_augment",
     "erasing", "mixup", "cutmix",
 )  # fmt: skip
@@ -41,15 +40,15 @@ def create_source(
     memory_format: torch.memory_format,
     dtype: torch.dtype = torch.float32,
 ) -> DataSource:
-    """The data source that the configuration names.
+    """Create the data source that the configuration names.
 
     Args:
-        dtype: of training images, from sources that decode on the way; otherwise, and in
-            evaluation, they are float32.
+        dtype: of ImageNet's training images. All other images are float32.
 
     Raises:
-        UsageError: no such source, it lacks an option, or has one that is not its own.
-        RunError: its data is missing or cannot be read.
+        UsageError: the source is unknown, a required option is missing, or an option does not
+            apply.
+        RunError: the data is missing or cannot be read.
     """
     if config.source not in SOURCES:
         raise UsageError(
@@ -57,10 +56,10 @@ def create_source(
         )
     if config.source == "imagenet":
         return imagenet.load(config, seed, device, memory_format, dtype)
-    for key in IMAGENET_ALONE:
+    for key in IMAGENET_OPTIONS:
         if getattr(config, key) != getattr(DataConfig(), key):
             raise UsageError(
-                f"data.{key} is an option of the source imagenet and does not apply to the source "
-                f"{config.source!r}: got {getattr(config, key)}"
+                f"data.{key} is an option of the source imagenet, got {getattr(config, key)}: "
+                f"remove it for the source {config.source!r}"
             )
     return SOURCES[config.source](config, seed, device, memory_format)

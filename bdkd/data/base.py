@@ -1,8 +1,8 @@
-"""What every data source is to the trainer.
+"""The interface between data sources and the trainer.
 
-The order of an epoch is a pure function of (seed, epoch), and the augmentation of a batch one of
-(seed, epoch, position). So the whole state of a source is (epoch, images seen in it): nothing of it
-needs saving, and it means the same whatever the number of workers.
+The order of an epoch is a pure function of (seed, epoch), and the augmentation of a batch is a pure
+function of (seed, epoch, position). Data sources are therefore stateless: resuming needs only the
+epoch and the image count, and the number of workers may change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,13 +17,13 @@ Split = Literal["train", "val", "test"]
 
 
 class Batch(NamedTuple):
-    """Images and labels of some samples, on the device."""
+    """Images and labels on the device."""
 
     views: tuple[Tensor, ...]  # one or more augmentations of the images, (B, C, H, W) each
-    target: Tensor  # (B,) int64, or (B, C) soft labels of mixed images
+    target: Tensor  # (B,) int64, or (B, C) soft labels for mixed images
 
     def micro_batches(self, parts: int) -> Iterator[tuple["Batch", bool]]:
-        """Yield ``parts`` equal parts of the batch, and whether each is the last one."""
+        """Yield ``parts`` equal parts of the batch, each with whether it is the last part."""
         targets = self.target.chunk(parts)
         views = zip(*(view.chunk(parts) for view in self.views), strict=True)
         for number, (part, target) in enumerate(zip(views, targets, strict=True), 1):
@@ -31,17 +31,17 @@ class Batch(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The part of the images that one rank takes. Ranks may take unequal parts, none twice."""
+    """The images of one rank. The shards of all ranks are disjoint and may differ in size."""
 
     rank: int = 0
     world: int = 1
 
     def of_batch(self, size: int) -> slice:
-        """This rank's images of a global training batch, a contiguous run of it."""
+        """Return this rank's contiguous part of a global training batch."""
         return slice(size * self.rank // self.world, size * (self.rank + 1) // self.world)
 
     def of_split(self, count: int) -> slice:
-        """This rank's images of a split that is evaluated: every ``world``-th."""
+        """Return this rank's part of an evaluation split: every ``world``-th image."""
         return slice(self.rank, count, self.world)
 
 
@@ -50,20 +50,19 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a pixel becomes before a network sees it: ``(value - mean) / std``, by channel."""
+    """The normalisation of pixels, ``(value - mean) / std`` per channel."""
 
     mean: tuple[float, ...]  # in pixel values
     std: tuple[float, ...]
-    largest: float  # pixel values are 0 to largest
+    largest: float  # pixel values are in [0, largest]
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Describe a data set.
+    """The description of a data set.
 
-    ``digests`` and ``files`` identify the data set itself, before validation images are held out
-    of "train" and before the recipe's subset and noise, but without the images of
-    ``data.exclude``. See ``bdkd.data.digest``.
+    ``digests`` and ``files`` cover the whole data set without the images of ``data.exclude``,
+    before validation images are held out and before subset and noise. See ``bdkd.data.digest``.
     """
 
     source: str
@@ -71,16 +70,16 @@ class DataInfo:
     channels: int
     image_size: tuple[int, int]  # height, width in pixels
     counts: dict[Split, int]
-    normalisation: Normalisation | None = None  # None: the images are not pixels
+    normalisation: Normalisation | None = None  # None: images are not pixels
     digests: Mapping[str, str] = field(default_factory=dict)  # "train" and "test": SHA-256 in hex
-    files: Mapping[str, int] = field(default_factory=dict)  # images that each digest covers
+    files: Mapping[str, int] = field(default_factory=dict)  # number of images per digest
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the data set, as plain values; see :mod:`bdkd.identity`."""
+        """Return the identity of the data set as plain values; see :mod:`bdkd.identity`."""
         return {
             "source": self.source,
             "classes": list(self.classes),
@@ -97,35 +96,45 @@ class DataSource(Protocol):
     def train_batches(
         self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
     ) -> Iterator[Batch]:
-        """The shard's part of the whole batches of one epoch, from its ``start``-th image on; a
-        ragged rest is left out. ``start`` and ``batch_size`` count the images of all ranks; order
-        and augmentation of an image do not depend on the shard."""
+        """Yield the shard's part of each full batch of an epoch; an incomplete batch is dropped.
+
+        The order and augmentation of an image do not depend on the shard.
+
+        Args:
+            start: position in the epoch at which to start, in images of all ranks.
+            batch_size: number of images of all ranks.
+            views: number of augmentations of each image.
+        """
         ...
 
     def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
-        """Every image of the shard's part of a split once, in a fixed order, not augmented, in
-        batches of ``batch_size``; the last may be ragged."""
+        """Yield the shard's images of a split once, in a fixed order and without augmentation.
+
+        The last batch may have fewer than ``batch_size`` images.
+        """
         ...
 
 
 def mix_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several numbers (seed, epoch, position, purpose)."""
+    """Return a well-mixed 63-bit seed from several numbers (seed, epoch, position, purpose)."""
     words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return (int(words[0]) << 32 | int(words[1])) & (2**63 - 1)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of an epoch's images, ``(count,)`` int64, a pure function of its arguments."""
+    """Return the order of an epoch's images, ``(count,)`` int64."""
     generator = torch.Generator().manual_seed(mix_seed(seed, epoch, 0))
     return torch.randperm(count, generator=generator)
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rest and of a ``share`` held out, class by class, at least one of each class
-    on either side where it has two; of a share of 0, none is held out.
+    """Return the indices of the remaining images and of a held-out share of each class.
+
+    Classes with two or more images have at least one image on either side.
 
     Args:
         labels: ``(N,)`` integers.
+        share: fraction to hold out; 0 holds out no image.
     """
     rng = np.random.default_rng(seed)
     rest, held_out = [], []
@@ -138,14 +147,16 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
 
 
 def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Indices of ``count`` samples with the classes in the proportions that ``labels`` has; a
-    smaller subset is part of a larger one.
+    """Return the indices of ``count`` images with the class proportions of ``labels``.
+
+    A smaller subset is part of a larger one.
 
     Args:
-        labels: ``(N,)`` integers, ``count`` at most N.
+        labels: ``(N,)`` integers.
+        count: at most N.
     """
     rng = np.random.default_rng(seed)
-    depth = np.empty(len(labels))  # how far down in its class a sample stands, in (0, 1)
+    depth = np.empty(len(labels))  # relative position of an image in its class, in (0, 1)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         depth[members] = (np.arange(len(members)) + 0.5) / len(members)

@@ -7,9 +7,8 @@ import gzip
 import io
 import tarfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +22,12 @@ from bdkd.data.splits import make_splits, refuse_image_size
 from bdkd.errors import RunError
 
 SIDE = 32
-# Bytes. The largest file is CIFAR-100's "train" with 50,000 rows of 3,072 bytes and their labels.
+# In bytes. The largest real file is CIFAR-100's "train": 50,000 rows of 3,072 bytes and labels.
 LARGEST_FILE = 256 << 20
 
 
-@dataclass(frozen=True)
-class Layout:
-    """File names and keys of one of the two."""
+class Layout(NamedTuple):
+    """The file names and pickle keys of a data set."""
 
     source: str
     train: tuple[str, ...]
@@ -46,27 +44,11 @@ CIFAR10 = Layout(
 CIFAR100 = Layout("cifar100", ("train",), "test", "meta", "fine_labels", "fine_label_names")
 
 
-def load_cifar10(
+def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """50,000 training and 10,000 test images in 10 classes."""
-    return _load(CIFAR10, config, seed, device, memory_format)
-
-
-def load_cifar100(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
-    """50,000 training and 10,000 test images in 100 classes (the fine ones)."""
-    return _load(CIFAR100, config, seed, device, memory_format)
-
-
-def _load(
-    layout: Layout,
-    config: DataConfig,
-    seed: int,
-    device: torch.device,
-    memory_format: torch.memory_format,
-) -> InMemory:
+    """Load 50,000 training and 10,000 test images, with 10 or 100 (fine) classes."""
+    layout = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.source]
     refuse_image_size(config, layout.source, SIDE)
     contents = _contents(layout, required_root(config, layout.source))
     names = contents[layout.meta].get(layout.names)
@@ -86,7 +68,7 @@ def _load(
 
 
 def _contents(layout: Layout, root: Path) -> dict[str, dict[str, Any]]:
-    """The dictionary of each file, from a folder or out of the archive."""
+    """Return the dictionary of each file, from a folder or from the archive."""
     archive = ARCHIVES[layout.source]
     wanted = (layout.meta, *layout.train, layout.test)
     for folder in (root / archive.folder, root):
@@ -112,8 +94,7 @@ def _from_file(layout: Layout, path: Path) -> dict[str, Any]:
 
 
 class _Bounded(gzip.GzipFile):
-    """Unpacks at most ``LARGEST_FILE`` bytes at once: tarfile reads headers of any declared size
-    into memory."""
+    """Limits each read to ``LARGEST_FILE``, because tarfile reads headers of any declared size."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= LARGEST_FILE:
@@ -122,7 +103,7 @@ class _Bounded(gzip.GzipFile):
 
 
 def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Read the wanted files in the archive's own order: going back in it would unpack it again."""
+    """Read the wanted files in archive order: seeking back would decompress everything again."""
     found = {}
     try:
         with _Bounded(path, "rb") as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
@@ -136,28 +117,29 @@ def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[s
                 name = PurePosixPath(member.name).name
                 stream = tar.extractfile(member) if name in wanted else None  # None: not a file
                 if stream is not None:
-                    whole = io.BytesIO(stream.read())  # fails here where the archive is cut off
-                    found[name] = plain_pickle.load(whole, f"{path}:{member.name}")
+                    content = io.BytesIO(stream.read())  # raises here if the archive is truncated
+                    found[name] = plain_pickle.load(content, f"{path}:{member.name}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise RunError(
             f"{path} is damaged or incomplete ({error}): remove it; "
             f"{where_to_get(layout.source, path.parent)}"
         ) from error
     if missing := [name for name in wanted if name not in found]:
-        raise RunError(f"{path} is not the archive of {layout.source}: it lacks {missing}")
+        raise RunError(
+            f"{path} is not the archive of {layout.source}: it lacks {missing}; "
+            f"{where_to_get(layout.source, path.parent)}"
+        )
     return found
 
 
 def _images(layout: Layout, contents: dict[str, dict[str, Any]], name: str, classes: int) -> Images:
-    """The images of one file: rows of 3,072 bytes, the red, green and blue plane."""
+    """Return the images of one file: rows of 3,072 bytes, the red, green and blue plane."""
     pixels, labels = contents[name].get("data"), contents[name].get(layout.labels)
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
         raise RunError(_wrong(layout, name, f"no rows of {3 * SIDE**2} bytes 'data'"))
-    if (
-        not isinstance(labels, list)
-        or len(labels) != len(pixels)
-        or not all(isinstance(label, int) and 0 <= label < classes for label in labels)
-    ):
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(
+        isinstance(label, int) and 0 <= label < classes for label in labels
+    ):  # fmt: skip
         raise RunError(
             _wrong(layout, name, f"no list {layout.labels!r} of a class 0..{classes - 1} an image")
         )

@@ -1,4 +1,4 @@
-"""The one way from an encoded image to its 8-bit RGB picture, for every source and loader."""
+"""Decode images to 8-bit RGB. Every source and loader uses this module."""
 
 import io
 import os
@@ -18,26 +18,30 @@ from bdkd.errors import RunError
 if TYPE_CHECKING:
     from PIL import Image
 
-# A file is opened by what it holds, whatever its suffix. The list leaves out formats whose Pillow
-# plug-ins start another program (EPS) or that are no pictures of the kind that networks train on.
+# The format is detected from the content, not from the suffix. The list omits formats whose Pillow
+# plug-ins start another program (EPS) and formats that are not photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "AVIF")
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2 * 89_478_485  # pixels; Pillow refuses more (Image.MAX_IMAGE_PIXELS)
-# Modes with one 8-bit picture. Transparency is dropped and no camera's orientation is applied, as
-# DALI and torchvision do it.
+# Modes that convert to 8-bit RGB. As in DALI and torchvision, transparency is dropped and EXIF
+# orientation is ignored.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 class UndecodableError(Exception):
-    """The reason why an image cannot be decoded, in one line."""
+    """An image cannot be decoded. The message is the reason, in one line."""
+
+
+def require_pillow() -> None:
+    """Raise ``RunError`` if Pillow is not installed."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
 
 
 def open_image(content: bytes) -> "Image.Image":
-    """Open an encoded image without decoding its pixels.
-
-    Raises:
-        UndecodableError: the content is no image, or has more than ``LARGEST`` pixels.
-    """
+    """Open an encoded image of at most ``LARGEST`` pixels, or raise ``UndecodableError``."""
     from PIL import Image
 
     if content.startswith(PNG):
@@ -55,11 +59,7 @@ def open_image(content: bytes) -> "Image.Image":
 
 
 def decode_rgb(content: bytes) -> "Image.Image":
-    """Decode an image to its last byte, and return it in RGB.
-
-    Raises:
-        UndecodableError: the content is no whole image, or has no defined 8-bit picture.
-    """
+    """Decode a complete image and return it in RGB, or raise ``UndecodableError``."""
     image = open_image(content)
     try:
         image.load()
@@ -74,11 +74,11 @@ def decode_rgb(content: bytes) -> "Image.Image":
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """Return an image as 8-bit RGB. 16-bit grey values lose their lower byte, as Pillow reduces
-    16-bit colour.
+    """Return an image as 8-bit RGB. 16-bit grey values lose their lower byte, as in Pillow's
+    conversion of 16-bit colour.
 
     Raises:
-        UndecodableError: the mode has no defined 8-bit picture (32 bits, floating point).
+        UndecodableError: the mode (32 bits, floating point) cannot be converted to 8 bits.
     """
     if _is_grey16(image):
         from PIL import Image
@@ -89,24 +89,22 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
             f"a {image.format} of mode {image.mode} has no defined 8-bit picture: convert it to "
             "8-bit grey or RGB"
         )
-    image.info.pop("transparency", None)  # it is dropped: Pillow warns of some kinds of it
+    image.info.pop("transparency", None)  # avoids a warning of Pillow
     return image.convert("RGB")
 
 
 def _is_grey16(image: "Image.Image") -> bool:
-    """Whether values are grey from 0 (black) to 65535. Pillow has opened such PNGs as "I" too."""
-    if image.format == "TIFF":  # "I;16" also holds 12-bit values, and grey from white to black
+    """Return whether values are grey from 0 (black) to 65535. Old Pillow opens such PNGs as "I"."""
+    if image.format == "TIFF":  # "I;16" is also used for 12-bit and inverted values
         tags = getattr(image, "tag_v2", {})
         return image.mode.startswith("I;16") and tags.get(258) == (16,) and tags.get(262) == 1
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def png_is_whole(content: bytes) -> bool:
-    """Return whether the chunks of a PNG follow each other to its end. Their checksums are
-    verified, which Pillow does not do for pixels: it shows damaged ones.
+    """Return whether a PNG has all its chunks, or raise ``UndecodableError`` for a wrong checksum.
 
-    Raises:
-        UndecodableError: a checksum does not fit.
+    Pillow does not verify the checksums of pixel data.
     """
     position = len(PNG)
     while position + 12 <= len(content):
@@ -124,18 +122,19 @@ def png_is_whole(content: bytes) -> bool:
 
 
 def too_large(height: int, width: int) -> str:
-    return f"it has {width}x{height} pixels, more than the {LARGEST:,} that are decoded"
+    """Return the message for an image with more than ``LARGEST`` pixels."""
+    return f"it has {width}x{height} pixels, more than the limit of {LARGEST:,}"
 
 
 def _undecodable(error: Exception) -> UndecodableError:
-    # "cannot identify image file <_io.BytesIO object at 0x...>" names nothing
+    # Remove the address in "cannot identify image file <_io.BytesIO object at 0x...>".
     reason = " ".join(str(error).split(" <_io")[0].split()) or type(error).__name__
     return UndecodableError(reason)
 
 
 def jpeg_frame(content: bytes) -> tuple[int, int, int, int] | None:
-    """Return the precision in bits, height, width and number of components of a JPEG from its
-    header; None if the header is damaged. This takes a tenth of the time of ``Image.open``."""
+    """Return (bits, height, width, components) from the header of a JPEG, or None if the header is
+    damaged. This takes a tenth of the time of ``Image.open``."""
     position, frame = 2, None
     while content[:2] == b"\xff\xd8" and position + 10 <= len(content):
         if content[position] != 0xFF:
@@ -150,40 +149,37 @@ def jpeg_frame(content: bytes) -> tuple[int, int, int, int] | None:
 
 
 def read_images(paths: Sequence[Path], size: int) -> Tensor:
-    """Return RGB pixels ``(N, 3, size, size)`` uint8, channels-last. Images of other sizes and
-    shapes are resized.
+    """Return RGB pixels ``(N, 3, size, size)`` uint8, channels-last, resized if necessary.
 
     Raises:
-        RunError: Pillow is missing, a file is no whole image, or the images exceed the memory.
+        RunError: Pillow is missing, a file cannot be decoded, or the images exceed the memory.
     """
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
+    require_pillow()
     try:
         pixels = np.empty((len(paths), size, size, 3), np.uint8)
     except MemoryError as error:
         raise RunError(
-            f"{len(paths):,} images of {size}x{size} do not fit into memory, where this source "
-            "keeps them: lower data.image_size"
+            f"{len(paths):,} images of {size}x{size} pixels do not fit into memory: lower "
+            "data.image_size"
         ) from error
 
     def read(index: int) -> None:
         path = paths[index]
         try:
-            whole = decode_rgb(path.read_bytes())
+            image = decode_rgb(path.read_bytes())
         except (OSError, UndecodableError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise RunError(f"cannot read the image {path}: {reason}; mend or remove it") from error
-        if whole.size != (size, size):
-            whole = whole.resize((size, size))
-        pixels[index] = np.asarray(whole)
+            raise RunError(
+                f"cannot read the image {path}: {reason}; replace or remove it"
+            ) from error
+        if image.size != (size, size):
+            image = image.resize((size, size))
+        pixels[index] = np.asarray(image)
 
-    # Pillow releases the interpreter while it decodes.
+    # Threads suffice: Pillow releases the GIL while it decodes.
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
-        for _ in pool.map(read, range(len(paths))):
-            pass  # raises what its reading raised
+        list(pool.map(read, range(len(paths))))  # raises the first error
     finally:
         pool.shutdown(cancel_futures=True)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)

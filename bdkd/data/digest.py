@@ -1,9 +1,9 @@
-"""The identity of a data set: one SHA-256 digest for each of its own splits.
+"""The identity of a data set: a SHA-256 digest of its training images and one of its test images.
 
-A digest is computed before validation images are held out and before the recipe's subset and noise
-are applied, so it depends on the data set alone. Sources that read files digest class names and
-file names: reading 1.3 million images would take minutes. Sources in memory digest pixels and
-labels.
+Digests are computed before validation images are held out and before the recipe's subset and noise
+are applied, so they depend only on the data set. For image files they cover class names and file
+names, because reading 1.3 million images would take minutes. For sets in memory they cover pixels
+and labels.
 """
 
 import hashlib
@@ -20,28 +20,28 @@ class Digest(NamedTuple):
     """The digest of a split."""
 
     sha256: str  # hex
-    images: int  # how many images it covers
+    images: int  # number of images that the digest covers
 
 
 Digests = Mapping[OwnSplit, Digest]
 
 
 def digest_pixels(pixels: Tensor, labels: Tensor) -> Digest:
-    """Return the digest of images in memory, in their order.
+    """Return the digest of images in memory, which depends on their order.
 
     Args:
         pixels: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` int64.
     """
     found = hashlib.sha256(repr(tuple(pixels.shape)).encode())
-    for start in range(0, len(pixels), 1000):  # channels-last images are copied: in parts
+    for start in range(0, len(pixels), 1000):  # in parts, because contiguous() copies
         found.update(pixels[start : start + 1000].contiguous().numpy().tobytes())
     found.update(labels.contiguous().numpy().astype("<i8").tobytes())
     return Digest(found.hexdigest(), len(labels))
 
 
 def digest_text(definition: str, images: int) -> Digest:
-    """Return the digest of so many images that are made from a definition."""
+    """Return the digest of ``images`` generated images, given the text that defines them."""
     return Digest(hashlib.sha256(f"{definition} {images}".encode()).hexdigest(), images)
 
 
@@ -52,12 +52,12 @@ def digest_names(
     container: np.ndarray,
     names: Iterable[bytes],
 ) -> Digest:
-    """Return the digest of the sorted list of (class name, container, name), one for each image.
+    """Return the digest of the sorted list of (class name, container, image name).
 
     Args:
-        labels: ``(N,)`` integers, places in ``classes``.
+        labels: ``(N,)`` integers, indices into ``classes``.
         containers: folders or archives, relative to the data set.
-        container: ``(N,)`` integers, places in ``containers``.
+        container: ``(N,)`` integers, indices into ``containers``.
         names: N names within the containers, without NUL.
     """
     first, second = [*map(_netstring, classes)], [*map(_netstring, containers)]
@@ -67,6 +67,6 @@ def digest_names(
 
 
 def _netstring(text: str) -> bytes:
-    """Text behind its length, so that no two sequences of texts have the same bytes."""
+    """Prefix text with its length, so that different sequences of texts have different bytes."""
     content = text.encode("utf-8", "surrogateescape")
     return b"%d:%b" % (len(content), content)

@@ -1,6 +1,6 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images, ten classes, no download.
+"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, without a download.
 
-Source: E. Alpaydin and C. Kaynak, UCI Optical Recognition of Handwritten Digits, its test part.
+Source: E. Alpaydin and C. Kaynak, UCI Optical Recognition of Handwritten Digits, test set.
 """
 
 import torch
@@ -19,7 +19,7 @@ LARGEST_PIXEL = 16
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """Load the digits. A fixed fifth of them is the test set."""
+    """Load the digits. A fixed fifth of the images is the test set."""
     refuse_image_size(config, "digits", 8)
     try:
         from sklearn.datasets import load_digits

@@ -1,5 +1,7 @@
-"""Downloads of data sets from their original hosts, asked for by ``bdkd data fetch`` and never by a
-training; checked against a known hash before anything is unpacked."""
+"""Download data sets from their original hosts for ``bdkd data fetch``. Training never downloads.
+
+Archives are verified against a known SHA-256 before they are unpacked.
+"""
 
 import errno
 import fcntl
@@ -26,18 +28,18 @@ from bdkd.config import DataConfig, nearest
 from bdkd.errors import RunError, UsageError
 
 CHUNK = 1 << 20  # bytes
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without data
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download, and what it unpacks to."""
+    """A file to download, and the folder that it contains."""
 
     url: str
     sha256: str
     size: int  # bytes
-    unpacked: int  # bytes, about
-    folder: str  # the one folder inside
+    unpacked: int  # bytes, approximate
+    folder: str  # the only folder in the archive
 
     @property
     def file(self) -> str:
@@ -64,13 +66,13 @@ ARCHIVES = {
 
 
 def where_to_get(source: str, root: Path | None = None) -> str:
-    """The end of an error message: the command that brings a data set."""
+    """Return the end of an error message: the command that downloads a data set."""
     place = "DIR" if root is None else shlex.quote(str(root))
     return f"bdkd data fetch {source} --to {place} downloads it"
 
 
 def required_root(config: DataConfig, source: str) -> Path:
-    """``data.root``, for the sources that read one."""
+    """Return ``data.root`` as a path, or raise ``UsageError`` if it is not set."""
     if config.root is None:
         raise UsageError(
             f"data.root must name the folder of the data set {source!r}"
@@ -80,32 +82,32 @@ def required_root(config: DataConfig, source: str) -> Path:
 
 
 def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Path:
-    """Download, check and unpack a data set, unless it is there. Returns its folder, ``to/<name>``.
+    """Download, verify and unpack a data set unless it exists, and return its folder in ``to``.
 
-    An interrupted download goes on where it stopped; the folder appears whole or not at all; the
-    archive is removed after that. An archive that lies in ``to`` already is checked and used.
+    An interrupted download is continued, and an archive that already exists in ``to`` is used. The
+    folder is created atomically. Then the archive is removed.
 
     Raises:
-        UsageError: no such data set.
-        RunError: no network, a wrong hash, no space, or another fetch at work in ``to``.
+        UsageError: the data set is unknown.
+        RunError: there is no network or no space, the hash is wrong, or another fetch is running.
     """
     if name not in archives:
         raise UsageError(f"unknown data set {name!r}: {nearest(name, list(archives))}")
     archive = archives[name]
-    folder, whole = to / archive.folder, to / archive.file
+    folder, packed = to / archive.folder, to / archive.file
     if folder.exists():
         return folder
     try:
         to.mkdir(parents=True, exist_ok=True)
-        if not whole.exists():
+        if not packed.exists():
             _check_space(to, archive)
-            _download(archive, whole)
-        _unpack(archive, whole, folder)
-        whole.unlink()
-    except OSError as error:  # those of the network are named where they arise
+            _download(archive, packed)
+        _unpack(archive, packed, folder)
+        packed.unlink()
+    except OSError as error:  # not of the network, whose errors are RunErrors here
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += "; make room and run it again: what was downloaded is kept"
+            reason += "; make room and run it again to continue the download"
         raise RunError(f"cannot write in {to}: {reason}") from error
     return folder
 
@@ -114,35 +116,35 @@ def _check_space(to: Path, archive: Archive) -> None:
     free, needed = shutil.disk_usage(to).free, archive.size + archive.unpacked
     if free < needed:
         raise RunError(
-            f"{to} has {free / 1e9:.2f} GB free, and {archive.file} with what it unpacks to needs "
-            f"{needed / 1e9:.2f} GB: make room, or name another folder with --to"
+            f"{to} has {free / 1e9:.2f} GB free, and {archive.file} with its unpacked files needs "
+            f"{needed / 1e9:.2f} GB: make room, or pass another folder with --to"
         )
 
 
-def _download(archive: Archive, whole: Path) -> None:
-    """Fetch what an earlier, interrupted download left out; only the right file gets its name."""
-    part = whole.with_name(whole.name + ".part")
+def _download(archive: Archive, packed: Path) -> None:
+    """Start or continue a download. The file gets its final name after it is verified."""
+    part = packed.with_name(packed.name + ".part")
     with open(part, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError as error:
-            raise RunError(f"another bdkd data fetch is downloading {whole}") from error
+            raise RunError(f"another bdkd data fetch is downloading {packed}: wait") from error
         try:
             if file.tell() < archive.size:
                 _append(archive, part, file)
         finally:
             file.flush()
-            if not file.tell():  # nothing came that were worth keeping
+            if not file.tell():  # nothing was received
                 part.unlink()
     found = _sha256(part)
     if found != archive.sha256:
         part.unlink()
         raise RunError(
-            f"what {archive.url} sent is not the known file: its SHA-256 is {found}, not "
+            f"the file from {archive.url} is not the known file: its SHA-256 is {found}, not "
             f"{archive.sha256}; it was removed. Run this again, or get the file elsewhere and put "
-            f"it into {whole.parent}"
+            f"it into {packed.parent}"
         )
-    part.rename(whole)
+    part.rename(packed)
 
 
 def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
@@ -155,17 +157,18 @@ def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
         raise RunError(f"{host} answered {error.code} {error.reason} to {archive.url}") from error
     except (OSError, HTTPException) as error:  # URLError is an OSError
         raise RunError(
-            f"cannot reach {host} ({getattr(error, 'reason', error)}): is there a network? Where "
-            f"there is one, download {archive.url}, put it into {part.parent}, and run this again"
+            f"cannot reach {host} ({getattr(error, 'reason', error)}): is there a network? If "
+            f"not, download {archive.url} elsewhere, put it into {part.parent}, and run this again"
         ) from error
     with response:
-        if response.status != 206:  # the host sends it from the beginning
+        if response.status != 206:  # the host does not support ranges
             file.truncate(0)
             have = 0
         if response.length is not None and have + response.length != archive.size:
             raise RunError(
                 f"{host} offers {have + response.length:,} bytes as {archive.file}, which has "
-                f"{archive.size:,}: something else answers in its place (a proxy, a login page?)"
+                f"{archive.size:,}: something else answers in its place; is there a proxy or a "
+                "login page?"
             )
         with tqdm(
             total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.file,
@@ -180,7 +183,7 @@ def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
 
 
 def _received(response: HTTPResponse, archive: Archive, have: int) -> bytes:
-    """The next bytes; an error of the network here is not one of the disk."""
+    """Read from the network, and turn its errors into ``RunError``."""
     try:
         return response.read(CHUNK)
     except (OSError, HTTPException) as error:
@@ -190,7 +193,7 @@ def _received(response: HTTPResponse, archive: Archive, have: int) -> bytes:
 def _broke_off(archive: Archive, have: int, why: str) -> str:
     return (
         f"the download of {archive.file} broke off after {have:,} of {archive.size:,} bytes "
-        f"({why}): run it again, it goes on from there"
+        f"({why}): run it again to continue from there"
     )
 
 
@@ -199,53 +202,48 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack(archive: Archive, whole: Path, folder: Path) -> None:
-    """Unpack into a temporary folder, then rename it: an interrupted run leaves no half data set.
-
-    Raises:
-        RunError: the archive is not the known file, or would write elsewhere or far too much.
-    """
-    if (found := _sha256(whole)) != archive.sha256:
+def _unpack(archive: Archive, packed: Path, folder: Path) -> None:
+    """Verify the archive, unpack it into a temporary folder and rename that folder."""
+    if (found := _sha256(packed)) != archive.sha256:
         raise RunError(
-            f"{whole} ({whole.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
+            f"{packed} ({packed.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
             f"{found}, not {archive.sha256}; nothing was unpacked: remove it, and run this again"
         )
-    with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=whole.parent) as beside:
+    with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=packed.parent) as temporary:
         declared = 0
-        for name, size, stream in _files(whole):
+        for name, size, stream in _files(packed):
             declared += size
-            if declared > 2 * archive.unpacked:  # before it is written
+            if declared > 2 * archive.unpacked:  # checked before writing
                 raise RunError(
-                    f"{whole} is refused: it unpacks to more than {2 * archive.unpacked:,} bytes, "
-                    f"{archive.folder} has about {archive.unpacked:,}"
+                    f"{packed} is refused: it unpacks to more than {2 * archive.unpacked:,} bytes, "
+                    f"{archive.folder} has about {archive.unpacked:,}: remove it and run this again"
                 )
             path = PurePosixPath(name)
-            # No links are made, so what the name says is where it lands.
+            # No links are created, so the name determines where the file is written.
             if path.is_absolute() or ".." in path.parts:
-                raise RunError(f"{whole} is refused: it would write {name!r} outside its folder")
-            target = Path(beside) / path
+                raise RunError(f"{packed} is refused: it would write {name!r} outside its folder")
+            target = Path(temporary) / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with stream, open(target, "wb") as file:
                 shutil.copyfileobj(stream, file)
-        inside = Path(beside) / archive.folder
+        inside = Path(temporary) / archive.folder
         if not inside.is_dir():
-            raise RunError(f"{whole} holds no folder {archive.folder}")
+            raise RunError(f"{packed} holds no folder {archive.folder}: remove it and try again")
         os.rename(inside, folder)
 
 
-def _files(whole: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """Iterate over name, declared size and content of every regular file. Nothing else belongs
-    into a data set. No content is longer than declared."""
-    if zipfile.is_zipfile(whole):
-        with zipfile.ZipFile(whole) as unzipped:
+def _files(packed: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Iterate over (name, declared size, content) of every regular file, and refuse links."""
+    if zipfile.is_zipfile(packed):
+        with zipfile.ZipFile(packed) as unzipped:
             for info in unzipped.infolist():
                 if not info.is_dir():
                     yield info.filename, info.file_size, unzipped.open(info)
         return
-    with tarfile.open(whole) as tar:
+    with tarfile.open(packed) as tar:
         for member in tar:
             stream = tar.extractfile(member) if member.isfile() else None
             if stream is not None:
                 yield member.name, member.size, stream
             elif not member.isdir():
-                raise RunError(f"{whole} is refused: {member.name!r} is a link or a device")
+                raise RunError(f"{packed} is refused: {member.name!r} is a link or a device")

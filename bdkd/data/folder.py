@@ -1,7 +1,10 @@
-"""Images in folders, ``ROOT/train/<class>/*`` and ``ROOT/test/<class>/*`` (or ``val``), small
-enough to be kept in memory whole, at one size."""
+"""Images in folders, ``ROOT/train/<class>/*`` and ``ROOT/test/<class>/*`` (or ``val``).
+
+All images are resized to one size and kept in memory.
+"""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,26 +26,37 @@ def load(
     """Load every image as RGB, resized to ``data.image_size`` (by default 32).
 
     Raises:
-        UsageError: ``data.root`` is not set, or an option does not fit.
-        RunError: a folder is missing, holds too few images, or has other classes than the other.
+        UsageError: ``data.root`` is not set, or an option does not apply.
+        RunError: a folder is missing or holds too few images, or the classes of both folders
+            differ.
     """
     root = required_root(config, "folder")
     size = config.image_size or 32
-    train = _folder(root, "train")
-    held_out = _folder(root, "test", "val")
+    train, held_out = _folder(root, "train"), _folder(root, "test", "val")
     classes = _classes(train)
     unlike = set(classes).symmetric_difference(_classes(held_out))
     if unlike:
         raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}")
-
-    (training, of_training), (test, of_test) = (
-        _read(folder, classes, size) for folder in (train, held_out)
+    (training, train_digest), (test, test_digest) = (
+        read_labelled(root, _labelled(folder, classes), classes, size)
+        for folder in (train, held_out)
     )
     return InMemory(
         "folder", make_splits(config, training, test, 255), classes, config, scale=255,
         seed=seed, device=device, memory_format=memory_format,
-        digests={"train": of_training, "test": of_test},
+        digests={"train": train_digest, "test": test_digest},
     )  # fmt: skip
+
+
+def read_labelled(
+    root: Path, labelled: list[tuple[Path, int]], classes: Sequence[str], size: int
+) -> tuple[Images, Digest]:
+    """Read the images at (path, label), and return them with the digest of their names."""
+    paths, labels = zip(*labelled, strict=True)
+    images = Images(read_images(paths, size), torch.tensor(labels))
+    names = [os.fsencode(path.relative_to(root)) for path in paths]
+    container = np.zeros(len(names), np.int64)
+    return images, digest_names(classes, images.labels.numpy(), [""], container, names)
 
 
 def _folder(root: Path, *names: str) -> Path:
@@ -62,18 +76,14 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Images, Digest]:
-    paths, labels = [], []
+def _labelled(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
+    labelled: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        found = [folder / name / file for file in image_files(folder / name)]
+        found = image_files(folder / name)
         if len(found) < 2:
             raise RunError(
                 f"the class folder {folder / name} holds {len(found)} images: it needs at least 2 "
                 f"({', '.join(IMAGE_SUFFIXES)}), or remove it"
             )
-        paths += found
-        labels += [label] * len(found)
-    images = Images(read_images(paths, size), torch.tensor(labels))
-    names = [os.fsencode(path.relative_to(folder.parent)) for path in paths]
-    in_root = np.zeros(len(names), np.int64)
-    return images, digest_names(classes, images.labels.numpy(), [""], in_root, names)
+        labelled += [(folder / name / file, label) for file in found]
+    return labelled

@@ -1,4 +1,8 @@
-"""A data set small enough to lie on the device whole: no loader process at all."""
+"""Data sets that fit into device memory. They need no loader process.
+
+A whole batch is cropped, flipped and cut out at once. Each rank draws the numbers of the global
+batch and keeps its part, so the augmentation of an image does not depend on the number of ranks.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bdkd.config import DataConfig
-from bdkd.data.augment import crop_and_flip, cut_out, draw
 from bdkd.data.base import (
     WHOLE,
     Batch,
@@ -29,17 +32,102 @@ class Images(NamedTuple):
     labels: Tensor  # (N,) int64
 
 
+class Draws(NamedTuple):
+    """The random numbers of a batch's augmentation."""
+
+    down: Tensor  # (B,) offset of the crop in pixels
+    right: Tensor  # (B,)
+    mirrored: Tensor  # (B,) bool
+    hole_top: Tensor  # (B,) first row of the cutout, may be outside the image
+    hole_left: Tensor  # (B,)
+
+    def part(self, mine: slice) -> "Draws":
+        return Draws(*(draw[mine] for draw in self))
+
+
+def draw(
+    config: DataConfig, count: int, height: int, width: int, generator: torch.Generator
+) -> Draws:
+    """Draw the numbers for ``count`` images; disabled augmentations draw no numbers."""
+    device = generator.device
+    none = torch.zeros(2, count, dtype=torch.int64, device=device)
+    offsets, mirrored, holes = none, none[0].bool(), none
+    if config.crop:
+        limits = (-config.crop, config.crop + 1)
+        offsets = torch.randint(*limits, (2, count), generator=generator, device=device)
+    if config.flip:
+        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
+    if config.cutout:  # the centre is any pixel, so the border may clip the hole
+        y, x = torch.rand(2, count, generator=generator, device=device)
+        holes = torch.stack((y * height, x * width)).long() - config.cutout // 2
+    return Draws(offsets[0], offsets[1], mirrored, holes[0], holes[1])
+
+
+def crop_and_flip(
+    pixels: Tensor,  # (N, H, W, C), all images of the split
+    chosen: Tensor,  # (B,) indices of images
+    draws: Draws,
+    padding: str,
+) -> Tensor:
+    """Return the chosen images, cropped and flipped, ``(B, H, W, C)``, in one gather."""
+    count, height, width, channels = pixels.shape
+    rows = torch.arange(height, device=pixels.device) + draws.down[:, None]  # (B, H)
+    columns = torch.arange(width, device=pixels.device) + draws.right[:, None]  # (B, W)
+    columns = torch.where(draws.mirrored[:, None], columns.flip(1), columns)
+    # Zero padding reads any valid pixel and multiplies it by 0 below.
+    into = _reflected if padding == "reflect" else _nearest
+    # On a CPU, index_select takes a fifth of the time of indexing by three tensors.
+    lines = chosen[:, None] * height + into(rows, height)  # (B, H)
+    places = lines[:, :, None] * width + into(columns, width)[:, None]  # (B, H, W)
+    cropped = (
+        pixels.reshape(count * height * width, channels)
+        .index_select(0, places.flatten())
+        .view(*places.shape, channels)
+    )
+    if padding == "zero":
+        inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None]
+        cropped = cropped * inside[..., None]
+    return cropped
+
+
+def cut_out(
+    images: Tensor,  # (B, C, H, W), their mean 0
+    draws: Draws,
+    size: int,
+) -> Tensor:
+    """Set a square of each image to the mean (DeVries and Taylor, 2017, arXiv 1708.04552)."""
+    _, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device) - draws.hole_top[:, None]  # (B, H)
+    columns = torch.arange(width, device=images.device) - draws.hole_left[:, None]  # (B, W)
+    hole = _within(rows, size)[:, :, None] & _within(columns, size)[:, None]  # (B, H, W)
+    return images.masked_fill(hole[:, None], 0.0)
+
+
+def _within(index: Tensor, size: int) -> Tensor:
+    return (index >= 0) & (index < size)
+
+
+def _nearest(index: Tensor, size: int) -> Tensor:
+    return index.clamp(0, size - 1)
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    """Map -1 to 1 and ``size`` to ``size - 2``: the border pixel is not repeated."""
+    last = size - 1
+    return last - (last - index.abs()).abs()
+
+
 class InMemory:
-    """Keep images as bytes on the device; gather, augment and normalise them there, by batch.
+    """Keeps uint8 images on the device and gathers, augments and normalises each batch there.
 
     Args:
         splits: ``train``, ``val`` and ``test``.
-        config: its ``crop``, ``flip`` and ``cutout`` say how training images are augmented.
+        config: ``crop``, ``crop_padding``, ``flip`` and ``cutout`` define the augmentation.
         scale: the largest pixel value.
-        digests: identity of the data set that the splits were made from.
+        digests: of the data set before it was split.
 
     Raises:
-        UsageError: an augmentation does not fit the size of the images.
+        UsageError: the crop or cutout is too large for the images.
     """
 
     def __init__(
@@ -58,8 +146,9 @@ class InMemory:
         _, channels, height, width = splits["train"].pixels.shape
         if config.crop >= min(height, width) or config.cutout > 2 * min(height, width):
             raise UsageError(
-                f"data.crop must be below the side of the images and data.cutout at most twice it "
-                f"({height}x{width}), got {config.crop} and {config.cutout}"
+                f"data.crop is {config.crop} and data.cutout is {config.cutout}: for images of "
+                f"{height}x{width} pixels, crop must be less than the shorter side, and cutout at "
+                "most twice the shorter side"
             )
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
         self.splits = {
@@ -71,8 +160,7 @@ class InMemory:
         }
         mean, std = pixel_statistics(splits["train"].pixels)
         std = std.clamp_min(scale / 255)
-        self.mean = mean.float().to(device)  # (1, C, 1, 1)
-        self.std = std.float().to(device)
+        self.mean, self.std = mean.float().to(device), std.float().to(device)  # (1, C, 1, 1)
         normalisation = Normalisation(
             tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), float(scale)
         )
@@ -94,17 +182,13 @@ class InMemory:
         mine = shard.of_batch(batch_size)
         for position in range(start, len(order) - batch_size + 1, batch_size):
             chosen = order[position : position + batch_size][mine]
-            # A generator of its own for every batch: a resumed run draws what it would have drawn.
-            generator = torch.Generator(self.device).manual_seed(
-                mix_seed(self.seed, epoch, 1, position)
-            )
-            yield Batch(
-                tuple(
-                    self._augmented(pixels, chosen, batch_size, mine, generator)
-                    for _ in range(views)
-                ),
-                images.labels[chosen],
-            )
+            # Each batch has a new generator, so that a resumed run draws the same numbers.
+            seed = mix_seed(self.seed, epoch, 1, position)
+            generator = torch.Generator(self.device).manual_seed(seed)
+            augmented = [
+                self._augmented(pixels, chosen, batch_size, mine, generator) for _ in range(views)
+            ]
+            yield Batch(tuple(augmented), images.labels[chosen])
 
     def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
         mine = shard.of_split(len(self.splits[split].labels))
@@ -116,23 +200,22 @@ class InMemory:
 
     def _augmented(
         self,
-        pixels: Tensor,  # (N, H, W, C)
-        chosen: Tensor,  # (B,) this rank's part of the batch
+        pixels: Tensor,
+        chosen: Tensor,
         batch_size: int,
         mine: slice,
         generator: torch.Generator,
     ) -> Tensor:
-        """One view of a batch, ``(B, C, H, W)``."""
+        """Return a view (B, C, H, W) of the images ``chosen`` (B,) from ``pixels`` (N, H, W, C)."""
         height, width = self.info.image_size
         draws = draw(self.config, batch_size, height, width, generator).part(mine)
-        if self.config.crop or self.config.flip:
-            gathered = crop_and_flip(pixels, chosen, draws, self.config.crop_padding)
-        else:
-            gathered = pixels[chosen]
+        moves = self.config.crop or self.config.flip
+        padding = self.config.crop_padding
+        gathered = crop_and_flip(pixels, chosen, draws, padding) if moves else pixels[chosen]
         images = self._normalise(gathered.permute(0, 3, 1, 2))
         if not self.config.cutout:
             return images
-        # masked_fill returns rows of one channel after the other, whatever the format of its input.
+        # masked_fill does not keep the memory format of its input.
         blanked = cut_out(images, draws, self.config.cutout)
         return blanked.contiguous(memory_format=self.memory_format)
 
@@ -142,13 +225,13 @@ class InMemory:
 
 
 def pixel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, ``(1, C, 1, 1)`` float64, in pixel values.
+    """Return the mean and standard deviation of each channel, ``(1, C, 1, 1)`` float64.
 
-    From counts of the 256 values: exact, and no wide copy of a whole data set.
+    A histogram of the 256 values is exact and avoids a float copy of the data set.
     """
     values = torch.arange(256, dtype=torch.float64)
     counts = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
-    for part in pixels.split(1000):  # bincount widens what it counts to 64 bits
+    for part in pixels.split(1000):  # bincount copies its input to int64
         for row, channel in zip(counts, part.unbind(1), strict=True):
             row += torch.bincount(channel.flatten(), minlength=256)
     share = counts / counts.sum(1, keepdim=True)

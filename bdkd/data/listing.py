@@ -1,13 +1,12 @@
-"""The one rule for what counts as data, for every source and for ``bdkd data check``.
+"""List the files and folders that are data, for every source and for ``bdkd data check``.
 
 - Hidden entries are skipped at every level: names that begin with ``.`` (``.ipynb_checkpoints``,
   ``._0.jpg``, ``.DS_Store``), and ``__MACOSX``, which macOS adds to archives.
-- An image is a file with one of :data:`IMAGE_SUFFIXES`, whatever the case. A folder that is named
-  like an image is not one.
-- A class is a folder. An empty folder is a class without images, which the sources refuse. A
-  folder that holds nothing but hidden entries is skipped.
-- Symbolic links are followed. A broken one is never skipped without a word: a link that could be a
-  class is refused here, and a link that is named like an image is refused when it is read.
+- An image is a file with one of :data:`IMAGE_SUFFIXES`, in upper or lower case.
+- A class is a folder. Sources raise an error for empty folders. A folder that holds only hidden
+  entries is skipped.
+- Symbolic links are followed. A broken link that may be a class raises an error here, and a broken
+  link that is named like an image raises an error when it is read.
 """
 
 import os
@@ -16,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdkd.errors import RunError
+from bdkd.text import read_text, text_lines
 
 # The suffixes of torchvision.datasets.ImageFolder.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-# What writers of TFRecords name their files: "train-00000-of-01024" (the TPU scripts),
+# Common names of TFRecord files: "train-00000-of-01024" (the TPU scripts),
 # "imagenet2012-train.tfrecord-00000-of-01024" (TensorFlow Datasets), "train.tfrecord".
 RECORDS = re.compile(r"-\d+-of-\d+$|\.(tfrecords?|tfrec|records?)$", re.IGNORECASE)
 NO_RECORDS = re.compile(
@@ -32,27 +32,22 @@ NO_RECORDS = re.compile(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped."""
+    """Return whether a file or folder with this name is skipped."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def is_hidden_member(path: str) -> bool:
-    """Whether a member of an archive, or any of its parent folders, is hidden. A leading ``./`` is
-    no folder."""
+    """Return whether a member of an archive or one of its parent folders is hidden."""
     return any(is_hidden(part) for part in path.split("/") if part not in (".", ".."))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image."""
+    """Return whether a file with this name is an image."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the class folders in ``folder``, sorted.
-
-    Raises:
-        RunError: ``folder`` cannot be listed, or holds a broken symbolic link.
-    """
+    """Return the sorted names of the class folders, or raise ``RunError`` for a broken link."""
     found = []
     for entry in _entries(folder):
         if _is_folder(entry):
@@ -61,36 +56,36 @@ def class_folders(folder: Path) -> tuple[str, ...]:
                 found.append(entry.name)
         elif entry.is_symlink() and not is_image(entry.name) and not os.path.exists(entry.path):
             raise RunError(
-                f"{entry.path} is a symbolic link to something that does not exist: mend or remove "
-                "it, for it may be a class"
+                f"{entry.path} is a symbolic link to something that does not exist, and may be a "
+                "class: repair or remove it"
             )
     return tuple(sorted(found))
 
 
 def image_files(folder: Path) -> list[str]:
-    """Return the names of the images in ``folder``, sorted. Nothing is opened.
-
-    Raises:
-        RunError: ``folder`` cannot be listed.
-    """
-    # The type of an entry comes with the listing on nearly every file system: no stat of each.
+    """Return the sorted names of the images in ``folder``, without opening them."""
+    # On nearly every file system scandir returns the type, so no file needs a stat.
     return sorted(e.name for e in _entries(folder) if is_image(e.name) and _is_file_or_broken(e))
 
 
 def archive_files(folder: Path) -> list[Path]:
-    """Return the files in ``folder`` that are not hidden, sorted.
-
-    Raises:
-        RunError: ``folder`` cannot be listed.
-    """
+    """Return the files in ``folder`` that are not hidden, sorted."""
     return sorted(folder / e.name for e in _entries(folder) if _is_file_or_broken(e))
 
 
 def record_files(files: Sequence[Path]) -> list[Path]:
-    """Return the TFRecord files among ``files``: those that are named like one, or, where none is,
-    all without a suffix that tells of something else."""
+    """Return the files that are named like TFRecords; if there are none, all files except those
+    with the suffix of another format."""
     named = [file for file in files if RECORDS.search(file.name)]
     return named or [file for file in files if not NO_RECORDS.search(file.name)]
+
+
+def read_lines(path: Path, label: str = "", errors: str = "strict") -> list[str]:
+    """Return the lines of a text file, or raise ``RunError`` with ``label`` before the path."""
+    try:
+        return text_lines(read_text(path, errors))
+    except OSError as error:
+        raise RunError(f"cannot read {label}{path}: {error.strerror}") from error
 
 
 def _entries(folder: Path, hidden: bool = False) -> list[os.DirEntry[str]]:
@@ -109,7 +104,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file_or_broken(entry: os.DirEntry[str]) -> bool:
-    """Not a folder, a pipe or a device. The broken link is named when it is read."""
+    """Return whether an entry is a file or a broken link, which raises an error when read."""
     try:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError:

@@ -1,8 +1,8 @@
-"""Pickles that hold numbers, text, lists, dictionaries and byte arrays, and nothing else.
+"""Load pickles that hold only numbers, text, lists, dictionaries and byte arrays.
 
-A pickle names functions that its reader is to call, so the one from a stranger can run anything.
-Here no name is ever imported: the four that numpy's arrays are written with stand for classes of
-this module that only remember what they were given, and every other name is refused.
+A pickle names functions for its reader to call, so an untrusted pickle can run any code. This
+unpickler never imports a name. It replaces the names that numpy's arrays need by classes of this
+module, which only store their arguments, and refuses every other name.
 """
 
 import pickle
@@ -15,13 +15,13 @@ from bdkd.errors import RunError
 
 
 class _Latin1(bytes):
-    """``_codecs.encode(text, "latin1")``: how Python 3 writes bytes in the old protocol."""
+    """``_codecs.encode(text, "latin1")``, which represents bytes in old pickle protocols."""
 
     def __new__(cls, text: str, encoding: str) -> "_Latin1":
         return super().__new__(cls, text, "latin1")
 
     def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("bytes have no state")
+        raise pickle.UnpicklingError("bytes with a state")
 
 
 class _DType:
@@ -31,37 +31,31 @@ class _DType:
         self.name = name.decode("latin1") if isinstance(name, bytes) else name
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and fields, of which a plain byte has none."""
+        """Ignore byte order and fields, which do not apply to uint8."""
 
 
 class _Array:
-    """``numpy.ndarray``: its state is (version, shape, dtype, in Fortran's order, bytes)."""
+    """``numpy.ndarray`` and ``numpy.core.multiarray._reconstruct(ndarray, shape, type)``."""
 
-    value: np.ndarray
+    value: np.ndarray | None = None  # None until the state is set
+
+    def __init__(self, *_: object) -> None:
+        pass
 
     def __setstate__(self, state: tuple) -> None:
+        # (version, shape, dtype, is_fortran, bytes)
         _, shape, dtype, fortran, content = state
         if not isinstance(dtype, _DType) or dtype.name not in ("u1", "|u1", "uint8") or fortran:
-            raise pickle.UnpicklingError("an array that is not one of bytes in C's order")
+            raise pickle.UnpicklingError("an array that is not uint8 in C order")
         self.value = np.frombuffer(content, np.uint8).reshape(shape)
 
 
-class _Reconstruct:
-    """``numpy.core.multiarray._reconstruct(ndarray, shape, type)``: an array yet without state."""
-
-    def __new__(cls, *_: object) -> Any:
-        return _Array()
-
-    def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("no such state")
-
-
-STANDS_FOR: dict[tuple[str, str], Callable] = {
+REPLACEMENTS: dict[tuple[str, str], Callable] = {
     ("_codecs", "encode"): _Latin1,
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
 }
 
 
@@ -72,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return STANDS_FOR[module, name]
+            return REPLACEMENTS[module, name]
         except KeyError:
             raise RunError(
                 f"{self.name} is refused: it asks for {module}.{name}, which no data set needs and "
@@ -81,24 +75,26 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(stream: IO[bytes], name: str) -> dict[str, Any]:
-    """The dictionary of a pickle, its keys as text; byte arrays as numpy arrays.
+    """Return the dictionary in a pickle, with keys as text and byte arrays as numpy arrays.
 
     Args:
-        name: the file's name, for error messages.
+        name: the file name for error messages.
 
     Raises:
-        RunError: the pickle asks for anything but plain data, is damaged, or is no dictionary.
+        RunError: the pickle holds more than plain data, is damaged, or is not a dictionary.
     """
     try:
         content = _Unpickler(stream, name).load()
     except RunError:
         raise
-    except Exception as error:  # a damaged pickle can raise any, says the library's manual
+    except Exception as error:  # a damaged pickle can raise any exception (Python's documentation)
         raise RunError(
-            f"{name} is damaged or no pickle of plain data ({error}): get it again"
+            f"{name} is damaged or no pickle of plain data ({error}): download it again"
         ) from error
     if not isinstance(content, dict):
-        raise RunError(f"{name} must hold a dictionary, got {type(content).__name__}")
+        raise RunError(
+            f"{name} must hold a dictionary, got {type(content).__name__}: download it again"
+        )
     return {
         key.decode("latin1") if isinstance(key, bytes) else str(key): (
             value.value if isinstance(value, _Array) else value

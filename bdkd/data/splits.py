@@ -1,9 +1,9 @@
-"""From a set's own training and test images to ``train``, ``val`` and ``test``.
+"""Divide a data set's training and test images into ``train``, ``val`` and ``test``.
 
-Nothing here depends on the run's seed: which images are held out, which few are kept for training,
-which labels are wrong and what noise lies on the pixels belong to the data set. So runs of several
-seeds and methods see the same images with the same labels, their differences can be paired, and
-the deviation over seeds is that of training (weights, order, augmentation) alone.
+Nothing here depends on the run's seed: the held-out images, the training subset, the wrong labels
+and the pixel noise belong to the data set. Runs with different seeds and objectives therefore see
+the same images with the same labels, so their differences can be paired, and the deviation over
+seeds is that of training (weights, order, augmentation) alone.
 """
 
 import numpy as np
@@ -18,16 +18,15 @@ from bdkd.errors import UsageError
 SPLIT_SEED = 0
 
 
-def make_splits(
-    config: DataConfig, training: Images, test: Images, largest_pixel: int
-) -> dict[Split, Images]:
-    """The three splits, as ``validation``, ``train_images``, ``label_noise`` and ``pixel_noise``
-    ask. The labels of ``val`` and ``test`` are never changed.
+def split_training(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, Tensor, np.ndarray]:
+    """Return the indices and labels (with label noise) of ``train``, and the indices of ``val``.
+
+    Args:
+        labels: ``(N,)`` int64, of all training images.
 
     Raises:
-        UsageError: ``data.train_images`` is more than there are, or too few for the classes.
+        UsageError: ``data.train_images`` is more than there are, or fewer than the classes.
     """
-    labels = training.labels.numpy()
     inner, validation = stratified_split(labels, config.validation, SPLIT_SEED)
     classes = int(labels.max()) + 1
     if config.train_images is not None:
@@ -37,11 +36,24 @@ def make_splits(
                 f"training images without data.validation), got {config.train_images}"
             )
         inner = inner[stratified_subset(labels[inner], config.train_images, SPLIT_SEED)]
+    noisy = with_label_noise(torch.from_numpy(labels[inner]), config.label_noise, classes)
+    return inner, noisy, validation
+
+
+def make_splits(
+    config: DataConfig, training: Images, test: Images, largest_pixel: int
+) -> dict[Split, Images]:
+    """Return the three splits of a data set in memory.
+
+    ``data.validation``, ``train_images``, ``label_noise`` and ``pixel_noise`` are applied. The
+    labels of ``val`` and ``test`` are never changed.
+
+    Raises:
+        UsageError: ``data.train_images`` is more than there are, or fewer than the classes.
+    """
+    inner, labels, validation = split_training(training.labels.numpy(), config)
     splits: dict[Split, Images] = {
-        "train": Images(
-            training.pixels[inner],
-            with_label_noise(training.labels[inner], config.label_noise, classes),
-        ),
+        "train": Images(training.pixels[inner], labels),
         "val": Images(training.pixels[validation], training.labels[validation]),
         "test": test,
     }
@@ -57,7 +69,7 @@ def make_splits(
 
 
 def with_label_noise(labels: Tensor, share: float, classes: int) -> Tensor:
-    """Labels ``(N,)`` of which ``round(share * N)`` are another class, any with equal chance."""
+    """Replace ``round(share * N)`` of the labels ``(N,)`` by other classes, uniformly at random."""
     count = round(share * len(labels))
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     wrong = torch.randperm(len(labels), generator=generator)[:count]
@@ -67,7 +79,7 @@ def with_label_noise(labels: Tensor, share: float, classes: int) -> Tensor:
 
 
 def with_pixel_noise(pixels: Tensor, deviation: float, largest: int, salt: int) -> Tensor:
-    """Pixels ``(N, C, H, W)`` uint8 with Gaussian noise, rounded and cut to [0, ``largest``]."""
+    """Add Gaussian noise to pixels ``(N, C, H, W)`` uint8, clipped to [0, ``largest``]."""
     rng = np.random.default_rng([SPLIT_SEED, salt])
     noisy = torch.empty_like(pixels)
     for place, part in zip(noisy.split(1000), pixels.split(1000), strict=True):  # float32 in parts
@@ -77,7 +89,7 @@ def with_pixel_noise(pixels: Tensor, deviation: float, largest: int, salt: int) 
 
 
 def refuse_image_size(config: DataConfig, source: str, side: int) -> None:
-    """Raise ``UsageError`` where ``data.image_size`` asks another size of a source that has one."""
+    """Raise ``UsageError`` if ``data.image_size`` differs from the fixed size of a source."""
     if config.image_size not in (None, side):
         raise UsageError(
             f"data.image_size does not apply to the source {source!r}: its images are "

@@ -1,6 +1,6 @@
-"""Images made up on the spot, to measure a step without any data set, or to see that one learns.
+"""Generated images, for measuring or testing training without a data set.
 
-A class is a coarse random pattern; an image is its class's pattern, faint, under strong noise.
+Each class has a coarse random pattern. An image is the weak pattern of its class plus strong noise.
 """
 
 import torch
@@ -13,33 +13,33 @@ from bdkd.data.splits import SPLIT_SEED, make_splits
 
 SIDE = 32
 CHANNELS = 3
-COARSE = 4  # cells a side of a pattern
+COARSE = 4  # cells per side of a pattern
 PATTERN, NOISE = 24.0, 48.0  # standard deviations, of 255
 
 
 def load(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
 ) -> InMemory:
-    """Make ``data.synthetic.images`` training images and a fifth as many test images.
+    """Generate ``data.synthetic.images`` training images and a fifth as many test images.
 
-    They do not depend on the seed. Processors without AVX2 round a few pixels differently.
+    The images do not depend on the seed. Processors without AVX2 round a few pixels differently.
     """
     options, side = config.synthetic, config.image_size or SIDE
-    # Made on the CPU: a generator's numbers differ between kinds of device.
+    # On the CPU, because generators of other devices draw other numbers.
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     coarse = torch.randn(options.classes, CHANNELS, COARSE, COARSE, generator=generator)
     patterns = 128 + PATTERN * nn.functional.interpolate(coarse, (side, side), mode="bilinear")
     training = _images(patterns, options.images, generator)
     test = _images(patterns, options.images // 5, generator)
-    made_from = f"synthetic {options.classes} {side}"
+    definition = f"synthetic {options.classes} {side}"
     return InMemory(
         "synthetic", make_splits(config, training, test, 255),
         tuple(str(label) for label in range(options.classes)),
         config, scale=255, seed=seed, device=device, memory_format=memory_format,
-        # Not of the pixels: a run moves between processors that round a few of them differently.
+        # Digests of pixels would differ between processors (see above).
         digests={
-            "train": digest_text(made_from, len(training.labels)),
-            "test": digest_text(made_from, len(test.labels)),
+            "train": digest_text(definition, len(training.labels)),
+            "test": digest_text(definition, len(test.labels)),
         },
     )  # fmt: skip
 

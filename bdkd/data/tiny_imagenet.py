@@ -1,25 +1,21 @@
 """Tiny-ImageNet-200 in the layout of its archive: 64x64 colour images in 200 classes.
 
-Source: Stanford CS231N. Its ``test`` folder has no labels, so, as everywhere in the literature,
-``val`` is the test set; validation images are held out of ``train``.
+Source: Stanford CS231N. The images in ``test`` have no labels. As in the literature, ``val`` is the
+test set, and validation images are held out of ``train``.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bdkd.config import DataConfig
-from bdkd.data.decode import read_images
-from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
-from bdkd.data.in_memory import Images, InMemory
-from bdkd.data.listing import class_folders, image_files
+from bdkd.data.folder import read_labelled
+from bdkd.data.in_memory import InMemory
+from bdkd.data.listing import class_folders, image_files, read_lines
 from bdkd.data.splits import make_splits
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
 
 SOURCE = "tiny-imagenet"
 SIDE = 64
@@ -36,12 +32,14 @@ def load(
     number = {wnid: label for label, wnid in enumerate(wnids)}
     size = config.image_size or SIDE
     labelled = [(path, number[wnid]) for wnid in wnids for path in _train(root, wnid)]
-    annotated = _annotated(root, number)
-    training, test = _images(labelled, size), _images(annotated, size)
+    # The digest has WordNet ids as class names, because several ids share a name.
+    (training, train_digest), (test, test_digest) = (
+        read_labelled(root, images, wnids, size) for images in (labelled, _annotated(root, number))
+    )
     return InMemory(
         SOURCE, make_splits(config, training, test, 255), _names(root, wnids), config, scale=255,
         seed=seed, device=device, memory_format=memory_format,
-        digests={"train": _digest(root, wnids, labelled), "test": _digest(root, wnids, annotated)},
+        digests={"train": train_digest, "test": test_digest},
     )  # fmt: skip
 
 
@@ -65,15 +63,16 @@ def _train(root: Path, wnid: str) -> list[Path]:
 
 
 def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
-    """Return the images of ``val`` and their labels. A line holds a file, a class and a box,
-    separated by tabs."""
+    """Return the images of ``val`` and their labels from lines of file, class and box."""
     listed = root / "val" / "val_annotations.txt"
     found = []
-    for count, line in enumerate(_lines(listed), 1):
+    for count, line in enumerate(read_lines(listed), 1):
         file, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0].strip()
         if wnid not in number or Path(file).name != file:
-            raise RunError(f"{listed}, line {count}: no image and class of this set: {line!r}")
+            raise RunError(
+                f"{listed}, line {count}: must be an image and a class of this set, got {line!r}"
+            )
         found.append((root / "val" / "images" / file, number[wnid]))
     if not found:
         raise RunError(f"{listed} is empty: {where_to_get(SOURCE)}")
@@ -81,28 +80,9 @@ def _annotated(root: Path, number: dict[str, int]) -> list[tuple[Path, int]]:
 
 
 def _names(root: Path, wnids: Sequence[str]) -> tuple[str, ...]:
-    """Return the class names from ``words.txt``, or the WordNet ids where the file is missing."""
+    """Return the class names from ``words.txt``, or the WordNet ids of classes without a name."""
     words = root / "words.txt"
-    lines = _lines(words) if words.exists() else []
+    lines = read_lines(words) if words.exists() else []
     pairs = [line.split("\t", 1) for line in lines if "\t" in line]
     names = {wnid: name.strip() for wnid, name in pairs}
     return tuple(names.get(wnid, wnid) for wnid in wnids)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return text_lines(read_text(path))
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _digest(root: Path, wnids: Sequence[str], labelled: list[tuple[Path, int]]) -> Digest:
-    """By WordNet id: several ids share a name."""
-    names = [os.fsencode(path.relative_to(root)) for path, _ in labelled]
-    labels = np.array([label for _, label in labelled], np.int64)
-    return digest_names(wnids, labels, [""], np.zeros_like(labels), names)
-
-
-def _images(labelled: list[tuple[Path, int]], size: int) -> Images:
-    pixels = read_images([path for path, _ in labelled], size)
-    return Images(pixels, torch.tensor([label for _, label in labelled]))

@@ -1,7 +1,8 @@
-"""Networks of timm and torchvision, made by those libraries; each is imported when it is asked for.
+"""Networks of timm and torchvision. The libraries are imported only when they are needed.
 
-A ``timm:`` or ``torchvision:`` network has the interface of the others: images to logits,
-``forward_features`` and ``num_features``. In a state dict its names start with ``network.``.
+A ``timm:`` or ``torchvision:`` network has the same interface as the built-in networks: it maps
+images to logits and has ``forward_features`` and ``num_features``. Its parameter names start with
+``network.``.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,22 @@ from torch import Tensor, nn
 
 from bdkd.errors import RunError
 
-_NEED_NEITHER = "the imagenet_ networks of bdkd need neither timm nor torchvision"
-# Their auxiliary classifiers would make the output a tuple.
-_TORCHVISION_FIXED = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
-}
+_ALTERNATIVE = "the imagenet_ networks of bdkd need neither timm nor torchvision"
 
 
 class TimmNetwork(nn.Module):
-    """Logits ``(N, num_classes)`` from images ``(N, in_channels, H, W)`` by a network of timm."""
+    """A network of timm: maps images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``.
+
+    Args:
+        image_size: the only supported size (a number, or height and width), or None.
+    """
 
     def __init__(self, name: str, network: Any, image_size: Any):
-        """``image_size``, a number or height and width, is the only one that fits, or None."""
         super().__init__()
         self.name = name
-        self.network: Any = network  # a module with timm's further methods
-        # The features are what the classifier sees: in MobileNetV3, say, after the head's hidden
-        # layer, which timm's num_features does not count.
+        self.network: Any = network  # Any: timm's modules have more methods than nn.Module
+        # The input of the classifier. In MobileNetV3, for example, it comes after a hidden layer of
+        # the head, which timm's num_features does not include.
         self.num_features: int = getattr(network, "head_hidden_size", network.num_features)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
@@ -49,19 +48,21 @@ class TimmNetwork(nn.Module):
             height, width = self.image_size
             raise ValueError(
                 f"{self.name} takes images of {height}x{width} pixels, "
-                f"got {x.shape[-2]}x{x.shape[-1]}: its option img_size sets another size"
+                f"got {x.shape[-2]}x{x.shape[-1]}: set its option img_size for another size"
             )
 
 
 class TorchvisionNetwork(nn.Module):
-    """Logits ``(N, num_classes)`` from images ``(N, 3, H, W)`` by a network of torchvision."""
+    """A network of torchvision: maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
 
     def __init__(self, name: str, network: nn.Module):
         super().__init__()
         layers = [path for path, m in network.named_modules() if isinstance(m, nn.Linear)]
         if not layers:
-            raise ValueError(f"{name} has no linear classifier, so it has no features to give")
-        # The classifier is the last linear layer; it is taken out, for the features go in there.
+            raise ValueError(
+                f"{name} has no linear classifier, which bdkd needs to find the features"
+            )
+        # The classifier is the last linear layer. Without it, the network returns the features.
         classifier: Any = network.get_submodule(layers[-1])
         self.num_features: int = classifier.in_features
         self.classifier: nn.Module = classifier
@@ -76,32 +77,27 @@ class TorchvisionNetwork(nn.Module):
 
 
 def create_timm(name: str, num_classes: int, in_channels: int, **options: object) -> nn.Module:
-    """The network that timm calls ``name``; ``options`` are those of ``timm.create_model``.
+    """Build the network that timm calls ``name`` with options of ``timm.create_model``.
 
-    ``pretrained=True`` downloads timm's weights, unless under ``torch.device("meta")``, where
-    nothing has values.
+    ``pretrained=True`` downloads timm's weights, except under ``torch.device("meta")``.
     """
     timm = _import("timm")
     shown = f"timm:{name}"
     if not timm.is_model(name):
         raise _unknown(shown, name, timm.list_models())
     pretrained = bool(options.pop("pretrained", False))
-    if torch.get_default_device().type == "meta":
-        pretrained = False
-
-    def build() -> nn.Module:
-        return timm.create_model(
-            name, pretrained, num_classes=num_classes, in_chans=in_channels, **options
-        )
-
+    pretrained = pretrained and torch.get_default_device().type != "meta"
+    sizes = {"num_classes": num_classes, "in_chans": in_channels}
     try:
-        network: Any = _build(shown, build)
-    except OSError as error:  # no network, a full disk, a proxy's refusal
+        network: Any = _build(
+            shown, lambda: timm.create_model(name, pretrained, **sizes, **options)
+        )
+    except OSError as error:  # no network, a full disk or a proxy error
         raise RunError(
-            f"timm's weights for {name} could not be had ({_first_line(error)}): connect, or set "
-            "HF_HOME to a folder that holds them, or start from a file (weights) instead"
+            f"cannot download timm's weights for {name} ({_first_line(error)}): check the network, "
+            "set HF_HOME to a folder that holds them, or load a file with the option weights"
         ) from error
-    known = network.pretrained_cfg  # timm's facts about the network; made for no weights too
+    known = network.pretrained_cfg  # also set without pretrained weights
     image_size = None
     if known.get("fixed_input_size"):
         image_size = options.get("img_size") or tuple(known["input_size"][-2:])
@@ -111,8 +107,7 @@ def create_timm(name: str, num_classes: int, in_channels: int, **options: object
 def create_torchvision(
     name: str, num_classes: int, in_channels: int, **options: object
 ) -> nn.Module:
-    """The network that torchvision calls ``name``, freshly initialised; ``options`` are those of
-    its function."""
+    """Build the network that torchvision calls ``name`` with options of its function."""
     models = _import("torchvision").models
     shown = f"torchvision:{name}"
     names = models.list_models(module=models)
@@ -120,24 +115,21 @@ def create_torchvision(
         raise _unknown(shown, name, names)
     if in_channels != 3:
         raise ValueError(
-            f"{shown} takes images of 3 channels, got in_channels = {in_channels}; "
-            "timm's networks and bdkd's take any number"
+            f"{shown} takes images of 3 channels, got in_channels = {in_channels}: use a network "
+            "of timm or bdkd"
         )
     if "weights" in options or "pretrained" in options:
-        raise ValueError(f"{shown} starts fresh; pretrained networks come from timm:")
-
-    def build() -> nn.Module:
-        make = models.get_model_builder(name)
-        fixed = _TORCHVISION_FIXED.get(name, {})
-        return make(weights=None, num_classes=num_classes, **fixed, **options)
-
-    return TorchvisionNetwork(shown, _build(shown, build))
+        raise ValueError(f"{shown} cannot be pretrained: pretrained networks come from timm:")
+    fixed: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    if name in ("googlenet", "inception_v3"):  # auxiliary classifiers make the output a tuple
+        fixed |= {"aux_logits": False, "init_weights": True}
+    make = models.get_model_builder(name)
+    return TorchvisionNetwork(shown, _build(shown, lambda: make(**fixed, **options)))
 
 
 LIBRARIES: dict[str, Callable[..., nn.Module]] = {
-    "timm": create_timm,
-    "torchvision": create_torchvision,
-}
+    "timm": create_timm, "torchvision": create_torchvision,
+}  # fmt: skip
 
 
 def _import(library: str) -> ModuleType:
@@ -147,20 +139,20 @@ def _import(library: str) -> ModuleType:
         if error.name != library:
             raise RunError(f"{library} needs {error.name}: pip install {error.name}") from error
         raise RunError(
-            f"{library} is not installed: pip install 'bdkd[imagenet]' ({_NEED_NEITHER})"
+            f"{library} is not installed: pip install 'bdkd[imagenet]' ({_ALTERNATIVE})"
         ) from error
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        # Mostly a torchvision that was built for another torch, which timm imports too.
+        # The usual cause is a torchvision for another torch version, which timm imports too.
         raise RunError(
             f"{library} is installed but does not import ({_first_line(error)}): install the "
-            f"torchvision that belongs to torch {torch.__version__} ({_NEED_NEITHER})"
+            f"torchvision that belongs to torch {torch.__version__} ({_ALTERNATIVE})"
         ) from error
 
 
 def _build(shown: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # what options cause
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # caused by options
         raise ValueError(f"{shown} cannot be built: {_first_line(error)}") from error
 
 

@@ -1,4 +1,7 @@
-"""What the families share: bias-free convolutions (a batch norm follows each) and their start."""
+"""Layers and initialisation that several families share. Convolutions have no bias, because a
+batch norm follows each."""
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -15,19 +18,41 @@ def depthwise3x3(channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
 
 
+def conv_norm_act(convolution: nn.Conv2d, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Append a batch norm and an activation to a convolution."""
+    return nn.Sequential(
+        convolution, nn.BatchNorm2d(convolution.out_channels), activation(inplace=True)
+    )
+
+
+def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Return a 1x1 convolution with batch norm if the shape changes, and the identity otherwise."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+
+
+def stage(
+    block: Callable[[int, int, int], nn.Module], before: int, after: int, count: int, stride: int
+) -> nn.Sequential:
+    """Return ``count`` blocks; the first changes the channels and applies the stride."""
+    rest = (block(after, after, 1) for _ in range(count - 1))
+    return nn.Sequential(block(before, after, stride), *rest)
+
+
 def global_average(x: Tensor) -> Tensor:  # (N, F, H, W) -> (N, F)
     return x.mean((2, 3))
 
 
 def divisible_by_8(channels: float) -> int:
-    """The nearest multiple of 8, never less than 0.9 of ``channels``: how the MobileNets scale."""
+    """Round to the nearest multiple of 8 that is at least 0.9 of ``channels``, as MobileNets do."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def initialise(network: nn.Module) -> None:
-    """He's normal initialisation over the fan-out (arXiv 1502.01852) for every convolution, with
-    zero biases; norms and classifiers keep PyTorch's."""
+    """Initialise convolutions with He's normal initialisation over the fan-out (arXiv 1502.01852)
+    and zero biases. Norms and classifiers keep PyTorch's initialisation."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -36,7 +61,8 @@ def initialise(network: nn.Module) -> None:
 
 
 def initialise_with_small_classifier(network: nn.Module) -> None:
-    """:func:`initialise`, and classifiers that start near zero (0.01), as VGG's and MobileNet's."""
+    """Call :func:`initialise`, and initialise classifiers with deviation 0.01, as VGG and
+    MobileNet do."""
     initialise(network)
     for module in network.modules():
         if isinstance(module, nn.Linear):

@@ -1,10 +1,11 @@
-"""Names and what they build.
+"""The registry of models by name.
 
-A family is one function of ``(num_classes, in_channels, *, ...)``; its keyword-only arguments are
-what a name fixes (a depth, say) and, the rest of them, the options that a user may set.
+A family is a function of ``(num_classes, in_channels, *, ...)``. A name fixes some of its
+keyword-only arguments, such as the depth. The others are options that a user may set.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,8 +42,13 @@ _patterns: list[tuple[re.Pattern[str], Callable[..., nn.Module]]] = []
 def register(
     names: Mapping[str, Mapping[str, Any]], pattern: str | None = None
 ) -> Callable[[_Family], _Family]:
-    """Decorate a family: ``names`` says what each listed name fixes; ``pattern``, a regular
-    expression whose named groups are integers that a name fixes, admits names beyond the list."""
+    """Return a decorator that registers a family.
+
+    Args:
+        names: the arguments that each listed name fixes.
+        pattern: a regular expression for further, unlisted names. Its named groups are integer
+            arguments that the name fixes.
+    """
 
     def add(build: _Family) -> _Family:
         for name, fixed in names.items():
@@ -57,54 +63,61 @@ def register(
 
 
 def check_number(option: str, value: object, needed: str, fits: Callable[[float], bool]) -> None:
-    """Raise ``ValueError`` that says what ``option`` needs, unless ``value`` is a number that
-    ``fits``."""
+    """Raise ``ValueError`` unless ``value`` is a number that ``fits``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
         raise ValueError(f"{option} must be {needed}, got {value!r}")
 
 
-def list_models() -> list[str]:
-    """The networks in the box: those for small images, then the ``imagenet_`` ones, a family's
-    small networks first.
+def check_width(width: object) -> None:
+    """Raise ``ValueError`` unless ``width`` can multiply channels."""
+    check_number("width", width, "a finite number > 0", lambda x: 0 < x < math.inf)
 
-    Families with a width in their name (``wrn_16_2``) also build the widths that are not listed,
-    and :func:`create_model` takes any name of timm's and torchvision's behind ``timm:`` and
+
+def check_dropout(dropout: object) -> None:
+    """Raise ``ValueError`` unless ``dropout`` is a valid probability."""
+    check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def list_models() -> list[str]:
+    """Return the names of the built-in networks: for small images first, then ``imagenet_`` names.
+
+    Families with a width in their name (``wrn_16_2``) also build unlisted widths, and
+    :func:`create_model` accepts every name of timm and torchvision with the prefix ``timm:`` or
     ``torchvision:``.
     """
     return sorted(_named, key=lambda name: name.startswith(_IMAGENET))
 
 
 def create_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:
-    """Build a registered network, freshly initialised.
+    """Build a network with new weights.
 
-    The network maps images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``; its
-    ``forward_features`` gives the features ``(N, num_features)`` that its classifier sees.
+    The network maps images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``. Its method
+    ``forward_features`` returns the features ``(N, num_features)`` that its classifier reads.
 
     Args:
-        name: one of :func:`list_models`; case does not matter, nor do hyphens for underscores.
-            Or ``timm:NAME`` or ``torchvision:NAME``, where that library is installed.
+        name: one of :func:`list_models`, in upper or lower case, with hyphens or underscores; or
+            ``timm:NAME`` or ``torchvision:NAME``, if that library is installed.
         num_classes: length of the logits.
         in_channels: channels of the images.
-        options: what the family takes besides, such as ``width`` or ``dropout``; with ``timm:``,
-            what ``timm.create_model`` takes, such as ``pretrained`` or ``img_size``.
+        options: options of the family, such as ``width`` or ``dropout``; with ``timm:``, arguments
+            of ``timm.create_model``, such as ``pretrained`` or ``img_size``.
 
     Raises:
-        ValueError: an unknown name (the nearest valid one is named), an option that the model does
-            not take (those it takes are named), or a value that does not fit.
-        RunError: timm or torchvision is missing or does not import, or the pretrained weights
-            cannot be had.
+        ValueError: the name is unknown, the model does not have an option, or a value is invalid.
+        RunError: timm or torchvision is missing or cannot be imported, or pretrained weights
+            cannot be downloaded.
     """
     if not isinstance(name, str):
         raise TypeError(
             f"name must be a string such as 'resnet20', got {name!r} ({type(name).__name__}): "
-            "list_models() names them all"
+            "call list_models() for all names"
         )
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{argument} must be an integer >= 1, got {value!r}")
-    library, colon, its_name = name.partition(":")
+    library, colon, library_name = name.partition(":")
     if colon and library.lower() in LIBRARIES:
-        return LIBRARIES[library.lower()](its_name, num_classes, in_channels, **options)
+        return LIBRARIES[library.lower()](library_name, num_classes, in_channels, **options)
     known = name.lower().replace("-", "_")
     entry = _find(known)
     if entry is None:
@@ -128,10 +141,10 @@ def _find(name: str) -> _Entry | None:
 
 
 def _nearest(name: str) -> str:
-    def likeness(known: str) -> tuple[float, int]:
-        shared = commonprefix([name, known])  # noqa: RUF071 (strings are meant, not paths)
-        # torchvision's users leave the prefix out.
+    def similarity(known: str) -> tuple[float, int]:
+        shared = commonprefix([name, known])  # noqa: RUF071 (strings, not paths)
+        # Users of torchvision omit the prefix.
         forms = (known, known.removeprefix(_IMAGENET))
         return max(SequenceMatcher(None, name, form).ratio() for form in forms), len(shared)
 
-    return max(_named, key=likeness)
+    return max(_named, key=similarity)

@@ -1,23 +1,45 @@
-"""Residual networks with four stages, for small images and for ImageNet.
+"""Residual networks for small images and for ImageNet.
 
-He et al., *Deep Residual Learning*, arXiv 1512.03385, table 1; a bottleneck strides in its 3x3
-convolution ("v1.5"). The ``imagenet_`` names start with a 7x7 convolution and a pooling, which
-quarter the image, the others with a 3x3 convolution of stride 1. Parameters are called as in
-torchvision and timm, so that their ImageNet weights load as they are.
+He et al., *Deep Residual Learning*, arXiv 1512.03385. ``resnet20`` and the like (section 4.2) have
+three stages of basic blocks, 6n + 2 layers, and projection shortcuts as in the distillation
+literature. ``resnet18`` and the like (table 1) have four stages; a bottleneck has its stride in the
+3x3 convolution ("v1.5"). The ``imagenet_`` networks start with a 7x7 convolution and a pooling,
+which quarter the image; the others start with a 3x3 convolution of stride 1. Networks with four
+stages have the parameter names of torchvision and timm and load their ImageNet weights.
 """
+
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import conv1x1, conv3x3, global_average, initialise
-from .registry import register
-from .resnet_cifar import BasicBlock
+from .layers import conv1x1, conv3x3, global_average, initialise, projection_shortcut, stage
+from .registry import check_width, register
 
+_NARROW = (16, 16, 32, 64)  # the stem and the three stages
+_WIDE = (32, 64, 128, 256)  # the "x4" networks: only the stages are four times as wide
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut. An activation follows the sum."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = projection_shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; the 3x3 has a quarter of the channels."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut. The 3x3 has a quarter of the channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -28,13 +50,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = conv1x1(inner, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = (
-            nn.Identity()
-            if stride == 1 and in_channels == out_channels
-            else nn.Sequential(
-                conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
-            )
-        )
+        self.downsample = projection_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -43,8 +59,46 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.downsample(x), inplace=True)
 
 
+class ResNetCIFAR(nn.Module):
+    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``."""
+
+    def __init__(self, num_classes: int, in_channels: int, *, depth: int, widths: tuple[int, ...]):
+        super().__init__()
+        self.num_features = widths[-1]
+        self.conv = conv3x3(in_channels, widths[0])
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.stages = nn.Sequential()
+        for index, (before, after) in enumerate(pairwise(widths)):
+            blocks = stage(BasicBlock, before, after, (depth - 2) // 6, 2 if index else 1)
+            self.stages.append(blocks)
+        self.classifier = nn.Linear(self.num_features, num_classes)
+        initialise(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
+        x = F.relu(self.bn(self.conv(x)), inplace=True)
+        return global_average(self.stages(x))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, num_classes)
+        return self.classifier(self.forward_features(x))
+
+
+@register(
+    {
+        **{f"resnet{n}": {"depth": n, "widths": _NARROW} for n in (8, 14, 20, 32, 44, 56, 110)},
+        **{f"resnet{n}x4": {"depth": n, "widths": _WIDE} for n in (8, 32)},
+    }
+)
+def resnet_cifar(
+    num_classes: int, in_channels: int, *, depth: int, widths: tuple[int, ...], width: float = 1.0
+) -> ResNetCIFAR:
+    """Build a network with three stages. ``width`` multiplies all channels."""
+    check_width(width)
+    scaled = tuple(max(1, round(channels * width)) for channels in widths)
+    return ResNetCIFAR(num_classes, in_channels, depth=depth, widths=scaled)
+
+
 class ResNet(nn.Module):
-    """Logits ``(N, num_classes)`` from images ``(N, in_channels, H, W)`` of any size."""
+    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``."""
 
     def __init__(self, num_classes: int, in_channels: int, *, depth: int, imagenet: bool):
         super().__init__()
@@ -60,9 +114,7 @@ class ResNet(nn.Module):
         stages, before = [], 64
         for index, count in enumerate(_BLOCKS[depth]):
             after = 64 * 2**index * expansion
-            first = block(before, after, stride=1 if index == 0 else 2)
-            rest = (block(after, after, stride=1) for _ in range(count - 1))
-            stages.append(nn.Sequential(first, *rest))
+            stages.append(stage(block, before, after, count, 2 if index else 1))
             before = after
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(self.num_features, num_classes)
@@ -90,8 +142,12 @@ def resnet(
     imagenet: bool,
     zero_init_residual: bool = False,
 ) -> ResNet:
-    """``zero_init_residual`` starts every block as its shortcut: the scale of its last norm is 0
-    (Goyal et al., arXiv 1706.02677, section 5.1)."""
+    """Build a network with four stages.
+
+    Args:
+        zero_init_residual: initialise the scale of the last norm of every block with 0, so that
+            the block is its shortcut (Goyal et al., arXiv 1706.02677, section 5.1).
+    """
     if not isinstance(zero_init_residual, bool):
         raise ValueError(f"zero_init_residual must be true or false, got {zero_init_residual!r}")
     network = ResNet(num_classes, in_channels, depth=depth, imagenet=imagenet)

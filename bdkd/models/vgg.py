@@ -1,7 +1,7 @@
-"""VGG networks with batch norm and one linear layer, as the distillation literature trains them.
+"""VGG networks with batch norm and one linear layer, as in the distillation literature.
 
-Simonyan and Zisserman, arXiv 1409.1556, table 1, with a global average for the three linear layers;
-vgg8 has one convolution a stage.
+Simonyan and Zisserman, arXiv 1409.1556, table 1, with a global average and one linear layer instead
+of three linear layers. vgg8 has one convolution per stage.
 """
 
 import torch.nn.functional as F
@@ -12,13 +12,13 @@ from .registry import register
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
-_SMALLEST = 8  # three poolings leave one pixel of it
+_MIN_SIDE = 8  # three poolings reduce it to one pixel
 
 
 class VGG(nn.Module):
-    """Logits ``(N, num_classes)`` from images ``(N, in_channels, H, W)`` of at least 8x8.
+    """Maps images ``(N, in_channels, H, W)`` of at least 8x8 pixels to logits ``(N, num_classes)``.
 
-    Each of the first three stages halves the image, and so does the fourth from 64 pixels up.
+    The first three stages halve the image. For 64 or more pixels the fourth stage halves it too.
     """
 
     def __init__(self, num_classes: int, in_channels: int, *, depth: int):
@@ -29,8 +29,8 @@ class VGG(nn.Module):
         for after, count in zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True):
             stage = nn.Sequential()
             for _ in range(count):
-                # These convolutions have a bias, needless as it is before a norm: the counts of
-                # parameters that the literature gives have it.
+                # The bias is redundant before a norm, but the literature's parameter counts
+                # include it.
                 stage.append(nn.Conv2d(before, after, 3, padding=1))
                 stage.append(nn.BatchNorm2d(after))
                 stage.append(nn.ReLU(inplace=True))
@@ -41,9 +41,9 @@ class VGG(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
         height, width = x.shape[-2:]
-        if min(height, width) < _SMALLEST:
+        if min(height, width) < _MIN_SIDE:
             raise ValueError(
-                f"VGG networks need images of at least {_SMALLEST}x{_SMALLEST} pixels, "
+                f"VGG networks need images of at least {_MIN_SIDE}x{_MIN_SIDE} pixels, "
                 f"got {height}x{width}"
             )
         poolings = 4 if min(height, width) >= 64 else 3
@@ -59,4 +59,5 @@ class VGG(nn.Module):
 
 @register({f"vgg{depth}": {"depth": depth} for depth in _CONVOLUTIONS})
 def vgg(num_classes: int, in_channels: int, *, depth: int) -> VGG:
+    """Build a VGG network."""
     return VGG(num_classes, in_channels, depth=depth)

@@ -1,20 +1,21 @@
-"""Wide residual networks: pre-activation basic blocks, 6n + 4 layers deep, D-W for depth and width.
+"""Wide residual networks (``wrn_DEPTH_WIDTH``): pre-activation basic blocks, 6n + 4 layers.
 
 Zagoruyko and Komodakis, *Wide Residual Networks*, arXiv 1605.07146, table 1.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import conv1x1, conv3x3, global_average, initialise
-from .registry import check_number, register
+from .layers import conv1x1, conv3x3, global_average, initialise, stage
+from .registry import check_dropout, register
 
 
 class PreActivationBlock(nn.Module):
-    """Norm and activation before each of two 3x3 convolutions; a projection, where the shape
-    changes, starts from the activated input, an identity from the raw one."""
+    """Two 3x3 convolutions, each after a norm and an activation, with a shortcut. A projection (if
+    the shape changes) reads the activated input; the identity reads the raw input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float):
         super().__init__()
@@ -39,7 +40,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Logits ``(N, num_classes)`` from images ``(N, in_channels, H, W)`` of any size."""
+    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``."""
 
     def __init__(
         self, num_classes: int, in_channels: int, *, depth: int, width: int, dropout: float
@@ -49,12 +50,9 @@ class WideResNet(nn.Module):
         self.num_features = widths[-1]
         self.conv = conv3x3(in_channels, widths[0])
         self.stages = nn.Sequential()
+        block = partial(PreActivationBlock, dropout=dropout)
         for index, (before, after) in enumerate(pairwise(widths)):
-            first = PreActivationBlock(before, after, 1 if index == 0 else 2, dropout)
-            rest = (
-                PreActivationBlock(after, after, 1, dropout) for _ in range((depth - 4) // 6 - 1)
-            )
-            self.stages.append(nn.Sequential(first, *rest))
+            self.stages.append(stage(block, before, after, (depth - 4) // 6, 2 if index else 1))
         self.bn = nn.BatchNorm2d(self.num_features)
         self.classifier = nn.Linear(self.num_features, num_classes)
         initialise(self)
@@ -71,8 +69,7 @@ class WideResNet(nn.Module):
         f"wrn_{depth}_{width}": {"depth": depth, "width": width}
         for depth, width in (
             *((16, width) for width in (1, 2, 4, 6, 8, 10)),
-            *((40, 1), (40, 2)),
-            (28, 10),
+            *((40, 1), (40, 2), (28, 10)),
         )
     },
     pattern=r"wrn_(?P<depth>\d+)_(?P<width>\d+)",
@@ -80,11 +77,15 @@ class WideResNet(nn.Module):
 def wide_resnet(
     num_classes: int, in_channels: int, *, depth: int, width: int, dropout: float = 0.0
 ) -> WideResNet:
-    """``dropout`` is the probability of dropping an activation between a block's convolutions."""
+    """Build a wide residual network.
+
+    Args:
+        dropout: probability of dropping an activation between a block's convolutions.
+    """
     if depth < 10 or depth % 6 != 4 or width < 1:
         raise ValueError(
             "wrn_D_W needs a depth D of 6n + 4 (10, 16, 22, 28, ...) and a width W >= 1, "
             f"got D = {depth}, W = {width}"
         )
-    check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
+    check_dropout(dropout)
     return WideResNet(num_classes, in_channels, depth=depth, width=width, dropout=dropout)

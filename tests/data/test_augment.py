@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 from bdkd.config import DataConfig
 from bdkd.data import Shard, create_source
-from bdkd.data.augment import Draws, crop_and_flip, cut_out, draw
+from bdkd.data.in_memory import Draws, crop_and_flip, cut_out, draw
 from bdkd.errors import UsageError
 
 CPU = torch.device("cpu")

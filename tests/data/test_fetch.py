@@ -118,7 +118,7 @@ def test_tiny_imagenet_is_unzipped(tmp_path, host):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, host, table, ranges):
     host.breaks_after = 1000
-    with pytest.raises(RunError, match=r"broke off after 1,000 of .* run it again, it goes on"):
+    with pytest.raises(RunError, match=r"broke off after 1,000 of .* run it again to continue"):
         fetch("cifar10", tmp_path, table)
     assert hidden(tmp_path) == ["cifar-10-python.tar.gz.part"]
     host.ranges = ranges

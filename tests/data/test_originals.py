@@ -201,7 +201,7 @@ def test_a_class_of_tiny_imagenet_without_words_has_its_wordnet_id_as_name(tmp_p
 
 
 TINY_BROKEN = {
-    "an unreadable image": ("train/n08/images/n08_2.JPEG", b"\xff\xd8no", "n08_2.JPEG.*mend or"),
+    "an unreadable image": ("train/n08/images/n08_2.JPEG", b"\xff\xd8no", "n08_2.JPEG.*replace or"),
     "a missing image": ("val/images/val_3.JPEG", None, "cannot read the image .*val_3.JPEG"),
     "an unknown class": ("val/val_annotations.txt", b"val_0.JPEG\tn99\t0\n", "annotations.txt, li"),
     "a path": ("val/val_annotations.txt", b"../val_0.JPEG\tn09\t0\n", "annotations.txt, line 1"),

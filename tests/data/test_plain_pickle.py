@@ -80,10 +80,10 @@ def test_every_other_name_is_refused(program):
                                   b"numpy.core.multiarray\n_reconstruct"])  # fmt: skip
 def test_the_stand_ins_themselves_cannot_be_altered(name):
     """BUILD with a pair of states would set attributes of the class itself."""
-    before = [dict(vars(value)) for value in plain_pickle.STANDS_FOR.values()]
+    before = [dict(vars(value)) for value in plain_pickle.REPLACEMENTS.values()]
     with pytest.raises(RunError, match="damaged or no pickle of plain data"):
         load(b"}c" + name + b"\n(N}S'__init__'\nI1\nstb.")
-    assert [dict(vars(value)) for value in plain_pickle.STANDS_FOR.values()] == before
+    assert [dict(vars(value)) for value in plain_pickle.REPLACEMENTS.values()] == before
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,10 @@ def test_an_array_whose_bytes_do_not_fill_its_shape_is_refused():
     content = python2_pickle({b"data": ROWS}).replace(b"K\x04K\x06\x86", b"K\x04K\x07\x86")
     with pytest.raises(RunError, match="damaged"):
         load(content)
+
+
+def test_an_array_without_a_state_has_no_value():
+    assert load(b"(dS'data'\ncnumpy\nndarray\n)Rs.") == {"data": None}
 
 
 @given(st.integers(0, 200), st.integers(0, 255), st.booleans())

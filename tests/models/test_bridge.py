@@ -159,7 +159,7 @@ def test_pretrained_weights_that_cannot_be_had_are_one_line(timm, monkeypatch, t
     # The hub's own switch for "no connection", and an empty cache.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RunError, match="timm's weights for resnet18 could not be had") as error:
+    with pytest.raises(RunError, match="cannot download timm's weights for resnet18") as error:
         create_model("timm:resnet18", 7, pretrained=True)
     assert "\n" not in str(error.value)
     with torch.device("meta"):  # a plan needs no values

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdkd.config import DataConfig, SyntheticConfig, load_recipe, shipped_recipes
 from bdkd.data.base import Shard, epoch_order, mix_seed
-from bdkd.data.imagenet.draws import draws
+from bdkd.data.imagenet.counter_rng import uniform_draws
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.engine.components import Components
 from bdkd.engine.state import TrainingState
@@ -241,7 +241,7 @@ def test_the_splits_and_wrong_labels_of_digits():
 
 def test_the_random_numbers_of_imagenet():
     """Uniform numbers of an image by (seed, epoch, purpose, place), in units of 2**-53."""
-    came = draws(3, 5, (1, 0), np.array([0, 1281166]), 2) * 2.0**53
+    came = uniform_draws(3, 5, (1, 0), np.array([0, 1281166]), 2) * 2.0**53
     assert came.astype(int).tolist() == [
         [7004992633159119, 380619840838874],
         [8099946143763077, 4307621834031153],

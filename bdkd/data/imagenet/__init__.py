@@ -1,11 +1,12 @@
 """ImageNet from folders, webdataset shards or TFRecords, decoded by DALI or by Pillow.
 
-``source`` is what the trainer sees. It asks a loader (``dali``, ``pillow``) for batches; ``index``
-tells where an image's bytes are, ``windows`` and ``draws`` which part of it is cut.
+``source`` implements the data source and requests batches from a loader (``dali`` or ``pillow``).
+``index`` holds the position of each image's bytes; ``crops`` and ``counter_rng`` define its crop.
 """
 
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from bdkd.config import DataConfig
-from bdkd.data.base import Split, stratified_split, stratified_subset
+from bdkd.data.base import Split
 from bdkd.data.fetch import required_root
 from bdkd.data.imagenet.dali import Dali
 from bdkd.data.imagenet.index import Index, read_exclusions, spellings
@@ -21,11 +22,12 @@ from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import processors
 from bdkd.data.imagenet.pillow import Pillow
 from bdkd.data.imagenet.source import ImageNet
-from bdkd.data.splits import SPLIT_SEED, with_label_noise
+from bdkd.data.splits import split_training
 from bdkd.errors import RunError, UsageError
 
-NAMED = 3  # lines of data.exclude that a message shows
-ELSEWHERE = {"crop": 0, "crop_padding": "zero", "cutout": 0, "pixel_noise": 0.0}
+SHOWN = 3  # lines of data.exclude in a message
+# Options that apply to the other sources only, and the values that switch them off.
+UNSUPPORTED = {"crop": 0, "crop_padding": "zero", "cutout": 0, "pixel_noise": 0.0}
 
 
 def load(
@@ -38,14 +40,14 @@ def load(
     """Load the data set at ``data.root`` in ``data.format``. ``val`` is the test split.
 
     Raises:
-        UsageError: an option does not apply to this source, or ``data.exclude`` names no image.
+        UsageError: an option does not apply to this source, or ``data.exclude`` matches no image.
         RunError: the data set is missing or incomplete.
     """
-    for key, off in ELSEWHERE.items():
+    for key, off in UNSUPPORTED.items():
         if getattr(config, key) != off:
             raise UsageError(
-                f"data.{key} does not apply to the source 'imagenet', which cuts as "
-                f"data.smallest_crop has it and erases as data.erasing: got {getattr(config, key)}"
+                f"data.{key} does not apply to the source 'imagenet', got {getattr(config, key)}: "
+                "remove it, and use data.smallest_crop and data.erasing"
             )
     root = required_root(config, "imagenet")
     found = find(root, config.format)
@@ -55,20 +57,13 @@ def load(
         training, test = _without_excluded(config.exclude, training, test)
         found._replace(train=training).require_images()
     if not len(test):
-        raise RunError(f"{root / 'val'} holds no images: the test split needs some")
+        raise RunError(f"{root / 'val'} holds no images: the test split needs some; fetch it again")
 
-    def make_loader(
-        device: torch.device, dtype: torch.dtype, mean: torch.Tensor, std: torch.Tensor
-    ) -> Dali | Pillow:
-        workers = processors() if config.workers is None else config.workers
-        kind = config.loader
-        if kind == "auto":
-            # Another package's "nvidia" may be there without this one.
-            there = find_spec("nvidia") and find_spec("nvidia.dali")
-            kind = "dali" if there else "pillow"
-        make = Dali if kind == "dali" else Pillow
-        return make(workers, device, dtype, mean, std)
-
+    kind = config.loader
+    if kind == "auto":  # other packages also install a module "nvidia"
+        kind = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "pillow"
+    workers = processors() if config.workers is None else config.workers
+    make_loader = partial(Dali if kind == "dali" else Pillow, workers)
     return ImageNet(
         _splits(config, training, test), found.classes, config, make_loader,
         seed=seed, device=device, memory_format=memory_format, dtype=dtype,
@@ -77,50 +72,40 @@ def load(
 
 
 def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index, Index]:
-    """Leave out the images that a list names. Lines that name no image are told on standard error.
+    """Remove the images that a list names, and print how many lines match no image.
 
     Raises:
-        UsageError: no line names an image.
+        UsageError: no line matches an image.
     """
     lines = read_exclusions(Path(listed).expanduser())
     wanted = {spelling for line in lines for spelling in spellings(line)}
     if not wanted:
         return training, test
-    left, matched = [], set()
+    remaining, matched = [], set()
     for index in (training, test):
         excluded = index.find(wanted)
         matched |= {index.identity(i) for i in np.flatnonzero(excluded).tolist()}
-        left.append(index.take(np.flatnonzero(~excluded)))
+        remaining.append(index.take(np.flatnonzero(~excluded)))
     if not matched:
         raise UsageError(
-            f"data.exclude, {listed}, names no image of {training.root}: it needs the lines that "
+            f"data.exclude, {listed}, names no image of {training.root}: pass the list that "
             "bdkd data check wrote for this data set"
         )
     unknown = [line for line in lines if matched.isdisjoint(spellings(line))]
     if unknown and os.environ.get("RANK", "0") == "0":
         print(
             f"bdkd: {len(unknown):,} of {len(lines):,} lines of data.exclude, {listed}, name no "
-            f"image of {training.root}: {', '.join(unknown[:NAMED])}"
-            + (" ..." if len(unknown) > NAMED else ""),
+            f"image of {training.root}: {', '.join(unknown[:SHOWN])}"
+            + (" ..." if len(unknown) > SHOWN else ""),
             file=sys.stderr,
         )
-    return left[0], left[1]
+    return remaining[0], remaining[1]
 
 
 def _splits(config: DataConfig, training: Index, test: Index) -> dict[Split, Index]:
-    """As ``bdkd.data.splits`` has them for sets in memory."""
-    inner, validation = stratified_split(training.labels, config.validation, SPLIT_SEED)
-    classes = int(training.labels.max()) + 1
-    if config.train_images is not None:
-        if not classes <= config.train_images <= len(inner):
-            raise UsageError(
-                f"data.train_images must be between {classes} (the classes) and {len(inner)} (the "
-                f"training images without data.validation), got {config.train_images}"
-            )
-        inner = inner[stratified_subset(training.labels[inner], config.train_images, SPLIT_SEED)]
-    labels = with_label_noise(torch.from_numpy(training.labels[inner]), config.label_noise, classes)
+    inner, labels, validation = split_training(training.labels, config)
     return {
-        "train": training.take(inner, np.asarray(labels)),
+        "train": training.take(inner, labels.numpy()),
         "val": training.take(validation),
         "test": test,
     }

@@ -1,7 +1,7 @@
-"""Index the images inside webdataset's tar shards and inside TFRecords.
+"""Index the images in webdataset tar shards and in TFRecord files. Only headers are read.
 
-Only headers are read. The formats are POSIX tar with members ``KEY.jpg`` and ``KEY.cls`` (a label
-as text), and TFRecord frames (length, its checksum, data, its checksum) of ``Example`` messages
+A shard is a POSIX tar file with members ``KEY.jpg`` and ``KEY.cls`` (the label as text). A TFRecord
+file is a sequence of frames (length, checksum, data, checksum); the data is an ``Example`` message
 with ``image/encoded`` and ``image/class/label``.
 """
 
@@ -13,23 +13,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
 from bdkd.data.imagenet.index import Index, names_array
-from bdkd.data.imagenet.kept import kept
+from bdkd.data.imagenet.index_cache import cached_index
 from bdkd.data.listing import is_hidden_member, is_image
 from bdkd.errors import RunError
 from bdkd.text import decode_text
 
-LONGEST_LABEL = 100  # bytes of a member KEY.cls
+MAX_LABEL_BYTES = 100  # of a member KEY.cls
 ENCODED, LABEL = b"image/encoded", b"image/class/label"
 
 
-class Found(NamedTuple):
-    """An image in an archive."""
+class ArchivedImage(NamedTuple):
+    """The position and label of an image in an archive."""
 
     name: str
     offset: int
@@ -37,58 +36,64 @@ class Found(NamedTuple):
     label: int
 
 
-def index_tars(root: Path, archives: list[Path], fresh: bool = False) -> Index:
-    """Index every labelled image of webdataset shards. The index of unchanged shards is read from
-    a cache unless ``fresh``.
+def index_archives(kind: str, root: Path, archives: list[Path], fresh: bool = False) -> Index:
+    """Return the index of every image in the archives of a split.
+
+    The index of unchanged archives is read from a cache unless ``fresh``. Of the checksums in
+    TFRecords, only those of lengths are verified; :func:`damaged_records` verifies those of data.
+
+    Args:
+        kind: ``tar`` or ``tfrecord``.
 
     Raises:
-        RunError: a shard is not a whole tar file, or an image has no label or no valid one.
+        RunError: an archive is damaged, an image has no valid label, or google-crc32c is missing.
     """
-    return kept("tar", root, archives, lambda: _index(root, archives, _images_of_tar), fresh)
-
-
-def index_tfrecords(root: Path, archives: list[Path], fresh: bool = False) -> Index:
-    """Index every image of TFRecord files. The index of unchanged files is read from a cache
-    unless ``fresh``. Only checksums of lengths are verified: those of the data need every byte to
-    be read (:func:`damaged_records`).
-
-    Raises:
-        RunError: a file is cut short or holds other records.
-    """
-    return kept(
-        "tfrecord", root, archives, lambda: _index(root, archives, _images_of_tfrecord), fresh
-    )
+    images_of = _images_of_tar if kind == "tar" else _images_of_tfrecord
+    return cached_index(kind, root, archives, lambda: _index(root, archives, images_of), fresh)
 
 
 def damaged_records(path: Path) -> dict[str, str]:
-    """Return the records whose checksum does not fit their data, with a message for each."""
+    """Return a message for each record whose data do not match their checksum, by record number."""
     with _records(path) as records:
         return {
-            str(number): "the record's checksum does not fit its data: it was damaged on the way"
+            str(number): "the record's checksum does not fit its data: fetch the file again"
             for number, content, start, end in records
-            if masked(crc32c_long(content[start:end])) != _uint32(content, end)
+            if masked_crc32c(content[start:end]) != _uint32(content, end)
         }
 
 
-def _index(root: Path, archives: list[Path], images_of: Callable[[Path], Iterator[Found]]) -> Index:
-    # Threads: on a network's disk the time goes into waiting for headers.
+def masked_crc32c(content: bytes) -> int:
+    """Return the CRC-32C of ``content``, masked as TFRecords store it."""
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise RunError(
+            "google-crc32c is not installed; TFRecords need it to verify checksums: "
+            "pip install 'bdkd[imagenet]'"
+        ) from error
+    crc = google_crc32c.value(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _index(
+    root: Path, archives: list[Path], images_of: Callable[[Path], Iterator[ArchivedImage]]
+) -> Index:
+    # Threads, because most of the time is spent waiting for headers on network storage.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda path: list(images_of(path)), archives))
     flat = [image for images in found for image in images]
     if not flat:
-        raise RunError(f"no image in {archives[0]} and {len(archives) - 1} more archives")
-    return Index(
-        root,
-        tuple(str(path.relative_to(root)) for path in archives),
-        np.repeat(np.arange(len(archives), dtype=np.int32), [len(images) for images in found]),
-        names_array([image.name for image in flat]),
-        np.asarray([image.label for image in flat], np.int64),
-        np.asarray([image.offset for image in flat], np.int64),
-        np.asarray([image.size for image in flat], np.int64),
-    )
+        raise RunError(
+            f"no image in {archives[0]} and {len(archives) - 1} more archives: fetch them again"
+        )
+    containers = tuple(str(path.relative_to(root)) for path in archives)
+    container = np.repeat(np.arange(len(found), dtype=np.int32), [len(images) for images in found])
+    names, offsets, sizes, labels = zip(*flat, strict=True)
+    columns = (np.asarray(column, np.int64) for column in (labels, offsets, sizes))
+    return Index(root, containers, container, names_array(names), *columns)
 
 
-def _images_of_tar(path: Path) -> Iterator[Found]:
+def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     try:
@@ -105,31 +110,33 @@ def _images_of_tar(path: Path) -> Iterator[Found]:
                 elif suffix == "cls":
                     labels[key] = _label(tar, member, path)
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        raise RunError(f"{path} is no whole tar shard of webdataset: {error}") from error
+        raise RunError(
+            f"{path} is no complete webdataset shard ({error}): fetch it again"
+        ) from error
     size = path.stat().st_size
     for key, member in images.items():
         if key not in labels:
-            raise RunError(f"{path}: the image {member.name} has no label, a file {key}.cls")
+            raise RunError(f"{path}: the image {member.name} has no label: add a member {key}.cls")
         if member.offset_data + member.size > size:
             raise RunError(f"{path} was cut short: fetch it again")
-        yield Found(member.name, member.offset_data, member.size, labels[key])
+        yield ArchivedImage(member.name, member.offset_data, member.size, labels[key])
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     """Read the label in a member ``KEY.cls``."""
     stream = tar.extractfile(member)
     assert stream is not None
-    content = stream.read(LONGEST_LABEL + 1)
+    content = stream.read(MAX_LABEL_BYTES + 1)
     text = decode_text(content, f"{path} ({member.name})").strip()
     with suppress(ValueError):
-        if len(content) <= LONGEST_LABEL and abs(label := int(text)) < 2**31:
+        if len(content) <= MAX_LABEL_BYTES and abs(label := int(text)) < 2**31:
             return label
     raise RunError(
         f"{path}: the label {member.name} must hold the number of a class, got {text[:40]!r}"
     )
 
 
-def _images_of_tfrecord(path: Path) -> Iterator[Found]:
+def _images_of_tfrecord(path: Path) -> Iterator[ArchivedImage]:
     with _records(path) as records:
         for number, content, start, end in records:
             try:
@@ -139,45 +146,38 @@ def _images_of_tfrecord(path: Path) -> Iterator[Found]:
                     f"{path}, record {number}: no Example with image/encoded and "
                     f"image/class/label ({str(error) or 'one is empty'})"
                 ) from error
-            yield Found(str(number), encoded[0], encoded[1] - encoded[0], label)
+            yield ArchivedImage(str(number), encoded[0], encoded[1] - encoded[0], label)
 
 
 @contextmanager
 def _records(path: Path) -> Iterator[Iterator[tuple[int, mmap.mmap, int, int]]]:
-    """Iterate over the records of a file: number, content of the file, start and end of the
-    record's data."""
-    if path.stat().st_size == 0:  # which cannot be mapped
+    """Iterate over (record number, file content, start and end of the record's data)."""
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         yield iter(())
         return
-    with (
-        _opened(path) as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        yield _frames(path, content)
-
-
-def _opened(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        file = path.open("rb")
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
+    with file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield _frames(path, content)
 
 
 def _frames(path: Path, content: mmap.mmap) -> Iterator[tuple[int, mmap.mmap, int, int]]:
     position = number = 0
     while position < len(content):
         header = content[position : position + 12]
-        if len(header) == 12 and masked(crc32c(header[:8])) != _uint32(header, 8):
+        if len(header) == 12 and masked_crc32c(header[:8]) != _uint32(header, 8):
             raise RunError(
-                f"{path}, record {number}: the checksum of its length does not fit; the file was "
-                "damaged, or is no TFRecord: fetch it again"
+                f"{path}, record {number}: the checksum of its length does not fit; the file "
+                "is damaged or is no TFRecord: fetch it again"
             )
         start = position + 12
         end = start + struct.unpack("<Q", header[:8])[0] if len(header) == 12 else len(content)
         position = end + 4
         if position > len(content):
             raise RunError(
-                f"{path} is no whole TFRecord file (record {number} ends beyond it): fetch it again"
+                f"{path} is no complete TFRecord file (record {number} is cut): fetch it again"
             )
         yield number, content, start, end
         number += 1
@@ -188,7 +188,7 @@ def _uint32(content: bytes | mmap.mmap, position: int) -> int:
 
 
 def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[int, int], int]:
-    """Place of the encoded image and the label of one Example:
+    """Return (start, end) of the encoded image, and the label, of one Example:
     ``{1: features {1: entry {1: name, 2: feature {1: bytes list | 3: integer list {1: value}}}}}``.
     """
     values: dict[bytes, tuple[int, int]] = {}
@@ -206,7 +206,7 @@ def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[in
 def _fields(
     content: mmap.mmap, start: int, end: int, only: int | None = None
 ) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Number and place of each field of a protocol buffers message."""
+    """Iterate over (field number, (start, end)) of a protocol buffers message."""
     while start < end:
         key, start = _varint(content, start)
         kind = key & 7
@@ -224,7 +224,7 @@ def _fields(
 
 
 def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, and where it ends."""
+    """Return the varint at ``position`` (7 bits per byte) and the position after it."""
     value = shift = 0
     while True:
         byte = content[position]

@@ -1,4 +1,4 @@
-"""Decode every image of a data set once, to find the bad ones before a training does."""
+"""Decode every image of a data set once, to find damaged images before training."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bdkd.data.decode import UndecodableError, decode_rgb, open_image
+from bdkd.data.decode import UndecodableError, decode_rgb, open_image, require_pillow
 from bdkd.data.imagenet.archives import damaged_records
 from bdkd.data.imagenet.index import Index, Item
 from bdkd.data.imagenet.layout import find
@@ -20,7 +20,7 @@ from bdkd.data.imagenet.loader import processors
 from bdkd.data.imagenet.pillow import leave_signals_to_the_parent, worker_context
 from bdkd.errors import RunError
 
-CHUNK = 32  # images of a task
+CHUNK = 32  # images per task
 
 
 @dataclass
@@ -28,12 +28,11 @@ class Report:
     """The contents of a data set."""
 
     classes: tuple[str, ...]
-    counts: dict[str, np.ndarray]
-    """Images of each class, ``(classes,)``, by split."""
+    counts: dict[str, np.ndarray]  # images per class, (classes,), by split
+    # Readable images by file format and mode (JPEG RGB, JPEG CMYK, ...)
     kinds: Counter[str] = field(default_factory=Counter)
-    """Readable images by file format and mode (JPEG RGB, JPEG CMYK, ...)."""
+    # Images that cannot be decoded: the identity for data.exclude, and the reason
     bad: list[tuple[str, str]] = field(default_factory=list)
-    """Images that cannot be decoded: the identity for ``data.exclude``, and the reason."""
 
     @property
     def images(self) -> int:
@@ -41,38 +40,34 @@ class Report:
 
     @property
     def lacking(self) -> list[str]:
-        """Classes with fewer than two training images, or without validation images."""
+        """Return the classes with fewer than two training images or without validation images."""
         few = (self.counts["train"] < 2) | (self.counts["val"] < 1)
         return [self.classes[label] for label in np.flatnonzero(few)]
 
 
 def check(root: Path, format: str, workers: int | None = None) -> Report:
-    """Decode every image in ``workers`` processes (default: one for each processor). If standard
-    error is a terminal, a progress bar is shown.
+    """Decode every image, with a progress bar if standard error is a terminal.
+
+    Args:
+        workers: number of processes; by default, one for each processor.
 
     Raises:
         RunError: there is no data set, Pillow is missing, or a process was killed.
     """
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
+    require_pillow()
     found = find(root, format, fresh=True)
     splits = {"train": found.train, "val": found.val}
+    classes = len(found.classes)
     report = Report(
         found.classes,
-        {
-            name: np.bincount(index.labels, minlength=len(found.classes))
-            for name, index in splits.items()
-        },
+        {name: np.bincount(index.labels, minlength=classes) for name, index in splits.items()},
     )
+    workers = workers or processors()
     with tqdm(
         total=report.images, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
     ) as bar:
         for index in splits.values():
-            for identity, kind, reason in _examined(
-                index, workers or processors(), format == "tfrecord"
-            ):
+            for identity, kind, reason in _examined(index, workers, format == "tfrecord"):
                 bar.update()
                 if reason:
                     report.bad.append((identity, reason))
@@ -82,16 +77,12 @@ def check(root: Path, format: str, workers: int | None = None) -> Report:
 
 
 def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, str, str]]:
-    """Iterate over identity, kind, and reason of bad images, in their order. With ``records``, the
-    checksums of TFRecords are verified too."""
+    """Iterate over (identity, kind, error or "") in order; ``records``: also verify checksums."""
     chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
     waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
-    damaged: dict[int, Future[dict[str, str]]] = {}  # of a TFRecord file
+    damaged: dict[int, Future[dict[str, str]]] = {}  # by TFRecord file
     pool = ProcessPoolExecutor(
-        workers,
-        mp_context=worker_context(),
-        initializer=leave_signals_to_the_parent,
-        initargs=(0,),
+        workers, worker_context(), initializer=leave_signals_to_the_parent, initargs=(0,)
     )
 
     def answers() -> Iterator[tuple[str, str, str]]:
@@ -123,10 +114,8 @@ def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, 
 
 
 def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
-    """Return the kind of each image (format and mode), and the reason why it is bad, if it is.
-
-    Both loaders read every image that passes: see :func:`bdkd.data.imagenet.dali.prepared`.
-    """
+    """Return (format and mode, "") for each image that both loaders can decode, and ("", reason)
+    for each other image."""
     answers = []
     for item in items:
         try:
@@ -140,14 +129,14 @@ def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
 
 
 def write_list(report: Report, root: Path, to: Path) -> None:
-    """Write the bad images, one a line, as ``data.exclude`` reads them. The file is replaced at
-    once, so it is never incomplete."""
+    """Write the bad images in the format of ``data.exclude``, one per line. The file is replaced
+    atomically."""
     lines = [f"# bdkd data check {root}: {len(report.bad)} of {report.images} images"]
     lines += [f"{identity}\t{reason}" for identity, reason in report.bad]
-    beside = to.with_name(f".{to.name}.{os.getpid()}")
+    temporary = to.with_name(f".{to.name}.{os.getpid()}")
     try:
-        beside.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
-        beside.replace(to)
+        temporary.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
+        temporary.replace(to)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {to}: {error.strerror}") from error

@@ -1,29 +1,29 @@
-"""The place of each image of a split: its own file, or a part of a tar or TFRecord file.
+"""The position of each image of a split: its own file, or a part of a tar or TFRecord file.
 
-Every format becomes the same index, so order, augmentation and resuming do not depend on it.
+All formats have the same index, so order, augmentation and resuming do not depend on the format.
 """
 
 import os
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from bdkd.data.digest import Digest, digest_names
+from bdkd.data.listing import read_lines
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
 
 WHOLE_FILE = -1
-ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}  # of names in a list
+ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}  # for names in data.exclude
 
 
 class Item(NamedTuple):
-    """The place of one image's bytes: all that a worker process needs."""
+    """The position of one image's bytes, as sent to worker processes."""
 
     path: str
-    member: str  # within the file, where it holds several
+    member: str  # name within an archive; empty for an image file
     offset: int
     size: int  # bytes, or WHOLE_FILE
 
@@ -31,11 +31,7 @@ class Item(NamedTuple):
         return f"{self.path} ({self.member})" if self.member else self.path
 
     def read(self) -> bytes:
-        """The encoded image.
-
-        Raises:
-            RunError: the file is gone, cannot be read, or ends too soon.
-        """
+        """Return the encoded image, or raise ``RunError`` if it cannot be read completely."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 if self.size == WHOLE_FILE:
@@ -44,7 +40,7 @@ class Item(NamedTuple):
         except OSError as error:
             raise RunError(f"cannot read the image {self}: {error.strerror}") from error
         if len(content) < self.size:
-            raise RunError(f"cannot read the image {self}: the file was cut short")
+            raise RunError(f"cannot read the image {self}: the file was cut short; fetch it again")
         return content
 
 
@@ -54,10 +50,10 @@ class Index:
 
     root: Path
     containers: tuple[str, ...]  # folders of image files, or archives, below the root
-    container: np.ndarray  # (N,) int32, which of them
+    container: np.ndarray  # (N,) int32, indices into containers
     names: np.ndarray  # (N,) bytes: file in the folder, or member of the archive
     labels: np.ndarray  # (N,) int64
-    offsets: np.ndarray | None = None  # (N,) int64; None: a file an image
+    offsets: np.ndarray | None = None  # (N,) int64; None: image files
     sizes: np.ndarray | None = None  # (N,) int64
 
     def __len__(self) -> int:
@@ -71,8 +67,7 @@ class Index:
         return Item(path, name, int(self.offsets[i]), int(self.sizes[i]))
 
     def identity(self, i: int) -> str:
-        """Return the name of an image in a list, one line that does not depend on the place of the
-        data set."""
+        """Return the name of an image in ``data.exclude``: one line, relative to the root."""
         container, name = self._place(i)
         between = "/" if self.offsets is None else "#"
         return f"{container}{between}{name}".translate(ESCAPES)
@@ -81,47 +76,45 @@ class Index:
         return self.containers[self.container[i]], os.fsdecode(bytes(self.names[i]))
 
     def digest(self, classes: Sequence[str]) -> Digest:
-        """Return the identity of the images. The label of an image is its place in ``classes``."""
+        """Return the digest of the images; labels are indices into ``classes``."""
         names = self.names.tolist()
         return digest_names(classes, self.labels, self.containers, self.container, names)
 
     def take(self, chosen: np.ndarray, labels: np.ndarray | None = None) -> "Index":
         """Return the images at the indices ``chosen`` (M,), with ``labels`` (M,) if given."""
-        return Index(
-            self.root,
-            self.containers,
-            self.container[chosen],
-            self.names[chosen],
-            self.labels[chosen] if labels is None else labels,
-            None if self.offsets is None else self.offsets[chosen],
-            None if self.sizes is None else self.sizes[chosen],
+        return replace(
+            self,
+            container=self.container[chosen],
+            names=self.names[chosen],
+            labels=self.labels[chosen] if labels is None else labels,
+            offsets=None if self.offsets is None else self.offsets[chosen],
+            sizes=None if self.sizes is None else self.sizes[chosen],
         )
 
+    def relabelled(self, offset: int) -> "Index":
+        """Return the same images with ``offset`` added to every label."""
+        return replace(self, labels=self.labels + offset)
+
     def find(self, identities: Container[str]) -> np.ndarray:
-        """Return which of the images are listed, ``(N,)`` bool."""
+        """Return a mask of the images that are listed, ``(N,)`` bool."""
         return np.array([self.identity(i) in identities for i in range(len(self))], bool)
 
 
 def names_array(names: Sequence[str]) -> np.ndarray:
-    """Return names as bytes of one length, which take a fifth of the memory of strings."""
+    """Return names as fixed-length bytes, which need a fifth of the memory of strings."""
     return np.array([os.fsencode(name) for name in names] or [b""], np.bytes_)[: len(names)]
 
 
 def read_exclusions(path: Path) -> list[str]:
-    """Read the identities of images from a list as ``bdkd data check`` writes it: one a line, the
-    reason behind a tab. Empty lines and lines that begin with ``#`` are skipped.
+    """Return the image identities in a list that ``bdkd data check`` wrote.
 
-    Raises:
-        RunError: the list cannot be read.
+    Each line has an identity, a tab and a reason. Empty lines and lines that start with ``#`` are
+    skipped.
     """
-    try:
-        lines = text_lines(read_text(path, "surrogateescape"))
-    except OSError as error:
-        raise RunError(f"cannot read data.exclude, {path}: {error.strerror}") from error
+    lines = read_lines(path, "data.exclude, ", "surrogateescape")
     return [line.split("\t", 1)[0] for line in lines if line.strip() and not line.startswith("#")]
 
 
 def spellings(line: str) -> tuple[str, str]:
-    """Return the identities that a line may mean: itself, or a path of Windows or one that begins
-    with ``./``."""
+    """Return the line itself, and the line as a POSIX path without a leading ``./``."""
     return line, line.strip().replace("\\", "/").removeprefix("./")

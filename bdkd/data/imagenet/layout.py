@@ -1,6 +1,6 @@
-"""The ways in which ImageNet lies on disks: a folder a class, webdataset shards, TFRecords.
+"""The layouts of ImageNet on disk: a folder for each class, webdataset shards, or TFRecords.
 
-Its test images have no public labels, so, as everywhere in the literature, ``val`` is the test set;
+ImageNet's test images have no public labels. As in the literature, ``val`` is the test set, and
 validation images are held out of ``train``.
 """
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdkd.data.imagenet.archives import index_tars, index_tfrecords
+from bdkd.data.imagenet.archives import index_archives
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.data.listing import (
     archive_files,
     class_folders,
     image_files,
     is_hidden,
+    read_lines,
     record_files,
 )
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
 
 SORT_VAL = (
     "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r f w _; do mkdir -p val/$w && "
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     val: Index
 
     def require_images(self) -> None:
-        """Raise ``RunError`` for the first class without two training images."""
+        """Raise ``RunError`` if a class has fewer than two training images."""
         counts = np.bincount(self.train.labels, minlength=len(self.classes))
         for name, count in zip(self.classes, counts, strict=True):
             if count < 2:
@@ -46,17 +46,19 @@ class Layout(NamedTuple):
 
 
 def find(root: Path, format: str, fresh: bool = False) -> Layout:
-    """Index a data set. Nothing is decoded. The index of unchanged archives is read from a cache
-    unless ``fresh``; folders are listed every time, which takes seconds.
+    """Index a data set without decoding any image.
+
+    The index of unchanged archives is read from a cache unless ``fresh``. Folders are listed every
+    time, which takes seconds.
 
     Raises:
-        RunError: the data set is missing, or not in this format.
+        RunError: the data set is missing or has another format.
     """
     if not root.is_dir():
         raise RunError(f"no data set at {root}: data.root must name an existing folder")
     if format == "folder":
         return _folders(root)
-    return {"webdataset": _webdataset, "tfrecord": _tfrecord}[format](root, fresh)
+    return _archived(root, {"webdataset": "tar", "tfrecord": "tfrecord"}[format], fresh)
 
 
 def _folders(root: Path) -> Layout:
@@ -72,7 +74,7 @@ def _folders(root: Path) -> Layout:
     in_val = class_folders(root / "val")
     if not in_val:
         raise RunError(
-            f"{root / 'val'} is flat: its images belong into a folder for each class, "
+            f"{root / 'val'} is flat: move its images into a folder for each class, "
             "val/<wnid>/*.JPEG. With the ground truth of Kaggle's archive (LOC_val_solution.csv), "
             f"in {root}: {SORT_VAL}"
         )
@@ -82,65 +84,35 @@ def _folders(root: Path) -> Layout:
             f"{root / 'val'} holds classes that {root / 'train'} does not have: "
             f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
         )
-    number = {name: label for label, name in enumerate(classes)}
     return Layout(
-        classes, _scan(root, "train", classes, number), _scan(root, "val", in_val, number)
+        classes, _scan(root, "train", classes, classes), _scan(root, "val", in_val, classes)
     )
 
 
-def _scan(root: Path, split: str, folders: tuple[str, ...], number: dict[str, int]) -> Index:
-    """Index every image file in the folders, sorted: the order of a listing is arbitrary."""
-    names: list[str] = []
-    container: list[int] = []
-    for place, folder in enumerate(folders):
-        found = image_files(root / split / folder)
-        names += found
-        container += [place] * len(found)
-    within = np.asarray(container, np.int32)
-    labels = np.asarray([number[folder] for folder in folders], np.int64)[within]
+def _scan(root: Path, split: str, folders: tuple[str, ...], classes: tuple[str, ...]) -> Index:
+    """Index every image file in the folders, sorted by name."""
+    number = {name: label for label, name in enumerate(classes)}
+    found = [image_files(root / split / folder) for folder in folders]
+    container = np.repeat(np.arange(len(folders), dtype=np.int32), [len(names) for names in found])
+    labels = np.asarray([number[folder] for folder in folders], np.int64)[container]
     containers = tuple(f"{split}/{folder}" for folder in folders)
-    return Index(root, containers, within, names_array(names), labels)
+    return Index(root, containers, container, names_array([n for names in found for n in names]),
+                 labels)  # fmt: skip
 
 
-def _webdataset(root: Path, fresh: bool) -> Layout:
-    train = index_tars(root, _archives(root, "train", tars=True), fresh)
-    val = index_tars(root, _archives(root, "val", tars=True), fresh)
-    return _labelled_by_number(root, train, val)
-
-
-def _tfrecord(root: Path, fresh: bool) -> Layout:
-    train = index_tfrecords(root, _archives(root, "train", tars=False), fresh)
-    val = index_tfrecords(root, _archives(root, "val", tars=False), fresh)
-    if min(train.labels.min(), val.labels.min()) == 1:
-        # The field's TFRecords number ImageNet's classes from 1: 0 was to be the background.
-        train = train.take(np.arange(len(train)), train.labels - 1)
-        val = val.take(np.arange(len(val)), val.labels - 1)
-    return _labelled_by_number(root, train, val)
-
-
-def _archives(root: Path, split: str, tars: bool) -> list[Path]:
-    """Return the archives of a split, ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` stands
-    for ``validation`` too."""
-    ours = [e for e in sorted(root.iterdir()) if split in e.name and not is_hidden(e.name)]
-    found = [file for folder in ours if folder.is_dir() for file in archive_files(folder)]
-    found += [file for file in ours if file.is_file() or not file.exists()]
-    found = [f for f in found if f.suffix.lower() == ".tar"] if tars else record_files(found)
-    if not found:
-        raise RunError(
-            f"no archives {split}{'*.tar' * tars or '*'} in {root} or in a folder {split} of it"
-            f"{_other_format(root)}"
-        )
-    for file in found:
-        if not file.exists():
-            raise RunError(f"{file} is a symbolic link to something that does not exist")
-    return found
-
-
-def _labelled_by_number(root: Path, train: Index, val: Index) -> Layout:
-    """Class names are the lines of ``classes.txt``, or the numbers where it is missing."""
+def _archived(root: Path, kind: str, fresh: bool) -> Layout:
+    """Index archives. Class names are the lines of ``classes.txt``, or numbers without the file."""
+    train, val = (
+        index_archives(kind, root, _archives(root, split, kind), fresh)
+        for split in ("train", "val")
+    )
+    lowest = min(train.labels.min(), val.labels.min())
+    if kind == "tfrecord" and lowest == 1:
+        # Common TFRecords of ImageNet number classes from 1 and reserve 0 for the background.
+        train, val, lowest = train.relabelled(-1), val.relabelled(-1), 0
+    if lowest < 0:
+        raise RunError(f"the archives in {root} hold a negative label: write them again")
     count = int(max(train.labels.max(), val.labels.max())) + 1
-    if min(train.labels.min(), val.labels.min()) < 0:
-        raise RunError(f"the archives in {root} hold a negative label")
     if count > len(train):
         raise RunError(
             f"the archives in {root} hold {len(train)} training images and labels up to "
@@ -149,23 +121,43 @@ def _labelled_by_number(root: Path, train: Index, val: Index) -> Layout:
     listed = root / "classes.txt"
     if not listed.exists():
         return Layout(tuple(map(str, range(count))), train, val)
-    try:
-        classes = tuple(line.strip() for line in text_lines(read_text(listed)))
-    except OSError as error:
-        raise RunError(f"cannot read {listed}: {error.strerror}") from error
+    classes = tuple(line.strip() for line in read_lines(listed))
     if "" in classes:
         raise RunError(f"{listed}, line {classes.index('') + 1} is empty: it must name a class")
     if len(classes) < count:
-        raise RunError(f"{listed} names {len(classes)} classes, the labels go to {count - 1}")
+        raise RunError(
+            f"{listed} names {len(classes)} classes, the labels go to {count - 1}: add a line for "
+            "each class"
+        )
     return Layout(classes, train, val)
 
 
+def _archives(root: Path, split: str, kind: str) -> list[Path]:
+    """Return ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` also matches ``validation``."""
+    entries = [e for e in sorted(root.iterdir()) if split in e.name and not is_hidden(e.name)]
+    found = [file for folder in entries if folder.is_dir() for file in archive_files(folder)]
+    found += [file for file in entries if file.is_file() or not file.exists()]
+    tars = kind == "tar"
+    found = [f for f in found if f.suffix.lower() == ".tar"] if tars else record_files(found)
+    if not found:
+        raise RunError(
+            f"no archives {split}{'*.tar' * tars or '*'} in {root} or in {root}/{split}"
+            f"{_other_format(root)}"
+        )
+    for file in found:
+        if not file.exists():
+            raise RunError(
+                f"{file} is a symbolic link to something that does not exist: repair or remove it"
+            )
+    return found
+
+
 def _other_format(root: Path) -> str:
-    """Return a hint if the folder holds another format than the one asked for."""
+    """Return a hint for the end of an error message if the folder seems to have another format."""
     entries = {entry.name for folder in (root, root / "train") if folder.is_dir()
                for entry in folder.iterdir() if not is_hidden(entry.name)}  # fmt: skip
     if any(name.endswith(".tar") for name in entries):
         return "; it holds tar files: shards of webdataset need data.format = webdataset"
     if any("-of-" in name or name.endswith(".tfrecord") for name in entries):
-        return "; it holds what looks like TFRecords: data.format = tfrecord"
+        return "; it seems to hold TFRecords: set data.format = tfrecord"
     return ""

@@ -1,4 +1,4 @@
-"""What a decoder is asked for, and what both decoders share."""
+"""The interface of the two decoders, DALI and Pillow, and the code that they share."""
 
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from bdkd.data.decode import UndecodableError, decode_rgb
+from bdkd.data.imagenet.crops import Crop, random_resized_crop, resize_and_center_crop
 from bdkd.data.imagenet.index import Item
-from bdkd.data.imagenet.windows import Window, central_window, training_window
 from bdkd.errors import RunError
 
 if TYPE_CHECKING:
@@ -17,44 +17,43 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """The images of a batch, and how they are to be cut."""
+    """The images of a batch and the parameters of their crops."""
 
     items: Sequence[Item]  # B
-    side: int  # pixels, of the square that a network sees
-    drawn: np.ndarray | None  # (B, DRAWS) uniform numbers; None: evaluation
+    side: int  # of the square crop, in pixels
+    drawn: np.ndarray | None  # (B, NUM_DRAWS) uniform numbers; None: evaluation
     smallest_crop: float
     flip: bool
 
-    def window(self, i: int, height: int, width: int) -> Window:
-        """What is cut out of the ``i``-th image, which has this size."""
+    def crop(self, i: int, height: int, width: int) -> Crop:
+        """Return the crop of the ``i``-th image, which has this size."""
         if self.drawn is None:
-            return central_window(height, width, self.side)
-        return training_window(
+            return resize_and_center_crop(height, width, self.side)
+        return random_resized_crop(
             height, width, self.side, self.drawn[i], self.smallest_crop, self.flip
         )
 
 
 class Loader(Protocol):
-    """Decodes batches ahead of their use."""
+    """Decodes batches before they are needed."""
 
     def batches(
         self, requests: Iterator[Request], largest: int, raw: bool
     ) -> Generator[Tensor, None, None]:
-        """A tensor ``(B, 3, side, side)`` on the device for each request, of at most ``largest``
-        images; normalised, or pixels in [0, 255] as uint8 where ``raw``.
+        """Yield a tensor ``(B, 3, side, side)`` on the device for each request.
+
+        Args:
+            largest: the largest batch size.
+            raw: yield uint8 pixels in [0, 255] instead of normalised images.
 
         Raises:
-            RunError: an image cannot be decoded; it is named.
+            RunError: an image cannot be decoded; the message names it.
         """
         ...
 
 
 def decoded(item: Item) -> "Image.Image":
-    """Return an image, decoded by Pillow to its last byte, in RGB.
-
-    Raises:
-        RunError: the image cannot be decoded; the message names it.
-    """
+    """Return an image decoded by Pillow, or raise ``RunError`` with the name of the image."""
     try:
         return decode_rgb(item.read())
     except UndecodableError as error:
@@ -64,11 +63,11 @@ def decoded(item: Item) -> "Image.Image":
 def bad_image(item: Item, reason: str) -> RunError:
     """Return an error that names the image and the remedy."""
     return RunError(
-        f"cannot decode the image {item}: {reason}; bdkd data check finds all such files, "
-        "data.exclude leaves them out"
+        f"cannot decode the image {item}: {reason}; run bdkd data check to list all such files, "
+        "and pass the list as data.exclude"
     )
 
 
 def processors() -> int:
-    """Processors of this rank: those of the process, shared by the ranks of the machine."""
+    """Return the number of processors per rank on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,4 +1,4 @@
-"""The loader for machines without DALI: Pillow in torch's worker processes."""
+"""The loader for machines without DALI: Pillow in the worker processes of a ``DataLoader``."""
 
 import multiprocessing
 import signal
@@ -13,30 +13,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bdkd.data.decode import require_pillow
+from bdkd.data.imagenet.crops import Crop
 from bdkd.data.imagenet.loader import Request, decoded
-from bdkd.data.imagenet.windows import Window
 from bdkd.errors import RunError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-AHEAD = 3  # batches that each worker keeps ready
+PREFETCH = 3  # batches per worker
 
 
 class Pillow:
-    """Each batch is decoded by one of ``workers`` processes (0: by this one).
-
-    Raises:
-        RunError: Pillow is missing.
-    """
+    """Decodes each batch in one of ``workers`` processes (0: in this process)."""
 
     def __init__(
         self, workers: int, device: torch.device, dtype: torch.dtype, mean: Tensor, std: Tensor
     ) -> None:
-        try:
-            import PIL  # noqa: F401
-        except ImportError as error:
-            raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
+        require_pillow()
         self.workers, self.device, self.dtype = workers, device, dtype
         self.mean, self.std = mean, std  # (1, 3, 1, 1), in pixel values, on the device
 
@@ -48,12 +42,12 @@ class Pillow:
             sampler=requests,
             batch_size=None,
             num_workers=self.workers,
-            prefetch_factor=AHEAD if self.workers else None,
+            prefetch_factor=PREFETCH if self.workers else None,
             worker_init_fn=leave_signals_to_the_parent if self.workers else None,
             multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",
-            # Its workers' seed, which nothing here uses, would be drawn from the random state of
-            # the training: once more in a resumed epoch, after which dropout draws otherwise.
+            # Without a generator, the DataLoader draws the seed of its workers from the global
+            # generator. A resumed epoch would draw once more, and dropout would differ.
             generator=torch.Generator(),
         )
         try:
@@ -68,15 +62,16 @@ class Pillow:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise RunError(
-                "a process that decoded images was killed, by lack of memory or by someone: "
-                "resume with fewer data.workers"
+                "a process that decoded images was killed, perhaps for lack of memory: resume "
+                "with fewer data.workers"
             ) from error
 
 
 class Decoder(Dataset):
-    """From a request to its pixels, ``(B, side, side, 3)`` uint8. It has no state.
+    """Maps a request to pixels ``(B, side, side, 3)`` uint8, or to an error.
 
-    What went wrong is returned: raised, it would arrive as the text of a traceback."""
+    Errors are returned, because a raised one would reach the parent as the text of a traceback.
+    """
 
     def __getitem__(self, request: Request) -> Tensor | RunError:
         pixels = np.empty((len(request.items), request.side, request.side, 3), np.uint8)
@@ -85,15 +80,15 @@ class Decoder(Dataset):
                 image = decoded(item)
             except RunError as error:
                 return error
-            pixels[i] = _cut(image, request.window(i, image.height, image.width), request.side)
+            pixels[i] = _cut(image, request.crop(i, image.height, image.width), request.side)
         return torch.from_numpy(pixels)
 
 
-def _cut(image: "Image.Image", window: Window, side: int) -> np.ndarray:
-    """Pixels ``(side, side, 3)``; the window is cut before it is resized, as DALI does it."""
+def _cut(image: "Image.Image", crop: Crop, side: int) -> np.ndarray:
+    """Return pixels ``(side, side, 3)``. Like DALI, cut before resizing."""
     from PIL import Image
 
-    top, left, height, width, to_height, to_width, square_top, square_left, mirrored = window
+    top, left, height, width, to_height, to_width, square_top, square_left, mirrored = crop
     cut = image.crop((left, top, left + width, top + height))
     cut = cut.resize((to_width, to_height), Image.Resampling.BILINEAR)
     square = np.asarray(cut)[square_top : square_top + side, square_left : square_left + side]
@@ -101,14 +96,16 @@ def _cut(image: "Image.Image", window: Window, side: int) -> np.ndarray:
 
 
 def worker_context() -> BaseContext:
-    """How workers are started: from a server process without threads. A plain fork of a process
-    whose other threads (DALI's, OpenMP's) hold a lock hung now and then."""
+    """Return a context that starts workers from a server process without threads.
+
+    A plain fork sometimes hung when another thread (of DALI or OpenMP) held a lock.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+    context.set_forkserver_preload([__name__])  # workers share one import of torch
     if threading.current_thread() is threading.main_thread():
-        # What the server ignores from its start, its workers ignore from theirs: Ctrl-C.
+        # Workers inherit from the server that they ignore Ctrl-C.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             forkserver.ensure_running()
@@ -118,7 +115,10 @@ def worker_context() -> BaseContext:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the training answers it, and ends its workers,
-    which a handler of the training's that they inherited would keep alive."""
+    """Ignore Ctrl-C and restore the default handler of SIGTERM in a worker.
+
+    Ctrl-C reaches every process of a terminal. The parent handles it and terminates its workers;
+    a handler inherited from the parent would keep them alive.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

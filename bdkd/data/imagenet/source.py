@@ -1,4 +1,4 @@
-"""ImageNet, and what is laid out like it: too large for the memory, decoded on the way."""
+"""The source for ImageNet and data sets in its layouts: images are decoded batch by batch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -10,38 +10,33 @@ from torch import Tensor
 from bdkd.config import DataConfig
 from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split, epoch_order
 from bdkd.data.digest import Digests
-from bdkd.data.imagenet.draws import draws
+from bdkd.data.imagenet import mixing
+from bdkd.data.imagenet.counter_rng import uniform_draws
+from bdkd.data.imagenet.crops import NUM_DRAWS
 from bdkd.data.imagenet.index import Index
 from bdkd.data.imagenet.loader import Loader, Request
-from bdkd.data.imagenet.mixing import (
-    ERASING_DRAWS,
-    check_neighbours,
-    draw_mix,
-    erase,
-    erasing_boxes,
-    mix_images,
-    mix_labels,
-)
 from bdkd.data.imagenet.rand_augment import draw_operations, rand_augment
-from bdkd.data.imagenet.windows import DRAWS
 
 SIDE = 224
-# Of ImageNet's training images, as the field has them.
+# The statistics of ImageNet's training images that torchvision and timm use, in pixel values.
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-WINDOW, OPERATIONS, ERASING = range(3)  # what random numbers are for
+CROP, OPERATIONS, ERASING = range(3)  # purposes of random numbers
 
 MakeLoader = Callable[[torch.device, torch.dtype, Tensor, Tensor], Loader]
 
 
 class ImageNet:
-    """Training images cut, flipped, varied and mixed; evaluation by the field's central crop.
+    """Implements :class:`bdkd.data.DataSource` for images that do not fit into memory.
+
+    Training images are cropped, flipped, augmented and mixed. Evaluation images are resized and
+    center-cropped.
 
     Args:
         splits: ``train``, ``val`` and ``test``.
-        dtype: of the training images; those of evaluation are float32.
-        digests: identity of the data set that the splits were made from.
+        dtype: of training images; evaluation images are float32.
+        digests: of the data set before it was split.
     """
 
     def __init__(
@@ -59,6 +54,7 @@ class ImageNet:
     ) -> None:
         self.splits, self.config, self.seed, self.device = splits, config, seed, device
         self.memory_format, self.dtype = memory_format, dtype
+        self.mixes = config.mixup > 0 or config.cutmix > 0
         self.mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
         self.training = make_loader(device, dtype, self.mean, self.std)
@@ -72,7 +68,7 @@ class ImageNet:
         )  # fmt: skip
 
     def side(self, epoch: int) -> int:
-        """The training resolution of an epoch, in pixels."""
+        """Return the training resolution of an epoch in pixels."""
         steps = [side for first, side in self.config.progressive if first <= epoch]
         return steps[-1] if steps else self.info.image_size[0]
 
@@ -80,19 +76,20 @@ class ImageNet:
         self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE
     ) -> Iterator[Batch]:
         images, side, mine = self.splits["train"], self.side(epoch), shard.of_batch(batch_size)
-        if self._mixes:
-            check_neighbours(batch_size, mine)
+        if self.mixes:
+            mixing.check_neighbours(batch_size, mine)
         order = epoch_order(self.seed, epoch, len(images)).numpy()
         positions = range(start, len(order) - batch_size + 1, batch_size)
 
-        def places(position: int) -> np.ndarray:
+        def rank_positions(position: int) -> np.ndarray:
             return np.arange(position, position + batch_size)[mine]
 
         def requests() -> Iterator[Request]:
             for position in positions:
-                items = [images.item(i) for i in order[places(position)]]
+                places = rank_positions(position)
+                items = [images.item(i) for i in order[places]]
                 drawn = [
-                    draws(self.seed, epoch, (WINDOW, view), places(position), DRAWS)
+                    uniform_draws(self.seed, epoch, (CROP, view), places, NUM_DRAWS)
                     for view in range(views)
                 ]
                 yield Request(
@@ -104,12 +101,20 @@ class ImageNet:
         largest = views * (mine.stop - mine.start)
         with closing(self.training.batches(requests(), largest, raw)) as decoded:
             for position, pixels in zip(positions, decoded, strict=True):
-                varied = [
-                    self._varied(view, epoch, number, places(position))
+                places = rank_positions(position)
+                augmented = [
+                    self._augmented(view, epoch, number, places)
                     for number, view in enumerate(pixels.chunk(views))
                 ]
-                labels = self._here(images.labels[order[places(position)]])
-                yield self._mixed(varied, labels, epoch, position, batch_size, mine)
+                labels = self._to_device(images.labels[order[places]])
+                if self.mixes:
+                    drawn = mixing.draw_mix(
+                        self.config, self.seed, epoch, position, batch_size, side
+                    )
+                    mix = [self._to_device(part[mine]) for part in drawn]
+                    augmented = [self._layout(mixing.mix_images(view, *mix)) for view in augmented]
+                    labels = mixing.mix_labels(labels, mix[0], self.info.num_classes)
+                yield Batch(tuple(augmented), labels)
 
     def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
         images = self.splits[split]
@@ -123,56 +128,27 @@ class ImageNet:
 
         with closing(self.evaluation.batches(requests(), batch_size, False)) as decoded:
             for part, pixels in zip(parts, decoded, strict=True):
-                layout = pixels.contiguous(memory_format=self.memory_format)
-                yield Batch((layout,), self._here(images.labels[part]))
+                yield Batch((self._layout(pixels),), self._to_device(images.labels[part]))
 
-    @property
-    def _mixes(self) -> bool:
-        return self.config.mixup > 0 or self.config.cutmix > 0
-
-    def _varied(
-        self,
-        images: Tensor,  # (B, 3, side, side), pixels where RandAugment is on
-        epoch: int,
-        view: int,
-        places: np.ndarray,  # (B,)
-    ) -> Tensor:
-        """One view with what else varies each image for itself."""
+    def _augmented(self, images: Tensor, epoch: int, view: int, places: np.ndarray) -> Tensor:
+        """Apply RandAugment (to pixels) and random erasing to one view (B, 3, side, side)."""
         if self.config.rand_augment is not None:
             count, magnitude = self.config.rand_augment
-            drawn = draws(self.seed, epoch, (OPERATIONS, view), places, 2 * count)
+            drawn = uniform_draws(self.seed, epoch, (OPERATIONS, view), places, 2 * count)
             images = rand_augment(images.float(), draw_operations(drawn, count), magnitude)
             images = images.sub_(self.mean).div_(self.std).to(self.dtype)
         if self.config.erasing:
-            drawn = draws(self.seed, epoch, (ERASING, view), places, ERASING_DRAWS)
-            boxes = erasing_boxes(self.config.erasing, drawn, images.shape[-1])
-            images = erase(images, self._here(boxes))
+            count = mixing.NUM_ERASING_DRAWS
+            drawn = uniform_draws(self.seed, epoch, (ERASING, view), places, count)
+            boxes = mixing.erasing_boxes(self.config.erasing, drawn, images.shape[-1])
+            images = mixing.erase(images, self._to_device(boxes))
+        return self._layout(images)
+
+    def _layout(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.memory_format)
 
-    def _mixed(
-        self,
-        views: list[Tensor],  # (B, 3, side, side) each
-        labels: Tensor,  # (B,)
-        epoch: int,
-        position: int,
-        batch_size: int,
-        mine: slice,
-    ) -> Batch:
-        """The batch, its views mixed alike: they share one target."""
-        if not self._mixes:
-            return Batch(tuple(views), labels)
-        drawn = draw_mix(self.config, self.seed, epoch, position, batch_size, views[0].shape[-1])
-        share, cut, box = (self._here(part[mine]) for part in drawn)
-        return Batch(
-            tuple(
-                mix_images(view, share, cut, box).contiguous(memory_format=self.memory_format)
-                for view in views
-            ),
-            mix_labels(labels, share, self.info.num_classes),
-        )
-
-    def _here(self, array: np.ndarray) -> Tensor:
-        """On the device, without waiting for what it is at."""
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        """Copy to the device without synchronizing with it."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,10 +13,10 @@ from imagenet_trees import checksum, example, labelled, record
 
 from bdkd.cli import main
 from bdkd.data.imagenet import archives
+from bdkd.data.imagenet.archives import masked_crc32c
 from bdkd.data.imagenet.check import check
-from bdkd.data.imagenet.crc32c import crc32c, crc32c_long, masked
 from bdkd.data.imagenet.index import Index, names_array
-from bdkd.data.imagenet.kept import kept
+from bdkd.data.imagenet.index_cache import cached_index
 from bdkd.data.imagenet.layout import find
 from bdkd.errors import RunError
 
@@ -99,7 +100,7 @@ def test_an_archive_that_is_written_while_it_is_read_is_read_again(tmp_path, cac
         return Index(tmp_path, ("train.tar",), zero.astype(np.int32), names, zero, zero, zero + 1)
 
     for _ in range(3):
-        kept("tar", tmp_path, [file], make, fresh=False)
+        cached_index("tar", tmp_path, [file], make, fresh=False)
         time.sleep(0.01)  # a file system's clock ticks every few milliseconds
     assert made[1] == b"a part and the rest"
 
@@ -115,7 +116,7 @@ def test_what_is_kept_belongs_to_its_place_and_its_format(tmp_path):
     def labels(kind: str, folder: str, number: int) -> list[int]:
         root = tmp_path / folder
         made = Index(root, ("train.tar",), zero.astype(np.int32), names, zero + number, zero, zero)
-        found = kept(kind, root, [root / "train.tar"], lambda: made, fresh=False)
+        found = cached_index(kind, root, [root / "train.tar"], lambda: made, fresh=False)
         return found.labels.tolist()
 
     places = (("tar", "a"), ("tar", "b"), ("tfrecord", "a"))
@@ -164,15 +165,22 @@ def test_runs_that_start_at_once_keep_one_index(tars, cache):
 
 
 def test_checksums_are_those_of_the_definition():
-    # RFC 3720, appendix B.4
-    for content, expected in ((bytes(32), 0x8A9136AA), (bytes(range(32)), 0x46DD794E),
-                              (b"\xff" * 32, 0x62A8AB43), (b"123456789", 0xE3069283)):  # fmt: skip
-        assert crc32c(content) == crc32c_long(content) == expected
+    # RFC 3720, appendix B.4; the mask is TFRecord's
+    for content, crc in ((bytes(32), 0x8A9136AA), (bytes(range(32)), 0x46DD794E),
+                         (b"\xff" * 32, 0x62A8AB43), (b"123456789", 0xE3069283),
+                         (b"", 0)):  # fmt: skip
+        rotated = (crc >> 15) | ((crc & 0x7FFF) << 17)
+        assert masked_crc32c(content) == (rotated + 0xA282EAD8) % 2**32
     noise = np.random.default_rng(0)
     for length in (4, 5, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 110_001):
         content = noise.bytes(length)
-        assert masked(crc32c_long(content)).to_bytes(4, "little") == checksum(content)
-    assert crc32c(b"") == 0
+        assert masked_crc32c(content).to_bytes(4, "little") == checksum(content)
+
+
+def test_tfrecords_without_google_crc32c_name_the_extra(tfrecords, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    with pytest.raises(RunError, match=r"google-crc32c is not installed.*pip install 'bdkd\[im"):
+        find(tfrecords, "tfrecord", fresh=True)
 
 
 @pytest.fixture
@@ -288,8 +296,8 @@ def test_records_that_are_cut_or_empty_are_named(tmp_path):
     whole = record(example(b"an image", 1))
     (tmp_path / "validation").write_bytes(whole)
     for content, match in (
-        (whole * 2 + whole[:7], r"train is no whole TFRecord file \(record 2"),
-        (whole + whole[:-3], r"train is no whole TFRecord file \(record 1"),
+        (whole * 2 + whole[:7], r"train is no complete TFRecord file \(record 2"),
+        (whole + whole[:-3], r"train is no complete TFRecord file \(record 1"),
         (record(b""), r"train, record 0: no Example"),
         (record(b"\x0a\xff\xff\xff\xff\xff\x01"), r"train, record 0: no Example"),
         (record(b"\x0a\x14\x0a\x12\x0a\x0dimage/encoded\x12\x00"), r"train, record 0: no Example"),

@@ -6,6 +6,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from bdkd.config import DataConfig
 from bdkd.data import create_source
+from bdkd.data.imagenet import dali
 from bdkd.data.imagenet.archives import _fields
 from bdkd.data.imagenet.dali import graph
 
@@ -70,7 +71,7 @@ def test_without_a_driver_the_graph_of_the_gpu_lacks_nothing_else():
 def test_batches_come_in_the_order_of_the_stream_that_trains(tree, monkeypatch):
     """Asked without a stream, DALI lets the host wait for every batch."""
     there, asked, share = source(tree, "cpu"), [], Pipeline.share_outputs
-    there.training.idle[8, False] = pipeline = there.training._pipeline(8, False)
+    there.training.idle[8, False] = pipeline = dali._Pipeline(there.training, 8, False)
     pipeline.device = torch.device("cuda", 0)
     streams = iter(range(1, 100))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (device, next(streams)))

@@ -8,14 +8,14 @@ from scipy.stats import beta, ks_2samp, kstest
 from sklearn.datasets import load_sample_images
 
 from bdkd.config import DataConfig
-from bdkd.data.imagenet.draws import draws
+from bdkd.data.imagenet.counter_rng import uniform_draws
+from bdkd.data.imagenet.crops import NUM_DRAWS, random_resized_crop, resize_and_center_crop
 from bdkd.data.imagenet.mixing import draw_mix, erase, erasing_boxes, mix_images, mix_labels
 from bdkd.data.imagenet.rand_augment import OPERATIONS, draw_operations, rand_augment
-from bdkd.data.imagenet.windows import DRAWS, central_window, training_window
 
 
 def test_draws_are_uniform_and_known_by_their_place():
-    whole = draws(0, 1, (0, 0), np.arange(20_000), 5)
+    whole = uniform_draws(0, 1, (0, 0), np.arange(20_000), 5)
     assert whole.min() >= 0
     assert whole.max() < 1
     histogram, _ = np.histogram(whole, 50, (0, 1))
@@ -23,19 +23,19 @@ def test_draws_are_uniform_and_known_by_their_place():
     assert np.abs(np.corrcoef(whole.T) - np.eye(5)).max() < 0.03
     assert np.abs(np.corrcoef(whole[1:, 0], whole[:-1, 0])[0, 1]) < 0.03
     some = np.array([7, 19_999, 0])
-    assert np.array_equal(draws(0, 1, (0, 0), some, 5), whole[some])
+    assert np.array_equal(uniform_draws(0, 1, (0, 0), some, 5), whole[some])
     assert len(np.unique(whole)) == whole.size  # no two images share a number
     # The second epoch of seed 0 is not the first one of seed 1.
     for other in ((1, 1, (0, 0)), (0, 2, (0, 0)), (0, 1, (0, 1)), (0, 1, (1, 0)), (1, 0, (0, 0))):
-        assert not np.intersect1d(draws(*other, np.arange(1000), 5), whole).size
+        assert not np.intersect1d(uniform_draws(*other, np.arange(1000), 5), whole).size
 
 
 @pytest.mark.parametrize("size", [(375, 500), (1, 1), (1, 900), (900, 1), (224, 224), (3, 2)])
 def test_windows_lie_in_the_image(size):
     height, width = size
     shares = []
-    for drawn in draws(0, 0, (0, 0), np.arange(500), DRAWS):
-        w = training_window(height, width, 64, drawn, 0.08, True)
+    for drawn in uniform_draws(0, 0, (0, 0), np.arange(500), NUM_DRAWS):
+        w = random_resized_crop(height, width, 64, drawn, 0.08, True)
         assert 0 <= w.top <= w.top + w.height <= height
         assert 0 <= w.left <= w.left + w.width <= width
         assert min(w.height, w.width) >= 1
@@ -44,7 +44,7 @@ def test_windows_lie_in_the_image(size):
         assert 0.07 < min(shares) < 0.12
         assert max(shares) > 0.9
         assert 0.42 < np.mean(shares) < 0.54
-    w = central_window(height, width, 64)
+    w = resize_and_center_crop(height, width, 64)
     assert 0 <= w.top <= w.top + w.height <= height
     assert 0 <= w.square_top <= w.to_height - 64
     assert 0 <= w.square_left <= w.to_width - 64
@@ -112,7 +112,7 @@ def test_shares_and_boxes_are_distributed_as_in_the_papers(mixup, cutmix):
 
 
 def test_erasing_blanks_as_often_and_as_much_as_asked():
-    drawn = draws(0, 0, (2, 0), np.arange(4000), 5)
+    drawn = uniform_draws(0, 0, (2, 0), np.arange(4000), 5)
     box = erasing_boxes(0.25, drawn, 64)
     assert box.min() >= 0
     assert box.max() <= 64
@@ -134,7 +134,7 @@ def test_erased_boxes_are_distributed_as_in_the_paper():
     height, width = (np.sqrt(area * a).round().clip(1, side) for a in (aspect, 1 / aspect))
     corner = (rng.integers(0, (side - length).astype(int) + 1) for length in (height, width))
     theirs = (*corner, height, width)
-    box = erasing_boxes(1.0, draws(0, 0, (2, 0), np.arange(20_000), 5), side)
+    box = erasing_boxes(1.0, uniform_draws(0, 0, (2, 0), np.arange(20_000), 5), side)
     ours = (box[:, 0], box[:, 1], box[:, 2] - box[:, 0], box[:, 3] - box[:, 1])
     for one, other in zip(ours, theirs, strict=True):
         assert ks_2samp(one, other).pvalue > 1e-3
@@ -263,7 +263,7 @@ def test_equalize_leaves_out_the_largest_value_also_where_one_pixel_has_it():
 
 
 def test_every_operation_is_drawn_alike():
-    operations = draw_operations(draws(0, 0, (1, 0), np.arange(5000), 4), 2)
+    operations = draw_operations(uniform_draws(0, 0, (1, 0), np.arange(5000), 4), 2)
     counts = np.bincount(operations[..., 0].ravel(), minlength=len(OPERATIONS))
     assert counts.min() > 600
     assert counts.max() < 830

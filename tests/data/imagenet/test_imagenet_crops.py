@@ -7,8 +7,13 @@ import pytest
 from PIL import Image
 from scipy.stats import chisquare, kstest
 
+from bdkd.data.imagenet.crops import (
+    MAX_ASPECT,
+    NUM_DRAWS,
+    random_resized_crop,
+    resize_and_center_crop,
+)
 from bdkd.data.imagenet.pillow import _cut
-from bdkd.data.imagenet.windows import DRAWS, LONG, central_window, training_window
 
 
 def torchvision_window(height, width, resize, side):
@@ -32,9 +37,9 @@ def test_the_crop_is_torchvisions_at_every_size(side, resize):
     sizes = [(h, w) for h in range(1, 600, 37) for w in range(1, 600)]
     sizes += [(w, h) for h, w in sizes] + [(500, n) for n in range(1, 2000)]
     for height, width in sizes:
-        if max(height, width) > LONG * min(height, width):
+        if max(height, width) > MAX_ASPECT * min(height, width):
             continue
-        window = central_window(height, width, side)
+        window = resize_and_center_crop(height, width, side)
         assert window[:4] == (0, 0, height, width)
         assert window[4:8] == torchvision_window(height, width, resize, side), (height, width)
 
@@ -46,26 +51,26 @@ def test_pillows_pixels_are_those_of_resize_and_center_crop():
     for height, width in sizes:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for side, resize in ((64, 73), (33, 38)):
-            if max(height, width) > LONG * min(height, width):
+            if max(height, width) > MAX_ASPECT * min(height, width):
                 continue
             new_h, new_w, top, left = torchvision_window(height, width, resize, side)
             expected = image.resize((new_w, new_h), Image.Resampling.BILINEAR)
             expected = expected.crop((left, top, left + side, top + side))
-            found = _cut(image, central_window(height, width, side), side)
+            found = _cut(image, resize_and_center_crop(height, width, side), side)
             assert np.array_equal(found, np.asarray(expected)), (height, width)
 
 
 @pytest.mark.parametrize("size", [(1, 65_500), (65_500, 1), (3, 10_000), (1, 65)])
 def test_a_long_image_does_not_fill_the_memory(size):
-    window = central_window(*size, 224)
-    assert window.to_height * window.to_width <= LONG * 256 * 256
+    window = resize_and_center_crop(*size, 224)
+    assert window.to_height * window.to_width <= MAX_ASPECT * 256 * 256
     assert min(window.to_height - window.square_top, window.to_width - window.square_left) >= 224
 
 
 def training_windows(height, width, smallest=0.08, flip=True, count=4000):
     """Columns top, left, height, width, mirrored of as many windows."""
-    drawn = np.random.default_rng(0).random((count, DRAWS))
-    found = [training_window(height, width, 32, one, smallest, flip) for one in drawn]
+    drawn = np.random.default_rng(0).random((count, NUM_DRAWS))
+    found = [random_resized_crop(height, width, 32, one, smallest, flip) for one in drawn]
     assert {window[4:8] for window in found} == {(32, 32, 0, 0)}  # resized to the square
     return np.array([(*window[:4], window.mirrored) for window in found]).T
 
@@ -91,7 +96,7 @@ def test_area_and_aspect_of_the_random_crop_are_those_of_random_resized_crop():
 
 
 def test_as_many_random_crops_are_tried_as_torchvision_tries():
-    assert DRAWS == 2 * 10 + 3  # an area and a shape each; then the place and the mirror
+    assert NUM_DRAWS == 2 * 10 + 3  # an area and a shape each; then the place and the mirror
 
 
 def test_the_random_crop_is_at_every_position_and_mirrored_half_of_the_time():
@@ -125,15 +130,15 @@ def test_the_fallback_of_the_random_crop_is_torchvisions_central_one(size):
         w, h = round(height * (4 / 3)), height
     else:
         w, h = width, height
-    drawn = np.full(DRAWS, 0.999999)
+    drawn = np.full(NUM_DRAWS, 0.999999)
     if ratio > 1.3:
         drawn[1:20:2] = 0.0  # aspect 3/4
-    window = training_window(height, width, 32, drawn, 1.0, False)
+    window = random_resized_crop(height, width, 32, drawn, 1.0, False)
     assert window[:4] == ((height - h) // 2, (width - w) // 2, h, w)
 
 
 def test_a_window_as_high_or_as_wide_as_the_image_fits():
     """Half of the area of 30 x 60 pixels, of aspect 1; the fallback would be 30 x 40."""
-    drawn = np.full(DRAWS, 0.5)
-    assert training_window(30, 60, 32, drawn, 0.0, True)[:4] == (0, 15, 30, 30)
-    assert training_window(60, 30, 32, drawn, 0.0, True)[:4] == (15, 0, 30, 30)
+    drawn = np.full(NUM_DRAWS, 0.5)
+    assert random_resized_crop(30, 60, 32, drawn, 0.0, True)[:4] == (0, 15, 30, 30)
+    assert random_resized_crop(60, 30, 32, drawn, 0.0, True)[:4] == (15, 0, 30, 30)
