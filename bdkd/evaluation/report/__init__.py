@@ -1,4 +1,4 @@
-"""One self-contained HTML page of finished or running runs: no script, nothing from outside."""
+"""Write a self-contained HTML report of runs, without scripts or external resources."""
 
 from bdkd.extras import missing_packages
 

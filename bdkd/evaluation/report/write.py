@@ -1,4 +1,4 @@
-"""From folders of runs to the file of a page."""
+"""Write the report of run folders to a file."""
 
 import os
 from collections.abc import Sequence
@@ -15,15 +15,17 @@ from .runs import find_runs, read_comparisons, read_run
 def write_report(
     paths: Sequence[Path], output: Path, tsne: bool = True, title: str = "Distillation runs"
 ) -> list[str]:
-    """Write one page of all runs at ``paths``; returns what could not be shown on it.
+    """Write one HTML page about all runs at ``paths`` and return warnings about missing parts.
 
     Args:
-        paths: run folders, or folders that hold them, as ``bdkd compare`` makes.
-        tsne: draw the features, which takes some seconds a network.
+        paths: run folders, or folders of run folders, such as the output of ``bdkd compare``.
+        output: the HTML file.
+        tsne: draw t-SNE maps of the features, which takes a few seconds for each network.
+        title: the heading of the page.
 
     Raises:
-        RunError: a path holds no run, the runs were tested on different data sets, or the page
-            cannot be written; an old page is then whole.
+        RunError: a path contains no run, the runs were tested on different data sets, or the page
+            cannot be written. An existing page is not changed.
     """
     runs = [read_run(path) for path in find_runs(paths)]
     refuse_other_data([(str(run.path), run.summary.get("data")) for run in runs])
@@ -38,7 +40,7 @@ def write_report(
 
 
 def _write(page: str, output: Path) -> None:
-    if output.exists() and not output.is_file():  # /dev/stdout must not be replaced by a file
+    if output.exists() and not output.is_file():  # do not replace /dev/stdout by a file
         output.write_text(page, "utf-8")
         return
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
