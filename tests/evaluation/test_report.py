@@ -272,7 +272,7 @@ def test_runs_that_are_not_whole(tmp_path, capsys):
         "cannot read config.toml",
         "cannot read summary.json",
         "no predictions of a run",
-        "profile.json: it is no table",
+        "profile.json: the content is not a table",
         "4 lines of metrics.jsonl cannot be read",
     ):
         assert any(said in warning for warning in warnings), said
