@@ -84,11 +84,11 @@ def read_predictions(path: Path) -> Predictions:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         networks = {
             name: NetworkPredictions(
-                *(arrays[f"{index}.{key}"] for key in ("confidence", "entropy", "predicted")),
-                features=arrays.get(f"{index}.features"),
+                arrays[f"{index}.confidence"], arrays[f"{index}.entropy"],
+                arrays[f"{index}.predicted"], arrays.get(f"{index}.features"),
             )
             for index, name in enumerate(json.loads(metadata["networks"]))
-        }
+        }  # fmt: skip
         classes = tuple(json.loads(metadata["classes"]))
         predictions = Predictions(classes, arrays["target"], arrays["featured"], networks)
         _check_shapes(predictions)
