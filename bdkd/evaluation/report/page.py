@@ -50,51 +50,17 @@ def render(
         tiles=[_tile(group, style) for style, group in enumerate(groups[:_MAX_TILES])],
         results=_results(groups),
         comparisons=[(f.resolve().name, list(_blocks(markdown))) for f, markdown in comparisons],
-        **_curves(figures.Curves(groups, all(run.steps_per_epoch for run in runs if run.series))),
-        diagrams=figures.reliability_diagrams(groups),
+        groups=groups,
+        curves=figures.Curves(groups, all(run.steps_per_epoch for run in runs if run.series)),
+        figures=figures,
+        number=number,
+        percent=percent,
         missing=missing,
         maps=maps,
         differing=_differing(groups),
-        runs=[_run(group, run) for group in groups for run in group.runs],
+        run_facts=_run_facts,
     )
     return page + "\n", warnings
-
-
-def _curves(curves: figures.Curves) -> dict[str, list[figures.Card]]:
-    kl = "Mean over the training samples of a log interval, in nats."
-    weight = "Mean of {}. Unweighted distillation keeps it at 1."
-    return {
-        "accuracy": [
-            *curves.of_students("top1", "Student accuracy", percent,
-                                "Top-1 on the validation part."),
-            *curves.accuracy_gap(),
-            *figures.capacity_gap(curves.groups),
-            *curves.of_networks("top1", "Top-1", percent),
-        ],
-        "calibration": [
-            *curves.of_students("ece", "Student calibration error", percent,
-                                "ECE on the validation part. With few images, a part of it is "
-                                "chance."),
-            *curves.of_students("nll", "Student NLL", number, "On the validation part, in nats."),
-        ],
-        "balance": [
-            *curves.of_networks("entropy", "Entropy H (nats)", number),
-            *figures.entropy_gap(curves.groups),
-            *curves.of_training("forward_weight", "Weight of the forward KL", number,
-                                weight.format("d1")),
-            *curves.of_training("reverse_weight", "Weight of the reverse KL", number,
-                                weight.format("d2")),
-            *curves.of_training("forward_kl", "Forward KL (teacher ‖ student)", number, kl),
-            *curves.of_training("reverse_kl", "Reverse KL (student ‖ teacher)", number, kl),
-        ],
-        "time": [
-            *figures.step_times(curves.groups),
-            *curves.of_training("images_per_second", "Training speed (images/s)", number,
-                                "Without evaluation and saving."),
-            *curves.of_training("data_wait", "Waiting for data (share of the time)", percent,
-                                "The time that a faster data loader can save."),
-        ],
-    }  # fmt: skip
 
 
 def _facts(groups: Sequence[Group], runs: Sequence[Run]) -> str:
@@ -208,18 +174,11 @@ def _differing(groups: Sequence[Group]) -> dict[str, Any] | None:
     return {"head": head, "rows": rows} if rows else None
 
 
-def _run(group: Group, run: Run) -> dict[str, Any]:
-    seconds = run.wall_seconds
+def _run_facts(run: Run) -> str:
     facts = [
         f"method {run.method}",
         f"seed {printable(run.seed)[:120]}" if run.seed is not None else "",
-        f"trained {seconds:,.0f} s" if np.isfinite(seconds) else "",
+        f"trained {run.wall_seconds:,.0f} s" if np.isfinite(run.wall_seconds) else "",
         *(str(run.summary[key]) for key in ("device", "torch") if key in run.summary),
     ]
-    return {
-        "name": run.name,
-        "label": group.label,
-        "facts": ", ".join(filter(None, facts))[:400],
-        "notes": run.notes,
-        "config_text": run.config_text,
-    }
+    return ", ".join(filter(None, facts))[:400]
