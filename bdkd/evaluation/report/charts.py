@@ -78,12 +78,12 @@ class Scale:
         value, low, high = (math.log10(v) if self.log else v for v in (value, self.low, self.high))
         return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
 
-    def ticks(self, most: int = 6, whole: bool = False) -> list[float]:
+    def ticks(self, most: int = 6, integers: bool = False) -> list[float]:
         """Return round values between the limits.
 
         Args:
             most: approximate maximum number of ticks.
-            whole: return integers only.
+            integers: return integers only.
         """
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -96,7 +96,7 @@ class Scale:
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-        step = max(step, 1.0) if whole else step
+        step = max(step, 1.0) if integers else step
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [k * step for k in range(first, last + 1)]
 
@@ -173,7 +173,7 @@ def line_chart(
     else:
         x = Scale(*_limits(float(xs.min()), float(xs.max()), 0.0), LEFT, RIGHT)
     y = Scale(*_limits(float(ys.min()), float(ys.max()), 0.05), BOTTOM, TOP)
-    content = _frame(x, y, _tick_percent if fmt is percent else number, x_label, whole=True)
+    content = _frame(x, y, _tick_percent if fmt is percent else number, x_label, integers=True)
     content += [_band(line, x, y) for line in shown if line.low is not None]
     for line in shown:
         class_ = f"line {_colour(line.style)}" + (" thin" if line.thin else "")
@@ -236,13 +236,15 @@ def _limits(low: float, high: float, margin: float) -> tuple[float, float]:
     return low - margin * size, high + margin * size
 
 
-def _frame(x: Scale, y: Scale, y_fmt: Format, x_label: str, whole: bool = False) -> list[Markup]:
+def _frame(x: Scale, y: Scale, y_fmt: Format, x_label: str, integers: bool = False) -> list[Markup]:
     """Return the grid, the ticks and the label of the horizontal axis."""
     parts = []
     for value in y.ticks():
         parts.append(stroke(x.start, y(value), x.end, y(value), "grid"))
         parts.append(write(y_fmt(value), x.start - 6, y(value) + 3.5, "tick end"))
-    parts += [write(number(v), x(v), y.start + 15, "tick middle") for v in x.ticks(whole=whole)]
+    parts += [
+        write(number(v), x(v), y.start + 15, "tick middle") for v in x.ticks(integers=integers)
+    ]
     parts.append(stroke(x.start, y.start, x.end, y.start, "axis"))
     return [*parts, write(x_label, (x.start + x.end) / 2, y.start + 32, "label middle")]
 

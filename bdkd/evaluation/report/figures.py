@@ -139,10 +139,10 @@ def reliability_diagrams(groups: Sequence[Group]) -> list[Card]:
         )
         if not bins.count.sum():
             continue
-        eces, expected = group.results(name, "ece"), group.results(name, "ece_if_calibrated")
+        eces, expected = group.results(name, "ece"), group.mean(name, "ece_if_calibrated")
         note = f"ECE {spread(eces, percent) if len(eces) else percent(bins.ece)}"
-        if len(expected):
-            note += f", if calibrated {percent(float(expected.mean()))}"
+        if math.isfinite(expected):
+            note += f", if calibrated {percent(expected)}"
         rows = [
             [f"{k / BINS:.0%}–{(k + 1) / BINS:.0%}", f"{bins.count[k]:,}",
              percent(float(bins.accuracy[k])), percent(float(bins.confidence[k]))]

@@ -39,6 +39,10 @@ class Group:
         values = np.array([run.result(network, metric) for run in self.runs])
         return values[np.isfinite(values)]
 
+    def mean(self, network: str, metric: str) -> float:
+        values = self.results(network, metric)
+        return float(values.mean()) if len(values) else math.nan
+
 
 def network_points(run: Run, network: str, split: str, metric: str, epochs: bool) -> Points:
     """Return a metric of a network, or of the training step if ``network`` is ``""``."""

@@ -12,7 +12,6 @@ from .groups import Group, differing
 from .markup import environment, printable, tag
 from .runs import Run
 
-_MAX_TILES = 8
 _RESULTS = (
     ("top1", "top-1", percent),
     ("ece", "ECE", percent),
@@ -46,8 +45,9 @@ def render(
         warnings.append(missing)
     page = environment.get_template("page.html.j2").render(
         title=title,
-        facts=_facts(groups, runs),
-        tiles=[_tile(group, style) for style, group in enumerate(groups[:_MAX_TILES])],
+        recipes=sorted({str(run.config.get("name") or "") for run in runs} - {""}),
+        runs=runs,
+        swatch=charts.swatch,
         results=_results(groups),
         comparisons=[(f.resolve().name, list(_blocks(markdown))) for f, markdown in comparisons],
         groups=groups,
@@ -61,34 +61,6 @@ def render(
         run_facts=_run_facts,
     )
     return page + "\n", warnings
-
-
-def _facts(groups: Sequence[Group], runs: Sequence[Run]) -> str:
-    recipes = sorted({str(run.config.get("name") or "") for run in runs} - {""})
-    running = sum(not run.summary for run in runs)
-    facts = [
-        f"{len(runs)} run{'s' if len(runs) != 1 else ''}",
-        f"{len(groups)} configuration{'s' if len(groups) != 1 else ''}",
-        f"{running} not finished" if running else "",
-        ", ".join(recipes)[:120],
-    ]
-    return " · ".join(filter(None, facts))
-
-
-def _tile(group: Group, style: int) -> dict[str, Any]:
-    """Return the main results of a configuration."""
-    student = (group.networks_with_role("student") or group.networks or [""])[0]
-    teacher = (group.networks_with_role("teacher") or [""])[0]
-    top1, ece = group.results(student, "top1"), group.results(student, "ece")
-    teacher_top1 = group.results(teacher, "top1")
-    return {
-        "swatch": charts.swatch(style),
-        "label": group.label,
-        "seeds": len(top1),
-        "top1": percent(float(top1.mean())) if len(top1) else "running",
-        "ece": percent(float(ece.mean())) if len(ece) else "–",
-        "teacher": percent(float(teacher_top1.mean())) if len(teacher_top1) else None,
-    }
 
 
 def _results(groups: Sequence[Group]) -> dict[str, Any]:
@@ -112,7 +84,12 @@ def _results(groups: Sequence[Group]) -> dict[str, Any]:
                 name,
                 run.model(name) + ("" if run.role(name) in name else f", {run.role(name)}"),
                 f"{size:,.0f}" if np.isfinite(size) else "–",
-                *(_over_seeds(group.results(name, m), m, fmt) for m, _, fmt in shown),
+                *(
+                    # The expected ECE hardly differs between seeds, so show no deviation.
+                    fmt(group.mean(name, metric)) if metric == "ece_if_calibrated"
+                    else figures.spread(group.results(name, metric), fmt)
+                    for metric, _, fmt in shown
+                ),
                 _agreement(group, name),
             ])  # fmt: skip
     labels = [label for _, label, _ in shown]
@@ -125,12 +102,6 @@ def _results(groups: Sequence[Group]) -> dict[str, Any]:
         for row, cell in zip([head, *rows], ["seeds", *seeds], strict=True):
             row.insert(4, cell)  # type: ignore[attr-defined]
     return {"caption": caption, "head": head, "rows": rows}
-
-
-def _over_seeds(values: np.ndarray, metric: str, fmt: charts.Format) -> str:
-    if metric == "ece_if_calibrated" and len(values):
-        return fmt(float(values.mean()))  # the values of the seeds hardly differ
-    return figures.spread(values, fmt)
 
 
 def _agreement(group: Group, name: str) -> str:
