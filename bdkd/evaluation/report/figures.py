@@ -12,7 +12,7 @@ from bdkd.evaluation.calibration import BINS
 from . import charts, reliability
 from .charts import Format, Line, number, percent
 from .embedding import embed
-from .groups import Group, Points, average, gap_points, network_points, role_points
+from .groups import Group, Points, average, network_points
 from .markup import tag
 from .runs import Run, as_number
 
@@ -38,25 +38,17 @@ class Curves(NamedTuple):
     groups: Sequence[Group]
     epochs: bool
 
-    def of_students(self, metric: str, title: str, fmt: Format, note: str) -> list[Card]:
-        """Draw a validation metric of the students of every group."""
-        return self._of_groups(
-            lambda run: role_points(run, "student", metric, self.epochs), title, fmt, note
+    def of_groups(
+        self, points: Callable[[Run, str, bool], Points], metric: str, title: str, fmt: Format,
+        note: str,
+    ) -> list[Card]:  # fmt: skip
+        """Draw one chart with the mean of every group. ``points`` returns the curve of a run."""
+        averages = (
+            average(g.label, [points(run, metric, self.epochs) for run in g.runs], style)
+            for style, g in enumerate(self.groups)
         )
-
-    def of_training(self, metric: str, title: str, fmt: Format, note: str) -> list[Card]:
-        """Draw a metric of the training step of every group."""
-        return self._of_groups(
-            lambda run: network_points(run, "", "train", metric, self.epochs), title, fmt, note
-        )
-
-    def accuracy_gap(self) -> list[Card]:
-        return self._of_groups(
-            lambda run: gap_points(run, "top1", self.epochs),
-            "Accuracy gap between teacher and student", percent,
-            "Validation top-1 of the teachers minus that of the students. Below zero the student "
-            "is better.",
-        )  # fmt: skip
+        lines = [line for line in averages if len(line.x)]
+        return self._card(title, lines, fmt, note, _legend(lines), "method")
 
     def of_networks(self, metric: str, title: str, fmt: Format) -> list[Card]:
         """Draw one chart for each group, with training and validation of its networks."""
@@ -81,16 +73,6 @@ class Curves(NamedTuple):
             legend = charts.legend(entries, training=True)
             cards += self._card(f"{title}: {group.label}", lines, fmt, None, legend, "network")
         return cards
-
-    def _of_groups(
-        self, points: Callable[[Run], Points], title: str, fmt: Format, note: str
-    ) -> list[Card]:
-        averages = (
-            average(group.label, [points(run) for run in group.runs], style)
-            for style, group in enumerate(self.groups)
-        )
-        lines = [line for line in averages if len(line.x)]
-        return self._card(title, lines, fmt, note, _legend(lines), "method")
 
     def _card(
         self, title: str, lines: Sequence[Line], fmt: Format, note: str | None, legend: Markup,

@@ -53,23 +53,32 @@ def network_points(run: Run, network: str, split: str, metric: str, epochs: bool
     return np.array(series.steps) / scale, np.array(series.values)
 
 
+def step_points(run: Run, metric: str, epochs: bool) -> Points:
+    """Return a metric of the training step."""
+    return network_points(run, "", "train", metric, epochs)
+
+
 def role_points(run: Run, role: str, metric: str, epochs: bool) -> Points:
-    """Return the mean over the networks with a role, or over all networks if there are none."""
+    """Return the mean of a validation metric over the networks with a role, or over all networks if
+    there are none."""
     names = run.networks_with_role(role) or run.networks
     found = [network_points(run, name, "val", metric, epochs) for name in names]
     found = [points for points in found if len(points[0])]
     return _mean(found)[:2] if found else (np.empty(0), np.empty(0))
 
 
+def student_points(run: Run, metric: str, epochs: bool) -> Points:
+    return role_points(run, "student", metric, epochs)
+
+
 def gap_points(run: Run, metric: str, epochs: bool) -> Points:
-    """Return the teachers' mean minus the students' mean in validation."""
+    """Return the teachers' mean of a validation metric minus the students' mean."""
     if not (run.networks_with_role("teacher") and run.networks_with_role("student")):
         return np.empty(0), np.empty(0)
-    (x, teacher), (student_x, student) = (
-        role_points(run, role, metric, epochs) for role in ("teacher", "student")
-    )
-    common, i, j = np.intersect1d(x, student_x, return_indices=True)
-    return common, teacher[i] - student[j]
+    teacher_x, teacher = role_points(run, "teacher", metric, epochs)
+    student_x, student = role_points(run, "student", metric, epochs)
+    x, i, j = np.intersect1d(teacher_x, student_x, return_indices=True)
+    return x, teacher[i] - student[j]
 
 
 def average(label: str, points: Sequence[Points], style: int, thin: bool = False) -> Line:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import charts, figures
 from .charts import number, percent, three_decimals
-from .groups import Group, differing
+from .groups import Group, differing, gap_points, step_points, student_points
 from .markup import environment, printable, tag
 from .runs import Run
 
@@ -47,18 +47,21 @@ def render(
         title=title,
         recipes=sorted({str(run.config.get("name") or "") for run in runs} - {""}),
         runs=runs,
-        swatch=charts.swatch,
         results=_results(groups),
         comparisons=[(f.resolve().name, list(_blocks(markdown))) for f, markdown in comparisons],
         groups=groups,
         curves=figures.Curves(groups, all(run.steps_per_epoch for run in runs if run.series)),
         figures=figures,
-        number=number,
-        percent=percent,
         missing=missing,
         maps=maps,
         differing=_differing(groups),
         run_facts=_run_facts,
+        swatch=charts.swatch,
+        number=number,
+        percent=percent,
+        gap_points=gap_points,
+        step_points=step_points,
+        student_points=student_points,
     )
     return page + "\n", warnings
 
