@@ -196,7 +196,7 @@ class Calibration:
             _check_tensor(name, value)
         if not logits.is_floating_point():
             raise TypeError(
-                f"logits must be floating, got {logits.dtype}: labels go into target, after them"
+                f"logits must be floating-point, got {logits.dtype}: labels go into target"
             )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(

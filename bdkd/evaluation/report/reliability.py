@@ -31,7 +31,8 @@ def bin_images(confidence: np.ndarray, correct: np.ndarray) -> Bins:
     """Bin images by their confidence (N,). Images with a confidence of NaN are left out."""
     known = np.isfinite(confidence)
     confidence, correct = confidence[known], correct[known]
-    where = np.searchsorted(bin_edges(BINS).numpy(), confidence, side="left")  # closed on the right
+    edges = bin_edges(BINS).numpy()
+    where = np.searchsorted(edges, confidence, side="left")  # bins are closed on the right
     count = np.bincount(where, minlength=BINS)
     accuracy, mean_confidence = (
         np.bincount(where, weights=values, minlength=BINS) / np.maximum(count, 1)
