@@ -71,14 +71,16 @@ def test_one_process_of_a_machine_says_it(hide, capsys, monkeypatch):
 
 
 def imported_at_once(path: Path) -> set[str]:
-    """Return the packages of PyPI, except torch, that a file imports when it is imported."""
+    """Return the packages of PyPI that a file imports when it is imported, except torch and its
+    dependencies jinja2 and markupsafe."""
     found = set()
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(node.module.split(".")[0])
-    return found - sys.stdlib_module_names - {"torch", "bdkd", "bdkd_kernels"}
+    installed = {"torch", "jinja2", "markupsafe", "bdkd", "bdkd_kernels"}
+    return found - sys.stdlib_module_names - installed
 
 
 def asked_for(path: Path) -> set[str]:

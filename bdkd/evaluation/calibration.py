@@ -1,20 +1,21 @@
-"""Accuracy and calibration of a classifier, streamed on its device and exact.
+"""Measure accuracy and calibration of a classifier batch by batch, on its device and exactly.
 
-Definitions, for ``N`` samples with probabilities ``p`` (softmax at temperature 1, in float64
-whatever the logits' type), labels ``y`` and confidence ``c = max p``:
+Definitions for ``N`` samples with probabilities ``p`` (softmax at temperature 1, in float64 for
+logits of any type), labels ``y`` and confidence ``c = max p``:
 
-- top-1, top-5: the share of samples with fewer than 1 (5) classes ahead of the label; among equal
-  logits the lower class is ahead, as in ``argmax``.
+- top-1, top-5: fraction of samples with fewer than 1 (5) classes ranked before the label. Of equal
+  logits, the lower class is ranked first, as in ``argmax``.
 - NLL: mean of ``-log p_y``, nats. Brier: mean of ``sum over classes of (p - onehot(y))^2``.
   Entropy: mean of ``-sum p log p``, nats.
 - ECE: ``sum over bins of (n_b / N) |accuracy_b - confidence_b|`` over 15 bins ``(k/15, (k+1)/15]``
-  of confidence (Guo et al. 2017, arXiv 1706.04599). MCE: the largest of those gaps.
-- adaptive ECE: the same over 15 bins of equally many samples; equal confidences share a bin.
-- class-wise ECE: mean over classes of the ECE of that class's probability, its label rate in place
-  of accuracy (Kull et al. 2019, arXiv 1910.12656). A probability of exactly 0 is in the first bin.
+  of confidence (Guo et al. 2017, arXiv 1706.04599). MCE: the largest gap of a bin.
+- adaptive ECE: the ECE over 15 bins with equal numbers of samples. Samples of equal confidence are
+  in the same bin.
+- class-wise ECE: mean over classes of the ECE of the probability of the class, with the label rate
+  instead of accuracy (Kull et al. 2019, arXiv 1910.12656). A probability of 0 is in the first bin.
 
-Float32 bin edges differ from ``k/15`` at several edges, low-precision softmax saturates at 1.0 and
-low-precision counters stall: hence edges and sums in float64, counts in int64.
+Bin edges and sums are float64 and counts are int64: several float32 edges differ from ``k/15``,
+softmax saturates at 1.0 in low precision, and low-precision counters stop increasing.
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,12 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Metrics of one network on one data set, as defined at the head of this module.
+    """Metrics of one network on one data set, as defined in this module.
 
-    Accuracies and calibration errors are fractions, ``nll`` and ``entropy`` nats. The tuples have a
-    value for each of the 15 bins, 0 where a bin is empty. ``ece_if_calibrated`` is the ECE that a
-    perfectly calibrated network with these confidences would show on as many samples
-    (:func:`expected_ece`): an ECE near it is no evidence of miscalibration.
+    Accuracies and calibration errors are fractions; ``nll`` and ``entropy`` are in nats. The tuples
+    have one value for each of the 15 bins, 0 for an empty bin. ``ece_if_calibrated`` is the
+    expected ECE of a perfectly calibrated network with the same confidences
+    (:func:`expected_ece`). A similar ECE is no evidence of miscalibration.
     """
 
     count: int
@@ -54,47 +55,52 @@ class CalibrationResult:
 
 
 class Calibration:
-    """Gathers a network's predictions batch by batch; batches may differ in size.
+    """Accumulate the predictions of a network over batches of any size.
 
-    ``update`` runs on ``device`` and never waits for it; on the CPU the result does not depend, to
-    the last bit, on how the samples were cut into batches.
+    ``update`` runs on ``device`` and does not synchronize. On the CPU, the result does not depend
+    on the batch sizes, to the last bit.
 
-    A sample whose logits have no softmax (NaN, or +inf) is counted, as wrong, and lands in the last
-    bin with a confidence of NaN: NLL, Brier, entropy and calibration errors are then NaN, the
-    accuracies stay exact.
+    A sample whose logits have no softmax (NaN, or +inf) counts as wrong and is in the last bin with
+    a confidence of NaN. NLL, Brier score, entropy and calibration errors are then NaN, and the
+    accuracies are exact.
 
-    For several ranks: all-reduce ``counts``, ``sums`` and ``class_gaps`` (sum) and gather
-    ``confidences`` and ``corrects``, or :meth:`merge`. Averages of the ranks' errors would be
-    wrong: the ECE of a part is larger than that of the whole.
+    With several ranks, all-reduce ``counts``, ``sums`` and ``class_gaps`` by sum and gather
+    ``confidences`` and ``corrects``, or call :meth:`merge`. Do not average the errors of the ranks:
+    the ECE of a part of the samples is larger than the ECE of all.
+
+    Args:
+        num_classes: number of classes, the columns of the logits.
+        device: device of the logits and targets.
     """
-
-    counts: Tensor  # (3, BINS) int64: samples, correct, label among the first five; by confidence
-    sums: Tensor  # (4, BINS) float64: confidence, NLL, Brier, entropy; by confidence
-    class_gaps: Tensor  # (num_classes, BINS) float64: sum of onehot(y) - p; by p
-    confidences: list[Tensor]  # a batch's confidences (B,) float64
-    corrects: list[Tensor]  # a batch's correctness (B,) bool
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
             raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
         self.num_classes = num_classes
+        # (3, BINS): samples, correct, label among the first five; by confidence
         self.counts = torch.zeros(3, BINS, dtype=torch.int64, device=device)
+        # (4, BINS): sums of confidence, NLL, Brier, entropy; by confidence
         self.sums = torch.zeros(4, BINS, dtype=torch.float64, device=device)
+        # (C, BINS): sums of onehot(y) - p; by p
         self.class_gaps = torch.zeros(num_classes, BINS, dtype=torch.float64, device=device)
-        self.confidences = []
-        self.corrects = []
+        self.confidences: list[Tensor] = []  # of batches, (B,) float64
+        self.corrects: list[Tensor] = []  # of batches, (B,) bool
         self._edges = bin_edges(BINS, device)  # (BINS - 1,)
         self._rows = torch.arange(4, device=device).unsqueeze(-1)  # (4, 1)
         self._classes = torch.arange(num_classes, device=device)  # (C,)
 
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Count one batch of logits ``(B, C)``, any floating type, and its labels ``(B,)``.
+        """Add one batch.
+
+        Args:
+            logits: (B, C), any floating-point type.
+            target: (B,), integer labels.
 
         Raises:
-            TypeError, ValueError: a shape, type or device that does not fit. A label outside
-                [0, C) raises on the CPU; on a GPU, where reading it would wait for the device, its
-                sample counts as wrong with an NLL of NaN.
+            TypeError, ValueError: an argument has the wrong type, shape or device. On the CPU, a
+                label outside [0, C) also raises. On a GPU, reading it would synchronize, so that
+                its sample counts as wrong with an NLL of NaN.
         """
         self._check(logits, target)
         x, target = logits.double(), target.long()  # (B, C), (B,)
@@ -106,8 +112,8 @@ class Calibration:
         label = target.clamp(0, self.num_classes - 1).unsqueeze(-1)  # (B, 1)
         x_label = x.gather(-1, label)  # (B, 1)
         ahead = (x > x_label) | ((x == x_label) & (self._classes < label))  # (B, C)
-        sound = known & (confidence > 0)  # (B,); false for NaN alone
-        rank = ahead.sum(-1).where(sound, self.num_classes + _TOP)  # (B,)
+        valid = known & (confidence > 0)  # (B,); False for NaN and unknown labels
+        rank = ahead.sum(-1).where(valid, self.num_classes + _TOP)  # (B,)
         correct = rank < 1
         counted = torch.stack((torch.ones_like(rank), correct, rank < _TOP))  # (3, B)
         self._add(self.counts, self._rows[:3], bins, counted)
@@ -124,13 +130,13 @@ class Calibration:
 
     @staticmethod
     def _add(total: Tensor, rows: Tensor, bins: Tensor, values: Tensor) -> None:
-        """Add each of ``values`` to ``total (R, BINS)`` at its row and bin; the three broadcast."""
-        # One-dimensional index_add_ adds one value after the other on the CPU, so that the sums do
-        # not depend on the batches; a matrix product or a batch's sum would round by batch.
+        """Add values to ``total`` (R, BINS) at rows and bins. The three arguments broadcast."""
+        # On the CPU, one-dimensional index_add_ adds the values one by one, so that the sums do not
+        # depend on the batch sizes. A matrix product or the sum of a batch would round differently.
         total.view(-1).index_add_(0, (BINS * rows + bins).flatten(), values.flatten())
 
     def merge(self, other: "Calibration") -> None:
-        """Count the samples of ``other`` too: the shards of a data set make the whole."""
+        """Add the samples of another calibration, such as another shard of the data set."""
         if other.num_classes != self.num_classes:
             raise ValueError(
                 f"cannot merge a calibration of {other.num_classes} classes "
@@ -144,25 +150,27 @@ class Calibration:
         self.corrects += [correct.to(device) for correct in other.corrects]
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        """Confidence (N,) float64 and correctness (N,) bool of every sample so far."""
+        """Return confidence (N,) float64 and correctness (N,) bool of all samples."""
         if not self.confidences:
             return self.sums.new_empty(0), self.counts.new_empty(0, dtype=torch.bool)
         return torch.cat(self.confidences), torch.cat(self.corrects)
 
     def compute(self, draws: int = 1000, seed: int = 0) -> CalibrationResult:
-        """The metrics of all samples so far; waits for the device.
+        """Return the metrics of all samples. This call synchronizes with the device.
 
-        ``draws`` and ``seed`` are those of :func:`expected_ece`.
+        Args:
+            draws: simulated data sets for :func:`expected_ece`.
+            seed: seed for :func:`expected_ece`.
 
         Raises:
-            ValueError: no sample was counted.
+            ValueError: there are no samples.
         """
         counts, sums = self.counts.cpu(), self.sums.cpu()
         size, correct, top5 = counts  # each (BINS,)
         confidence, nll, brier, entropy = sums  # each (BINS,)
         count = int(size.sum())
         if count == 0:
-            raise ValueError("no metrics of no samples: update() was given none")
+            raise ValueError("there are no samples to measure: call update() first")
         confidences, corrects = self.samples()
         gap = (correct - confidence).abs()  # (BINS,)
         occupied = size.clamp(min=1)
@@ -188,12 +196,11 @@ class Calibration:
             _check_tensor(name, value)
         if not logits.is_floating_point():
             raise TypeError(
-                f"logits must be floating, got {logits.dtype}: labels go into target, after them"
+                f"logits must be floating-point, got {logits.dtype}: labels go into target"
             )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"logits must have shape (B, {self.num_classes}), one column a class, "
-                f"got {tuple(logits.shape)}"
+                f"logits must have shape (B, {self.num_classes}), got {tuple(logits.shape)}"
             )
         if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
             raise TypeError(
@@ -201,20 +208,20 @@ class Calibration:
             )
         if target.shape != logits.shape[:1]:
             raise ValueError(
-                f"target must have shape ({logits.shape[0]},), one label a sample, "
-                f"got {tuple(target.shape)}"
+                f"target must have shape ({logits.shape[0]},), got {tuple(target.shape)}"
             )
+        device = self.counts.device
         for name, tensor in (("logits", logits), ("target", target)):
-            if tensor.device != self.counts.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"{name} must be on the calibration's device {self.counts.device}, "
-                    f"got {tensor.device}: move it with {name}.to({str(self.counts.device)!r})"
+                    f"{name} must be on the calibration's device {device}, got {tensor.device}: "
+                    f"move it with {name}.to({str(device)!r})"
                 )
-        if target.device.type == "cpu":
-            labels = target.long()  # comparing int8 with 1000 would wrap
-            bad = ((labels < 0) | (labels >= self.num_classes)).nonzero()
-            if len(bad):
-                row = int(bad[0])
+        if device.type == "cpu":
+            labels = target.long()  # comparing int8 with 1000 would overflow
+            for row in (
+                ((labels < 0) | (labels >= self.num_classes)).nonzero()[:1].flatten().tolist()
+            ):
                 raise ValueError(
                     f"target[{row}] is {int(target[row])}: "
                     f"a label must be in [0, {self.num_classes}), for {self.num_classes} classes"
@@ -222,18 +229,18 @@ class Calibration:
 
 
 def expected_ece(confidences: Tensor, bins: int = BINS, draws: int = 1000, seed: int = 0) -> float:
-    """The mean ECE that a perfectly calibrated network with these confidences would show.
+    """Return the expected ECE of a perfectly calibrated network with these confidences.
 
-    Each draw takes sample ``i`` as correct with probability ``confidences[i]``; what ECE remains is
-    chance. It grows as samples get fewer, so an ECE says little without it.
+    In each simulated data set, sample ``i`` is correct with probability ``confidences[i]``. The
+    expected ECE is larger for fewer samples, so compare an ECE with it.
 
     Args:
         confidences: (N,), fractions; N >= 1.
-        bins: equal bins of confidence.
-        draws: simulated data sets; the mean over them is returned.
-        seed: of the simulation, which runs on the CPU and is the same for every device.
+        bins: number of equal bins of confidence.
+        draws: number of simulated data sets.
+        seed: seed of the simulation, which runs on the CPU and does not depend on the device.
     """
-    confidence = _on_host(confidences, draws)  # (N,)
+    confidence = _check_confidences(confidences, draws)  # (N,)
     count = len(confidence)
     member = torch.nn.functional.one_hot(
         torch.bucketize(confidence, bin_edges(bins)), bins
@@ -254,7 +261,7 @@ class Interval(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """Bootstrap intervals of ECE and top-1, fractions."""
+    """Bootstrap intervals of ECE and top-1, as fractions."""
 
     ece: Interval
     top1: Interval
@@ -263,21 +270,20 @@ class Intervals(NamedTuple):
 def bootstrap(
     confidences: Tensor, corrects: Tensor, draws: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Intervals:
-    """Intervals of ECE and top-1 over data sets drawn anew from these samples, with replacement.
+    """Return bootstrap intervals of ECE and top-1, from samples drawn with replacement.
 
-    Resampling adds chance to the chance already there, so the ECE of a resample is biased upward
-    and the plain percentile interval may lie wholly above the truth. The ECE's interval is the
-    pivotal one, ``2 ECE - quantile``, which reverses that bias, cut at 0; top-1 has no such bias
-    and takes the percentiles.
+    Resampling increases the ECE, so that the percentile interval can lie entirely above the true
+    value. The interval of the ECE is therefore the pivotal one, ``2 ECE - quantile``, clamped at 0.
+    The interval of top-1, which has no such bias, is the percentile interval.
 
     Args:
         confidences: (N,), fractions; N >= 1.
         corrects: (N,) bool, or 0 and 1.
-        draws: resampled data sets.
-        seed: of the resampling, which runs on the CPU and is the same for every device.
-        level: the share of the distribution that the intervals span, in (0, 1).
+        draws: number of resampled data sets.
+        seed: seed of the resampling, which runs on the CPU and does not depend on the device.
+        level: coverage of the intervals, in (0, 1).
     """
-    confidence = _on_host(confidences, draws)  # (N,)
+    confidence = _check_confidences(confidences, draws)  # (N,)
     _check_tensor("corrects", corrects)
     correct = corrects.detach().to("cpu", torch.float64)  # (N,)
     if correct.shape != confidence.shape:
@@ -311,8 +317,8 @@ def bootstrap(
 
 
 def bin_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the edges between ``bins`` equal bins, each ``k / bins`` rounded once, (bins - 1,)
-    float64. ``torch.bucketize`` closes every bin on its right."""
+    """Return the inner edges ``k / bins`` of equal bins, (bins - 1,) float64. Bins of
+    ``torch.bucketize`` are closed on the right."""
     inner = [k / bins for k in range(1, bins)]
     return torch.tensor(inner, dtype=torch.float64, device=device)
 
@@ -321,7 +327,7 @@ def _adaptive_ece(confidences: Tensor, corrects: Tensor) -> float:  # (N,), (N,)
     confidence, order = confidences.sort()
     correct = corrects[order].double()
     count = len(confidence)
-    # Equal confidences go where the first of them goes; NaN, ranked past the end, to the last bin.
+    # Equal confidences share the bin of the first. NaN is ranked after the end, in the last bin.
     rank = torch.searchsorted(confidence, confidence)  # (N,)
     bins = (rank * BINS // count).clamp(max=BINS - 1)  # (N,)
     totals = confidence.new_zeros(2, BINS)
@@ -333,11 +339,11 @@ def _adaptive_ece(confidences: Tensor, corrects: Tensor) -> float:  # (N,), (N,)
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         array = hasattr(value, "__array__") or isinstance(value, list | tuple)
-        remedy = f": torch.as_tensor({name}) makes one" if array else ""
+        remedy = f": convert with torch.as_tensor({name})" if array else ""
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{remedy}")
 
 
-def _on_host(confidences: Tensor, draws: int) -> Tensor:
+def _check_confidences(confidences: Tensor, draws: int) -> Tensor:
     _check_tensor("confidences", confidences)
     if confidences.ndim != 1 or len(confidences) == 0:
         raise ValueError(
@@ -346,15 +352,13 @@ def _on_host(confidences: Tensor, draws: int) -> Tensor:
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
     confidence = confidences.detach().to("cpu", torch.float64)
-    if (confidence < 0).any() or (confidence > 1).any():  # not NaN, which is passed on
-        bad = confidence[(confidence < 0) | (confidence > 1)][0].item()
-        raise ValueError(
-            f"confidences must be fractions in [0, 1], the largest softmax, got {bad:g}"
-        )
+    bad = confidence[(confidence < 0) | (confidence > 1)]  # NaN is allowed
+    if len(bad):
+        raise ValueError(f"confidences must be fractions in [0, 1], got {bad[0].item():g}")
     return confidence
 
 
 def _chunks(draws: int, count: int) -> list[int]:
-    """Rows a chunk so that one chunk of ``count`` columns stays near 2^22 numbers (32 MB)."""
+    """Split draws of ``count`` numbers into chunks of about 2^22 numbers (32 MB)."""
     rows = min(draws, max(1, 2**22 // count))
     return [min(rows, draws - start) for start in range(0, draws, rows)]

@@ -1,4 +1,4 @@
-"""Methods side by side over seeds: means, spreads, paired tests against the first, as tables."""
+"""Compare methods over seeds: means, standard deviations and paired tests, as tables."""
 
 import csv
 import io
@@ -15,47 +15,51 @@ from bdkd.metrics import Metric
 
 METRICS = [metric for metric in ALL_METRICS if metric.compared]
 
+Table = tuple[list[str], list[list[str]]]  # header and lines
+
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its method as the user wrote it, its seed, its ``summary.json``, and the
-    networks that the method did not train: no test says anything of those."""
+    """One finished run. ``frozen`` networks are not trained by the method and not tested."""
 
     method: str
     seed: int
-    summary: Mapping[str, Any]
+    summary: Mapping[str, Any]  # the content of ``summary.json``
     frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one network under one method."""
+    """One metric of one network with one method."""
 
-    values: Mapping[int, float]  # by seed; seeds without a value (no T, a NaN) are not in it
+    values: Mapping[int, float]  # by seed, without the seeds that have no finite value
     mean: float | None
-    std: float | None  # of the sample, over seeds; None of fewer than two
-    test: PairedTest | None  # against the first method, on the seeds that both have
-    p_t: float | None  # corrected by Holm for the number of methods, as the next
-    p_wilcoxon: float | None
+    std: float | None  # sample standard deviation over seeds, None for fewer than two
+    test: PairedTest | None  # against the first method, on the seeds of both
+    p_t: float | None  # corrected by Holm for the number of methods
+    p_wilcoxon: float | None  # corrected by Holm for the number of methods
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network under one method."""
+    """One network with one method."""
 
     method: str
     network: str
     role: str
     model: str
     seeds: tuple[int, ...]
-    train_seconds: float  # the whole run's, of all networks, mean over seeds
+    train_seconds: float  # of the whole run with all networks, mean over seeds
     cells: Mapping[str, Cell]  # by metric
 
 
 def compare(runs: Sequence[Run], methods: Sequence[str]) -> list[Row]:
-    """A row for every network and method that has runs: students first, networks in the order of
-    the recipe, methods in the order given. Tests are against ``methods[0]``; Holm's correction is
-    over the other methods, for each metric of each network by itself."""
+    """Return a row for every network and method that has runs.
+
+    Students come first, networks are in the order of the recipe, and methods are in the given
+    order. Tests compare each method with ``methods[0]``. Holm's correction covers these tests for
+    each metric of each network separately.
+    """
     networks: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         for name, values in run.summary["networks"].items():
@@ -63,18 +67,18 @@ def compare(runs: Sequence[Run], methods: Sequence[str]) -> list[Row]:
     rows = []
     for name in sorted(networks, key=lambda name: networks[name]["role"] != "student"):
         by_method = {
-            method: own
+            method: found
             for method in methods
-            if (own := [r for r in runs if r.method == method and name in r.summary["networks"]])
+            if (found := [r for r in runs if r.method == method and name in r.summary["networks"]])
         }
         cells = {metric.key: _cells(by_method, name, metric, methods[0]) for metric in METRICS}
-        for method, own in by_method.items():
+        for method, found in by_method.items():
             rows.append(
                 Row(
                     method, name, networks[name]["role"], networks[name]["model"],
-                    tuple(sorted(run.seed for run in own)),
-                    statistics.fmean(run.summary["wall_seconds"] for run in own),
-                    {key: of_method[method] for key, of_method in cells.items()},
+                    tuple(sorted(run.seed for run in found)),
+                    statistics.fmean(run.summary["wall_seconds"] for run in found),
+                    {key: of_methods[method] for key, of_methods in cells.items()},
                 )
             )  # fmt: skip
     return rows
@@ -84,51 +88,49 @@ def _cells(
     by_method: Mapping[str, Sequence[Run]], network: str, metric: Metric, first: str
 ) -> dict[str, Cell]:
     values: dict[str, dict[int, float]] = {}
-    for method, own in by_method.items():
-        found = {run.seed: run.summary["networks"][network].get(metric.key) for run in own}
+    for method, runs in by_method.items():
+        found = {run.seed: run.summary["networks"][network].get(metric.key) for run in runs}
         values[method] = {
             seed: float(value)
             for seed, value in sorted(found.items())
             if value is not None and math.isfinite(value)
         }
     tests: dict[str, PairedTest] = {}
-    for method, of_method in values.items():
-        paired = sorted(of_method.keys() & values.get(first, {}).keys())
+    for method, by_seed in values.items():
+        paired = sorted(by_seed.keys() & values.get(first, {}).keys())
         trained = all(network not in run.frozen for m in (method, first) for run in by_method[m])
         if metric.tested and method != first and paired and trained:
-            differences = [of_method[seed] - values[first][seed] for seed in paired]
-            tests[method] = paired_test(differences)
+            tests[method] = paired_test([by_seed[seed] - values[first][seed] for seed in paired])
     p_t = dict(zip(tests, holm([test.p_t for test in tests.values()]), strict=True))
     p_wilcoxon = dict(zip(tests, holm([test.p_wilcoxon for test in tests.values()]), strict=True))
     return {
         method: Cell(
-            of_method,
-            statistics.fmean(of_method.values()) if of_method else None,
-            statistics.stdev(of_method.values()) if len(of_method) > 1 else None,
+            by_seed,
+            statistics.fmean(by_seed.values()) if by_seed else None,
+            statistics.stdev(by_seed.values()) if len(by_seed) > 1 else None,
             tests.get(method), p_t.get(method), p_wilcoxon.get(method),
         )
-        for method, of_method in values.items()
+        for method, by_seed in values.items()
     }  # fmt: skip
 
 
-def results(rows: Sequence[Row], network: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of one network's table: mean and standard deviation of every metric."""
+def results(rows: Sequence[Row], network: str) -> Table:
+    """Return the table of mean and standard deviation of every metric of one network."""
     header = ["method", *(metric.label for metric in METRICS), "seeds", "train s"]
-    lines = [
-        [
-            row.method,
-            *(_mean_and_std(row.cells[metric.key], metric) for metric in METRICS),
-            str(len(row.seeds)),
-            f"{row.train_seconds:.0f}",
-        ]
-        for row in rows
-        if row.network == network
-    ]
+    lines = []
+    for row in rows:
+        if row.network == network:
+            cells = [(metric, row.cells[metric.key]) for metric in METRICS]
+            shown = [
+                metric.show(cell.mean) + ("" if cell.std is None else f" ± {metric.show(cell.std)}")
+                for metric, cell in cells
+            ]
+            lines.append([row.method, *shown, str(len(row.seeds)), f"{row.train_seconds:.0f}"])
     return header, lines
 
 
-def differences(rows: Sequence[Row], network: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of one network's tests: a line for every method but the first and every
+def differences(rows: Sequence[Row], network: str) -> Table:
+    """Return the table of tests of one network: a line for every method except the first and every
     headline metric."""
     header = ["method", "metric", "difference", "95% interval", "p (t)", "p (Wilcoxon)", "seeds"]
     lines = []
@@ -137,49 +139,44 @@ def differences(rows: Sequence[Row], network: str) -> tuple[list[str], list[list
             cell = row.cells[metric.key]
             if row.network != network or cell.test is None or not metric.headline:
                 continue
-            low, high = (metric.show(v, "+") for v in (cell.test.low, cell.test.high))
+            mean, low, high = (
+                metric.show(v, "+") for v in (cell.test.mean, cell.test.low, cell.test.high)
+            )
             interval = "–" if cell.test.low is None else f"{low} to {high}"
-            lines.append(
-                [
-                    row.method, metric.label, metric.show(cell.test.mean, "+"), interval,
-                    _p_value(cell.p_t), _p_value(cell.p_wilcoxon), str(cell.test.n),
-                ]
-            )  # fmt: skip
+            p_values = _show_p(cell.p_t), _show_p(cell.p_wilcoxon)
+            lines.append([row.method, metric.label, mean, interval, *p_values, str(cell.test.n)])
     return header, lines
 
 
 def notes(first: str, images: int, rows: Sequence[Row]) -> list[str]:
-    """What a reader must know of the tables, a paragraph each."""
+    """Return paragraphs that explain the tables."""
     text = [
-        f"Mean ± standard deviation over seeds, on {images:,} test images. ECE: 15 bins, as "
-        "trained. "
-        "At T: the logits divided by one temperature that was fitted on the validation part "
-        "(temperature scaling), never on the test images.",
-        "train s: seconds of training and evaluating all networks of one run, beside whatever else "
-        "the machine did meanwhile: no claim of speed.",
+        f"Mean ± standard deviation over seeds, on {images:,} test images. ECE: 15 bins, without "
+        "temperature scaling. At T: after temperature scaling, which divides the logits by one "
+        "temperature that was fitted on the validation part, never on the test images.",
+        "train s: seconds of training and evaluating all networks of one run. Other work on the "
+        "machine affects this time, so that it does not compare the speed of methods.",
     ]
-    bounded = sum(
-        value in (LOWEST, HIGHEST)
-        for row in rows
-        for value in row.cells["temperature"].values.values()
-    )
+    temperatures = [t for row in rows for t in row.cells["temperature"].values.values()]
+    bounded = sum(t in (LOWEST, HIGHEST) for t in temperatures)
     if bounded:
         text.append(
-            f"T has no minimum to stand at in {bounded} fits (a validation part without an error, "
-            f"or worse than chance): there it is at its bound, {LOWEST:g} or {HIGHEST:g}."
+            f"In {bounded} fits the NLL has no minimum, because the validation part has no error "
+            f"or because the network is worse than chance. There T is {LOWEST:g} or {HIGHEST:g}."
         )
     if any(cell.test for row in rows for cell in row.cells.values()):
         text.append(
             f"Differences are from {first}, seed by seed. p: paired t-test, and Wilcoxon's exact "
-            "signed-rank test, which takes nothing as normal; both two-sided and corrected by Holm "
-            "for the number of methods, for each metric of each network by itself. The interval is "
-            "that of the t-test, uncorrected."
+            "signed-rank test, which does not assume a normal distribution. Both are two-sided and "
+            "corrected by Holm for the number of methods, for each metric of each network "
+            "separately. The interval is that of the t-test, without correction."
         )
     return text
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a method, network and metric; fractions in [0, 1], empty where there is no value."""
+    """Return one line for each method, network and metric. Fractions are in [0, 1], and missing
+    values are empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
@@ -199,19 +196,13 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
+    """Return a Markdown table with the first column left-aligned and the others right-aligned."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in (header, rule, *lines))
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def _mean_and_std(cell: Cell, metric: Metric) -> str:
-    if cell.std is None:
-        return metric.show(cell.mean)
-    return f"{metric.show(cell.mean)} ± {metric.show(cell.std)}"
-
-
-def _p_value(p: float | None) -> str:
+def _show_p(p: float | None) -> str:
     if p is None:
         return "–"
     return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.001 else f"{p:.3f}"

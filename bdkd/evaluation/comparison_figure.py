@@ -1,4 +1,4 @@
-"""The figure of a comparison: every seed a dot, every method's mean a line."""
+"""Draw the figure of a comparison: a dot for every seed and a line for the mean of every method."""
 
 import math
 from collections.abc import Sequence
@@ -9,19 +9,18 @@ from bdkd.evaluation.figures import INK, MUTED, NETWORK_COLOURS, mute_axes, save
 
 
 def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw it and write it to ``path`` (a PNG), atomically: a row of panels a network, a panel a
-    metric, a column of dots a method. Methods are told apart by their names below, not by colour
-    alone; dots stand in the order of their seeds.
+    """Draw a grid with a row for each network and a column for each metric, and write a PNG file
+    atomically. Each panel has a column of dots for each method, in the order of the seeds.
 
     Raises:
-        ValueError: no rows.
-        OSError: ``path`` cannot be written; a file that was there is untouched.
+        ValueError: there are no rows.
+        OSError: ``path`` cannot be written. An existing file is not changed.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if not rows:
-        raise ValueError("a comparison needs at least one method's runs")
+        raise ValueError("a comparison needs the runs of at least one method")
     networks = list(dict.fromkeys(row.network for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
     metrics = [metric for metric in METRICS if metric.headline]
@@ -32,27 +31,24 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
     )  # fmt: skip
     grid = figure.subplots(len(networks), len(metrics), squeeze=False)
     for axes_row, network in zip(grid, networks, strict=True):
-        of_network = {row.method: row for row in rows if row.network == network}
-        role = next(iter(of_network.values())).role
+        by_method = {row.method: row for row in rows if row.network == network}
+        role = next(iter(by_method.values())).role
         head = network if network == role else f"{network} ({role})"
         for axes, metric in zip(axes_row, metrics, strict=True):
-            for place, method in enumerate(methods):
-                if method not in of_network:
+            factor = 100 if metric.percent else 1
+            for x, method in enumerate(methods):
+                cell = by_method[method].cells[metric.key] if method in by_method else None
+                if cell is None or not cell.values:
                     continue
-                cell = of_network[method].cells[metric.key]
-                colour = NETWORK_COLOURS[place % len(NETWORK_COLOURS)]
-                factor = 100 if metric.percent else 1
                 values = [factor * value for value in cell.values.values()]
-                if not values:
-                    continue
                 offsets = [0.36 * ((k + 0.5) / len(values) - 0.5) for k in range(len(values))]
                 axes.plot(
-                    [place + offset for offset in offsets], values,
-                    linestyle="", marker="o", markersize=4, color=colour, alpha=0.75,
+                    [x + offset for offset in offsets], values, linestyle="", marker="o",
+                    markersize=4, color=NETWORK_COLOURS[x % len(NETWORK_COLOURS)], alpha=0.75,
                     markeredgewidth=0,
                 )  # fmt: skip
                 mean = math.fsum(values) / len(values)
-                axes.plot([place - 0.32, place + 0.32], [mean] * 2, color=INK, linewidth=1.6)
+                axes.plot([x - 0.32, x + 0.32], [mean] * 2, color=INK, linewidth=1.6)
             axes.set_title(f"{head}: {metric.label}", fontsize=10, color=INK, loc="left")
             mute_axes(axes)
             axes.set_xlim(-0.6, len(methods) - 0.4)

@@ -1,16 +1,17 @@
-"""Figures of a run: reliability diagrams and training curves.
+"""Draw the figures of a run: reliability diagrams and training curves.
 
-Drawn on ``matplotlib.figure.Figure`` objects, without pyplot: no global state, no display. The
-colours are those of Okabe and Ito, told apart by colour-blind readers too.
+The figures are ``matplotlib.figure.Figure`` objects without pyplot, so that they need no display
+and have no global state. The colours are those of Okabe and Ito, which color-blind readers can
+distinguish.
 """
 
 import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .calibration import BINS, CalibrationResult
 
@@ -24,74 +25,77 @@ BLUE, SKY, GREEN, ORANGE, VERMILION, PURPLE = (
 INK, MUTED, FAINT = "#222222", "#666666", "#E4E4E4"
 NETWORK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)
 _CENTRES = [(k + 0.5) / BINS for k in range(BINS)]
-_TOP = 1.02  # of the accuracies' axis: room for the line of a bar that ends at 1
+_TOP = 1.02  # upper limit of the accuracy axis, with space for the outline of a bar that ends at 1
 _OVER: dict[str, Any] = {"facecolor": "#F7DCC9", "edgecolor": VERMILION, "hatch": "////"}
 _UNDER: dict[str, Any] = {"facecolor": "#DDF0FB", "edgecolor": SKY, "hatch": "...."}
 _DIAGONAL: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": (0, (5, 4))}
+_POINTS: dict[str, Any] = {"linewidth": 2, "marker": "o", "markersize": 3.5}
+# Split -> label and style of its curves
+_CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "train": ("training", {"linewidth": 1}),
+    "val": ("validation", _POINTS | {"linestyle": "-"}),
+    "test": ("test images, not used for selection", _POINTS | {"linestyle": "--"}),
+}
 
 
 def reliability_diagram(results: Mapping[str, CalibrationResult], path: Path, title: str) -> None:
-    """Draw the networks' reliability side by side and write it to ``path`` (a PNG), atomically.
+    """Draw the reliability of each network side by side and write a PNG file atomically.
 
-    Above: each bin's accuracy with its 95% Wilson interval, and the gap to the bin's mean
-    confidence, which the ECE averages; on the dashed diagonal a network is calibrated. Below: how
-    many samples the bins hold. "Chance" is the ECE that perfect calibration would show on as many
-    samples.
+    The upper panels show the accuracy of each bin with its 95% Wilson interval, and the gap between
+    accuracy and mean confidence, which the ECE averages. The dashed diagonal is perfect
+    calibration. The lower panels show the number of samples in each bin. "Chance" is the expected
+    ECE of a perfectly calibrated network on the same number of samples.
 
     Raises:
-        ValueError: no results.
-        OSError: ``path`` cannot be written; a file that was there is untouched.
+        ValueError: there are no results.
+        OSError: ``path`` cannot be written. An existing file is not changed.
     """
     from matplotlib.figure import Figure
 
     if not results:
         raise ValueError("a reliability diagram needs the results of at least one network")
-    width, height = 0.75 + 4.0 * len(results), 6.4  # inches, as all lengths here
+    width, height = 0.75 + 4.0 * len(results), 6.4  # inches, like all lengths below
     figure = Figure(figsize=(width, height), facecolor="white")
 
-    def place(left: float, bottom: float, wide: float, high: float) -> "Axes":
+    def add_axes(left: float, bottom: float, wide: float, high: float) -> "Axes":
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
 
     most = max(count for result in results.values() for count in result.bin_count)
     for column, (name, result) in enumerate(results.items()):
         left = 0.75 + 4.0 * column
-        upper, lower = place(left, 1.95, 3.55, 3.55 * _TOP), place(left, 0.95, 3.55, 0.8)
+        upper, lower = add_axes(left, 1.95, 3.55, 3.55 * _TOP), add_axes(left, 0.95, 3.55, 0.8)
         _draw_reliability(upper, result)
         _draw_counts(lower, result, most)
-        head: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        upper.annotate(name, (0, 1), (0, 22), fontsize=12, fontweight="bold", color=INK, **head)
-        upper.annotate(_headline(result), (0, 1), (0, 6), fontsize=9.5, color=MUTED, **head)
+        above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        upper.annotate(name, (0, 1), (0, 22), fontsize=12, fontweight="bold", color=INK, **above)
+        headline = (
+            f"top-1 {result.top1:.1%}    NLL {result.nll:.3f}    "
+            f"ECE {result.ece:.1%} (chance: {result.ece_if_calibrated:.1%})"
+        )
+        upper.annotate(headline, (0, 1), (0, 6), fontsize=9.5, color=MUTED, **above)
         lower.set_xlabel("confidence", fontsize=10.5, color=INK)
-        if column == 0:
-            upper.set_ylabel("accuracy", fontsize=10.5, color=INK)
-            lower.set_ylabel("samples", fontsize=10.5, color=INK)
-        else:
-            upper.tick_params(labelleft=False)
-            lower.tick_params(labelleft=False)
+        for axes, label in ((upper, "accuracy"), (lower, "samples")):
+            if column == 0:
+                axes.set_ylabel(label, fontsize=10.5, color=INK)
+            else:
+                axes.tick_params(labelleft=False)
     figure.text(
         0.75 / width, 1 - 0.1 / height, title,
         fontsize=13, fontweight="bold", color=INK, va="top",
     )  # fmt: skip
-    _legend(figure)
+    _add_legend(figure)
     save_figure(figure, path)
-
-
-def _headline(result: CalibrationResult) -> str:
-    return (
-        f"top-1 {result.top1:.1%}    NLL {result.nll:.3f}    "
-        f"ECE {result.ece:.1%} (chance: {result.ece_if_calibrated:.1%})"
-    )
 
 
 def _draw_reliability(axes: "Axes", result: CalibrationResult) -> None:
     from matplotlib.patheffects import withStroke
 
-    halo = [withStroke(linewidth=2.6, foreground="white")]  # seen on white and on blue alike
+    halo = [withStroke(linewidth=2.6, foreground="white")]  # visible on white and on blue
     for k, count in enumerate(result.bin_count):
         if count == 0:
             continue
         accuracy, confidence = result.bin_accuracy[k], result.bin_confidence[k]
-        # A bin that a NaN fell into has no confidence and so no gap.
+        # A bin that contains NaN has no mean confidence and therefore no gap.
         shared = accuracy if math.isnan(confidence) else min(accuracy, confidence)
         bar: dict[str, Any] = {"x": _CENTRES[k], "width": 1 / BINS, "linewidth": 0.8}
         axes.bar(height=shared, color=BLUE, edgecolor="white", **bar)
@@ -124,7 +128,7 @@ def _draw_counts(axes: "Axes", result: CalibrationResult, most: int) -> None:
     mute_axes(axes)
 
 
-def _legend(figure: "Figure") -> None:
+def _add_legend(figure: "Figure") -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -142,15 +146,15 @@ def _legend(figure: "Figure") -> None:
 
 
 def training_curves(metrics: Path, path: Path) -> None:
-    """Draw a run's ``metrics.jsonl`` over its steps and write it to ``path`` (a PNG), atomically:
-    loss, top-1 and entropy of every network, and the mean weight of the forward KL.
+    """Draw the curves of a run's ``metrics.jsonl`` and write a PNG file atomically.
 
-    Training intervals are thin lines, validations thick ones with dots, and evaluations on the test
-    images (``watch_test``) are dashed. A panel without data (the
-    weight, for methods that have none) is left out; a last line that was cut off is passed over.
+    The panels show loss, top-1 and entropy of every network, and the mean weight of the forward KL.
+    A panel without data is left out. Thin lines are training intervals, thick lines with dots are
+    validations, and dashed lines are evaluations on the test images (``watch_test``). An incomplete
+    last line of the file is ignored.
 
     Raises:
-        ValueError: there is no metric in the file.
+        ValueError: the file contains no metrics.
         OSError: a file cannot be read or written.
     """
     from matplotlib.figure import Figure
@@ -158,30 +162,27 @@ def training_curves(metrics: Path, path: Path) -> None:
 
     series = _read_series(metrics)
     networks = list(dict.fromkeys(network for network, _, _ in series if network))
-    panels = [
-        (metric, label)
-        for metric, label in (
-            ("loss", "training loss"),
-            ("top1", "top-1"),
-            ("entropy", "entropy (nats)"),
-            ("forward_weight", "mean weight of the forward KL"),
-        )
-        if any(key[2] == metric for key in series)
-    ]
+    labels = {
+        "loss": "training loss", "top1": "top-1", "entropy": "entropy (nats)",
+        "forward_weight": "mean weight of the forward KL",
+    }  # fmt: skip
+    panels = [metric for metric in labels if any(key[2] == metric for key in series)]
     if not panels:
-        raise ValueError(f"{metrics} holds no metrics to draw")
+        raise ValueError(f"{metrics} contains no metrics to draw")
     rows = math.ceil(len(panels) / 2)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     figure = Figure(figsize=(9.2, 0.6 + 2.9 * rows), layout=layout, facecolor="white")
     grid = figure.subplots(rows, min(2, len(panels)), squeeze=False, sharex=True).flatten()
-    colours = {
-        network: NETWORK_COLOURS[i % len(NETWORK_COLOURS)] for i, network in enumerate(networks)
-    }
-    for axes, (metric, label) in zip(grid, panels, strict=False):
-        axes.set_title(label, fontsize=10.5, color=INK, loc="left")
+    colours = {name: NETWORK_COLOURS[i % len(NETWORK_COLOURS)] for i, name in enumerate(networks)}
+    for axes, metric in zip(grid, panels, strict=False):
+        axes.set_title(labels[metric], fontsize=10.5, color=INK, loc="left")
         for (network, split, name), points in series.items():
             if name == metric:
-                _draw_series(axes, points, split, colours.get(network, INK))
+                _, style = _CURVES.get(split, _CURVES["test"])
+                axes.plot(
+                    *zip(*points, strict=True), color=colours.get(network, INK),
+                    alpha=0.55 if split == "train" else None, **style,
+                )  # fmt: skip
         if metric == "top1":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.tick_params(labelbottom=True)
@@ -189,7 +190,7 @@ def training_curves(metrics: Path, path: Path) -> None:
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel("step", fontsize=10.5, color=INK)
-    _curves_legend(figure, colours, {split for _, split, _ in series})
+    _add_curves_legend(figure, colours, {split for _, split, _ in series})
     save_figure(figure, path)
 
 
@@ -197,8 +198,8 @@ Series = dict[tuple[str, str, str], list[tuple[int, float]]]  # (network, split,
 
 
 def _read_series(metrics: Path) -> Series:
-    """Every number of the file; those of the whole step stand under the network ``""``. A null or
-    NaN is kept as a gap in its line."""
+    """Return all numbers of the file. Numbers of the training step have the network ``""``, and
+    null is NaN."""
     series: Series = defaultdict(list)
     lines = metrics.read_text("utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -207,53 +208,31 @@ def _read_series(metrics: Path) -> Series:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{metrics}, line {number}, is no JSON: {error}") from error
+            raise ValueError(f"{metrics}, line {number}, is not JSON: {error}") from error
         if not isinstance(values, dict) or not {"step", "split"} <= values.keys():
             continue
         for key, value in values.items():
-            for name, number_or_null in (
-                value.items() if isinstance(value, dict) else [(key, value)]
-            ):
-                network = key if isinstance(value, dict) else ""
-                if number_or_null is None or isinstance(number_or_null, int | float):
-                    y = math.nan if number_or_null is None else float(number_or_null)
-                    series[network, values["split"], name].append((values["step"], y))
+            network, named = (key, value) if isinstance(value, dict) else ("", {key: value})
+            for name, y in named.items():
+                if y is None or isinstance(y, int | float):
+                    point = values["step"], math.nan if y is None else float(y)
+                    series[network, values["split"], name].append(point)
     return series
 
 
-def _draw_series(axes: "Axes", points: list[tuple[int, float]], split: str, colour: str) -> None:
-    steps, values = zip(*points, strict=True)
-    if split == "train":
-        axes.plot(steps, values, color=colour, linewidth=1, alpha=0.55)
-    else:
-        dashes = "-" if split == "val" else "--"
-        axes.plot(
-            steps, values, color=colour, linewidth=2, marker="o", markersize=3.5, linestyle=dashes
-        )
-
-
-def _curves_legend(figure: "Figure", colours: Mapping[str, str], splits: set[str]) -> None:
+def _add_curves_legend(figure: "Figure", colours: Mapping[str, str], splits: set[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=c, linewidth=3, label=name) for name, c in colours.items()]
-    if "train" in splits:
-        handles.append(Line2D([], [], color=MUTED, linewidth=1, label="training"))
-    dashes: Literal["-", "--"]
-    for split, label, dashes in (
-        ("val", "validation", "-"),
-        ("test", "test images, not used for selection", "--"),
-    ):
+    for split, (label, style) in _CURVES.items():
         if split in splits:
-            handles.append(
-                Line2D([], [], color=MUTED, linewidth=2, marker="o", markersize=3.5, label=label,
-                       linestyle=dashes)
-            )  # fmt: skip
+            handles.append(Line2D([], [], color=MUTED, label=label, **style))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9.5,
                   frameon=False)  # fmt: skip
 
 
 def mute_axes(axes: "Axes") -> None:
-    """Little but the data: faint grid, no box."""
+    """Draw a faint grid and no box."""
     axes.set_axisbelow(True)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -262,12 +241,11 @@ def mute_axes(axes: "Axes") -> None:
 
 
 def wilson(rate: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a rate seen in ``count`` trials."""
+    """Return Wilson's 95% interval of a rate that was observed in ``count`` trials."""
     z = 1.959964
-    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = (
-        z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    )
+    scale = 1 + z * z / count
+    centre = (rate + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
     return centre - half, centre + half
 
 
@@ -278,10 +256,16 @@ def _short(count: int) -> str:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write as PNG under another name, then rename. The same data give the same bytes."""
+    """Write a PNG file atomically. Equal data give equal bytes."""
+    options: dict[str, Any] = {"format": "png", "dpi": 200, "metadata": {"Software": None}}
+    replace_file(path, lambda temporary: figure.savefig(temporary, **options))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it, so that ``path`` is never incomplete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
+        write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

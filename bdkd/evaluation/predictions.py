@@ -1,7 +1,7 @@
-"""What a finished run keeps of every test image: the ground of figures drawn long after it.
+"""Save and read the predictions of a run on every test image.
 
-One safetensors file a run. Of each network: confidence, entropy, predicted class and, of some
-images, the features that its classifier sees. A report needs neither weights nor data.
+The safetensors file of a run holds confidence, entropy and predicted class of each network, and the
+input features of the classifier for some images. A report needs neither weights nor data.
 """
 
 import json
@@ -16,13 +16,13 @@ if message := missing_packages(("numpy",)):
 
 import numpy as np
 
-# Enough points for a picture of ten clusters, and 2 MB a network at 2,048 features.
+# Enough points for a t-SNE map; the features of a network with 2,048 features take 2 MB.
 FEATURE_CLASSES, FEATURES_PER_CLASS = 10, 50
 
 
 @dataclass(frozen=True)
 class NetworkPredictions:
-    """One network on the N test images, at temperature 1."""
+    """Predictions of one network on the N test images, at temperature 1."""
 
     confidence: np.ndarray  # (N,) float64, the largest probability
     entropy: np.ndarray  # (N,) float32, nats
@@ -32,7 +32,7 @@ class NetworkPredictions:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Every network of a run on the same N test images, in the data source's order."""
+    """Predictions of all networks of a run on the N test images, in the order of the split."""
 
     classes: tuple[str, ...]
     target: np.ndarray  # (N,) int64
@@ -44,8 +44,8 @@ class Predictions:
 
 
 def featured_images(target: np.ndarray) -> np.ndarray:
-    """Indices of the images whose features are kept: of the first ten classes, the first fifty of
-    each, so that a picture of them can be read; ``target (N,)`` holds integers."""
+    """Return the indices of the images whose features are kept: the first fifty of each of the
+    first ten classes. ``target`` is (N,), integers."""
     kept = [
         np.flatnonzero(target == label)[:FEATURES_PER_CLASS]
         for label in np.unique(target)[:FEATURE_CLASSES]
@@ -54,18 +54,14 @@ def featured_images(target: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(predictions: Predictions) -> bytes:
-    """The file's content, as :func:`read_predictions` takes it."""
+    """Return the content of a file for :func:`read_predictions`."""
     from safetensors.numpy import save
 
     arrays = {"target": predictions.target, "featured": predictions.featured}
     for index, network in enumerate(predictions.networks.values()):
-        arrays |= {
-            f"{index}.confidence": network.confidence,
-            f"{index}.entropy": network.entropy,
-            f"{index}.predicted": network.predicted,
-        }
-        if network.features is not None:
-            arrays[f"{index}.features"] = network.features
+        for key, array in vars(network).items():
+            if array is not None:
+                arrays[f"{index}.{key}"] = array
     metadata = {
         "classes": json.dumps(predictions.classes),
         "networks": json.dumps(list(predictions.networks)),
@@ -74,11 +70,11 @@ def to_bytes(predictions: Predictions) -> bytes:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read a run's file.
+    """Read the predictions of a run.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is cut off, or no such file.
+        OSError: the file cannot be opened.
+        ValueError: the file is incomplete or contains something else.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -86,35 +82,29 @@ def read_predictions(path: Path) -> Predictions:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        target = arrays["target"]
         networks = {
             name: NetworkPredictions(
-                arrays[f"{index}.confidence"],
-                arrays[f"{index}.entropy"],
-                arrays[f"{index}.predicted"],
-                arrays.get(f"{index}.features"),
+                arrays[f"{index}.confidence"], arrays[f"{index}.entropy"],
+                arrays[f"{index}.predicted"], arrays.get(f"{index}.features"),
             )
             for index, name in enumerate(json.loads(metadata["networks"]))
-        }
-        predictions = Predictions(
-            tuple(json.loads(metadata["classes"])), target, arrays["featured"], networks
-        )
+        }  # fmt: skip
+        classes = tuple(json.loads(metadata["classes"]))
+        predictions = Predictions(classes, arrays["target"], arrays["featured"], networks)
         _check_shapes(predictions)
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no predictions of a run: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} holds no predictions of a run: {error}") from error
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} contains no predictions of a run: {error}") from error
     return predictions
 
 
 def _check_shapes(predictions: Predictions) -> None:
     count, featured = len(predictions.target), predictions.featured
     if featured.ndim != 1 or (len(featured) and not 0 <= featured.min() <= featured.max() < count):
-        raise ValueError("its featured images are not among its images")
+        raise ValueError("the indices of the featured images are out of range")
     for name, network in predictions.networks.items():
-        for of_images in (network.confidence, network.entropy, network.predicted):
-            if of_images.shape != (count,):
-                raise ValueError(f"{name!r} has {of_images.shape} values for {count} images")
+        for values in (network.confidence, network.entropy, network.predicted):
+            if values.shape != (count,):
+                raise ValueError(f"{name!r} has {values.shape} values for {count} images")
         features = network.features
         if features is not None and (features.ndim != 2 or len(features) != len(featured)):
             raise ValueError(f"{name!r} has features of shape {features.shape}")

@@ -5,13 +5,12 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import numpy as np
-
-from bdkd.evaluation.report.markup import Html
+from markupsafe import Markup
 
 NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?%?")
 
 
-def parse(markup: Html | None) -> Element:
+def parse(markup: Markup | None) -> Element:
     """The element of a fragment, which must be well-formed XML too."""
     assert markup is not None
     return ElementTree.fromstring(markup)

@@ -248,9 +248,9 @@ def test_a_row_without_a_softmax_counts_as_wrong(poison):
 def test_nothing_counted_and_empty_batches():
     calibration = Calibration(3)
     calibration.update(torch.empty(0, 3), torch.empty(0, dtype=torch.long))
-    with pytest.raises(ValueError, match="no metrics of no samples"):
+    with pytest.raises(ValueError, match="no samples to measure"):
         calibration.compute()
-    with pytest.raises(ValueError, match="no metrics of no samples"):
+    with pytest.raises(ValueError, match="no samples to measure"):
         Calibration(3).compute()
     logits, target = random_case(5, 3, seed=0)
     calibration.update(logits, target)

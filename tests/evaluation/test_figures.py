@@ -244,10 +244,10 @@ def test_curves_without_a_weight_and_with_gaps(tmp_path, drawn):
 def test_curves_of_a_broken_file_name_it(tmp_path):
     path = tmp_path / "curves.png"
     metrics = write(tmp_path / "metrics.jsonl", [])
-    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no metrics"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl contains no metrics"):
         figures.training_curves(metrics, path)
     metrics.write_text('{"step": 1, "split"\n{"step": 2, "split": "train"}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is no JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is not JSON"):
         figures.training_curves(metrics, path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         figures.training_curves(tmp_path / "nowhere.jsonl", path)

@@ -64,7 +64,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path):
     path, good = tmp_path / "predictions.safetensors", some()
     for index in (-1, 12):
         path.write_bytes(to_bytes(dataclasses.replace(good, featured=np.array([0, 3, index]))))
-        with pytest.raises(ValueError, match="featured images are not among its images"):
+        with pytest.raises(ValueError, match="featured images are out of range"):
             read_predictions(path)
     path.write_bytes(to_bytes(some(kept=(11,))))  # the last image may be one of them
     read_predictions(path)
@@ -83,5 +83,5 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path):
 def test_a_file_of_something_else_is_refused(content, tmp_path):
     path = tmp_path / "predictions.safetensors"
     path.write_bytes(to_bytes(some())[:-5] if content == "cut" else content)
-    with pytest.raises(ValueError, match="holds no predictions of a run"):
+    with pytest.raises(ValueError, match="contains no predictions of a run"):
         read_predictions(path)

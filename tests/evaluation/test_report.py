@@ -235,8 +235,8 @@ def test_many_networks_averages_and_roles(tmp_path):
                       roles=dict.fromkeys("abc", "student"))  # fmt: skip
     page, warnings = page_of([run, cohort], tmp_path)
     assert warnings == []
-    assert read_run(run).judged("student") == ["student_ema"]
-    assert read_run(run).judged("teacher") == ["teacher1", "teacher2"]
+    assert read_run(run).networks_with_role("student") == ["student_ema"]
+    assert read_run(run).networks_with_role("teacher") == ["teacher1", "teacher2"]
     for shown in ("bdkd: student_ema", "bdkd: teacher2", "dml: c"):
         assert f"Reliability of {shown}" in page.text
     gaps = [a for a in page.text.split("Numbers") if "Accuracy gap" in a]
@@ -252,7 +252,7 @@ def test_runs_that_are_not_whole(tmp_path, capsys):
     page, warnings = page_of([running], tmp_path)
     assert "running" in page.text
     assert "1 not finished" in page.text
-    assert warnings == [f"{running}: not finished: it has no summary.json yet"]
+    assert warnings == [f"{running}: not finished: there is no summary.json yet"]
     page, warnings = page_of([begun], tmp_path)
     assert "No run is finished yet" in page.text
     assert any("no metrics yet" in warning for warning in warnings)
@@ -272,7 +272,7 @@ def test_runs_that_are_not_whole(tmp_path, capsys):
         "cannot read config.toml",
         "cannot read summary.json",
         "no predictions of a run",
-        "profile.json: it is no table",
+        "profile.json: the content is not a table",
         "4 lines of metrics.jsonl cannot be read",
     ):
         assert any(said in warning for warning in warnings), said
@@ -321,9 +321,9 @@ def test_a_long_run_is_thinned_and_six_runs_stay_small(tmp_path):
 def test_paths_without_a_run_and_pages_that_cannot_be_written(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=r"nowhere is no folder: give the folder of a run"):
+    with pytest.raises(RunError, match=r"nowhere is not a folder: pass the folder of a run"):
         write_report([run, tmp_path / "nowhere"], tmp_path / "r.html")
-    with pytest.raises(RunError, match=r"empty holds no run, nor folders of runs"):
+    with pytest.raises(RunError, match=r"empty contains no run folder"):
         write_report([tmp_path / "empty"], tmp_path / "r.html")
     with pytest.raises(RunError, match=r"cannot write .*no/r\.html: .* another --output"):
         write_report([run], tmp_path / "no" / "r.html", tsne=False)

@@ -21,8 +21,8 @@ from bdkd.evaluation.report.charts import (
     percent,
     scatter,
 )
-from bdkd.evaluation.report.markup import printable, table, tag
-from bdkd.evaluation.report.reliability import PATTERNS, bin_images, draw, key
+from bdkd.evaluation.report.markup import macros, printable, tag
+from bdkd.evaluation.report.reliability import bin_images, draw
 
 
 class Elements(HTMLParser):
@@ -63,7 +63,7 @@ def test_texts_and_attributes_come_back_as_they_were_given(anything, length):
 
 
 def test_the_cells_of_a_table_are_headed_by_their_column_and_row():
-    rows = parse(table(["a", "b", "c"], [[1, 2, 3], [4, 5, 6]], "caption", head_rows=2))
+    rows = parse(macros.table(["a", "b", "c"], [[1, 2, 3], [4, 5, 6]], "caption", head_rows=2))
     head, *lines = rows.iter("tr")
     assert [(c.tag, c.get("scope"), c.text) for c in head] == [("th", "col", n) for n in "abc"]
     for line, numbers in zip(lines, ([1, 2, 3], [4, 5, 6]), strict=True):
@@ -340,7 +340,7 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
 
 def test_hatches_have_a_size_and_a_mark_inside():
     """A pattern without width or height draws nothing, and says nothing."""
-    patterns = list(parse(PATTERNS).iter("pattern"))
+    patterns = list(parse(macros.patterns()).iter("pattern"))
     assert [pattern.get("id") for pattern in patterns] == ["over", "under"]
     for pattern in patterns:
         assert min(at(pattern, "width", "height")) > 0
@@ -353,13 +353,13 @@ def test_hatches_have_a_size_and_a_mark_inside():
 
 
 def test_the_key_of_the_diagrams_names_their_parts():
-    named = {words(item): next(iter(classes(item.find("svg")[0]))) for item in parse(key())}
+    named = {words(item): next(iter(classes(item.find("svg")[0]))) for item in parse(macros.key())}
     assert named == {
         "accuracy": "bar", "overconfident by": "over", "underconfident by": "under",
         "95% interval": "interval", "calibrated": "reference",
     }  # fmt: skip
     # The hatch that the style sheet takes for each of the two: url(#over), url(#under).
-    grounds = {p.get("id"): classes(p[0]) for p in parse(PATTERNS).iter("pattern")}
+    grounds = {p.get("id"): classes(p[0]) for p in parse(macros.patterns()).iter("pattern")}
     assert grounds == {"over": {"over-ground"}, "under": {"under-ground"}}
 
 

@@ -213,7 +213,7 @@ def test_a_folder_is_read_number_by_number(tmp_path):
     assert run.steps_per_epoch == 19  # of whole epochs
     assert run.notes == [
         "4 lines of metrics.jsonl cannot be read and are left out",
-        "not finished: it has no summary.json yet",
+        "not finished: there is no summary.json yet",
     ]
 
 
@@ -230,8 +230,8 @@ def test_roles_are_the_recipes_and_an_average_has_its_networks():
         "net": "teacher", "net2": "student", "net23": "teacher", "net2_ema": "student",
         "other": "student", "old_teacher": "teacher",
     }  # fmt: skip
-    assert run.judged("student") == ["net2_ema", "other"]
-    assert run.judged("teacher") == ["net", "net23", "old_teacher"]
+    assert run.networks_with_role("student") == ["net2_ema", "other"]
+    assert run.networks_with_role("teacher") == ["net", "net23", "old_teacher"]
 
 
 def test_a_folder_is_one_run_by_whatever_path_it_is_named(tmp_path, monkeypatch):

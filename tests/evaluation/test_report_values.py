@@ -99,7 +99,7 @@ def test_a_tile_has_the_judged_students_numbers_and_its_teachers(body):
 
         assert [words(p) for p in tile.iter("p")] == [
             method, of("student_ema", "top1"), f"top-1 of the student, {len(seeds)} seeds",
-            f"its ECE {of('student_ema', 'ece')}", f"teacher {of('teacher', 'top1')}",
+            f"ECE of the student {of('student_ema', 'ece')}", f"teacher {of('teacher', 'top1')}",
         ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Runs that differ in their seed alone stand together: one line of their mean, one band."""
+"""Group runs that differ only in their seed, and average their curves."""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 from .charts import Line
 from .runs import Run
 
-POINTS = 160  # of a line: more than a screen can tell apart
-# What makes no difference to the science of a run.
-_IGNORED = {"seed", "run_dir", "device", "threads", "log", "log_every", "max_steps"}
+POINTS = 160  # maximum number of points of a line
+# Options that do not change the experiment
+_IGNORED = {
+    "seed", "run_dir", "device", "threads", "log", "log_every", "max_steps", "checkpoint",
+}  # fmt: skip
+Points = tuple[np.ndarray, np.ndarray]  # x (P,) and y (P,)
 
 
 @dataclass
@@ -27,173 +31,144 @@ class Group:
     def networks(self) -> list[str]:
         return list(dict.fromkeys(name for run in self.runs for name in run.networks))
 
-    def judged(self, role: str) -> list[str]:
-        return list(dict.fromkeys(name for run in self.runs for name in run.judged(role)))
+    def networks_with_role(self, role: str) -> list[str]:
+        return list(dict.fromkeys(n for run in self.runs for n in run.networks_with_role(role)))
 
     def results(self, network: str, metric: str) -> np.ndarray:
-        """Of each finished run, ``(S,)``."""
+        """Return the finite results of the runs, (S,)."""
         values = np.array([run.result(network, metric) for run in self.runs])
         return values[np.isfinite(values)]
 
-    def line(
-        self, label: str, network: str, split: str, metric: str, epochs: bool, style: int
-    ) -> Line:
-        """A metric over the steps (or epochs): the mean of the seeds that came that far, and the
-        band from the least of them to the greatest."""
-        return average(
-            label, [_points(run, network, split, metric, epochs) for run in self.runs], style,
-            thin=split == "train",
-        )  # fmt: skip
-
-    def mean_line(
-        self, label: str, role: str, split: str, metric: str, epochs: bool, style: int
-    ) -> Line:
-        """The same of the mean over the networks of a role."""
-        return average(
-            label,
-            [role_points(run, role, split, metric, epochs) for run in self.runs],
-            style,
-            thin=split == "train",
-        )
+    def mean(self, network: str, metric: str) -> float:
+        values = self.results(network, metric)
+        return float(values.mean()) if len(values) else math.nan
 
 
-Points = tuple[np.ndarray, np.ndarray]
-
-
-def _points(run: Run, network: str, split: str, metric: str, epochs: bool) -> Points:
+def network_points(run: Run, network: str, split: str, metric: str, epochs: bool) -> Points:
+    """Return a metric of a network, or of the training step if ``network`` is ``""``."""
     series = run.series.get((network, split, metric))
     if series is None:
         return np.empty(0), np.empty(0)
-    x = np.array(series.steps)
-    return (x / run.steps_per_epoch if epochs and run.steps_per_epoch else x), np.array(
-        series.values
-    )
+    scale = run.steps_per_epoch if epochs and run.steps_per_epoch else 1
+    return np.array(series.steps) / scale, np.array(series.values)
 
 
-def role_points(run: Run, role: str, split: str, metric: str, epochs: bool) -> Points:
-    """The mean over the networks of a role, where it has some, else over all of a run."""
-    names = run.judged(role) or run.networks
-    found = [_points(run, name, split, metric, epochs) for name in names]
+def step_points(run: Run, metric: str, epochs: bool) -> Points:
+    """Return a metric of the training step."""
+    return network_points(run, "", "train", metric, epochs)
+
+
+def role_points(run: Run, role: str, metric: str, epochs: bool) -> Points:
+    """Return the mean of a validation metric over the networks with a role, or over all networks if
+    there are none."""
+    names = run.networks_with_role(role) or run.networks
+    found = [network_points(run, name, "val", metric, epochs) for name in names]
     found = [points for points in found if len(points[0])]
-    if not found:
+    return _mean(found)[:2] if found else (np.empty(0), np.empty(0))
+
+
+def student_points(run: Run, metric: str, epochs: bool) -> Points:
+    return role_points(run, "student", metric, epochs)
+
+
+def gap_points(run: Run, metric: str, epochs: bool) -> Points:
+    """Return the teachers' mean of a validation metric minus the students' mean."""
+    if not (run.networks_with_role("teacher") and run.networks_with_role("student")):
         return np.empty(0), np.empty(0)
-    return _mean(found)[:2]
-
-
-def gap_line(group: Group, label: str, metric: str, epochs: bool, style: int) -> Line:
-    """Teachers less students, in validation."""
-    differences: list[Points] = []
-    for run in group.runs:
-        if not (run.judged("teacher") and run.judged("student")):
-            continue
-        teacher = role_points(run, "teacher", "val", metric, epochs)
-        student = role_points(run, "student", "val", metric, epochs)
-        x, of_teacher, of_student = np.intersect1d(teacher[0], student[0], return_indices=True)
-        differences.append((x, teacher[1][of_teacher] - student[1][of_student]))
-    return average(label, differences, style)
+    teacher_x, teacher = role_points(run, "teacher", metric, epochs)
+    student_x, student = role_points(run, "student", metric, epochs)
+    x, i, j = np.intersect1d(teacher_x, student_x, return_indices=True)
+    return x, teacher[i] - student[j]
 
 
 def average(label: str, points: Sequence[Points], style: int, thin: bool = False) -> Line:
-    """One line of several seeds."""
+    """Return the mean of several seeds, with a band from their minimum to their maximum."""
     given = [p for p in points if len(p[0])]
     if not given:
         return Line(label, np.empty(0), np.empty(0), style, thin)
-    x, mean, low, high = (_thinned(a, how) for a, how in zip(
-        _mean(given), (np.nanmean, np.nanmean, np.nanmin, np.nanmax), strict=True))  # fmt: skip
-    if len(given) == 1:
-        return Line(label, x, mean, style, thin)
-    return Line(label, x, mean, style, thin, low, high)
+    reductions: tuple[Any, ...] = (np.nanmean, np.nanmean, np.nanmin, np.nanmax)
+    x, mean, *band = map(_thinned, _mean(given), reductions)
+    return Line(label, x, mean, style, thin, *(band if len(given) > 1 else ()))
 
 
 def _mean(points: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, least and greatest of the finite values at each x; NaN where there is none."""
+    """Return each x with the mean, minimum and maximum of its finite values, or NaN if none is."""
     x, where = np.unique(np.concatenate([p[0] for p in points]), return_inverse=True)
     y = np.concatenate([p[1] for p in points])
-    known = np.isfinite(y)
-    where, y = where[known], y[known]
+    where, y = where[np.isfinite(y)], y[np.isfinite(y)]
     count = np.bincount(where, minlength=len(x))
     total = np.bincount(where, weights=y, minlength=len(x))
-    low, high = np.full(len(x), np.inf), np.full(len(x), -np.inf)
-    np.minimum.at(low, where, y)
-    np.maximum.at(high, where, y)
-    nothing = count == 0
-    for values in (low, high):
-        values[nothing] = math.nan
-    return x, np.where(nothing, math.nan, total / np.maximum(count, 1)), low, high
+    mean, low, high = np.full((3, len(x)), math.nan)
+    np.divide(total, count, out=mean, where=count > 0)
+    np.fmin.at(low, where, y)
+    np.fmax.at(high, where, y)
+    return x, mean, low, high
 
 
-def _thinned(values: np.ndarray, how: Any) -> np.ndarray:
-    """At most ``POINTS``, each of a run of neighbours; the last of a line stays the last."""
+def _thinned(values: np.ndarray, reduce: Any) -> np.ndarray:
+    """Reduce runs of neighbors, so that at most ``POINTS`` values are left, and keep the last."""
     if len(values) <= POINTS:
         return values
     edges = np.linspace(0, len(values), POINTS).astype(int)
     parts = [values[a:b] for a, b in itertools.pairwise(edges)]
-    means = [float(how(part)) if np.isfinite(part).any() else math.nan for part in parts]
-    return np.array([*means, values[-1]])
+    reduced = [float(reduce(part)) if np.isfinite(part).any() else math.nan for part in parts]
+    return np.array([*reduced, values[-1]])
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first runs, under names that tell them apart."""
+    """Return groups with unique labels, in the order of their first runs."""
     members: dict[object, list[Run]] = {}
     for run in runs:
         flat = _flat(run.config)
         key = frozenset((k, repr(v)) for k, v in flat.items()) if flat else run.path
         members.setdefault(key, []).append(run)
     groups = [Group(found[0].method, found) for found in members.values()]
-    recipes = {str(g.runs[0].config.get("name", "")) for g in groups}
-    if len(recipes) > 1:
-        for group in groups:
-            recipe = group.runs[0].config.get("name")
+    recipes = [str(g.runs[0].config.get("name") or "") for g in groups]
+    if len(set(recipes)) > 1:
+        for group, recipe in zip(groups, recipes, strict=True):
             group.label = f"{recipe}: {group.label}" if recipe else group.label
-    for label in [g.label for g in groups]:
-        alike = [g for g in groups if g.label == label]
-        if len(alike) > 1:
-            _tell_apart(alike)
+    for label, count in Counter(g.label for g in groups).items():
+        if count > 1:
+            _make_unique([g for g in groups if g.label == label])
     return groups
 
 
 def differing(groups: Sequence[Group]) -> dict[str, list[object]]:
-    """Keys of the configuration that differ, with each group's value (None: absent)."""
+    """Return the configuration keys that differ, with the value of each group (None: absent)."""
     flats = [_flat(group.runs[0].config) for group in groups]
     keys = sorted({key for flat in flats for key in flat})
     values = {key: [flat.get(key) for flat in flats] for key in keys}
-    return {key: of for key, of in values.items() if any(repr(v) != repr(of[0]) for v in of)}
+    return {key: of for key, of in values.items() if len(set(map(repr, of))) > 1}
 
 
-def _tell_apart(groups: Sequence[Group]) -> None:
+def _make_unique(groups: Sequence[Group]) -> None:
+    """Append to each label the keys that differ, and the name of the run if that is not enough."""
     keys = differing(groups)
     for index, group in enumerate(groups):
-        told = [
-            f"{_brief(key)} = {_plain(of[index])}"
-            for key, of in keys.items()
-            if of[index] is not None
-        ]
-        shown = told if len(told) <= 3 else [*told[:3], "…"]
+        parts = []
+        for key, values in keys.items():
+            short = key.removeprefix("networks.")
+            short = short if short != key else key.split(".")[-1]
+            value = values[index]
+            if value is not None:
+                parts.append(f"{short} = {f'{value:g}' if isinstance(value, float) else value}")
+        shown = parts if len(parts) <= 3 else [*parts[:3], "…"]
         if shown:
             group.label += f" ({', '.join(shown)[:80]})"
-    seen: dict[str, int] = {}
+    counts = Counter(group.label for group in groups)
     for group in groups:
-        seen[group.label] = seen.get(group.label, 0) + 1
-    for group in groups:
-        if seen[group.label] > 1:
+        if counts[group.label] > 1:
             group.label += f" [{group.runs[0].name}]"
 
 
-def _plain(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _brief(key: str) -> str:
-    return key.removeprefix("networks.") if key.startswith("networks.") else key.split(".")[-1]
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration with dotted keys, without keys that do not matter."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if prefix == "" and (key in _IGNORED or key == "checkpoint"):
+        if prefix == "" and key in _IGNORED:
             continue
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key != "weights":  # each seed may start from a teacher of its own
+        elif key != "weights":  # each seed may load the weights of another teacher
             flat[prefix + key] = value
     return flat

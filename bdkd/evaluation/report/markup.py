@@ -1,84 +1,49 @@
-"""HTML and SVG made of elements: text is escaped because there is no other way to put it in."""
+"""Build HTML and SVG in which all text is escaped: small elements here, the page in Jinja2."""
 
-import html
 import re
-from collections.abc import Sequence
+from typing import Any
 
-# What neither HTML nor UTF-8 can hold: control characters, halves of surrogate pairs.
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+
+# HTML and UTF-8 cannot represent control characters and surrogate halves.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_VOID = {"meta", "br", "link", "img", "hr"}
-
-Value = str | int | float | None
-
-
-class Html(str):
-    """Markup that was made by :func:`tag`, which alone is not escaped again."""
-
-
-def text(value: object) -> Html:
-    """Any text, from any file, as markup that shows it."""
-    return value if isinstance(value, Html) else Html(html.escape(printable(value)))
 
 
 def printable(value: object) -> str:
+    """Return the text of a value, with U+FFFD in place of characters that HTML cannot represent."""
     return _UNPRINTABLE.sub("\ufffd", str(value))
 
 
-def tag(element: str, /, *children: object, **attributes: Value) -> Html:
-    """One element; ``class_`` is ``class``, underscores are hyphens, None leaves it out."""
+def _finalize(value: object) -> object:
+    if value is None or isinstance(value, Markup):
+        return "" if value is None else value
+    return printable(value)
+
+
+environment = Environment(
+    loader=PackageLoader(__package__, ""), autoescape=True, finalize=_finalize,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+macros: Any = environment.get_template("macros.html.j2").module
+
+
+def tag(element: str, /, *children: object, **attributes: str | float | None) -> Markup:
+    """Return one element with its children.
+
+    Args:
+        children: text, which is escaped, or Markup. None is left out.
+        attributes: ``class_`` becomes ``class`` and underscores become hyphens. Floats are rounded
+            to two decimals. None is left out.
+    """
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{text(_short(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escape(printable(_short(value)))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    if element in _VOID:
-        return Html(f"<{element}{given}>")
-    return Html(f"<{element}{given}>{join(children)}</{element}>")
+    content = "".join(escape(_finalize(child)) for child in children)
+    return Markup(f"<{element}{given}>{content}</{element}>")
 
 
-def join(children: object) -> Html:
-    """Elements and texts one after the other; None is nothing."""
-    if not isinstance(children, tuple | list):
-        children = (children,)
-    return Html("".join(text(child) for child in children if child is not None))
-
-
-def _short(value: Value) -> str:
-    """Coordinates to a hundredth: a page of figures is mostly numbers."""
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-
-
-def table(
-    head: Sequence[object],
-    rows: Sequence[Sequence[object]],
-    caption: str | None = None,
-    head_rows: int = 1,
-    class_: str | None = None,
-) -> Html:
-    """A table whose first ``head_rows`` columns name their row."""
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("caption", caption) if caption else None,
-            tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))),
-            tag(
-                "tbody",
-                *(
-                    tag(
-                        "tr",
-                        *(
-                            tag("th", cell, scope="row") if i < head_rows else tag("td", cell)
-                            for i, cell in enumerate(row)
-                        ),
-                    )
-                    for row in rows
-                ),
-            ),
-            class_=class_,
-        ),
-        class_="scroll",
-        tabindex=0,
-        role="region",
-        aria_label=caption or "table",
-    )
+def _short(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value

@@ -1,13 +1,13 @@
-"""Run folders, read as they are: finished, running, cut off in the middle of a line, or broken.
+"""Read the folders of finished, running, interrupted or broken runs.
 
-What cannot be read is said in a note of the run; what can be is shown.
+Each run has notes about the files that cannot be read.
 """
 
 import json
 import math
 import tomllib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bdkd.metrics import CHARTED, STEP_CHARTED
 
 @dataclass
 class Series:
-    """One metric over the steps; a null is NaN."""
+    """One metric over the steps. A null is NaN."""
 
     steps: array = field(default_factory=lambda: array("d"))
     values: array = field(default_factory=lambda: array("d"))
@@ -27,14 +27,14 @@ class Series:
 
 @dataclass
 class Run:
-    """What one folder holds. Networks are by name, the averages of students among them."""
+    """The files of one run. Averages of students count as networks."""
 
     path: Path
     name: str
     config: dict[str, Any]
     config_text: str
     summary: dict[str, Any]
-    series: dict[tuple[str, str, str], Series]  # by network ("" for the step's), split, metric
+    series: dict[tuple[str, str, str], Series]  # by network ("" for the step), split and metric
     steps_per_epoch: float | None
     predictions: Predictions | None
     profile: dict[str, Any]
@@ -42,138 +42,125 @@ class Run:
 
     @property
     def networks(self) -> list[str]:
-        """Names in the summary's order, then those of the metrics and the configuration."""
+        """Names of the networks, in the order of the summary, the metrics and the configuration."""
         named = [*_table(self.summary, "networks"), *(n for n, _, _ in self.series if n)]
         return list(dict.fromkeys([*named, *_table(self.config, "networks")]))
 
     @property
     def method(self) -> str:
-        return str(self.summary.get("method") or _table(self.config, "objective").get("name")
-                   or "run")  # fmt: skip
+        configured = _table(self.config, "objective").get("name")
+        return str(self.summary.get("method") or configured or "run")
 
     @property
     def seed(self) -> object:
         return self.config.get("seed", self.summary.get("seed"))
 
+    @property
+    def wall_seconds(self) -> float:
+        return as_number(self.summary.get("wall_seconds"))
+
     def role(self, network: str) -> str:
-        """``student`` or ``teacher``: as configured; an average has the role of its network."""
+        """Return ``student`` or ``teacher``. An average has the role of its network."""
         configured = _table(self.config, "networks")
         sources = [name for name in configured if network.startswith(name)]
         source = configured[max(sources, key=len)] if sources else None
         role = source.get("role") if isinstance(source, dict) else None
-        told = _table(_table(self.summary, "networks"), network).get("role")
-        return str(role or told or ("teacher" if "teacher" in network else "student"))
+        role = role or self._summary_of(network).get("role")
+        return str(role or ("teacher" if "teacher" in network else "student"))
 
-    def judged(self, role: str) -> list[str]:
-        """The networks that stand for a role: averages, where they are kept, before their own."""
+    def networks_with_role(self, role: str) -> list[str]:
+        """Return the networks with a role, and the average of a network instead of the network."""
         names = [name for name in self.networks if self.role(name) == role]
         averaged = {n.removesuffix("_ema") for n in names if n.endswith("_ema")}
         return [name for name in names if name not in averaged]
 
     def result(self, network: str, metric: str) -> float:
-        """A number of the summary, or NaN."""
-        value = _table(_table(self.summary, "networks"), network).get(metric)
-        return _known(value)
-
-    def result_of_run(self, metric: str) -> float:
-        """A number of the summary's head, or NaN."""
-        return as_number(self.summary.get(metric))
+        """Return a number of the summary, or NaN if it is missing."""
+        return _drawable(self._summary_of(network).get(metric))
 
     def model(self, network: str) -> str:
         configured = _table(_table(self.config, "networks"), network).get("model")
-        return str(_table(_table(self.summary, "networks"), network).get("model")
-                   or configured or "")  # fmt: skip
+        return str(self._summary_of(network).get("model") or configured or "")
+
+    def _summary_of(self, network: str) -> dict[str, Any]:
+        return _table(_table(self.summary, "networks"), network)
 
 
 def as_number(value: object) -> float:
-    """A float, or NaN for what is none."""
+    """Return a float, or NaN if the value is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
         return float(value)
-    except OverflowError:  # JSON's integers have no end
+    except OverflowError:  # JSON has integers of any size
         return math.nan
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run folders that the paths mean: each itself, or the folders of runs in it.
+    """Return each path that is a run folder, and the run folders inside the other paths.
 
     Raises:
-        RunError: there is none at a path.
+        RunError: a path contains no run.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         try:
             inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-            here = [path] if is_run(path) else [p for p in inside if is_run(p)]
+            runs = [path] if _is_run(path) else [p for p in inside if _is_run(p)]
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-        if not here:
-            what = "holds no run, nor folders of runs" if path.is_dir() else "is no folder"
+        if not runs:
+            problem = "contains no run folder" if path.is_dir() else "is not a folder"
             raise RunError(
-                f"{path} {what}: give the folder of a run (with config.toml and metrics.jsonl), "
-                "or one that holds such folders"
+                f"{path} {problem}: pass the folder of a run (with config.toml and metrics.jsonl), "
+                "or a folder of run folders"
             )
-        for run in here:
+        for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
 
 
-def is_run(path: Path) -> bool:
+def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in ("config.toml", "metrics.jsonl"))
 
 
 def read_run(path: Path) -> Run:
-    """Everything of a folder that a report shows."""
+    """Read a run folder. Missing and broken files are reported in the notes of the run."""
     notes: list[str] = []
     config = _read(path / "config.toml", tomllib.loads, notes)
     summary = _read(path / "summary.json", json.loads, notes)
     profile = _read(path / "profile.json", json.loads, notes)
     series, steps_per_epoch = _read_metrics(path / "metrics.jsonl", notes)
     if not (path / "summary.json").exists():
-        notes.append("not finished: it has no summary.json yet")
+        notes.append("not finished: there is no summary.json yet")
     predictions = None
     try:
         if (path / "predictions.safetensors").exists():
             predictions = read_predictions(path / "predictions.safetensors")
         elif summary:
-            notes.append("no predictions.safetensors: its images are not in the diagrams")
+            notes.append("no predictions.safetensors: the diagrams do not include this run")
     except (OSError, ValueError) as error:
-        notes.append(_line(error))
-    name = path.resolve().name
-    config_text = _text(path / "config.toml")
-    return Run(
-        path,
-        name,
-        config,
-        config_text,
-        summary,
-        series,
-        steps_per_epoch,
-        predictions,
-        profile,
-        notes,
-    )
-
-
-def _text(path: Path) -> str:
-    """As much of it as a page should hold, also where it is no TOML."""
+        notes.append(_one_line(error))
     try:
-        return path.read_bytes()[:20_000].decode("utf-8", "replace")
-    except OSError:  # said in a note already
-        return ""
+        config_text = (path / "config.toml").read_bytes()[:20_000].decode("utf-8", "replace")
+    except OSError:  # already in the notes
+        config_text = ""
+    return Run(
+        path, path.resolve().name, config, config_text, summary, series, steps_per_epoch,
+        predictions, profile, notes,
+    )  # fmt: skip
 
 
-def _read(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
     try:
         values = parse(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"cannot read {path.name}: {_line(error)}")
+        notes.append(f"cannot read {path.name}: {_one_line(error)}")
         return {}
     if not isinstance(values, dict):
-        notes.append(f"cannot read {path.name}: it is no table")
+        notes.append(f"cannot read {path.name}: the content is not a table")
         return {}
     return values
 
@@ -181,6 +168,7 @@ def _read(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
 def _read_metrics(
     path: Path, notes: list[str]
 ) -> tuple[dict[tuple[str, str, str], Series], float | None]:
+    """Return the series of a ``metrics.jsonl``, and the number of steps in an epoch if known."""
     series: dict[tuple[str, str, str], Series] = {}
     steps_per_epoch: float | None = None
     broken = 0
@@ -189,12 +177,12 @@ def _read_metrics(
             for line in file:
                 values = _parse(line)
                 if values is None:
-                    broken += line.endswith(b"\n")  # the last may be cut off, or being written
+                    broken += line.endswith(b"\n")  # the last line may be incomplete
                     continue
                 step, epoch = as_number(values.get("step")), as_number(values.get("epoch"))
                 split = str(values.get("split"))
                 if split != "train" and 1 <= epoch <= step:
-                    rate = step / epoch  # too large by part of an epoch where the run was stopped
+                    rate = step / epoch  # too large if the run stopped within an epoch
                     steps_per_epoch = min(steps_per_epoch or math.inf, rate) or None
                 for network, metric, value in _numbers(values):
                     points = series.setdefault((network, split, metric), Series())
@@ -203,13 +191,13 @@ def _read_metrics(
     except FileNotFoundError:
         notes.append("no metrics yet")
     except OSError as error:
-        notes.append(f"cannot read {path.name}: {_line(error)}")
+        notes.append(f"cannot read {path.name}: {_one_line(error)}")
     if not any(split == "val" for _, split, _ in series):
-        watched = [key for key in series if key[1] == "test"]  # watch_test
+        watched = [key for key in series if key[1] == "test"]  # the option watch_test
         for key in watched:
             series[key[0], "val", key[2]] = series.pop(key)
         if watched:
-            notes.append("its curves are of the test images, which have chosen no checkpoint")
+            notes.append("the curves show the test images, which did not select a checkpoint")
     if broken:
         notes.append(f"{broken} lines of {path.name} cannot be read and are left out")
     return series, steps_per_epoch
@@ -218,26 +206,24 @@ def _read_metrics(
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
-    except (ValueError, RecursionError):  # not JSON, not text, or nested without end
+    except (ValueError, RecursionError):  # not JSON, not text, or nested too deeply
         return None
-    if not isinstance(values, dict) or not 0 <= as_number(values.get("step")) < 1e12:
-        return None
-    return values
+    valid = isinstance(values, dict) and 0 <= as_number(values.get("step")) < 1e12
+    return values if valid else None
 
 
-def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    found = []
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield network, metric and value of the numbers of a line that have charts."""
     for key, value in values.items():
         if isinstance(value, dict):
-            found += [(key, m, _known(v)) for m, v in value.items() if m in CHARTED]
+            yield from ((key, m, _drawable(v)) for m, v in value.items() if m in CHARTED)
         elif key in STEP_CHARTED:
-            found.append(("", key, _known(value)))
-    return found
+            yield "", key, _drawable(value)
 
 
-def _known(value: object) -> float:
+def _drawable(value: object) -> float:
     number = as_number(value)
-    return number if abs(number) < 1e30 else math.nan  # infinities draw nothing
+    return number if abs(number) < 1e30 else math.nan  # a chart cannot show infinity
 
 
 def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -245,13 +231,13 @@ def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _line(error: BaseException) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split())[:300]
+def _one_line(error: BaseException) -> str:
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(message.split())[:300]
 
 
 def read_comparisons(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """``comparison.md`` of the folders that ``bdkd compare`` made, with its folder."""
+    """Return the folders that ``bdkd compare`` made with the text of their ``comparison.md``."""
     found = []
     for path in dict.fromkeys(paths):
         file = path / "comparison.md"
@@ -259,5 +245,5 @@ def read_comparisons(paths: Sequence[Path]) -> list[tuple[Path, str]]:
             try:
                 found.append((path, file.read_text("utf-8")[:100_000]))
             except (OSError, ValueError) as error:
-                raise RunError(f"cannot read {file}: {_line(error)}") from error
+                raise RunError(f"cannot read {file}: {_one_line(error)}") from error
     return found
