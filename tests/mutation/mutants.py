@@ -267,8 +267,8 @@ def _runs_at_import(node) -> bool:
 
 
 def source_files(root: Path) -> list[str]:
-    return sorted(
-        str(file.relative_to(root))
-        for package in PACKAGES
-        for file in ((root / package).rglob("*.py") if "." not in package else [root / package])
-    )
+    found: list[Path] = []
+    for package in PACKAGES:
+        path = root / package
+        found += path.rglob("*.py") if path.is_dir() else [path] if path.exists() else []
+    return sorted(str(file.relative_to(root)) for file in found)
