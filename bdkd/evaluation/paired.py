@@ -33,7 +33,7 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
     Raises:
         ValueError: there are no differences, or one is not finite.
     """
-    from scipy import stats  # type: ignore[import-untyped]  # importing it takes time
+    from scipy import stats  # importing it takes time
 
     n = len(differences)
     if n == 0 or not all(math.isfinite(d) for d in differences):
