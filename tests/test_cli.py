@@ -187,7 +187,7 @@ USAGE = {
     ),
     "method": (
         ["train", "digits", "--objective.name", "bdk"],
-        ["unknown method 'bdk'", "'bdkd'"],
+        ["unknown objective 'bdk'", "'bdkd'"],
     ),
     "option of another method": (
         ["train", "digits", "--objective.name", "independent", "--objective.gamma", "3"],

@@ -268,7 +268,7 @@ def test_a_recipe_that_no_run_can_follow_ends_it_at_once(tmp_path, capsys):
 USAGE = {
     "no recipe": ([], ["needs a recipe", "digits"]),
     "recipe": (["digit"], ["unknown recipe 'digit'", "'digits'"]),
-    "method": (["digits", "--methods", "bdk"], ["unknown method 'bdk'", "'bdkd'"]),
+    "method": (["digits", "--methods", "bdk"], ["unknown objective 'bdk'", "'bdkd'"]),
     "method twice": (["digits", "--methods", "bdkd", "bdkd"], ["'bdkd' more than once"]),
     "option": (["digits", "--methods", "bdkd:gama=1"], ["no option 'gama'", "'gamma'"]),
     "option of another": (["digits", "--methods", "dml:gamma=1"], ["dml has no option 'gamma'"]),

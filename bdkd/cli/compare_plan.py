@@ -70,14 +70,14 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
 
 def parse_method(label: str, recipe: Recipe) -> ObjectiveConfig:
     """``kd:temperature=2`` as an objective, with every option set."""
-    from bdkd.objectives import OBJECTIVES, resolve_options, switch_method
+    from bdkd.objectives import OBJECTIVES, resolve_options, switch_objective
 
     name, _, text = label.partition(":")
     if name not in OBJECTIVES:
-        raise UsageError(f"unknown method {name!r}: {nearest(name, list(OBJECTIVES))}")
+        raise UsageError(f"unknown objective {name!r}: {nearest(name, list(OBJECTIVES))}")
     config = recipe.objective
     if name != config.name:
-        config = switch_method(config, name)
+        config = switch_objective(config, name)
     types = typing.get_type_hints(ObjectiveConfig)
     options: dict[str, Any] = {}
     for option in filter(None, text.split(",")):

@@ -77,9 +77,11 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     _check_network_names(given, default)
     method = _value_of(given, "--objective.name")
     if method is not None and method != default.objective.name:
-        from bdkd.objectives import switch_method
+        from bdkd.objectives import switch_objective
 
-        default = dataclasses.replace(default, objective=switch_method(default.objective, method))
+        default = dataclasses.replace(
+            default, objective=switch_objective(default.objective, method)
+        )
     arguments = tyro.cli(
         Arguments,
         prog="bdkd train",
