@@ -16,7 +16,7 @@ from bdkd.cli import main
 from bdkd.cli.compare_plan import (
     chosen_methods,
     chosen_seeds,
-    parse_method,
+    parse_objective,
     plan_runs,
     room_for,
     run_name,
@@ -340,9 +340,9 @@ def test_the_recipes_objective_is_for_its_own_method(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("[objective]", "[objective]\nlabel_smoothing = 0.1", 1))
     recipe = load_recipe(str(path))
-    own = parse_method("bdkd:temperature=2", recipe)
+    own = parse_objective("bdkd:temperature=2", recipe)
     assert (own.gamma, own.temperature, own.label_smoothing) == (3, 2, 0.1)
-    other = parse_method("kd", recipe)
+    other = parse_objective("kd", recipe)
     assert (other.gamma, other.temperature) == (None, 4)
     assert other.label_smoothing == 0.1  # of the labels, which all methods learn from
 

@@ -1,4 +1,4 @@
-"""The plan of ``bdkd compare``: which methods and seeds, with which recipes and teachers."""
+"""Plan the runs of ``bdkd compare``: objectives, seeds, recipes and teachers."""
 
 import dataclasses
 import json
@@ -21,18 +21,18 @@ from bdkd.config import (
 )
 from bdkd.errors import RunError, UsageError
 
-TEACHERS = "independent"  # the method that trains teachers for methods that need trained ones
+TEACHERS = "independent"  # the objective that trains the teachers of kd
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One method with one seed."""
+    """One objective with one seed."""
 
-    method: str  # as the user wrote it
+    method: str  # the objective as the user wrote it, such as "kd:temperature=2"
     seed: int
-    recipe: Recipe  # resolved but for the weights of ``teachers``
-    frozen: frozenset[str]  # networks that the method does not train
-    teachers: tuple[str, ...]  # those that start from the independent run of the same seed
+    recipe: Recipe  # resolved, except for the weights of ``teachers``
+    frozen: frozenset[str]  # networks that the objective does not train
+    teachers: tuple[str, ...]  # networks that start from the independent run of the same seed
 
     @property
     def name(self) -> str:
@@ -49,6 +49,7 @@ def run_name(method: str, seed: int) -> str:
 
 
 def chosen_methods(given: Sequence[str]) -> list[str]:
+    """Return the objectives to compare, by default all of them."""
     from bdkd.objectives import OBJECTIVES
 
     methods = list(given) or [TEACHERS, *(name for name in OBJECTIVES if name != TEACHERS)]
@@ -59,7 +60,7 @@ def chosen_methods(given: Sequence[str]) -> list[str]:
 
 
 def chosen_seeds(given: Sequence[int]) -> list[int]:
-    """One number is how many, several are which."""
+    """Return the seeds: N seeds for one number N, else the numbers."""
     if not given or min(given) < 0:
         raise UsageError(f"--seeds must be a number of seeds or several seeds, got {list(given)}")
     seeds = list(range(max(1, given[0]))) if len(given) == 1 else list(given)
@@ -68,8 +69,8 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
     return seeds
 
 
-def parse_method(label: str, recipe: Recipe) -> ObjectiveConfig:
-    """``kd:temperature=2`` as an objective, with every option set."""
+def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
+    """Return the objective of a text like ``kd:temperature=2``, with every option set."""
     from bdkd.objectives import OBJECTIVES, resolve_options, switch_objective
 
     name, _, text = label.partition(":")
@@ -83,11 +84,10 @@ def parse_method(label: str, recipe: Recipe) -> ObjectiveConfig:
     for option in filter(None, text.split(",")):
         key, equals, value = option.partition("=")
         if key not in OBJECTIVES[name].options:
-            known = sorted(OBJECTIVES[name].options)
-            raise UsageError(f"--methods {label}: {name} has no option {key!r}: "
-                             f"{nearest(key, known)}")  # fmt: skip
+            hint = nearest(key, sorted(OBJECTIVES[name].options))
+            raise UsageError(f"--methods {label}: {name} has no option {key!r}: {hint}")
         if not equals:
-            raise UsageError(f"--methods {label}: {key!r} needs a value, as in {key}=1")
+            raise UsageError(f"--methods {label}: {key!r} needs a value: write {key}=1")
         try:
             options[key] = msgspec.convert(value, types[key], strict=False)
         except msgspec.ValidationError as error:
@@ -98,23 +98,23 @@ def parse_method(label: str, recipe: Recipe) -> ObjectiveConfig:
 def plan_runs(
     recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> list[PlannedRun]:
-    """Every run, seed by seed, so that a comparison that is stopped is an even one; runs that only
-    make teachers are among them.
+    """Return all runs, including those that only train teachers. The runs are ordered by seed, so
+    that a stopped comparison has the same seeds for every objective.
 
     Raises:
-        UsageError: a method, option or value that does not fit.
-        RunError: a folder holds a run that was made otherwise.
+        UsageError: an objective, option or value is invalid.
+        RunError: a folder contains a run with other options.
     """
     from bdkd.runs.folder import RunFolder
 
-    objectives = {method: parse_method(method, recipe) for method in methods}
-    frozen = {method: frozen_networks(recipe, own) for method, own in objectives.items()}
+    objectives = {method: parse_objective(method, recipe) for method in methods}
+    frozen = {method: frozen_networks(recipe, config) for method, config in objectives.items()}
     teachers = {
         method: tuple(name for name in names if not _has_weights(recipe.networks[name]))
         for method, names in frozen.items()
     }
     if any(teachers.values()) and TEACHERS not in methods:
-        objectives = {TEACHERS: parse_method(TEACHERS, recipe), **objectives}
+        objectives = {TEACHERS: parse_objective(TEACHERS, recipe), **objectives}
         frozen[TEACHERS], teachers[TEACHERS] = frozenset(), ()
     runs = []
     for seed in seeds:
@@ -132,16 +132,16 @@ def plan_runs(
             if changed := changed - weights - {"run_dir"}:
                 raise RunError(
                     f"{planned.path} holds a run with other {', '.join(sorted(changed))}: choose "
-                    "another --folder, or remove it"
+                    "another --folder, or remove the run"
                 )
     return runs
 
 
 def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str]:
-    """Networks that the method does not train.
+    """Return the networks that the objective does not train.
 
     Raises:
-        UsageError: the networks do not suit the method.
+        UsageError: the networks do not fit the objective.
     """
     from bdkd.objectives import create_objective
 
@@ -157,7 +157,7 @@ def _has_weights(network: NetworkConfig) -> bool:
 
 
 def room_for(recipe: Recipe) -> int:
-    """Runs at a time that do not get into each other's way."""
+    """Return the number of runs that can train concurrently without sharing cores or a GPU."""
     import torch
 
     if recipe.device.startswith("cuda") or (recipe.device == "auto" and torch.cuda.is_available()):
@@ -168,13 +168,14 @@ def room_for(recipe: Recipe) -> int:
 
 
 def read_summary(run: PlannedRun) -> dict[str, Any]:
-    """``RunError`` names a ``summary.json`` that is none."""
+    """Return the content of a run's ``summary.json``. Raise ``RunError`` if it is invalid."""
     path = run.path / "summary.json"
     try:
         summary = json.loads(path.read_text("utf-8"))
-        if summary["networks"].keys() and summary["wall_seconds"] >= 0:
-            return summary
+        if not summary["networks"].keys() or summary["wall_seconds"] < 0:
+            raise ValueError("it contains no networks")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: remove it, and the same command writes it anew"
-                       ) from error  # fmt: skip
-    raise RunError(f"{path} holds no networks: remove it, and the same command writes it anew")
+        raise RunError(
+            f"cannot read {path}: remove it and run the same command again to rewrite it"
+        ) from error
+    return summary

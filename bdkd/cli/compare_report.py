@@ -1,4 +1,4 @@
-"""The results of ``bdkd compare``: tables, a figure and JSON."""
+"""Write the results of ``bdkd compare``: tables, a figure and JSON."""
 
 import dataclasses
 import textwrap
@@ -60,7 +60,7 @@ def report(
         comparison_figure(rows, figure, f"{some['recipe']}: test images")
     except OSError as error:
         raise RunError(
-            f"cannot write {figure}: {error.strerror or error}; mend that and give the same "
+            f"cannot write {figure}: {error.strerror or error}; fix the cause and run the same "
             "command again (the tables are written)"
         ) from error
     if as_json:
@@ -83,7 +83,7 @@ def _notes(
     if made := sorted({run.method for run in planned if run.teachers}):
         notes.append(
             f"{', '.join(made)}: the teacher is that of the run of {TEACHERS} with the same seed, "
-            "trained before and frozen; the time that took is not in train s."
+            "and is frozen. The column train s does not include its training."
         )
     if failed:
         notes.append(f"Without the runs that failed: {', '.join(failed)}.")
@@ -91,7 +91,7 @@ def _notes(
 
 
 def _tables(rows: Sequence[comparison.Row], first: str) -> tuple[list[str], list[str]]:
-    """Return the tables of every network for a terminal, and in Markdown."""
+    """Return the tables of all networks as plain text and as Markdown."""
     plain, marked = [], []
     for network, model, role in dict.fromkeys((row.network, row.model, row.role) for row in rows):
         head = f"{network} ({model}, {role})"

@@ -1,4 +1,4 @@
-"""The runs of ``bdkd compare``: train what is not finished yet."""
+"""Train the runs of ``bdkd compare`` that are not finished."""
 
 import dataclasses
 import fcntl
@@ -19,7 +19,7 @@ from bdkd.runs.signals import StopRequest
 
 
 def locked(folder: Path) -> IO[str]:
-    """Create and lock a folder. Closing the returned file unlocks it."""
+    """Create and lock a folder. Close the returned file to unlock it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the caller
@@ -32,7 +32,7 @@ def locked(folder: Path) -> IO[str]:
     except OSError as error:
         lock.close()
         raise RunError(
-            f"another bdkd compare works in {folder}: wait for it or choose another --folder"
+            f"another bdkd compare works in {folder}: wait until it ends or choose another --folder"
         ) from error
     return lock
 
@@ -40,19 +40,19 @@ def locked(folder: Path) -> IO[str]:
 def train_all(
     runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None
 ) -> dict[str, Outcome]:
-    """Train what is not finished yet, ``at_once`` runs at a time.
+    """Train the runs that are not finished, ``at_once`` of them concurrently.
 
     Args:
-        command: printed when a signal stops it.
-        stream: receives what is printed. Default: standard output.
+        command: the command line, printed if a signal stops the comparison.
+        stream: where to print. Default: standard output.
 
     Returns:
-        How each run ended, by name.
+        The outcome of each run, by name.
 
     Raises:
-        Interrupted: a signal came. Every run is saved.
-        UsageError: the recipe does not fit, so that no run can succeed.
-        RunError: a run was trained on another data set than the others.
+        Interrupted: a signal was received. Every run is saved.
+        UsageError: the recipe is invalid, so no run can succeed.
+        RunError: the runs were trained on different data sets.
     """
     session = _Session(runs, stream or sys.stdout)
     try:
@@ -67,8 +67,8 @@ def train_all(
         finished = sum(RunFolder(run.path).summary.exists() for run in runs)
         raise Interrupted(
             stop.signal,
-            f"stopped; {finished} of {len(runs)} runs are finished, the others saved where they "
-            f"are; continue with the same command: {command}",
+            f"stopped; {finished} of {len(runs)} runs are finished, the others are saved; "
+            f"continue with the same command: {command}",
         )
     if session.error is not None:
         raise session.error
@@ -76,7 +76,7 @@ def train_all(
 
 
 class _Session:
-    """The outcomes of the runs so far, and their progress on the screen."""
+    """Collect the outcomes of the runs, and show the progress."""
 
     stop: StopRequest
 
@@ -92,15 +92,14 @@ class _Session:
         )  # fmt: skip
 
     def jobs(self, folder: Path) -> list[Job]:
-        """Return a job for each run that is not finished, which waits for its teachers."""
+        """Return a job for each run that is not finished. A job needs the run of its teachers."""
         jobs = []
         for run in self.runs.values():
             if run.name not in self.outcomes:
                 teacher = run_name(TEACHERS, run.seed)
-                waits = (teacher,) if run.teachers and teacher not in self.outcomes else ()
-                jobs.append(
-                    Job(run.name, partial(prepare, run, folder), run.path / "output.log", waits)
-                )
+                needs = (teacher,) if run.teachers and teacher not in self.outcomes else ()
+                arguments = partial(prepare, run, folder)
+                jobs.append(Job(run.name, arguments, run.path / "output.log", needs))
         return jobs
 
     def must_stop(self) -> bool:
@@ -113,7 +112,7 @@ class _Session:
             self.bar.write(text, file=self.stream)
 
     def done(self, job: Job, outcome: Outcome) -> None:
-        """Record the end of a run."""
+        """Record the outcome of a run."""
         self.outcomes[job.name] = outcome
         self.bar.update(1)
         count = f"[{len(self.outcomes)}/{len(self.runs)}] {job.name}"
@@ -131,7 +130,7 @@ class _Session:
 
 
 def prepare(run: PlannedRun, folder: Path) -> list[str]:
-    """Write the run's ``config.toml`` if there is none. Returns the command that trains it."""
+    """Write the run's ``config.toml`` if there is none. Return the command that trains it."""
     stored = RunFolder(run.path)
     if not stored.config.exists():
         teachers = folder / run_name(TEACHERS, run.seed)

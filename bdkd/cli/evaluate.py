@@ -1,4 +1,4 @@
-"""``bdkd evaluate``: evaluate the networks of a run, or an exported one."""
+"""``bdkd evaluate``: evaluate the networks of a run, or an exported network."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Accuracy and calibration of every network of a run, or of one exported file."""
+    """Print accuracy and calibration of every network of a run, or of one exported file."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
-    """A run's folder (its selected checkpoint is taken), one checkpoint file, or a file that
+    """The folder of a run (evaluates its selected checkpoint), a checkpoint file, or a file that
     bdkd export wrote (.onnx, .pt2, .safetensors)."""
     split: Literal["val", "test"] = "val"
-    """Images held out of training for choosing a checkpoint, or the test images."""
+    """val: the images held out of training to select a checkpoint; test: the test images."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     data_root: str | None = None
-    """Folder of the data set, where it has moved since the training."""
+    """Folder of the data set, if it has moved since training."""
     timeout: float = 600.0
-    """Under torchrun: seconds that a rank waits for another one."""
+    """Seconds that a rank waits for another rank, under torchrun."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object instead of a table."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, evaluate on all the ranks that torchrun started, and print on rank 0."""
+    """Evaluate on all ranks that torchrun started, and print the results on rank 0."""
     from bdkd.distributed.launch import init_distributed, only_rank0_prints
 
     with only_rank0_prints():
@@ -82,8 +82,8 @@ def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str
 
 
 def measure_exported(arguments: Arguments, context: "DistributedContext") -> dict[str, Any]:
-    """Evaluate the network of a file that ``bdkd export`` wrote, on the data set of its run. It is
-    float32 like the file, whatever the precision of the training was."""
+    """Evaluate the network of a file that ``bdkd export`` wrote on the data set of its run. The
+    precision is float32, like the file, for any precision of the training."""
     from bdkd.engine.components import build_components
     from bdkd.export.formats import open_network, read_exported, without_others
 
@@ -99,8 +99,8 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
         differs = "its mean and standard deviation differ"
     if differs:
         raise RunError(
-            f"the data set here is not the one of {arguments.path}: {differs}; give the right one "
-            "with --data-root"
+            f"the data set here is not the one of {arguments.path}: {differs}; pass the folder of "
+            "the right one with --data-root"
         )
     [reference] = components.networks.members.values()
     network = open_network(exported, reference, components.device)
@@ -110,20 +110,16 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
 
 
 def _here(arguments: Arguments, recipe: Recipe) -> Recipe:
-    """Return a recipe with the device and the data folder of the arguments."""
-    data = recipe.data
-    if arguments.data_root is not None:
-        data = dataclasses.replace(data, root=arguments.data_root)
+    """Return the recipe with the device and the data folder of the arguments."""
+    root = recipe.data.root if arguments.data_root is None else arguments.data_root
+    data = dataclasses.replace(recipe.data, root=root)
     return dataclasses.replace(recipe, device=arguments.device, data=data)
 
 
 def _evaluate(
-    arguments: Arguments,
-    components: "Components",
-    path: Path,
-    step: int,
+    arguments: Arguments, components: "Components", path: Path, step: int,
     networks: "Mapping[str, nn.Module]",
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     from bdkd.runs.summary import describe, evaluator_of
 
     results = evaluator_of(components, networks).evaluate(arguments.split)

@@ -1,11 +1,11 @@
-"""Plain tables for a terminal."""
+"""Format plain tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned, the first to the left and the others to the right."""
+    """Return a table with the first column aligned to the left and the others to the right."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     lines = []
     for line in (header, ["-" * width for width in widths], *rows):
@@ -18,7 +18,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-    """What the networks of a run came to, in percent, on the images of one split."""
+    """Return a table with the metrics of a run's networks on one split."""
     rows = [
         [
             f"{name} ({network['model']})",
@@ -34,7 +34,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     images = summary["images"]
     return (
         table(header, rows)
-        + f"\n\n{images} {summary['split']} images. ECE: 15 bins, nothing recalibrated; beside it "
-        f"the ECE that a\nperfectly calibrated network with these confidences shows on {images} "
-        "images."
+        + f'\n\n{images} {summary["split"]} images. ECE: 15 bins, without recalibration. "ECE if '
+        'calibrated" is the\nexpected ECE of a perfectly calibrated network with these '
+        f"confidences on {images} images."
     )
