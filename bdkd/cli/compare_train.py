@@ -14,19 +14,16 @@ from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary, run_name
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.errors import Interrupted, RunError, UsageError
 from bdkd.identity import refuse_other_data
+from bdkd.runs.checkpoint import explain_os_error
 from bdkd.runs.folder import RunFolder, selected_checkpoint
 from bdkd.runs.signals import StopRequest
 
 
 def locked(folder: Path) -> IO[str]:
     """Create and lock a folder. Close the returned file to unlock it."""
-    try:
+    with explain_os_error(f"cannot write the folder {folder}", "choose another --folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the caller
-    except OSError as error:
-        raise RunError(
-            f"cannot write the folder {folder}: {error.strerror or error}; choose another --folder"
-        ) from error
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed by the caller
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

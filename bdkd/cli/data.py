@@ -46,8 +46,8 @@ class Check:
 def run(given: list[str]) -> None:
     """Run an action."""
     if not given or given[0] in ("-h", "--help"):
-        lines = [f"  {name:5}  {what}" for name, what in ACTIONS.items()]
-        print("\n".join(["usage: bdkd data ACTION [options]", "", *lines]))
+        print("usage: bdkd data ACTION [options]\n")
+        print("\n".join(f"  {name:5}  {what}" for name, what in ACTIONS.items()))
         return
     action, *rest = given
     if action not in ACTIONS:

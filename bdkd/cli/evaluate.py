@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bdkd.cli.table import results_table
-from bdkd.config import Recipe, parse_recipe
+from bdkd.config import parse_recipe
 from bdkd.errors import RunError
 from bdkd.identity import class_difference
 
@@ -68,14 +68,15 @@ def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str
     from bdkd.engine.components import build_components
     from bdkd.runs.checkpoint import load_checkpoint
     from bdkd.runs.folder import selected_checkpoint
-    from bdkd.runs.weights import load_networks
+    from bdkd.runs.weights import load_networks, relocate
 
     def load() -> tuple[Path, str, dict[str, Any]]:
         path = selected_checkpoint(arguments.path)
         return path, *load_checkpoint(path)
 
     path, text, saved = context.broadcast_from_rank0(load)
-    recipe = _here(arguments, parse_recipe(text, source=str(path)))
+    recipe = parse_recipe(text, source=str(path))
+    recipe = relocate(recipe, arguments.device, arguments.data_root)
     components = build_components(recipe, context, training=False)
     networks = load_networks(components, path, saved)
     return _evaluate(arguments, components, path, saved["position"]["step"], networks)
@@ -86,11 +87,12 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
     precision is float32, like the file, for any precision of the training."""
     from bdkd.engine.components import build_components
     from bdkd.export.formats import open_network, read_exported, without_others
+    from bdkd.runs.weights import relocate
 
     exported = read_exported(arguments.path)
     facts = exported.facts
     recipe = without_others(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
-    recipe = _here(arguments, recipe)
+    recipe = relocate(recipe, arguments.device, arguments.data_root)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision="fp32"))
     components = build_components(recipe, context, training=False)
     info = components.source.info
@@ -107,13 +109,6 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
     summary = _evaluate(arguments, components, arguments.path, facts.step, {facts.network: network})
     summary["networks"][facts.network] |= {"role": facts.role, "parameters": facts.parameters}
     return summary
-
-
-def _here(arguments: Arguments, recipe: Recipe) -> Recipe:
-    """Return the recipe with the device and the data folder of the arguments."""
-    root = recipe.data.root if arguments.data_root is None else arguments.data_root
-    data = dataclasses.replace(recipe.data, root=root)
-    return dataclasses.replace(recipe, device=arguments.device, data=data)
 
 
 def _evaluate(

@@ -8,12 +8,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table with the first column aligned to the left and the others to the right."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     lines = []
-    for line in (header, ["-" * width for width in widths], *rows):
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        lines.append("  ".join((first, *others)).rstrip())
+    for first, *others in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
@@ -21,15 +18,12 @@ def results_table(summary: Mapping[str, Any]) -> str:
     """Return a table with the metrics of a run's networks on one split."""
     rows = [
         [
-            f"{name} ({network['model']})",
-            f"{network['parameters']:,}",
-            f"{100 * network['top1']:.2f}%",
-            f"{network['nll']:.4f}",
-            f"{100 * network['ece']:.2f}%",
-            f"{100 * network['ece_if_calibrated']:.2f}%",
+            f"{name} ({network['model']})", f"{network['parameters']:,}",
+            f"{100 * network['top1']:.2f}%", f"{network['nll']:.4f}",
+            f"{100 * network['ece']:.2f}%", f"{100 * network['ece_if_calibrated']:.2f}%",
         ]
         for name, network in summary["networks"].items()
-    ]
+    ]  # fmt: skip
     header = ["network", "parameters", "top-1", "NLL", "ECE", "ECE if calibrated"]
     images = summary["images"]
     return (

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -23,8 +23,7 @@ class Arguments:
     """A shipped recipe's name or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     resume: Resume = "never"
-    """Resume the run in the folder. auto: resume if the folder contains a run. Without a value:
-    require."""
+    """Resume the run in the folder. auto: if the folder contains one. Without a value: require."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved plan (data, networks, operations, steps, memory, hours) and stop."""
     images_per_second: float | None = None
@@ -79,21 +78,18 @@ def parse(given: list[str], default: Recipe) -> Arguments:
         objective = switch_objective(default.objective, name)
         default = dataclasses.replace(default, objective=objective)
     arguments = tyro.cli(
-        Arguments,
-        prog="bdkd train",
-        args=_expand_profile(given),
+        Arguments, prog="bdkd train", args=_expand_profile(given),
         default=Arguments(recipe=given[0], config=default),
-    )
+    )  # fmt: skip
     rate = arguments.images_per_second
     if rate is not None and not arguments.dry_run:
         raise UsageError("--images-per-second needs --dry-run: give --dry-run too")
     if rate is not None and not 0 < rate < math.inf:
         raise UsageError(f"--images-per-second must be above 0 and finite, got {rate}")
-    if arguments.profile < 0 or (arguments.profile and arguments.dry_run):
-        raise UsageError(
-            f"--profile must be a number of steps of at least 1, without --dry-run, "
-            f"got {arguments.profile}"
-        )
+    steps = arguments.profile
+    if steps < 0 or (steps and arguments.dry_run):
+        needed = "a number of steps of at least 1, without --dry-run"
+        raise UsageError(f"--profile must be {needed}, got {steps}")
     return arguments
 
 
@@ -189,16 +185,15 @@ def _with_objective_options(recipe: Recipe) -> Recipe:
 
 def _expand_resume(given: list[str]) -> list[str]:
     """Add ``require`` after a ``--resume`` without a value."""
-    values = ("never", "auto", "require")
+    values = get_args(Resume)
     expanded = []
     for argument, following in pairwise([*given, ""]):
         expanded.append(argument)
         if argument == "--resume" and following not in values:
             if following and not following.startswith("-"):
-                raise UsageError(
-                    f"--resume must be {', '.join(values)} or have no value (require), "
-                    f"got {following!r} (put the recipe first)"
-                )
+                needed = f"{', '.join(values)} or have no value (require)"
+                hint = f"got {following!r} (put the recipe first)"
+                raise UsageError(f"--resume must be {needed}, {hint}")
             expanded.append("require")
     return expanded
 

@@ -96,12 +96,9 @@ def _networks(recipe: Recipe) -> Iterator[Check]:
             "letters, digits, - and _, not ending in _ema, no key of metrics.jsonl and no "
             "attribute of torch.nn.ModuleDict",
         )  # fmt: skip
-        shard = f"networks.{name}.shard"
-        yield (
-            shard, network.shard, not network.shard or network.role == "teacher",
-            "a teacher's option: an exported student is on one device",
-        )  # fmt: skip
-        yield (
-            shard, network.shard, not network.shard or recipe.train.precision != "fp16",
-            "off with train.precision fp16, whose loss scale needs all gradients: use bf16",
-        )  # fmt: skip
+        for fits, needed in (
+            (network.role == "teacher", "a teacher's option: an exported student is on one device"),
+            (recipe.train.precision != "fp16",
+             "off with train.precision fp16, whose loss scale needs all gradients: use bf16"),
+        ):  # fmt: skip
+            yield f"networks.{name}.shard", network.shard, fits or not network.shard, needed

@@ -5,6 +5,7 @@ that depend on each other.
 """
 
 from dataclasses import dataclass, field
+from operator import ge, gt, le, lt
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 
@@ -18,23 +19,17 @@ class Interval(NamedTuple):
 
     def contains(self, number: float) -> bool:
         """Return whether a number is within the bounds. NaN is not."""
-        return (
-            (self.ge is None or number >= self.ge)
-            and (self.gt is None or number > self.gt)
-            and (self.le is None or number <= self.le)
-            and (self.lt is None or number < self.lt)
-            and number == number
-        )
+        bounds = zip((ge, gt, le, lt), self, strict=True)
+        within = all(bound is None or holds(number, bound) for holds, bound in bounds)
+        return within and number == number
 
     def __str__(self) -> str:
         low = self.gt if self.ge is None else self.ge
         high = self.lt if self.le is None else self.le
         if high is None:
             return f"above {low}" if self.ge is None else f"at least {low}"
-        shown = "2**63" if high == 2**63 else high
-        return (
-            f"in {'(' if self.ge is None else '['}{low}, {shown}{')' if self.le is None else ']'}"
-        )
+        left, right = "(" if self.ge is None else "[", ")" if self.le is None else "]"
+        return f"in {left}{low}, {'2**63' if high == 2**63 else high}{right}"
 
 
 Number = TypeVar("Number", int, float)
@@ -73,11 +68,10 @@ class DataConfig:
     train_images: Annotated[int, Interval(ge=2)] | None = None
     """Number of the remaining images to train on, in the same class proportions. Default: all."""
     label_noise: Share = 0.0
-    """Share of the training labels replaced by a random other class. The labels are the same for
-    every seed."""
+    """Share of the training labels replaced by a random other class. Independent of the seed."""
     pixel_noise: Share = 0.0
-    """Standard deviation of Gaussian noise added to all images (train, val and test), as a share of
-    the largest pixel value. The noise is the same for every seed."""
+    """Standard deviation of Gaussian noise on all images (train, val and test), as a share of the
+    largest pixel value. Independent of the seed."""
     crop: NotNegative[int] = 0
     """Augmentation: pad each training image by this number of pixels, then cut a random crop of the
     original size (4 is torchvision's RandomCrop(padding=4))."""
@@ -88,8 +82,7 @@ class DataConfig:
     cutout: NotNegative[int] = 0
     """Augmentation: set a random square of this side in pixels to the mean colour."""
     format: Literal["folder", "webdataset", "tfrecord"] = "folder"
-    """imagenet: one file for each image (train/<wnid>/*.JPEG), webdataset tar shards, or
-    TFRecords."""
+    """imagenet: image files (train/<wnid>/*.JPEG), webdataset tar shards, or TFRecords."""
     loader: Literal["auto", "dali", "pillow"] = "auto"
     """imagenet: decode with NVIDIA DALI or with Pillow. auto: DALI if it is installed."""
     workers: NotNegative[int] | None = None
@@ -103,8 +96,7 @@ class DataConfig:
     """imagenet: training resolution by epoch, as pairs of a first epoch and a side in pixels.
     Default: data.image_size. Evaluation always uses data.image_size."""
     rand_augment: tuple[int, int] | None = None
-    """imagenet: RandAugment's number of operations for each image, and their magnitude in
-    [0, 10]."""
+    """imagenet: number of RandAugment operations per image, and their magnitude in [0, 10]."""
     erasing: Share = 0.0
     """imagenet: probability that a random rectangle of a training image is erased."""
     mixup: NotNegative[float] = 0.0
@@ -127,8 +119,7 @@ class NetworkConfig:
     """Initial weights: a state dict (.pt, .safetensors), a checkpoint of a run, or the folder of a
     run (its selected checkpoint)."""
     frozen: bool = False
-    """Do not train this network: no gradients, no steps, batch norm in evaluation mode (offline
-    distillation)."""
+    """Do not train this network, for offline distillation. Batch norm is in evaluation mode."""
     learning_rate: Positive | None = None
     """Peak learning rate of this network. Default: optimizer.learning_rate."""
     shard: bool = False
@@ -179,8 +170,7 @@ class OptimizerConfig:
     """One optimizer for all networks, with parameter groups for each."""
 
     name: Literal["sgd", "adamw", "lamb", "novograd"] = "sgd"
-    """SGD with momentum, AdamW, LAMB or NovoGrad. LAMB and NovoGrad require a GPU and NVIDIA's
-    apex."""
+    """Optimizer. sgd uses momentum. lamb and novograd require a GPU and NVIDIA's apex."""
     learning_rate: Positive = 0.1
     """Peak learning rate for the whole batch."""
     momentum: Decay = 0.9
@@ -261,8 +251,7 @@ class CheckpointConfig:
     """When to save checkpoints, and how many to keep."""
 
     every_steps: Count = 500
-    """Optimizer steps between checkpoints. A checkpoint is also written at the end and on a
-    signal."""
+    """Optimizer steps between checkpoints. The end of a run and signals also save one."""
     every_minutes: Positive | None = None
     """Also save a checkpoint this number of minutes after the last one."""
     keep: Count = 2

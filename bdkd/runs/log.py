@@ -16,19 +16,20 @@ from bdkd.config import Recipe, to_toml
 from bdkd.data import Split
 from bdkd.engine.state import TrainingState
 from bdkd.errors import RunError
+from bdkd.runs.checkpoint import explain_os_error
 from bdkd.runs.folder import RunFolder
 
 
 class MetricsLogger:
-    """Writes the metrics of a run, and measures the time of its log intervals.
+    """Write the metrics of a run, and measure the time of its log intervals.
 
-    All ranks use one; only rank 0 writes and prints. Evaluations and checkpoints stop the clock of
-    an interval (:meth:`paused`).
+    All ranks create a logger, but only rank 0 writes and prints. The time of evaluations and
+    checkpoints does not count (:meth:`paused`).
 
     Args:
-        state: a state that is already resumed. Metrics of later steps are removed from the folder.
-        last_step: of the run.
-        progress_bar: draw one if standard error is a terminal.
+        state: the state after resuming. Metrics of later steps are removed from the folder.
+        last_step: last step of the run.
+        progress_bar: show a progress bar if standard error is a terminal.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class MetricsLogger:
         self.sinks: list[Sink] = []
         step = state.progress.step
         if self.is_rank0:
-            folder.write_config(state.recipe)  # a refused resume has changed nothing
+            folder.write_config(state.recipe)  # not earlier, because resuming may fail
             folder.drop_after(step)
             self.sinks = open_sinks(state.recipe, folder.path, folder.events, step)
         self.console = Console(last_step, step, progress_bar and self.is_rank0)
         self.start_interval()
-        self._counted = time.monotonic()  # until when progress.seconds counts
+        self._counted = time.monotonic()  # progress.seconds includes the time until here
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -60,7 +61,7 @@ class MetricsLogger:
         self.sinks = []
 
     def line(self, text: str) -> None:
-        """Print a line."""
+        """Print a line of text."""
         self.console.line(text)
 
     def start_interval(self) -> None:
@@ -68,7 +69,7 @@ class MetricsLogger:
         self._clock, self._images = time.monotonic(), 0
 
     def step(self, images: int) -> None:
-        """Count a step of so many images."""
+        """Count a step and its images."""
         self.console.step()
         self._images += images
 
@@ -84,13 +85,13 @@ class MetricsLogger:
         self._clock += time.monotonic() - began
 
     def count_time(self) -> None:
-        """Add the time since the last call to the progress, in which a checkpoint saves it."""
+        """Add the time since the last call to ``progress.seconds``, which checkpoints save."""
         now = time.monotonic()
         self.state.progress.seconds += now - self._counted
         self._counted = now
 
     def training(self, values: dict[str, Any]) -> None:
-        """Log the means of an interval, and start the next one."""
+        """Log the means of an interval, and start the next interval."""
         self.write(values)
         self.count_time()
         progress = self.state.progress
@@ -99,7 +100,7 @@ class MetricsLogger:
         self.start_interval()
 
     def evaluation(self, split: Split, networks: Mapping[str, Mapping[str, float]]) -> None:
-        """Log an evaluation: metrics by network."""
+        """Log the metrics of an evaluation by network."""
         progress = self.state.progress
         self.write({"step": progress.step, "epoch": progress.epoch, "split": split, **networks})
         shown = "  ".join(
@@ -110,8 +111,8 @@ class MetricsLogger:
         self.line(f"epoch {progress.epoch}  {title}  {shown}")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Write one line of metrics. A sink that fails is dropped, because ``metrics.jsonl`` has
-        everything."""
+        """Write one line of metrics. A sink that fails is removed with a warning, because
+        ``metrics.jsonl`` contains all metrics."""
         if not self.is_rank0:
             return
         if warning := self.folder.append_metrics(values):
@@ -124,13 +125,13 @@ class MetricsLogger:
                 self.sinks.remove(sink)
 
     def flush(self) -> None:
-        """Write the lines that wait for space on the disk. Raises ``RunError`` if that fails."""
+        """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
         if self.is_rank0:
             self.folder.flush_metrics()
 
 
 class Console:
-    """Shows progress: one line that is redrawn on a terminal, one for each interval in a pipe."""
+    """Show the progress: a progress bar on a terminal, else one line for each log interval."""
 
     def __init__(self, total_steps: int, done: int, bar: bool = True) -> None:
         self.bar = tqdm(
@@ -145,17 +146,15 @@ class Console:
     def metrics(self, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show the means of a log interval."""
         networks = {k: v for k, v in values.items() if isinstance(v, dict)}
-        text = "  ".join(
-            f"{name} {_loss(v['loss'])}top-1 {100 * v['top1']:.1f}%" for name, v in networks.items()
-        )
-        text += f"  {values['images_per_second']:.0f} images/s"
+        shown = []
+        for name, v in networks.items():  # networks that did not train have a loss of NaN
+            loss = "" if math.isnan(v["loss"]) else f"loss {v['loss']:.3f} "
+            shown.append(f"{name} {loss}top-1 {100 * v['top1']:.1f}%")
+        text = "  ".join([*shown, f"{values['images_per_second']:.0f} images/s"])
         if self.bar.disable:
             minutes, seconds = divmod(round(seconds_left), 60)
-            print(
-                f"step {values['step']}/{self.total_steps}  epoch {values['epoch']}  {text}  "
-                f"{minutes}:{seconds:02d} left",
-                flush=True,
-            )
+            step = f"step {values['step']}/{self.total_steps}  epoch {values['epoch']}"
+            print(f"{step}  {text}  {minutes}:{seconds:02d} left", flush=True)
         else:
             self.bar.set_postfix_str(text)
 
@@ -170,13 +169,8 @@ class Console:
         self.bar.close()
 
 
-def _loss(mean: float) -> str:
-    """Return the loss as text, or nothing for a network that did not train."""
-    return "" if math.isnan(mean) else f"loss {mean:.3f} "
-
-
 class Sink(Protocol):
-    """Receives the metrics as scalars."""
+    """A destination of metrics in addition to ``metrics.jsonl``."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -184,7 +178,7 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """Writes event files into the run's folder."""
+    """Write TensorBoard event files to the run's folder."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -193,27 +187,24 @@ class TensorBoardSink:
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        try:
+        failed = f"cannot write TensorBoard events in {self.folder}"
+        remedy = "fix the cause and continue with --resume, or pass --log without a value"
+        with explain_os_error(failed, remedy):  # the writer's thread may have failed earlier
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
-        except OSError as error:  # its thread failed to write earlier
-            raise RunError(
-                f"cannot write TensorBoard events in {self.folder}: {error.strerror or error}; "
-                "mend that and continue with --resume, or --log with nothing after it"
-            ) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # reported by scalars(); the run's own files are whole
+        with contextlib.suppress(OSError):  # scalars() has reported it
             self.writer.close()
 
 
 class WandbSink:
-    """Logs to Weights & Biases. WANDB_MODE=offline keeps the run in its folder."""
+    """Log to Weights & Biases. WANDB_MODE=offline keeps the data in the run's folder."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         import wandb
 
-        # A resumed run has the same identifier, because it has the same folder.
+        # A resumed run has the same folder, so it gets the same identifier.
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = wandb.init(
             project="bdkd", name=folder.name, dir=str(folder), id=identity, resume="allow",
@@ -237,7 +228,7 @@ def check_sinks(recipe: Recipe) -> None:
         except ImportError as error:
             raise RunError(
                 f"--log {sink} needs {module}: pip install {package} "
-                "(or --log with nothing after it)"
+                "(or pass --log without a value)"
             ) from error
 
 
