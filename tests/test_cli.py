@@ -347,7 +347,7 @@ def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
     assert (config.log_every, config.max_steps) == (3, 1)
     code, message = fail(capsys, "train", "digits", "--resume", "--run-dir", str(run))
     assert code == 1
-    assert "holds a run of the recipe 'tiny', not of 'digits'" in message
+    assert "contains a run of the recipe 'tiny', not of 'digits'" in message
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,8 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
         (["train", "digits", "--networks.student.weights", "gone.pt"], ["gone.pt"]),
         (["train", "digits", "--run-dir", str(blocked / "run")], [str(blocked), "--run-dir"]),
         (["train", "digits", "--run-dir", "/proc/bdkd"], ["/proc/bdkd", "--run-dir"]),
-        (["train", "digits", "--run-dir", str(run)], [str(run), "already holds a run", "--resume"]),
+        (["train", "digits", "--run-dir", str(run)],
+         [str(run), "already contains a run", "--resume"]),
         (["train", "digits", "--resume", "--run-dir", str(blocked)], [str(blocked)]),
         (["train", "digits", "--resume", "--run-dir", "new"], ["nothing to resume", "new"]),
         (["train", "digits", "--device", "cuda:7"], ["cuda:7", "--device cpu"]),

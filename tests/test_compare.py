@@ -242,7 +242,7 @@ def test_a_changed_recipe_is_refused(compared, capsys):
     before = sorted(compared.rglob("*"))
     code, errors = fail(capsys, *TINY, *TWO, "--folder", str(compared), "--optimizer.momentum", "0")
     assert code == 1
-    assert "holds a run with other optimizer.momentum" in errors
+    assert "contains a run with other optimizer.momentum" in errors
     assert "--folder" in errors
     assert sorted(compared.rglob("*")) == before
 
@@ -369,7 +369,7 @@ def test_a_teacher_with_weights_of_its_own_is_taken_as_it_is(tmp_path):
 
 def test_a_folder_of_runs_of_something_else_is_refused(compared):
     recipe = load_recipe("digits")
-    with pytest.raises(RunError, match=r"bdkd-seed0 holds a run with other .*max_steps"):
+    with pytest.raises(RunError, match=r"bdkd-seed0 contains a run with other .*max_steps"):
         plan_runs(recipe, ["bdkd"], [0], compared)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +78,7 @@ def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
     config = recipe.objective
     if name != config.name:
         config = switch_objective(config, name)
-    types = typing.get_type_hints(ObjectiveConfig)
-    options: dict[str, Any] = {}
+    options: dict[str, str] = {}
     for option in filter(None, text.split(",")):
         key, equals, value = option.partition("=")
         if key not in OBJECTIVES[name].options:
@@ -88,11 +86,13 @@ def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
             raise UsageError(f"--methods {label}: {name} has no option {key!r}: {hint}")
         if not equals:
             raise UsageError(f"--methods {label}: {key!r} needs a value: write {key}=1")
-        try:
-            options[key] = msgspec.convert(value, types[key], strict=False)
-        except msgspec.ValidationError as error:
-            raise UsageError(f"--methods {label}: {key}: {error}") from error
-    return resolve_options(dataclasses.replace(config, **options))
+        options[key] = value
+    try:
+        given = msgspec.convert(options, ObjectiveConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"--methods {label}: {error}") from error
+    changes = {key: getattr(given, key) for key in options}
+    return resolve_options(dataclasses.replace(config, **changes))
 
 
 def plan_runs(
@@ -130,10 +130,8 @@ def plan_runs(
             weights = {f"networks.{name}.weights" for name in planned.teachers}
             changed = set(differing_keys(stored.read_config(), planned.recipe))
             if changed := changed - weights - {"run_dir"}:
-                raise RunError(
-                    f"{planned.path} holds a run with other {', '.join(sorted(changed))}: choose "
-                    "another --folder, or remove the run"
-                )
+                found = f"{planned.path} contains a run with other {', '.join(sorted(changed))}"
+                raise RunError(f"{found}: choose another --folder, or remove the run")
     return runs
 
 

@@ -12,7 +12,7 @@ from bdkd.cli.table import table
 from bdkd.evaluation import comparison
 from bdkd.evaluation.comparison_figure import comparison_figure
 from bdkd.identity import refuse_other_data
-from bdkd.runs.checkpoint import explain_os_error, write_atomically
+from bdkd.runs.checkpoint import explain_oserror, write_atomically
 from bdkd.runs.folder import to_json
 
 
@@ -56,7 +56,7 @@ def report(
         write_atomically(folder / f"comparison.{suffix}", encoded, again)
     figure = folder / "comparison.png"
     remedy = f"fix the cause and {again} (the tables are written)"
-    with explain_os_error(f"cannot write {figure}", remedy):
+    with explain_oserror(f"cannot write {figure}", remedy):
         comparison_figure(rows, figure, f"{some['recipe']}: test images")
     if as_json:
         print(text)

@@ -2,26 +2,24 @@
 
 import dataclasses
 import fcntl
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary, run_name
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.errors import Interrupted, RunError, UsageError
 from bdkd.identity import refuse_other_data
-from bdkd.runs.checkpoint import explain_os_error
+from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder, selected_checkpoint
+from bdkd.runs.log import Console
 from bdkd.runs.signals import StopRequest
 
 
 def locked(folder: Path) -> IO[str]:
     """Create and lock a folder. Close the returned file to unlock it."""
-    with explain_os_error(f"cannot write the folder {folder}", "choose another --folder"):
+    with explain_oserror(f"cannot write the folder {folder}", "choose another --folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed by the caller
     try:
@@ -51,15 +49,15 @@ def train_all(
         UsageError: the recipe is invalid, so no run can succeed.
         RunError: the runs were trained on different data sets.
     """
-    session = _Session(runs, stream or sys.stdout)
+    session = _Session(runs, stream)
     try:
         with StopRequest() as stop:
             before = f"{len(session.outcomes)} of them finished before"
-            session.say(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
+            session.console.line(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
             session.stop = stop
             run_jobs(session.jobs(folder), at_once, session.done, session.must_stop)
     finally:
-        session.bar.close()
+        session.console.close()
     if stop.signal is not None:
         finished = sum(RunFolder(run.path).summary.exists() for run in runs)
         raise Interrupted(
@@ -77,16 +75,13 @@ class _Session:
 
     stop: StopRequest
 
-    def __init__(self, runs: Sequence[PlannedRun], stream: IO[str]) -> None:
-        self.runs, self.stream = {run.name: run for run in runs}, stream
+    def __init__(self, runs: Sequence[PlannedRun], stream: IO[str] | None) -> None:
+        self.runs = {run.name: run for run in runs}
         self.outcomes = {
             run.name: Outcome(0) for run in runs if RunFolder(run.path).summary.exists()
         }
         self.error: UsageError | RunError | None = None
-        self.bar = tqdm(
-            total=len(runs), initial=len(self.outcomes), unit="run", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        self.console = Console(len(runs), len(self.outcomes), unit="run", stream=stream)
 
     def jobs(self, folder: Path) -> list[Job]:
         """Return a job for each run that is not finished. A job needs the run of its teachers."""
@@ -102,23 +97,17 @@ class _Session:
     def must_stop(self) -> bool:
         return self.stop.signal is not None or self.error is not None
 
-    def say(self, text: str) -> None:
-        if self.bar.disable:
-            print(text, file=self.stream, flush=True)
-        else:
-            self.bar.write(text, file=self.stream)
-
     def done(self, job: Job, outcome: Outcome) -> None:
         """Record the outcome of a run."""
         self.outcomes[job.name] = outcome
-        self.bar.update(1)
+        self.console.step()
         count = f"[{len(self.outcomes)}/{len(self.runs)}] {job.name}"
         if outcome.code == 2:
             self.error = self.error or UsageError(outcome.message)
         elif outcome.code and self.stop.signal is None:
-            self.say(f"{count}  failed: {outcome.message}")
+            self.console.line(f"{count}  failed: {outcome.message}")
         elif not outcome.code:
-            self.say(f"{count}  {headline(read_summary(self.runs[job.name]))}")
+            self.console.line(f"{count}  {headline(read_summary(self.runs[job.name]))}")
             finished = [self.runs[n] for n, done in self.outcomes.items() if not done.code]
             try:
                 refuse_other_data([(str(r.path), read_summary(r).get("data")) for r in finished])

@@ -140,7 +140,7 @@ def resolve_run(command: Command) -> Arguments:
         stored = folder.read_config()
         if stored.name != config.name:
             raise RunError(
-                f"{run_dir} holds a run of the recipe {stored.name!r}, not of {config.name!r}: "
+                f"{run_dir} contains a run of the recipe {stored.name!r}, not of {config.name!r}: "
                 "choose another --run-dir"
             )
         line = given if name else [stored.name, *given]

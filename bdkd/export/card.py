@@ -44,7 +44,8 @@ def model_card(facts: Facts, file: str) -> str:
             "",
             *_images(facts),
             "",
-            f"The {len(facts.classes)} logits are for, in this order: {', '.join(facts.classes)}.",
+            f"The {len(facts.classes)} logits are scores of these classes, in this order: "
+            f"{', '.join(facts.classes)}.",
             "",
             "## Accuracy and calibration",
             "",

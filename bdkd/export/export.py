@@ -20,7 +20,7 @@ from bdkd.errors import RunError, UsageError, first_line
 from bdkd.export.card import MARK, model_card
 from bdkd.export.facts import VERSION, Facts, Format
 from bdkd.export.formats import FORMATS, decode, encode, open_network, without_others
-from bdkd.runs.checkpoint import explain_os_error, load_checkpoint, write_atomically
+from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, write_atomically
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.resume import check_data, warn_of_copied_statistics
 from bdkd.runs.weights import mismatched_keys, network_weights, relocate
@@ -167,7 +167,7 @@ def _check(trained: Trained, kind: Format, output: Path, content: bytes) -> tupl
 
 
 def _write(path: Path, content: bytes) -> None:
-    with explain_os_error(f"cannot write {path}", "choose another --output"):
+    with explain_oserror(f"cannot write {path}", "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content, "run the same command again, or choose another --output")
 

@@ -85,7 +85,7 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
         )
     if difference:
         raise RunError(
-            f"{exported.path} holds another program than this bdkd makes of {facts.model} "
+            f"{exported.path} contains another program than this bdkd makes of {facts.model} "
             f"({difference}), and an unknown program could run code, so it is not loaded: "
             "export it again"
         )

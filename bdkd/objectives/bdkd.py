@@ -8,13 +8,13 @@ definitions, because we had no access to the body of the paper.
 from collections.abc import Mapping
 from typing import ClassVar
 
-from bdkd_kernels import BDKDLoss, BDKDOutput, BDKDStats, bdkd_loss_and_grad
+from bdkd_kernels import BDKDOutput, BDKDStats, bdkd_loss_and_grad
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
 from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
-from bdkd.objectives.one_sided import OneSided
+from bdkd.objectives.one_sided import OneSided, fused_loss
 
 STATISTICS = ("forward_weight", "reverse_weight", "forward_kl", "reverse_kl")
 
@@ -62,11 +62,8 @@ class BDKD(Objective):
         shared = self.options.keys() - {"student_divergence", "weighting"}
         # The sum over the counted rows of a micro-batch is divided by the counted rows of the whole
         # step, so that micro-batches and ranks add up to the mean.
-        self.arguments = {**{name: getattr(config, name) for name in shared}, "reduction": "sum"}
-        try:
-            self.loss = BDKDLoss(**self.arguments)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"objective.{error}") from error
+        self.arguments = {name: getattr(config, name) for name in shared}
+        self.loss = fused_loss(**self.arguments)
 
     def __call__(
         self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
@@ -101,7 +98,7 @@ class BDKD(Objective):
             loss, gradients = bdkd_loss_and_grad(
                 s, t if trains else t.detach(), target,
                 grad_scale=grad_scale / (normaliser * self.partners[student]),
-                **self.arguments,
+                **self.arguments, reduction="sum",
             )  # fmt: skip
             self._add_pair(output, student, teacher, loss, normaliser)
             for name, gradient in zip((student, teacher), gradients, strict=True):

@@ -18,6 +18,14 @@ MUTUAL_OPTIONS: Mapping[str, object] = {
 }  # fmt: skip
 
 
+def fused_loss(**settings: Any) -> BDKDLoss:
+    """Return the fused loss with ``sum`` reduction. Raise ``UsageError`` for invalid options."""
+    try:
+        return BDKDLoss(**settings, reduction="sum")
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"objective.{error}") from error
+
+
 class OneSided:
     """Compute ``ce CE(x, y) + kd tau^2 mean over partners of KL`` with the fused kernel.
 
@@ -26,9 +34,6 @@ class OneSided:
 
     Args:
         divergence: ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
-
-    Raises:
-        UsageError: an option is out of range. The message names its key.
     """
 
     def __init__(
@@ -38,17 +43,13 @@ class OneSided:
         kd: float | None,
         divergence: Literal["forward", "reverse"] = "forward",
     ) -> None:
-        settings: dict[str, Any] = {
-            "student_ce": 0.0, "student_kd": 0.0, "teacher_ce": ce, "teacher_kd": kd,
+        self.loss = fused_loss(
+            student_ce=0.0, student_kd=0.0, teacher_ce=ce, teacher_kd=kd,
             # The partner is the kernel's student, so the direction is reversed.
-            "teacher_divergence": "reverse" if divergence == "forward" else "forward",
-            "temperature": config.temperature, "label_smoothing": config.label_smoothing,
-            "backend": config.backend,
-        }  # fmt: skip
-        try:
-            self.loss = BDKDLoss(**settings, reduction="sum")
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"objective.{error}") from error
+            teacher_divergence="reverse" if divergence == "forward" else "forward",
+            temperature=config.temperature, label_smoothing=config.label_smoothing,
+            backend=config.backend,
+        )  # fmt: skip
 
     def __call__(
         self,

@@ -111,10 +111,8 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
             )
             if signature != b"PK\6\6" or rest != _END64.size - 12:
                 raise ArchiveError("the record of its 64-bit sizes is damaged")
-            limits = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
-            for narrow, wide, limit in zip(
-                short, (here, entries, length, start), limits, strict=True
-            ):
+            long, limits = (here, entries, length, start), (2**16 - 1,) * 2 + (2**32 - 1,) * 2
+            for narrow, wide, limit in zip(short, long, limits, strict=True):
                 if narrow not in (wide, limit):
                     raise ArchiveError("its 32-bit and 64-bit sizes differ")
             end = record
@@ -151,7 +149,7 @@ def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -
         names.add(name.lower())
     total = sum(member.file_size for member in members)
     if total > start:
-        raise ArchiveError(f"its members have {total:,} bytes, more than the file holds")
+        raise ArchiveError(f"its members have {total:,} bytes, more than the file has")
     before, end = "", 0
     for member in sorted(members, key=lambda member: member.header_offset):
         name = member.filename

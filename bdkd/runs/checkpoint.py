@@ -20,7 +20,7 @@ _KEYS = {"format", "recipe", "state"}
 
 
 @contextlib.contextmanager
-def explain_os_error(what: str, remedy: str = "") -> Iterator[None]:
+def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
     """Convert an ``OSError`` to a ``RunError`` that says what failed, why, and what to do."""
     try:
         yield
@@ -195,37 +195,38 @@ def load_file(path: Path, checkpoint: bool = False) -> Any:
                 verified = True
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except ForeignArchive as error:
-        raise RunError(
-            f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
-        ) from error
-    except ArchiveError as error:
+    except RunError:
+        raise
+    except Exception as error:
+        raise _load_error(path, error, verified) from error
+
+
+def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
+    match error:
+        case ForeignArchive():
+            return RunError(
+                f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
+            )
+        case ArchiveError():
+            size = f"{path.stat().st_size:,} bytes"
+            reason = f"is damaged or cut off: {error}; use another file"
+            return DamagedFile(f"{path} ({size}) {reason}")
+        case FileNotFoundError() | IsADirectoryError():
+            return RunError(f"no file of weights at {path}: {error.strerror}")
+        case OSError():
+            reason = error.strerror or first_line(error)
+            return RunError(f"cannot read {path}: {reason}; the file was not changed")
+        case pickle.UnpicklingError():
+            return RunError(
+                f"refused to read {path}: it is not a file of torch, or contains more than tensors "
+                "and plain values, which could run code; use another file"
+            )
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
         size = f"{path.stat().st_size:,} bytes"
-        raise DamagedFile(
-            f"{path} ({size}) is damaged or cut off: {error}; use another file"
-        ) from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RunError(f"no file of weights at {path}: {error.strerror}") from error
-    except OSError as error:
-        raise RunError(
-            f"cannot read {path}: {error.strerror or first_line(error)}; the file was not changed"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise RunError(
-            f"refused to read {path}: it is not a file of torch, or holds more than tensors and "
-            "plain values, which could run code; use another file"
-        ) from error
-    except Exception as error:  # torch.load raises many types
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise RunError(
-                f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; "
-                "free some and try again"
-            ) from error
-        but = "its checksums are right, but " if verified else ""
-        raise RunError(
-            f"cannot read {path}: {but}torch {torch.__version__} cannot load it "
-            f"({first_line(error)}); use another file"
-        ) from error
+        return RunError(f"cannot read {path}: not enough memory for its {size}; free some memory")
+    but = "its checksums are right, but " if verified else ""
+    reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
+    return RunError(f"cannot read {path}: {but}{reason}; use another file")
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -58,7 +58,7 @@ class Checkpointer:
         if state is not None:
             self._writer.wait()
             if error := self._writer.take_failure():
-                self.warn(f"warning: training goes on without this checkpoint: {error}")
+                self.warn(f"warning: training continues without this checkpoint: {error}")
             state = snapshot(state)
             self._writer.submit(
                 partial(folder.save, step, recipe, state, self.options.keep) if newest else None,

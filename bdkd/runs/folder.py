@@ -15,12 +15,7 @@ from typing import IO, Any
 from bdkd.config import Recipe, parse_recipe, to_toml
 from bdkd.errors import DamagedFile, RunError, first_line
 from bdkd.evaluation.predictions import Predictions, to_bytes
-from bdkd.runs.checkpoint import (
-    explain_os_error,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, save_checkpoint, write_atomically
 from bdkd.text import read_text
 
 # Wait for processes of the same launch that have not ended when torchrun restarts the ranks.
@@ -67,9 +62,9 @@ class RunFolder:
         """
         started = self._holds_run()
         if resume == "require" and not started:
-            raise RunError(f"nothing to resume: {self.path} holds no run")
+            raise RunError(f"nothing to resume: {self.path} contains no run")
         failed = f"cannot write the run's folder {self.path}"
-        with explain_os_error(failed, "choose another with --run-dir"):
+        with explain_oserror(failed, "choose another with --run-dir"):
             for folder in (self.path, self.checkpoints, self.figures):
                 folder.mkdir(parents=True, exist_ok=True)
             # "a" does not change the file if this run is refused.
@@ -81,7 +76,7 @@ class RunFolder:
                 leftover.unlink()  # a writer was killed; no other process writes under the lock
         if started and resume == "never":
             raise RunError(
-                f"{self.path} already holds a run: continue it with --resume or choose another "
+                f"{self.path} already contains a run: continue it with --resume or choose another "
                 "--run-dir"
             )
         self._lock.truncate(0)
@@ -98,15 +93,16 @@ class RunFolder:
 
     def _holds_run(self) -> bool:
         """Return whether a run has started here. Raise ``RunError`` if ``config.toml`` is gone."""
-        with explain_os_error(f"cannot read {self.path}"):
+        with explain_oserror(f"cannot read {self.path}"):
             if self.config.exists():
                 return True
             left = [p for p in (self.summary, self.metrics) if p.exists()]
         left += [p for p in self._checkpoint_files() if not p.name.startswith(".")]
         if left:
+            found = f"{self.path} contains {left[0].relative_to(self.path)}"
             raise RunError(
-                f"{self.path} holds {left[0].relative_to(self.path)} of a run, but no config.toml: "
-                "put it back to resume that run, or choose another --run-dir"
+                f"{found} of a run, but no config.toml: put it back to resume that run, or choose "
+                "another --run-dir"
             )
         return False
 
@@ -119,10 +115,9 @@ class RunFolder:
                 return
             except OSError as error:
                 if time.monotonic() >= deadline:
-                    raise RunError(
-                        f"another process is training in {self.path}: wait until it ends or choose "
-                        "another --run-dir"
-                    ) from error
+                    busy = f"another process is training in {self.path}"
+                    remedy = "wait until it ends or choose another --run-dir"
+                    raise RunError(f"{busy}: {remedy}") from error
                 time.sleep(0.1)
 
     def close(self) -> None:
@@ -166,7 +161,7 @@ class RunFolder:
 
     def _checkpoint_files(self) -> list[Path]:
         failed = f"cannot read the folder {self.checkpoints}"
-        with explain_os_error(failed, "nothing was changed"):
+        with explain_oserror(failed, "nothing was changed"):
             try:
                 return list(self.checkpoints.iterdir())
             except (FileNotFoundError, NotADirectoryError):
@@ -240,7 +235,7 @@ class RunFolder:
         # Runs of older versions have no file .saved, but they have saved before 2 * every_steps.
         written = self.saved.exists() or last > 2 * self.read_config().checkpoint.every_steps
         if aside:
-            found = f"it holds {', '.join(sorted(aside))}"
+            found = f"the folder contains {', '.join(sorted(aside))}"
         elif self.summary.exists() or written:
             found = f"the run had reached step {last}, so it had been saved"
         else:
@@ -252,7 +247,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the valid lines. The last line may be cut off if the run was killed."""
-        with explain_os_error(f"cannot read {self.metrics}"):
+        with explain_oserror(f"cannot read {self.metrics}"):
             content = self.metrics.read_bytes() if self.metrics.exists() else b""
         lines = []
         for line in content.splitlines(keepends=True):
@@ -276,19 +271,19 @@ class RunFolder:
     def flush_metrics(self) -> None:
         """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
         remedy = "fix the cause and continue with --resume (earlier checkpoints are complete)"
-        with explain_os_error(f"cannot write {self.metrics}", remedy):
+        with explain_oserror(f"cannot write {self.metrics}", remedy):
             self._write_metrics()
 
     def _write_metrics(self) -> None:
         with open(self.metrics, "ab", buffering=0) as file:
-            whole = file.seek(0, os.SEEK_END)
+            size = file.seek(0, os.SEEK_END)
             try:
                 for line in self._unwritten:
                     text = line.encode()
                     if file.write(text) != len(text):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                file.truncate(whole)  # remove a partial line
+                file.truncate(size)  # remove a partial line
                 raise
         self._unwritten.clear()
 

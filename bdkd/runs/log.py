@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from bdkd.config import Recipe, to_toml
 from bdkd.data import Split
 from bdkd.engine.state import TrainingState
 from bdkd.errors import RunError
-from bdkd.runs.checkpoint import explain_os_error
+from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder
 
 
@@ -121,7 +121,7 @@ class MetricsLogger:
             try:
                 sink.scalars(values["step"], flat_scalars(values))
             except RunError as error:
-                self.line(f"warning: training goes on without this log: {error}")
+                self.line(f"warning: training continues without this log: {error}")
                 self.sinks.remove(sink)
 
     def flush(self) -> None:
@@ -133,12 +133,15 @@ class MetricsLogger:
 class Console:
     """Show the progress: a progress bar on a terminal, else one line for each log interval."""
 
-    def __init__(self, total_steps: int, done: int, bar: bool = True) -> None:
+    def __init__(
+        self, total: int, done: int, bar: bool = True, unit: str = "step",
+        stream: IO[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.total, self.stream = total, stream
         self.bar = tqdm(
-            total=total_steps, initial=done, unit="step", dynamic_ncols=True,
+            total=total, initial=done, unit=unit, dynamic_ncols=True,
             disable=not (bar and sys.stderr.isatty()),
         )  # fmt: skip
-        self.total_steps = total_steps
 
     def step(self) -> None:
         self.bar.update(1)
@@ -153,7 +156,7 @@ class Console:
         text = "  ".join([*shown, f"{values['images_per_second']:.0f} images/s"])
         if self.bar.disable:
             minutes, seconds = divmod(round(seconds_left), 60)
-            step = f"step {values['step']}/{self.total_steps}  epoch {values['epoch']}"
+            step = f"step {values['step']}/{self.total}  epoch {values['epoch']}"
             print(f"{step}  {text}  {minutes}:{seconds:02d} left", flush=True)
         else:
             self.bar.set_postfix_str(text)
@@ -161,9 +164,9 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line."""
         if self.bar.disable:
-            print(text, flush=True)
+            print(text, file=self.stream, flush=True)
         else:
-            self.bar.write(text)
+            self.bar.write(text, file=self.stream)
 
     def close(self) -> None:
         self.bar.close()
@@ -189,7 +192,7 @@ class TensorBoardSink:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         failed = f"cannot write TensorBoard events in {self.folder}"
         remedy = "fix the cause and continue with --resume, or pass --log without a value"
-        with explain_os_error(failed, remedy):  # the writer's thread may have failed earlier
+        with explain_oserror(failed, remedy):  # the writer's thread may have failed earlier
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 

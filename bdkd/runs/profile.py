@@ -100,7 +100,7 @@ class StepProfiler:
                 self.show(line)
         except (OSError, RuntimeError, ValueError, RunError) as error:  # ValueError: cut-off trace
             self.show(
-                f"warning: training goes on without the profile: cannot write {self.traces}: "
+                f"warning: training continues without the profile: cannot write {self.traces}: "
                 f"{first_line(error)}; free some space"
             )
 
@@ -223,10 +223,10 @@ def _divide(work: Sequence[_Segment]) -> dict[str, float]:
 
 def _rows(microseconds: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:
     """Return rows in the order of the ranges, followed by "other" and "device idle"."""
-    whole = sum(microseconds.values())
+    total = sum(microseconds.values())
     names = [name for name in order if name != OTHER] + [OTHER, IDLE]
     return [
-        Row(name, microseconds[name] / whole, microseconds[name] / 1000 / steps)
+        Row(name, microseconds[name] / total, microseconds[name] / 1000 / steps)
         for name in names
         if name in microseconds
     ]

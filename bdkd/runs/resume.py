@@ -28,7 +28,7 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
             raise ValueError("moments of another optimizer")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path} holds other networks or another optimizer than the recipe: resume with the "
+            f"{path} contains other networks or another optimizer than the recipe: resume with the "
             f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
             "--run-dir"
         ) from error

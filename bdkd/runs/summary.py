@@ -16,7 +16,7 @@ from bdkd.evaluation.calibration import CalibrationResult
 from bdkd.evaluation.figures import reliability_diagram, training_curves
 from bdkd.evaluation.predict import Evaluator
 from bdkd.metrics import MEASURED
-from bdkd.runs.checkpoint import explain_os_error, load_checkpoint
+from bdkd.runs.checkpoint import explain_oserror, load_checkpoint
 from bdkd.runs.folder import RunFolder
 
 
@@ -75,7 +75,7 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     folder.write_summary(summary)
     failed = f"cannot write the figures in {folder.figures}"
     remedy = f"fix the cause and draw them with --resume (the results are in {folder.summary})"
-    with explain_os_error(failed, remedy):
+    with explain_oserror(failed, remedy):
         title = f"{recipe.name}, {recipe.objective.name}: test images"
         reliability_diagram(results, folder.figures / "reliability.png", title)
         training_curves(folder.metrics, folder.figures / "curves.png")

@@ -14,7 +14,7 @@ from bdkd.device import autocast
 from bdkd.engine.components import build_components
 from bdkd.errors import RunError
 from bdkd.evaluation.calibration import CalibrationResult
-from bdkd.runs.checkpoint import explain_os_error, load_checkpoint, save_checkpoint
+from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, save_checkpoint
 from bdkd.runs.summary import evaluator_of
 from bdkd.runs.weights import load_networks, relocate
 
@@ -66,7 +66,7 @@ def update_bn(
         "networks": components.networks.state_dict(),
         "ema": {name: loaded[name].state_dict() for name in saved["ema"]},
     }
-    with explain_os_error(f"cannot write {output}", "choose another --output"):
+    with explain_oserror(f"cannot write {output}", "choose another --output"):
         output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(output, text, written)
     return Updated(used, split, [(name, before[name], after[name]) for name in networks])

@@ -124,7 +124,7 @@ def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str
     }
     if not weights:
         names = sorted({key.split(".")[1] for key in state["networks"]})
-        raise RunError(f"{path} holds no network {name!r}: it has {', '.join(names)}")
+        raise RunError(f"{path} contains no network {name!r}: it has {', '.join(names)}")
     return weights
 
 
