@@ -124,7 +124,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys
     main(["train", "digits", "--dry-run", "--train.accumulate", "2", "--max-steps", "100"])
     plan = capsys.readouterr().out
     for fact in ("1,222 train, 216 val, 359 test", "691,386 parameters", "77,754 parameters",
-                 "19 an epoch", "stopping after 100", "in 2 parts", "MiB"):  # fmt: skip
+                 "19 per epoch", "stopping after 100", "in 2 parts", "MiB"):  # fmt: skip
         assert fact in plan
     assert not list(tmp_path.iterdir())
 

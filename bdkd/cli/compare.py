@@ -41,10 +41,8 @@ def run(given: list[str]) -> None:
     """Train the runs that are not finished, then write and print the tables."""
     name = given[0] if given and not given[0].startswith("-") else None
     if name is None and not {"-h", "--help"} & set(given):
-        raise UsageError(
-            "compare needs a recipe as its first argument: "
-            f"{', '.join(shipped_recipes())} or a TOML file"
-        )
+        known = f"{', '.join(shipped_recipes())} or a TOML file"
+        raise UsageError(f"compare needs a recipe as its first argument: {known}")
     name = name or shipped_recipes()[0]
     default = Arguments(recipe=name, config=load_recipe(name))
     line = given if given[:1] == [name] else [name, *given]

@@ -119,10 +119,8 @@ def plan_runs(
     runs = []
     for seed in seeds:
         for method, objective in objectives.items():
-            resolved = dataclasses.replace(
-                recipe, objective=objective, seed=seed,
-                run_dir=str(folder / run_name(method, seed)),
-            )  # fmt: skip
+            run_dir = str(folder / run_name(method, seed))
+            resolved = dataclasses.replace(recipe, objective=objective, seed=seed, run_dir=run_dir)
             check_recipe(resolved)
             runs.append(PlannedRun(method, seed, resolved, frozen[method], teachers[method]))
     for planned in runs:

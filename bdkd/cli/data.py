@@ -76,10 +76,8 @@ def check(given: list[str]) -> None:
     root, to = arguments.root.expanduser(), arguments.to.expanduser()
     report = checking.check(root, arguments.format, arguments.workers)
     for split, counts in report.counts.items():
-        print(
-            f"{split:5}  {counts.sum():,} images of {(counts > 0).sum():,} classes, "
-            f"{counts.min():,} to {counts.max():,} in a class"
-        )
+        span = f"{counts.min():,} to {counts.max():,} in a class"
+        print(f"{split:5}  {counts.sum():,} images of {(counts > 0).sum():,} classes, {span}")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.most_common())
     print(f"kinds  {kinds or 'none'}")
     for identity, reason in report.bad[:SHOWN]:
@@ -97,9 +95,8 @@ def check(given: list[str]) -> None:
         )
     if lacking := report.lacking:
         named = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-        problems.append(
-            f"{len(lacking):,} classes have fewer than 2 training images or none in val ({named})"
-        )
+        problem = "classes have fewer than 2 training images or none in val"
+        problems.append(f"{len(lacking):,} {problem} ({named})")
     if problems:
         raise RunError("; ".join(problems))
     print("good   every image can be decoded")

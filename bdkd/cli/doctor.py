@@ -122,9 +122,8 @@ def _gpu() -> Finding:
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = [
-            f"{d.name} ({d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB)" for d in devices
-        ]
+        sizes = [f"{d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+        names = [f"{d.name} ({size})" for d, size in zip(devices, sizes, strict=True)]
         return Finding("GPU", True, ", ".join(names))
     build = torch.version.cuda or torch.version.hip
     what = f"torch is built for {build} but finds no device or driver"

@@ -118,13 +118,10 @@ def _evaluate(
     from bdkd.runs.summary import describe, evaluator_of
 
     results = evaluator_of(components, networks).evaluate(arguments.split)
-    return {
-        "checkpoint": str(path),
-        "step": step,
-        "split": arguments.split,
-        "images": components.source.info.counts[arguments.split],
-        "networks": {
-            name: describe(components.recipe, name, network, results[name])
-            for name, network in networks.items()
-        },
+    described = {
+        name: describe(components.recipe, name, network, results[name])
+        for name, network in networks.items()
     }
+    images = components.source.info.counts[arguments.split]
+    return {"checkpoint": str(path), "step": step, "split": arguments.split, "images": images,
+            "networks": described}  # fmt: skip

@@ -99,10 +99,9 @@ def _check_network_names(given: list[str], default: Recipe) -> None:
         group, _, rest = option.partition(".")
         name, dot, _ = rest.partition(".")
         if group == "--networks" and dot and name not in default.networks:
-            raise UsageError(
-                f"{option}: the recipe {default.name!r} has no network {name!r}: "
-                f"{nearest(name, list(default.networks))} (add networks in a recipe file)"
-            )
+            unknown = f"{option}: the recipe {default.name!r} has no network {name!r}"
+            hint = nearest(name, list(default.networks))
+            raise UsageError(f"{unknown}: {hint} (add networks in a recipe file)")
 
 
 def _without_recipe(given: list[str]) -> Arguments:
@@ -113,10 +112,8 @@ def _without_recipe(given: list[str]) -> Arguments:
         return parse([shipped[0], *given], load_recipe(shipped[0]))
     run_dir = _value_of(given, "--run-dir")
     if "--resume" not in given or run_dir is None:
-        raise UsageError(
-            "train needs a recipe as its first argument: "
-            f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
-        )
+        known = f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
+        raise UsageError(f"train needs a recipe as its first argument: {known}")
     from bdkd.runs.folder import RunFolder
 
     stored = RunFolder(Path(run_dir)).read_config()

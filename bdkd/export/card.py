@@ -23,46 +23,31 @@ def model_card(facts: Facts, file: str) -> str:
         for metric in METRICS
         if metric.hub and (value := facts.metrics.get(metric.key)) is not None
     ]
-    return "\n".join(
-        (
-            *_front_matter(facts, recipe, measured),
-            "",
-            f"# {facts.model}, {facts.network} of {recipe.name}",
-            "",
-            f"{facts.parameters:,} parameters, trained as {facts.role} with bdkd: objective "
-            f"{facts.method}, seed {facts.seed}, the weights of step {facts.step:,}.",
-            "",
-            "## Load",
-            "",
-            "```python",
-            "from safetensors.torch import load_file",
-            "from bdkd import create_model",
-            "",
-            f"network = create_model({', '.join(arguments)}).eval()",
-            f"network.load_state_dict(load_file({json.dumps(file)}))",
-            "```",
-            "",
-            *_images(facts),
-            "",
-            f"The {len(facts.classes)} logits are scores of these classes, in this order: "
-            f"{', '.join(facts.classes)}.",
-            "",
-            "## Accuracy and calibration",
-            "",
-            *_results(facts, file, measured),
-            "",
-            f"Run `bdkd evaluate {file}` to measure these values again.",
-            "",
-            "## Recipe",
-            "",
-            "```toml",
-            facts.recipe.strip(),
-            "```",
-            "",
-            f"Written by {', '.join(f'{k} {v}' for k, v in facts.versions.items())}.",
-            "",
-        )
-    )
+    load = [
+        "from safetensors.torch import load_file",
+        "from bdkd import create_model",
+        "",
+        f"network = create_model({', '.join(arguments)}).eval()",
+        f"network.load_state_dict(load_file({json.dumps(file)}))",
+    ]
+    paragraphs = [
+        "\n".join(_front_matter(facts, recipe, measured)),
+        f"# {facts.model}, {facts.network} of {recipe.name}",
+        f"{facts.parameters:,} parameters, trained as {facts.role} with bdkd: objective "
+        f"{facts.method}, seed {facts.seed}, the weights of step {facts.step:,}.",
+        "## Load",
+        "\n".join(["```python", *load, "```"]),
+        "\n".join(_images(facts)),
+        f"The {len(facts.classes)} logits are scores of these classes, in this order: "
+        f"{', '.join(facts.classes)}.",
+        "## Accuracy and calibration",
+        "\n".join(_results(facts, file, measured)),
+        f"Run `bdkd evaluate {file}` to measure these values again.",
+        "## Recipe",
+        f"```toml\n{facts.recipe.strip()}\n```",
+        f"Written by {', '.join(f'{k} {v}' for k, v in facts.versions.items())}.\n",
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def _front_matter(facts: Facts, recipe: Recipe, measured: Measured) -> list[str]:

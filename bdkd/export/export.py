@@ -174,10 +174,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def _published(recipe: Recipe) -> str:
     """Return the recipe as TOML, without the paths of the run and of initial weights."""
-    networks = {
-        name: dataclasses.replace(network, weights=None)
-        for name, network in recipe.networks.items()
-    }
+    initial = recipe.networks.items()
+    networks = {name: dataclasses.replace(network, weights=None) for name, network in initial}
     return to_toml(dataclasses.replace(recipe, run_dir=None, networks=networks))
 
 
@@ -207,11 +205,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _metrics(split: str, images: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {
-        key: value
-        for key, value in values.items()
-        if (value is None or isinstance(value, float)) and key != "loss"
-    }
+    numbers = {key: x for key, x in values.items() if x is None or isinstance(x, float)}
+    numbers.pop("loss", None)
     return {"measured_on": split, "images": images, "metrics": numbers}
 
 

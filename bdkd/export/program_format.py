@@ -56,11 +56,8 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
     try:
         check_stored_zip(io.BytesIO(content))
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            metadata = {
-                key: archive.read(_EXTRA + key).decode()
-                for key in (FACTS, DIGEST)
-                if _EXTRA + key in archive.namelist()
-            }
+            keys = [key for key in (FACTS, DIGEST) if _EXTRA + key in archive.namelist()]
+            metadata = {key: archive.read(_EXTRA + key).decode() for key in keys}
             return metadata, _digest_of_weights(archive)
     except (ArchiveError, UnicodeDecodeError) as error:
         raise corrupt(path, first_line(error)) from error

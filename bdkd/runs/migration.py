@@ -6,7 +6,6 @@ checkpoints of the old format to ``tests/training/old_runs``.
 """
 
 import tomllib
-from collections.abc import Callable
 from typing import Any
 
 FORMAT = 3
@@ -21,7 +20,7 @@ def migrate(content: Content) -> Content:
         KeyError: the format of the content is unknown.
     """
     while content["format"] != FORMAT:
-        content = _STEPS[content["format"]](content)
+        content = {2: _from_2}[content["format"]](content)
     return content
 
 
@@ -42,6 +41,3 @@ def _from_2(content: Content) -> Content:
         },
     }  # fmt: skip
     return {**content, "format": 3, "state": state}
-
-
-_STEPS: dict[int, Callable[[Content], Content]] = {2: _from_2}

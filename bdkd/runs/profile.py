@@ -64,9 +64,7 @@ class StepProfiler:
         if not self.steps:
             return
         warm_up = min(2, settling)
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
         with warnings.catch_warnings():
             # The table says so if no step is left for the warm-up.
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
@@ -119,12 +117,8 @@ class StepProfiler:
         if self.rank:
             return []
         host, device = where_time_goes(events, names)
-        written = {
-            "device": str(self.device),
-            "steps": self.steps,
-            "phases": [asdict(row) for row in device or host],
-            "host": [asdict(row) for row in host],
-        }
+        rows = {"phases": [*map(asdict, device or host)], "host": [*map(asdict, host)]}
+        written = {"device": str(self.device), "steps": self.steps, **rows}
         text = json.dumps(written, indent=2) + "\n"
         write_atomically(self.folder / "profile.json", text.encode())
         return [table(host, device, self.steps, self.cold), f"trace   {trace}"]

@@ -61,11 +61,9 @@ def update_bn(
         used = _update(network, source, train.batch_size, train.precision, batches)
     after = evaluator.evaluate(split)
     # Optimizer moments and random states do not change.
-    written = saved | {
-        "ema_copied_until": None,
-        "networks": components.networks.state_dict(),
-        "ema": {name: loaded[name].state_dict() for name in saved["ema"]},
-    }
+    averages = {name: loaded[name].state_dict() for name in saved["ema"]}
+    trained_state = {"networks": components.networks.state_dict(), "ema": averages}
+    written = {**saved, "ema_copied_until": None, **trained_state}
     with explain_oserror(f"cannot write {output}", "choose another --output"):
         output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(output, text, written)

@@ -65,12 +65,11 @@ def load_networks(
     averages = {}
     try:
         check_data(path, saved, components.source.info)
-        for name in saved["ema"]:
+        for name, weights in saved["ema"].items():
             member = networks.members[name.removesuffix(EMA_SUFFIX)]
             averages[name] = copy.deepcopy(member).requires_grad_(False)
+            averages[name].load_state_dict(weights)
         networks.load_state_dict(saved["networks"])
-        for name, average in averages.items():
-            average.load_state_dict(saved["ema"][name])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} does not match its recipe: {first_line(error)}") from error
     if components.context.is_rank0:
@@ -116,12 +115,8 @@ def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str
     """Return the state dict of one network in a checkpoint's state."""
     if name in state["ema"]:
         return state["ema"][name]
-    prefix = f"members.{name}."
-    weights = {
-        key.removeprefix(prefix): value
-        for key, value in state["networks"].items()
-        if key.startswith(prefix)
-    }
+    prefix, tensors = f"members.{name}.", state["networks"].items()
+    weights = {key.removeprefix(prefix): x for key, x in tensors if key.startswith(prefix)}
     if not weights:
         names = sorted({key.split(".")[1] for key in state["networks"]})
         raise RunError(f"{path} contains no network {name!r}: it has {', '.join(names)}")
