@@ -10,14 +10,7 @@ from typing import Any
 
 import msgspec
 
-from bdkd.config import (
-    NetworkConfig,
-    ObjectiveConfig,
-    Recipe,
-    check_recipe,
-    differing_keys,
-    nearest,
-)
+from bdkd.config import ObjectiveConfig, Recipe, check_recipe, differing_keys, nearest
 from bdkd.errors import RunError, UsageError
 
 TEACHERS = "independent"  # the objective that trains the teachers of kd
@@ -109,10 +102,12 @@ def plan_runs(
 
     objectives = {method: parse_objective(method, recipe) for method in methods}
     frozen = {method: frozen_networks(recipe, config) for method, config in objectives.items()}
-    teachers = {
-        method: tuple(name for name in names if not _has_weights(recipe.networks[name]))
-        for method, names in frozen.items()
+    trained = {
+        name
+        for name, network in recipe.networks.items()
+        if network.frozen or network.weights or network.options.get("pretrained")
     }
+    teachers = {method: tuple(names - trained) for method, names in frozen.items()}
     if any(teachers.values()) and TEACHERS not in methods:
         objectives = {TEACHERS: parse_objective(TEACHERS, recipe), **objectives}
         frozen[TEACHERS], teachers[TEACHERS] = frozenset(), ()
@@ -134,11 +129,8 @@ def plan_runs(
 
 
 def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str]:
-    """Return the networks that the objective does not train.
-
-    Raises:
-        UsageError: the networks do not fit the objective.
-    """
+    """Return the networks that the objective does not train. Raise ``UsageError`` if the networks
+    do not fit the objective."""
     from bdkd.objectives import create_objective
 
     filled = {
@@ -146,10 +138,6 @@ def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str
         for name, network in recipe.networks.items()
     }
     return create_objective(objective, filled).frozen
-
-
-def _has_weights(network: NetworkConfig) -> bool:
-    return bool(network.frozen or network.weights or network.options.get("pretrained"))
 
 
 def room_for(recipe: Recipe) -> int:

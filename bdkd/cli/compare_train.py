@@ -131,8 +131,8 @@ def prepare(run: PlannedRun, folder: Path) -> list[str]:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """Return the results of a run in one line."""
-    shown = "  ".join(
+    shown = [
         f"{name} top-1 {100 * network['top1']:.2f}% ECE {100 * network['ece']:.2f}%"
         for name, network in summary["networks"].items()
-    )
-    return f"{shown}  {summary['wall_seconds']:.0f} s"
+    ]
+    return "  ".join([*shown, f"{summary['wall_seconds']:.0f} s"])

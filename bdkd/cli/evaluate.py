@@ -1,6 +1,7 @@
 """``bdkd evaluate``: evaluate the networks of a run, or an exported network."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,10 +14,6 @@ from bdkd.errors import RunError
 from bdkd.identity import class_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
     from bdkd.distributed.context import DistributedContext
     from bdkd.engine.components import Components
 
@@ -113,7 +110,7 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
 
 def _evaluate(
     arguments: Arguments, components: "Components", path: Path, step: int,
-    networks: "Mapping[str, nn.Module]",
+    networks: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     from bdkd.runs.summary import describe, evaluator_of
 

@@ -51,11 +51,9 @@ class _Running(NamedTuple):
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    at_once: int,
-    done: Callable[[Job, Outcome], None],
+    jobs: Sequence[Job], at_once: int, done: Callable[[Job, Outcome], None],
     stop: Callable[[], bool],
-) -> None:
+) -> None:  # fmt: skip
     """Run jobs in their order, ``at_once`` of them concurrently.
 
     Args:

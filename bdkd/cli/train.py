@@ -122,11 +122,7 @@ def _without_recipe(given: list[str]) -> Arguments:
 
 def resolve_run(command: Command) -> Arguments:
     """Choose the run's folder. A resumed run takes its options from the folder, overridden by the
-    command line.
-
-    Raises:
-        RunError: the folder contains a run of another recipe.
-    """
+    command line. Raise ``RunError`` if the folder contains a run of another recipe."""
     from bdkd.runs.folder import RunFolder, default_run_dir
 
     arguments, given, name = command

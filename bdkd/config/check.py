@@ -16,11 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check every value of a recipe.
-
-    Raises:
-        UsageError: a value is invalid. The message names its key.
-    """
+    """Raise ``UsageError`` with the key of the first invalid value of a recipe."""
     for key, value, interval in _numbers(recipe, type(recipe), ""):
         for number in value if isinstance(value, tuple) else (value,):
             if interval is not None and not interval.contains(number):

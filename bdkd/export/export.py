@@ -184,24 +184,18 @@ def _measured(checkpoint: Path, name: str, step: int) -> dict[str, Any]:
     weights, else on the validation images."""
     folder = RunFolder(checkpoint.parent.parent)
     if checkpoint.parent == folder.checkpoints:  # not written by bdkd update-bn
-        summary = _read_summary(folder.summary)
+        try:
+            content = folder.summary.read_text("utf-8") if folder.summary.exists() else "{}"
+            summary = json.loads(content)
+        except (OSError, ValueError) as error:
+            reason = f"{first_line(error)}; rewrite it with bdkd train --resume"
+            raise RunError(f"cannot read {folder.summary}: {reason}") from error
         if summary.get("selected_step") == step and name in summary["networks"]:
             return _metrics("test", summary["images"], summary["networks"][name])
         for line in folder.read_metrics():
             if line["step"] == step and line.get("split") == "val" and name in line:
                 return _metrics("val", 0, line[name])
     return _metrics("", 0, {})
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {"networks": {}}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"cannot read {path}: {first_line(error)}; rewrite it with bdkd train --resume"
-        ) from error
 
 
 def _metrics(split: str, images: int, values: Mapping[str, Any]) -> dict[str, Any]:

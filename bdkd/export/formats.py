@@ -34,11 +34,8 @@ MAX_PIXELS = 2**28  # of one image, all channels
 
 
 def without_others(recipe: Recipe, network: str) -> Recipe:
-    """Return a recipe with only one of its networks, as a student without a teacher.
-
-    Raises:
-        RunError: the recipe has no such network.
-    """
+    """Return a recipe with only one of its networks, as a student without a teacher. Raise
+    ``RunError`` if the recipe has no such network."""
     name = network.removesuffix(EMA_SUFFIX)
     if (config := recipe.networks.get(name)) is None:
         raise RunError(f"the file contains {network!r}, but its recipe has no such network")

@@ -13,16 +13,7 @@ from torch import Tensor, nn
 
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
-from bdkd.export.facts import (
-    DIGEST,
-    FACTS,
-    Digest,
-    Exported,
-    FileFormat,
-    Function,
-    corrupt,
-    digest_of_bytes,
-)
+from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
 from bdkd.export.onnx_trust import refusal
 
 
@@ -42,7 +33,10 @@ def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> byt
         del node.metadata_props[:]  # stack traces with paths of this machine
     if model.ByteSize() >= 2**31:
         raise RunError("ONNX files are limited to 2 GiB: use --to safetensors or export")
-    for key, value in ((FACTS, facts), (DIGEST, digest_of_bytes(_without_metadata(model))(facts))):
+    for key, value in (
+        (FACTS, facts),
+        (DIGEST, shared.digest_of_bytes(_without_metadata(model))(facts)),
+    ):
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
@@ -53,7 +47,7 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
     with contextlib.suppress(UnicodeDecodeError):
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if all(isinstance(text, str) for entry in metadata.items() for text in entry):
-            return metadata, digest_of_bytes(_without_metadata(model))
+            return metadata, shared.digest_of_bytes(_without_metadata(model))
     raise corrupt(path, "its metadata is not text")
 
 

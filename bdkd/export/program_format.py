@@ -16,16 +16,8 @@ import torch
 from torch import nn
 
 from bdkd.errors import RunError, first_line
-from bdkd.export.facts import (
-    DIGEST,
-    FACTS,
-    Digest,
-    Exported,
-    FileFormat,
-    Function,
-    corrupt,
-    digest_of_bytes,
-)
+from bdkd.export import facts as shared
+from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
 from bdkd.runs.archive import ArchiveError, check_stored_zip
 
 _WEIGHTS = "archive/data/weights/weight_"  # prefix of members with one tensor each
@@ -131,7 +123,7 @@ def _digest_of_weights(archive: zipfile.ZipFile) -> Digest:
     for name in sorted(archive.namelist()):
         if name.startswith(_WEIGHTS):
             hashed.update(name.encode() + archive.read(name))
-    return digest_of_bytes(hashed.digest())
+    return shared.digest_of_bytes(hashed.digest())
 
 
 # The size limit allows 4 billion weights.

@@ -61,15 +61,14 @@ class Objective(ABC):
         self.views = 1
         """Augmentations of each image that the objective needs: 1, or one for each network."""
         if not self.students:
+            key = f"networks.{(self.teachers or ['NAME'])[0]}.role"
             raise UsageError(
-                f"no network is a student: set networks.{(self.teachers or ['NAME'])[0]}.role, "
-                "or add one with role = 'student'"
+                f"no network is a student: set {key}, or add a network with role = 'student'"
             )
-        for name in self.students:
-            if name in self.frozen:
-                raise UsageError(
-                    f"networks.{name}.frozen must be false: {name!r} is a student, which trains"
-                )
+        for name in self.frozen.intersection(self.students):
+            raise UsageError(
+                f"networks.{name}.frozen must be false: {name!r} is a student, which trains"
+            )
         if config.student_ce == 0 and config.student_kd == 0:
             raise UsageError(
                 "objective.student_ce and objective.student_kd must not both be 0: the student "

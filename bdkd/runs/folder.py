@@ -145,11 +145,8 @@ class RunFolder:
         write_atomically(self.predictions, to_bytes(predictions))
 
     def checkpoint_paths(self, kind: str = "step") -> list[Path]:
-        """Return the ``step`` or ``best`` checkpoints, starting with the newest.
-
-        Raises:
-            RunError: the folder exists and cannot be read.
-        """
+        """Return the ``step`` or ``best`` checkpoints, starting with the newest. Raise ``RunError``
+        if the folder exists but cannot be read."""
         named = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in self._checkpoint_files())
         return sorted((p for match, p in named if match and match[1] == kind), reverse=True)
 

@@ -20,7 +20,7 @@ from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder
 
 
-class MetricsLogger:
+class MetricsLogger(contextlib.AbstractContextManager):
     """Write the metrics of a run, and measure the time of its log intervals.
 
     All ranks create a logger, but only rank 0 writes and prints. The time of evaluations and
@@ -44,11 +44,9 @@ class MetricsLogger:
             folder.drop_after(step)
             self.sinks = open_sinks(state.recipe, folder.path, folder.events, step)
         self.console = Console(last_step, step, progress_bar and self.is_rank0)
+        self.line = self.console.line
         self.start_interval()
         self._counted = time.monotonic()  # progress.seconds includes the time until here
-
-    def __enter__(self) -> "MetricsLogger":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -59,10 +57,6 @@ class MetricsLogger:
         for sink in self.sinks:
             sink.close()
         self.sinks = []
-
-    def line(self, text: str) -> None:
-        """Print a line of text."""
-        self.console.line(text)
 
     def start_interval(self) -> None:
         """Start a log interval."""

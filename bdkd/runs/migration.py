@@ -1,7 +1,7 @@
 """Convert checkpoints of older versions to the current format, one version at a time.
 
 Each function converts the content of a file (``format``, ``recipe``, ``state``) from one format to
-the next. To change the format, raise :data:`FORMAT`, add a function, and add
+the next. To change the format, raise :data:`FORMAT`, add a function to :func:`migrate`, and add
 checkpoints of the old format to ``tests/training/old_runs``.
 """
 
@@ -14,11 +14,7 @@ Content = dict[str, Any]
 
 
 def migrate(content: Content) -> Content:
-    """Return the content of a checkpoint in the current format.
-
-    Raises:
-        KeyError: the format of the content is unknown.
-    """
+    """Return a checkpoint in the current format. Raise ``KeyError`` for unknown formats."""
     while content["format"] != FORMAT:
         content = {2: _from_2}[content["format"]](content)
     return content

@@ -59,10 +59,9 @@ def plan(components: Components, images_per_second: float | None = None) -> str:
 
 
 def _flops(count: int) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
-    return f"{count / 1e3:,.3g} kFLOP"
+    units = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
+    size = next((size for size in units if count >= size), 1e3)
+    return f"{count / size:,.3g} {units.get(size, 'kFLOP')}"
 
 
 def mebibytes(count: int) -> str:

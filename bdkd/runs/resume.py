@@ -15,11 +15,7 @@ from bdkd.identity import difference
 
 
 def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
-    """Load a checkpoint's state.
-
-    Raises:
-        RunError: the checkpoint has other networks, or another data set.
-    """
+    """Load a checkpoint's state. Raise ``RunError`` for other networks or another data set."""
     try:
         check_data(path, saved, state.info)
         state.load_state_dict(saved)

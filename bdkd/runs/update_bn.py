@@ -48,7 +48,11 @@ def update_bn(
     source, train = components.source, recipe.train
     loaded = load_networks(components, checkpoint, {**saved, "ema_copied_until": None})
     trained = {name: loaded[name] for name in loaded if name not in components.networks.frozen}
-    networks = {name: network for name, network in trained.items() if _has_statistics(network)}
+    networks = {
+        name: network
+        for name, network in trained.items()
+        if any(getattr(module, "running_mean", None) is not None for module in network.modules())
+    }
     if not networks:
         raise RunError(f"{checkpoint} has no network with batch norm statistics to recompute")
     split: Split = "val" if source.info.counts["val"] else "test"
@@ -86,7 +90,3 @@ def _update(
     with autocast(device, precision):
         torch.optim.swa_utils.update_bn(images(), network)
     return used
-
-
-def _has_statistics(network: nn.Module) -> bool:
-    return any(getattr(m, "running_mean", None) is not None for m in network.modules())
