@@ -208,9 +208,8 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
                 f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
             )
         case ArchiveError():
-            size = f"{path.stat().st_size:,} bytes"
-            reason = f"is damaged or cut off: {error}; use another file"
-            return DamagedFile(f"{path} ({size}) {reason}")
+            found = f"{path} ({path.stat().st_size:,} bytes)"
+            return DamagedFile(f"{found} is damaged or cut off: {error}; use another file")
         case FileNotFoundError() | IsADirectoryError():
             return RunError(f"no file of weights at {path}: {error.strerror}")
         case OSError():
@@ -222,8 +221,10 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
                 "and plain values, which could run code; use another file"
             )
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        size = f"{path.stat().st_size:,} bytes"
-        return RunError(f"cannot read {path}: not enough memory for its {size}; free some memory")
+        return RunError(
+            f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; free "
+            "some memory"
+        )
     but = "its checksums are right, but " if verified else ""
     reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
     return RunError(f"cannot read {path}: {but}{reason}; use another file")
