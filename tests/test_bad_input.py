@@ -236,7 +236,7 @@ COMMAND_LINES = [
     ("update-bn file", 1, ["file is not a checkpoint", "begin as a zip file", "use another file"]),
     ("update-bn file --images 0", 2, ["--images", "at least 1", "got 0"]),
     ("compare", 2, ["needs a recipe as its first argument", "digits"]),
-    ("compare digits --methods bdk", 2, ["unknown method 'bdk'", "'bdkd'"]),
+    ("compare digits --methods bdk", 2, ["unknown objective 'bdk'", "'bdkd'"]),
     ("compare digits --methods bdkd bdkd", 2, ["--methods", "'bdkd'", "more than once"]),
     ("compare digits --methods bdkd --seeds x", 2, ["--seeds", "'x'", "INT"]),
     ("report", 2, ["at least one run's folder", "runs/mine"]),

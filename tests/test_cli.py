@@ -124,7 +124,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys
     main(["train", "digits", "--dry-run", "--train.accumulate", "2", "--max-steps", "100"])
     plan = capsys.readouterr().out
     for fact in ("1,222 train, 216 val, 359 test", "691,386 parameters", "77,754 parameters",
-                 "19 an epoch", "stopping after 100", "in 2 parts", "MiB"):  # fmt: skip
+                 "19 per epoch", "stopping after 100", "in 2 parts", "MiB"):  # fmt: skip
         assert fact in plan
     assert not list(tmp_path.iterdir())
 
@@ -187,7 +187,7 @@ USAGE = {
     ),
     "method": (
         ["train", "digits", "--objective.name", "bdk"],
-        ["unknown method 'bdk'", "'bdkd'"],
+        ["unknown objective 'bdk'", "'bdkd'"],
     ),
     "option of another method": (
         ["train", "digits", "--objective.name", "independent", "--objective.gamma", "3"],
@@ -347,7 +347,7 @@ def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
     assert (config.log_every, config.max_steps) == (3, 1)
     code, message = fail(capsys, "train", "digits", "--resume", "--run-dir", str(run))
     assert code == 1
-    assert "holds a run of the recipe 'tiny', not of 'digits'" in message
+    assert "contains a run of the recipe 'tiny', not of 'digits'" in message
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,8 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
         (["train", "digits", "--networks.student.weights", "gone.pt"], ["gone.pt"]),
         (["train", "digits", "--run-dir", str(blocked / "run")], [str(blocked), "--run-dir"]),
         (["train", "digits", "--run-dir", "/proc/bdkd"], ["/proc/bdkd", "--run-dir"]),
-        (["train", "digits", "--run-dir", str(run)], [str(run), "already holds a run", "--resume"]),
+        (["train", "digits", "--run-dir", str(run)],
+         [str(run), "already contains a run", "--resume"]),
         (["train", "digits", "--resume", "--run-dir", str(blocked)], [str(blocked)]),
         (["train", "digits", "--resume", "--run-dir", "new"], ["nothing to resume", "new"]),
         (["train", "digits", "--device", "cuda:7"], ["cuda:7", "--device cpu"]),

@@ -16,7 +16,7 @@ from bdkd.cli import main
 from bdkd.cli.compare_plan import (
     chosen_methods,
     chosen_seeds,
-    parse_method,
+    parse_objective,
     plan_runs,
     room_for,
     run_name,
@@ -242,7 +242,7 @@ def test_a_changed_recipe_is_refused(compared, capsys):
     before = sorted(compared.rglob("*"))
     code, errors = fail(capsys, *TINY, *TWO, "--folder", str(compared), "--optimizer.momentum", "0")
     assert code == 1
-    assert "holds a run with other optimizer.momentum" in errors
+    assert "contains a run with other optimizer.momentum" in errors
     assert "--folder" in errors
     assert sorted(compared.rglob("*")) == before
 
@@ -268,7 +268,7 @@ def test_a_recipe_that_no_run_can_follow_ends_it_at_once(tmp_path, capsys):
 USAGE = {
     "no recipe": ([], ["needs a recipe", "digits"]),
     "recipe": (["digit"], ["unknown recipe 'digit'", "'digits'"]),
-    "method": (["digits", "--methods", "bdk"], ["unknown method 'bdk'", "'bdkd'"]),
+    "method": (["digits", "--methods", "bdk"], ["unknown objective 'bdk'", "'bdkd'"]),
     "method twice": (["digits", "--methods", "bdkd", "bdkd"], ["'bdkd' more than once"]),
     "option": (["digits", "--methods", "bdkd:gama=1"], ["no option 'gama'", "'gamma'"]),
     "option of another": (["digits", "--methods", "dml:gamma=1"], ["dml has no option 'gamma'"]),
@@ -340,9 +340,9 @@ def test_the_recipes_objective_is_for_its_own_method(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("[objective]", "[objective]\nlabel_smoothing = 0.1", 1))
     recipe = load_recipe(str(path))
-    own = parse_method("bdkd:temperature=2", recipe)
+    own = parse_objective("bdkd:temperature=2", recipe)
     assert (own.gamma, own.temperature, own.label_smoothing) == (3, 2, 0.1)
-    other = parse_method("kd", recipe)
+    other = parse_objective("kd", recipe)
     assert (other.gamma, other.temperature) == (None, 4)
     assert other.label_smoothing == 0.1  # of the labels, which all methods learn from
 
@@ -369,7 +369,7 @@ def test_a_teacher_with_weights_of_its_own_is_taken_as_it_is(tmp_path):
 
 def test_a_folder_of_runs_of_something_else_is_refused(compared):
     recipe = load_recipe("digits")
-    with pytest.raises(RunError, match=r"bdkd-seed0 holds a run with other .*max_steps"):
+    with pytest.raises(RunError, match=r"bdkd-seed0 contains a run with other .*max_steps"):
         plan_runs(recipe, ["bdkd"], [0], compared)
 
 

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from bdkd.cli import COMMANDS, main
-from bdkd.cli.compare_plan import parse_method
+from bdkd.cli.compare_plan import parse_objective
 from bdkd.config import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def parse_bdkd(arguments: list[str]) -> None:
     elif command == "compare":
         default = module.Arguments(recipe=name, config=recipe)
         for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
-            parse_method(method, recipe)
+            parse_objective(method, recipe)
     elif command == "data":
         action = getattr(module, rest[0].capitalize())
         tyro.cli(action, prog=f"bdkd data {rest[0]}", args=rest[1:])

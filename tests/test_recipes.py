@@ -18,7 +18,7 @@ from bdkd.config import (
 )
 from bdkd.engine.state import TrainingState
 from bdkd.errors import UsageError
-from bdkd.objectives import switch_method
+from bdkd.objectives import switch_objective
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10}
 SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
@@ -122,9 +122,9 @@ def test_another_method_keeps_what_a_recipe_says_of_all_methods():
     config = ObjectiveConfig(
         "bdkd", gamma=3.0, temperature=2.0, label_smoothing=0.1, backend="native"
     )
-    assert switch_method(config, "dml") == ObjectiveConfig(
+    assert switch_objective(config, "dml") == ObjectiveConfig(
         "dml", label_smoothing=0.1, backend="native"
     )
-    assert switch_method(config, "independent") == ObjectiveConfig(
+    assert switch_objective(config, "independent") == ObjectiveConfig(
         "independent", label_smoothing=0.1
     )

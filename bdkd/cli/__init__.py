@@ -1,4 +1,4 @@
-"""The command line: ``bdkd COMMAND``. Failures are one line; ``--debug`` shows where they arose."""
+"""The command line: ``bdkd COMMAND``. A failure prints one line; ``--debug`` prints a traceback."""
 
 import os
 import sys
@@ -12,23 +12,26 @@ from bdkd.extras import missing_packages
 
 COMMANDS = {
     "train": "train the networks of a recipe together",
-    "evaluate": "accuracy and calibration of a run's networks, or of an exported one",
-    "compare": "several methods and seeds on one recipe, side by side",
-    "report": "one HTML page of runs: results, curves, diagrams",
+    "evaluate": "evaluate the networks of a run, or an exported network",
+    "compare": "compare several objectives and seeds on one recipe",
+    "report": "write one HTML page about runs: results, curves, diagrams",
     "update-bn": "recompute the batch norm statistics of a run's networks",
-    "export": "one network of a run as ONNX, torch.export or safetensors",
-    "data": "bring a data set here, or look one through",
-    "doctor": "what this machine can do, and how to bring what is missing",
+    "export": "export one network of a run as ONNX, torch.export or safetensors",
+    "data": "download a data set, or check one",
+    "doctor": "show what is installed on this machine, and how to install the rest",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0; 1 for a failure; 2 for wrong usage; 128 + n after signal n."""
-    _require_trainer()
+    """Run one command and exit with 0, 1 (failure), 2 (wrong usage) or 128 + n (signal n)."""
+    if message := missing_packages():
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for each machine under torchrun
+            print(f"bdkd: {message}", file=sys.stderr)
+        sys.exit(1)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    if os.environ.get("NO_COLOR"):  # https://no-color.org; tyro, imported later, has its own name
+    if os.environ.get("NO_COLOR"):  # https://no-color.org; tyro reads another variable
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     try:
         run(given)
@@ -41,30 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _exit(code)
 
 
-def _require_trainer() -> None:
-    """Exit with 1 and one line if the extra ``bdkd[train]`` is not installed."""
-    if message := missing_packages():
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine under torchrun
-            print(f"bdkd: {message}", file=sys.stderr)
-        sys.exit(1)
-
-
 def _report(error: Exception, debug: bool) -> int:
-    """Say what failed; the exit code."""
+    """Print an error, and return the exit code."""
     if debug:
         traceback.print_exc()
     if isinstance(error, BrokenPipeError):
-        # The reader of our output has left: nothing more can be said to it. 128 + SIGPIPE
+        # The reader has closed the pipe, so do not print. 128 + SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     code, message = outcome(error)
-    if _this_rank_speaks(error):
-        print(f"bdkd: {message}", file=sys.stderr)
+    if "RANK" in os.environ:  # started by torchrun together with other ranks
+        from bdkd.distributed.launch import report_failure
+
+        if not report_failure(error):
+            return code
+    print(f"bdkd: {message}", file=sys.stderr)
     return code
 
 
 def _exit(code: int) -> None:
-    """Leave with a code; success by returning, for a caller in Python."""
+    """Exit with a code. Return if the code is 0, so that Python callers can continue."""
     if "RANK" in os.environ:
         from bdkd.distributed.launch import exit_rank, is_initialized
 
@@ -74,20 +73,10 @@ def _exit(code: int) -> None:
         sys.exit(code)
 
 
-def _this_rank_speaks(error: Exception) -> bool:
-    if "RANK" not in os.environ:
-        return True
-    from bdkd.distributed.launch import report_failure  # torchrun started this process and others
-
-    return report_failure(error)
-
-
 def outcome(error: Exception) -> tuple[int, str]:
-    """Exit code and the one line to print."""
-    if isinstance(error, UsageError):
-        return 2, str(error)
-    if isinstance(error, RunError):
-        return 1, str(error)
+    """Return the exit code of an error, and the line to print."""
+    if isinstance(error, UsageError | RunError):
+        return 2 if isinstance(error, UsageError) else 1, str(error)
     if isinstance(error, Interrupted):
         return error.exit_code, str(error)
     text = " ".join(str(error).split())[:500]
@@ -95,7 +84,7 @@ def outcome(error: Exception) -> tuple[int, str]:
 
 
 def run(given: list[str]) -> None:
-    """Dispatch to a command's module."""
+    """Run a command. Each command is a module with a function ``run``."""
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return
@@ -113,13 +102,10 @@ def run(given: list[str]) -> None:
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: bdkd COMMAND [options]   (bdkd COMMAND --help tells them)",
-            "",
-            *lines,
-            "",
-            "  --version, --debug (tracebacks of failures)",
-        ]
-    )
+    return "\n".join([
+        "usage: bdkd COMMAND [options]   (bdkd COMMAND --help lists the options)",
+        "",
+        *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()),
+        "",
+        "  --version, --debug (print tracebacks of failures)",
+    ])  # fmt: skip

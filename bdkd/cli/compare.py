@@ -1,4 +1,4 @@
-"""``bdkd compare``: methods and seeds on one recipe, a run folder each, and one table of them."""
+"""``bdkd compare``: train objectives and seeds on one recipe, and write a table of the results."""
 
 import shlex
 import sys
@@ -15,43 +15,41 @@ from bdkd.errors import RunError, UsageError
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train several methods with several seeds on one recipe, and set them side by side.
+    """Train several objectives with several seeds on one recipe, and compare the results.
 
-    Finished runs are taken as they are and half-done ones continued, so that the same command goes
-    on where it was stopped."""
+    Finished runs are reused and unfinished runs are resumed. Repeat the same command to continue a
+    comparison that was stopped."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """A shipped recipe's name or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     methods: tuple[str, ...] = ()
-    """Methods, the first being what the others are tested against; an option of a method after a
-    colon (bdkd:gamma=1,temperature=2). The recipe's [objective] is for its own method, others have
-    their own defaults. Without it, all methods against independent."""
+    """Objectives to compare. The others are tested against the first one. Options follow a colon
+    (bdkd:gamma=1,temperature=2). The [objective] table of the recipe applies to its objective only.
+    Default: independent, then all other objectives."""
     seeds: tuple[int, ...] = (3,)
-    """One number N: the seeds 0 to N-1. Several: those seeds."""
+    """One number N means the seeds 0 to N-1. Several numbers are the seeds."""
     jobs: int | None = None
-    """Runs at a time; without it, as many as the CPU has room for, or one on a GPU."""
+    """Number of concurrent runs. Default: one on a GPU, else as many as the CPU has cores for."""
     folder: Path | None = None
-    """Folder of the runs and tables; without it, runs/compare-<recipe>."""
+    """Folder of the runs and tables. Default: runs/compare-<recipe>."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the content of comparison.json instead of tables."""
+    """Print comparison.json instead of tables."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, train what is not yet trained, write and print the tables."""
+    """Train the runs that are not finished, then write and print the tables."""
     name = given[0] if given and not given[0].startswith("-") else None
     if name is None and not {"-h", "--help"} & set(given):
-        raise UsageError(
-            "compare needs a recipe as its first argument: "
-            f"{', '.join(shipped_recipes())} or a TOML file"
-        )
+        known = f"{', '.join(shipped_recipes())} or a TOML file"
+        raise UsageError(f"compare needs a recipe as its first argument: {known}")
     name = name or shipped_recipes()[0]
     default = Arguments(recipe=name, config=load_recipe(name))
     line = given if given[:1] == [name] else [name, *given]
     arguments = tyro.cli(Arguments, prog="bdkd compare", args=line, default=default)
     for key, remedy in (("seed", "--seeds"), ("run_dir", "--folder")):
         if getattr(arguments.config, key) != getattr(default.config, key):
-            raise UsageError(f"--{key.replace('_', '-')} is not for compare: use {remedy}")
+            raise UsageError(f"compare has no option --{key.replace('_', '-')}: use {remedy}")
 
     folder = arguments.folder or Path("runs") / f"compare-{arguments.config.name}"
     methods, seeds = chosen_methods(arguments.methods), chosen_seeds(arguments.seeds)
@@ -75,5 +73,5 @@ def run(given: list[str]) -> None:
             raise RunError(
                 f"{len(failed)} of {len(runs)} runs failed; {first}: {outcome.message}"
                 + (f" (the others: {', '.join(list(failed)[1:])})" if len(failed) > 1 else "")
-                + "; mend that and give the same command again"
+                + "; fix the cause and run the same command again"
             )

@@ -1,9 +1,8 @@
-"""The plan of ``bdkd compare``: which methods and seeds, with which recipes and teachers."""
+"""Plan the runs of ``bdkd compare``: objectives, seeds, recipes and teachers."""
 
 import dataclasses
 import json
 import os
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +10,21 @@ from typing import Any
 
 import msgspec
 
-from bdkd.config import (
-    NetworkConfig,
-    ObjectiveConfig,
-    Recipe,
-    check_recipe,
-    differing_keys,
-    nearest,
-)
+from bdkd.config import ObjectiveConfig, Recipe, check_recipe, differing_keys, nearest
 from bdkd.errors import RunError, UsageError
 
-TEACHERS = "independent"  # the method that trains teachers for methods that need trained ones
+TEACHERS = "independent"  # the objective that trains the teachers of kd
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One method with one seed."""
+    """One objective with one seed."""
 
-    method: str  # as the user wrote it
+    method: str  # the objective as the user wrote it, such as "kd:temperature=2"
     seed: int
-    recipe: Recipe  # resolved but for the weights of ``teachers``
-    frozen: frozenset[str]  # networks that the method does not train
-    teachers: tuple[str, ...]  # those that start from the independent run of the same seed
+    recipe: Recipe  # resolved, except for the weights of ``teachers``
+    frozen: frozenset[str]  # networks that the objective does not train
+    teachers: tuple[str, ...]  # networks that start from the independent run of the same seed
 
     @property
     def name(self) -> str:
@@ -49,6 +41,7 @@ def run_name(method: str, seed: int) -> str:
 
 
 def chosen_methods(given: Sequence[str]) -> list[str]:
+    """Return the objectives to compare, by default all of them."""
     from bdkd.objectives import OBJECTIVES
 
     methods = list(given) or [TEACHERS, *(name for name in OBJECTIVES if name != TEACHERS)]
@@ -59,7 +52,7 @@ def chosen_methods(given: Sequence[str]) -> list[str]:
 
 
 def chosen_seeds(given: Sequence[int]) -> list[int]:
-    """One number is how many, several are which."""
+    """Return the seeds: N seeds for one number N, else the numbers."""
     if not given or min(given) < 0:
         raise UsageError(f"--seeds must be a number of seeds or several seeds, got {list(given)}")
     seeds = list(range(max(1, given[0]))) if len(given) == 1 else list(given)
@@ -68,61 +61,61 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
     return seeds
 
 
-def parse_method(label: str, recipe: Recipe) -> ObjectiveConfig:
-    """``kd:temperature=2`` as an objective, with every option set."""
-    from bdkd.objectives import OBJECTIVES, resolve_options, switch_method
+def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
+    """Return the objective of a text like ``kd:temperature=2``, with every option set."""
+    from bdkd.objectives import OBJECTIVES, resolve_options, switch_objective
 
     name, _, text = label.partition(":")
     if name not in OBJECTIVES:
-        raise UsageError(f"unknown method {name!r}: {nearest(name, list(OBJECTIVES))}")
+        raise UsageError(f"unknown objective {name!r}: {nearest(name, list(OBJECTIVES))}")
     config = recipe.objective
     if name != config.name:
-        config = switch_method(config, name)
-    types = typing.get_type_hints(ObjectiveConfig)
-    options: dict[str, Any] = {}
+        config = switch_objective(config, name)
+    options: dict[str, str] = {}
     for option in filter(None, text.split(",")):
         key, equals, value = option.partition("=")
         if key not in OBJECTIVES[name].options:
-            known = sorted(OBJECTIVES[name].options)
-            raise UsageError(f"--methods {label}: {name} has no option {key!r}: "
-                             f"{nearest(key, known)}")  # fmt: skip
+            hint = nearest(key, sorted(OBJECTIVES[name].options))
+            raise UsageError(f"--methods {label}: {name} has no option {key!r}: {hint}")
         if not equals:
-            raise UsageError(f"--methods {label}: {key!r} needs a value, as in {key}=1")
-        try:
-            options[key] = msgspec.convert(value, types[key], strict=False)
-        except msgspec.ValidationError as error:
-            raise UsageError(f"--methods {label}: {key}: {error}") from error
-    return resolve_options(dataclasses.replace(config, **options))
+            raise UsageError(f"--methods {label}: {key!r} needs a value: write {key}=1")
+        options[key] = value
+    try:
+        given = msgspec.convert(options, ObjectiveConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"--methods {label}: {error}") from error
+    changes = {key: getattr(given, key) for key in options}
+    return resolve_options(dataclasses.replace(config, **changes))
 
 
 def plan_runs(
     recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> list[PlannedRun]:
-    """Every run, seed by seed, so that a comparison that is stopped is an even one; runs that only
-    make teachers are among them.
+    """Return all runs, including those that only train teachers. The runs are ordered by seed, so
+    that a stopped comparison has the same seeds for every objective.
 
     Raises:
-        UsageError: a method, option or value that does not fit.
-        RunError: a folder holds a run that was made otherwise.
+        UsageError: an objective, option or value is invalid.
+        RunError: a folder contains a run with other options.
     """
     from bdkd.runs.folder import RunFolder
 
-    objectives = {method: parse_method(method, recipe) for method in methods}
-    frozen = {method: frozen_networks(recipe, own) for method, own in objectives.items()}
-    teachers = {
-        method: tuple(name for name in names if not _has_weights(recipe.networks[name]))
-        for method, names in frozen.items()
+    objectives = {method: parse_objective(method, recipe) for method in methods}
+    frozen = {method: frozen_networks(recipe, config) for method, config in objectives.items()}
+    trained = {
+        name
+        for name, network in recipe.networks.items()
+        if network.frozen or network.weights or network.options.get("pretrained")
     }
+    teachers = {method: tuple(names - trained) for method, names in frozen.items()}
     if any(teachers.values()) and TEACHERS not in methods:
-        objectives = {TEACHERS: parse_method(TEACHERS, recipe), **objectives}
+        objectives = {TEACHERS: parse_objective(TEACHERS, recipe), **objectives}
         frozen[TEACHERS], teachers[TEACHERS] = frozenset(), ()
     runs = []
     for seed in seeds:
         for method, objective in objectives.items():
-            resolved = dataclasses.replace(
-                recipe, objective=objective, seed=seed,
-                run_dir=str(folder / run_name(method, seed)),
-            )  # fmt: skip
+            run_dir = str(folder / run_name(method, seed))
+            resolved = dataclasses.replace(recipe, objective=objective, seed=seed, run_dir=run_dir)
             check_recipe(resolved)
             runs.append(PlannedRun(method, seed, resolved, frozen[method], teachers[method]))
     for planned in runs:
@@ -130,19 +123,14 @@ def plan_runs(
             weights = {f"networks.{name}.weights" for name in planned.teachers}
             changed = set(differing_keys(stored.read_config(), planned.recipe))
             if changed := changed - weights - {"run_dir"}:
-                raise RunError(
-                    f"{planned.path} holds a run with other {', '.join(sorted(changed))}: choose "
-                    "another --folder, or remove it"
-                )
+                found = f"{planned.path} contains a run with other {', '.join(sorted(changed))}"
+                raise RunError(f"{found}: choose another --folder, or remove the run")
     return runs
 
 
 def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str]:
-    """Networks that the method does not train.
-
-    Raises:
-        UsageError: the networks do not suit the method.
-    """
+    """Return the networks that the objective does not train. Raise ``UsageError`` if the networks
+    do not fit the objective."""
     from bdkd.objectives import create_objective
 
     filled = {
@@ -152,12 +140,8 @@ def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str
     return create_objective(objective, filled).frozen
 
 
-def _has_weights(network: NetworkConfig) -> bool:
-    return bool(network.frozen or network.weights or network.options.get("pretrained"))
-
-
 def room_for(recipe: Recipe) -> int:
-    """Runs at a time that do not get into each other's way."""
+    """Return the number of runs that can train concurrently without sharing cores or a GPU."""
     import torch
 
     if recipe.device.startswith("cuda") or (recipe.device == "auto" and torch.cuda.is_available()):
@@ -168,13 +152,14 @@ def room_for(recipe: Recipe) -> int:
 
 
 def read_summary(run: PlannedRun) -> dict[str, Any]:
-    """``RunError`` names a ``summary.json`` that is none."""
+    """Return the content of a run's ``summary.json``. Raise ``RunError`` if it is invalid."""
     path = run.path / "summary.json"
     try:
         summary = json.loads(path.read_text("utf-8"))
-        if summary["networks"].keys() and summary["wall_seconds"] >= 0:
-            return summary
+        if not summary["networks"].keys() or summary["wall_seconds"] < 0:
+            raise ValueError("it contains no networks")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: remove it, and the same command writes it anew"
-                       ) from error  # fmt: skip
-    raise RunError(f"{path} holds no networks: remove it, and the same command writes it anew")
+        raise RunError(
+            f"cannot read {path}: remove it and run the same command again to rewrite it"
+        ) from error
+    return summary

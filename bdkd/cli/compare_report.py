@@ -1,31 +1,25 @@
-"""The results of ``bdkd compare``: tables, a figure and JSON."""
+"""Write the results of ``bdkd compare``: tables, a figure and JSON."""
 
 import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary
 from bdkd.cli.processes import Outcome
 from bdkd.cli.table import table
-from bdkd.errors import RunError
 from bdkd.evaluation import comparison
 from bdkd.evaluation.comparison_figure import comparison_figure
 from bdkd.identity import refuse_other_data
-from bdkd.runs.checkpoint import write_atomically
+from bdkd.runs.checkpoint import explain_oserror, write_atomically
 from bdkd.runs.folder import to_json
 
 
 def report(
-    planned: Sequence[PlannedRun],
-    methods: Sequence[str],
-    folder: Path,
-    command: str,
-    failed: Mapping[str, Outcome],
-    as_json: bool,
-) -> None:
+    planned: Sequence[PlannedRun], methods: Sequence[str], folder: Path, command: str,
+    failed: Mapping[str, Outcome], as_json: bool,
+) -> None:  # fmt: skip
     """Write ``comparison.json``, ``.csv``, ``.md`` and ``.png``; print the tables or the JSON."""
     runs = [comparison.Run(run.method, run.seed, read_summary(run), run.frozen) for run in planned]
     refuse_other_data(
@@ -33,36 +27,37 @@ def report(
     )
     rows = comparison.compare(runs, methods)
     some = runs[0].summary
-    notes = _notes(planned, methods, rows, some["images"], failed)
+    notes = comparison.notes(methods[0], some["images"], rows)
+    if made := sorted({run.method for run in planned if run.teachers}):
+        notes.append(
+            f"{', '.join(made)}: the teacher is that of the run of {TEACHERS} with the same seed, "
+            "and is frozen. The column train s does not include its training."
+        )
+    if failed:
+        notes.append(f"Without the runs that failed: {', '.join(failed)}.")
     content: dict[str, Any] = {
-        "command": command,
-        "recipe": some["recipe"],
-        "methods": list(methods),
-        "torch": some["torch"],
-        "device": some["device"],
-        "notes": notes,
+        "command": command, "recipe": some["recipe"], "methods": list(methods),
+        "torch": some["torch"], "device": some["device"], "notes": notes,
         "failed": {name: outcome.message for name, outcome in failed.items()},
         "rows": [dataclasses.asdict(row) for row in rows],
         "runs": [
             {"method": run.method, "seed": run.seed, "folder": plan.path.name, **run.summary}
             for run, plan in zip(runs, planned, strict=True)
         ],
-    }
+    }  # fmt: skip
     text = to_json(content, indent=2)
     plain, marked = _tables(rows, methods[0])
     marked = [f"# {some['recipe']}: {', '.join(methods)}", f"`{command}`", *marked, *notes]
     marked += [f"torch {some['torch']}, {some['device']}.", "![seeds and means](comparison.png)"]
     texts = {"json": text, "csv": comparison.to_csv(rows), "md": "\n\n".join(marked)}
+    again = "run the same command again"
     for suffix, written in texts.items():
-        write_atomically(folder / f"comparison.{suffix}", partial(_write_text, written))
+        encoded = f"{written.rstrip()}\n".encode()
+        write_atomically(folder / f"comparison.{suffix}", encoded, again)
     figure = folder / "comparison.png"
-    try:
+    remedy = f"fix the cause and {again} (the tables are written)"
+    with explain_oserror(f"cannot write {figure}", remedy):
         comparison_figure(rows, figure, f"{some['recipe']}: test images")
-    except OSError as error:
-        raise RunError(
-            f"cannot write {figure}: {error.strerror or error}; mend that and give the same "
-            "command again (the tables are written)"
-        ) from error
     if as_json:
         print(text)
         return
@@ -72,26 +67,8 @@ def report(
     print(f"\ntables and figure    {folder}/comparison.md, .csv, .json, .png")
 
 
-def _notes(
-    planned: Sequence[PlannedRun],
-    methods: Sequence[str],
-    rows: Sequence[comparison.Row],
-    images: int,
-    failed: Mapping[str, Outcome],
-) -> list[str]:
-    notes = comparison.notes(methods[0], images, rows)
-    if made := sorted({run.method for run in planned if run.teachers}):
-        notes.append(
-            f"{', '.join(made)}: the teacher is that of the run of {TEACHERS} with the same seed, "
-            "trained before and frozen; the time that took is not in train s."
-        )
-    if failed:
-        notes.append(f"Without the runs that failed: {', '.join(failed)}.")
-    return notes
-
-
 def _tables(rows: Sequence[comparison.Row], first: str) -> tuple[list[str], list[str]]:
-    """Return the tables of every network for a terminal, and in Markdown."""
+    """Return the tables of all networks as plain text and as Markdown."""
     plain, marked = [], []
     for network, model, role in dict.fromkeys((row.network, row.model, row.role) for row in rows):
         head = f"{network} ({model}, {role})"
@@ -103,7 +80,3 @@ def _tables(rows: Sequence[comparison.Row], first: str) -> tuple[list[str], list
                 marked.append(comparison.to_markdown(header, lines))
             head = f"differences of {network} from {first}"
     return plain, marked
-
-
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(f"{text.rstrip()}\n".encode())

@@ -1,38 +1,33 @@
-"""The runs of ``bdkd compare``: train what is not finished yet."""
+"""Train the runs of ``bdkd compare`` that are not finished."""
 
 import dataclasses
 import fcntl
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary, run_name
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.errors import Interrupted, RunError, UsageError
 from bdkd.identity import refuse_other_data
+from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder, selected_checkpoint
+from bdkd.runs.log import Console
 from bdkd.runs.signals import StopRequest
 
 
 def locked(folder: Path) -> IO[str]:
-    """Create and lock a folder. Closing the returned file unlocks it."""
-    try:
+    """Create and lock a folder. Close the returned file to unlock it."""
+    with explain_oserror(f"cannot write the folder {folder}", "choose another --folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the caller
-    except OSError as error:
-        raise RunError(
-            f"cannot write the folder {folder}: {error.strerror or error}; choose another --folder"
-        ) from error
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed by the caller
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
         raise RunError(
-            f"another bdkd compare works in {folder}: wait for it or choose another --folder"
+            f"another bdkd compare works in {folder}: wait until it ends or choose another --folder"
         ) from error
     return lock
 
@@ -40,35 +35,35 @@ def locked(folder: Path) -> IO[str]:
 def train_all(
     runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None
 ) -> dict[str, Outcome]:
-    """Train what is not finished yet, ``at_once`` runs at a time.
+    """Train the runs that are not finished, ``at_once`` of them concurrently.
 
     Args:
-        command: printed when a signal stops it.
-        stream: receives what is printed. Default: standard output.
+        command: the command line, printed if a signal stops the comparison.
+        stream: where to print. Default: standard output.
 
     Returns:
-        How each run ended, by name.
+        The outcome of each run, by name.
 
     Raises:
-        Interrupted: a signal came. Every run is saved.
-        UsageError: the recipe does not fit, so that no run can succeed.
-        RunError: a run was trained on another data set than the others.
+        Interrupted: a signal was received. Every run is saved.
+        UsageError: the recipe is invalid, so no run can succeed.
+        RunError: the runs were trained on different data sets.
     """
-    session = _Session(runs, stream or sys.stdout)
+    session = _Session(runs, stream)
     try:
         with StopRequest() as stop:
             before = f"{len(session.outcomes)} of them finished before"
-            session.say(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
+            session.console.line(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
             session.stop = stop
             run_jobs(session.jobs(folder), at_once, session.done, session.must_stop)
     finally:
-        session.bar.close()
+        session.console.close()
     if stop.signal is not None:
         finished = sum(RunFolder(run.path).summary.exists() for run in runs)
         raise Interrupted(
             stop.signal,
-            f"stopped; {finished} of {len(runs)} runs are finished, the others saved where they "
-            f"are; continue with the same command: {command}",
+            f"stopped; {finished} of {len(runs)} runs are finished, the others are saved; "
+            f"continue with the same command: {command}",
         )
     if session.error is not None:
         raise session.error
@@ -76,53 +71,43 @@ def train_all(
 
 
 class _Session:
-    """The outcomes of the runs so far, and their progress on the screen."""
+    """Collect the outcomes of the runs, and show the progress."""
 
     stop: StopRequest
 
-    def __init__(self, runs: Sequence[PlannedRun], stream: IO[str]) -> None:
-        self.runs, self.stream = {run.name: run for run in runs}, stream
+    def __init__(self, runs: Sequence[PlannedRun], stream: IO[str] | None) -> None:
+        self.runs = {run.name: run for run in runs}
         self.outcomes = {
             run.name: Outcome(0) for run in runs if RunFolder(run.path).summary.exists()
         }
         self.error: UsageError | RunError | None = None
-        self.bar = tqdm(
-            total=len(runs), initial=len(self.outcomes), unit="run", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        self.console = Console(len(runs), len(self.outcomes), unit="run", stream=stream)
 
     def jobs(self, folder: Path) -> list[Job]:
-        """Return a job for each run that is not finished, which waits for its teachers."""
+        """Return a job for each run that is not finished. A job needs the run of its teachers."""
         jobs = []
         for run in self.runs.values():
             if run.name not in self.outcomes:
                 teacher = run_name(TEACHERS, run.seed)
-                waits = (teacher,) if run.teachers and teacher not in self.outcomes else ()
-                jobs.append(
-                    Job(run.name, partial(prepare, run, folder), run.path / "output.log", waits)
-                )
+                needs = (teacher,) if run.teachers and teacher not in self.outcomes else ()
+                arguments = partial(prepare, run, folder)
+                jobs.append(Job(run.name, arguments, run.path / "output.log", needs))
         return jobs
 
     def must_stop(self) -> bool:
         return self.stop.signal is not None or self.error is not None
 
-    def say(self, text: str) -> None:
-        if self.bar.disable:
-            print(text, file=self.stream, flush=True)
-        else:
-            self.bar.write(text, file=self.stream)
-
     def done(self, job: Job, outcome: Outcome) -> None:
-        """Record the end of a run."""
+        """Record the outcome of a run."""
         self.outcomes[job.name] = outcome
-        self.bar.update(1)
+        self.console.step()
         count = f"[{len(self.outcomes)}/{len(self.runs)}] {job.name}"
         if outcome.code == 2:
             self.error = self.error or UsageError(outcome.message)
         elif outcome.code and self.stop.signal is None:
-            self.say(f"{count}  failed: {outcome.message}")
+            self.console.line(f"{count}  failed: {outcome.message}")
         elif not outcome.code:
-            self.say(f"{count}  {headline(read_summary(self.runs[job.name]))}")
+            self.console.line(f"{count}  {headline(read_summary(self.runs[job.name]))}")
             finished = [self.runs[n] for n, done in self.outcomes.items() if not done.code]
             try:
                 refuse_other_data([(str(r.path), read_summary(r).get("data")) for r in finished])
@@ -131,7 +116,7 @@ class _Session:
 
 
 def prepare(run: PlannedRun, folder: Path) -> list[str]:
-    """Write the run's ``config.toml`` if there is none. Returns the command that trains it."""
+    """Write the run's ``config.toml`` if there is none. Return the command that trains it."""
     stored = RunFolder(run.path)
     if not stored.config.exists():
         teachers = folder / run_name(TEACHERS, run.seed)
@@ -146,8 +131,8 @@ def prepare(run: PlannedRun, folder: Path) -> list[str]:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """Return the results of a run in one line."""
-    shown = "  ".join(
+    shown = [
         f"{name} top-1 {100 * network['top1']:.2f}% ECE {100 * network['ece']:.2f}%"
         for name, network in summary["networks"].items()
-    )
-    return f"{shown}  {summary['wall_seconds']:.0f} s"
+    ]
+    return "  ".join([*shown, f"{summary['wall_seconds']:.0f} s"])

@@ -11,43 +11,43 @@ from bdkd.errors import RunError, UsageError
 
 ACTIONS = {
     "fetch": "download a data set, check its hash and unpack it",
-    "check": "count the images of an ImageNet-like data set, and list what cannot be decoded",
+    "check": "count the images of an ImageNet-like data set, and list those that cannot be decoded",
 }
-SHOWN = 10  # bad files; the list has all of them
+SHOWN = 10  # number of bad files to print; the list contains all of them
 
 
 @dataclass(frozen=True)
 class Fetch:
     """Download a data set from its original host, check its SHA-256 and unpack it. An interrupted
-    download continues where it stopped."""
+    download is resumed."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """cifar10 (0.2 GB), cifar100 (0.2 GB) or tiny-imagenet (0.2 GB)."""
     to: Path
-    """Folder to put it in: the data.root of a recipe."""
+    """Folder of the data set: the data.root of a recipe."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Count classes and images, and decode every image, in parallel. Images that cannot be decoded
-    are written into a list, which training leaves out with --data.exclude. Exits 1 if there are
-    any, or if a class lacks images."""
+    """Count classes and images, and decode every image, in parallel. Write a list of the images
+    that cannot be decoded. --data.exclude leaves them out of training. Exit with 1 if there are
+    such images, or if a class has too few images."""
 
     root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
     """Folder of the data set: the data.root of a recipe."""
     format: Literal["folder", "webdataset", "tfrecord"] = "folder"
     """Format of the data set: the data.format of a recipe."""
     workers: int | None = None
-    """Number of processes that decode. Default: one for each processor."""
+    """Number of decoding processes. Default: one for each processor."""
     to: Path = Path("bad-files.txt")
-    """File of the list."""
+    """File to write the list to."""
 
 
 def run(given: list[str]) -> None:
-    """Dispatch to an action."""
+    """Run an action."""
     if not given or given[0] in ("-h", "--help"):
-        lines = [f"  {name:5}  {what}" for name, what in ACTIONS.items()]
-        print("\n".join(["usage: bdkd data ACTION [options]", "", *lines]))
+        print("usage: bdkd data ACTION [options]\n")
+        print("\n".join(f"  {name:5}  {what}" for name, what in ACTIONS.items()))
         return
     action, *rest = given
     if action not in ACTIONS:
@@ -76,18 +76,16 @@ def check(given: list[str]) -> None:
     root, to = arguments.root.expanduser(), arguments.to.expanduser()
     report = checking.check(root, arguments.format, arguments.workers)
     for split, counts in report.counts.items():
-        print(
-            f"{split:5}  {counts.sum():,} images of {(counts > 0).sum():,} classes, "
-            f"{counts.min():,} to {counts.max():,} a class"
-        )
+        span = f"{counts.min():,} to {counts.max():,} in a class"
+        print(f"{split:5}  {counts.sum():,} images of {(counts > 0).sum():,} classes, {span}")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.most_common())
     print(f"kinds  {kinds or 'none'}")
     for identity, reason in report.bad[:SHOWN]:
-        # A name that is not UTF-8 cannot be printed as it is.
+        # Names that are not UTF-8 cannot be printed unchanged.
         print(f"bad    {identity}: {reason}".encode("utf-8", "backslashreplace").decode())
     if len(report.bad) > SHOWN:
         print(f"bad    and {len(report.bad) - SHOWN:,} more")
-    if report.bad or to.exists():  # overwrite an older list, which is out of date
+    if report.bad or to.exists():  # replace an outdated list
         checking.write_list(report, root, to)
     problems = []
     if report.bad:
@@ -97,9 +95,8 @@ def check(given: list[str]) -> None:
         )
     if lacking := report.lacking:
         named = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-        problems.append(
-            f"{len(lacking):,} classes have fewer than 2 training images or none in val ({named})"
-        )
+        problem = "classes have fewer than 2 training images or none in val"
+        problems.append(f"{len(lacking):,} {problem} ({named})")
     if problems:
         raise RunError("; ".join(problems))
     print("good   every image can be decoded")

@@ -1,4 +1,4 @@
-"""``bdkd doctor``: what this machine can do; its output fits an issue report."""
+"""``bdkd doctor``: show what is installed on this machine, for example in an issue report."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ import tyro
 
 from bdkd.extras import TRAINER_PACKAGES
 
-# Package, the module that tells whether it is there, and the extra of bdkd that brings it.
+# Distribution, module, and the extra of bdkd that installs it
 OPTIONAL = (
     ("scikit-learn", "sklearn", "train"),
     ("matplotlib", "matplotlib", "train"),
@@ -28,18 +28,18 @@ OPTIONAL = (
     ("torch-tb-profiler", "torch_tb_profiler", "profile"),
 )
 
-# What the kernels are chosen by, of all that a processor can.
+# Features of a CPU by which the kernels select their code
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd",
                 "bf16", "sve")  # fmt: skip
 
-# Variables that change what a run does or how fast it is.
+# Prefixes of the variables that change the results or the speed of a run
 VARIABLES = ("BDKD_", "OMP_", "MKL_NUM", "TRITON_", "CUDA_VISIBLE", "HIP_VISIBLE", "TORCH_",
              "TORCHINDUCTOR_", "PYTORCH_", "NCCL_", "WORLD_SIZE", "CXX")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What this machine can do, and the command that brings what is missing."""
+    """Show what is installed on this machine, and the command that installs what is missing."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON array instead of lines."""
@@ -47,16 +47,16 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for."""
+    """One package or device that this command looks for."""
 
     name: str
     found: bool
-    what: str  # version and facts, or the reason it is missing
-    remedy: str = ""  # the command that brings it
+    what: str  # version and properties, or the reason why it is missing
+    remedy: str = ""  # the command that installs it
 
 
 def run(given: list[str]) -> None:
-    """Look, then print."""
+    """Examine the machine, and print the findings."""
     arguments = tyro.cli(Arguments, prog="bdkd doctor", args=given)
     findings = examine()
     if arguments.json:
@@ -71,25 +71,28 @@ def run(given: list[str]) -> None:
 
 
 def examine() -> list[Finding]:
-    """Everything that makes a difference to a run, each with its version or the reason it lacks."""
+    """Return everything that affects a run, with its version or the reason why it is missing."""
+    requirements = ", ".join(f"{name} {_version(name)}" for name in TRAINER_PACKAGES)
+    variables = sorted(key for key in os.environ if key.startswith(VARIABLES))
+    environment = " ".join(f"{key}={os.environ[key]}" for key in variables)
     return [
         Finding("bdkd", True, f"{version('bdkd')}, Python {platform.python_version()}"),
         Finding("system", True, platform.platform()),
         Finding("CPU", True, _processor()),
-        Finding("environment", True, _environment()),
-        _torch(),
-        Finding("requirements", True, _requirements()),
+        Finding("environment", True, environment or "no variable that affects a run"),
+        Finding("torch", True, _torch()),
+        Finding("requirements", True, requirements),
         _gpu(),
         *_backends(),
-        _dali(),
+        _optional("DALI", "nvidia.dali", "dali", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         _apex(),
-        *(_optional(*package) for package in OPTIONAL),
+        *(_optional(name, module, extra, name) for name, module, extra in OPTIONAL),
         *_torchvision(),
     ]
 
 
 def _processor() -> str:
-    """Model, cores this process may use, and those of its features that the kernels look at."""
+    """Return the CPU's model, the number of usable cores, and the features in CPU_FEATURES."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, features = platform.machine(), ""
     information = Path("/proc/cpuinfo")
@@ -102,29 +105,16 @@ def _processor() -> str:
     return f"{model}, {usable} of {os.cpu_count()} cores{features}"
 
 
-def _environment() -> str:
-    """The variables that a run depends on, and nothing else of what is private there."""
-    given = sorted(key for key in os.environ if key.startswith(VARIABLES))
-    return " ".join(f"{key}={os.environ[key]}" for key in given) or "no variable that matters here"
-
-
-def _torch() -> Finding:
+def _torch() -> str:
     import torch
 
-    threads = f"{torch.get_num_threads()} threads an operator, {torch.get_num_interop_threads()} "
-    builds = [f"{name} {build}" for name, build in (
-        ("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if build]  # fmt: skip
-    return Finding(
-        "torch",
-        True,
-        f"{torch.__version__}, {' '.join(builds) or 'CPU only'}, {threads}between operators, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+    builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    build = " ".join(f"{name} {number}" for name, number in builds.items() if number)
+    return (
+        f"{torch.__version__}, {build or 'CPU only'}, {torch.get_num_threads()} intra-op and "
+        f"{torch.get_num_interop_threads()} inter-op threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
     )
-
-
-def _requirements() -> str:
-    """Return the versions of the packages that the trainer always needs."""
-    return ", ".join(f"{name} {_version(name)}" for name in TRAINER_PACKAGES)
 
 
 def _gpu() -> Finding:
@@ -132,27 +122,24 @@ def _gpu() -> Finding:
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = [
-            f"{d.name} ({d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB)" for d in devices
-        ]
+        sizes = [f"{d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+        names = [f"{d.name} ({size})" for d, size in zip(devices, sizes, strict=True)]
         return Finding("GPU", True, ", ".join(names))
     build = torch.version.cuda or torch.version.hip
+    what = f"torch is built for {build} but finds no device or driver"
+    remedy = "check the driver: nvidia-smi or rocm-smi"
     if build is None:
-        return Finding(
-            "GPU", False, "this torch is built for the CPU alone",
-            "with a GPU: install the torch built for it, https://pytorch.org/get-started/locally",
-        )  # fmt: skip
-    return Finding("GPU", False, f"torch is built for {build} but finds no device or driver",
-                   "check the driver: nvidia-smi or rocm-smi")  # fmt: skip
+        what = "this torch is built for the CPU alone"
+        remedy = "with a GPU: install a GPU build of torch, https://pytorch.org/get-started/locally"
+    return Finding("GPU", False, what, remedy)
 
 
 def _backends() -> list[Finding]:
     from bdkd import available_backends
 
+    triton = _can_find("triton")
     remedies = {
-        "triton": "with a GPU: see the line above"
-        if _can_find("triton")
-        else "pip install 'bdkd[triton]'",
+        "triton": "with a GPU: see the line above" if triton else "pip install 'bdkd[triton]'",
         "native": "install a C++ compiler (Debian: apt install g++), then reinstall bdkd: "
         "pip install --force-reinstall --no-deps . (in its source folder)",
     }
@@ -160,20 +147,14 @@ def _backends() -> list[Finding]:
     for name, availability in available_backends().items():
         title = "reference loss" if name == "reference" else f"{name} kernel"
         what = availability.reason
-        if name == "triton" and _can_find("triton"):
+        if name == "triton" and triton:
             what += f" (triton {_version('triton', 'pytorch-triton-rocm', 'pytorch-triton')})"
         findings.append(Finding(title, bool(availability), what, remedies.get(name, "")))
     return findings
 
 
-def _dali() -> Finding:
-    if not _can_find("nvidia.dali"):
-        return Finding("DALI", False, "not installed", "pip install 'bdkd[dali]'")
-    return Finding("DALI", True, _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"))
-
-
 def _apex() -> Finding:
-    """NVIDIA's apex is a source build; PyPI's package of that name is something else."""
+    """Look for NVIDIA's apex, which is built from source. PyPI's apex is an unrelated package."""
     remedy = "build it from NVIDIA's repository, see https://github.com/NVIDIA/apex"
     if not _can_find("apex"):
         return Finding("apex", False, "not installed (optional: LAMB, NovoGrad)", remedy)
@@ -183,23 +164,24 @@ def _apex() -> Finding:
     return Finding("apex", True, "NVIDIA's, with fused optimizers")
 
 
-def _optional(distribution: str, module: str, extra: str) -> Finding:
+def _optional(name: str, module: str, extra: str, *distributions: str) -> Finding:
     if not _can_find(module):
-        return Finding(distribution, False, "not installed", f"pip install 'bdkd[{extra}]'")
-    return Finding(distribution, True, _version(distribution))
+        return Finding(name, False, "not installed", f"pip install 'bdkd[{extra}]'")
+    return Finding(name, True, _version(*distributions))
 
 
 def _torchvision() -> list[Finding]:
-    """Nothing of ours imports it, but timm does: one that does not fit torch takes timm along."""
+    """Import torchvision, because timm does. timm fails if torchvision does not match torch."""
     if not _can_find("torchvision"):
         return []
+    found = _version("torchvision")
     try:
         import_module("torchvision")
-    except Exception as error:  # RuntimeError, ImportError or OSError, by what does not fit
-        what = f"{_version('torchvision')} does not import beside this torch, so timm does not: "
+    except Exception as error:  # RuntimeError, ImportError or OSError, depending on the mismatch
+        what = f"{found} cannot be imported with this torch, so timm cannot be imported either: "
         remedy = "install the torchvision built for this torch, from the same index"
         return [Finding("torchvision", False, what + str(error).splitlines()[0], remedy)]
-    return [Finding("torchvision", True, _version("torchvision"))]
+    return [Finding("torchvision", True, found)]
 
 
 def _version(*distributions: str) -> str:
@@ -214,5 +196,5 @@ def _version(*distributions: str) -> str:
 def _can_find(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # its parent package is missing or broken
+    except (ImportError, ValueError):  # the parent package is missing or broken
         return False

@@ -1,6 +1,7 @@
-"""``bdkd evaluate``: evaluate the networks of a run, or an exported one."""
+"""``bdkd evaluate``: evaluate the networks of a run, or an exported network."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,40 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bdkd.cli.table import results_table
-from bdkd.config import Recipe, parse_recipe
+from bdkd.config import parse_recipe
 from bdkd.errors import RunError
 from bdkd.identity import class_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
     from bdkd.distributed.context import DistributedContext
     from bdkd.engine.components import Components
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Accuracy and calibration of every network of a run, or of one exported file."""
+    """Print accuracy and calibration of every network of a run, or of one exported file."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
-    """A run's folder (its selected checkpoint is taken), one checkpoint file, or a file that
+    """The folder of a run (evaluates its selected checkpoint), a checkpoint file, or a file that
     bdkd export wrote (.onnx, .pt2, .safetensors)."""
     split: Literal["val", "test"] = "val"
-    """Images held out of training for choosing a checkpoint, or the test images."""
+    """val: the images held out of training to select a checkpoint; test: the test images."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     data_root: str | None = None
-    """Folder of the data set, where it has moved since the training."""
+    """Folder of the data set, if it has moved since training."""
     timeout: float = 600.0
-    """Under torchrun: seconds that a rank waits for another one."""
+    """Seconds that a rank waits for another rank, under torchrun."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object instead of a table."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, evaluate on all the ranks that torchrun started, and print on rank 0."""
+    """Evaluate on all ranks that torchrun started, and print the results on rank 0."""
     from bdkd.distributed.launch import init_distributed, only_rank0_prints
 
     with only_rank0_prints():
@@ -68,29 +65,31 @@ def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str
     from bdkd.engine.components import build_components
     from bdkd.runs.checkpoint import load_checkpoint
     from bdkd.runs.folder import selected_checkpoint
-    from bdkd.runs.weights import load_networks
+    from bdkd.runs.weights import load_networks, relocate
 
     def load() -> tuple[Path, str, dict[str, Any]]:
         path = selected_checkpoint(arguments.path)
         return path, *load_checkpoint(path)
 
     path, text, saved = context.broadcast_from_rank0(load)
-    recipe = _here(arguments, parse_recipe(text, source=str(path)))
+    recipe = parse_recipe(text, source=str(path))
+    recipe = relocate(recipe, arguments.device, arguments.data_root)
     components = build_components(recipe, context, training=False)
     networks = load_networks(components, path, saved)
     return _evaluate(arguments, components, path, saved["position"]["step"], networks)
 
 
 def measure_exported(arguments: Arguments, context: "DistributedContext") -> dict[str, Any]:
-    """Evaluate the network of a file that ``bdkd export`` wrote, on the data set of its run. It is
-    float32 like the file, whatever the precision of the training was."""
+    """Evaluate the network of a file that ``bdkd export`` wrote on the data set of its run. The
+    precision is float32, like the file, for any precision of the training."""
     from bdkd.engine.components import build_components
     from bdkd.export.formats import open_network, read_exported, without_others
+    from bdkd.runs.weights import relocate
 
     exported = read_exported(arguments.path)
     facts = exported.facts
     recipe = without_others(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
-    recipe = _here(arguments, recipe)
+    recipe = relocate(recipe, arguments.device, arguments.data_root)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision="fp32"))
     components = build_components(recipe, context, training=False)
     info = components.source.info
@@ -99,8 +98,8 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
         differs = "its mean and standard deviation differ"
     if differs:
         raise RunError(
-            f"the data set here is not the one of {arguments.path}: {differs}; give the right one "
-            "with --data-root"
+            f"the data set here is not the one of {arguments.path}: {differs}; pass the folder of "
+            "the right one with --data-root"
         )
     [reference] = components.networks.members.values()
     network = open_network(exported, reference, components.device)
@@ -109,31 +108,17 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
     return summary
 
 
-def _here(arguments: Arguments, recipe: Recipe) -> Recipe:
-    """Return a recipe with the device and the data folder of the arguments."""
-    data = recipe.data
-    if arguments.data_root is not None:
-        data = dataclasses.replace(data, root=arguments.data_root)
-    return dataclasses.replace(recipe, device=arguments.device, data=data)
-
-
 def _evaluate(
-    arguments: Arguments,
-    components: "Components",
-    path: Path,
-    step: int,
-    networks: "Mapping[str, nn.Module]",
-) -> dict[str, Any]:
+    arguments: Arguments, components: "Components", path: Path, step: int,
+    networks: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     from bdkd.runs.summary import describe, evaluator_of
 
     results = evaluator_of(components, networks).evaluate(arguments.split)
-    return {
-        "checkpoint": str(path),
-        "step": step,
-        "split": arguments.split,
-        "images": components.source.info.counts[arguments.split],
-        "networks": {
-            name: describe(components.recipe, name, network, results[name])
-            for name, network in networks.items()
-        },
+    described = {
+        name: describe(components.recipe, name, network, results[name])
+        for name, network in networks.items()
     }
+    images = components.source.info.counts[arguments.split]
+    return {"checkpoint": str(path), "step": step, "split": arguments.split, "images": images,
+            "networks": described}  # fmt: skip

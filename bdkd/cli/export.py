@@ -1,4 +1,4 @@
-"""``bdkd export``: one network of a run, for those who have no use for the rest of it."""
+"""``bdkd export``: write one network of a run as a file for deployment."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +9,27 @@ import tyro
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write the student alone, with what whoever runs it needs to know; read back and compared."""
+    """Export one network of a run, with its classes, normalisation and metrics. The file is read
+    back, and its logits are compared with those of the network."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run's folder (its selected checkpoint is taken) or one checkpoint file."""
+    """The folder of a run (exports its selected checkpoint) or a checkpoint file."""
     to: Literal["onnx", "export", "safetensors"]
-    """onnx: for ONNX runtimes; export: torch.export's .pt2; safetensors: weights and a model
+    """onnx: for ONNX runtimes. export: torch.export's .pt2. safetensors: weights and a model
     card."""
     network: str | None = None
-    """Any network of the run, by name; without it the one student (its average, where it has
-    one)."""
+    """Name of the network. Default: the student if there is only one (its moving average if it
+    has one)."""
     output: Path | None = None
-    """The file to write; without it RUN/export/NETWORK/model.(onnx, pt2 or safetensors)."""
+    """File to write. Default: RUN/export/NETWORK/model.(onnx, pt2 or safetensors)."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace what is there."""
+    """Replace existing files."""
     data_root: str | None = None
-    """Folder of the data set, where it has moved since the training."""
+    """Folder of the data set, if it has moved since training."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, export, say what was written."""
+    """Export the network, and print the files that were written."""
     arguments = tyro.cli(Arguments, prog="bdkd export", args=given)
 
     from bdkd.export.export import check_output, export, open_trained
@@ -45,10 +46,8 @@ def run(given: list[str]) -> None:
     )
     written = export(trained, arguments.to, output, arguments.force)
     shape = ", ".join(map(str, facts.input_shape))
-    print(
-        f"{facts.network} ({facts.model}), {facts.parameters:,} parameters, of {checkpoint}, step "
-        f"{facts.step}"
-    )
+    size = f"{facts.parameters:,} parameters"
+    print(f"{facts.network} ({facts.model}), {size}, of {checkpoint}, step {facts.step}")
     print(f"images (batch, {shape}) float32, normalised; logits (batch, {len(facts.classes)})")
     print(
         f"read back: logits differ by at most {written.error:.2g} on {len(trained.images)} images "

@@ -1,4 +1,4 @@
-"""Many ``bdkd`` commands, a process each, some at a time; stopped together, each by itself."""
+"""Run several ``bdkd`` commands, each in a separate process."""
 
 import contextlib
 import multiprocessing
@@ -6,66 +6,63 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 from bdkd import cli
 from bdkd.errors import RunError, UsageError
 
-# Imported once, by the server that the processes are forked from: torch and its company take
-# seconds. None of them starts a thread or touches a GPU when imported; a fork would not bear that.
+# On Linux, processes are forked from a server that has imported these modules once: a fork takes a
+# hundredth of the time of importing torch. None of the modules starts a thread or uses a GPU when
+# it is imported, which would break a fork. macOS does not support forking such a server.
 PRELOADED = [
     "torch", "bdkd.cli.train", "bdkd.trainer", "bdkd.engine.components", "matplotlib.figure",
     "sklearn.datasets", "torch.utils.tensorboard",
 ]  # fmt: skip
-_POLL_SECONDS = 0.2  # between looks at whether we were asked to stop
+_FORKS = sys.platform == "linux"
+_POLL_SECONDS = 0.2  # between two calls of ``stop``
 
 
-@dataclass(frozen=True)
-class Job:
-    """One command, to be run once those that it needs have ended well."""
+class Job(NamedTuple):
+    """A command that runs after the jobs that it needs have succeeded."""
 
     name: str
-    arguments: Callable[[], Sequence[str]]  # of ``bdkd``; asked for just before it starts
-    output: Path  # where its output goes, after what is there
+    arguments: Callable[[], Sequence[str]]  # of ``bdkd``; called just before the command starts
+    output: Path  # the command's output is appended to this file
     needs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended: exit code 0, or its one line."""
+class Outcome(NamedTuple):
+    """The exit code of a command, and its error message if the code is not 0."""
 
     code: int
     message: str = ""
 
 
-@dataclass
-class _Running:
+class _Running(NamedTuple):
     job: Job
     process: BaseProcess
     answer: Connection
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    at_once: int,
-    done: Callable[[Job, Outcome], None],
+    jobs: Sequence[Job], at_once: int, done: Callable[[Job, Outcome], None],
     stop: Callable[[], bool],
-) -> None:
-    """Run the jobs in their order, ``at_once`` at a time.
+) -> None:  # fmt: skip
+    """Run jobs in their order, ``at_once`` of them concurrently.
 
     Args:
-        done: told of every job that ended; of one whose needs failed, without it being run.
-        stop: asked several times a second; once it says so, nothing new is started, SIGTERM goes to
-            what runs, and this returns when all have ended.
+        done: called with every job that ended. A job whose needs failed ends without running.
+        stop: called several times a second. If it returns True, no more jobs start, the running
+            jobs get SIGTERM, and this function returns when they have ended.
     """
-    # A fork of a bare server costs a hundredth of an import of torch; macOS does not bear it.
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
+    context = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+    if _FORKS:
         multiprocessing.set_forkserver_preload(PRELOADED)
         with _sigint_blocked():
             forkserver.ensure_running()
@@ -83,11 +80,11 @@ def run_jobs(
                 stopping = True
                 for one in running:
                     one.process.terminate()
-            while not stopping and pending and len(running) < at_once:
-                index = next((i for i, job in enumerate(pending) if _ready(job, outcomes)), None)
-                if index is None:
-                    break  # all wait for one that runs
-                job = pending.pop(index)
+            while not stopping and len(running) < at_once:
+                job = next((job for job in pending if outcomes.keys() >= set(job.needs)), None)
+                if job is None:
+                    break  # nothing is pending, or the pending jobs need running ones
+                pending.remove(job)
                 failed = [name for name in job.needs if outcomes[name].code]
                 if failed:
                     end(job, Outcome(1, f"not run: it needs {failed[0]}, which failed"))
@@ -101,34 +98,27 @@ def run_jobs(
                 running.remove(one)
                 end(one.job, _outcome(one))
     finally:
-        for one in running:  # an error here, or a second Ctrl-C: at once
+        for one in running:  # after an error in this process or a second Ctrl-C
             one.process.kill()
 
 
-def _ready(job: Job, outcomes: dict[str, Outcome]) -> bool:
-    return all(name in outcomes for name in job.needs)
-
-
 def _start(context, job: Job, arguments: Sequence[str]) -> _Running:
-    answer, theirs = context.Pipe(duplex=False)
+    answer, remote = context.Pipe(duplex=False)
     process = context.Process(
-        target=_run, args=(list(arguments), str(job.output), theirs), name=job.name
+        target=_run, args=(list(arguments), str(job.output), remote), name=job.name
     )
-    if sys.platform == "linux":
-        process.start()  # may wait for seconds until the server has imported all it should
-    else:
-        with _sigint_blocked():
-            process.start()
-    theirs.close()
+    # The server's children inherit its blocked SIGINT.
+    with contextlib.nullcontext() if _FORKS else _sigint_blocked():
+        process.start()  # may take seconds until the server has imported the modules
+    remote.close()
     return _Running(job, process, answer)
 
 
 @contextlib.contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """A process that is started here never sees a SIGINT, not even while it imports: a Ctrl-C goes
-    to every process of a terminal, and is for the one that started them to pass on. That one gets
-    it when this ends."""
-    resource_tracker.ensure_running()  # else it is started meanwhile, and unblocks SIGINT
+    """Block SIGINT in processes that start in this context, even while they import. A terminal
+    sends SIGINT to all processes, but only this one must handle it, after the context."""
+    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -139,41 +129,34 @@ def _sigint_blocked() -> Iterator[None]:
 def _outcome(one: _Running) -> Outcome:
     one.process.join()
     code = one.process.exitcode or 0
-    try:
+    with one.answer, contextlib.suppress(EOFError):  # the process ended without an answer
         return Outcome(*one.answer.recv())
-    except EOFError:  # it ended without a word
-        pass
-    finally:
-        one.answer.close()
+    how = f"code {code}"
     if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (is there too little memory?)" if -code == signal.SIGKILL else ""
-        return Outcome(128 - code, f"ended by {name}{hint}; its output is in {one.job.output}")
-    return Outcome(code or 1, f"ended with code {code}; its output is in {one.job.output}")
+        how = signal.Signals(-code).name
+        how += " (is there too little memory?)" if -code == signal.SIGKILL else ""
+    code = 128 - code if code < 0 else code or 1
+    return Outcome(code, f"the process ended with {how}; see its output in {one.job.output}")
 
 
 def _run(arguments: list[str], output: str, answer: Connection) -> None:
-    """In the process: one command, as the command line would run it."""
+    """Run one command in a new process."""
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-
     try:
         cli.run(arguments)
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()  # to the output; the line goes to whoever started us
-        answer.send(cli.outcome(error))
-    else:
         answer.send((0, ""))
+    except Exception as error:
+        traceback.print_exc()
+        answer.send(cli.outcome(error))
     finally:
         sys.stdout.flush()
 
 
 def _stop_with_parent() -> None:
-    """Whoever started us may be killed: then we stop as if asked to."""
+    """Send SIGTERM to this process when its parent has ended, for example because of SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

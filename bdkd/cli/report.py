@@ -1,4 +1,4 @@
-"""``bdkd report``: one HTML page of finished or running runs."""
+"""``bdkd report``: write one HTML page about finished or running runs."""
 
 import sys
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ import tyro
 
 @dataclass(frozen=True)
 class Arguments:
-    """One self-contained HTML page of runs: results, curves, reliability diagrams, entropies,
-    weights over time, features, speed. Runs that differ in their seed alone are averaged. It reads
-    folders of runs alone: nothing is trained or evaluated again."""
+    """Write one self-contained HTML page about runs: results, curves, reliability diagrams,
+    entropies, weights over time, features, speed. Runs that differ only in their seed are averaged.
+    The page is made from the files in the folders: no network is trained or evaluated again."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders of runs, finished or not, or folders that hold them (as bdkd compare makes)."""
+    """Folders of runs, finished or not, or folders that contain them (such as bdkd compare's)."""
     output: Path = Path("report.html")
-    """File of the page; one that is there is replaced."""
+    """File to write. An existing file is replaced."""
     title: str = "Distillation runs"
-    """Heading of the page."""
+    """Title of the page."""
     tsne: bool = True
-    """Draw the features by t-SNE, some seconds a network."""
+    """Plot the features with t-SNE. This takes some seconds for each network."""
 
 
 def run(given: list[str]) -> None:
-    """Parse, read, write; print the path of the page, and what it lacks to stderr."""
+    """Write the page and print its path. Print warnings about missing parts to stderr."""
     arguments = tyro.cli(Arguments, prog="bdkd report", args=given)
 
     from bdkd.errors import UsageError

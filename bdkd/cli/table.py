@@ -1,40 +1,34 @@
-"""Plain tables for a terminal."""
+"""Format plain tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned, the first to the left and the others to the right."""
+    """Return a table with the first column aligned to the left and the others to the right."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     lines = []
-    for line in (header, ["-" * width for width in widths], *rows):
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        lines.append("  ".join((first, *others)).rstrip())
+    for first, *others in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-    """What the networks of a run came to, in percent, on the images of one split."""
+    """Return a table with the metrics of a run's networks on one split."""
     rows = [
         [
-            f"{name} ({network['model']})",
-            f"{network['parameters']:,}",
-            f"{100 * network['top1']:.2f}%",
-            f"{network['nll']:.4f}",
-            f"{100 * network['ece']:.2f}%",
-            f"{100 * network['ece_if_calibrated']:.2f}%",
+            f"{name} ({network['model']})", f"{network['parameters']:,}",
+            f"{100 * network['top1']:.2f}%", f"{network['nll']:.4f}",
+            f"{100 * network['ece']:.2f}%", f"{100 * network['ece_if_calibrated']:.2f}%",
         ]
         for name, network in summary["networks"].items()
-    ]
+    ]  # fmt: skip
     header = ["network", "parameters", "top-1", "NLL", "ECE", "ECE if calibrated"]
     images = summary["images"]
     return (
         table(header, rows)
-        + f"\n\n{images} {summary['split']} images. ECE: 15 bins, nothing recalibrated; beside it "
-        f"the ECE that a\nperfectly calibrated network with these confidences shows on {images} "
-        "images."
+        + f'\n\n{images} {summary["split"]} images. ECE: 15 bins, without recalibration. "ECE if '
+        'calibrated" is the\nexpected ECE of a perfectly calibrated network with these '
+        f"confidences on {images} images."
     )

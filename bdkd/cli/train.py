@@ -1,21 +1,15 @@
-"""The command line of ``bdkd train``: a recipe, overridden key by key."""
+"""The command line of ``bdkd train``: a recipe, and options that override its keys."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 
-from bdkd.config import (
-    Recipe,
-    differing_keys,
-    load_recipe,
-    nearest,
-    shipped_recipes,
-)
+from bdkd.config import Recipe, differing_keys, load_recipe, nearest, shipped_recipes
 from bdkd.errors import RunError, UsageError
 
 Resume = Literal["never", "auto", "require"]
@@ -29,24 +23,24 @@ class Arguments:
     """A shipped recipe's name or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     resume: Resume = "never"
-    """Continue the run in its folder; auto: if there is one to continue. Alone: require."""
+    """Resume the run in the folder. auto: if the folder contains one. Without a value: require."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved plan (data, networks, operations, steps, memory, hours) and stop."""
     images_per_second: float | None = None
-    """With --dry-run: the speed to plan the hours with; without it, 1,000 images/s."""
+    """With --dry-run: speed for the estimate of hours. Default: 1,000 images/s."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Record so many steps once ten have gone by: a trace in the folder's profile/, and a table of
-    where their time went. Alone: 8."""
+    """Profile this number of steps after the first ten. Write a trace to the run's profile/, and
+    print a table of the time of each phase. Without a value: 8."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the run's folder at the end and nothing else, but for failures."""
+    """Print only the run's folder at the end, and failures."""
 
 
 class Command(NamedTuple):
     """A parsed command line."""
 
     arguments: Arguments
-    given: list[str]  # with the values that options without a value stand for
-    recipe: str | None  # as given; None: the run's folder names it
+    given: list[str]  # a plain --resume is expanded
+    recipe: str | None  # name or file; None: the recipe in the run's folder
 
 
 def run(given: list[str]) -> None:
@@ -60,8 +54,8 @@ def parse_command(given: list[str]) -> Command:
     """Parse a command line.
 
     Raises:
-        UsageError, RunError: it is wrong, or a recipe or run that it names cannot be read.
-        SystemExit: tyro has printed help, or what is wrong.
+        UsageError, RunError: an option is wrong, or a recipe or run cannot be read.
+        SystemExit: tyro has printed help or an error.
     """
     given = _expand_resume(given)
     name = given[0] if given and not given[0].startswith("-") else None
@@ -70,59 +64,56 @@ def parse_command(given: list[str]) -> Command:
 
 
 def parse(given: list[str], default: Recipe) -> Arguments:
-    """Parse a command line over a recipe. tyro prints wrong options and exits with 2.
+    """Parse a command line with a recipe as defaults. For wrong options, tyro prints an error and
+    exits with 2.
 
-    With another objective than the recipe's, the recipe's options of its own objective are dropped.
+    If ``--objective.name`` selects another objective, the options of the recipe's objective are
+    dropped.
     """
     _check_network_names(given, default)
-    method = _value_of(given, "--objective.name")
-    if method is not None and method != default.objective.name:
-        from bdkd.objectives import switch_method
+    name = _value_of(given, "--objective.name")
+    if name is not None and name != default.objective.name:
+        from bdkd.objectives import switch_objective
 
-        default = dataclasses.replace(default, objective=switch_method(default.objective, method))
+        objective = switch_objective(default.objective, name)
+        default = dataclasses.replace(default, objective=objective)
     arguments = tyro.cli(
-        Arguments,
-        prog="bdkd train",
-        args=_expand_profile(given),
+        Arguments, prog="bdkd train", args=_expand_profile(given),
         default=Arguments(recipe=given[0], config=default),
-    )
+    )  # fmt: skip
     rate = arguments.images_per_second
     if rate is not None and not arguments.dry_run:
-        raise UsageError("--images-per-second plans a run: give --dry-run with it")
+        raise UsageError("--images-per-second needs --dry-run: give --dry-run too")
     if rate is not None and not 0 < rate < math.inf:
         raise UsageError(f"--images-per-second must be above 0 and finite, got {rate}")
-    if arguments.profile < 0 or (arguments.profile and arguments.dry_run):
-        raise UsageError(
-            f"--profile must be a number of steps from 1 on and without --dry-run, "
-            f"got {arguments.profile}"
-        )
+    steps = arguments.profile
+    if steps < 0 or (steps and arguments.dry_run):
+        needed = "a number of steps of at least 1, without --dry-run"
+        raise UsageError(f"--profile must be {needed}, got {steps}")
     return arguments
 
 
 def _check_network_names(given: list[str], default: Recipe) -> None:
-    """Reject networks that the recipe does not have, of which tyro's message says nothing."""
+    """Raise ``UsageError`` for unknown networks, which tyro's message does not name."""
     for option in given:
         group, _, rest = option.partition(".")
         name, dot, _ = rest.partition(".")
         if group == "--networks" and dot and name not in default.networks:
-            raise UsageError(
-                f"{option}: the recipe {default.name!r} has no network {name!r}: "
-                f"{nearest(name, list(default.networks))} (more are added in a recipe file)"
-            )
+            unknown = f"{option}: the recipe {default.name!r} has no network {name!r}"
+            hint = nearest(name, list(default.networks))
+            raise UsageError(f"{unknown}: {hint} (add networks in a recipe file)")
 
 
 def _without_recipe(given: list[str]) -> Arguments:
-    """Parse a command line without a recipe: ``--help`` shows the values of the first shipped one,
-    and a run that is resumed knows its own."""
+    """Parse a command line without a recipe. ``--help`` shows the values of the first shipped
+    recipe, and ``--resume`` uses the recipe in the run's folder."""
     shipped = shipped_recipes()
     if "-h" in given or "--help" in given:
         return parse([shipped[0], *given], load_recipe(shipped[0]))
     run_dir = _value_of(given, "--run-dir")
     if "--resume" not in given or run_dir is None:
-        raise UsageError(
-            "train needs a recipe as its first argument: "
-            f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
-        )
+        known = f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
+        raise UsageError(f"train needs a recipe as its first argument: {known}")
     from bdkd.runs.folder import RunFolder
 
     stored = RunFolder(Path(run_dir)).read_config()
@@ -130,12 +121,8 @@ def _without_recipe(given: list[str]) -> Arguments:
 
 
 def resolve_run(command: Command) -> Arguments:
-    """Choose the run's folder. A resumed run takes its options from there, and then from the
-    command line.
-
-    Raises:
-        RunError: the folder holds a run of another recipe.
-    """
+    """Choose the run's folder. A resumed run takes its options from the folder, overridden by the
+    command line. Raise ``RunError`` if the folder contains a run of another recipe."""
     from bdkd.runs.folder import RunFolder, default_run_dir
 
     arguments, given, name = command
@@ -146,7 +133,7 @@ def resolve_run(command: Command) -> Arguments:
         stored = folder.read_config()
         if stored.name != config.name:
             raise RunError(
-                f"{run_dir} holds a run of the recipe {stored.name!r}, not of {config.name!r}: "
+                f"{run_dir} contains a run of the recipe {stored.name!r}, not of {config.name!r}: "
                 "choose another --run-dir"
             )
         line = given if name else [stored.name, *given]
@@ -155,9 +142,9 @@ def resolve_run(command: Command) -> Arguments:
         if changed:
             print(f"resuming with changed {', '.join(changed)}")
         if name:
-            recipe = _with_method_options(load_recipe(name))
+            recipe = _with_objective_options(load_recipe(name))
             ignored = set(differing_keys(stored, recipe)) - {"run_dir"}
-            overridden = set(differing_keys(_with_method_options(arguments.config), recipe))
+            overridden = set(differing_keys(_with_objective_options(arguments.config), recipe))
             if edited := sorted(ignored - overridden - set(changed)):
                 print(f"kept from {folder.config}, unlike {name}: {', '.join(edited)}")
     config = dataclasses.replace(config, run_dir=str(run_dir))
@@ -165,10 +152,10 @@ def resolve_run(command: Command) -> Arguments:
 
 
 def continue_launch(command: Command, launch: str | None) -> Command:
-    """Resume the run that the same ``torchrun`` began before it restarted its ranks.
+    """Resume the run that the same ``torchrun`` started before it restarted its ranks.
 
     Args:
-        launch: identifier of the ``torchrun``; None: there is none.
+        launch: identifier of the ``torchrun``, or None without one.
     """
     from bdkd.runs.folder import RunFolder, default_run_dir
 
@@ -182,31 +169,30 @@ def continue_launch(command: Command, launch: str | None) -> Command:
     return command._replace(arguments=dataclasses.replace(arguments, config=config, resume="auto"))
 
 
-def _with_method_options(recipe: Recipe) -> Recipe:
-    """Return a recipe with its objective's defaults written out, as a run's folder has them."""
+def _with_objective_options(recipe: Recipe) -> Recipe:
+    """Return a recipe with every option of its objective set, as in a run's folder."""
     from bdkd.objectives import resolve_options
 
     return dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
 
 
 def _expand_resume(given: list[str]) -> list[str]:
-    """Add the value of a plain ``--resume``, which is ``require``."""
-    values = ("never", "auto", "require")
+    """Add ``require`` after a ``--resume`` without a value."""
+    values = get_args(Resume)
     expanded = []
     for argument, following in pairwise([*given, ""]):
         expanded.append(argument)
         if argument == "--resume" and following not in values:
             if following and not following.startswith("-"):
-                raise UsageError(
-                    f"--resume must be {', '.join(values)} or alone, which means require, "
-                    f"got {following!r} (a recipe comes first)"
-                )
+                needed = f"{', '.join(values)} or have no value (require)"
+                hint = f"got {following!r} (put the recipe first)"
+                raise UsageError(f"--resume must be {needed}, {hint}")
             expanded.append("require")
     return expanded
 
 
 def _expand_profile(given: list[str]) -> list[str]:
-    """Add the value of a plain ``--profile``, which is 8 steps."""
+    """Add 8 after a ``--profile`` without a value."""
     expanded = []
     for argument, following in pairwise([*given, ""]):
         expanded.append(argument)
@@ -218,8 +204,7 @@ def _expand_profile(given: list[str]) -> list[str]:
 
 def _value_of(given: list[str], option: str) -> str | None:
     for argument, following in pairwise([*given, ""]):
-        if argument == option:
-            return following or None
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else following or None
     return None

@@ -28,22 +28,8 @@ from bdkd.config.options import (
 )
 
 __all__ = [
-    "NAME",
-    "CheckpointConfig",
-    "DataConfig",
-    "DistributedConfig",
-    "NetworkConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "Recipe",
-    "ScheduleConfig",
-    "SyntheticConfig",
-    "TrainConfig",
-    "check_recipe",
-    "differing_keys",
-    "load_recipe",
-    "nearest",
-    "parse_recipe",
-    "shipped_recipes",
-    "to_toml",
-]
+    "NAME", "CheckpointConfig", "DataConfig", "DistributedConfig", "NetworkConfig",
+    "ObjectiveConfig", "OptimizerConfig", "Recipe", "ScheduleConfig", "SyntheticConfig",
+    "TrainConfig", "check_recipe", "differing_keys", "load_recipe", "nearest", "parse_recipe",
+    "shipped_recipes", "to_toml",
+]  # fmt: skip

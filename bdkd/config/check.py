@@ -1,4 +1,4 @@
-"""Bounds of the options, and what one option requires of another."""
+"""Check the bounds of the options, and the options that depend on each other."""
 
 import dataclasses
 import math
@@ -16,11 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check every value of a recipe.
-
-    Raises:
-        UsageError: a value does not fit. The message names its key.
-    """
+    """Raise ``UsageError`` with the key of the first invalid value of a recipe."""
     for key, value, interval in _numbers(recipe, type(recipe), ""):
         for number in value if isinstance(value, tuple) else (value,):
             if interval is not None and not interval.contains(number):
@@ -51,13 +47,13 @@ def _is_number(value: object) -> bool:
 
 
 def _interval(kind: Any) -> Interval | None:
-    """Return the bounds in a type: in an optional one, or in the elements of a tuple, too."""
+    """Return the bounds in a type. The type may be optional, or a tuple of bounded numbers."""
     if typing.get_origin(kind) is typing.Annotated:
         return next((x for x in kind.__metadata__ if isinstance(x, Interval)), None)
     return next(filter(None, map(_interval, typing.get_args(kind))), None)
 
 
-Check = tuple[str, object, bool, str]  # key, value, whether it fits, and what is needed
+Check = tuple[str, object, bool, str]  # key, value, whether the value is valid, what is needed
 
 
 def _relations(recipe: Recipe) -> list[Check]:
@@ -72,7 +68,7 @@ def _relations(recipe: Recipe) -> list[Check]:
          1 <= t.accumulate <= t.batch_size and t.batch_size % t.accumulate == 0,
          f"a divisor of train.batch_size ({t.batch_size})"),
         ("train.select", t.select, t.select == "last" or d.validation > 0,
-         "last where data.validation is 0 (nothing is held out to choose the best by)"),
+         "last if data.validation is 0 (no images are held out to select the best weights)"),
         ("data.progressive", d.progressive,
          all(epoch >= 0 and 8 <= side <= 4096 for epoch, side in d.progressive)
          and epochs == sorted(set(epochs)),
@@ -86,7 +82,7 @@ def _relations(recipe: Recipe) -> list[Check]:
 
 
 def _networks(recipe: Recipe) -> Iterator[Check]:
-    from torch import nn  # the networks become one nn.ModuleDict, whose own names are taken
+    from torch import nn  # names of attributes of nn.ModuleDict cannot be names of networks
 
     for name, network in recipe.networks.items():
         usable = NAME.fullmatch(name) is not None and "." not in name and name not in RESERVED
@@ -96,12 +92,9 @@ def _networks(recipe: Recipe) -> Iterator[Check]:
             "letters, digits, - and _, not ending in _ema, no key of metrics.jsonl and no "
             "attribute of torch.nn.ModuleDict",
         )  # fmt: skip
-        shard = f"networks.{name}.shard"
-        yield (
-            shard, network.shard, not network.shard or network.role == "teacher",
-            "a teacher's option: an exported student lies on one device",
-        )  # fmt: skip
-        yield (
-            shard, network.shard, not network.shard or recipe.train.precision != "fp16",
-            "off with train.precision fp16, whose loss scale needs all gradients: use bf16",
-        )  # fmt: skip
+        for fits, needed in (
+            (network.role == "teacher", "a teacher's option: an exported student is on one device"),
+            (recipe.train.precision != "fp16",
+             "off with train.precision fp16, whose loss scale needs all gradients: use bf16"),
+        ):  # fmt: skip
+            yield f"networks.{name}.shard", network.shard, fits or not network.shard, needed

@@ -17,18 +17,15 @@ from bdkd.text import read_text
 
 def shipped_recipes() -> list[str]:
     """Return the names of the shipped recipes."""
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in files("bdkd.recipes").iterdir()
-        if entry.name.endswith(".toml")
-    )
+    names = [entry.name for entry in files("bdkd.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Return a shipped recipe by name, or the recipe in a TOML file.
 
     Raises:
-        UsageError: no such recipe exists, or a key or value in it does not fit.
+        UsageError: the recipe does not exist, or has an invalid key or value.
         RunError: the file cannot be read.
     """
     if name_or_path in shipped_recipes():
@@ -45,7 +42,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     except OSError as error:
         raise RunError(
             f"cannot read the recipe {path}: {error.strerror}: give the path of a TOML file, or "
-            "the name of a shipped recipe (bdkd train names them)"
+            "the name of a shipped recipe (bdkd train lists them)"
         ) from error
     return parse_recipe(text, source=str(path))
 
@@ -54,7 +51,7 @@ def parse_recipe(text: str, source: str) -> Recipe:
     """Return the recipe in a TOML text. ``source`` names the text in error messages.
 
     Raises:
-        UsageError: a key or the type of a value does not fit.
+        UsageError: a key is unknown, or a value has the wrong type.
     """
     try:
         values = tomllib.loads(text)
@@ -62,28 +59,23 @@ def parse_recipe(text: str, source: str) -> Recipe:
         raise UsageError(f"{source} is not valid TOML: {error}") from error
     _refuse_unknown_keys(values, Recipe, source, "")
     try:
-        recipe = msgspec.convert(values, Recipe)
+        return msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
-        remedy = "; every run's config.toml is a whole recipe" * ("missing required" in str(error))
+        remedy = "; see the config.toml of any run for a complete recipe" * (
+            "missing required" in str(error)
+        )
         raise UsageError(f"{source}: {error}{remedy}") from error
-    # msgspec leaves defaults on the class; a copy has every field of its own
-    return typing.cast(Recipe, _with_own_fields(recipe))
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return a recipe as TOML, from which :func:`parse_recipe` makes an equal recipe."""
+    """Return a recipe as TOML. :func:`parse_recipe` of the text returns an equal recipe."""
     return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
 
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """Return the dotted keys in which two recipes differ."""
     left, right = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
-    missing = object()
-    return sorted(
-        key
-        for key in left.keys() | right.keys()
-        if left.get(key, missing) != right.get(key, missing)
-    )
+    return sorted({key for key, _ in left.items() ^ right.items()})
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -92,28 +84,20 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
 
 
-def _refuse_unknown_keys(values: object, kind: object, source: str, prefix: str) -> None:
+def _refuse_unknown_keys(values: object, kind: typing.Any, source: str, prefix: str) -> None:
     """Raise ``UsageError`` for unknown keys, which msgspec ignores in dataclasses."""
-    if typing.get_origin(kind) is dict and isinstance(values, dict):
-        for key, value in values.items():
-            _refuse_unknown_keys(value, typing.get_args(kind)[1], source, f"{prefix}{key}.")
-    if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
+    if not isinstance(values, dict):
         return
-    known = {f.name: f.type for f in dataclasses.fields(kind)}
+    if typing.get_origin(kind) is dict:
+        known = dict.fromkeys(values, typing.get_args(kind)[1])
+    elif dataclasses.is_dataclass(kind):
+        known = {field.name: field.type for field in dataclasses.fields(kind)}
+    else:
+        return
     for key, value in values.items():
         if key not in known:
             raise UsageError(f"{source}: unknown key {prefix}{key}: {nearest(key, list(known))}")
         _refuse_unknown_keys(value, known[key], source, f"{prefix}{key}.")
-
-
-def _with_own_fields(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value)(
-            **{f.name: _with_own_fields(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    if isinstance(value, dict):
-        return {key: _with_own_fields(item) for key, item in value.items()}
-    return value
 
 
 def _without_none(value: object) -> typing.Any:
@@ -125,8 +109,6 @@ def _without_none(value: object) -> typing.Any:
 def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat

@@ -1,7 +1,4 @@
-"""Exported networks: ONNX, torch.export and safetensors files.
-
-It needs the extra ``bdkd[train]``.
-"""
+"""Exported networks: ONNX, torch.export and safetensors files. Requires ``bdkd[train]``."""
 
 from bdkd.extras import missing_packages
 

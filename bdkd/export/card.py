@@ -1,4 +1,4 @@
-"""The README.md next to exported weights, in the format of Hugging Face's hub."""
+"""Write the README.md next to exported weights: a model card for the Hugging Face Hub."""
 
 import json
 
@@ -9,11 +9,11 @@ from bdkd.metrics import METRICS, Metric
 
 Measured = list[tuple[Metric, float]]
 
-MARK = "library_name: bdkd"  # marks a card that bdkd wrote
+MARK = "library_name: bdkd"  # a line of every card that bdkd wrote
 
 
 def model_card(facts: Facts, file: str) -> str:
-    """Return the card of the weights in ``file``, a name in the same folder."""
+    """Return the card of the weights in ``file``, a file in the same folder."""
     recipe = parse_recipe(facts.recipe, source=file)
     options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
     arguments = [repr(facts.model), str(len(facts.classes)), str(facts.channels)]
@@ -23,45 +23,31 @@ def model_card(facts: Facts, file: str) -> str:
         for metric in METRICS
         if metric.hub and (value := facts.metrics.get(metric.key)) is not None
     ]
-    return "\n".join(
-        (
-            *_front_matter(facts, recipe, measured),
-            "",
-            f"# {facts.model}, {facts.network} of {recipe.name}",
-            "",
-            f"{facts.parameters:,} parameters, trained as {facts.role} by bdkd: method "
-            f"{facts.method}, seed {facts.seed}, the weights of step {facts.step:,}.",
-            "",
-            "## Load",
-            "",
-            "```python",
-            "from safetensors.torch import load_file",
-            "from bdkd import create_model",
-            "",
-            f"network = create_model({', '.join(arguments)}).eval()",
-            f"network.load_state_dict(load_file({json.dumps(file)}))",
-            "```",
-            "",
-            *_images(facts),
-            "",
-            f"The {len(facts.classes)} logits mean, in this order: {', '.join(facts.classes)}.",
-            "",
-            "## Accuracy and calibration",
-            "",
-            *_results(facts, file, measured),
-            "",
-            f"`bdkd evaluate {file}` measures it again.",
-            "",
-            "## Recipe",
-            "",
-            "```toml",
-            facts.recipe.strip(),
-            "```",
-            "",
-            f"Written by {', '.join(f'{k} {v}' for k, v in facts.versions.items())}.",
-            "",
-        )
-    )
+    load = [
+        "from safetensors.torch import load_file",
+        "from bdkd import create_model",
+        "",
+        f"network = create_model({', '.join(arguments)}).eval()",
+        f"network.load_state_dict(load_file({json.dumps(file)}))",
+    ]
+    paragraphs = [
+        "\n".join(_front_matter(facts, recipe, measured)),
+        f"# {facts.model}, {facts.network} of {recipe.name}",
+        f"{facts.parameters:,} parameters, trained as {facts.role} with bdkd: objective "
+        f"{facts.method}, seed {facts.seed}, the weights of step {facts.step:,}.",
+        "## Load",
+        "\n".join(["```python", *load, "```"]),
+        "\n".join(_images(facts)),
+        f"The {len(facts.classes)} logits are scores of these classes, in this order: "
+        f"{', '.join(facts.classes)}.",
+        "## Accuracy and calibration",
+        "\n".join(_results(facts, file, measured)),
+        f"Run `bdkd evaluate {file}` to measure these values again.",
+        "## Recipe",
+        f"```toml\n{facts.recipe.strip()}\n```",
+        f"Written by {', '.join(f'{k} {v}' for k, v in facts.versions.items())}.\n",
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def _front_matter(facts: Facts, recipe: Recipe, measured: Measured) -> list[str]:
@@ -90,18 +76,18 @@ def _images(facts: Facts) -> list[str]:
         return [f"{shape}."]
     mean, std = ([float(f"{x:.9g}") for x in values] for values in (norm.mean, norm.std))
     return [
-        f"{shape}, pixel values 0 to {norm.largest:g}, and by channel `(value - mean) / std`:",
+        f"{shape}, pixel values 0 to {norm.largest:g}, normalised by `(value - mean) / std`:",
         "", "```python", f"mean, std = {mean}, {std}", "```",
     ]  # fmt: skip
 
 
 def _results(facts: Facts, file: str, measured: Measured) -> list[str]:
     if not measured:
-        return [f"Not measured where this was written: `bdkd evaluate {file}` does it."]
+        return [f"Not measured yet: run `bdkd evaluate {file}`."]
     where = {"test": "the test images", "val": "the validation images"}.get(facts.measured_on, "")
     count = f"{facts.images:,} images" if facts.images else "images"
     return [
-        f"On {where} ({count}), nothing recalibrated; fractions in [0, 1] unless said otherwise.",
+        f"On {where} ({count}), without recalibration. Fractions are in [0, 1] unless noted.",
         "", "| metric | value |", "| --- | --- |",
         *(f"| {metric.description} | {value:.6g} |" for metric, value in measured),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""``bdkd export``: write one network of a run as a file that needs nothing else of it."""
+"""``bdkd export``: write one network of a run as a self-contained file."""
 
 import copy
 import dataclasses
@@ -20,15 +20,15 @@ from bdkd.errors import RunError, UsageError, first_line
 from bdkd.export.card import MARK, model_card
 from bdkd.export.facts import VERSION, Facts, Format
 from bdkd.export.formats import FORMATS, decode, encode, open_network, without_others
-from bdkd.runs.checkpoint import load_checkpoint, write_atomically
+from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, write_atomically
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.resume import check_data, warn_of_copied_statistics
-from bdkd.runs.weights import mismatched_keys, network_weights
+from bdkd.runs.weights import mismatched_keys, network_weights, relocate
 
 CARD = "README.md"
 CHECKED_IMAGES = 64
-# Of the largest logit. Kernels add in another order and batch norm is folded into weights: 1e-7 to
-# 1e-5 is what float32 leaves; a wrong graph is off by whole logits.
+# Relative to the largest logit. Kernels sum in another order and batch norm is folded into weights,
+# which gives errors of 1e-7 to 1e-5 in float32. A wrong graph has errors of whole logits.
 TOLERANCE = 1e-4
 
 
@@ -37,58 +37,53 @@ class Trained(NamedTuple):
 
     network: nn.Module
     facts: Facts
-    images: Tensor  # (B, C, H, W) some that it was not trained on
+    images: Tensor  # (B, C, H, W) images that it was not trained on
 
 
 class Written(NamedTuple):
     """The result of an export."""
 
     files: list[Path]
-    error: float  # largest difference of a logit that was read back
-    largest: float  # logit, in absolute value
+    error: float  # largest difference between the logits of the network and of the file
+    largest: float  # largest absolute logit
 
 
 def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> Trained:
     """Load one network of a checkpoint.
 
     Args:
-        asked: the network's name. Default: the one student, or its average if there is one.
+        asked: the network's name. Default: the only student, or its average if there is one.
 
     Raises:
-        UsageError: no network of that name, or several students to choose from.
+        UsageError: there is no network of that name, or there are several students.
         RunError: the checkpoint or the data set cannot be read.
     """
     text, saved = load_checkpoint(checkpoint)
     recipe = parse_recipe(text, source=str(checkpoint))
     name = choose_network(recipe, list(saved["ema"]), asked)
-    root = recipe.data.root if data_root is None else data_root
-    components = build_components(
-        dataclasses.replace(
-            without_others(recipe, name),
-            device="cpu",
-            data=dataclasses.replace(recipe.data, root=root),
-            train=dataclasses.replace(recipe.train, channels_last=False),
-        ),
-        training=False,
-    )
+    alone = relocate(without_others(recipe, name), "cpu", data_root)
+    train = dataclasses.replace(recipe.train, channels_last=False)
+    components = build_components(dataclasses.replace(alone, train=train), training=False)
     check_data(checkpoint, saved, components.source.info)
     if name in saved["ema"]:
         warn_of_copied_statistics(checkpoint, saved, recipe.train.ema_decay)
     member = name.removesuffix(EMA_SUFFIX)
     network = components.networks.members[member]
     weights = network_weights(saved, name, checkpoint)
-    mismatch = mismatched_keys(network, weights)
-    if mismatch:
-        raise RunError(f"{checkpoint} does not fit its own recipe: {name}: {mismatch}")
+    if mismatch := mismatched_keys(network, weights):
+        raise RunError(f"{checkpoint} does not match its recipe: {name}: {mismatch}")
     network.load_state_dict(weights)
     info, config = components.source.info, recipe.networks[member]
     step = saved["position"]["step"]
+    versions = {"bdkd": version("bdkd"), "torch": str(torch.__version__)}
+    if commit := _commit(Path(__file__)):
+        versions["commit"] = commit
     facts = Facts(
         version=VERSION, network=name, model=config.model, role=config.role,
         parameters=sum(p.numel() for p in network.parameters()),
         method=recipe.objective.name, seed=recipe.seed, step=step, recipe=_published(recipe),
         classes=tuple(info.classes), channels=info.channels, image_size=info.image_size,
-        normalisation=info.normalisation, versions=_versions(),
+        normalisation=info.normalisation, versions=versions,
         **_measured(checkpoint, name, step),
     )  # fmt: skip
     split: Split = "val" if info.counts["val"] else "test"
@@ -114,11 +109,11 @@ def choose_network(recipe: Recipe, averages: Sequence[str], asked: str | None) -
 
 
 def export(trained: Trained, kind: Format, output: Path, force: bool) -> Written:
-    """Write a network. The content is read back and run first: its logits must equal those of the
-    network, on several images and on one.
+    """Write a network to a file. Before writing, the content is read back and run on several images
+    and on one image, and the logits are compared with those of the network.
 
     Args:
-        output: the file. A model card is written next to a safetensors file.
+        output: path of the file. A model card is written next to a safetensors file.
         force: replace existing files.
 
     Raises:
@@ -147,8 +142,8 @@ def check_output(kind: Format, output: Path, force: bool) -> None:
         card = output.with_name(CARD)
         if card.exists() and MARK not in card.read_text("utf-8", "replace"):
             raise RunError(
-                f"{card} is not a model card of bdkd's, and one goes beside {output.name}: choose "
-                "another folder with --output"
+                f"{card} is not a model card of bdkd, which is written next to {output.name}: "
+                "choose another folder with --output"
             )
         if card.exists() and not force:
             raise RunError(f"{card} exists: --force replaces it, --output names another folder")
@@ -157,16 +152,13 @@ def check_output(kind: Format, output: Path, force: bool) -> None:
 @torch.inference_mode()
 def _check(trained: Trained, kind: Format, output: Path, content: bytes) -> tuple[float, float]:
     """Return the largest difference of a logit between network and file, and the largest logit."""
-    network, images = trained.network, trained.images
-    wanted = [network(images), network(images[:1])]
-    exported = decode(output, kind, content)
+    network, exported = trained.network, decode(output, kind, content)
     read_back = open_network(exported, copy.deepcopy(network), torch.device("cpu"))
-    came = [read_back(images), read_back(images[:1])]
-    # torch's maximum, because Python's max() loses a NaN that is not the first value.
-    errors = [(a - b).abs().max() for a, b in zip(wanted, came, strict=True)]
-    error = torch.stack(errors).max().item()
-    largest = max(logits.abs().max().item() for logits in wanted)
-    if not error <= TOLERANCE * max(1.0, largest):  # NaN too
+    inputs = (trained.images, trained.images[:1])
+    expected = torch.cat([network(images) for images in inputs])
+    error = (expected - torch.cat([read_back(images) for images in inputs])).abs().max().item()
+    largest = expected.abs().max().item()
+    if not error <= TOLERANCE * max(1.0, largest):  # also refuses NaN
         raise RunError(
             f"{kind} gives other logits than {trained.facts.network}: off by {error:.2g} where "
             f"the largest is {largest:.3g}; nothing was written"
@@ -175,75 +167,52 @@ def _check(trained: Trained, kind: Format, output: Path, content: bytes) -> tupl
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with explain_oserror(f"cannot write {path}", "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(content))
-    except (OSError, RunError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__ or error
-        raise RunError(
-            f"cannot write {path}: {first_line(cause)}; free some space or choose another --output"
-        ) from error
+    write_atomically(path, content, "run the same command again, or choose another --output")
 
 
 def _published(recipe: Recipe) -> str:
-    """Return the recipe without the paths of the run and of its initial weights."""
-    networks = {
-        name: dataclasses.replace(network, weights=None)
-        for name, network in recipe.networks.items()
-    }
+    """Return the recipe as TOML, without the paths of the run and of initial weights."""
+    initial = recipe.networks.items()
+    networks = {name: dataclasses.replace(network, weights=None) for name, network in initial}
     return to_toml(dataclasses.replace(recipe, run_dir=None, networks=networks))
 
 
 def _measured(checkpoint: Path, name: str, step: int) -> dict[str, Any]:
-    """Return the run's metrics of a network at a step: on the test images if the run ended with
-    these weights, else on the validation images."""
+    """Return the metrics of a network at a step: on the test images if the run selected these
+    weights, else on the validation images."""
     folder = RunFolder(checkpoint.parent.parent)
-    if checkpoint.parent != folder.checkpoints:  # of bdkd update-bn: the run did not measure it
-        return _metrics("", 0, {})
-    summary = _read_summary(folder.summary)
-    if summary.get("selected_step") == step and name in summary["networks"]:
-        return _metrics("test", summary["images"], summary["networks"][name])
-    for line in folder.read_metrics():
-        if line["step"] == step and line.get("split") == "val" and name in line:
-            return _metrics("val", 0, line[name])
+    if checkpoint.parent == folder.checkpoints:  # not written by bdkd update-bn
+        try:
+            content = folder.summary.read_text("utf-8") if folder.summary.exists() else "{}"
+            summary = json.loads(content)
+        except (OSError, ValueError) as error:
+            reason = f"{first_line(error)}; rewrite it with bdkd train --resume"
+            raise RunError(f"cannot read {folder.summary}: {reason}") from error
+        if summary.get("selected_step") == step and name in summary["networks"]:
+            return _metrics("test", summary["images"], summary["networks"][name])
+        for line in folder.read_metrics():
+            if line["step"] == step and line.get("split") == "val" and name in line:
+                return _metrics("val", 0, line[name])
     return _metrics("", 0, {})
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {"networks": {}}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"cannot read {path}: {first_line(error)}; bdkd train --resume writes it anew"
-        ) from error
-
-
 def _metrics(split: str, images: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {
-        key: value
-        for key, value in values.items()
-        if (value is None or isinstance(value, float)) and key != "loss"
-    }
+    numbers = {key: x for key, x in values.items() if x is None or isinstance(x, float)}
+    numbers.pop("loss", None)
     return {"measured_on": split, "images": images, "metrics": numbers}
 
 
-def _versions() -> dict[str, str]:
-    found = {"bdkd": version("bdkd"), "torch": str(torch.__version__)}
-    commit = _commit(Path(__file__))
-    return found | ({"commit": commit} if commit else {})
-
-
 def _commit(source: Path) -> str | None:
-    """Return the commit of the running source, with ``-dirty`` if it was changed since, or None for
-    an installed package, even inside the checkout of another project."""
+    """Return the commit of the source, with ``-dirty`` if there are changes. Return None for an
+    installed package, even inside the checkout of another project."""
     git = ["git", "-C", str(source.parent)]
     tracked = [*git, "ls-files", "--error-unmatch", source.name]
     describe = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         subprocess.run(tracked, capture_output=True, check=True, timeout=10)
         done = subprocess.run(describe, capture_output=True, check=True, timeout=60, text=True)
-    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
         return None
     return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What all formats of exported files share: the facts in them, digests, limits."""
+"""Define what all formats of exported files have in common: facts, digests and limits."""
 
 import contextlib
 import hashlib
@@ -22,11 +22,10 @@ FACTS, DIGEST = "bdkd", "bdkd_sha256"  # keys of a file's metadata
 
 @dataclass(frozen=True)
 class Facts:
-    """What a user of an exported network needs to know, stored with its weights."""
+    """Metadata of an exported network, stored with its weights."""
 
-    version: int  # of these facts' layout
-    network: str
-    """Its name in the run; a student's average is ``NAME_ema``."""
+    version: int  # of this class
+    network: str  # the name in the run; ``NAME_ema`` for a student's average
     model: str
     role: str
     parameters: int
@@ -38,10 +37,10 @@ class Facts:
     channels: int
     image_size: tuple[int, int]  # height, width in pixels
     normalisation: Normalisation | None
-    measured_on: str  # test, val, or nothing
-    images: int  # that it was measured on
+    measured_on: str  # test, val, or empty
+    images: int  # number of images for the metrics
     metrics: dict[str, float | None]
-    versions: dict[str, str]  # of bdkd and torch, and the commit where it is known
+    versions: dict[str, str]  # of bdkd and torch, and the commit if it is known
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -49,7 +48,7 @@ class Facts:
 
 
 class Exported(NamedTuple):
-    """A file that was read but not run yet."""
+    """A file that was read, but whose network was not loaded yet."""
 
     path: Path
     format: Format
@@ -58,7 +57,7 @@ class Exported(NamedTuple):
 
 
 Digest = Callable[[str], str]
-"""Returns the SHA-256 of facts together with a file's weights. It detects damage, not forgery."""
+"""Return the SHA-256 of facts and a file's weights. This detects damage, not forgery."""
 
 
 def digest_of_bytes(content: bytes) -> Digest:
@@ -69,21 +68,19 @@ class FileFormat(NamedTuple):
     """One kind of exported file."""
 
     suffix: str
-    max_bytes: int
-    """The largest file that is read."""
+    max_bytes: int  # of a file that is read
     encode: Callable[[nn.Module, str, tuple[int, ...]], bytes]
-    """Returns the file of a network in evaluation mode, from its facts as JSON and the shape of an
-    image."""
+    """Return a file from a network in evaluation mode, facts as JSON, and an image's shape."""
     check: Callable[[Path, BinaryIO], None]
-    """Checks sizes in an open file before it is read into memory."""
+    """Check sizes in an open file before the file is read into memory."""
     decode: Callable[[Path, bytes], tuple[dict[str, str], Digest]]
-    """Returns a file's metadata and its digest."""
+    """Return the metadata and the digest of a file."""
     open: Callable[[Exported, nn.Module, torch.device], nn.Module]
-    """Returns the network in a file. The second argument is that network with any weights."""
+    """Return the network in a file. The second argument is this network with any weights."""
 
 
 class Function(nn.Module):
-    """A function of images ``(B, C, H, W)`` as a module without modes."""
+    """Wrap a function of images ``(B, C, H, W)`` in a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -94,13 +91,13 @@ class Function(nn.Module):
 
 
 def corrupt(path: Path, reason: str) -> RunError:
-    """Return the error of a file that is damaged."""
+    """Return the error for a damaged file."""
     return RunError(f"cannot read {path}: it is corrupt or cut off ({reason}); export it again")
 
 
 def memory_limit() -> int:
-    """Return half of the memory, in bytes, of this machine or of its control group (cgroup v2): the
-    most that a file, or the tensors of an ONNX model, may take."""
+    """Return half of the memory of this machine or of its control group (cgroup v2), in bytes. This
+    limits the size of files and of the tensors of an ONNX model."""
     limit = 2**40
     if hasattr(os, "sysconf"):
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,7 @@
-"""Write and read the files of ``bdkd export``: one network, and the facts that its user needs.
+"""Write and read the files of ``bdkd export``: one network and its metadata.
 
-Files may come from strangers, so they are read as data and never as code. Sizes are checked before
-anything is loaded.
+Files may be untrusted, so they are read as data and never as code. Sizes are checked before
+loading.
 """
 
 import dataclasses
@@ -34,25 +34,18 @@ MAX_PIXELS = 2**28  # of one image, all channels
 
 
 def without_others(recipe: Recipe, network: str) -> Recipe:
-    """Return a recipe with one of its networks, as a student without a teacher. It runs on the
-    recipe's data without the others and their weights.
-
-    Raises:
-        RunError: the recipe has no such network.
-    """
-    config = recipe.networks.get(network.removesuffix(EMA_SUFFIX))
-    if config is None:
-        raise RunError(f"a file of {network!r} says a recipe that has no such network")
+    """Return a recipe with only one of its networks, as a student without a teacher. Raise
+    ``RunError`` if the recipe has no such network."""
+    name = network.removesuffix(EMA_SUFFIX)
+    if (config := recipe.networks.get(name)) is None:
+        raise RunError(f"the file contains {network!r}, but its recipe has no such network")
     options = built_without_weights(config)
     student = NetworkConfig(model=config.model, role="student", options=options)
-    return dataclasses.replace(
-        recipe,
-        networks={network.removesuffix(EMA_SUFFIX): student},
-        objective=ObjectiveConfig(name="independent"),
-    )
+    objective = ObjectiveConfig(name="independent")
+    return dataclasses.replace(recipe, networks={name: student}, objective=objective)
 
 
-# Options of timm.create_model that load or download weights; checkpoint_path unpickles a file.
+# Options of timm.create_model that load or download weights. checkpoint_path unpickles a file.
 _WEIGHT_OPTIONS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
 }  # fmt: skip
@@ -69,7 +62,7 @@ def is_exported(path: Path) -> bool:
 
 
 def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
-    """The file of a network in evaluation mode on the CPU.
+    """Return the file of a network. The network must be in evaluation mode on the CPU.
 
     Raises:
         RunError: a package is missing, or the network cannot be written in this format.
@@ -79,7 +72,7 @@ def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
         return FORMATS[kind].encode(network, text, facts.input_shape)
     except RunError:
         raise
-    except Exception as error:  # the exporters raise whatever their inside raises
+    except Exception as error:  # the exporters raise many types
         raise RunError(
             f"cannot export {facts.network} ({facts.model}) to {kind}: {first_line(error)} "
             "(--debug shows where)"
@@ -100,8 +93,8 @@ def read_exported(path: Path) -> Exported:
             limit = min(FORMATS[kind].max_bytes, shared.memory_limit())
             if status.st_size > limit:
                 raise RunError(
-                    f"cannot read {path}: it has {status.st_size:,} bytes, and at most {limit:,} "
-                    f"bytes of a {path.suffix} file are read on this machine"
+                    f"cannot read {path}: it has {status.st_size:,} bytes, and the limit for "
+                    f"{path.suffix} files on this machine is {limit:,} bytes"
                 )
             FORMATS[kind].check(path, file)
             file.seek(0)
@@ -113,11 +106,7 @@ def read_exported(path: Path) -> Exported:
 
 
 def decode(path: Path, kind: Format, content: bytes) -> Exported:
-    """Return what :func:`read_exported` returns, from the content of a file.
-
-    Args:
-        path: names the file in messages.
-    """
+    """Decode the content of a file, as :func:`read_exported` does. ``path`` is for messages."""
     metadata, digest = FORMATS[kind].decode(path, content)
     if FACTS not in metadata or DIGEST not in metadata:
         raise RunError(
@@ -139,8 +128,8 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
         raise corrupt(path, "its facts are nested too deeply") from error
     if facts.version != VERSION:
         raise RunError(
-            f"{path} has facts of version {facts.version}, this bdkd reads {VERSION}: export it "
-            "again"
+            f"{path} has facts of version {facts.version}, but this bdkd reads version {VERSION}: "
+            "export it again"
         )
     if min(facts.input_shape) < 1 or math.prod(facts.input_shape) > MAX_PIXELS:
         raise corrupt(path, f"its images have the shape {facts.input_shape}")
@@ -148,13 +137,8 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
 
 
 def _check_recipe(recipe: str) -> None:
-    """Check that a recipe's text can be parsed in little memory.
-
-    Raises:
-        ValueError: the text is no TOML, or too long.
-        RecursionError: it is nested too deeply.
-    """
-    # tomllib needs memory of the square of the number of parts of a dotted key: 40 GB for 100,000.
+    """Raise ``ValueError`` or ``RecursionError`` unless a recipe is TOML of limited size."""
+    # The memory of tomllib is quadratic in the parts of a dotted key: 40 GB for 100,000 parts.
     dots = max((line.count(".") for line in recipe.splitlines()), default=0)
     if len(recipe) > MAX_RECIPE_CHARACTERS or dots > MAX_DOTS:
         raise ValueError(f"a recipe of {len(recipe):,} characters, {dots:,} dots in a line")
@@ -162,12 +146,12 @@ def _check_recipe(recipe: str) -> None:
 
 
 def open_network(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
-    """The network in a file, as a function of images on ``device``.
+    """Return the network in a file, as a function of images on ``device``.
 
     Args:
-        network: built as the file's recipe says, with any weights.
+        network: the network of the file's recipe, with any weights.
 
     Raises:
-        RunError: the file holds something else than that network.
+        RunError: the file contains another network or program.
     """
     return FORMATS[exported.format].open(exported, network, device)

@@ -1,6 +1,6 @@
 """Exported networks as ONNX.
 
-onnxruntime runs them, after :mod:`bdkd.export.onnx_trust` has checked the whole model.
+:mod:`bdkd.export.onnx_trust` checks the complete model before onnxruntime runs it.
 """
 
 import contextlib
@@ -13,16 +13,7 @@ from torch import Tensor, nn
 
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
-from bdkd.export.facts import (
-    DIGEST,
-    FACTS,
-    Digest,
-    Exported,
-    FileFormat,
-    Function,
-    corrupt,
-    digest_of_bytes,
-)
+from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
 from bdkd.export.onnx_trust import refusal
 
 
@@ -30,23 +21,22 @@ def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> byt
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, of its own inside
+        warnings.simplefilter("ignore")  # about internals of the exporter
         program = torch.onnx.export(
-            network,
-            (torch.zeros(2, *input_shape),),
-            dynamo=True,
+            network, (torch.zeros(2, *input_shape),), dynamo=True, verbose=False,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
+            input_names=["images"], output_names=["logits"],
+        )  # fmt: skip
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
-        del node.metadata_props[:]  # with stack traces: paths of the machine it was written on
+        del node.metadata_props[:]  # stack traces with paths of this machine
     if model.ByteSize() >= 2**31:
-        raise RunError("ONNX files end at 2 GiB: use --to safetensors or export")
-    for key, value in ((FACTS, facts), (DIGEST, digest_of_bytes(_without_metadata(model))(facts))):
+        raise RunError("ONNX files are limited to 2 GiB: use --to safetensors or export")
+    for key, value in (
+        (FACTS, facts),
+        (DIGEST, shared.digest_of_bytes(_without_metadata(model))(facts)),
+    ):
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
@@ -57,7 +47,7 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
     with contextlib.suppress(UnicodeDecodeError):
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if all(isinstance(text, str) for entry in metadata.items() for text in entry):
-            return metadata, digest_of_bytes(_without_metadata(model))
+            return metadata, shared.digest_of_bytes(_without_metadata(model))
     raise corrupt(path, "its metadata is not text")
 
 
@@ -88,12 +78,12 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
     runtime = _require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # errors arrive as exceptions
-    # The bytes of some valid ONNX files are also a file in onnxruntime's own format, which nothing
-    # here has checked. onnxruntime would guess the format.
+    options.log_severity_level = 4  # errors are raised as exceptions
+    # Do not let onnxruntime guess the format: some valid ONNX files are also valid files in
+    # onnxruntime's format, which is not checked here.
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    # A small file can ask for huge tensors, for example with ConstantOfShape. Exceeding max_mem is
-    # an error of the run, where exceeding the machine's memory would kill the process.
+    # A small file can create huge tensors, for example with ConstantOfShape. Exceeding this limit
+    # raises an error; exceeding the machine's memory would kill the process.
     memory = runtime.OrtMemoryInfo(
         "Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
     )
@@ -103,14 +93,14 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
     available = runtime.get_available_providers()
     wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
-    # Without the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime takes options from there.
+    # Remove the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime reads options from it.
     checked = _without_metadata(_parse_onnx(exported.path, exported.content))
     try:
         session = runtime.InferenceSession(
             checked, options, providers=providers,
-            disabled_optimizers=["ConstantFolding"],  # its tensors are made outside of the arena
+            disabled_optimizers=["ConstantFolding"],  # allocates outside of the arena
         )  # fmt: skip
-    except Exception as error:  # onnxruntime has one type for each of its codes, below Exception
+    except Exception as error:  # onnxruntime has one exception type for each error code
         raise RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}") from error
 
     def logits(images: Tensor) -> Tensor:
@@ -139,11 +129,5 @@ def _require(package: str):
         raise RunError(f"ONNX files need {package}: pip install 'bdkd[export]'") from error
 
 
-ONNX = FileFormat(
-    suffix=".onnx",
-    max_bytes=2**31 - 1,  # protobuf's limit
-    encode=_encode,
-    check=lambda path, file: None,
-    decode=_decode,
-    open=_open,
-)
+# The size limit is protobuf's.
+ONNX = FileFormat(".onnx", 2**31 - 1, _encode, lambda path, file: None, _decode, _open)

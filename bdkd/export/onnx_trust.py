@@ -1,7 +1,7 @@
 """Decide whether an ONNX model may be given to onnxruntime.
 
-``bdkd export`` writes one graph of standard operators, with all weights inside the file. A model
-that uses anything else of the format is refused, because the format can name files on this machine
+``bdkd export`` writes one graph of standard operators, with all weights inside the file. Models
+that use other features of the format are refused, because ONNX can refer to files on this machine
 and describe tensors that are far larger than the file.
 """
 
@@ -11,27 +11,22 @@ from importlib import import_module
 from typing import Any
 
 STANDARD_DOMAINS = ("", "ai.onnx")
-_ENDLESS = ("Loop", "Scan")  # a run cannot be interrupted, and may take years
-# Elements that one byte of a serialized tensor can hold: those of 2 bits are the smallest.
+_ENDLESS = ("Loop", "Scan")  # may run for years, and cannot be interrupted
+# Elements in one byte of a serialized tensor. The smallest type has 2 bits.
 _ELEMENTS_PER_BYTE = 4
 
 
 def refusal(model: Any) -> str | None:
     """Return why a model must not be run, or None if it may be.
 
-    Every message in the model is checked, wherever it lies: initializers, attributes, subgraphs,
-    functions, training information, and fields that a later version of ONNX may add.
+    All protobuf messages in the model are checked: initializers, attributes, subgraphs, functions,
+    training information, and fields that a later version of ONNX may add.
 
     Args:
-        model: an ``onnx.ModelProto``. It must have no unknown fields (``DiscardUnknownFields``),
-            because onnxruntime may know them.
+        model: an ``onnx.ModelProto`` without unknown fields (``DiscardUnknownFields``), because
+            onnxruntime may know fields that this version of ONNX does not.
     """
-    for message in _messages(model):
-        check = _CHECKS.get(message.DESCRIPTOR.full_name)
-        reason = check(message) if check is not None else None
-        if reason is not None:
-            return reason
-    return None
+    return next(filter(None, map(_reason, _messages(model))), None)
 
 
 def _messages(model: Any) -> Iterator[Any]:
@@ -46,53 +41,35 @@ def _messages(model: Any) -> Iterator[Any]:
                 pending.extend([value] if isinstance(value, message_type) else value)
 
 
-def _check_tensor(tensor: Any) -> str | None:
+def _reason(message: Any) -> str | None:
+    """Return why a model with this message must not be run, or None if it may be."""
+    match message.DESCRIPTOR.full_name:
+        case "onnx.TensorProto":
+            return _tensor_reason(message)
+        case "onnx.SparseTensorProto":
+            name = message.values.name[:100]
+            return f"it holds a sparse tensor ({name!r}), which may be far larger than the file"
+        case "onnx.NodeProto" if message.domain not in STANDARD_DOMAINS:
+            return (
+                f"it uses the operator {message.op_type[:100]!r} of the domain "
+                f"{message.domain[:100]!r}; bdkd export uses only those of ai.onnx"
+            )
+        case "onnx.NodeProto" if message.op_type in _ENDLESS:
+            return f"it uses the operator {message.op_type}, which may never end"
+        case "onnx.OperatorSetIdProto" if message.domain not in STANDARD_DOMAINS:
+            domain = message.domain[:100]
+            return f"it imports operators of the domain {domain!r}; bdkd export uses only ai.onnx"
+        case "onnx.FunctionProto":
+            return f"it defines the function {message.name[:100]!r}; bdkd export defines none"
+    return None
+
+
+def _tensor_reason(tensor: Any) -> str | None:
+    name = tensor.name[:100]
     if tensor.data_location != tensor.DEFAULT or tensor.external_data:
-        return (
-            f"it keeps weights in other files ({tensor.name[:100]!r}), which bdkd export never does"
-        )
+        return f"it stores weights in other files ({name!r}), which bdkd export never does"
     if any(size < 0 for size in tensor.dims):
-        return f"the shape of {tensor.name[:100]!r} has a negative size"
+        return f"the shape of {name!r} has a negative size"
     if math.prod(tensor.dims) > _ELEMENTS_PER_BYTE * tensor.ByteSize():
-        return f"{tensor.name[:100]!r} is larger than the data in the file"
+        return f"{name!r} is larger than the data in the file"
     return None
-
-
-def _check_sparse_tensor(tensor: Any) -> str:
-    return (
-        f"it holds a sparse tensor ({tensor.values.name[:100]!r}), which bdkd export never writes "
-        "and which may be far larger than the file"
-    )
-
-
-def _check_node(node: Any) -> str | None:
-    if node.domain not in STANDARD_DOMAINS:
-        return (
-            f"it uses the operator {node.op_type[:100]!r} of the domain {node.domain[:100]!r}; "
-            "bdkd export uses those of ai.onnx alone"
-        )
-    if node.op_type in _ENDLESS:
-        return f"it uses the operator {node.op_type}, which may never end"
-    return None
-
-
-def _check_opset(opset: Any) -> str | None:
-    if opset.domain not in STANDARD_DOMAINS:
-        return (
-            f"it imports operators of the domain {opset.domain[:100]!r}; bdkd export uses those of "
-            "ai.onnx alone"
-        )
-    return None
-
-
-def _check_function(function: Any) -> str:
-    return f"it defines the function {function.name[:100]!r}; bdkd export defines none"
-
-
-_CHECKS = {
-    "onnx.TensorProto": _check_tensor,
-    "onnx.SparseTensorProto": _check_sparse_tensor,
-    "onnx.NodeProto": _check_node,
-    "onnx.OperatorSetIdProto": _check_opset,
-    "onnx.FunctionProto": _check_function,
-}

@@ -1,8 +1,8 @@
 """Exported networks as programs of ``torch.export``.
 
-A ``.pt2`` is a zip file in which ``torch.export.load`` unpickles members. It is accepted only if it
-equals, byte for byte, the program that this bdkd and this torch make of the network that it names.
-torch then loads that program, with the weights of the file.
+A ``.pt2`` is a zip file, and ``torch.export.load`` unpickles some of its members. A file is
+accepted only if it equals, byte for byte, the program that this bdkd and this torch export for the
+same network. torch then loads this program with the weights of the file.
 """
 
 import hashlib
@@ -16,21 +16,13 @@ import torch
 from torch import nn
 
 from bdkd.errors import RunError, first_line
-from bdkd.export.facts import (
-    DIGEST,
-    FACTS,
-    Digest,
-    Exported,
-    FileFormat,
-    Function,
-    corrupt,
-    digest_of_bytes,
-)
+from bdkd.export import facts as shared
+from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
 from bdkd.runs.archive import ArchiveError, check_stored_zip
 
-_WEIGHTS = "archive/data/weights/weight_"  # members that hold one tensor each
+_WEIGHTS = "archive/data/weights/weight_"  # prefix of members with one tensor each
 _EXTRA = "archive/extra/"
-# The last one is the writer's own hash of the archive.
+# serialization_id is a hash of the archive.
 _UNCOMPARED = {_EXTRA + FACTS, _EXTRA + DIGEST, "archive/.data/serialization_id"}
 
 
@@ -40,7 +32,7 @@ def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> byt
         network, (torch.zeros(2, *input_shape),), dynamic_shapes=({0: batch},)
     )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of the machine that it was written on
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
 
     def save(extra: dict[str, str]) -> bytes:
         file = io.BytesIO()
@@ -56,11 +48,8 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
     try:
         check_stored_zip(io.BytesIO(content))
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            metadata = {
-                key: archive.read(_EXTRA + key).decode()
-                for key in (FACTS, DIGEST)
-                if _EXTRA + key in archive.namelist()
-            }
+            keys = [key for key in (FACTS, DIGEST) if _EXTRA + key in archive.namelist()]
+            metadata = {key: archive.read(_EXTRA + key).decode() for key in keys}
             return metadata, _digest_of_weights(archive)
     except (ArchiveError, UnicodeDecodeError) as error:
         raise corrupt(path, first_line(error)) from error
@@ -81,12 +70,12 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
     if difference and facts.versions.get("torch") != torch.__version__:
         raise RunError(
             f"{exported.path} was written by torch {facts.versions.get('torch')}, this is "
-            f"{torch.__version__}: export it again, or evaluate it there"
+            f"{torch.__version__}: export it again, or evaluate it with that version"
         )
     if difference:
         raise RunError(
-            f"{exported.path} holds another program than this bdkd makes of {facts.model} "
-            f"({difference}), and a stranger's program could run code, so it is not loaded: "
+            f"{exported.path} contains another program than this bdkd makes of {facts.model} "
+            f"({difference}), and an unknown program could run code, so it is not loaded: "
             "export it again"
         )
     program = torch.export.load(io.BytesIO(_with_weights(ours, exported.content)))
@@ -99,11 +88,11 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
 
 
 def _difference(ours: bytes, theirs: bytes) -> str:
-    """Return the first member in which two programs differ by more than the values of weights, or
-    an empty string."""
+    """Return the name of the first member that differs, ignoring the values of weights, or an empty
+    string."""
     with zipfile.ZipFile(io.BytesIO(ours)) as a, zipfile.ZipFile(io.BytesIO(theirs)) as b:
         names = [sorted(archive.namelist()) for archive in (a, b)]
-        if names[0] != names[1]:  # sorted lists: a name that is there twice counts twice
+        if names[0] != names[1]:  # lists, because a name may occur twice
             return next(iter(set(names[0]) ^ set(names[1])), "a member twice")
         for name in names[0]:
             if name.startswith(_WEIGHTS):
@@ -116,8 +105,8 @@ def _difference(ours: bytes, theirs: bytes) -> str:
 
 
 def _with_weights(ours: bytes, theirs: bytes) -> bytes:
-    """Return our archive with the weights of theirs. torch never reads a stranger's archive: its
-    reader of zip files might find other members than Python's."""
+    """Return our archive with their weights. torch never reads an untrusted archive, because its
+    zip reader could find other members than Python's."""
     file = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(ours)) as a,
@@ -134,14 +123,8 @@ def _digest_of_weights(archive: zipfile.ZipFile) -> Digest:
     for name in sorted(archive.namelist()):
         if name.startswith(_WEIGHTS):
             hashed.update(name.encode() + archive.read(name))
-    return digest_of_bytes(hashed.digest())
+    return shared.digest_of_bytes(hashed.digest())
 
 
-PROGRAM = FileFormat(
-    suffix=".pt2",
-    max_bytes=2**34,  # 4 billion weights
-    encode=_encode,
-    check=_check,
-    decode=_decode,
-    open=_open,
-)
+# The size limit allows 4 billion weights.
+PROGRAM = FileFormat(".pt2", 2**34, _encode, _check, _decode, _open)

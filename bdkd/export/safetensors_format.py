@@ -1,4 +1,4 @@
-"""Exported weights as safetensors, which hold tensors and no code."""
+"""Exported weights as safetensors, which contain tensors and no code."""
 
 import hashlib
 import json
@@ -11,23 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from bdkd.errors import RunError, first_line
-from bdkd.export.facts import (
-    DIGEST,
-    FACTS,
-    Digest,
-    Exported,
-    FileFormat,
-    corrupt,
-    digest_of_bytes,
-)
+from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, corrupt, digest_of_bytes
 from bdkd.runs.weights import mismatched_keys
 
 
 def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
     from safetensors.torch import save
 
-    tensors = {key: value.detach().clone() for key, value in network.state_dict().items()}
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    state = network.state_dict()
+    tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
     metadata = {"format": "pt", FACTS: facts, DIGEST: _digest_of_tensors(tensors)(facts)}
     return save(tensors, metadata)
 
@@ -46,7 +38,7 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
 
 
 def _check(path: Path, file: BinaryIO) -> None:
-    """Check that the header fits into the file. The library checks the rest."""
+    """Check that the header fits into the file. safetensors checks the rest."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
         raise corrupt(path, f"its header would have {length:,} bytes")
@@ -56,8 +48,7 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
     from safetensors.torch import load
 
     tensors = load(exported.content)
-    mismatch = mismatched_keys(network, tensors)
-    if mismatch:
+    if mismatch := mismatched_keys(network, tensors):
         raise RunError(f"{exported.path} is no {exported.facts.model}: {mismatch}")
     network.load_state_dict(tensors)
     return network.to(device).eval()
@@ -72,11 +63,5 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> Digest:
     return digest_of_bytes(hashed.digest())
 
 
-SAFETENSORS = FileFormat(
-    suffix=".safetensors",
-    max_bytes=2**34,  # 4 billion weights
-    encode=_encode,
-    check=_check,
-    decode=_decode,
-    open=_open,
-)
+# The size limit allows 4 billion weights.
+SAFETENSORS = FileFormat(".safetensors", 2**34, _encode, _check, _decode, _open)

@@ -1,6 +1,5 @@
-"""The training methods by name."""
+"""The training objectives by name."""
 
-import dataclasses
 from collections.abc import Mapping
 
 from bdkd.config import NetworkConfig, ObjectiveConfig, nearest
@@ -14,62 +13,51 @@ from bdkd.objectives.kdcl import KDCL
 from bdkd.objectives.switokd import SwitOKD
 
 __all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "ObjectiveOutput",
-    "create_objective",
-    "resolve_options",
-    "switch_method",
-]
+    "OBJECTIVES", "Objective", "ObjectiveOutput", "create_objective", "resolve_options",
+    "switch_objective",
+]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "bdkd": BDKD,
-    "dml": DML,
-    "independent": Independent,
-    "kd": KD,
-    "kdcl": KDCL,
+    "bdkd": BDKD, "dml": DML, "independent": Independent, "kd": KD, "kdcl": KDCL,
     "switokd": SwitOKD,
-}
+}  # fmt: skip
 
 
 def resolve_options(config: ObjectiveConfig) -> ObjectiveConfig:
-    """The configuration with the method's own default for every option that was left open.
+    """Return the configuration with the objective's default for every option that is None.
 
     Raises:
-        UsageError: no such method, or an option that it does not read.
+        UsageError: the objective does not exist, or does not read an option that is set.
     """
     if config.name not in OBJECTIVES:
         raise UsageError(
-            f"unknown method {config.name!r}: {nearest(config.name, list(OBJECTIVES))}"
+            f"unknown objective {config.name!r}: {nearest(config.name, list(OBJECTIVES))}"
         )
     options = OBJECTIVES[config.name].options
-    resolved = {}
-    for option in dataclasses.fields(ObjectiveConfig):
-        given = getattr(config, option.name)
-        if option.name == "name" or (given is None and option.name not in options):
-            continue
-        if option.name not in options:
+    given = {key: value for key, value in vars(config).items() if value is not None}
+    for key in given:
+        if key not in options and key != "name":
             raise UsageError(
-                f"objective.{option.name} is not an option of the method {config.name!r}: "
-                f"leave it out (it reads {', '.join(sorted(options))})"
+                f"objective.{key} is not an option of the objective {config.name!r}: leave it out "
+                f"(it reads {', '.join(sorted(options))})"
             )
-        resolved[option.name] = options[option.name] if given is None else given
-    return dataclasses.replace(config, **resolved)  # type: ignore[arg-type]
+    return ObjectiveConfig(**{**options, **given})
 
 
-def switch_method(config: ObjectiveConfig, name: str) -> ObjectiveConfig:
-    """Where another method than a recipe's begins: from its own defaults, and from what the recipe
-    says of all methods alike (the labels, and the code that computes)."""
+def switch_objective(config: ObjectiveConfig, name: str) -> ObjectiveConfig:
+    """Return another objective with its defaults. Only the options that have the same meaning for
+    every objective keep their values: ``label_smoothing`` and ``backend``."""
     options = OBJECTIVES[name].options if name in OBJECTIVES else ()
     shared = {key: getattr(config, key) for key in ("label_smoothing", "backend") if key in options}
     return ObjectiveConfig(name, **shared)
 
 
 def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> Objective:
-    """The method that the configuration names.
+    """Create the objective that a configuration names.
 
     Raises:
-        UsageError: no such method, networks that do not suit it, or an option it does not read.
+        UsageError: the objective does not exist, the networks do not fit it, or it does not read
+            an option that is set.
     """
     config = resolve_options(config)
     return OBJECTIVES[config.name](config, networks)

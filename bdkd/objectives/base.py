@@ -10,10 +10,14 @@ from torch import Tensor
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
 
+Logits = Mapping[str, Tensor]  # (B, C) each, by network
+Scalar = float | Tensor
+Active = frozenset[str] | None
+
 
 @dataclass
 class ObjectiveOutput:
-    """What an objective computes on one batch."""
+    """The result of an objective on one batch."""
 
     losses: dict[str, Tensor]
     """A 0-dim loss for each network that trains on this batch. It depends on the logits of its own
@@ -26,16 +30,17 @@ class ObjectiveOutput:
 
 
 class Objective(ABC):
-    """A training objective: logits of K networks and labels in, one loss for each network out.
+    """Compute one loss for each network from the logits of K networks and the labels.
 
-    It knows no device, precision or process group. ``options`` maps each field of
-    :class:`ObjectiveConfig` that the objective reads to the objective's own default. Setting any
-    other field is an error.
+    An objective depends on no device, precision or process group. ``options`` maps each field of
+    :class:`ObjectiveConfig` that the objective reads to the objective's default. Setting any other
+    field is an error.
 
-    An objective with ``has_dynamic_active_set`` decides batch by batch which networks train. All
-    ranks must decide alike, on the whole batch. So the decision has two parts: :meth:`measure`
-    returns sums over samples, which the trainer adds up over the ranks, and :meth:`active` turns
-    their means into the names of the networks that train. Reading them waits for the device.
+    An objective with ``has_dynamic_active_set`` decides for each batch which networks train. All
+    ranks must make the same decision, based on the whole batch. So the decision has two parts:
+    :meth:`measure` returns sums over samples, which the trainer adds up over the ranks, and
+    :meth:`active` turns their means into the names of the networks that train. Reading the means
+    synchronizes with the device.
 
     Args:
         config: with every option of the objective set.
@@ -56,16 +61,14 @@ class Objective(ABC):
         self.views = 1
         """Augmentations of each image that the objective needs: 1, or one for each network."""
         if not self.students:
+            key = f"networks.{(self.teachers or ['NAME'])[0]}.role"
             raise UsageError(
-                f"no network is a student: set networks.{(self.teachers or ['NAME'])[0]}.role, "
-                "or add one with role = 'student'"
+                f"no network is a student: set {key}, or add a network with role = 'student'"
             )
-        for name in self.students:
-            if name in self.frozen:
-                raise UsageError(
-                    f"networks.{name}.frozen must be false: {name!r} is a student, which trains"
-                )
-
+        for name in self.frozen.intersection(self.students):
+            raise UsageError(
+                f"networks.{name}.frozen must be false: {name!r} is a student, which trains"
+            )
         if config.student_ce == 0 and config.student_kd == 0:
             raise UsageError(
                 "objective.student_ce and objective.student_kd must not both be 0: the student "
@@ -75,37 +78,34 @@ class Objective(ABC):
         if trained and config.teacher_ce == 0 and config.teacher_kd == 0:
             raise UsageError(
                 "objective.teacher_ce and objective.teacher_kd must not both be 0: the teacher "
-                f"would learn nothing and weight decay shrink it; set networks.{trained[0]}.frozen"
+                "would learn nothing, and weight decay would shrink its weights; set "
+                f"networks.{trained[0]}.frozen"
             )
 
     @abstractmethod
     def __call__(
         self,
-        logits: Mapping[str, Tensor],  # (B, C) each, by network
+        logits: Logits,
         target: Tensor,  # (B,) labels, or (B, C) soft labels
-        normaliser: float | Tensor,  # counted samples of the whole optimizer step
-        grad_scale: float | Tensor,  # the loss scale that will multiply the losses
-        active: frozenset[str] | None = None,  # the networks that train; None: all
+        normaliser: Scalar,  # counted samples of the whole optimizer step
+        grad_scale: Scalar,  # the loss scale that will multiply the losses
+        active: Active = None,  # the networks that train; None: all
     ) -> ObjectiveOutput: ...
 
     def loss_and_grad(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
-        """Compute the losses for a backward pass that follows at once.
+        self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
+        active: Active = None,
+    ) -> ObjectiveOutput:  # fmt: skip
+        """Compute the losses for a backward pass that follows immediately.
 
-        The arguments are those of ``__call__``. An objective whose gradients come with its losses
-        overrides this and returns ``gradients``, so that no kernel has to check in the backward
-        pass that they still fit.
+        The arguments are those of ``__call__``. An objective that computes gradients together with
+        its losses overrides this method and returns ``gradients``. Then no kernel has to check in
+        the backward pass that the saved gradients are still valid.
         """
         return self(logits, target, normaliser, grad_scale, active)
 
-    def measure(self, logits: Mapping[str, Tensor], target: Tensor) -> Tensor:
-        """Return what :meth:`active` decides by, summed over the samples: ``(k,)``."""
+    def measure(self, logits: Logits, target: Tensor) -> Tensor:
+        """Return the inputs of :meth:`active` as sums over the samples, ``(k,)``."""
         raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
 
     def active(self, means: Tensor) -> frozenset[str]:
@@ -118,8 +118,8 @@ class Objective(ABC):
             if len(names) != 1:
                 raise UsageError(
                     f"objective.name = {self.config.name!r} needs one {role}, got {len(names)} "
-                    f"({', '.join(names) or 'none'}): set networks.NAME.role, or choose a method "
-                    "for any number of networks (bdkd, dml, kdcl)"
+                    f"({', '.join(names) or 'none'}): set networks.NAME.role, or choose an "
+                    "objective for any number of networks (bdkd, dml, kdcl)"
                 )
 
     def need_several(self) -> None:

@@ -1,33 +1,33 @@
 """BD-KD: online distillation with forward and reverse KL, balanced sample by sample.
 
-Source: Amara et al., arXiv 2212.12965; the equations stand in ``bdkd_kernels.reference``. More than
-two networks, and the ablations that change more than ``gamma`` or a weight, are ours to define: the
-body of the paper was not at hand.
+Source: Amara et al., arXiv 2212.12965. See ``bdkd_kernels.reference`` for the equations. The losses
+of more than two networks, and the ablations that change more than ``gamma`` or a weight, are our
+definitions, because we had no access to the body of the paper.
 """
 
 from collections.abc import Mapping
 from typing import ClassVar
 
-from bdkd_kernels import BDKDLoss, BDKDOutput, BDKDStats, bdkd_loss_and_grad
+from bdkd_kernels import BDKDOutput, BDKDStats, bdkd_loss_and_grad
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
-from bdkd.objectives.base import Objective, ObjectiveOutput
-from bdkd.objectives.one_sided import OneSided
+from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
+from bdkd.objectives.one_sided import OneSided, fused_loss
 
 STATISTICS = ("forward_weight", "reverse_weight", "forward_kl", "reverse_kl")
 
 
 class BDKD(Objective):
-    """Each student learns from each teacher, and each teacher is regularised by each student.
+    """Train each student with each teacher, and regularise each teacher with each student.
 
-    The losses of :func:`bdkd_kernels.bdkd_loss`, averaged over a network's partners. Without a
-    teacher the students are a cohort of peers: each is a student of every other.
+    The loss of a network is the mean of :func:`bdkd_kernels.bdkd_loss` over its partners. Without a
+    teacher, the students are peers: each is a student of every other network.
 
-    Ablations: ``gamma = 1`` (no weighting), ``student_divergence`` (one divergence of the student's
-    two, with its weight), ``weighting = "swapped"`` (each divergence has the other's weight),
-    ``teacher_kd = 0`` (no regulariser of the teacher).
+    Ablations: ``gamma = 1`` (no weighting), ``student_divergence`` (one of the student's two
+    divergences, with its weight), ``weighting = "swapped"`` (exchange the weights of the two
+    divergences), ``teacher_kd = 0`` (do not regularise the teacher).
     """
 
     options: ClassVar[Mapping[str, object]] = {
@@ -60,27 +60,20 @@ class BDKD(Objective):
         plain = config.student_divergence == "both" and config.weighting == "entropy"
         self.ablation = None if plain else _Ablation(config)
         shared = self.options.keys() - {"student_divergence", "weighting"}
-        # A sum over the counted rows of this part of the batch. Divided by those of the whole step,
-        # micro-batches and ranks add up to the mean.
-        self.arguments = {**{name: getattr(config, name) for name in shared}, "reduction": "sum"}
-        try:
-            self.loss = BDKDLoss(**self.arguments)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"objective.{error}") from error
+        # The sum over the counted rows of a micro-batch is divided by the counted rows of the whole
+        # step, so that micro-batches and ranks add up to the mean.
+        self.arguments = {name: getattr(config, name) for name in shared}
+        self.loss = fused_loss(**self.arguments)
 
     def __call__(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
+        self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
+        active: Active = None,
+    ) -> ObjectiveOutput:  # fmt: skip
         output = ObjectiveOutput({})
         for student, teacher in self.edges:
             s, t = logits[student], logits[teacher]
             # The fused loss has one scale for both gradients. If a student and its teacher have
-            # unlike numbers of partners, the backward pass recomputes one gradient exactly.
+            # different numbers of partners, the backward pass recomputes one gradient exactly.
             share = normaliser * self.partners[student]
             learner = s.detach() if self.ablation else s
             partner = t.detach() if self.peers else t
@@ -92,13 +85,9 @@ class BDKD(Objective):
         return output
 
     def loss_and_grad(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
+        self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
+        active: Active = None,
+    ) -> ObjectiveOutput:  # fmt: skip
         if self.ablation is not None or len(set(self.partners.values())) > 1:
             return self(logits, target, normaliser, grad_scale, active)
         output = ObjectiveOutput({}, {}, {})
@@ -109,7 +98,7 @@ class BDKD(Objective):
             loss, gradients = bdkd_loss_and_grad(
                 s, t if trains else t.detach(), target,
                 grad_scale=grad_scale / (normaliser * self.partners[student]),
-                **self.arguments,
+                **self.arguments, reduction="sum",
             )  # fmt: skip
             self._add_pair(output, student, teacher, loss, normaliser)
             for name, gradient in zip((student, teacher), gradients, strict=True):
@@ -118,13 +107,9 @@ class BDKD(Objective):
         return output
 
     def _add_pair(
-        self,
-        output: ObjectiveOutput,
-        student: str,
-        teacher: str,
-        loss: BDKDOutput,
-        normaliser: float | Tensor,
-    ) -> None:
+        self, output: ObjectiveOutput, student: str, teacher: str, loss: BDKDOutput,
+        normaliser: Scalar,
+    ) -> None:  # fmt: skip
         """Add the losses and statistics of one student and one teacher to the output."""
         _add(output.losses, student, loss.student / (normaliser * self.partners[student]))
         if not self.peers and teacher not in self.frozen:
@@ -137,10 +122,9 @@ class BDKD(Objective):
 
 
 class _Ablation:
-    """The student's loss with one divergence only, or with its two weights exchanged, ``sum``-med.
+    """Compute the student's loss with one divergence, or with its two weights exchanged, as a sum.
 
-    Each divergence is a one-sided loss of its own, weighted sample by sample with the weights that
-    the fused kernel found.
+    Each divergence is a separate one-sided loss. Its sample weights come from the fused kernel.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -152,12 +136,7 @@ class _Ablation:
         self.divergence = config.student_divergence
 
     def __call__(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        target: Tensor,
-        stats: BDKDStats,
-        scale: float | Tensor,
+        self, student: Tensor, teacher: Tensor, target: Tensor, stats: BDKDStats, scale: Scalar
     ) -> Tensor:
         d1, d2 = stats.forward_weight, stats.reverse_weight
         if self.swapped:

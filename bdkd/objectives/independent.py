@@ -1,4 +1,4 @@
-"""Every network on its own, from the labels alone: what each method is compared with."""
+"""Independent training from the labels alone: the baseline of the other objectives."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -7,31 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdkd.objectives.base import Objective, ObjectiveOutput
+from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
 
 
 class Independent(Objective):
-    """``CE(x, y)`` of each of any number of networks."""
+    """Compute ``CE(x, y)`` for each of any number of networks."""
 
     options: ClassVar[Mapping[str, object]] = {"label_smoothing": 0.0}
 
     def __call__(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
+        self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
+        active: Active = None,
+    ) -> ObjectiveOutput:  # fmt: skip
+        smoothing = self.config.label_smoothing or 0.0
         losses = {}
         for name, x in logits.items():
             if name not in self.frozen:
-                wide = x.to(torch.promote_types(x.dtype, torch.float32))
-                total = F.cross_entropy(
-                    wide,
-                    target,
-                    reduction="sum",
-                    label_smoothing=self.config.label_smoothing or 0.0,
-                )
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                total = F.cross_entropy(x, target, reduction="sum", label_smoothing=smoothing)
                 losses[name] = total / normaliser
         return ObjectiveOutput(losses)

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
-from bdkd.objectives.base import Objective, ObjectiveOutput
-from bdkd.objectives.one_sided import OneSided
+from bdkd.objectives.base import Logits
+from bdkd.objectives.one_sided import OneSided, OneSidedObjective
 
 
-class KD(Objective):
-    """``student_ce CE(s, y) + student_kd tau^2 KL(p_t || p_s)``; every teacher is frozen.
-
-    Of several teachers the divergences are averaged.
-    """
+class KD(OneSidedObjective):
+    """Compute ``student_ce CE(s, y) + student_kd tau^2 KL(p_t || p_s)``. Every teacher is frozen.
+    With several teachers, the divergence is the mean over the teachers."""
 
     options: ClassVar[Mapping[str, object]] = {
         "temperature": 4.0, "student_ce": 0.1, "student_kd": 0.9, "label_smoothing": 0.0,
@@ -36,24 +34,13 @@ class KD(Objective):
             if networks[name].weights is None and not networks[name].options.get("pretrained"):
                 raise UsageError(
                     f"objective.name = 'kd' learns from a trained teacher: set networks.{name}."
-                    "weights to its file or to the folder of the run that trained it (one with "
-                    "objective.name = 'independent', say)"
+                    "weights to its file or to the folder of the run that trained it (for example, "
+                    "a run with objective.name = 'independent')"
                 )
         self.frozen |= frozenset(self.teachers)
-        self.loss = OneSided(config, config.student_ce, config.student_kd)
+        loss = OneSided(config, config.student_ce, config.student_kd)
+        self.losses = dict.fromkeys(self.students, loss)
 
-    def __call__(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
+    def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
         teachers = [logits[name] for name in self.teachers]
-        return ObjectiveOutput(
-            {
-                name: self.loss(logits[name], teachers, target, normaliser, grad_scale)
-                for name in self.students
-            }
-        )
+        return dict.fromkeys(self.students, teachers)

@@ -1,7 +1,7 @@
 """Online distillation by collaborative learning: every network learns from an ensemble of all.
 
 Source: Guo et al., *Online Knowledge Distillation via Collaborative Learning*, CVPR 2020,
-sections 3.2 (naive, MinLogit) and 3.3 (each network on its own augmentation).
+sections 3.2 (naive, MinLogit) and 3.3 (each network on a different augmentation).
 """
 
 from collections.abc import Mapping
@@ -12,18 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.objectives.base import Objective, ObjectiveOutput
-from bdkd.objectives.one_sided import by_role
+from bdkd.objectives.base import Logits
+from bdkd.objectives.one_sided import MUTUAL_OPTIONS, OneSidedObjective, by_role
 
 
-class KDCL(Objective):
-    """``CE(x, y) + tau^2 KL(p_ensemble || p_x)``, the ensemble held constant and each network on a
-    view of its own; a network's two weights are those of its role."""
+class KDCL(OneSidedObjective):
+    """Compute ``CE(x, y) + tau^2 KL(p_ensemble || p_x)`` with a constant ensemble. Each network
+    sees a different view of an image. The role of a network determines its two weights."""
 
-    options: ClassVar[Mapping[str, object]] = {
-        "temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0,
-        "teacher_kd": 1.0, "label_smoothing": 0.0, "backend": "auto", "ensemble": "minlogit",
-    }  # fmt: skip
+    options: ClassVar[Mapping[str, object]] = {**MUTUAL_OPTIONS, "ensemble": "minlogit"}
 
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
@@ -32,32 +29,20 @@ class KDCL(Objective):
         self.ensemble = {"naive": naive, "minlogit": minlogit}[str(config.ensemble)]
         self.losses = by_role(config, self.students, self.teachers)
 
-    def __call__(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
+    def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
         widest = max((x.dtype for x in logits.values()), key=lambda dtype: dtype.itemsize)
         widest = torch.promote_types(widest, torch.float32)
         stacked = torch.stack([x.detach().to(widest) for x in logits.values()])  # (K, B, C)
         ensemble = self.ensemble(stacked, target)
-        return ObjectiveOutput(
-            {
-                name: loss(logits[name], [ensemble], target, normaliser, grad_scale)
-                for name, loss in self.losses.items()
-                if name not in self.frozen
-            }
-        )
+        return {name: [ensemble] for name in logits}
 
 
 def naive(
     logits: Tensor,  # (K, B, C)
     target: Tensor,  # (B,) or (B, C)
 ) -> Tensor:
-    """For every sample the logits ``(B, C)`` of the network with the smallest cross entropy."""
+    """Return for every sample the logits ``(B, C)`` of the network with the smallest cross
+    entropy."""
     networks, samples, classes = logits.shape
     targets = target.expand(networks, *target.shape).flatten(0, 1)
     losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (K B,)
@@ -69,9 +54,9 @@ def minlogit(
     logits: Tensor,  # (K, B, C)
     target: Tensor,  # (B,) or (B, C)
 ) -> Tensor:
-    """For every class the smallest difference from the label's logit, ``(B, C)``: of all that the
-    networks say the one with the largest margin, class by class. A soft label counts as its
-    likeliest class."""
+    """Return for every class the smallest difference from the label's logit, ``(B, C)``. This
+    takes the network with the largest margin, class by class. A soft label counts as its most
+    likely class."""
     label = target.argmax(-1) if target.ndim == 2 else target
     index = label.expand(len(logits), -1)[..., None]
     return (logits - logits.gather(-1, index)).amin(0)

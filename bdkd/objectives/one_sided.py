@@ -1,6 +1,7 @@
-"""One network's cross entropy and its divergence from partners that are held constant."""
+"""Losses of one network that learns from constant partners: DML, KDCL, KD, SwitOKD, ablations."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from bdkd_kernels import BDKDLoss
@@ -8,19 +9,31 @@ from torch import Tensor
 
 from bdkd.config import ObjectiveConfig
 from bdkd.errors import UsageError
+from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
+
+# Defaults of the objectives in which students and teachers learn from each other.
+MUTUAL_OPTIONS: Mapping[str, object] = {
+    "temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0, "teacher_kd": 1.0,
+    "label_smoothing": 0.0, "backend": "auto",
+}  # fmt: skip
+
+
+def fused_loss(**settings: Any) -> BDKDLoss:
+    """Return the fused loss with ``sum`` reduction. Raise ``UsageError`` for invalid options."""
+    try:
+        return BDKDLoss(**settings, reduction="sum")
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"objective.{error}") from error
 
 
 class OneSided:
-    """``ce CE(x, y) + kd tau^2 mean over partners of KL``, by the fused kernel.
+    """Compute ``ce CE(x, y) + kd tau^2 mean over partners of KL`` with the fused kernel.
 
-    It is the teacher's half of BD-KD's loss: the learner stands in the teacher's place and each
-    partner in the student's, of whom nothing is then computed but its probabilities.
+    The kernel computes the teacher's half of BD-KD's loss: the learner is its teacher and a partner
+    is its student. Of the partner, the kernel computes only the probabilities.
 
     Args:
         divergence: ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
-
-    Raises:
-        UsageError: an option out of range, by its key.
     """
 
     def __init__(
@@ -30,29 +43,21 @@ class OneSided:
         kd: float | None,
         divergence: Literal["forward", "reverse"] = "forward",
     ) -> None:
-        settings: dict[str, Any] = {
-            "student_ce": 0.0,
-            "student_kd": 0.0,
-            "teacher_ce": ce,
-            "teacher_kd": kd,
-            # In the kernel's words the partner is the student.
-            "teacher_divergence": "reverse" if divergence == "forward" else "forward",
-            "temperature": config.temperature,
-            "label_smoothing": config.label_smoothing,
-            "backend": config.backend,
-        }
-        try:
-            self.loss = BDKDLoss(**settings, reduction="sum")
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"objective.{error}") from error
+        self.loss = fused_loss(
+            student_ce=0.0, student_kd=0.0, teacher_ce=ce, teacher_kd=kd,
+            # The partner is the kernel's student, so the direction is reversed.
+            teacher_divergence="reverse" if divergence == "forward" else "forward",
+            temperature=config.temperature, label_smoothing=config.label_smoothing,
+            backend=config.backend,
+        )  # fmt: skip
 
     def __call__(
         self,
         learner: Tensor,  # (B, C)
         partners: Sequence[Tensor],  # (B, C) each, at least one
         target: Tensor | None,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
+        normaliser: Scalar,
+        grad_scale: Scalar,
         sample_weight: Tensor | None = None,  # (B,)
     ) -> Tensor:
         share = normaliser * len(partners)
@@ -67,8 +72,31 @@ class OneSided:
 def by_role(
     config: ObjectiveConfig, students: Sequence[str], teachers: Sequence[str]
 ) -> dict[str, OneSided]:
-    """The loss of every network by name, with the two weights of its role."""
+    """Return the loss of every network by name, with the two weights of the network's role."""
     return {
         **{name: OneSided(config, config.student_ce, config.student_kd) for name in students},
         **{name: OneSided(config, config.teacher_ce, config.teacher_kd) for name in teachers},
     }
+
+
+class OneSidedObjective(Objective):
+    """An objective in which every network learns from partners that are held constant."""
+
+    losses: Mapping[str, OneSided]
+
+    @abstractmethod
+    def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
+        """Return the logits that each network learns from, ``(B, C)`` each."""
+
+    def __call__(
+        self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
+        active: Active = None,
+    ) -> ObjectiveOutput:  # fmt: skip
+        partners = self.partners(logits, target)
+        return ObjectiveOutput(
+            {
+                name: loss(logits[name], partners[name], target, normaliser, grad_scale)
+                for name, loss in self.losses.items()
+                if name not in self.frozen
+            }
+        )

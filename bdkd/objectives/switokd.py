@@ -1,4 +1,4 @@
-"""Switchable online distillation: the teacher pauses while the student lags too far behind.
+"""Switchable online distillation: the teacher pauses while the student is too far behind.
 
 Source: Qian et al., *Switchable Online Knowledge Distillation*, ECCV 2022, arXiv 2209.04996: the
 gap and the adaptive threshold of section 3, the losses of learning and of expert mode.
@@ -14,23 +14,21 @@ from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
-from bdkd.objectives.base import Objective, ObjectiveOutput
-from bdkd.objectives.one_sided import OneSided
+from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
+from bdkd.objectives.one_sided import MUTUAL_OPTIONS, OneSided
 
 
 class SwitOKD(Objective):
-    """Student ``CE(s, y) + tau^2 KL(p_t || p_s)``, teacher ``CE(t, y) + tau^2 KL(p_s || p_t)``.
+    """Compute ``CE(s, y) + tau^2 KL(p_t || p_s)`` for the student and ``CE(t, y) + tau^2
+    KL(p_s || p_t)`` for the teacher.
 
-    With the mean L1 distances of a batch ``a = |p_s - y|``, ``b = |p_t - y|``, ``g = |p_s - p_t|``,
-    the teacher pauses (*expert mode*: no loss, no backward pass, no step; its forward pass runs and
-    its batch norm follows the data) where ``b < a`` and ``g > a - exp(-b / (a + b)) b``; otherwise
-    both train (*learning mode*).
+    The mean L1 distances of a batch are ``a = |p_s - y|``, ``b = |p_t - y|``, ``g = |p_s - p_t|``.
+    The teacher pauses (*expert mode*) if ``b < a`` and ``g > a - exp(-b / (a + b)) b``. A paused
+    teacher has no loss, no backward pass and no step. Its forward pass runs and updates its batch
+    norm statistics. Otherwise both networks train (*learning mode*).
     """
 
-    options: ClassVar[Mapping[str, object]] = {
-        "temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0,
-        "teacher_kd": 1.0, "label_smoothing": 0.0, "backend": "auto",
-    }  # fmt: skip
+    options: ClassVar[Mapping[str, object]] = MUTUAL_OPTIONS
     has_dynamic_active_set = True
 
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
@@ -46,8 +44,8 @@ class SwitOKD(Objective):
         self.teacher_loss = OneSided(config, config.teacher_ce, config.teacher_kd)
 
     @torch.no_grad()
-    def measure(self, logits: Mapping[str, Tensor], target: Tensor) -> Tensor:
-        """``(3,)``: the L1 distances a, b and g, summed over the samples, float64."""
+    def measure(self, logits: Logits, target: Tensor) -> Tensor:
+        """Return the L1 distances a, b and g, summed over the samples: ``(3,)``, float64."""
         tau = self.temperature
         p_s, p_t = ((logits[n].double() / tau).softmax(-1) for n in (self.student, self.teacher))
         y = target if target.ndim == 2 else F.one_hot(target, p_s.shape[-1])
@@ -55,18 +53,14 @@ class SwitOKD(Objective):
 
     def active(self, means: Tensor) -> frozenset[str]:
         a, b, g = means.tolist()
-        # Not a number, or both already perfect: nothing to hold the teacher back for.
+        # Both train if the means are NaN or both networks are already perfect.
         expert = b < a and g > a - math.exp(-b / (a + b)) * b
         return frozenset({self.student} if expert else {self.student, self.teacher})
 
     def __call__(
-        self,
-        logits: Mapping[str, Tensor],
-        target: Tensor,
-        normaliser: float | Tensor,
-        grad_scale: float | Tensor,
-        active: frozenset[str] | None = None,
-    ) -> ObjectiveOutput:
+        self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
+        active: Active = None,
+    ) -> ObjectiveOutput:  # fmt: skip
         s, t = logits[self.student], logits[self.teacher]
         losses = {self.student: self.student_loss(s, [t], target, normaliser, grad_scale)}
         teaches = active is None or self.teacher in active

@@ -1,7 +1,4 @@
-"""The files of a run: folder, checkpoints, logs, profile, summary.
-
-It needs the extra ``bdkd[train]``.
-"""
+"""The files of a run: folder, checkpoints, logs, profile, summary. Requires ``bdkd[train]``."""
 
 from bdkd.extras import missing_packages
 

@@ -3,9 +3,9 @@
 torch stores members without compression, names each member once and writes no file comment. A file
 with those properties cannot inflate to more than its size.
 
-Python's reader and torch's (miniz) interpret some fields differently. If a member has
-the DOS attribute of a folder, miniz copies nothing and torch returns uninitialised memory; Python
-ignores the attribute. Fields of this kind are checked too.
+Fields that Python's reader and torch's (miniz) interpret differently are checked too. If a member
+has the DOS attribute of a folder, miniz copies nothing and torch returns uninitialised memory.
+Python ignores the attribute.
 """
 
 import struct
@@ -19,34 +19,32 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 
-_ENCRYPTED = 0x0001 | 0x0040 | 0x2000  # flag bits: the content, strongly, or the directory
+_ENCRYPTED = 0x0001 | 0x0040 | 0x2000  # flag bits of encrypted contents and directories
+_FOLDER = 0x10  # DOS attribute
 MAX_DIRECTORY_BYTES = 64 * 2**20
 """Python needs about ten times the size of the central directory to list its entries. A checkpoint
 with 100,000 tensors has a directory of 8 MiB."""
 
 
-_FOLDER = 0x10  # DOS attribute
-
-
 class ArchiveError(Exception):
-    """A zip file that is damaged or that torch did not write. The text says what was found."""
+    """A zip file that is damaged or that torch did not write. The message is the reason."""
 
 
 class ForeignArchive(ArchiveError):
-    """A file that another program wrote. It may be whole."""
+    """A file that another program wrote. It may be undamaged."""
 
 
 def check_stored_zip(file: BinaryIO) -> None:
-    """Check that a zip file holds each member once, uncompressed, apart and with a right checksum.
+    """Check that members are stored once, without compression or overlaps, with a valid checksum.
 
-    Reads every byte of every member once, in pieces of 1 MiB. Nothing is decompressed, and no more
-    memory is allocated than the central directory needs.
+    This reads every byte of every member once, in blocks of 1 MiB. Nothing is decompressed, and
+    memory is only allocated for the central directory.
 
     Args:
         file: a seekable file, open for reading. Its position changes.
 
     Raises:
-        ForeignArchive: the file is not a zip file, or is one of another writer.
+        ForeignArchive: the file is not a zip file, or another program wrote it.
         ArchiveError: the file is damaged.
         OSError: the file cannot be read.
     """
@@ -65,12 +63,12 @@ def check_stored_zip(file: BinaryIO) -> None:
                 )
             _check_members(file, archive.infolist(), start)
             for member in archive.infolist():
-                # Compares the names in the header and in the directory, and the CRC-32 at the end
+                # Reading compares the names in header and directory, and the CRC-32 at the end.
                 with archive.open(member) as content:
                     while content.read(2**20):
                         pass
     except (zipfile.BadZipFile, zlib.error, struct.error) as error:
-        if isinstance(error.__context__, OSError):  # zipfile hides that the disk did not answer
+        if isinstance(error.__context__, OSError):  # zipfile hides errors of the disk
             raise error.__context__ from None
         raise ArchiveError(str(error)) from error
     except NotImplementedError as error:
@@ -82,8 +80,8 @@ def check_stored_zip(file: BinaryIO) -> None:
 def _read_end(file: BinaryIO) -> tuple[int, int]:
     """Return the number of members and the offset of the central directory.
 
-    Readers differ in where they look for the directory of a file with a comment, or with bytes
-    before its first member. Such files are refused.
+    Files with a comment or with bytes before the first member are refused, because readers look for
+    their directory in different places.
     """
     size = file.seek(0, 2)
     if size < _END.size:
@@ -113,10 +111,8 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
             )
             if signature != b"PK\6\6" or rest != _END64.size - 12:
                 raise ArchiveError("the record of its 64-bit sizes is damaged")
-            limits = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
-            for narrow, wide, limit in zip(
-                short, (here, entries, length, start), limits, strict=True
-            ):
+            long, limits = (here, entries, length, start), (2**16 - 1,) * 2 + (2**32 - 1,) * 2
+            for narrow, wide, limit in zip(short, long, limits, strict=True):
                 if narrow not in (wide, limit):
                     raise ArchiveError("its 32-bit and 64-bit sizes differ")
             end = record
@@ -130,10 +126,10 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
 
 
 def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -> None:
-    """Check the directory's entries against each other and the headers, reading no content.
+    """Compare the directory's entries with each other and with the headers.
 
     Args:
-        start: the offset of the directory, where the last member ends at the latest.
+        start: offset of the directory. No member may extend beyond it.
     """
     names: set[str] = set()
     for member in members:
@@ -153,7 +149,7 @@ def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -
         names.add(name.lower())
     total = sum(member.file_size for member in members)
     if total > start:
-        raise ArchiveError(f"its members have {total:,} bytes, more than the file holds")
+        raise ArchiveError(f"its members have {total:,} bytes, more than the file has")
     before, end = "", 0
     for member in sorted(members, key=lambda member: member.header_offset):
         name = member.filename

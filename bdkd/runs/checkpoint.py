@@ -1,11 +1,12 @@
-"""Checkpoints: written whole or not at all, read without running anybody's code."""
+"""Write checkpoints atomically, and read them without running code from the file."""
 
+import contextlib
 import errno
 import os
 import pickle
 import stat
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,39 +19,63 @@ from bdkd.runs.migration import FORMAT, migrate
 _KEYS = {"format", "recipe", "state"}
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that its name holds either the old content or the whole new one.
+@contextlib.contextmanager
+def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
+    """Convert an ``OSError`` to a ``RunError`` that says what failed, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{what}: {error.strerror or first_line(error)}"
+        raise RunError(f"{text}; {remedy}" if remedy else text) from error
+
+
+def write_atomically(
+    path: Path,
+    content: bytes | Callable[[BinaryIO], object],
+    then: str = "continue with --resume (earlier checkpoints are complete)",
+) -> None:
+    """Write a file so that at any time its path has the complete old or the complete new content.
+
+    Args:
+        content: the bytes, or a function that writes them to an open file.
+        then: what the user must do after fixing the cause of an error.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written; the old file is untouched.
+        RunError: the disk is full or the folder cannot be written. The old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
             with open(temporary, "wb") as file:
-                write(file)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        # torch.save's writer meets a short write with a RuntimeError of its own
+        # torch.save raises a RuntimeError for a short write.
         cause = error if isinstance(error, OSError) else error.__context__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "mend that"
+        remedy = "free some space" if full else "fix the cause"
         raise RunError(
-            f"cannot write {path}: {first_line(cause or error)}; {remedy} and continue with "
-            "--resume (what was saved before is whole)"
+            f"cannot write {path}: {first_line(cause or error)}; {remedy} and {then}"
         ) from error
 
 
 class BackgroundWriter:
-    """Writes on a thread of its own while training goes on: one set of files at a time, in order.
+    """Write files on a separate thread during training, one set of files at a time and in order.
 
-    A set that comes while another is written waits for it: a disk that is slower than the
-    checkpoints come slows the run down, rather than leaving some of them out.
+    If a set is submitted while another one is being written, ``submit`` waits. A slow disk slows
+    the run down, but no checkpoint is left out.
     """
 
     def __init__(self) -> None:
@@ -61,10 +86,11 @@ class BackgroundWriter:
     def submit(
         self, newest: Callable[[], object] | None, lasting: Callable[[], object] | None = None
     ) -> None:
-        """Write what ``lasting`` writes, then what ``newest`` does.
+        """Call ``lasting``, then ``newest``, on the thread.
 
-        Where ``lasting`` fails it is tried again before the next set, until another takes its
-        place; ``newest`` is not, since the next set has a newer one.
+        If ``lasting`` fails, it is called again before each later set, until it succeeds or another
+        ``lasting`` replaces it. A failed ``newest`` is not retried, because the next set contains a
+        newer checkpoint.
         """
         self.wait()
         if lasting is not None:
@@ -85,16 +111,16 @@ class BackgroundWriter:
         self._thread.start()
 
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Return whether files are being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until no file is being written."""
         if self._thread is not None:
             self._thread.join()
 
     def take_failure(self) -> RunError | None:
-        """What went wrong with the last set, told once; None while it is being written."""
+        """Return the error of the last set once. Return None while the set is being written."""
         if self.busy():
             return None
         error, self._failure = self._failure, None
@@ -103,19 +129,14 @@ class BackgroundWriter:
         return error
 
     def finish(self) -> None:
-        """Wait for the last set.
-
-        Raises:
-            RunError: it was not written.
-        """
+        """Wait for the last set. Raise ``RunError`` if it was not written."""
         self.wait()
-        error = self.take_failure()
-        if error is not None:
+        if error := self.take_failure():
             raise error
 
 
 def save_checkpoint(path: Path, recipe_toml: str, state: Mapping[str, Any]) -> None:
-    """One file with the recipe's text and the state of :class:`TrainingState`."""
+    """Write a checkpoint: a recipe as TOML, and the state of a :class:`TrainingState`."""
     content = {"format": FORMAT, "recipe": recipe_toml, "state": dict(state)}
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -127,7 +148,7 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
 
     Raises:
         DamagedFile: the checksums prove that the file is cut off or damaged.
-        RunError: the file cannot be read here and now, is no checkpoint, or would run code.
+        RunError: the file cannot be read, is not a checkpoint, or would run code.
     """
     content = load_file(path, checkpoint=True)
     if not is_checkpoint(content):
@@ -137,7 +158,7 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if content["format"] in range(2, FORMAT + 1):
             raise RunError(
-                f"{path} is not a whole bdkd checkpoint of format {content['format']}: "
+                f"{path} is not a complete bdkd checkpoint of format {content['format']}: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
         raise RunError(
@@ -147,7 +168,7 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def is_checkpoint(content: Any) -> bool:
-    """Whether a file's content has the shape of ours, whatever its format's number."""
+    """Return whether the content of a file has the structure of a checkpoint of any format."""
     return (
         isinstance(content, dict)
         and content.keys() >= _KEYS
@@ -158,73 +179,67 @@ def is_checkpoint(content: Any) -> bool:
 
 
 def load_file(path: Path, checkpoint: bool = False) -> Any:
-    """Return what a file of torch holds. Every checksum is verified before anything is loaded.
+    """Return the content of a torch file. All checksums are verified before loading.
+
+    A temporary failure (permissions, memory, open files, an I/O error) never raises
+    :class:`DamagedFile`, because damaged files are renamed.
 
     Args:
-        checkpoint: the file is one of ours, so it must be a zip file.
-
-    A passing failure (permissions, memory, open files, a disk that does not answer) never raises
-    :class:`DamagedFile`, because a damaged file is put aside.
+        checkpoint: require a zip file, because bdkd writes checkpoints in that format.
     """
     verified = False
     try:
         with open_regular(path) as file:
-            if checkpoint or file.read(4) == b"PK\3\4":  # torch's format before 1.6 is no zip file
+            if checkpoint or file.read(4) == b"PK\3\4":  # the format before torch 1.6 is no zip
                 check_stored_zip(file)
                 verified = True
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except ForeignArchive as error:
-        raise RunError(
-            f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
-        ) from error
-    except ArchiveError as error:
-        size = path.stat().st_size
-        raise DamagedFile(
-            f"{path} ({size:,} bytes) is damaged or cut off: {error}; use another file"
-        ) from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RunError(f"no file of weights at {path}: {error.strerror}") from error
-    except OSError as error:
-        raise RunError(
-            f"cannot read {path}: {error.strerror or first_line(error)}; the file was not changed"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise RunError(
-            f"refused to read {path}: it is not a file of torch, or holds more than tensors and "
-            "plain values, which could run code; use another file"
-        ) from error
-    except Exception as error:  # torch.load raises a dozen types
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise RunError(
-                f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; "
-                "free some and try again"
-            ) from error
-        but = "its checksums are right, but " if verified else ""
-        raise RunError(
-            f"cannot read {path}: {but}torch {torch.__version__} cannot load it "
-            f"({first_line(error)}); use another file"
-        ) from error
+    except RunError:
+        raise
+    except Exception as error:
+        raise _load_error(path, error, verified) from error
+
+
+def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
+    match error:
+        case ForeignArchive():
+            return RunError(
+                f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
+            )
+        case ArchiveError():
+            found = f"{path} ({path.stat().st_size:,} bytes)"
+            return DamagedFile(f"{found} is damaged or cut off: {error}; use another file")
+        case FileNotFoundError() | IsADirectoryError():
+            return RunError(f"no file of weights at {path}: {error.strerror}")
+        case OSError():
+            reason = error.strerror or first_line(error)
+            return RunError(f"cannot read {path}: {reason}; the file was not changed")
+        case pickle.UnpicklingError():
+            return RunError(
+                f"refused to read {path}: it is not a file of torch, or contains more than tensors "
+                "and plain values, which could run code; use another file"
+            )
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return RunError(
+            f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; free "
+            "some memory"
+        )
+    but = "its checksums are right, but " if verified else ""
+    reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
+    return RunError(f"cannot read {path}: {but}{reason}; use another file")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. A pipe or device, which might never end, is refused.
+    """Open a regular file for reading.
 
     Raises:
         OSError: the file cannot be opened.
-        RunError: it is not a regular file.
+        RunError: it is a pipe or device, which might never end.
     """
-    # Without O_NONBLOCK, opening a FIFO waits for somebody to write into it.
+    # Without O_NONBLOCK, opening a FIFO blocks until another process opens it for writing.
     file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise RunError(f"cannot read {path}: it is not a regular file")
     return file
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""When a run is saved, and how: snapshots of the state, written while training goes on."""
+"""Save checkpoints of a run in the background."""
 
 import time
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from bdkd.runs.folder import RunFolder
 
 
 class Checkpointer:
-    """Saves the state of a run in its folder. All ranks must make the same calls.
+    """Save the state of a run in its folder. All ranks must make the same calls.
 
     Args:
-        warn: prints a line about a checkpoint that could not be written.
+        warn: called with a line of text if a checkpoint could not be written.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Checkpointer:
         self._saved = time.monotonic()
 
     def is_overdue(self) -> bool:
-        """Return whether ``checkpoint.every_minutes`` have passed, by the clock of rank 0."""
+        """Return whether ``checkpoint.every_minutes`` have passed on rank 0's clock."""
         minutes = self.options.every_minutes
         late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
         return late and self.state.context.is_rank0
@@ -34,8 +34,8 @@ class Checkpointer:
         """Return whether this step must be saved as the newest checkpoint.
 
         Args:
-            overdue: what the ranks agreed on of :meth:`is_overdue`.
-            last: this is the run's last step.
+            overdue: the result of :meth:`is_overdue` on rank 0.
+            last: whether this is the last step of the run.
         """
         if last:
             return True
@@ -43,14 +43,14 @@ class Checkpointer:
         return due and not self.state.last_step_was_skipped()
 
     def last_step_is_unsaved(self) -> bool:
-        """Return whether the run was killed between its last evaluation and its last checkpoint. It
-        was then resumed from the best student's file."""
+        """Return whether the last step has no ``step`` checkpoint. The run was then killed after
+        its last evaluation, and resumed from a ``best`` checkpoint."""
         return not self.folder.step_path(self.state.progress.step).exists()
 
     def save(self, newest: bool, best: bool) -> None:
-        """Save this step as the newest checkpoint, the best student, or both.
+        """Save this step as the newest checkpoint, the best checkpoint, or both.
 
-        A checkpoint that cannot be written does not end a run: the next one tries again.
+        A failure to write does not end the run. The next checkpoint tries again.
         """
         recipe, step, folder = self.state.recipe, self.state.progress.step, self.folder
         self.state.context.location = f"the checkpoint of step {step}"
@@ -58,7 +58,7 @@ class Checkpointer:
         if state is not None:
             self._writer.wait()
             if error := self._writer.take_failure():
-                self.warn(f"warning: training goes on without this checkpoint: {error}")
+                self.warn(f"warning: training continues without this checkpoint: {error}")
             state = snapshot(state)
             self._writer.submit(
                 partial(folder.save, step, recipe, state, self.options.keep) if newest else None,
@@ -71,14 +71,10 @@ class Checkpointer:
         return self._writer.busy()
 
     def finish(self) -> None:
-        """Wait for the last checkpoint.
-
-        Raises:
-            RunError: it was not written.
-        """
+        """Wait for the last checkpoint. Raise ``RunError`` if it was not written."""
         if self.state.context.is_rank0:
             self._writer.finish()
 
     def close(self) -> None:
-        """Wait for the writer, whatever it does."""
+        """Wait until no file is being written. Ignore failures."""
         self._writer.wait()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
@@ -16,19 +16,20 @@ from bdkd.config import Recipe, to_toml
 from bdkd.data import Split
 from bdkd.engine.state import TrainingState
 from bdkd.errors import RunError
+from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder
 
 
-class MetricsLogger:
-    """Writes the metrics of a run, and measures the time of its log intervals.
+class MetricsLogger(contextlib.AbstractContextManager):
+    """Write the metrics of a run, and measure the time of its log intervals.
 
-    All ranks use one; only rank 0 writes and prints. Evaluations and checkpoints stop the clock of
-    an interval (:meth:`paused`).
+    All ranks create a logger, but only rank 0 writes and prints. The time of evaluations and
+    checkpoints does not count (:meth:`paused`).
 
     Args:
-        state: a state that is already resumed. Metrics of later steps are removed from the folder.
-        last_step: of the run.
-        progress_bar: draw one if standard error is a terminal.
+        state: the state after resuming. Metrics of later steps are removed from the folder.
+        last_step: last step of the run.
+        progress_bar: show a progress bar if standard error is a terminal.
     """
 
     def __init__(
@@ -39,15 +40,13 @@ class MetricsLogger:
         self.sinks: list[Sink] = []
         step = state.progress.step
         if self.is_rank0:
-            folder.write_config(state.recipe)  # a refused resume has changed nothing
+            folder.write_config(state.recipe)  # not earlier, because resuming may fail
             folder.drop_after(step)
             self.sinks = open_sinks(state.recipe, folder.path, folder.events, step)
         self.console = Console(last_step, step, progress_bar and self.is_rank0)
+        self.line = self.console.line
         self.start_interval()
-        self._counted = time.monotonic()  # until when progress.seconds counts
-
-    def __enter__(self) -> "MetricsLogger":
-        return self
+        self._counted = time.monotonic()  # progress.seconds includes the time until here
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -59,16 +58,12 @@ class MetricsLogger:
             sink.close()
         self.sinks = []
 
-    def line(self, text: str) -> None:
-        """Print a line."""
-        self.console.line(text)
-
     def start_interval(self) -> None:
         """Start a log interval."""
         self._clock, self._images = time.monotonic(), 0
 
     def step(self, images: int) -> None:
-        """Count a step of so many images."""
+        """Count a step and its images."""
         self.console.step()
         self._images += images
 
@@ -84,13 +79,13 @@ class MetricsLogger:
         self._clock += time.monotonic() - began
 
     def count_time(self) -> None:
-        """Add the time since the last call to the progress, in which a checkpoint saves it."""
+        """Add the time since the last call to ``progress.seconds``, which checkpoints save."""
         now = time.monotonic()
         self.state.progress.seconds += now - self._counted
         self._counted = now
 
     def training(self, values: dict[str, Any]) -> None:
-        """Log the means of an interval, and start the next one."""
+        """Log the means of an interval, and start the next interval."""
         self.write(values)
         self.count_time()
         progress = self.state.progress
@@ -99,7 +94,7 @@ class MetricsLogger:
         self.start_interval()
 
     def evaluation(self, split: Split, networks: Mapping[str, Mapping[str, float]]) -> None:
-        """Log an evaluation: metrics by network."""
+        """Log the metrics of an evaluation by network."""
         progress = self.state.progress
         self.write({"step": progress.step, "epoch": progress.epoch, "split": split, **networks})
         shown = "  ".join(
@@ -110,8 +105,8 @@ class MetricsLogger:
         self.line(f"epoch {progress.epoch}  {title}  {shown}")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Write one line of metrics. A sink that fails is dropped, because ``metrics.jsonl`` has
-        everything."""
+        """Write one line of metrics. A sink that fails is removed with a warning, because
+        ``metrics.jsonl`` contains all metrics."""
         if not self.is_rank0:
             return
         if warning := self.folder.append_metrics(values):
@@ -120,24 +115,27 @@ class MetricsLogger:
             try:
                 sink.scalars(values["step"], flat_scalars(values))
             except RunError as error:
-                self.line(f"warning: training goes on without this log: {error}")
+                self.line(f"warning: training continues without this log: {error}")
                 self.sinks.remove(sink)
 
     def flush(self) -> None:
-        """Write the lines that wait for space on the disk. Raises ``RunError`` if that fails."""
+        """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
         if self.is_rank0:
             self.folder.flush_metrics()
 
 
 class Console:
-    """Shows progress: one line that is redrawn on a terminal, one for each interval in a pipe."""
+    """Show the progress: a progress bar on a terminal, else one line for each log interval."""
 
-    def __init__(self, total_steps: int, done: int, bar: bool = True) -> None:
+    def __init__(
+        self, total: int, done: int, bar: bool = True, unit: str = "step",
+        stream: IO[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.total, self.stream = total, stream
         self.bar = tqdm(
-            total=total_steps, initial=done, unit="step", dynamic_ncols=True,
+            total=total, initial=done, unit=unit, dynamic_ncols=True,
             disable=not (bar and sys.stderr.isatty()),
         )  # fmt: skip
-        self.total_steps = total_steps
 
     def step(self) -> None:
         self.bar.update(1)
@@ -145,38 +143,31 @@ class Console:
     def metrics(self, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show the means of a log interval."""
         networks = {k: v for k, v in values.items() if isinstance(v, dict)}
-        text = "  ".join(
-            f"{name} {_loss(v['loss'])}top-1 {100 * v['top1']:.1f}%" for name, v in networks.items()
-        )
-        text += f"  {values['images_per_second']:.0f} images/s"
+        shown = []
+        for name, v in networks.items():  # networks that did not train have a loss of NaN
+            loss = "" if math.isnan(v["loss"]) else f"loss {v['loss']:.3f} "
+            shown.append(f"{name} {loss}top-1 {100 * v['top1']:.1f}%")
+        text = "  ".join([*shown, f"{values['images_per_second']:.0f} images/s"])
         if self.bar.disable:
             minutes, seconds = divmod(round(seconds_left), 60)
-            print(
-                f"step {values['step']}/{self.total_steps}  epoch {values['epoch']}  {text}  "
-                f"{minutes}:{seconds:02d} left",
-                flush=True,
-            )
+            step = f"step {values['step']}/{self.total}  epoch {values['epoch']}"
+            print(f"{step}  {text}  {minutes}:{seconds:02d} left", flush=True)
         else:
             self.bar.set_postfix_str(text)
 
     def line(self, text: str) -> None:
         """Print a line."""
         if self.bar.disable:
-            print(text, flush=True)
+            print(text, file=self.stream, flush=True)
         else:
-            self.bar.write(text)
+            self.bar.write(text, file=self.stream)
 
     def close(self) -> None:
         self.bar.close()
 
 
-def _loss(mean: float) -> str:
-    """Return the loss as text, or nothing for a network that did not train."""
-    return "" if math.isnan(mean) else f"loss {mean:.3f} "
-
-
 class Sink(Protocol):
-    """Receives the metrics as scalars."""
+    """A destination of metrics in addition to ``metrics.jsonl``."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -184,7 +175,7 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """Writes event files into the run's folder."""
+    """Write TensorBoard event files to the run's folder."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -193,27 +184,24 @@ class TensorBoardSink:
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        try:
+        failed = f"cannot write TensorBoard events in {self.folder}"
+        remedy = "fix the cause and continue with --resume, or pass --log without a value"
+        with explain_oserror(failed, remedy):  # the writer's thread may have failed earlier
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
-        except OSError as error:  # its thread failed to write earlier
-            raise RunError(
-                f"cannot write TensorBoard events in {self.folder}: {error.strerror or error}; "
-                "mend that and continue with --resume, or --log with nothing after it"
-            ) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # reported by scalars(); the run's own files are whole
+        with contextlib.suppress(OSError):  # scalars() has reported it
             self.writer.close()
 
 
 class WandbSink:
-    """Logs to Weights & Biases. WANDB_MODE=offline keeps the run in its folder."""
+    """Log to Weights & Biases. WANDB_MODE=offline keeps the data in the run's folder."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         import wandb
 
-        # A resumed run has the same identifier, because it has the same folder.
+        # A resumed run has the same folder, so it gets the same identifier.
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = wandb.init(
             project="bdkd", name=folder.name, dir=str(folder), id=identity, resume="allow",
@@ -237,7 +225,7 @@ def check_sinks(recipe: Recipe) -> None:
         except ImportError as error:
             raise RunError(
                 f"--log {sink} needs {module}: pip install {package} "
-                "(or --log with nothing after it)"
+                "(or pass --log without a value)"
             ) from error
 
 

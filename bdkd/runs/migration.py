@@ -1,12 +1,11 @@
-"""Checkpoints of older versions, brought to the present format one version at a time.
+"""Convert checkpoints of older versions to the current format, one version at a time.
 
-Each function takes the content of a file (``format``, ``recipe``, ``state``) of one format and
-returns that of the next. To change the format, raise :data:`FORMAT`, add a function, and add
+Each function converts the content of a file (``format``, ``recipe``, ``state``) from one format to
+the next. To change the format, raise :data:`FORMAT`, add a function to :func:`migrate`, and add
 checkpoints of the old format to ``tests/training/old_runs``.
 """
 
 import tomllib
-from collections.abc import Callable
 from typing import Any
 
 FORMAT = 3
@@ -15,19 +14,15 @@ Content = dict[str, Any]
 
 
 def migrate(content: Content) -> Content:
-    """Return the content of a checkpoint in the present format.
-
-    Raises:
-        KeyError: the content has a format that no function here reads.
-    """
+    """Return a checkpoint in the current format. Raise ``KeyError`` for unknown formats."""
     while content["format"] != FORMAT:
-        content = _STEPS[content["format"]](content)
+        content = {2: _from_2}[content["format"]](content)
     return content
 
 
 def _from_2(content: Content) -> Content:
-    """Averages had a copy of their student's batch norm statistics, schedules counted optimizer
-    steps, and the data set had no identity."""
+    """Convert format 2, in which averages had a copy of their student's batch norm statistics,
+    schedules counted optimizer steps, and the data set had no identity."""
     train, state = tomllib.loads(content["recipe"])["train"], content["state"]
     skipped = int(state["skipped"][0]) if "skipped" in state else 0
     updates = max(0, state["position"]["step"] - skipped) if state["ema"] else 0
@@ -42,6 +37,3 @@ def _from_2(content: Content) -> Content:
         },
     }  # fmt: skip
     return {**content, "format": 3, "state": state}
-
-
-_STEPS: dict[int, Callable[[Content], Content]] = {2: _from_2}

@@ -1,4 +1,4 @@
-"""The plan of a run, printed before it starts."""
+"""Describe the plan of a run for ``--dry-run``."""
 
 from bdkd.engine.components import Components
 from bdkd.engine.cost import costs
@@ -6,10 +6,10 @@ from bdkd.engine.optim import OPTIMIZERS
 
 
 def plan(components: Components, images_per_second: float | None = None) -> str:
-    """Return data, networks, operations, steps, and estimates of memory and hours, as text.
+    """Return the data, networks, operations and steps, and estimate memory and hours, as text.
 
     Args:
-        images_per_second: the speed to estimate the hours with. Default: 1,000.
+        images_per_second: speed for the estimate of hours. Default: 1,000.
     """
     recipe, info = components.recipe, components.source.info
     t, o, s = recipe.train, recipe.optimizer, recipe.schedule
@@ -18,7 +18,7 @@ def plan(components: Components, images_per_second: float | None = None) -> str:
     height, width = info.image_size
     counts = ", ".join(f"{n:,} {split}" for split, n in info.counts.items())
     lines = [
-        f"recipe     {recipe.name}, method {recipe.objective.name}, seed {recipe.seed}, "
+        f"recipe     {recipe.name}, objective {recipe.objective.name}, seed {recipe.seed}, "
         f"on {components.device}",
         f"data       {info.source}: {counts} images of {info.channels}x{height}x{width}, "
         f"{info.num_classes} classes",
@@ -35,17 +35,17 @@ def plan(components: Components, images_per_second: float | None = None) -> str:
         operations += cost.step
         lines.append(
             f"network    {name} ({config.role}{', frozen' * frozen}): {config.model}, "
-            f"{cost.parameters:,} parameters, {_flops(cost.forward)} an image forward, "
+            f"{cost.parameters:,} parameters, {_flops(cost.forward)} per image forward, "
             f"{mebibytes(kept)} of activations"
         )
     stop = "" if recipe.max_steps is None else f", stopping after {min(total, recipe.max_steps):,}"
     images = t.batch_size * min(total, recipe.max_steps or total)
     rate = images_per_second or 1000.0
     lines += [
-        f"operations {_flops(operations)} an image forward and backward, "
-        f"{_flops(operations * t.batch_size)} a step (convolutions and matrix products; a multiply "
-        "and an add are 2)",
-        f"steps      {steps:,} an epoch, {t.epochs} epochs, {total:,} in all{stop}; batch "
+        f"operations {_flops(operations)} per image forward and backward, "
+        f"{_flops(operations * t.batch_size)} per step (convolutions and matrix products; a "
+        "multiply-add counts as 2)",
+        f"steps      {steps:,} per epoch, {t.epochs} epochs, {total:,} in all{stop}; batch "
         f"{t.batch_size} in {t.accumulate} part{'s' * (t.accumulate > 1)}, {t.precision}",
         f"time       {images / rate / 3600:,.2f} hours at {rate:,.0f} images/s, without the "
         "evaluations",
@@ -59,10 +59,9 @@ def plan(components: Components, images_per_second: float | None = None) -> str:
 
 
 def _flops(count: int) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
-    return f"{count / 1e3:,.3g} kFLOP"
+    units = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
+    size = next((size for size in units if count >= size), 1e3)
+    return f"{count / size:,.3g} {units.get(size, 'kFLOP')}"
 
 
 def mebibytes(count: int) -> str:

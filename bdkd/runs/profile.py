@@ -1,13 +1,15 @@
-"""Where the time of a step goes: named ranges, a trace of some steps, and a table made from it.
+"""Profile the steps of a run: write a trace, and a table of the time of each named range.
 
-The trace is what ``torch.profiler.tensorboard_trace_handler`` writes: torch-tb-profiler, Perfetto
-and Holistic Trace Analysis read it. The table is read from that file and from nothing else.
+``torch.profiler.tensorboard_trace_handler`` writes the trace for torch-tb-profiler, Perfetto and
+Holistic Trace Analysis. The table is computed from the trace.
 """
 
 import bisect
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +22,10 @@ from bdkd.engine.ranges import start_recording, stop_recording
 from bdkd.errors import RunError
 from bdkd.runs.checkpoint import first_line, write_atomically
 
-# Compilation, cuDNN's search for algorithms and the first allocations are over by then.
+# Compilation, cuDNN's benchmarks and the first allocations are finished after these steps.
 SETTLING_STEPS = 10
 OTHER, IDLE = "other", "device idle"
-_STEP = "ProfilerStep#"  # what torch.profiler calls a step
+_STEP = "ProfilerStep#"  # prefix of the steps' names in torch.profiler
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
 
@@ -33,31 +35,26 @@ class Row:
     """One line of the table."""
 
     name: str
-    share: float  # of the recorded time; all rows together are 1
-    milliseconds: float  # a step
+    share: float  # of the recorded time; the shares of all rows add up to 1
+    milliseconds: float  # per step
 
 
 class StepProfiler:
-    """Records some of the steps that remain and writes ``profile/*.pt.trace.json``; the first rank
-    also writes ``profile.json`` and shows the table.
+    """Record some of the remaining steps and write ``profile/*.pt.trace.json``. Rank 0 also writes
+    ``profile.json`` and prints the table.
 
     Args:
-        steps: to record; fewer where fewer remain, and none for 0.
-        remaining: steps of the run from now on.
-        folder: the run's.
-        rank: of this process; each writes a trace of its own.
-        show: takes the lines to print.
+        steps: number of steps to record, at most ``remaining``.
+        remaining: number of remaining steps of the run.
+        folder: folder of the run.
+        show: called with each line to print.
+        rank: rank of this process. Each rank writes a trace.
     """
 
     def __init__(
-        self,
-        steps: int,
-        remaining: int,
-        folder: Path,
-        device: torch.device,
-        show: Callable[[str], object],
-        rank: int = 0,
-    ) -> None:
+        self, steps: int, remaining: int, folder: Path, device: torch.device,
+        show: Callable[[str], object], rank: int = 0,
+    ) -> None:  # fmt: skip
         self.steps = min(steps, remaining)
         self.folder, self.device, self.show, self.rank = folder, device, show, rank
         self.traces = folder / "profile"
@@ -67,11 +64,9 @@ class StepProfiler:
         if not self.steps:
             return
         warm_up = min(2, settling)
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
         with warnings.catch_warnings():
-            # said by the table, where no step is left to warm up on
+            # The table says so if no step is left for the warm-up.
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
             plan = schedule(wait=settling - warm_up, warmup=warm_up, active=self.steps, repeat=1)
         self.profiler = torch.profiler.profile(
@@ -86,31 +81,29 @@ class StepProfiler:
 
     def __exit__(self, *_: object) -> None:
         stop_recording()
-        if self.profiler is not None:  # the run ended before the last step to record
+        if self.profiler is not None:  # the run ended before all steps were recorded
             self.profiler.on_trace_ready = None
             self.profiler.stop()
 
     def step(self) -> None:
-        """To be called after each step."""
+        """Mark the end of a step."""
         if self.profiler is not None:
             self.profiler.step()
 
     def _finish(self, profiler: torch.profiler.profile) -> None:
         names = stop_recording()
-        self.profiler = None  # what it holds of the trace is no longer needed
+        self.profiler = None  # frees the trace
         try:
-            said = self._write(profiler, names)
-        except (OSError, RuntimeError, ValueError, RunError) as error:
-            # ValueError: cut off. A run is worth more than its profile.
-            said = [
-                f"warning: training goes on without the profile: cannot write {self.traces}: "
-                f"{first_line(error)}; make room there"
-            ]
-        for line in said:
-            self.show(line)
+            for line in self._write(profiler, names):
+                self.show(line)
+        except (OSError, RuntimeError, ValueError, RunError) as error:  # ValueError: cut-off trace
+            self.show(
+                f"warning: training continues without the profile: cannot write {self.traces}: "
+                f"{first_line(error)}; free some space"
+            )
 
     def _write(self, profiler: torch.profiler.profile, names: set[str]) -> list[str]:
-        """Write the trace and what it says; what to show of it."""
+        """Write the trace and ``profile.json``. Return the lines to print."""
         worker = f"rank-{self.rank}"
         before = set(self.traces.glob("*"))
         try:
@@ -124,22 +117,17 @@ class StepProfiler:
         if self.rank:
             return []
         host, device = where_time_goes(events, names)
-        written = {
-            "device": str(self.device),
-            "steps": self.steps,
-            "phases": [asdict(row) for row in device or host],
-            "host": [asdict(row) for row in host],
-        }
+        rows = {"phases": [*map(asdict, device or host)], "host": [*map(asdict, host)]}
+        written = {"device": str(self.device), "steps": self.steps, **rows}
         text = json.dumps(written, indent=2) + "\n"
-        path = self.folder / "profile.json"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(self.folder / "profile.json", text.encode())
         return [table(host, device, self.steps, self.cold), f"trace   {trace}"]
 
 
 class _Segment(NamedTuple):
-    """A stretch of the training thread's time in one range and in none inside it."""
+    """A time interval of a range, without the ranges inside it. In microseconds."""
 
-    begin: float  # microseconds
+    begin: float
     end: float
     name: str
 
@@ -147,34 +135,32 @@ class _Segment(NamedTuple):
 def where_time_goes(
     events: Iterable[dict[str, Any]], names: Iterable[str]
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of the host's wall time and of the device's, from a trace's events; no rows for a device
-    that there is not.
+    """Return the rows of the host's and of the device's wall time. Without a device, its rows are
+    empty.
 
-    The host's time is that of the thread which trains: each stretch counts for the innermost of the
-    named ranges, else as "other". The device's work counts for the range in which the host launched
-    it, whatever the thread: backward passes launch from one of autograd's own. Work that overlaps
-    on several streams is shared out evenly; where nothing ran, the device was idle.
+    The host's time is the time of the training thread. It counts for the innermost named range, or
+    for "other" outside of all ranges. The device's work counts for the range in which it was
+    launched, from any thread: autograd launches backward passes from other threads. Overlapping
+    work on several streams is divided evenly. The remaining time counts as idle.
 
     Args:
-        events: Chrome trace events, as torch.profiler writes them.
-        names: the ranges to tell apart.
+        events: Chrome trace events from torch.profiler.
+        names: names of the ranges.
     """
     events = [event for event in events if event.get("ph") == "X"]
-    known = set(names)
     annotations = [event for event in events if event.get("cat") == "user_annotation"]
     steps = [event for event in annotations if event["name"].startswith(_STEP)]
     thread = {(event["pid"], event["tid"]) for event in steps}
-    inside = [event for event in annotations if event["name"] in known]
-    spans = [
-        _Segment(event["ts"], event["ts"] + event["dur"], name)
-        for event, name in [(e, OTHER) for e in steps] + [(e, e["name"]) for e in inside]
-        if (event["pid"], event["tid"]) in thread
-    ]
-    segments = _innermost(spans)
+    known = {event["name"]: OTHER for event in steps} | {name: name for name in names}
+    segments = _innermost([
+        _Segment(event["ts"], event["ts"] + event["dur"], known[event["name"]])
+        for event in annotations
+        if event["name"] in known and (event["pid"], event["tid"]) in thread
+    ])  # fmt: skip
     count = max(len(steps), 1)
-    host: dict[str, float] = {}
-    for segment in segments:
-        host[segment.name] = host.get(segment.name, 0.0) + segment.end - segment.begin
+    host: dict[str, float] = defaultdict(float)
+    for begin, end, name in segments:
+        host[name] += end - begin
 
     launched = {
         event["args"]["correlation"]: event["ts"]
@@ -191,78 +177,71 @@ def where_time_goes(
         if index >= 0 and launch <= segments[index].end:
             name = segments[index].name
             work.append(_Segment(event["ts"], event["ts"] + event["dur"], name))
-    return _rows(host, host, count), _rows(_shared_out(work), host, count)
+    return _rows(host, host, count), _rows(_divide(work), host, count)
 
 
 def _innermost(spans: Sequence[_Segment]) -> list[_Segment]:
-    """Nested spans as consecutive segments, each with the name of the innermost span there."""
+    """Split nested spans into consecutive segments with the name of the innermost span."""
     segments: list[_Segment] = []
     open_spans: list[_Segment] = []
     now = 0.0
-
-    def advance(to: float) -> None:
-        nonlocal now
-        if open_spans and to > now:
-            segments.append(_Segment(now, to, open_spans[-1].name))
-        now = to
-
-    for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
+    last = _Segment(math.inf, math.inf, "")  # closes all spans
+    for span in [*sorted(spans, key=lambda span: (span.begin, -span.end)), last]:
         while open_spans and open_spans[-1].end <= span.begin:
-            advance(open_spans[-1].end)
-            open_spans.pop()
-        advance(span.begin)
+            ended = open_spans.pop()
+            if ended.end > now:
+                segments.append(_Segment(now, ended.end, ended.name))
+            now = ended.end
+        if open_spans and span.begin > now:
+            segments.append(_Segment(now, span.begin, open_spans[-1].name))
+        now = span.begin
         open_spans.append(span)
-    while open_spans:
-        advance(open_spans[-1].end)
-        open_spans.pop()
     return segments
 
 
-def _shared_out(work: Sequence[_Segment]) -> dict[str, float]:
-    """Microseconds by name from the first work's begin to the last one's end; gaps idle."""
-    edges = sorted(
-        [(segment.begin, 1, segment.name) for segment in work]
-        + [(segment.end, -1, segment.name) for segment in work]
-    )
-    totals: dict[str, float] = {}
-    running: dict[str, int] = {}
+def _divide(work: Sequence[_Segment]) -> dict[str, float]:
+    """Return the microseconds of each name between the begin of the first and the end of the last
+    segment. Overlapping segments share their time, and gaps are idle."""
+    edges = sorted([(begin, 1, name) for begin, _, name in work]
+                   + [(end, -1, name) for _, end, name in work])  # fmt: skip
+    totals: dict[str, float] = defaultdict(float)
+    running: Counter[str] = Counter()
     for (moment, change, name), (following, _, _) in pairwise(edges):
-        running[name] = running.get(name, 0) + change
-        at_once = sum(running.values())
-        for each, number in running.items():
-            if number:
-                totals[each] = totals.get(each, 0.0) + (following - moment) * number / at_once
-        if not at_once and following > moment:
-            totals[IDLE] = totals.get(IDLE, 0.0) + following - moment
+        running[name] += change
+        for each in running.elements():
+            totals[each] += (following - moment) / running.total()
+        if not running.total() and following > moment:
+            totals[IDLE] += following - moment
     return totals
 
 
-def _rows(microseconds: dict[str, float], order: Iterable[str], steps: int) -> list[Row]:
-    """Rows in the order in which the ranges first came; what has no name of its own comes last."""
-    whole = sum(microseconds.values())
-    context = {name: rank for rank, name in enumerate(order)} | {OTHER: 10**6, IDLE: 10**6 + 1}
+def _rows(microseconds: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:
+    """Return rows in the order of the ranges, followed by "other" and "device idle"."""
+    total = sum(microseconds.values())
+    names = [name for name in order if name != OTHER] + [OTHER, IDLE]
     return [
-        Row(name, microseconds[name] / whole, microseconds[name] / 1000 / steps)
-        for name in sorted(microseconds, key=context.__getitem__)
+        Row(name, microseconds[name] / total, microseconds[name] / 1000 / steps)
+        for name in names
+        if name in microseconds
     ]
 
 
 def table(host: Sequence[Row], device: Sequence[Row], steps: int, cold: bool) -> str:
-    """The rows as text: the device's time where there is a device, and the host's beside it."""
+    """Format the rows as text: the device's time if there is a device, and the host's time."""
     rows = device or host
     waits = {row.name: row.milliseconds for row in host}
-    names = [row.name for row in rows] + [n for n in waits if n not in {r.name for r in rows}]
-    by_name = {row.name: row for row in rows}
+    by_name = {name: Row(name, 0.0, 0.0) for name in waits} | {row.name: row for row in rows}
+    names = [*dict.fromkeys([*(row.name for row in rows), *waits])]
     width = max(map(len, [*names, "where a step's time went"]))
     head = f"{'where a step’s time went':{width}}  share   ms a step"
     lines = [head + ("   ms of the host" if device else "")]
     for name in names:
-        row = by_name.get(name, Row(name, 0.0, 0.0))
+        row = by_name[name]
         line = f"{name:{width}}  {100 * row.share:5.1f}%  {row.milliseconds:9.2f}"
         if device:
             line += f"  {waits[name]:15.2f}" if name in waits else f"  {'':15}"
         lines.append(line.rstrip())
     what = "device's time by the range that launched it" if device else "wall time"
     text = f"({what}, mean of {steps} step{'s' * (steps != 1)}"
-    lines.append(text + ("; first steps, so compilation and warm-up are in it)" if cold else ")"))
+    lines.append(text + ("; first steps, including compilation and warm-up)" if cold else ")"))
     return "\n".join(lines)

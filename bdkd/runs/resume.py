@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a run: what must fit, and what the user is told."""
+"""Load a checkpoint into a run, check that it matches, and print the differences."""
 
 import math
 import sys
@@ -15,11 +15,7 @@ from bdkd.identity import difference
 
 
 def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
-    """Load a checkpoint's state.
-
-    Raises:
-        RunError: the checkpoint has other networks, or was trained on another data set.
-    """
+    """Load a checkpoint's state. Raise ``RunError`` for other networks or another data set."""
     try:
         check_data(path, saved, state.info)
         state.load_state_dict(saved)
@@ -28,7 +24,7 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
             raise ValueError("moments of another optimizer")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path} holds other networks or another optimizer than the recipe: resume with the "
+            f"{path} contains other networks or another optimizer than the recipe: resume with the "
             f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
             "--run-dir"
         ) from error
@@ -37,7 +33,7 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
 
 
 def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -> None:
-    """Continue a run from its newest checkpoint, and print where it continues.
+    """Continue a run from its newest checkpoint, and print its step.
 
     Args:
         found: the checkpoint and its state, or None if the run was stopped before its first one.
@@ -49,34 +45,28 @@ def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -
         state.progress.end_short_epoch(state.recipe, state.train_images)
         print_changes(state, saved)
         where = str(path)
-    progress = state.progress
-    print(
-        f"continuing at step {progress.step}, from {where} "
-        f"({progress.describe(state.train_images)})",
-        flush=True,
-    )
+    done = state.progress.describe(state.train_images)
+    print(f"continuing at step {state.progress.step}, from {where} ({done})", flush=True)
     if not state.remaining_steps():
-        print(
-            f"nothing is left to train: train.epochs is {state.recipe.train.epochs} and "
-            f"max_steps {state.recipe.max_steps}",
-            flush=True,
-        )
+        epochs, steps = state.recipe.train.epochs, state.recipe.max_steps
+        limits = f"train.epochs is {epochs} and max_steps {steps}"
+        print(f"nothing is left to train: {limits}", flush=True)
 
 
 def warn_of_copied_statistics(path: Path, saved: Mapping[str, Any], decay: float | None) -> None:
-    """Warn on standard error if more than 1% of the batch norm statistics in averages of an old
-    version are still those of their students."""
+    """Warn on standard error if the averages in a checkpoint of an old version have batch norm
+    statistics of which more than 1% are copied from their students."""
     until, updates = saved["ema_copied_until"], int(saved["ema_updates"])
     if until is not None and (decay or 1.0) ** (updates - until) > 0.01:
         print(
             f"{path}: the batch norm statistics of its averaged networks are those of the "
-            "students, an error of an earlier version: recalibrate them with bdkd update-bn",
+            "students, an error of an earlier version: recompute them with bdkd update-bn",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
 
 def check_data(path: Path, saved: Mapping[str, Any], info: DataInfo) -> None:
-    """Raise ``RunError`` if a checkpoint was trained on another data set than this one."""
+    """Raise ``RunError`` if a checkpoint was trained on another data set."""
     if differs := difference(saved["data"], info.identity()):
         raise RunError(
             f"the data set here is not the one that {path} was trained on: {differs}; restore it, "
@@ -90,13 +80,13 @@ def check_data(path: Path, saved: Mapping[str, Any], info: DataInfo) -> None:
 
 
 def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
-    """Print how a resumed run differs from the session that saved its checkpoint."""
+    """Print the changes since the checkpoint that affect the results of a resumed run."""
     before, now = len(saved["ranks"]), state.context.world_size
     size = state.recipe.train.batch_size
     if before != now:
         print(
-            f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank's part of a "
-            "batch changes, so sums round differently, dropout draws anew, and batch norm without "
+            f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank gets other "
+            "images, so sums round differently, dropout masks change, and batch norm without "
             f"distributed.sync_batch_norm normalises over {size // now} images",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and Slurm's SIGUSR1 as a request, answered at the end of a step."""
+"""Turn Ctrl-C, SIGTERM and Slurm's SIGUSR1 into a request to stop after the current step."""
 
 import os
 import signal
@@ -8,17 +8,17 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A Ctrl-C in a terminal reaches a rank twice, from the terminal and from torchrun.
+# A rank receives a Ctrl-C twice, from the terminal and from torchrun.
 _SECOND_SIGINT_SECONDS = 2.0
 
 
 class StopRequest:
-    """While it is entered, the first signal only sets ``signal``; a SIGINT that comes later than
-    that interrupts at once.
+    """A context in which the first signal only sets ``signal``. A SIGINT more than 2 s later raises
+    ``KeyboardInterrupt``.
 
     Args:
-        grace: seconds from the first signal after which the process ends all the same, because
-            another rank may never come to the end of its step. None: however long it takes.
+        grace: seconds after the first signal until the process ends without a checkpoint, because
+            another rank may hang. None: no limit.
     """
 
     def __init__(self, grace: float | None = None) -> None:
@@ -52,8 +52,8 @@ class StopRequest:
 
 def _end(number: int, grace: float) -> None:
     print(
-        f"bdkd: {grace:g} s after {signal.Signals(number).name} (distributed.grace) the step, or "
-        "its checkpoint, is still not done: ended without; --resume continues from the one before",
+        f"bdkd: {grace:g} s after {signal.Signals(number).name} (distributed.grace) the step or "
+        "its checkpoint is not finished: stopped; --resume continues from the previous checkpoint",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""The end of a run: one pass over the test images, and what is kept of it."""
+"""Evaluate the test images at the end of a run, and write the results."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,12 +16,12 @@ from bdkd.evaluation.calibration import CalibrationResult
 from bdkd.evaluation.figures import reliability_diagram, training_curves
 from bdkd.evaluation.predict import Evaluator
 from bdkd.metrics import MEASURED
-from bdkd.runs.checkpoint import load_checkpoint
+from bdkd.runs.checkpoint import explain_oserror, load_checkpoint
 from bdkd.runs.folder import RunFolder
 
 
 def evaluator_of(components: Components, networks: Mapping[str, nn.Module]) -> Evaluator:
-    """Return an evaluator of networks on the data and with the precision of a run."""
+    """Return an evaluator for networks with the data and the precision of a run."""
     train = components.recipe.train
     return Evaluator(
         networks, components.source, train.batch_size, train.precision, components.context
@@ -29,10 +29,10 @@ def evaluator_of(components: Components, networks: Mapping[str, nn.Module]) -> E
 
 
 def summarise(components: Components, state: TrainingState, folder: RunFolder) -> dict[str, Any]:
-    """Evaluate the selected weights on the test images and write ``summary.json``, predictions and
+    """Evaluate the selected weights on the test images. Write ``summary.json``, predictions and
     figures.
 
-    All ranks must call this. Rank 0 writes, and returns the content of ``summary.json``.
+    All ranks must call this function. Rank 0 returns the content of ``summary.json``.
 
     Raises:
         RunError: the best checkpoint is gone, or a file cannot be written.
@@ -41,13 +41,13 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     seconds = state.progress.seconds
     context.location = "the evaluation on the test images"
     if recipe.train.select == "best" and state.best is not None:
-        # The run is over and its last weights are saved, so these can be replaced.
+        # The last weights are saved, so the best weights can replace them in memory.
         path = folder.best_path(state.best.step)
 
         def load() -> dict[str, Any]:
             if not path.exists():
                 raise RunError(
-                    f"the best checkpoint {path} is gone: --resume with --train.select last"
+                    f"the best checkpoint {path} is gone: resume with --train.select last"
                 )
             return load_checkpoint(path)[1]
 
@@ -58,42 +58,34 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     results, recalibrated, predictions = done.results(), done.recalibrated(), done.predictions()
     if predictions is None:
         return {}
+    info = components.source.info
     summary = {
-        "recipe": recipe.name,
-        "method": recipe.objective.name,
-        "seed": recipe.seed,
-        "device": str(components.device),
-        "torch": torch.__version__,
-        "wall_seconds": seconds,
-        "images_per_second": throughput(folder),
-        "selected_step": state.progress.step,
-        "split": "test",
-        "images": components.source.info.counts["test"],
-        "data": components.source.info.identity(),
+        "recipe": recipe.name, "method": recipe.objective.name, "seed": recipe.seed,
+        "device": str(components.device), "torch": torch.__version__,
+        "wall_seconds": seconds, "images_per_second": throughput(folder),
+        "selected_step": state.progress.step, "split": "test", "images": info.counts["test"],
+        "data": info.identity(),
         "objective": {k: v for k, v in asdict(recipe.objective).items() if v is not None},
         "networks": {
             name: {**describe(recipe, name, network, results[name]), **recalibrated[name]}
             for name, network in networks.items()
         },
-    }
+    }  # fmt: skip
     folder.write_predictions(predictions)
     folder.write_summary(summary)
-    try:
+    failed = f"cannot write the figures in {folder.figures}"
+    remedy = f"fix the cause and draw them with --resume (the results are in {folder.summary})"
+    with explain_oserror(failed, remedy):
         title = f"{recipe.name}, {recipe.objective.name}: test images"
         reliability_diagram(results, folder.figures / "reliability.png", title)
         training_curves(folder.metrics, folder.figures / "curves.png")
-    except OSError as error:
-        raise RunError(
-            f"cannot write the figures in {folder.figures}: {error.strerror or error}; mend that "
-            f"and draw them with --resume (the results are in {folder.summary})"
-        ) from error
     return summary
 
 
 def describe(
     recipe: Recipe, name: str, network: nn.Module, result: CalibrationResult
 ) -> dict[str, Any]:
-    """Return model, size and metrics of one network."""
+    """Return the model, size and metrics of one network."""
     config = recipe.networks[name.removesuffix(EMA_SUFFIX)]
     return {
         "model": config.model,

@@ -1,6 +1,7 @@
-"""The weights that a run starts from: ``networks.NAME.weights``."""
+"""Load the initial weights of networks (``networks.NAME.weights``)."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bdkd.config import Recipe
 from bdkd.engine.components import Components
 from bdkd.engine.state import EMA_SUFFIX
 from bdkd.errors import RunError, first_line
@@ -17,10 +19,15 @@ from bdkd.runs.folder import selected_checkpoint
 from bdkd.runs.resume import check_data, warn_of_copied_statistics
 
 
+def relocate(recipe: Recipe, device: str, data_root: str | None) -> Recipe:
+    """Return a recipe with another device and, unless it is None, another data folder."""
+    root = recipe.data.root if data_root is None else data_root
+    data = dataclasses.replace(recipe.data, root=root)
+    return dataclasses.replace(recipe, device=device, data=data)
+
+
 def load_initial_weights(components: Components) -> None:
     """Load the weights that the recipe names into the networks of a new run.
-
-    A run with a checkpoint does not need them any more, and their files may be gone.
 
     Raises:
         RunError: a file cannot be read or does not fit its network, or a frozen network was trained
@@ -34,7 +41,6 @@ def load_initial_weights(components: Components) -> None:
         classes = load_weights(components.networks.members[name], name, file)
         if name not in components.objective.frozen or classes is None:
             continue
-        # Its logits would be taken for those of other classes.
         if differs := class_difference(classes, components.source.info.classes):
             raise RunError(
                 f"networks.{name}.weights: {file} was trained on other classes than those of this "
@@ -46,27 +52,26 @@ def load_networks(
     components: Components, path: Path, saved: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
     """Load the networks of a checkpoint into ``components`` and return them by name, including the
-    students' averages. Nothing that only training needs is built.
+    students' averages.
 
     Args:
-        path: names the checkpoint in messages.
-        saved: its state, from :func:`bdkd.runs.checkpoint.load_checkpoint`.
+        path: path of the checkpoint for messages.
+        saved: state of the checkpoint, from :func:`bdkd.runs.checkpoint.load_checkpoint`.
 
     Raises:
-        RunError: the networks are not those of the recipe, or were trained on another data set.
+        RunError: the networks do not match the recipe, or were trained on another data set.
     """
     networks = components.networks
     averages = {}
     try:
         check_data(path, saved, components.source.info)
-        for name in saved["ema"]:
+        for name, weights in saved["ema"].items():
             member = networks.members[name.removesuffix(EMA_SUFFIX)]
             averages[name] = copy.deepcopy(member).requires_grad_(False)
+            averages[name].load_state_dict(weights)
         networks.load_state_dict(saved["networks"])
-        for name, average in averages.items():
-            average.load_state_dict(saved["ema"][name])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} does not fit its own recipe: {first_line(error)}") from error
+        raise RunError(f"{path} does not match its recipe: {first_line(error)}") from error
     if components.context.is_rank0:
         warn_of_copied_statistics(path, saved, components.recipe.train.ema_decay)
     return {**dict(networks.members.items()), **averages}
@@ -76,14 +81,14 @@ def load_weights(network: nn.Module, name: str, path: Path) -> list[str] | None:
     """Load weights from a file into a network.
 
     Args:
-        path: a state dict (``.pt``, ``.pth``, ``.safetensors``), or a checkpoint of a run that has
-            a network called ``name``.
+        path: a state dict (``.pt``, ``.pth``, ``.safetensors``), or a checkpoint of a run with a
+            network called ``name``.
 
     Returns:
-        The classes that the network was trained on, if the file knows them.
+        The classes that the network was trained on, if the file contains them.
 
     Raises:
-        RunError: the file cannot be read, or its weights are not those of this network.
+        RunError: the file cannot be read, or its weights do not fit this network.
     """
     classes = None
     if path.suffix == ".safetensors":
@@ -110,20 +115,16 @@ def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str
     """Return the state dict of one network in a checkpoint's state."""
     if name in state["ema"]:
         return state["ema"][name]
-    prefix = f"members.{name}."
-    weights = {
-        key.removeprefix(prefix): value
-        for key, value in state["networks"].items()
-        if key.startswith(prefix)
-    }
+    prefix, tensors = f"members.{name}.", state["networks"].items()
+    weights = {key.removeprefix(prefix): x for key, x in tensors if key.startswith(prefix)}
     if not weights:
         names = sorted({key.split(".")[1] for key in state["networks"]})
-        raise RunError(f"{path} holds no network {name!r}: it has {', '.join(names)}")
+        raise RunError(f"{path} contains no network {name!r}: it has {', '.join(names)}")
     return weights
 
 
 def mismatched_keys(module: nn.Module, weights: Mapping[str, Any]) -> str:
-    """Return in a few words what in a state dict does not fit a module, or an empty string."""
+    """Describe the first mismatch between a state dict and a module, or return an empty string."""
     own = module.state_dict()
     for key in own:
         if key not in weights:

@@ -7,7 +7,7 @@ import pytest
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
-from bdkd.objectives import OBJECTIVES, create_objective, resolve_options, switch_method
+from bdkd.objectives import OBJECTIVES, create_objective, resolve_options, switch_objective
 
 STUDENT, TEACHER = NetworkConfig("x", "student"), NetworkConfig("x", "teacher")
 FROZEN = NetworkConfig("x", "teacher", frozen=True)
@@ -35,7 +35,7 @@ def test_another_method_keeps_the_labels_of_the_recipe_and_nothing_of_its_method
     recipe = ObjectiveConfig(
         "bdkd", label_smoothing=0.2, temperature=3.0, student_ce=0.5, gamma=7.0
     )
-    assert switch_method(recipe, name) == ObjectiveConfig(name, label_smoothing=0.2)
+    assert switch_objective(recipe, name) == ObjectiveConfig(name, label_smoothing=0.2)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_suits_a_method_is_taken(config, networks):
         ({"name": "independent", "temperature": 2.0}, PAIR,
          r"objective\.temperature is not an .*'independent'.*\(it reads label_smoothing\)"),
         ({"student_ce": 0.0, "student_kd": 0.0}, PAIR, r"student_kd must not both be 0.*\(s\)"),
-        ({"name": "dlm"}, PAIR, "unknown method 'dlm': did you mean 'dml'"),
+        ({"name": "dlm"}, PAIR, "unknown objective 'dlm': did you mean 'dml'"),
     ],
 )  # fmt: skip
 def test_what_does_not_suit_a_method_is_named(config, networks, needed):

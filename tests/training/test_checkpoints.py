@@ -314,7 +314,7 @@ def test_a_run_whose_checkpoints_were_removed_does_not_start_over(run, kept, cap
     before = (run / "metrics.jsonl").read_bytes()
     for resume in ("require", "auto"):
         line = fails("train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys)
-        assert f"the run had come to step {last}," in line
+        assert f"the run had reached step {last}," in line
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

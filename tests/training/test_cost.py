@@ -100,8 +100,8 @@ def test_the_plan_tells_operations_and_hours(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["train", "digits", "--dry-run", "--images-per-second", "10"])
     text = capsys.readouterr().out
-    assert "12.6 MFLOP an image forward" in text
-    assert "42.4 MFLOP an image forward and backward, 2.71 GFLOP a step" in text
+    assert "12.6 MFLOP per image forward" in text
+    assert "42.4 MFLOP per image forward and backward, 2.71 GFLOP per step" in text
     assert f"{570 * 64 / 10 / 3600:.2f} hours at 10 images/s" in text
     main(["train", "digits", "--dry-run", "--max-steps", "100"])
     assert f"{100 * 64 / 1000 / 3600:.2f} hours at 1,000 images/s" in capsys.readouterr().out

@@ -109,4 +109,4 @@ def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, cap
         with pytest.raises(SystemExit) as refused:
             main(arguments)
         assert refused.value.code == 1
-        assert "already holds a run" in capsys.readouterr().err
+        assert "already contains a run" in capsys.readouterr().err

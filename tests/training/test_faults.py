@@ -45,7 +45,7 @@ def test_a_checkpoint_that_finds_the_disk_full_is_tried_again(tmp_path, monkeypa
     run = tmp_path / "run"
     main(["train", *SMALL, "--max-steps", "20", "--evaluate-every", "9", "--run-dir", str(run)])
     said = capsys.readouterr().out
-    assert said.count("warning: training goes on without this checkpoint: cannot write") == 2
+    assert said.count("warning: training continues without this checkpoint: cannot write") == 2
     assert refused == [10, 15]
     assert left == [["step-00000005.pt"]] * 2
     assert load_checkpoint(run / "checkpoints" / "step-00000020.pt")[1]["position"]["step"] == 20

@@ -46,7 +46,7 @@ def test_until_a_file_is_whole_its_name_has_the_old_content(tmp_path):
     [
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "free some space"),
-        (errno.EIO, "mend that"),
+        (errno.EIO, "fix the cause"),
     ],
 )
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(number, remedy, tmp_path):

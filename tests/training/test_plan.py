@@ -54,7 +54,7 @@ def test_steps_and_hours():
     options = ["--train.batch-size", "5", "--train.epochs", "4", "--seed", "3"]
     components, text = planned(*options)
     assert "seed 3, on cpu" in text
-    assert "steps      9 an epoch, 4 epochs, 36 in all; batch 5 in 1 part, fp32" in text
+    assert "steps      9 per epoch, 4 epochs, 36 in all; batch 5 in 1 part, fp32" in text
     assert "0.05 hours at 1 images/s" in plan(components, 1.0)  # 36 * 5 / 3600
     for limit, stop, hours in ((18, 18, "0.03"), (100, 36, "0.05")):
         limited = dataclasses.replace(components.recipe, max_steps=limit)
@@ -69,7 +69,7 @@ def test_units():
     assert mebibytes(5 * 2**30) == "5,120.0 MiB"
     components, text = planned()
     step = sum(cost.step for cost in costs(components).values())
-    said = re.search(r"operations ([\d.]+) MFLOP an image .*, ([\d.]+) MFLOP a step", text)
+    said = re.search(r"operations ([\d.]+) MFLOP per image .*, ([\d.]+) MFLOP per step", text)
     assert said is not None
     assert float(said[1]) == pytest.approx(step / 1e6, rel=5e-3)
     assert float(said[2]) == pytest.approx(4 * step / 1e6, rel=5e-3)

@@ -190,7 +190,7 @@ def test_training_goes_on_where_the_profile_cannot_be_written(tmp_path, which):
     else:
         (tmp_path / which).mkdir()
     (line,) = profiled(tmp_path, steps=1, remaining=3, done=3)
-    assert re.match(r"warning: training goes on without the profile: cannot write .*profile", line)
+    assert re.match(r"warning: training continues without the profile: cannot write .*file", line)
     assert named_range("loss") is named_range("any")
 
 
@@ -202,7 +202,7 @@ def test_a_full_disk_ends_the_profile_and_not_the_run(tmp_path):
         (line,) = profiled(tmp_path, steps=1, remaining=3, done=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert line.startswith("warning: training goes on without the profile: cannot write")
+    assert line.startswith("warning: training continues without the profile: cannot write")
     assert list((tmp_path / "profile").iterdir()) == []
 
 

@@ -49,7 +49,7 @@ def test_another_number_of_training_images_is_refused(images, path):
 def test_a_checkpoint_without_a_part_of_the_state_is_refused(lost, path):
     saved = saved_state()
     del saved[lost]
-    with pytest.raises(RunError, match="holds other networks or another optimizer"):
+    with pytest.raises(RunError, match="contains other networks or another optimizer"):
         restore(tiny_state(), path, saved)
 
 

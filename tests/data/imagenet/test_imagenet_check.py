@@ -23,7 +23,7 @@ def run(capfd, *arguments):
 def test_a_good_set_is_counted_and_writes_no_list(tree, tmp_path, capfd):
     code, out, err = run(capfd, tree, "--to", tmp_path / "bad.txt")
     assert code == 0, err
-    assert "train  120 images of 5 classes, 24 to 24 a class" in out
+    assert "train  120 images of 5 classes, 24 to 24 in a class" in out
     assert "val    25 images of 5 classes" in out
     assert "145 JPEG RGB" in out
     assert not err  # no bar in a pipe

@@ -92,8 +92,8 @@ def test_hidden_entries_do_not_count_wherever_they_are(kind, tmp_path, capfd):
         return
     main(["data", "check", str(root), "--workers", "1", "--to", str(tmp_path / "bad.txt")])
     out, _ = capfd.readouterr()
-    assert "train  8 images of 2 classes, 4 to 4 a class" in out
-    assert "val    8 images of 2 classes, 4 to 4 a class" in out
+    assert "train  8 images of 2 classes, 4 to 4 in a class" in out
+    assert "val    8 images of 2 classes, 4 to 4 in a class" in out
 
 
 @FOLDERS
