@@ -219,9 +219,9 @@ class Calibration:
                 )
         if device.type == "cpu":
             labels = target.long()  # comparing int8 with 1000 would overflow
-            for row in (
-                ((labels < 0) | (labels >= self.num_classes)).nonzero()[:1].flatten().tolist()
-            ):
+            bad = ((labels < 0) | (labels >= self.num_classes)).nonzero()
+            if len(bad):
+                row = int(bad[0])
                 raise ValueError(
                     f"target[{row}] is {int(target[row])}: "
                     f"a label must be in [0, {self.num_classes}), for {self.num_classes} classes"
