@@ -157,7 +157,7 @@ def _kinds(device: str) -> tuple[str, ...]:
 
 def _ready(kind: str, device: str) -> int:
     """Batches that a loader may have ready."""
-    return dali.AHEAD + 1 if kind == "dali" else pillow.AHEAD * _workers(device) + 1
+    return dali.READ_AHEAD + 1 if kind == "dali" else pillow.PREFETCH * _workers(device) + 1
 
 
 def _dali_is_here() -> bool:

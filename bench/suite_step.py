@@ -28,6 +28,7 @@ from bdkd.config import (
 from bdkd.data import Batch, DataInfo, Split
 from bdkd.device import AUTOCAST
 from bdkd.distributed.context import SINGLE_PROCESS
+from bdkd.engine.compiled import compiled
 from bdkd.engine.components import Components
 from bdkd.engine.networks import build_networks
 from bdkd.objectives import create_objective, resolve_options
@@ -86,7 +87,7 @@ class Run:
     ) -> None:
         train = TrainConfig(  # so long that no measurement comes to its end
             epochs=10**6, batch_size=pair.batch, precision=pair.precision,
-            compile=compiles, overlap=overlaps, cuda_graph=captures,
+            overlap=overlaps, cuda_graph=captures,
         )  # fmt: skip
         recipe = Recipe(
             name="bench",
@@ -114,6 +115,8 @@ class Run:
             recipe, SINGLE_PROCESS, where, objective, source, self.networks
         )
         self.trainer = Trainer(self.components)
+        if compiles:  # not by train.compile, which prints when it compiles
+            self.trainer.forward_backward = compiled(self.trainer.state, objective)
 
     def step(self, i: int) -> None:
         self.trainer.train_step(self.batch)

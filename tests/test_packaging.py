@@ -173,7 +173,7 @@ def test_an_extra_that_needs_the_command_line_installs_it():
     for name in project()["optional-dependencies"]:
         for_the_loss = name in ("triton", "examples")
         assert (extras(name) >= TRAINER_PACKAGES.keys()) != for_the_loss, name
-    rest = {"matplotlib", "scikit-learn", "tensorboard"}
+    rest = {"matplotlib", "scikit-learn", "scipy", "tensorboard"}
     assert extras("train") == TRAINER_PACKAGES.keys() | rest
 
 

@@ -45,5 +45,5 @@ def test_all_images_train_and_the_last_weights_are_tested(tmp_path, capsys):
 
 
 def test_there_is_no_best_without_a_validation_part(tmp_path):
-    with pytest.raises(UsageError, match=r"train.select must be last where data.validation is 0"):
+    with pytest.raises(UsageError, match=r"train.select must be last if data.validation is 0"):
         components_of(recipe_without_validation("best", str(tmp_path)))
