@@ -1,6 +1,6 @@
-"""bdkd: train a compact image classifier beside its teacher, with BD-KD's balanced divergences.
+"""bdkd: train a compact image classifier together with its teacher (BD-KD).
 
-``import bdkd`` imports torch and nothing heavier; the trainer's rooms are imported when used.
+``import bdkd`` imports torch and nothing heavier. The trainer's packages are imported when used.
 """
 
 import warnings
@@ -27,29 +27,17 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_LATE = {  # name -> the module it is imported from when it is asked for
-    "DistillKL": "bdkd_kernels.compat",
-    "LigerJSD": "bdkd_kernels.compat",
-    "LigerKLDIVLoss": "bdkd_kernels.compat",
-    "create_model": "bdkd.models",
-    "kd_loss": "bdkd_kernels.compat",
-    "list_models": "bdkd.models",
+# Imported when they are first used
+_LATE = {
+    **dict.fromkeys(("DistillKL", "LigerJSD", "LigerKLDIVLoss", "kd_loss"), "bdkd_kernels.compat"),
+    **dict.fromkeys(("create_model", "list_models"), "bdkd.models"),
 }
 
 __all__ = [
-    "BDKDLoss",
-    "BDKDOutput",
-    "BDKDStats",
-    "DistillKL",
-    "LigerJSD",
-    "LigerKLDIVLoss",
-    "available_backends",
-    "bdkd_loss",
-    "bdkd_loss_and_grad",
-    "create_model",
-    "kd_loss",
+    "BDKDLoss", "BDKDOutput", "BDKDStats", "DistillKL", "LigerJSD", "LigerKLDIVLoss",
+    "available_backends", "bdkd_loss", "bdkd_loss_and_grad", "create_model", "kd_loss",
     "list_models",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -4,9 +4,9 @@
 labels, and for "train" and "test" the number of images and a digest of the list of files.
 """
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unicodedata import normalize
 
 from bdkd.errors import RunError
 
@@ -35,7 +35,7 @@ def class_difference(before: Sequence[str], now: Sequence[str]) -> str:
     if len(before) != len(now):
         return f"it has {len(now)} classes and had {len(before)}{_odd_names(before, now)}"
     for label, (was, name) in enumerate(zip(before, now, strict=True)):
-        if was != name and _composed(was) == _composed(name):
+        if was != name and normalize("NFC", was) == normalize("NFC", name):
             return (
                 f"class {label} is {name!a} and was {was!a}, another Unicode form of the same text"
             )
@@ -71,10 +71,6 @@ def _is_identity(data: Any) -> bool:
         and isinstance(data.get("digests"), Mapping)
         and len(data["digests"]) > 0
     )
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
 
 
 def _odd_names(before: Sequence[str], now: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from bdkd.config import Recipe, check_recipe
-from bdkd.data import DataInfo, DataSource, create_source
+from bdkd.data import DataSource, create_source
 from bdkd.device import AUTOCAST, choose_device, set_flags
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.distributed.launch import local_rank
@@ -66,14 +66,13 @@ def build_components(
             f"train.batch_size must be at most the {images} training images, got {batch_size}"
         )
     torch.manual_seed(recipe.seed)
-    networks = _networks(recipe, objective.frozen, source.info)
+    info = source.info
+    try:
+        networks = build_networks(
+            recipe.networks, objective.frozen, info.num_classes, info.channels
+        )
+    except ValueError as error:  # an unknown model or option
+        raise UsageError(str(error)) from error
     networks.to(device)
     networks.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
     return Components(recipe, context, device, objective, source, networks)
-
-
-def _networks(recipe: Recipe, frozen: frozenset[str], info: DataInfo) -> Networks:
-    try:
-        return build_networks(recipe.networks, frozen, info.num_classes, info.channels)
-    except ValueError as error:  # an unknown model or option
-        raise UsageError(str(error)) from error

@@ -1,15 +1,11 @@
 """Named ranges: labels for parts of a step in the trace of ``bdkd train --profile``."""
 
 import contextlib
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, cast
 
 import torch
 from torch.profiler import record_function
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _NOTHING: AbstractContextManager = contextlib.nullcontext()
 _recorded: set[str] | None = None  # names of the ranges since recording began; None: not recording
@@ -37,15 +33,8 @@ def named_range(name: str) -> AbstractContextManager:
     return record_function(name)
 
 
-def in_range(name: str) -> Callable[[Function], Function]:
-    """Return a decorator that runs a function inside :func:`named_range`."""
-
-    def decorate(function: Function) -> Function:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with named_range(name):
-                return function(*args, **kwargs)
-
-        return cast(Function, call)
-
-    return decorate
+@contextlib.contextmanager
+def in_range(name: str) -> Iterator[None]:
+    """Run a function, as its decorator, inside :func:`named_range`."""
+    with named_range(name):
+        yield
