@@ -31,12 +31,9 @@ UNSUPPORTED = {"crop": 0, "crop_padding": "zero", "cutout": 0, "pixel_noise": 0.
 
 
 def load(
-    config: DataConfig,
-    seed: int,
-    device: torch.device,
-    memory_format: torch.memory_format,
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format,
     dtype: torch.dtype = torch.float32,
-) -> ImageNet:
+) -> ImageNet:  # fmt: skip
     """Load the data set at ``data.root`` in ``data.format``. ``val`` is the test split.
 
     Raises:
@@ -104,8 +101,5 @@ def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index,
 
 def _splits(config: DataConfig, training: Index, test: Index) -> dict[Split, Index]:
     inner, labels, validation = split_training(training.labels, config)
-    return {
-        "train": training.take(inner, labels.numpy()),
-        "val": training.take(validation),
-        "test": test,
-    }
+    train = training.take(inner, labels.numpy())
+    return {"train": train, "val": training.take(validation), "test": test}

@@ -70,17 +70,16 @@ class Dali:
             except RuntimeError as error:  # DALI's errors do not name the file
                 raise self._cause(fed, raw, error) from error
             finally:
-                fed.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
         self.idle[largest, raw] = pipeline
 
     def _cause(self, fed: "_Feed", raw: bool, error: RuntimeError) -> RunError:
         """Return an error that names the first image that Pillow or DALI cannot decode."""
-        for request in fed.handed:
-            for item in request.items:
-                try:
-                    decoded(item)
-                except RunError as found:
-                    return found
+        for item in [item for request in fed.handed for item in request.items]:
+            try:
+                decoded(item)
+            except RunError as found:
+                return found
         single = _Pipeline(self, 1, raw)
         for request in fed.handed:
             for i, item in enumerate(request.items):
@@ -123,11 +122,6 @@ class _Feed:
             np.full(len(crops), request.side, np.float32), crops[:, 8],
         )  # fmt: skip
         return list(contents), *map(np.ascontiguousarray, numbers)
-
-    def cancel(self) -> None:
-        for _, futures in self.waiting:
-            for future in futures:
-                future.cancel()
 
 
 def _read(request: Request, chosen: range) -> list[_Read]:
@@ -191,11 +185,9 @@ class _Pipeline:
             batch_size=largest, num_threads=loader.threads, device_id=gpu,
             prefetch_queue_depth=PREFETCH, exec_dynamic=True,
         )  # fmt: skip
+        look = (gpu is not None, raw, loader.dtype, loader.mean, loader.std)
         with self.pipeline:
-            node = graph(
-                lambda: self.feed(), gpu is not None, raw, loader.dtype, loader.mean, loader.std
-            )
-            self.pipeline.set_outputs(node)
+            self.pipeline.set_outputs(graph(lambda: self.feed(), *look))
         self.pipeline.build()
 
     def run(self, feed: _Feed) -> Iterator[Tensor]:
@@ -224,13 +216,9 @@ class _Pipeline:
 
 
 def graph(
-    source: Callable[[], tuple[Any, ...]],
-    gpu: bool,
-    raw: bool,
-    dtype: torch.dtype,
-    mean: list[float],
-    std: list[float],
-) -> Any:
+    source: Callable[[], tuple[Any, ...]], gpu: bool, raw: bool, dtype: torch.dtype,
+    mean: list[float], std: list[float],
+) -> Any:  # fmt: skip
     """Define the graph from ``source`` (bytes and crops) to pixels, and return its output node.
 
     On a GPU the crops stay in host memory, where the decoder reads them to skip other pixels.
@@ -240,12 +228,9 @@ def graph(
     types: Any = import_module("nvidia.dali.types")
 
     content, anchor, shape, size, position, side, mirror = fn.external_source(
-        source=source,
-        num_outputs=7,
-        batch=True,
+        source=source, num_outputs=7, batch=True, ndim=[1, 1, 1, 1, 1, 0, 0],
         dtype=[types.UINT8, types.INT32, types.INT32,
                types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        ndim=[1, 1, 1, 1, 1, 0, 0],
     )  # fmt: skip
     images = fn.decoders.image_slice(
         content, anchor, shape, device="mixed" if gpu else "cpu", axis_names="HW",
