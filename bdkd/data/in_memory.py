@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from bdkd.config import DataConfig
-from bdkd.data.base import (
-    WHOLE,
-    Batch,
-    DataInfo,
-    Normalisation,
-    Shard,
-    Split,
-    epoch_order,
-    mix_seed,
-)
+from bdkd.data import base
+from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split
 from bdkd.data.digest import Digests
 from bdkd.errors import UsageError
 
@@ -137,22 +129,18 @@ class InMemory:
                 "most twice the shorter side"
             )
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
-        self.splits = {
-            split: Images(
-                images.pixels.contiguous(memory_format=torch.channels_last).to(device),
-                images.labels.to(device),
-            )
-            for split, images in splits.items()
-        }
+        self.splits: dict[Split, Images] = {}
+        for split, (pixels, labels) in splits.items():
+            pixels = pixels.contiguous(memory_format=torch.channels_last).to(device)
+            self.splits[split] = Images(pixels, labels.to(device))
         mean, std = pixel_statistics(splits["train"].pixels)
         std = std.clamp_min(scale / 255)
         self.mean, self.std = mean.float().to(device), std.float().to(device)  # (1, C, 1, 1)
-        normalisation = Normalisation(
-            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), float(scale)
-        )
+        means, deviations = (tuple(each.flatten().tolist()) for each in (mean, std))
         known = dict(digests or {})
         self.info = DataInfo(
-            source, classes, channels, (height, width), counts, normalisation,
+            source, classes, channels, (height, width), counts,
+            Normalisation(means, deviations, float(scale)),
             digests={split: digest.sha256 for split, digest in known.items()},
             files={split: digest.images for split, digest in known.items()},
         )  # fmt: skip
@@ -164,12 +152,12 @@ class InMemory:
     ) -> Iterator[Batch]:
         images = self.splits["train"]
         pixels = images.pixels.permute(0, 2, 3, 1)  # (N, H, W, C), no copy
-        order = epoch_order(self.seed, epoch, len(images.labels)).to(self.device)
+        order = base.epoch_order(self.seed, epoch, len(images.labels)).to(self.device)
         mine = shard.of_batch(batch_size)
         for position in range(start, len(order) - batch_size + 1, batch_size):
             chosen = order[position : position + batch_size][mine]
             # Each batch has a new generator, so that a resumed run draws the same numbers.
-            seed = mix_seed(self.seed, epoch, 1, position)
+            seed = base.mix_seed(self.seed, epoch, 1, position)
             generator = torch.Generator(self.device).manual_seed(seed)
             augmented = [
                 self._augmented(pixels, chosen, batch_size, mine, generator) for _ in range(views)

@@ -16,16 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdkd.data.decode import (
-    LARGEST,
-    PNG,
-    UndecodableError,
-    decode_rgb,
-    jpeg_frame,
-    open_image,
-    png_is_whole,
-    too_large,
-)
+from bdkd.data import decode
 from bdkd.data.imagenet.crops import Crop
 from bdkd.data.imagenet.index import Item
 from bdkd.data.imagenet.loader import Request, bad_image, decoded
@@ -65,8 +56,6 @@ class Dali:
                 for pixels in pipeline.run(fed):
                     images = pixels.permute(0, 3, 1, 2)  # channels-last, no copy
                     yield images if raw else images.to(self.dtype)
-            except RunError:
-                raise
             except RuntimeError as error:  # DALI's errors do not name the file
                 raise self._cause(fed, raw, error) from error
             finally:
@@ -146,26 +135,26 @@ def prepared(item: Item) -> tuple[bytes, int, int]:
     """
     content = item.read()
     try:
-        frame = jpeg_frame(content)
+        frame = decode.jpeg_frame(content)
         if frame is not None and frame[0] == 8 and frame[3] in (1, 3) and min(frame[1:3]):
             _, height, width, _ = frame
-            if height * width > LARGEST:
-                raise UndecodableError(too_large(height, width))
+            if height * width > decode.LARGEST:
+                raise decode.UndecodableError(decode.too_large(height, width))
             return content, height, width
         if _is_plain(content):
-            with open_image(content) as image:
+            with decode.open_image(content) as image:
                 return content, image.height, image.width
-        picture = decode_rgb(content)
+        picture = decode.decode_rgb(content)
         header = b"P6 %d %d 255\n" % picture.size
         return header + picture.tobytes(), picture.height, picture.width
-    except UndecodableError as error:
+    except decode.UndecodableError as error:
         raise bad_image(item, str(error)) from error
 
 
 def _is_plain(content: bytes) -> bool:
     """Return whether this is a PNG or WebP that DALI and Pillow decode to the same pixels."""
-    if content.startswith(PNG):
-        return content[24:25] != b"\x10" and png_is_whole(content)
+    if content.startswith(decode.PNG):
+        return content[24:25] != b"\x10" and decode.png_is_whole(content)
     return content[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
 

@@ -77,9 +77,8 @@ def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
 def neighbours(batch: Tensor) -> Tensor:
     """Return the batch ``(B, ...)`` with the two rows of each pair swapped; the last row of an odd
     batch stays in place."""
-    count = len(batch)
-    order = torch.arange(count, device=batch.device) ^ 1
-    return batch[order.clamp_max_(count - 1)]
+    order = torch.arange(len(batch), device=batch.device) ^ 1
+    return batch[order.clamp_max_(len(batch) - 1)]
 
 
 def erasing_boxes(probability: float, drawn: np.ndarray, side: int) -> np.ndarray:
