@@ -17,14 +17,10 @@ from bdkd.errors import UsageError
 __all__ = ["WHOLE", "Batch", "DataInfo", "DataSource", "Shard", "Split", "create_source"]
 
 SOURCES: dict[str, Callable[..., DataSource]] = {
-    "digits": digits.load,
-    "cifar10": cifar.load,
-    "cifar100": cifar.load,
-    "tiny-imagenet": tiny_imagenet.load,
-    "folder": folder.load,
-    "imagenet": imagenet.load,
+    "digits": digits.load, "cifar10": cifar.load, "cifar100": cifar.load,
+    "tiny-imagenet": tiny_imagenet.load, "folder": folder.load, "imagenet": imagenet.load,
     "synthetic": synthetic.load,
-}
+}  # fmt: skip
 
 # Options of the source imagenet only.
 IMAGENET_OPTIONS = (
@@ -34,12 +30,9 @@ IMAGENET_OPTIONS = (
 
 
 def create_source(
-    config: DataConfig,
-    seed: int,
-    device: torch.device,
-    memory_format: torch.memory_format,
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format,
     dtype: torch.dtype = torch.float32,
-) -> DataSource:
+) -> DataSource:  # fmt: skip
     """Create the data source that the configuration names.
 
     Args:

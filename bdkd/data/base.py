@@ -81,11 +81,9 @@ class DataInfo:
     def identity(self) -> dict[str, Any]:
         """Return the identity of the data set as plain values; see :mod:`bdkd.identity`."""
         return {
-            "source": self.source,
-            "classes": list(self.classes),
-            "images": dict(self.files),
-            "digests": dict(self.digests),
-        }
+            "source": self.source, "classes": list(self.classes),
+            "images": dict(self.files), "digests": dict(self.digests),
+        }  # fmt: skip
 
 
 class DataSource(Protocol):
@@ -105,14 +103,12 @@ class DataSource(Protocol):
             batch_size: number of images of all ranks.
             views: number of augmentations of each image.
         """
-        ...
 
     def eval_batches(self, split: Split, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
         """Yield the shard's images of a split once, in a fixed order and without augmentation.
 
         The last batch may have fewer than ``batch_size`` images.
         """
-        ...
 
 
 def mix_seed(*numbers: int) -> int:

@@ -53,12 +53,10 @@ def load(
     contents = _contents(layout, required_root(config, layout.source))
     names = contents[layout.meta].get(layout.names)
     if not isinstance(names, list) or len(names) < 2:
-        raise RunError(_wrong(layout, layout.meta, f"no list {layout.names!r}"))
+        raise _wrong(layout, layout.meta, f"no list {layout.names!r}")
     classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names)
     parts = [_images(layout, contents, name, len(classes)) for name in layout.train]
-    training = Images(
-        torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
-    )
+    training = Images(*map(torch.cat, zip(*parts, strict=True)))
     test = _images(layout, contents, layout.test, len(classes))
     return InMemory(
         layout.source, make_splits(config, training, test, 255), classes, config, scale=255,
@@ -104,15 +102,14 @@ class _Bounded(gzip.GzipFile):
 
 def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Read the wanted files in archive order: seeking back would decompress everything again."""
-    found = {}
+    found, where = {}, where_to_get(layout.source, path.parent)
     try:
         with _Bounded(path, "rb") as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
             for member in tar:
                 if member.size > LARGEST_FILE:
                     raise RunError(
                         f"{path} is refused: {member.name} unpacks to {member.size:,} bytes, and "
-                        f"no file of {layout.source} has more than {LARGEST_FILE:,}; "
-                        f"{where_to_get(layout.source, path.parent)}"
+                        f"no file of {layout.source} has more than {LARGEST_FILE:,}; {where}"
                     )
                 name = PurePosixPath(member.name).name
                 stream = tar.extractfile(member) if name in wanted else None  # None: not a file
@@ -120,15 +117,9 @@ def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[s
                     content = io.BytesIO(stream.read())  # raises here if the archive is truncated
                     found[name] = plain_pickle.load(content, f"{path}:{member.name}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise RunError(
-            f"{path} is damaged or incomplete ({error}): remove it; "
-            f"{where_to_get(layout.source, path.parent)}"
-        ) from error
+        raise RunError(f"{path} is damaged or incomplete ({error}): remove it; {where}") from error
     if missing := [name for name in wanted if name not in found]:
-        raise RunError(
-            f"{path} is not the archive of {layout.source}: it lacks {missing}; "
-            f"{where_to_get(layout.source, path.parent)}"
-        )
+        raise RunError(f"{path} is not the archive of {layout.source}: it lacks {missing}; {where}")
     return found
 
 
@@ -136,21 +127,18 @@ def _images(layout: Layout, contents: dict[str, dict[str, Any]], name: str, clas
     """Return the images of one file: rows of 3,072 bytes, the red, green and blue plane."""
     pixels, labels = contents[name].get("data"), contents[name].get(layout.labels)
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
-        raise RunError(_wrong(layout, name, f"no rows of {3 * SIDE**2} bytes 'data'"))
+        raise _wrong(layout, name, f"no rows of {3 * SIDE**2} bytes 'data'")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(
         isinstance(label, int) and 0 <= label < classes for label in labels
     ):  # fmt: skip
-        raise RunError(
-            _wrong(layout, name, f"no list {layout.labels!r} of a class 0..{classes - 1} an image")
-        )
-    return Images(
-        torch.from_numpy(pixels.copy()).view(-1, 3, SIDE, SIDE),
-        torch.tensor(labels, dtype=torch.int64),
-    )
+        content = f"no list {layout.labels!r} of a class 0..{classes - 1} an image"
+        raise _wrong(layout, name, content)
+    planes = torch.from_numpy(pixels.copy()).view(-1, 3, SIDE, SIDE)
+    return Images(planes, torch.tensor(labels, dtype=torch.int64))
 
 
-def _wrong(layout: Layout, name: str, what: str) -> str:
-    return (
+def _wrong(layout: Layout, name: str, what: str) -> RunError:
+    return RunError(
         f"the file {name} of {layout.source} holds {what}: it is not the original; "
         f"{where_to_get(layout.source)}"
     )

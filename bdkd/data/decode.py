@@ -4,8 +4,9 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,20 @@ def require_pillow() -> None:
         raise RunError("image files need Pillow: pip install 'bdkd[imagenet]'") from error
 
 
+@contextmanager
+def _errors_of_pillow() -> Iterator[None]:
+    """Turn the many kinds of errors that Pillow's plug-ins raise for damaged files (struct.error,
+    KeyError, ...) into ``UndecodableError``."""
+    try:
+        yield
+    except (MemoryError, UndecodableError):
+        raise
+    except Exception as error:
+        # Remove the address in "cannot identify image file <_io.BytesIO object at 0x...>".
+        reason = " ".join(str(error).split(" <_io")[0].split()) or type(error).__name__
+        raise UndecodableError(reason) from error
+
+
 def open_image(content: bytes) -> "Image.Image":
     """Open an encoded image of at most ``LARGEST`` pixels, or raise ``UndecodableError``."""
     from PIL import Image
@@ -47,12 +62,8 @@ def open_image(content: bytes) -> "Image.Image":
     if content.startswith(PNG):
         png_is_whole(content)
     Image.init()
-    try:
+    with _errors_of_pillow():
         image = Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN])
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _undecodable(error) from error
     if image.width * image.height > LARGEST:
         raise UndecodableError(too_large(image.height, image.width))
     return image
@@ -60,17 +71,9 @@ def open_image(content: bytes) -> "Image.Image":
 
 def decode_rgb(content: bytes) -> "Image.Image":
     """Decode a complete image and return it in RGB, or raise ``UndecodableError``."""
-    image = open_image(content)
-    try:
+    with closing(open_image(content)) as image, _errors_of_pillow():
         image.load()
         return to_rgb(image)
-    except (MemoryError, UndecodableError):
-        raise
-    # Pillow's plug-ins raise many kinds of errors for damaged files (struct.error, KeyError, ...).
-    except Exception as error:
-        raise _undecodable(error) from error
-    finally:
-        image.close()
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
@@ -126,12 +129,6 @@ def too_large(height: int, width: int) -> str:
     return f"it has {width}x{height} pixels, more than the limit of {LARGEST:,}"
 
 
-def _undecodable(error: Exception) -> UndecodableError:
-    # Remove the address in "cannot identify image file <_io.BytesIO object at 0x...>".
-    reason = " ".join(str(error).split(" <_io")[0].split()) or type(error).__name__
-    return UndecodableError(reason)
-
-
 def jpeg_frame(content: bytes) -> tuple[int, int, int, int] | None:
     """Return (bits, height, width, components) from the header of a JPEG, or None if the header is
     damaged. This takes a tenth of the time of ``Image.open``."""
@@ -168,10 +165,8 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
         try:
             image = decode_rgb(path.read_bytes())
         except (OSError, UndecodableError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(
-                f"cannot read the image {path}: {reason}; replace or remove it"
-            ) from error
+            reason = f"{getattr(error, 'strerror', None) or error}; replace or remove it"
+            raise RunError(f"cannot read the image {path}: {reason}") from error
         if image.size != (size, size):
             image = image.resize((size, size))
         pixels[index] = np.asarray(image)

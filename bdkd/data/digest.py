@@ -46,12 +46,9 @@ def digest_text(definition: str, images: int) -> Digest:
 
 
 def digest_names(
-    classes: Sequence[str],
-    labels: np.ndarray,
-    containers: Sequence[str],
-    container: np.ndarray,
+    classes: Sequence[str], labels: np.ndarray, containers: Sequence[str], container: np.ndarray,
     names: Iterable[bytes],
-) -> Digest:
+) -> Digest:  # fmt: skip
     """Return the digest of the sorted list of (class name, container, image name).
 
     Args:

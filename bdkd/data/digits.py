@@ -28,13 +28,10 @@ def load(
             "the data source 'digits' needs scikit-learn: pip install 'bdkd[train]'"
         ) from error
     data = load_digits()
-    training, test = (
-        Images(
-            torch.from_numpy(data.images[index]).to(torch.uint8)[:, None],
-            torch.from_numpy(data.target[index]).to(torch.int64),
-        )
-        for index in stratified_split(data.target, TEST_SHARE, SPLIT_SEED)
-    )
+    pixels = torch.from_numpy(data.images).to(torch.uint8)[:, None]
+    labels = torch.from_numpy(data.target).to(torch.int64)
+    halves = stratified_split(data.target, TEST_SHARE, SPLIT_SEED)
+    training, test = (Images(pixels[indices], labels[indices]) for indices in halves)
     return InMemory(
         "digits", make_splits(config, training, test, LARGEST_PIXEL),
         tuple(str(name) for name in data.target_names), config, scale=LARGEST_PIXEL, seed=seed,

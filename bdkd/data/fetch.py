@@ -18,7 +18,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
@@ -100,7 +100,6 @@ def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Pa
     try:
         to.mkdir(parents=True, exist_ok=True)
         if not packed.exists():
-            _check_space(to, archive)
             _download(archive, packed)
         _unpack(archive, packed, folder)
         packed.unlink()
@@ -112,17 +111,14 @@ def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Pa
     return folder
 
 
-def _check_space(to: Path, archive: Archive) -> None:
-    free, needed = shutil.disk_usage(to).free, archive.size + archive.unpacked
-    if free < needed:
-        raise RunError(
-            f"{to} has {free / 1e9:.2f} GB free, and {archive.file} with its unpacked files needs "
-            f"{needed / 1e9:.2f} GB: make room, or pass another folder with --to"
-        )
-
-
 def _download(archive: Archive, packed: Path) -> None:
     """Start or continue a download. The file gets its final name after it is verified."""
+    free, needed = shutil.disk_usage(packed.parent).free, archive.size + archive.unpacked
+    if free < needed:
+        raise RunError(
+            f"{packed.parent} has {free / 1e9:.2f} GB free, and {archive.file} with its unpacked "
+            f"files needs {needed / 1e9:.2f} GB: make room, or pass another folder with --to"
+        )
     part = packed.with_name(packed.name + ".part")
     with open(part, "ab") as file:
         try:
@@ -174,27 +170,22 @@ def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
             total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.file,
             disable=not sys.stderr.isatty(), dynamic_ncols=True,
         ) as bar:  # fmt: skip
-            while have <= archive.size and (content := _received(response, archive, have)):
+            failure = "the host closed the connection"
+            while have <= archive.size:
+                try:
+                    content = response.read(CHUNK)
+                except (OSError, HTTPException) as error:
+                    content, failure = b"", str(error)
+                if not content:
+                    break
                 file.write(content)
                 have += len(content)
                 bar.update(len(content))
     if have < archive.size:
-        raise RunError(_broke_off(archive, have, "the host closed the connection"))
-
-
-def _received(response: HTTPResponse, archive: Archive, have: int) -> bytes:
-    """Read from the network, and turn its errors into ``RunError``."""
-    try:
-        return response.read(CHUNK)
-    except (OSError, HTTPException) as error:
-        raise RunError(_broke_off(archive, have, str(error))) from error
-
-
-def _broke_off(archive: Archive, have: int, why: str) -> str:
-    return (
-        f"the download of {archive.file} broke off after {have:,} of {archive.size:,} bytes "
-        f"({why}): run it again to continue from there"
-    )
+        raise RunError(
+            f"the download of {archive.file} broke off after {have:,} of {archive.size:,} bytes "
+            f"({failure}): run it again to continue from there"
+        )
 
 
 def _sha256(path: Path) -> str:

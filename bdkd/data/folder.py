@@ -34,8 +34,7 @@ def load(
     size = config.image_size or 32
     train, held_out = _folder(root, "train"), _folder(root, "test", "val")
     classes = _classes(train)
-    unlike = set(classes).symmetric_difference(_classes(held_out))
-    if unlike:
+    if unlike := set(classes).symmetric_difference(_classes(held_out)):
         raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}")
     (training, train_digest), (test, test_digest) = (
         read_labelled(root, _labelled(folder, classes), classes, size)

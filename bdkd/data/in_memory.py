@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from bdkd.config import DataConfig
-from bdkd.data.base import (
-    WHOLE,
-    Batch,
-    DataInfo,
-    Normalisation,
-    Shard,
-    Split,
-    epoch_order,
-    mix_seed,
-)
+from bdkd.data import base
+from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split
 from bdkd.data.digest import Digests
 from bdkd.errors import UsageError
 
@@ -63,13 +55,13 @@ def draw(
     return Draws(offsets[0], offsets[1], mirrored, holes[0], holes[1])
 
 
-def crop_and_flip(
-    pixels: Tensor,  # (N, H, W, C), all images of the split
-    chosen: Tensor,  # (B,) indices of images
-    draws: Draws,
-    padding: str,
-) -> Tensor:
-    """Return the chosen images, cropped and flipped, ``(B, H, W, C)``, in one gather."""
+def crop_and_flip(pixels: Tensor, chosen: Tensor, draws: Draws, padding: str) -> Tensor:
+    """Gather the chosen images, cropped and flipped, ``(B, H, W, C)``.
+
+    Args:
+        pixels: ``(N, H, W, C)``, all images of the split.
+        chosen: ``(B,)``, indices of images.
+    """
     count, height, width, channels = pixels.shape
     rows = torch.arange(height, device=pixels.device) + draws.down[:, None]  # (B, H)
     columns = torch.arange(width, device=pixels.device) + draws.right[:, None]  # (B, W)
@@ -79,23 +71,17 @@ def crop_and_flip(
     # On a CPU, index_select takes a fifth of the time of indexing by three tensors.
     lines = chosen[:, None] * height + into(rows, height)  # (B, H)
     places = lines[:, :, None] * width + into(columns, width)[:, None]  # (B, H, W)
-    cropped = (
-        pixels.reshape(count * height * width, channels)
-        .index_select(0, places.flatten())
-        .view(*places.shape, channels)
-    )
+    flat = pixels.reshape(count * height * width, channels)
+    cropped = flat.index_select(0, places.flatten()).view(*places.shape, channels)
     if padding == "zero":
         inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None]
         cropped = cropped * inside[..., None]
     return cropped
 
 
-def cut_out(
-    images: Tensor,  # (B, C, H, W), their mean 0
-    draws: Draws,
-    size: int,
-) -> Tensor:
-    """Set a square of each image to the mean (DeVries and Taylor, 2017, arXiv 1708.04552)."""
+def cut_out(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """Set a square of each image (B, C, H, W) to 0, the mean (DeVries and Taylor, 2017, arXiv
+    1708.04552)."""
     _, _, height, width = images.shape
     rows = torch.arange(height, device=images.device) - draws.hole_top[:, None]  # (B, H)
     columns = torch.arange(width, device=images.device) - draws.hole_left[:, None]  # (B, W)
@@ -131,18 +117,10 @@ class InMemory:
     """
 
     def __init__(
-        self,
-        source: str,
-        splits: dict[Split, Images],
-        classes: tuple[str, ...],
-        config: DataConfig,
-        *,
-        scale: int,
-        seed: int,
-        device: torch.device,
-        memory_format: torch.memory_format,
-        digests: Digests | None = None,
-    ) -> None:
+        self, source: str, splits: dict[Split, Images], classes: tuple[str, ...],
+        config: DataConfig, *, scale: int, seed: int, device: torch.device,
+        memory_format: torch.memory_format, digests: Digests | None = None,
+    ) -> None:  # fmt: skip
         _, channels, height, width = splits["train"].pixels.shape
         if config.crop >= min(height, width) or config.cutout > 2 * min(height, width):
             raise UsageError(
@@ -151,22 +129,18 @@ class InMemory:
                 "most twice the shorter side"
             )
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
-        self.splits = {
-            split: Images(
-                images.pixels.contiguous(memory_format=torch.channels_last).to(device),
-                images.labels.to(device),
-            )
-            for split, images in splits.items()
-        }
+        self.splits: dict[Split, Images] = {}
+        for split, (pixels, labels) in splits.items():
+            pixels = pixels.contiguous(memory_format=torch.channels_last).to(device)
+            self.splits[split] = Images(pixels, labels.to(device))
         mean, std = pixel_statistics(splits["train"].pixels)
         std = std.clamp_min(scale / 255)
         self.mean, self.std = mean.float().to(device), std.float().to(device)  # (1, C, 1, 1)
-        normalisation = Normalisation(
-            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), float(scale)
-        )
+        means, deviations = (tuple(each.flatten().tolist()) for each in (mean, std))
         known = dict(digests or {})
         self.info = DataInfo(
-            source, classes, channels, (height, width), counts, normalisation,
+            source, classes, channels, (height, width), counts,
+            Normalisation(means, deviations, float(scale)),
             digests={split: digest.sha256 for split, digest in known.items()},
             files={split: digest.images for split, digest in known.items()},
         )  # fmt: skip
@@ -178,12 +152,12 @@ class InMemory:
     ) -> Iterator[Batch]:
         images = self.splits["train"]
         pixels = images.pixels.permute(0, 2, 3, 1)  # (N, H, W, C), no copy
-        order = epoch_order(self.seed, epoch, len(images.labels)).to(self.device)
+        order = base.epoch_order(self.seed, epoch, len(images.labels)).to(self.device)
         mine = shard.of_batch(batch_size)
         for position in range(start, len(order) - batch_size + 1, batch_size):
             chosen = order[position : position + batch_size][mine]
             # Each batch has a new generator, so that a resumed run draws the same numbers.
-            seed = mix_seed(self.seed, epoch, 1, position)
+            seed = base.mix_seed(self.seed, epoch, 1, position)
             generator = torch.Generator(self.device).manual_seed(seed)
             augmented = [
                 self._augmented(pixels, chosen, batch_size, mine, generator) for _ in range(views)
@@ -199,13 +173,9 @@ class InMemory:
             yield Batch((self._normalise(pixels),), labels)
 
     def _augmented(
-        self,
-        pixels: Tensor,
-        chosen: Tensor,
-        batch_size: int,
-        mine: slice,
+        self, pixels: Tensor, chosen: Tensor, batch_size: int, mine: slice,
         generator: torch.Generator,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return a view (B, C, H, W) of the images ``chosen`` (B,) from ``pixels`` (N, H, W, C)."""
         height, width = self.info.image_size
         draws = draw(self.config, batch_size, height, width, generator).part(mine)

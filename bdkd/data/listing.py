@@ -18,9 +18,7 @@ from bdkd.errors import RunError
 from bdkd.text import read_text, text_lines
 
 # The suffixes of torchvision.datasets.ImageFolder.
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Common names of TFRecord files: "train-00000-of-01024" (the TPU scripts),
 # "imagenet2012-train.tfrecord-00000-of-01024" (TensorFlow Datasets), "train.tfrecord".
 RECORDS = re.compile(r"-\d+-of-\d+$|\.(tfrecords?|tfrec|records?)$", re.IGNORECASE)

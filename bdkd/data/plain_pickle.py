@@ -65,13 +65,12 @@ class _Unpickler(pickle.Unpickler):
         self.name = name
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return REPLACEMENTS[module, name]
-        except KeyError:
+        if (module, name) not in REPLACEMENTS:
             raise RunError(
                 f"{self.name} is refused: it asks for {module}.{name}, which no data set needs and "
                 "which could run any program; get the file from its original host"
-            ) from None
+            )
+        return REPLACEMENTS[module, name]
 
 
 def load(stream: IO[bytes], name: str) -> dict[str, Any]:

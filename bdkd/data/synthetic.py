@@ -11,8 +11,7 @@ from bdkd.data.digest import digest_text
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.data.splits import SPLIT_SEED, make_splits
 
-SIDE = 32
-CHANNELS = 3
+SIDE, CHANNELS = 32, 3
 COARSE = 4  # cells per side of a pattern
 PATTERN, NOISE = 24.0, 48.0  # standard deviations, of 255
 
@@ -34,21 +33,16 @@ def load(
     definition = f"synthetic {options.classes} {side}"
     return InMemory(
         "synthetic", make_splits(config, training, test, 255),
-        tuple(str(label) for label in range(options.classes)),
-        config, scale=255, seed=seed, device=device, memory_format=memory_format,
+        tuple(map(str, range(options.classes))), config, scale=255, seed=seed, device=device,
+        memory_format=memory_format,
         # Digests of pixels would differ between processors (see above).
-        digests={
-            "train": digest_text(definition, len(training.labels)),
-            "test": digest_text(definition, len(test.labels)),
-        },
+        digests={"train": digest_text(definition, options.images),
+                 "test": digest_text(definition, options.images // 5)},
     )  # fmt: skip
 
 
-def _images(
-    patterns: Tensor,  # (classes, C, H, W)
-    count: int,
-    generator: torch.Generator,
-) -> Images:
+def _images(patterns: Tensor, count: int, generator: torch.Generator) -> Images:
+    """Draw images of the classes in turn; the patterns are ``(classes, C, H, W)``."""
     labels = torch.arange(count) % len(patterns)
     pixels = torch.empty(count, *patterns.shape[1:], dtype=torch.uint8)
     for place, part in zip(pixels.split(1000), labels.split(1000), strict=True):

@@ -85,13 +85,11 @@ def create_timm(name: str, num_classes: int, in_channels: int, **options: object
     shown = f"timm:{name}"
     if not timm.is_model(name):
         raise _unknown(shown, name, timm.list_models())
-    pretrained = bool(options.pop("pretrained", False))
-    pretrained = pretrained and torch.get_default_device().type != "meta"
+    on_meta = torch.get_default_device().type == "meta"
+    pretrained = bool(options.pop("pretrained", False)) and not on_meta
     sizes = {"num_classes": num_classes, "in_chans": in_channels}
     try:
-        network: Any = _build(
-            shown, lambda: timm.create_model(name, pretrained, **sizes, **options)
-        )
+        network: Any = _build(shown, timm.create_model, name, pretrained, **sizes, **options)
     except OSError as error:  # no network, a full disk or a proxy error
         raise RunError(
             f"cannot download timm's weights for {name} ({_first_line(error)}): check the network, "
@@ -123,13 +121,11 @@ def create_torchvision(
     fixed: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):  # auxiliary classifiers make the output a tuple
         fixed |= {"aux_logits": False, "init_weights": True}
-    make = models.get_model_builder(name)
-    return TorchvisionNetwork(shown, _build(shown, lambda: make(**fixed, **options)))
+    network = _build(shown, models.get_model_builder(name), **fixed, **options)
+    return TorchvisionNetwork(shown, network)
 
 
-LIBRARIES: dict[str, Callable[..., nn.Module]] = {
-    "timm": create_timm, "torchvision": create_torchvision,
-}  # fmt: skip
+LIBRARIES = {"timm": create_timm, "torchvision": create_torchvision}
 
 
 def _import(library: str) -> ModuleType:
@@ -149,9 +145,9 @@ def _import(library: str) -> ModuleType:
         ) from error
 
 
-def _build(shown: str, build: Callable[[], nn.Module]) -> nn.Module:
+def _build(shown: str, build: Callable[..., nn.Module], /, *args: Any, **options: Any) -> nn.Module:
     try:
-        return build()
+        return build(*args, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # caused by options
         raise ValueError(f"{shown} cannot be built: {_first_line(error)}") from error
 

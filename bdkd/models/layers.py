@@ -6,23 +6,18 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, stride=stride, groups=groups, bias=False)
 
 
-def depthwise3x3(channels: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
-
-
 def conv_norm_act(convolution: nn.Conv2d, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Append a batch norm and an activation to a convolution."""
-    return nn.Sequential(
-        convolution, nn.BatchNorm2d(convolution.out_channels), activation(inplace=True)
-    )
+    norm = nn.BatchNorm2d(convolution.out_channels)
+    return nn.Sequential(convolution, norm, activation(inplace=True))
 
 
 def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -50,21 +45,15 @@ def divisible_by_8(channels: float) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
-def initialise(network: nn.Module) -> None:
+def initialise(network: nn.Module, small_classifier: bool = False) -> None:
     """Initialise convolutions with He's normal initialisation over the fan-out (arXiv 1502.01852)
-    and zero biases. Norms and classifiers keep PyTorch's initialisation."""
+    and zero biases. Norms keep PyTorch's initialisation, and so do classifiers, unless
+    ``small_classifier`` initialises them with deviation 0.01, as VGG and MobileNet do."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def initialise_with_small_classifier(network: nn.Module) -> None:
-    """Call :func:`initialise`, and initialise classifiers with deviation 0.01, as VGG and
-    MobileNet do."""
-    initialise(network)
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
+        elif small_classifier and isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)

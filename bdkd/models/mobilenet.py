@@ -9,15 +9,7 @@ weights.
 
 from torch import Tensor, nn
 
-from .layers import (
-    conv1x1,
-    conv3x3,
-    conv_norm_act,
-    depthwise3x3,
-    divisible_by_8,
-    global_average,
-    initialise_with_small_classifier,
-)
+from .layers import conv1x1, conv3x3, conv_norm_act, divisible_by_8, global_average, initialise
 from .registry import check_dropout, check_number, check_width, register
 
 # MobileNetV1: output channels and stride of each of the thirteen blocks
@@ -40,12 +32,12 @@ class MobileNetV1(nn.Module):
         self.blocks = nn.Sequential()
         for channels, stride in _BLOCKS:
             after = divisible_by_8(channels * width)
-            depthwise = conv_norm_act(depthwise3x3(before, stride))
+            depthwise = conv_norm_act(conv3x3(before, before, stride, groups=before))
             self.blocks.append(nn.Sequential(depthwise, conv_norm_act(conv1x1(before, after))))
             before = after
         self.num_features = before
         self.classifier = nn.Linear(before, num_classes)
-        initialise_with_small_classifier(self)
+        initialise(self, small_classifier=True)
 
     def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
         return global_average(self.blocks(self.stem(x)))
@@ -66,20 +58,16 @@ class InvertedResidual(nn.Module):
     If input and output have the same shape, the input is added."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        hidden: int | None,
+        self, in_channels: int, out_channels: int, stride: int, hidden: int | None,
         activation: type[nn.Module],
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.residual = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential()
         if hidden is not None:
             self.conv.append(conv_norm_act(conv1x1(in_channels, hidden), activation))
         inner = hidden or in_channels
-        self.conv.append(conv_norm_act(depthwise3x3(inner, stride), activation))
+        self.conv.append(conv_norm_act(conv3x3(inner, inner, stride, groups=inner), activation))
         self.conv.extend([conv1x1(inner, out_channels), nn.BatchNorm2d(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,20 +75,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``."""
+    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``. The widths
+    are those of the stem, the seven stages and the features; the strides those of the stages."""
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        *,
-        widths: tuple[int, ...],  # the stem, the seven stages, the features
-        strides: tuple[int, ...],  # of the seven stages
-        expansion: int,
-        expand_first: bool,
-        activation: type[nn.Module],
+        self, num_classes: int, in_channels: int, *, widths: tuple[int, ...],
+        strides: tuple[int, ...], expansion: int, expand_first: bool, activation: type[nn.Module],
         dropout: float = 0.0,
-    ):
+    ):  # fmt: skip
         super().__init__()
         before, *stages, self.num_features = widths
         self.features = nn.Sequential(conv_norm_act(conv3x3(in_channels, before, 2), activation))
@@ -111,10 +93,9 @@ class MobileNetV2(nn.Module):
                 self.features.append(InvertedResidual(before, after, stride, hidden, activation))
                 before = after
         self.features.append(conv_norm_act(conv1x1(before, self.num_features), activation))
-        self.classifier = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(self.num_features, num_classes)
-        )
-        initialise_with_small_classifier(self)
+        linear = nn.Linear(self.num_features, num_classes)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
+        initialise(self, small_classifier=True)
 
     def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
         return global_average(self.features(x))

@@ -27,11 +27,8 @@ class _Entry:
 
     @property
     def options(self) -> list[str]:
-        return [
-            name
-            for name, parameter in inspect.signature(self.build).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in self.fixed
-        ]
+        takes = inspect.signature(self.build).parameters.values()
+        return [p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in self.fixed]
 
 
 _IMAGENET = "imagenet_"
@@ -119,25 +116,18 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
     if colon and library.lower() in LIBRARIES:
         return LIBRARIES[library.lower()](library_name, num_classes, in_channels, **options)
     known = name.lower().replace("-", "_")
-    entry = _find(known)
+    entry = _named.get(known)
+    for pattern, build in _patterns:
+        if entry is None and (match := pattern.fullmatch(known)):
+            entry = _Entry(build, {key: int(value) for key, value in match.groupdict().items()})
     if entry is None:
         raise ValueError(
             f"there is no model named {name!r}; the nearest name is {_nearest(known)!r}"
         )
-    unknown = next((option for option in options if option not in entry.options), None)
-    if unknown is not None:
+    if unknown := [option for option in options if option not in entry.options]:
         takes = ", ".join(entry.options) or "no option"
-        raise ValueError(f"model {known!r} has no option {unknown!r}; it takes {takes}")
+        raise ValueError(f"model {known!r} has no option {unknown[0]!r}; it takes {takes}")
     return entry.build(num_classes, in_channels, **entry.fixed, **options)
-
-
-def _find(name: str) -> _Entry | None:
-    if name in _named:
-        return _named[name]
-    for pattern, build in _patterns:
-        if match := pattern.fullmatch(name):
-            return _Entry(build, {key: int(value) for key, value in match.groupdict().items()})
-    return None
 
 
 def _nearest(name: str) -> str:

@@ -34,8 +34,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -55,8 +54,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x), inplace=True)
 
 
 class ResNetCIFAR(nn.Module):
@@ -75,18 +73,15 @@ class ResNetCIFAR(nn.Module):
         initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
-        x = F.relu(self.bn(self.conv(x)), inplace=True)
-        return global_average(self.stages(x))
+        return global_average(self.stages(F.relu(self.bn(self.conv(x)), inplace=True)))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, num_classes)
         return self.classifier(self.forward_features(x))
 
 
 @register(
-    {
-        **{f"resnet{n}": {"depth": n, "widths": _NARROW} for n in (8, 14, 20, 32, 44, 56, 110)},
-        **{f"resnet{n}x4": {"depth": n, "widths": _WIDE} for n in (8, 32)},
-    }
+    {f"resnet{n}": {"depth": n, "widths": _NARROW} for n in (8, 14, 20, 32, 44, 56, 110)}
+    | {f"resnet{n}x4": {"depth": n, "widths": _WIDE} for n in (8, 32)}
 )
 def resnet_cifar(
     num_classes: int, in_channels: int, *, depth: int, widths: tuple[int, ...], width: float = 1.0
@@ -104,11 +99,8 @@ class ResNet(nn.Module):
         super().__init__()
         block, expansion = (Bottleneck, 4) if depth >= 50 else (BasicBlock, 1)
         self.num_features = 512 * expansion
-        self.conv1 = (
-            nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-            if imagenet
-            else conv3x3(in_channels, 64)
-        )
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, 64, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
         stages, before = [], 64
@@ -129,19 +121,13 @@ class ResNet(nn.Module):
 
 
 @register(
-    {
-        **{f"resnet{n}": {"depth": n, "imagenet": False} for n in _BLOCKS},
-        **{f"imagenet_resnet{n}": {"depth": n, "imagenet": True} for n in _BLOCKS},
-    }
+    {f"resnet{n}": {"depth": n, "imagenet": False} for n in _BLOCKS}
+    | {f"imagenet_resnet{n}": {"depth": n, "imagenet": True} for n in _BLOCKS}
 )
 def resnet(
-    num_classes: int,
-    in_channels: int,
-    *,
-    depth: int,
-    imagenet: bool,
+    num_classes: int, in_channels: int, *, depth: int, imagenet: bool,
     zero_init_residual: bool = False,
-) -> ResNet:
+) -> ResNet:  # fmt: skip
     """Build a network with four stages.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import conv1x1, conv3x3, conv_norm_act, depthwise3x3, global_average, stage
+from .layers import conv1x1, conv3x3, conv_norm_act, global_average, stage
 from .registry import register
 
 _STEM, _REPEATS = 24, (4, 8, 4)
@@ -42,7 +42,7 @@ class UnitV1(nn.Module):
         self.groups = 1 if in_channels == _STEM else _GROUPS
         self.conv1 = conv1x1(in_channels, inner, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = depthwise3x3(inner, stride)
+        self.conv2 = conv3x3(inner, inner, stride, groups=inner)
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = conv1x1(inner, branch, groups=_GROUPS)
         self.bn3 = nn.BatchNorm2d(branch)
@@ -92,11 +92,12 @@ class UnitV2(nn.Module):
         half = out_channels // 2
         self.branch1 = nn.Sequential()
         if stride == 2:
-            self.branch1.extend([depthwise3x3(in_channels, 2), nn.BatchNorm2d(in_channels)])
+            self.branch1.append(conv3x3(in_channels, in_channels, 2, groups=in_channels))
+            self.branch1.append(nn.BatchNorm2d(in_channels))
             self.branch1.extend(conv_norm_act(conv1x1(in_channels, half)))
         self.branch2 = nn.Sequential(
             *conv_norm_act(conv1x1(in_channels if stride == 2 else half, half)),
-            depthwise3x3(half, stride),
+            conv3x3(half, half, stride, groups=half),
             nn.BatchNorm2d(half),
             *conv_norm_act(conv1x1(half, half)),
         )

@@ -7,7 +7,7 @@ of three linear layers. vgg8 has one convolution per stage.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import global_average, initialise_with_small_classifier
+from .layers import global_average, initialise
 from .registry import register
 
 _WIDTHS = (64, 128, 256, 512, 512)
@@ -29,15 +29,13 @@ class VGG(nn.Module):
         for after, count in zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True):
             stage = nn.Sequential()
             for _ in range(count):
-                # The bias is redundant before a norm, but the literature's parameter counts
-                # include it.
-                stage.append(nn.Conv2d(before, after, 3, padding=1))
-                stage.append(nn.BatchNorm2d(after))
-                stage.append(nn.ReLU(inplace=True))
+                # The bias is redundant before a norm, but the literature counts its parameters.
+                convolution = nn.Conv2d(before, after, 3, padding=1)
+                stage.extend([convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)])
                 before = after
             self.stages.append(stage)
         self.classifier = nn.Linear(self.num_features, num_classes)
-        initialise_with_small_classifier(self)
+        initialise(self, small_classifier=True)
 
     def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)
         height, width = x.shape[-2:]

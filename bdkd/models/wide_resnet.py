@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .layers import conv1x1, conv3x3, global_average, initialise, stage
 from .registry import check_dropout, register
 
+# Depth and width
+_LISTED = ((16, 1), (16, 2), (16, 4), (16, 6), (16, 8), (16, 10), (40, 1), (40, 2), (28, 10))
+
 
 class PreActivationBlock(nn.Module):
     """Two 3x3 convolutions, each after a norm and an activation, with a shortcut. A projection (if
@@ -24,11 +27,8 @@ class PreActivationBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.dropout = dropout
-        self.projection = (
-            None
-            if stride == 1 and in_channels == out_channels
-            else conv1x1(in_channels, out_channels, stride)
-        )
+        same = stride == 1 and in_channels == out_channels
+        self.projection = None if same else conv1x1(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)
@@ -65,13 +65,7 @@ class WideResNet(nn.Module):
 
 
 @register(
-    {
-        f"wrn_{depth}_{width}": {"depth": depth, "width": width}
-        for depth, width in (
-            *((16, width) for width in (1, 2, 4, 6, 8, 10)),
-            *((40, 1), (40, 2), (28, 10)),
-        )
-    },
+    {f"wrn_{depth}_{width}": {"depth": depth, "width": width} for depth, width in _LISTED},
     pattern=r"wrn_(?P<depth>\d+)_(?P<width>\d+)",
 )
 def wide_resnet(

@@ -31,12 +31,9 @@ UNSUPPORTED = {"crop": 0, "crop_padding": "zero", "cutout": 0, "pixel_noise": 0.
 
 
 def load(
-    config: DataConfig,
-    seed: int,
-    device: torch.device,
-    memory_format: torch.memory_format,
+    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format,
     dtype: torch.dtype = torch.float32,
-) -> ImageNet:
+) -> ImageNet:  # fmt: skip
     """Load the data set at ``data.root`` in ``data.format``. ``val`` is the test split.
 
     Raises:
@@ -64,19 +61,18 @@ def load(
         kind = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "pillow"
     workers = processors() if config.workers is None else config.workers
     make_loader = partial(Dali if kind == "dali" else Pillow, workers)
+    inner, labels, validation = split_training(training.labels, config)
+    train = training.take(inner, labels.numpy())
+    splits: dict[Split, Index] = {"train": train, "val": training.take(validation), "test": test}
     return ImageNet(
-        _splits(config, training, test), found.classes, config, make_loader,
+        splits, found.classes, config, make_loader,
         seed=seed, device=device, memory_format=memory_format, dtype=dtype,
         digests={"train": training.digest(found.classes), "test": test.digest(found.classes)},
     )  # fmt: skip
 
 
 def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index, Index]:
-    """Remove the images that a list names, and print how many lines match no image.
-
-    Raises:
-        UsageError: no line matches an image.
-    """
+    """Remove the images that a list names, and print how many lines match no image."""
     lines = read_exclusions(Path(listed).expanduser())
     wanted = {spelling for line in lines for spelling in spellings(line)}
     if not wanted:
@@ -100,12 +96,3 @@ def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index,
             file=sys.stderr,
         )
     return remaining[0], remaining[1]
-
-
-def _splits(config: DataConfig, training: Index, test: Index) -> dict[Split, Index]:
-    inner, labels, validation = split_training(training.labels, config)
-    return {
-        "train": training.take(inner, labels.numpy()),
-        "val": training.take(validation),
-        "test": test,
-    }

@@ -9,9 +9,9 @@ import mmap
 import os
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,18 +48,16 @@ def index_archives(kind: str, root: Path, archives: list[Path], fresh: bool = Fa
     Raises:
         RunError: an archive is damaged, an image has no valid label, or google-crc32c is missing.
     """
-    images_of = _images_of_tar if kind == "tar" else _images_of_tfrecord
-    return cached_index(kind, root, archives, lambda: _index(root, archives, images_of), fresh)
+    return cached_index(kind, root, archives, lambda: _index(kind, root, archives), fresh)
 
 
 def damaged_records(path: Path) -> dict[str, str]:
     """Return a message for each record whose data do not match their checksum, by record number."""
-    with _records(path) as records:
-        return {
-            str(number): "the record's checksum does not fit its data: fetch the file again"
-            for number, content, start, end in records
-            if masked_crc32c(content[start:end]) != _uint32(content, end)
-        }
+    return {
+        str(number): "the record's checksum does not fit its data: fetch the file again"
+        for number, content, start, end in _records(path)
+        if masked_crc32c(content[start:end]) != int.from_bytes(content[end : end + 4], "little")
+    }
 
 
 def masked_crc32c(content: bytes) -> int:
@@ -75,9 +73,8 @@ def masked_crc32c(content: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _index(
-    root: Path, archives: list[Path], images_of: Callable[[Path], Iterator[ArchivedImage]]
-) -> Index:
+def _index(kind: str, root: Path, archives: list[Path]) -> Index:
+    images_of = _images_of_tar if kind == "tar" else _images_of_tfrecord
     # Threads, because most of the time is spent waiting for headers on network storage.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda path: list(images_of(path)), archives))
@@ -137,54 +134,45 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
 
 
 def _images_of_tfrecord(path: Path) -> Iterator[ArchivedImage]:
-    with _records(path) as records:
-        for number, content, start, end in records:
-            try:
-                encoded, label = _image_and_label(content, start, end)
-            except (KeyError, ValueError, IndexError, StopIteration) as error:
-                raise RunError(
-                    f"{path}, record {number}: no Example with image/encoded and "
-                    f"image/class/label ({str(error) or 'one is empty'})"
-                ) from error
-            yield ArchivedImage(str(number), encoded[0], encoded[1] - encoded[0], label)
+    for number, content, start, end in _records(path):
+        try:
+            encoded, label = _image_and_label(content, start, end)
+        except (KeyError, ValueError, IndexError, StopIteration) as error:
+            raise RunError(
+                f"{path}, record {number}: no Example with image/encoded and image/class/label "
+                f"({str(error) or 'one is empty'})"
+            ) from error
+        yield ArchivedImage(str(number), encoded[0], encoded[1] - encoded[0], label)
 
 
-@contextmanager
-def _records(path: Path) -> Iterator[Iterator[tuple[int, mmap.mmap, int, int]]]:
+def _records(path: Path) -> Iterator[tuple[int, mmap.mmap, int, int]]:
     """Iterate over (record number, file content, start and end of the record's data)."""
     if path.stat().st_size == 0:  # an empty file cannot be mapped
-        yield iter(())
         return
     try:
         file = path.open("rb")
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
     with file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        yield _frames(path, content)
-
-
-def _frames(path: Path, content: mmap.mmap) -> Iterator[tuple[int, mmap.mmap, int, int]]:
-    position = number = 0
-    while position < len(content):
-        header = content[position : position + 12]
-        if len(header) == 12 and masked_crc32c(header[:8]) != _uint32(header, 8):
-            raise RunError(
-                f"{path}, record {number}: the checksum of its length does not fit; the file "
-                "is damaged or is no TFRecord: fetch it again"
-            )
-        start = position + 12
-        end = start + struct.unpack("<Q", header[:8])[0] if len(header) == 12 else len(content)
-        position = end + 4
-        if position > len(content):
-            raise RunError(
-                f"{path} is no complete TFRecord file (record {number} is cut): fetch it again"
-            )
-        yield number, content, start, end
-        number += 1
-
-
-def _uint32(content: bytes | mmap.mmap, position: int) -> int:
-    return int.from_bytes(content[position : position + 4], "little")
+        position = number = 0
+        while position < len(content):
+            header = content[position : position + 12]
+            start, end = position + 12, len(content)
+            if len(header) == 12:
+                length, checksum = struct.unpack("<QI", header)
+                if masked_crc32c(header[:8]) != checksum:
+                    raise RunError(
+                        f"{path}, record {number}: the checksum of its length does not fit; the "
+                        "file is damaged or is no TFRecord: fetch it again"
+                    )
+                end = start + length
+            position = end + 4
+            if position > len(content):
+                raise RunError(
+                    f"{path} is no complete TFRecord file (record {number} is cut): fetch it again"
+                )
+            yield number, content, start, end
+            number += 1
 
 
 def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[int, int], int]:

@@ -29,10 +29,8 @@ class Report:
 
     classes: tuple[str, ...]
     counts: dict[str, np.ndarray]  # images per class, (classes,), by split
-    # Readable images by file format and mode (JPEG RGB, JPEG CMYK, ...)
-    kinds: Counter[str] = field(default_factory=Counter)
-    # Images that cannot be decoded: the identity for data.exclude, and the reason
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)  # readable images by format and mode
+    bad: list[tuple[str, str]] = field(default_factory=list)  # identity for data.exclude, reason
 
     @property
     def images(self) -> int:
@@ -58,10 +56,8 @@ def check(root: Path, format: str, workers: int | None = None) -> Report:
     found = find(root, format, fresh=True)
     splits = {"train": found.train, "val": found.val}
     classes = len(found.classes)
-    report = Report(
-        found.classes,
-        {name: np.bincount(index.labels, minlength=classes) for name, index in splits.items()},
-    )
+    counts = {name: np.bincount(i.labels, minlength=classes) for name, i in splits.items()}
+    report = Report(found.classes, counts)
     workers = workers or processors()
     with tqdm(
         total=report.images, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -81,9 +77,7 @@ def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, 
     chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
     waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
     damaged: dict[int, Future[dict[str, str]]] = {}  # by TFRecord file
-    pool = ProcessPoolExecutor(
-        workers, worker_context(), initializer=leave_signals_to_the_parent, initargs=(0,)
-    )
+    pool = ProcessPoolExecutor(workers, worker_context(), leave_signals_to_the_parent, (0,))
 
     def answers() -> Iterator[tuple[str, str, str]]:
         chunk, future = waiting.popleft()

@@ -16,16 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdkd.data.decode import (
-    LARGEST,
-    PNG,
-    UndecodableError,
-    decode_rgb,
-    jpeg_frame,
-    open_image,
-    png_is_whole,
-    too_large,
-)
+from bdkd.data import decode
 from bdkd.data.imagenet.crops import Crop
 from bdkd.data.imagenet.index import Item
 from bdkd.data.imagenet.loader import Request, bad_image, decoded
@@ -65,22 +56,19 @@ class Dali:
                 for pixels in pipeline.run(fed):
                     images = pixels.permute(0, 3, 1, 2)  # channels-last, no copy
                     yield images if raw else images.to(self.dtype)
-            except RunError:
-                raise
             except RuntimeError as error:  # DALI's errors do not name the file
                 raise self._cause(fed, raw, error) from error
             finally:
-                fed.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
         self.idle[largest, raw] = pipeline
 
     def _cause(self, fed: "_Feed", raw: bool, error: RuntimeError) -> RunError:
         """Return an error that names the first image that Pillow or DALI cannot decode."""
-        for request in fed.handed:
-            for item in request.items:
-                try:
-                    decoded(item)
-                except RunError as found:
-                    return found
+        for item in [item for request in fed.handed for item in request.items]:
+            try:
+                decoded(item)
+            except RunError as found:
+                return found
         single = _Pipeline(self, 1, raw)
         for request in fed.handed:
             for i, item in enumerate(request.items):
@@ -124,11 +112,6 @@ class _Feed:
         )  # fmt: skip
         return list(contents), *map(np.ascontiguousarray, numbers)
 
-    def cancel(self) -> None:
-        for _, futures in self.waiting:
-            for future in futures:
-                future.cancel()
-
 
 def _read(request: Request, chosen: range) -> list[_Read]:
     read = []
@@ -152,26 +135,26 @@ def prepared(item: Item) -> tuple[bytes, int, int]:
     """
     content = item.read()
     try:
-        frame = jpeg_frame(content)
+        frame = decode.jpeg_frame(content)
         if frame is not None and frame[0] == 8 and frame[3] in (1, 3) and min(frame[1:3]):
             _, height, width, _ = frame
-            if height * width > LARGEST:
-                raise UndecodableError(too_large(height, width))
+            if height * width > decode.LARGEST:
+                raise decode.UndecodableError(decode.too_large(height, width))
             return content, height, width
         if _is_plain(content):
-            with open_image(content) as image:
+            with decode.open_image(content) as image:
                 return content, image.height, image.width
-        picture = decode_rgb(content)
+        picture = decode.decode_rgb(content)
         header = b"P6 %d %d 255\n" % picture.size
         return header + picture.tobytes(), picture.height, picture.width
-    except UndecodableError as error:
+    except decode.UndecodableError as error:
         raise bad_image(item, str(error)) from error
 
 
 def _is_plain(content: bytes) -> bool:
     """Return whether this is a PNG or WebP that DALI and Pillow decode to the same pixels."""
-    if content.startswith(PNG):
-        return content[24:25] != b"\x10" and png_is_whole(content)
+    if content.startswith(decode.PNG):
+        return content[24:25] != b"\x10" and decode.png_is_whole(content)
     return content[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
 
@@ -191,11 +174,9 @@ class _Pipeline:
             batch_size=largest, num_threads=loader.threads, device_id=gpu,
             prefetch_queue_depth=PREFETCH, exec_dynamic=True,
         )  # fmt: skip
+        look = (gpu is not None, raw, loader.dtype, loader.mean, loader.std)
         with self.pipeline:
-            node = graph(
-                lambda: self.feed(), gpu is not None, raw, loader.dtype, loader.mean, loader.std
-            )
-            self.pipeline.set_outputs(node)
+            self.pipeline.set_outputs(graph(lambda: self.feed(), *look))
         self.pipeline.build()
 
     def run(self, feed: _Feed) -> Iterator[Tensor]:
@@ -224,13 +205,9 @@ class _Pipeline:
 
 
 def graph(
-    source: Callable[[], tuple[Any, ...]],
-    gpu: bool,
-    raw: bool,
-    dtype: torch.dtype,
-    mean: list[float],
-    std: list[float],
-) -> Any:
+    source: Callable[[], tuple[Any, ...]], gpu: bool, raw: bool, dtype: torch.dtype,
+    mean: list[float], std: list[float],
+) -> Any:  # fmt: skip
     """Define the graph from ``source`` (bytes and crops) to pixels, and return its output node.
 
     On a GPU the crops stay in host memory, where the decoder reads them to skip other pixels.
@@ -240,12 +217,9 @@ def graph(
     types: Any = import_module("nvidia.dali.types")
 
     content, anchor, shape, size, position, side, mirror = fn.external_source(
-        source=source,
-        num_outputs=7,
-        batch=True,
+        source=source, num_outputs=7, batch=True, ndim=[1, 1, 1, 1, 1, 0, 0],
         dtype=[types.UINT8, types.INT32, types.INT32,
                types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        ndim=[1, 1, 1, 1, 1, 0, 0],
     )  # fmt: skip
     images = fn.decoders.image_slice(
         content, anchor, shape, device="mixed" if gpu else "cpu", axis_names="HW",

@@ -91,10 +91,6 @@ class Index:
             sizes=None if self.sizes is None else self.sizes[chosen],
         )
 
-    def relabelled(self, offset: int) -> "Index":
-        """Return the same images with ``offset`` added to every label."""
-        return replace(self, labels=self.labels + offset)
-
     def find(self, identities: Container[str]) -> np.ndarray:
         """Return a mask of the images that are listed, ``(N,)`` bool."""
         return np.array([self.identity(i) in identities for i in range(len(self))], bool)

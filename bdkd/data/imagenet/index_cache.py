@@ -30,9 +30,11 @@ def cached_index(
         fresh: call ``make`` even if the cache is valid.
     """
     names = tuple(str(path.relative_to(root)) for path in archives)
-    file = _cache_file(kind, root, names)
-    if file is None:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # the user has no home directory
         return make()
+    key = os.fsencode("\0".join([kind, RULES, str(root.resolve()), *names]))
+    file = Path(cache, "bdkd", f"index-{hashlib.sha256(key).hexdigest()[:20]}.npz")
     # Stamps are taken before the headers are read: an archive that changes meanwhile is read again.
     # No tool can set ctime back.
     stats = [path.stat() for path in archives]
@@ -42,14 +44,6 @@ def cached_index(
     index = make()
     _save(file, index, stamps)
     return index
-
-
-def _cache_file(kind: str, root: Path, names: tuple[str, ...]) -> Path | None:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # the user has no home directory
-        return None
-    key = os.fsencode("\0".join([kind, RULES, str(root.resolve()), *names]))
-    return Path(cache, "bdkd", f"index-{hashlib.sha256(key).hexdigest()[:20]}.npz")
 
 
 def _load(file: Path, root: Path, names: tuple[str, ...], stamps: np.ndarray) -> Index | None:

@@ -4,21 +4,15 @@ ImageNet's test images have no public labels. As in the literature, ``val`` is t
 validation images are held out of ``train``.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bdkd.data import listing
 from bdkd.data.imagenet.archives import index_archives
 from bdkd.data.imagenet.index import Index, names_array
-from bdkd.data.listing import (
-    archive_files,
-    class_folders,
-    image_files,
-    is_hidden,
-    read_lines,
-    record_files,
-)
 from bdkd.errors import RunError
 
 SORT_VAL = (
@@ -68,31 +62,29 @@ def _folders(root: Path) -> Layout:
                 f"no folder {root / split}: data.root must hold train/<wnid>/*.JPEG and "
                 f"val/<wnid>/*.JPEG{_other_format(root)}"
             )
-    classes = class_folders(root / "train")
+    classes = listing.class_folders(root / "train")
     if len(classes) < 2:
         raise RunError(f"{root / 'train'} must hold a folder for each of at least 2 classes")
-    in_val = class_folders(root / "val")
+    in_val = listing.class_folders(root / "val")
     if not in_val:
         raise RunError(
             f"{root / 'val'} is flat: move its images into a folder for each class, "
             "val/<wnid>/*.JPEG. With the ground truth of Kaggle's archive (LOC_val_solution.csv), "
             f"in {root}: {SORT_VAL}"
         )
-    unknown = sorted(set(in_val) - set(classes))
-    if unknown:
+    if unknown := sorted(set(in_val) - set(classes)):
         raise RunError(
             f"{root / 'val'} holds classes that {root / 'train'} does not have: "
             f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
         )
-    return Layout(
-        classes, _scan(root, "train", classes, classes), _scan(root, "val", in_val, classes)
-    )
+    train, val = _scan(root, "train", classes, classes), _scan(root, "val", in_val, classes)
+    return Layout(classes, train, val)
 
 
 def _scan(root: Path, split: str, folders: tuple[str, ...], classes: tuple[str, ...]) -> Index:
     """Index every image file in the folders, sorted by name."""
     number = {name: label for label, name in enumerate(classes)}
-    found = [image_files(root / split / folder) for folder in folders]
+    found = [listing.image_files(root / split / folder) for folder in folders]
     container = np.repeat(np.arange(len(folders), dtype=np.int32), [len(names) for names in found])
     labels = np.asarray([number[folder] for folder in folders], np.int64)[container]
     containers = tuple(f"{split}/{folder}" for folder in folders)
@@ -109,7 +101,8 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
     lowest = min(train.labels.min(), val.labels.min())
     if kind == "tfrecord" and lowest == 1:
         # Common TFRecords of ImageNet number classes from 1 and reserve 0 for the background.
-        train, val, lowest = train.relabelled(-1), val.relabelled(-1), 0
+        train, val = (replace(index, labels=index.labels - 1) for index in (train, val))
+        lowest = 0
     if lowest < 0:
         raise RunError(f"the archives in {root} hold a negative label: write them again")
     count = int(max(train.labels.max(), val.labels.max())) + 1
@@ -121,7 +114,7 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
     listed = root / "classes.txt"
     if not listed.exists():
         return Layout(tuple(map(str, range(count))), train, val)
-    classes = tuple(line.strip() for line in read_lines(listed))
+    classes = tuple(line.strip() for line in listing.read_lines(listed))
     if "" in classes:
         raise RunError(f"{listed}, line {classes.index('') + 1} is empty: it must name a class")
     if len(classes) < count:
@@ -134,14 +127,15 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
 
 def _archives(root: Path, split: str, kind: str) -> list[Path]:
     """Return ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` also matches ``validation``."""
-    entries = [e for e in sorted(root.iterdir()) if split in e.name and not is_hidden(e.name)]
-    found = [file for folder in entries if folder.is_dir() for file in archive_files(folder)]
-    found += [file for file in entries if file.is_file() or not file.exists()]
-    tars = kind == "tar"
-    found = [f for f in found if f.suffix.lower() == ".tar"] if tars else record_files(found)
+    named = [path for path in sorted(root.iterdir()) if split in path.name]
+    entries = [path for path in named if not listing.is_hidden(path.name)]
+    found = [file for path in entries if path.is_dir() for file in listing.archive_files(path)]
+    found += [path for path in entries if path.is_file() or not path.exists()]
+    tars = [file for file in found if file.suffix.lower() == ".tar"]
+    found = tars if kind == "tar" else listing.record_files(found)
     if not found:
         raise RunError(
-            f"no archives {split}{'*.tar' * tars or '*'} in {root} or in {root}/{split}"
+            f"no archives {split}*{'.tar' if kind == 'tar' else ''} in {root} or in {root}/{split}"
             f"{_other_format(root)}"
         )
     for file in found:
@@ -155,7 +149,7 @@ def _archives(root: Path, split: str, kind: str) -> list[Path]:
 def _other_format(root: Path) -> str:
     """Return a hint for the end of an error message if the folder seems to have another format."""
     entries = {entry.name for folder in (root, root / "train") if folder.is_dir()
-               for entry in folder.iterdir() if not is_hidden(entry.name)}  # fmt: skip
+               for entry in folder.iterdir() if not listing.is_hidden(entry.name)}  # fmt: skip
     if any(name.endswith(".tar") for name in entries):
         return "; it holds tar files: shards of webdataset need data.format = webdataset"
     if any("-of-" in name or name.endswith(".tfrecord") for name in entries):

@@ -27,11 +27,10 @@ class Request(NamedTuple):
 
     def crop(self, i: int, height: int, width: int) -> Crop:
         """Return the crop of the ``i``-th image, which has this size."""
+        sizes = (height, width, self.side)
         if self.drawn is None:
-            return resize_and_center_crop(height, width, self.side)
-        return random_resized_crop(
-            height, width, self.side, self.drawn[i], self.smallest_crop, self.flip
-        )
+            return resize_and_center_crop(*sizes)
+        return random_resized_crop(*sizes, self.drawn[i], self.smallest_crop, self.flip)
 
 
 class Loader(Protocol):
@@ -49,7 +48,6 @@ class Loader(Protocol):
         Raises:
             RunError: an image cannot be decoded; the message names it.
         """
-        ...
 
 
 def decoded(item: Item) -> "Image.Image":

@@ -60,25 +60,16 @@ def draw_mix(
     return Mix(np.where(cut, 1 - pasted, share).astype(np.float32), cut, box)
 
 
-def mix_images(
-    images: Tensor,  # (B, C, H, W)
-    share: Tensor,  # (B,) float32
-    cut: Tensor,  # (B,) bool
-    box: Tensor,  # (B, 4)
-) -> Tensor:
-    """Return the images, each mixed with its neighbour."""
+def mix_images(images: Tensor, share: Tensor, cut: Tensor, box: Tensor) -> Tensor:
+    """Return the images ``(B, C, H, W)``, each mixed with its neighbour as :class:`Mix` says."""
     weight = share.view(-1, 1, 1, 1).to(images.dtype)
     outside = (~_inside(images, box)).to(images.dtype)[:, None]  # (B, 1, H, W)
     weight = torch.where(cut.view(-1, 1, 1, 1), outside, weight)
     return torch.lerp(neighbours(images), images, weight.expand_as(images))
 
 
-def mix_labels(
-    labels: Tensor,  # (B,)
-    share: Tensor,  # (B,)
-    classes: int,
-) -> Tensor:
-    """Return soft labels ``(B, classes)`` float32."""
+def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
+    """Return soft labels ``(B, classes)`` float32, given labels and shares ``(B,)``."""
     one_hot = F.one_hot(labels, classes).float()
     return torch.lerp(neighbours(one_hot), one_hot, share[:, None].expand_as(one_hot))
 
@@ -86,38 +77,31 @@ def mix_labels(
 def neighbours(batch: Tensor) -> Tensor:
     """Return the batch ``(B, ...)`` with the two rows of each pair swapped; the last row of an odd
     batch stays in place."""
-    count = len(batch)
-    order = torch.arange(count, device=batch.device) ^ 1
-    return batch[order.clamp_max_(count - 1)]
+    order = torch.arange(len(batch), device=batch.device) ^ 1
+    return batch[order.clamp_max_(len(batch) - 1)]
 
 
-def erasing_boxes(
-    probability: float,
-    drawn: np.ndarray,  # (B, NUM_ERASING_DRAWS) uniform numbers
-    side: int,
-) -> np.ndarray:
+def erasing_boxes(probability: float, drawn: np.ndarray, side: int) -> np.ndarray:
     """Return the rectangle to erase in each image, ``(B, 4)`` int64: top, left, bottom, right.
 
     The rectangle is empty for images that are not erased. The method is that of Zhong et al., 2020
     (arXiv 1708.04896), except that sides which do not fit are clipped instead of drawn again.
+
+    Args:
+        drawn: ``(B, NUM_ERASING_DRAWS)`` uniform numbers.
     """
-    chance, share, ratio, dweight, right = drawn.T
+    chance, share, ratio, down, right = drawn.T
     area = (AREA[0] + share * (AREA[1] - AREA[0])) * side**2
     aspect = np.exp(np.log(ASPECT[0]) + ratio * np.log(ASPECT[1] / ASPECT[0]))
     height = np.sqrt(area * aspect).round().clip(1, side) * (chance < probability)
     width = np.sqrt(area / aspect).round().clip(1, side)
-    top, left = (
-        (dweight * (side - height + 1)).astype(int),
-        (right * (side - width + 1)).astype(int),
-    )
+    top = (down * (side - height + 1)).astype(int)
+    left = (right * (side - width + 1)).astype(int)
     return np.stack((top, left, top + height, left + width), 1).astype(np.int64)
 
 
-def erase(
-    images: Tensor,  # (B, C, H, W), their mean 0
-    box: Tensor,  # (B, 4)
-) -> Tensor:
-    """Set a rectangle of each image to the mean."""
+def erase(images: Tensor, box: Tensor) -> Tensor:
+    """Set the box (B, 4) of each image (B, C, H, W) to 0, the mean."""
     return images.masked_fill(_inside(images, box)[:, None], 0.0)
 
 
@@ -127,5 +111,5 @@ def _inside(images: Tensor, box: Tensor) -> Tensor:
     top, left, bottom, right = box[:, :, None].unbind(1)  # (B, 1) each
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
-    dweight, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    return dweight[:, :, None] & across[:, None]
+    down, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return down[:, :, None] & across[:, None]

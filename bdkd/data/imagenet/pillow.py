@@ -38,10 +38,7 @@ class Pillow:
         self, requests: Iterator[Request], largest: int, raw: bool
     ) -> Generator[Tensor, None, None]:
         loader = DataLoader(
-            Decoder(),
-            sampler=requests,
-            batch_size=None,
-            num_workers=self.workers,
+            Decoder(), sampler=requests, batch_size=None, num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             worker_init_fn=leave_signals_to_the_parent if self.workers else None,
             multiprocessing_context=worker_context() if self.workers else None,
@@ -49,7 +46,7 @@ class Pillow:
             # Without a generator, the DataLoader draws the seed of its workers from the global
             # generator. A resumed epoch would draw once more, and dropout would differ.
             generator=torch.Generator(),
-        )
+        )  # fmt: skip
         try:
             for pixels in loader:
                 if isinstance(pixels, RunError):

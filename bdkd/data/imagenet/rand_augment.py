@@ -30,12 +30,9 @@ def draw_operations(drawn: np.ndarray, count: int) -> np.ndarray:
     return np.stack((choice, sign), -1)
 
 
-def rand_augment(
-    pixels: Tensor,  # (B, 3, H, W) float32 in [0, 255]
-    operations: np.ndarray,  # (B, count, 2), from draw_operations
-    magnitude: float,  # in [0, 10]
-) -> Tensor:
-    """Apply the operations in order and return new pixels in [0, 255]."""
+def rand_augment(pixels: Tensor, operations: np.ndarray, magnitude: float) -> Tensor:
+    """Apply operations from :func:`draw_operations` in order, with a magnitude in [0, 10], to
+    pixels ``(B, 3, H, W)`` float32 in [0, 255], and return new pixels."""
     pixels = pixels.clone()
     for choice, sign in operations.transpose(1, 2, 0):
         for number, operation in enumerate(OPERATIONS.values()):
@@ -44,8 +41,7 @@ def rand_augment(
                 # The draws are on the host, so nothing waits for the device.
                 index = torch.from_numpy(chosen).to(pixels.device, non_blocking=True)
                 signs = torch.from_numpy(sign[chosen]).to(pixels, non_blocking=True)
-                augmented = operation(pixels[index], magnitude / 10, signs)
-                pixels[index] = augmented.clamp(0, 255)
+                pixels[index] = operation(pixels[index], magnitude / 10, signs).clamp(0, 255)
     return pixels
 
 

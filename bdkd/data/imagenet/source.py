@@ -40,18 +40,10 @@ class ImageNet:
     """
 
     def __init__(
-        self,
-        splits: dict[Split, Index],
-        classes: tuple[str, ...],
-        config: DataConfig,
-        make_loader: MakeLoader,
-        *,
-        seed: int,
-        device: torch.device,
-        memory_format: torch.memory_format,
-        dtype: torch.dtype,
-        digests: Digests,
-    ) -> None:
+        self, splits: dict[Split, Index], classes: tuple[str, ...], config: DataConfig,
+        make_loader: MakeLoader, *, seed: int, device: torch.device,
+        memory_format: torch.memory_format, dtype: torch.dtype, digests: Digests,
+    ) -> None:  # fmt: skip
         self.splits, self.config, self.seed, self.device = splits, config, seed, device
         self.memory_format, self.dtype = memory_format, dtype
         self.mixes = config.mixup > 0 or config.cutmix > 0
@@ -80,13 +72,11 @@ class ImageNet:
             mixing.check_neighbours(batch_size, mine)
         order = epoch_order(self.seed, epoch, len(images)).numpy()
         positions = range(start, len(order) - batch_size + 1, batch_size)
-
-        def rank_positions(position: int) -> np.ndarray:
-            return np.arange(position, position + batch_size)[mine]
+        within_batch = np.arange(batch_size)[mine]
 
         def requests() -> Iterator[Request]:
             for position in positions:
-                places = rank_positions(position)
+                places = position + within_batch
                 items = [images.item(i) for i in order[places]]
                 drawn = [
                     uniform_draws(self.seed, epoch, (CROP, view), places, NUM_DRAWS)
@@ -101,7 +91,7 @@ class ImageNet:
         largest = views * (mine.stop - mine.start)
         with closing(self.training.batches(requests(), largest, raw)) as decoded:
             for position, pixels in zip(positions, decoded, strict=True):
-                places = rank_positions(position)
+                places = position + within_batch
                 augmented = [
                     self._augmented(view, epoch, number, places)
                     for number, view in enumerate(pixels.chunk(views))
