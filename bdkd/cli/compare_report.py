@@ -52,8 +52,7 @@ def report(
     texts = {"json": text, "csv": comparison.to_csv(rows), "md": "\n\n".join(marked)}
     again = "run the same command again"
     for suffix, written in texts.items():
-        encoded = f"{written.rstrip()}\n".encode()
-        write_atomically(folder / f"comparison.{suffix}", encoded, again)
+        write_atomically(folder / f"comparison.{suffix}", f"{written.rstrip()}\n".encode(), again)
     figure = folder / "comparison.png"
     remedy = f"fix the cause and {again} (the tables are written)"
     with explain_oserror(f"cannot write {figure}", remedy):

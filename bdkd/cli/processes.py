@@ -85,8 +85,7 @@ def run_jobs(
                 if job is None:
                     break  # nothing is pending, or the pending jobs need running ones
                 pending.remove(job)
-                failed = [name for name in job.needs if outcomes[name].code]
-                if failed:
+                if failed := [name for name in job.needs if outcomes[name].code]:
                     end(job, Outcome(1, f"not run: it needs {failed[0]}, which failed"))
                     continue
                 try:

@@ -30,9 +30,8 @@ def resolve_options(config: ObjectiveConfig) -> ObjectiveConfig:
         UsageError: the objective does not exist, or does not read an option that is set.
     """
     if config.name not in OBJECTIVES:
-        raise UsageError(
-            f"unknown objective {config.name!r}: {nearest(config.name, list(OBJECTIVES))}"
-        )
+        hint = nearest(config.name, list(OBJECTIVES))
+        raise UsageError(f"unknown objective {config.name!r}: {hint}")
     options = OBJECTIVES[config.name].options
     given = {key: value for key, value in vars(config).items() if value is not None}
     for key in given:

@@ -138,9 +138,8 @@ class _Ablation:
     def __call__(
         self, student: Tensor, teacher: Tensor, target: Tensor, stats: BDKDStats, scale: Scalar
     ) -> Tensor:
-        d1, d2 = stats.forward_weight, stats.reverse_weight
-        if self.swapped:
-            d1, d2 = d2, d1
+        weights = stats.forward_weight, stats.reverse_weight
+        d1, d2 = reversed(weights) if self.swapped else weights
         total = self.cross_entropy(student, [teacher], target, 1.0, scale)
         if self.divergence != "reverse":
             total = total + self.forward(student, [teacher], None, 1.0, scale, d1)

@@ -66,6 +66,5 @@ class SwitOKD(Objective):
         teaches = active is None or self.teacher in active
         if teaches:
             losses[self.teacher] = self.teacher_loss(t, [s], target, normaliser, grad_scale)
-        return ObjectiveOutput(
-            losses, {"teacher_active": torch.full(s.shape[:1], float(teaches), device=s.device)}
-        )
+        active_samples = torch.full(s.shape[:1], float(teaches), device=s.device)
+        return ObjectiveOutput(losses, {"teacher_active": active_samples})

@@ -47,10 +47,7 @@ def write_atomically(
     try:
         try:
             with open(temporary, "wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    content(file)
+                file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -66,9 +63,8 @@ def write_atomically(
         cause = error if isinstance(error, OSError) else error.__context__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "fix the cause"
-        raise RunError(
-            f"cannot write {path}: {first_line(cause or error)}; {remedy} and {then}"
-        ) from error
+        reason = first_line(cause or error)
+        raise RunError(f"cannot write {path}: {reason}; {remedy} and {then}") from error
 
 
 class BackgroundWriter:
@@ -111,11 +107,9 @@ class BackgroundWriter:
         self._thread.start()
 
     def busy(self) -> bool:
-        """Return whether files are being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait until no file is being written."""
         if self._thread is not None:
             self._thread.join()
 
@@ -156,14 +150,12 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         content = migrate(content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if content["format"] in range(2, FORMAT + 1):
-            raise RunError(
-                f"{path} is not a complete bdkd checkpoint of format {content['format']}: "
-                f"{type(error).__name__}: {first_line(error)}"
-            ) from error
-        raise RunError(
-            f"{path} has checkpoint format {content['format']!r}; this version reads 2 to {FORMAT}"
-        ) from error
+        given = content["format"]
+        reason = f"has checkpoint format {given!r}; this version reads 2 to {FORMAT}"
+        if given in range(2, FORMAT + 1):
+            reason = f"is not a complete bdkd checkpoint of format {given}: "
+            reason += f"{type(error).__name__}: {first_line(error)}"
+        raise RunError(f"{path} {reason}") from error
     return content["recipe"], content["state"]
 
 
@@ -204,9 +196,8 @@ def load_file(path: Path, checkpoint: bool = False) -> Any:
 def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
     match error:
         case ForeignArchive():
-            return RunError(
-                f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
-            )
+            reason = f"is not a checkpoint that bdkd wrote: {error}"
+            return RunError(f"{path} {reason}; use another file")
         case ArchiveError():
             found = f"{path} ({path.stat().st_size:,} bytes)"
             return DamagedFile(f"{found} is damaged or cut off: {error}; use another file")
@@ -221,10 +212,8 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
                 "and plain values, which could run code; use another file"
             )
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return RunError(
-            f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; free "
-            "some memory"
-        )
+        reason = f"not enough memory for its {path.stat().st_size:,} bytes"
+        return RunError(f"cannot read {path}: {reason}; free some memory")
     but = "its checksums are right, but " if verified else ""
     reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
     return RunError(f"cannot read {path}: {but}{reason}; use another file")

@@ -21,8 +21,7 @@ class Checkpointer:
     ) -> None:
         self.state, self.folder, self.warn = state, folder, warn
         self.options = state.recipe.checkpoint
-        self._writer = BackgroundWriter()
-        self._saved = time.monotonic()
+        self._writer, self._saved = BackgroundWriter(), time.monotonic()
 
     def is_overdue(self) -> bool:
         """Return whether ``checkpoint.every_minutes`` have passed on rank 0's clock."""
@@ -37,10 +36,8 @@ class Checkpointer:
             overdue: the result of :meth:`is_overdue` on rank 0.
             last: whether this is the last step of the run.
         """
-        if last:
-            return True
         due = overdue or self.state.progress.step % self.options.every_steps == 0
-        return due and not self.state.last_step_was_skipped()
+        return last or (due and not self.state.last_step_was_skipped())
 
     def last_step_is_unsaved(self) -> bool:
         """Return whether the last step has no ``step`` checkpoint. The run was then killed after

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +29,7 @@ _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -97,10 +95,8 @@ class StepProfiler:
             for line in self._write(profiler, names):
                 self.show(line)
         except (OSError, RuntimeError, ValueError, RunError) as error:  # ValueError: cut-off trace
-            self.show(
-                f"warning: training continues without the profile: cannot write {self.traces}: "
-                f"{first_line(error)}; free some space"
-            )
+            failed = f"cannot write {self.traces}: {first_line(error)}; free some space"
+            self.show(f"warning: training continues without the profile: {failed}")
 
     def _write(self, profiler: torch.profiler.profile, names: set[str]) -> list[str]:
         """Write the trace and ``profile.json``. Return the lines to print."""
@@ -117,7 +113,7 @@ class StepProfiler:
         if self.rank:
             return []
         host, device = where_time_goes(events, names)
-        rows = {"phases": [*map(asdict, device or host)], "host": [*map(asdict, host)]}
+        rows = {"phases": [*map(Row._asdict, device or host)], "host": [*map(Row._asdict, host)]}
         written = {"device": str(self.device), "steps": self.steps, **rows}
         text = json.dumps(written, indent=2) + "\n"
         write_atomically(self.folder / "profile.json", text.encode())
@@ -215,15 +211,11 @@ def _divide(work: Sequence[_Segment]) -> dict[str, float]:
     return totals
 
 
-def _rows(microseconds: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:
+def _rows(times: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:
     """Return rows in the order of the ranges, followed by "other" and "device idle"."""
-    total = sum(microseconds.values())
+    total = sum(times.values())
     names = [name for name in order if name != OTHER] + [OTHER, IDLE]
-    return [
-        Row(name, microseconds[name] / total, microseconds[name] / 1000 / steps)
-        for name in names
-        if name in microseconds
-    ]
+    return [Row(x, times[x] / total, times[x] / 1000 / steps) for x in names if x in times]
 
 
 def table(host: Sequence[Row], device: Sequence[Row], steps: int, cold: bool) -> str:
