@@ -34,14 +34,12 @@ def locked(folder: Path) -> IO[str]:
 def train_all(
     runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None
 ) -> dict[str, Outcome]:
-    """Train the runs that are not finished, ``at_once`` of them concurrently.
+    """Train the runs that are not finished, ``at_once`` of them concurrently. Return the outcome of
+    each run by name.
 
     Args:
         command: the command line, printed if a signal stops the comparison.
         stream: where to print. Default: standard output.
-
-    Returns:
-        The outcome of each run, by name.
 
     Raises:
         Interrupted: a signal was received. Every run is saved.

@@ -1,5 +1,6 @@
 """``bdkd doctor``: show what is installed on this machine, for example in an issue report."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -180,10 +181,8 @@ def _torchvision() -> list[Finding]:
 
 def _version(*distributions: str) -> str:
     for distribution in distributions:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             return version(distribution)
-        except PackageNotFoundError:
-            continue
     return "version unknown"
 
 

@@ -30,10 +30,8 @@ class OneSided:
     """Compute ``ce CE(x, y) + kd tau^2 mean over partners of KL`` with the fused kernel.
 
     The kernel computes the teacher's half of BD-KD's loss: the learner is its teacher and a partner
-    is its student. Of the partner, the kernel computes only the probabilities.
-
-    Args:
-        divergence: ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
+    is its student. Of the partner, the kernel computes only the probabilities. ``divergence`` is
+    ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
     """
 
     def __init__(

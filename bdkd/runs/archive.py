@@ -38,10 +38,7 @@ def check_stored_zip(file: BinaryIO) -> None:
     """Check that members are stored once, without compression or overlaps, with a valid checksum.
 
     This reads every byte of every member once, in blocks of 1 MiB. Nothing is decompressed, and
-    memory is only allocated for the central directory.
-
-    Args:
-        file: a seekable file, open for reading. Its position changes.
+    memory is only allocated for the central directory. The position of ``file`` changes.
 
     Raises:
         ForeignArchive: the file is not a zip file, or another program wrote it.

@@ -30,10 +30,9 @@ def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def write_atomically(
-    path: Path,
-    content: bytes | Callable[[BinaryIO], object],
+    path: Path, content: bytes | Callable[[BinaryIO], object],
     then: str = "continue with --resume (earlier checkpoints are complete)",
-) -> None:
+) -> None:  # fmt: skip
     """Write a file so that at any time its path has the complete old or the complete new content.
 
     Args:
@@ -171,13 +170,11 @@ def is_checkpoint(content: Any) -> bool:
 
 
 def load_file(path: Path, checkpoint: bool = False) -> Any:
-    """Return the content of a torch file. All checksums are verified before loading.
+    """Return the content of a torch file. All checksums are verified before loading. A
+    ``checkpoint`` must be a zip file, because bdkd writes checkpoints in that format.
 
     A temporary failure (permissions, memory, open files, an I/O error) never raises
     :class:`DamagedFile`, because damaged files are renamed.
-
-    Args:
-        checkpoint: require a zip file, because bdkd writes checkpoints in that format.
     """
     verified = False
     try:
@@ -220,12 +217,8 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading.
-
-    Raises:
-        OSError: the file cannot be opened.
-        RunError: it is a pipe or device, which might never end.
-    """
+    """Open a regular file for reading. Raise ``OSError`` if the file cannot be opened, and
+    ``RunError`` if it is a pipe or device, which might never end."""
     # Without O_NONBLOCK, opening a FIFO blocks until another process opens it for writing.
     file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

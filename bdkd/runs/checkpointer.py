@@ -10,11 +10,8 @@ from bdkd.runs.folder import RunFolder
 
 
 class Checkpointer:
-    """Save the state of a run in its folder. All ranks must make the same calls.
-
-    Args:
-        warn: called with a line of text if a checkpoint could not be written.
-    """
+    """Save the state of a run in its folder. All ranks must make the same calls. ``warn`` is called
+    with a line of text if a checkpoint could not be written."""
 
     def __init__(
         self, state: TrainingState, folder: RunFolder, warn: Callable[[str], object]
@@ -30,12 +27,8 @@ class Checkpointer:
         return late and self.state.context.is_rank0
 
     def is_due(self, overdue: bool, last: bool) -> bool:
-        """Return whether this step must be saved as the newest checkpoint.
-
-        Args:
-            overdue: the result of :meth:`is_overdue` on rank 0.
-            last: whether this is the last step of the run.
-        """
+        """Return whether this step, which may be the last one of the run, must be saved as the
+        newest checkpoint. ``overdue`` is the result of :meth:`is_overdue` on rank 0."""
         due = overdue or self.state.progress.step % self.options.every_steps == 0
         return last or (due and not self.state.last_step_was_skipped())
 

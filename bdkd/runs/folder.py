@@ -22,6 +22,7 @@ from bdkd.text import read_text
 # Wait for processes of the same launch that have not ended when torchrun restarts the ranks.
 LOCK_SECONDS = 20.0
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8})\.pt")
+Saved = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 
 
 class RunFolder:
@@ -83,9 +84,7 @@ class RunFolder:
         self._lock.flush()
         return started
 
-    def open_run(
-        self, resume: str, identity: str | None
-    ) -> tuple[bool, tuple[Path, dict[str, Any]] | None]:
+    def open_run(self, resume: str, identity: str | None) -> tuple[bool, Saved | None]:
         """Call :meth:`open_for_training`. Return its result and the newest checkpoint, if any."""
         continues = self.open_for_training(resume, identity)
         return continues, self.newest_state(warn=print) if continues else None
@@ -191,7 +190,7 @@ class RunFolder:
         kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
-    def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    def newest_state(self, warn: Callable[[str], object]) -> Saved | None:
         """Return the newest checkpoint, or None if the run was stopped before its first one.
 
         If checksums prove that a checkpoint is damaged, it is renamed to ``*.damaged``, ``warn`` is
@@ -230,10 +229,8 @@ class RunFolder:
             found = f"the run had reached step {last}, so it had been saved"
         else:
             return
-        raise RunError(
-            f"no checkpoint in {self.checkpoints} to resume from ({found}): put one back, or "
-            "choose another --run-dir to start a new run"
-        )
+        remedy = "put one back, or choose another --run-dir to start a new run"
+        raise RunError(f"no checkpoint in {self.checkpoints} to resume from ({found}): {remedy}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the valid lines. The last line may be cut off if the run was killed."""
@@ -298,10 +295,8 @@ def selected_checkpoint(path: Path) -> Path:
     if folder.read_config().train.select == "best":
         saved = folder.checkpoint_paths("best") or saved
     if not saved:
-        raise RunError(
-            f"the run {path} has no checkpoint yet: wait for the first one, or run bdkd train "
-            f"--resume --run-dir {path}"
-        )
+        remedy = f"wait for the first one, or run bdkd train --resume --run-dir {path}"
+        raise RunError(f"the run {path} has no checkpoint yet: {remedy}")
     return saved[0]
 
 

@@ -28,7 +28,6 @@ class MetricsLogger(contextlib.AbstractContextManager):
 
     Args:
         state: the state after resuming. Metrics of later steps are removed from the folder.
-        last_step: last step of the run.
         progress_bar: show a progress bar if standard error is a terminal.
     """
 

@@ -38,15 +38,12 @@ class Row(NamedTuple):
 
 
 class StepProfiler:
-    """Record some of the remaining steps and write ``profile/*.pt.trace.json``. Rank 0 also writes
-    ``profile.json`` and prints the table.
+    """Record ``steps`` of the ``remaining`` steps of the run in ``folder``. Each rank writes
+    ``profile/*.pt.trace.json``. Rank 0 also writes ``profile.json`` and the table.
 
     Args:
         steps: number of steps to record, at most ``remaining``.
-        remaining: number of remaining steps of the run.
-        folder: folder of the run.
         show: called with each line to print.
-        rank: rank of this process. Each rank writes a trace.
     """
 
     def __init__(
@@ -137,11 +134,8 @@ def where_time_goes(
     The host's time is the time of the training thread. It counts for the innermost named range, or
     for "other" outside of all ranges. The device's work counts for the range in which it was
     launched, from any thread: autograd launches backward passes from other threads. Overlapping
-    work on several streams is divided evenly. The remaining time counts as idle.
-
-    Args:
-        events: Chrome trace events from torch.profiler.
-        names: names of the ranges.
+    work on several streams is divided evenly. The remaining time counts as idle. ``events`` are
+    Chrome trace events from torch.profiler, ``names`` those of the ranges.
     """
     events = [event for event in events if event.get("ph") == "X"]
     annotations = [event for event in events if event.get("cat") == "user_annotation"]

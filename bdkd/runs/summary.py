@@ -32,10 +32,8 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     """Evaluate the selected weights on the test images. Write ``summary.json``, predictions and
     figures.
 
-    All ranks must call this function. Rank 0 returns the content of ``summary.json``.
-
-    Raises:
-        RunError: the best checkpoint is gone, or a file cannot be written.
+    All ranks must call this function. Rank 0 returns the content of ``summary.json``. Raise
+    ``RunError`` if the best checkpoint is gone, or a file cannot be written.
     """
     recipe, context, seconds = components.recipe, components.context, state.progress.seconds
     context.location = "the evaluation on the test images"
