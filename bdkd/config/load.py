@@ -22,8 +22,8 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """Return a shipped recipe by name, or the recipe in a TOML file. Raise ``UsageError`` if it does
-    not exist or has an invalid key or value, and ``RunError`` if the file cannot be read."""
+    """Return a shipped recipe by name, or the recipe in a TOML file. Raise ``UsageError`` if it is
+    missing or has an invalid key or value, and ``RunError`` if the file cannot be read."""
     if name_or_path in shipped_recipes():
         text = (files("bdkd.recipes") / f"{name_or_path}.toml").read_text("utf-8")
         return parse_recipe(text, source=f"recipe {name_or_path}")

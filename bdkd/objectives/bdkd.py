@@ -129,11 +129,10 @@ class _Ablation:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         kd = config.student_kd
-        self.swapped = config.weighting == "swapped"
+        self.swapped, self.divergence = config.weighting == "swapped", config.student_divergence
         self.cross_entropy = OneSided(config, config.student_ce, 0.0)
         self.forward = OneSided(config, 0.0, kd, "forward")
         self.reverse = OneSided(config, 0.0, kd, "reverse")
-        self.divergence = config.student_divergence
 
     def __call__(
         self, student: Tensor, teacher: Tensor, target: Tensor, stats: BDKDStats, scale: Scalar

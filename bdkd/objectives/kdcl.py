@@ -38,8 +38,8 @@ class KDCL(OneSidedObjective):
 
 
 def naive(logits: Tensor, target: Tensor) -> Tensor:
-    """Return for every sample the logits ``(B, C)`` of the network, of ``(K, B, C)``, with the
-    smallest cross entropy."""
+    """Return for every sample the logits ``(B, C)`` of the network with the smallest cross entropy,
+    from ``(K, B, C)``."""
     networks, samples, classes = logits.shape
     targets = target.expand(networks, *target.shape).flatten(0, 1)
     losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (K B,)
@@ -48,7 +48,7 @@ def naive(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def minlogit(logits: Tensor, target: Tensor) -> Tensor:
-    """Return for every class the smallest difference from the label's logit, ``(B, C)`` of
+    """Return for every class the smallest difference from the label's logit, ``(B, C)`` from
     ``(K, B, C)``. This takes the network with the largest margin, class by class. A soft label
     ``(B, C)`` counts as its most likely class."""
     label = target.argmax(-1) if target.ndim == 2 else target

@@ -46,7 +46,10 @@ def write_atomically(
     try:
         try:
             with open(temporary, "wb") as file:
-                file.write(content) if isinstance(content, bytes) else content(file)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -38,13 +38,9 @@ class Row(NamedTuple):
 
 
 class StepProfiler:
-    """Record ``steps`` of the ``remaining`` steps of the run in ``folder``. Each rank writes
-    ``profile/*.pt.trace.json``. Rank 0 also writes ``profile.json`` and the table.
-
-    Args:
-        steps: number of steps to record, at most ``remaining``.
-        show: called with each line to print.
-    """
+    """Record ``steps``, but at most ``remaining``, steps of the run in ``folder``. Each rank writes
+    ``profile/*.pt.trace.json``. Rank 0 also writes ``profile.json`` and calls ``show`` with
+    each line of the table."""
 
     def __init__(
         self, steps: int, remaining: int, folder: Path, device: torch.device,
