@@ -128,8 +128,8 @@ def resolve_run(command: Command) -> Arguments:
     if arguments.resume != "never" and folder.config.exists():
         stored = folder.read_config()
         if stored.name != config.name:
-            found = f"a run of the recipe {stored.name!r}, not of {config.name!r}"
-            raise RunError(f"{run_dir} contains {found}: choose another --run-dir")
+            found = f"{run_dir} contains a run of the recipe {stored.name!r}"
+            raise RunError(f"{found}, not of {config.name!r}: choose another --run-dir")
         config = parse(given if name else [stored.name, *given], stored).config
         if changed := [key for key in differing_keys(stored, config) if key != "run_dir"]:
             print(f"resuming with changed {', '.join(changed)}")

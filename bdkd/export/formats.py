@@ -97,8 +97,10 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
     """Decode the content of a file, as :func:`read_exported` does. ``path`` is for messages."""
     metadata, digest = FORMATS[kind].decode(path, content)
     if FACTS not in metadata or DIGEST not in metadata:
-        lacking = "it has no recipe and no description of its images"
-        raise RunError(f"{path} was not written by bdkd export: {lacking}")
+        raise RunError(
+            f"{path} was not written by bdkd export: it has no recipe and no description of its "
+            "images"
+        )
     if len(metadata[FACTS]) > MAX_FACTS_BYTES:
         raise corrupt(path, f"its facts have {len(metadata[FACTS]):,} characters")
     if metadata[DIGEST] != digest(metadata[FACTS]):

@@ -196,8 +196,8 @@ def load_file(path: Path, checkpoint: bool = False) -> Any:
 def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
     match error:
         case ForeignArchive():
-            reason = f"is not a checkpoint that bdkd wrote: {error}"
-            return RunError(f"{path} {reason}; use another file")
+            found = f"{path} is not a checkpoint that bdkd wrote: {error}"
+            return RunError(f"{found}; use another file")
         case ArchiveError():
             found = f"{path} ({path.stat().st_size:,} bytes)"
             return DamagedFile(f"{found} is damaged or cut off: {error}; use another file")
@@ -212,8 +212,8 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
                 "and plain values, which could run code; use another file"
             )
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        reason = f"not enough memory for its {path.stat().st_size:,} bytes"
-        return RunError(f"cannot read {path}: {reason}; free some memory")
+        failed = f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes"
+        return RunError(f"{failed}; free some memory")
     but = "its checksums are right, but " if verified else ""
     reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
     return RunError(f"cannot read {path}: {but}{reason}; use another file")

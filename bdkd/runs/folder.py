@@ -77,8 +77,10 @@ class RunFolder:
         for leftover in chain.from_iterable(folder.glob(".*.tmp") for folder in folders):
             leftover.unlink()  # a writer was killed; no other process writes under the lock
         if started and resume == "never":
-            remedy = "continue it with --resume or choose another --run-dir"
-            raise RunError(f"{self.path} already contains a run: {remedy}")
+            raise RunError(
+                f"{self.path} already contains a run: continue it with --resume or choose another "
+                "--run-dir"
+            )
         self._lock.truncate(0)
         self._lock.write(identity or "")
         self._lock.flush()
@@ -97,9 +99,10 @@ class RunFolder:
             left = [p for p in (self.summary, self.metrics) if p.exists()]
         left += [p for p in self._checkpoint_files() if not p.name.startswith(".")]
         if left:
-            found = f"{self.path} contains {left[0].relative_to(self.path)} of a run"
+            name = left[0].relative_to(self.path)
+            found = f"{self.path} contains {name} of a run, but no config.toml"
             remedy = "put it back to resume that run, or choose another --run-dir"
-            raise RunError(f"{found}, but no config.toml: {remedy}")
+            raise RunError(f"{found}: {remedy}")
         return False
 
     def _wait_for_lock(self, seconds: float) -> None:

@@ -70,9 +70,9 @@ def check_data(path: Path, saved: Mapping[str, Any], info: DataInfo) -> None:
             "or give the right folder with --data.root (train) or --data-root (evaluate, export)"
         )
     if saved["train_images"] != (images := info.counts["train"]):
-        found = f"trained on {saved['train_images']} images, the data now has {images}"
+        found = f"{path} was trained on {saved['train_images']} images, the data now has {images}"
         remedy = "restore the data set or data.validation, or choose another --run-dir"
-        raise RunError(f"{path} was {found}: {remedy}")
+        raise RunError(f"{found}: {remedy}")
 
 
 def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
