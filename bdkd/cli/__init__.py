@@ -41,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("bdkd: interrupted", file=sys.stderr)
         code = 130
-    _exit(code)
+    if "RANK" in os.environ:
+        from bdkd.distributed.launch import exit_rank, is_initialized
+
+        if is_initialized():
+            exit_rank(code)
+    if code:  # else return, so that Python callers can continue
+        sys.exit(code)
 
 
 def _report(error: Exception, debug: bool) -> int:
@@ -60,17 +66,6 @@ def _report(error: Exception, debug: bool) -> int:
             return code
     print(f"bdkd: {message}", file=sys.stderr)
     return code
-
-
-def _exit(code: int) -> None:
-    """Exit with a code. Return if the code is 0, so that Python callers can continue."""
-    if "RANK" in os.environ:
-        from bdkd.distributed.launch import exit_rank, is_initialized
-
-        if is_initialized():
-            exit_rank(code)
-    if code:
-        sys.exit(code)
 
 
 def outcome(error: Exception) -> tuple[int, str]:

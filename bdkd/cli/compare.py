@@ -69,9 +69,7 @@ def run(given: list[str]) -> None:
         if listed:
             report(listed, methods, folder, command, failed, arguments.json)
         if failed:
-            first, outcome = next(iter(failed.items()))
-            raise RunError(
-                f"{len(failed)} of {len(runs)} runs failed; {first}: {outcome.message}"
-                + (f" (the others: {', '.join(list(failed)[1:])})" if len(failed) > 1 else "")
-                + "; fix the cause and run the same command again"
-            )
+            first, *others = failed
+            found = f"{len(failed)} of {len(runs)} runs failed; {first}: {failed[first].message}"
+            found += f" (the others: {', '.join(others)})" if others else ""
+            raise RunError(f"{found}; fix the cause and run the same command again")

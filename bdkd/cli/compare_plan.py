@@ -45,8 +45,7 @@ def chosen_methods(given: Sequence[str]) -> list[str]:
     from bdkd.objectives import OBJECTIVES
 
     methods = list(given) or [TEACHERS, *(name for name in OBJECTIVES if name != TEACHERS)]
-    doubled = [method for method in methods if methods.count(method) > 1]
-    if doubled:
+    if doubled := [method for method in methods if methods.count(method) > 1]:
         raise UsageError(f"--methods has {doubled[0]!r} more than once")
     return methods
 
@@ -69,8 +68,7 @@ def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
     if name not in OBJECTIVES:
         raise UsageError(f"unknown objective {name!r}: {nearest(name, list(OBJECTIVES))}")
     config = recipe.objective
-    if name != config.name:
-        config = switch_objective(config, name)
+    config = config if name == config.name else switch_objective(config, name)
     options: dict[str, str] = {}
     for option in filter(None, text.split(",")):
         key, equals, value = option.partition("=")
@@ -95,13 +93,18 @@ def plan_runs(
     that a stopped comparison has the same seeds for every objective.
 
     Raises:
-        UsageError: an objective, option or value is invalid.
+        UsageError: an objective, option or value is invalid, or the networks do not fit.
         RunError: a folder contains a run with other options.
     """
+    from bdkd.objectives import create_objective
     from bdkd.runs.folder import RunFolder
 
     objectives = {method: parse_objective(method, recipe) for method in methods}
-    frozen = {method: frozen_networks(recipe, config) for method, config in objectives.items()}
+    filled = {
+        name: dataclasses.replace(network, weights=network.weights or "to be trained")
+        for name, network in recipe.networks.items()
+    }
+    frozen = {m: create_objective(config, filled).frozen for m, config in objectives.items()}
     trained = {
         name
         for name, network in recipe.networks.items()
@@ -128,18 +131,6 @@ def plan_runs(
     return runs
 
 
-def frozen_networks(recipe: Recipe, objective: ObjectiveConfig) -> frozenset[str]:
-    """Return the networks that the objective does not train. Raise ``UsageError`` if the networks
-    do not fit the objective."""
-    from bdkd.objectives import create_objective
-
-    filled = {
-        name: dataclasses.replace(network, weights=network.weights or "to be trained")
-        for name, network in recipe.networks.items()
-    }
-    return create_objective(objective, filled).frozen
-
-
 def room_for(recipe: Recipe) -> int:
     """Return the number of runs that can train concurrently without sharing cores or a GPU."""
     import torch
@@ -159,7 +150,6 @@ def read_summary(run: PlannedRun) -> dict[str, Any]:
         if not summary["networks"].keys() or summary["wall_seconds"] < 0:
             raise ValueError("it contains no networks")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"cannot read {path}: remove it and run the same command again to rewrite it"
-        ) from error
+        remedy = "remove it and run the same command again to rewrite it"
+        raise RunError(f"cannot read {path}: {remedy}") from error
     return summary

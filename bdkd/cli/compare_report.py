@@ -22,9 +22,8 @@ def report(
 ) -> None:  # fmt: skip
     """Write ``comparison.json``, ``.csv``, ``.md`` and ``.png``; print the tables or the JSON."""
     runs = [comparison.Run(run.method, run.seed, read_summary(run), run.frozen) for run in planned]
-    refuse_other_data(
-        [(str(plan.path), run.summary.get("data")) for run, plan in zip(runs, planned, strict=True)]
-    )
+    pairs = list(zip(runs, planned, strict=True))
+    refuse_other_data([(str(plan.path), run.summary.get("data")) for run, plan in pairs])
     rows = comparison.compare(runs, methods)
     some = runs[0].summary
     notes = comparison.notes(methods[0], some["images"], rows)
@@ -42,7 +41,7 @@ def report(
         "rows": [dataclasses.asdict(row) for row in rows],
         "runs": [
             {"method": run.method, "seed": run.seed, "folder": plan.path.name, **run.summary}
-            for run, plan in zip(runs, planned, strict=True)
+            for run, plan in pairs
         ],
     }  # fmt: skip
     text = to_json(content, indent=2)
@@ -52,8 +51,7 @@ def report(
     texts = {"json": text, "csv": comparison.to_csv(rows), "md": "\n\n".join(marked)}
     again = "run the same command again"
     for suffix, written in texts.items():
-        encoded = f"{written.rstrip()}\n".encode()
-        write_atomically(folder / f"comparison.{suffix}", encoded, again)
+        write_atomically(folder / f"comparison.{suffix}", f"{written.rstrip()}\n".encode(), again)
     figure = folder / "comparison.png"
     remedy = f"fix the cause and {again} (the tables are written)"
     with explain_oserror(f"cannot write {figure}", remedy):

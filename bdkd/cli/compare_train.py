@@ -26,23 +26,20 @@ def locked(folder: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise RunError(
-            f"another bdkd compare works in {folder}: wait until it ends or choose another --folder"
-        ) from error
+        remedy = "wait until it ends or choose another --folder"
+        raise RunError(f"another bdkd compare works in {folder}: {remedy}") from error
     return lock
 
 
 def train_all(
     runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None
 ) -> dict[str, Outcome]:
-    """Train the runs that are not finished, ``at_once`` of them concurrently.
+    """Train the runs that are not finished, ``at_once`` of them concurrently. Return the outcome of
+    each run by name.
 
     Args:
         command: the command line, printed if a signal stops the comparison.
         stream: where to print. Default: standard output.
-
-    Returns:
-        The outcome of each run, by name.
 
     Raises:
         Interrupted: a signal was received. Every run is saved.
@@ -60,11 +57,9 @@ def train_all(
         session.console.close()
     if stop.signal is not None:
         finished = sum(RunFolder(run.path).summary.exists() for run in runs)
-        raise Interrupted(
-            stop.signal,
-            f"stopped; {finished} of {len(runs)} runs are finished, the others are saved; "
-            f"continue with the same command: {command}",
-        )
+        state = f"{finished} of {len(runs)} runs are finished, the others are saved"
+        remedy = f"continue with the same command: {command}"
+        raise Interrupted(stop.signal, f"stopped; {state}; {remedy}")
     if session.error is not None:
         raise session.error
     return session.outcomes
@@ -77,9 +72,8 @@ class _Session:
 
     def __init__(self, runs: Sequence[PlannedRun], stream: IO[str] | None) -> None:
         self.runs = {run.name: run for run in runs}
-        self.outcomes = {
-            run.name: Outcome(0) for run in runs if RunFolder(run.path).summary.exists()
-        }
+        finished = [run.name for run in runs if RunFolder(run.path).summary.exists()]
+        self.outcomes = dict.fromkeys(finished, Outcome(0))
         self.error: UsageError | RunError | None = None
         self.console = Console(len(runs), len(self.outcomes), unit="run", stream=stream)
 
@@ -98,7 +92,6 @@ class _Session:
         return self.stop.signal is not None or self.error is not None
 
     def done(self, job: Job, outcome: Outcome) -> None:
-        """Record the outcome of a run."""
         self.outcomes[job.name] = outcome
         self.console.step()
         count = f"[{len(self.outcomes)}/{len(self.runs)}] {job.name}"

@@ -89,10 +89,8 @@ def check(given: list[str]) -> None:
         checking.write_list(report, root, to)
     problems = []
     if report.bad:
-        problems.append(
-            f"{len(report.bad):,} of {report.images:,} images cannot be decoded, listed in {to}: "
-            f"fetch them again, or train with --data.exclude {to}"
-        )
+        found = f"{len(report.bad):,} of {report.images:,} images cannot be decoded, listed in {to}"
+        problems.append(f"{found}: fetch them again, or train with --data.exclude {to}")
     if lacking := report.lacking:
         named = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         problem = "classes have fewer than 2 training images or none in val"

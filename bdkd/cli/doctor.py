@@ -1,32 +1,28 @@
 """``bdkd doctor``: show what is installed on this machine, for example in an issue report."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from bdkd.extras import TRAINER_PACKAGES
 
-# Distribution, module, and the extra of bdkd that installs it
-OPTIONAL = (
-    ("scikit-learn", "sklearn", "train"),
-    ("matplotlib", "matplotlib", "train"),
-    ("tensorboard", "tensorboard", "train"),
-    ("pillow", "PIL", "imagenet"),
-    ("timm", "timm", "imagenet"),
-    ("onnx", "onnx", "export"),
-    ("onnxscript", "onnxscript", "export"),
-    ("onnxruntime", "onnxruntime", "export"),
-    ("torch-tb-profiler", "torch_tb_profiler", "profile"),
-)
+# Extras of bdkd, and the distributions and modules that they install
+OPTIONAL = {
+    "train": {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "tensorboard": "tensorboard"},
+    "imagenet": {"pillow": "PIL", "timm": "timm"},
+    "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+    "profile": {"torch-tb-profiler": "torch_tb_profiler"},
+}
 
 # Features of a CPU by which the kernels select their code
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd",
@@ -45,8 +41,7 @@ class Arguments:
     """Print one JSON array instead of lines."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One package or device that this command looks for."""
 
     name: str
@@ -60,7 +55,7 @@ def run(given: list[str]) -> None:
     arguments = tyro.cli(Arguments, prog="bdkd doctor", args=given)
     findings = examine()
     if arguments.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
         return
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -86,9 +81,10 @@ def examine() -> list[Finding]:
         *_backends(),
         _optional("DALI", "nvidia.dali", "dali", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         _apex(),
-        *(_optional(name, module, extra, name) for name, module, extra in OPTIONAL),
+        *(_optional(name, module, extra, name)
+          for extra, modules in OPTIONAL.items() for name, module in modules.items()),
         *_torchvision(),
-    ]
+    ]  # fmt: skip
 
 
 def _processor() -> str:
@@ -126,12 +122,11 @@ def _gpu() -> Finding:
         names = [f"{d.name} ({size})" for d, size in zip(devices, sizes, strict=True)]
         return Finding("GPU", True, ", ".join(names))
     build = torch.version.cuda or torch.version.hip
-    what = f"torch is built for {build} but finds no device or driver"
-    remedy = "check the driver: nvidia-smi or rocm-smi"
     if build is None:
-        what = "this torch is built for the CPU alone"
         remedy = "with a GPU: install a GPU build of torch, https://pytorch.org/get-started/locally"
-    return Finding("GPU", False, what, remedy)
+        return Finding("GPU", False, "this torch is built for the CPU alone", remedy)
+    what = f"torch is built for {build} but finds no device or driver"
+    return Finding("GPU", False, what, "check the driver: nvidia-smi or rocm-smi")
 
 
 def _backends() -> list[Finding]:
@@ -186,10 +181,8 @@ def _torchvision() -> list[Finding]:
 
 def _version(*distributions: str) -> str:
     for distribution in distributions:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             return version(distribution)
-        except PackageNotFoundError:
-            continue
     return "version unknown"
 
 

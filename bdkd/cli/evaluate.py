@@ -49,15 +49,13 @@ def run(given: list[str]) -> None:
 
     exported = is_exported(arguments.path) and not arguments.path.is_dir()
     with init_distributed(arguments.timeout, arguments.device) as context:
-        measure = measure_exported if exported else measure_run
-        summary = measure(arguments, context)
+        summary = (measure_exported if exported else measure_run)(arguments, context)
         if not context.is_rank0:
             return
         if arguments.json:
             print(to_json(summary, indent=2))
         else:
-            print(f"{summary['checkpoint']}, step {summary['step']}\n")
-            print(results_table(summary))
+            print(f"{summary['checkpoint']}, step {summary['step']}\n\n{results_table(summary)}")
 
 
 def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str, Any]:
@@ -97,10 +95,8 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
     if not differs and info.normalisation != facts.normalisation:
         differs = "its mean and standard deviation differ"
     if differs:
-        raise RunError(
-            f"the data set here is not the one of {arguments.path}: {differs}; pass the folder of "
-            "the right one with --data-root"
-        )
+        remedy = "pass the folder of the right one with --data-root"
+        raise RunError(f"the data set here is not the one of {arguments.path}: {differs}; {remedy}")
     [reference] = components.networks.members.values()
     network = open_network(exported, reference, components.device)
     summary = _evaluate(arguments, components, arguments.path, facts.step, {facts.network: network})
@@ -115,10 +111,7 @@ def _evaluate(
     from bdkd.runs.summary import describe, evaluator_of
 
     results = evaluator_of(components, networks).evaluate(arguments.split)
-    described = {
-        name: describe(components.recipe, name, network, results[name])
-        for name, network in networks.items()
-    }
-    images = components.source.info.counts[arguments.split]
+    recipe, images = components.recipe, components.source.info.counts[arguments.split]
+    described = {name: describe(recipe, name, x, results[name]) for name, x in networks.items()}
     return {"checkpoint": str(path), "step": step, "split": arguments.split, "images": images,
             "networks": described}  # fmt: skip

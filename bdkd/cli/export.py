@@ -49,9 +49,7 @@ def run(given: list[str]) -> None:
     size = f"{facts.parameters:,} parameters"
     print(f"{facts.network} ({facts.model}), {size}, of {checkpoint}, step {facts.step}")
     print(f"images (batch, {shape}) float32, normalised; logits (batch, {len(facts.classes)})")
-    print(
-        f"read back: logits differ by at most {written.error:.2g} on {len(trained.images)} images "
-        f"(the largest is {written.largest:.3g})"
-    )
+    found = f"{written.error:.2g} on {len(trained.images)} images"
+    print(f"read back: logits differ by at most {found} (the largest is {written.largest:.3g})")
     for file in written.files:
         print(f"written  {file}")

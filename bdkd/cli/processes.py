@@ -85,8 +85,7 @@ def run_jobs(
                 if job is None:
                     break  # nothing is pending, or the pending jobs need running ones
                 pending.remove(job)
-                failed = [name for name in job.needs if outcomes[name].code]
-                if failed:
+                if failed := [name for name in job.needs if outcomes[name].code]:
                     end(job, Outcome(1, f"not run: it needs {failed[0]}, which failed"))
                     continue
                 try:
@@ -104,9 +103,8 @@ def run_jobs(
 
 def _start(context, job: Job, arguments: Sequence[str]) -> _Running:
     answer, remote = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_run, args=(list(arguments), str(job.output), remote), name=job.name
-    )
+    given = (list(arguments), str(job.output), remote)
+    process = context.Process(target=_run, args=given, name=job.name)
     # The server's children inherit its blocked SIGINT.
     with contextlib.nullcontext() if _FORKS else _sigint_blocked():
         process.start()  # may take seconds until the server has imported the modules

@@ -65,11 +65,8 @@ def parse_command(given: list[str]) -> Command:
 
 def parse(given: list[str], default: Recipe) -> Arguments:
     """Parse a command line with a recipe as defaults. For wrong options, tyro prints an error and
-    exits with 2.
-
-    If ``--objective.name`` selects another objective, the options of the recipe's objective are
-    dropped.
-    """
+    exits with 2. If ``--objective.name`` selects another objective, the options of the recipe's
+    objective are dropped."""
     _check_network_names(given, default)
     name = _value_of(given, "--objective.name")
     if name is not None and name != default.objective.name:
@@ -86,8 +83,7 @@ def parse(given: list[str], default: Recipe) -> Arguments:
         raise UsageError("--images-per-second needs --dry-run: give --dry-run too")
     if rate is not None and not 0 < rate < math.inf:
         raise UsageError(f"--images-per-second must be above 0 and finite, got {rate}")
-    steps = arguments.profile
-    if steps < 0 or (steps and arguments.dry_run):
+    if (steps := arguments.profile) < 0 or (steps and arguments.dry_run):
         needed = "a number of steps of at least 1, without --dry-run"
         raise UsageError(f"--profile must be {needed}, got {steps}")
     return arguments
@@ -132,14 +128,10 @@ def resolve_run(command: Command) -> Arguments:
     if arguments.resume != "never" and folder.config.exists():
         stored = folder.read_config()
         if stored.name != config.name:
-            raise RunError(
-                f"{run_dir} contains a run of the recipe {stored.name!r}, not of {config.name!r}: "
-                "choose another --run-dir"
-            )
-        line = given if name else [stored.name, *given]
-        config = parse(line, stored).config
-        changed = [key for key in differing_keys(stored, config) if key != "run_dir"]
-        if changed:
+            found = f"{run_dir} contains a run of the recipe {stored.name!r}"
+            raise RunError(f"{found}, not of {config.name!r}: choose another --run-dir")
+        config = parse(given if name else [stored.name, *given], stored).config
+        if changed := [key for key in differing_keys(stored, config) if key != "run_dir"]:
             print(f"resuming with changed {', '.join(changed)}")
         if name:
             recipe = _with_objective_options(load_recipe(name))
@@ -152,11 +144,8 @@ def resolve_run(command: Command) -> Arguments:
 
 
 def continue_launch(command: Command, launch: str | None) -> Command:
-    """Resume the run that the same ``torchrun`` started before it restarted its ranks.
-
-    Args:
-        launch: identifier of the ``torchrun``, or None without one.
-    """
+    """Resume the run that the same ``torchrun`` (with the identifier ``launch``, or None without
+    one) started before it restarted its ranks."""
     from bdkd.runs.folder import RunFolder, default_run_dir
 
     arguments, config = command.arguments, command.arguments.config

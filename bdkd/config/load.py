@@ -22,21 +22,15 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """Return a shipped recipe by name, or the recipe in a TOML file.
-
-    Raises:
-        UsageError: the recipe does not exist, or has an invalid key or value.
-        RunError: the file cannot be read.
-    """
+    """Return a shipped recipe by name, or the recipe in a TOML file. Raise ``UsageError`` if it is
+    missing or has an invalid key or value, and ``RunError`` if the file cannot be read."""
     if name_or_path in shipped_recipes():
         text = (files("bdkd.recipes") / f"{name_or_path}.toml").read_text("utf-8")
         return parse_recipe(text, source=f"recipe {name_or_path}")
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.exists():
-        raise UsageError(
-            f"unknown recipe {name_or_path!r}: {nearest(name_or_path, shipped_recipes())} "
-            "(or give a TOML file)"
-        )
+        hint = f"{nearest(name_or_path, shipped_recipes())} (or give a TOML file)"
+        raise UsageError(f"unknown recipe {name_or_path!r}: {hint}")
     try:
         text = read_text(path)
     except OSError as error:
@@ -48,11 +42,8 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
-    """Return the recipe in a TOML text. ``source`` names the text in error messages.
-
-    Raises:
-        UsageError: a key is unknown, or a value has the wrong type.
-    """
+    """Return the recipe in a TOML text. ``source`` names the text in error messages. Raise
+    ``UsageError`` for an unknown key or a value of the wrong type."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -61,9 +52,8 @@ def parse_recipe(text: str, source: str) -> Recipe:
     try:
         return msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
-        remedy = "; see the config.toml of any run for a complete recipe" * (
-            "missing required" in str(error)
-        )
+        lacks = "missing required" in str(error)
+        remedy = "; see the config.toml of any run for a complete recipe" if lacks else ""
         raise UsageError(f"{source}: {error}{remedy}") from error
 
 

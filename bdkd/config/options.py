@@ -20,8 +20,7 @@ class Interval(NamedTuple):
     def contains(self, number: float) -> bool:
         """Return whether a number is within the bounds. NaN is not."""
         bounds = zip((ge, gt, le, lt), self, strict=True)
-        within = all(bound is None or holds(number, bound) for holds, bound in bounds)
-        return within and number == number
+        return number == number and all(b is None or holds(number, b) for holds, b in bounds)
 
     def __str__(self) -> str:
         low = self.gt if self.ge is None else self.ge

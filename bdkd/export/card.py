@@ -18,18 +18,13 @@ def model_card(facts: Facts, file: str) -> str:
     options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
     arguments = [repr(facts.model), str(len(facts.classes)), str(facts.channels)]
     arguments += [f"{key}={value!r}" for key, value in options.items()]
-    measured = [
-        (metric, value)
-        for metric in METRICS
-        if metric.hub and (value := facts.metrics.get(metric.key)) is not None
-    ]
+    values = [(metric, facts.metrics.get(metric.key)) for metric in METRICS if metric.hub]
+    measured = [(metric, value) for metric, value in values if value is not None]
     load = [
-        "from safetensors.torch import load_file",
-        "from bdkd import create_model",
-        "",
+        "from safetensors.torch import load_file", "from bdkd import create_model", "",
         f"network = create_model({', '.join(arguments)}).eval()",
         f"network.load_state_dict(load_file({json.dumps(file)}))",
-    ]
+    ]  # fmt: skip
     paragraphs = [
         "\n".join(_front_matter(facts, recipe, measured)),
         f"# {facts.model}, {facts.network} of {recipe.name}",

@@ -49,10 +49,8 @@ class Written(NamedTuple):
 
 
 def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> Trained:
-    """Load one network of a checkpoint.
-
-    Args:
-        asked: the network's name. Default: the only student, or its average if there is one.
+    """Load the network ``asked`` of a checkpoint, by default the only student, or its average if
+    there is one.
 
     Raises:
         UsageError: there is no network of that name, or there are several students.
@@ -73,8 +71,7 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
     if mismatch := mismatched_keys(network, weights):
         raise RunError(f"{checkpoint} does not match its recipe: {name}: {mismatch}")
     network.load_state_dict(weights)
-    info, config = components.source.info, recipe.networks[member]
-    step = saved["position"]["step"]
+    info, config, step = components.source.info, recipe.networks[member], saved["position"]["step"]
     versions = {"bdkd": version("bdkd"), "torch": str(torch.__version__)}
     if commit := _commit(Path(__file__)):
         versions["commit"] = commit
@@ -101,10 +98,8 @@ def choose_network(recipe: Recipe, averages: Sequence[str], asked: str | None) -
     students = [name for name, network in recipe.networks.items() if network.role == "student"]
     candidates = list(averages) or students or names
     if len(candidates) > 1:
-        raise UsageError(
-            f"--network must say which one to export: {', '.join(candidates)} "
-            f"(the run has {', '.join(names)})"
-        )
+        choice = f"{', '.join(candidates)} (the run has {', '.join(names)})"
+        raise UsageError(f"--network must say which one to export: {choice}")
     return candidates[0]
 
 
@@ -120,22 +115,22 @@ def export(trained: Trained, kind: Format, output: Path, force: bool) -> Written
         UsageError: the file name does not have the suffix of its format.
         RunError: a file exists, cannot be written, or gives other logits.
     """
-    card = output.with_name(CARD) if kind == "safetensors" else None
     check_output(kind, output, force)
-    content = encode(kind, trained.network, trained.facts)
-    error, largest = _check(trained, kind, output, content)
-    _write(output, content)
-    if card is not None:
-        _write(card, model_card(trained.facts, output.name).encode())
-    return Written([output, *([card] if card else [])], error, largest)
+    contents = {output: encode(kind, trained.network, trained.facts)}
+    error, largest = _check(trained, kind, output, contents[output])
+    if kind == "safetensors":
+        contents[output.with_name(CARD)] = model_card(trained.facts, output.name).encode()
+    for path, content in contents.items():
+        with explain_oserror(f"cannot write {path}", "choose another --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content, "run the same command again, or choose another --output")
+    return Written(list(contents), error, largest)
 
 
 def check_output(kind: Format, output: Path, force: bool) -> None:
     """Raise ``UsageError`` or ``RunError`` for an output that cannot be written."""
-    if output.suffix != FORMATS[kind].suffix or output.is_dir():
-        raise UsageError(
-            f"--output must be a file named *{FORMATS[kind].suffix} with --to {kind}, got {output}"
-        )
+    if output.suffix != (suffix := FORMATS[kind].suffix) or output.is_dir():
+        raise UsageError(f"--output must be a file named *{suffix} with --to {kind}, got {output}")
     if output.exists() and not force:
         raise RunError(f"{output} exists: --force replaces it, --output names another")
     if kind == "safetensors":
@@ -164,12 +159,6 @@ def _check(trained: Trained, kind: Format, output: Path, content: bytes) -> tupl
             f"the largest is {largest:.3g}; nothing was written"
         )
     return error, largest
-
-
-def _write(path: Path, content: bytes) -> None:
-    with explain_oserror(f"cannot write {path}", "choose another --output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content, "run the same command again, or choose another --output")
 
 
 def _published(recipe: Recipe) -> str:

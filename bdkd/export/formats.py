@@ -39,16 +39,14 @@ def without_others(recipe: Recipe, network: str) -> Recipe:
     name = network.removesuffix(EMA_SUFFIX)
     if (config := recipe.networks.get(name)) is None:
         raise RunError(f"the file contains {network!r}, but its recipe has no such network")
-    options = built_without_weights(config)
-    student = NetworkConfig(model=config.model, role="student", options=options)
+    student = NetworkConfig(config.model, "student", options=built_without_weights(config))
     objective = ObjectiveConfig(name="independent")
     return dataclasses.replace(recipe, networks={name: student}, objective=objective)
 
 
 # Options of timm.create_model that load or download weights. checkpoint_path unpickles a file.
-_WEIGHT_OPTIONS = {
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
-}  # fmt: skip
+_WEIGHT_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+                   "cache_dir"}  # fmt: skip
 
 
 def built_without_weights(config: NetworkConfig) -> dict[str, bool | int | float | str]:
@@ -62,40 +60,30 @@ def is_exported(path: Path) -> bool:
 
 
 def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
-    """Return the file of a network. The network must be in evaluation mode on the CPU.
-
-    Raises:
-        RunError: a package is missing, or the network cannot be written in this format.
-    """
+    """Return the file of a network, which must be in evaluation mode on the CPU. Raise ``RunError``
+    if a package is missing, or the network cannot be written in this format."""
     text = msgspec.json.encode(facts).decode()
     try:
         return FORMATS[kind].encode(network, text, facts.input_shape)
     except RunError:
         raise
     except Exception as error:  # the exporters raise many types
-        raise RunError(
-            f"cannot export {facts.network} ({facts.model}) to {kind}: {first_line(error)} "
-            "(--debug shows where)"
-        ) from error
+        what = f"{facts.network} ({facts.model}) to {kind}"
+        reason = f"{first_line(error)} (--debug shows where)"
+        raise RunError(f"cannot export {what}: {reason}") from error
 
 
 def read_exported(path: Path) -> Exported:
-    """Read a file and its facts.
-
-    Raises:
-        RunError: the file is missing, too large, corrupt, changed since it was written, or was not
-            written by ``bdkd export``.
-    """
+    """Read a file and its facts. Raise ``RunError`` if the file is missing, too large, corrupt,
+    changed since it was written, or not written by ``bdkd export``."""
     kind = next(kind for kind, known in FORMATS.items() if known.suffix == path.suffix)
     try:
         with open_regular(path) as file:
-            status = os.fstat(file.fileno())
+            size = os.fstat(file.fileno()).st_size
             limit = min(FORMATS[kind].max_bytes, shared.memory_limit())
-            if status.st_size > limit:
-                raise RunError(
-                    f"cannot read {path}: it has {status.st_size:,} bytes, and the limit for "
-                    f"{path.suffix} files on this machine is {limit:,} bytes"
-                )
+            if size > limit:
+                allowed = f"the limit for {path.suffix} files on this machine is {limit:,} bytes"
+                raise RunError(f"cannot read {path}: it has {size:,} bytes, and {allowed}")
             FORMATS[kind].check(path, file)
             file.seek(0)
             content = file.read(limit + 1)
@@ -121,16 +109,13 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
         facts = msgspec.json.decode(metadata[FACTS], type=Facts)
         _check_recipe(facts.recipe)
     except ValueError as error:  # of msgspec, and of tomllib
-        raise RunError(
-            f"{path} was written by another version of bdkd: export it again ({first_line(error)})"
-        ) from error
+        remedy = f"export it again ({first_line(error)})"
+        raise RunError(f"{path} was written by another version of bdkd: {remedy}") from error
     except RecursionError as error:
         raise corrupt(path, "its facts are nested too deeply") from error
     if facts.version != VERSION:
-        raise RunError(
-            f"{path} has facts of version {facts.version}, but this bdkd reads version {VERSION}: "
-            "export it again"
-        )
+        reads = f"this bdkd reads version {VERSION}: export it again"
+        raise RunError(f"{path} has facts of version {facts.version}, but {reads}")
     if min(facts.input_shape) < 1 or math.prod(facts.input_shape) > MAX_PIXELS:
         raise corrupt(path, f"its images have the shape {facts.input_shape}")
     return Exported(path, kind, content, facts)
@@ -146,12 +131,6 @@ def _check_recipe(recipe: str) -> None:
 
 
 def open_network(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network in a file, as a function of images on ``device``.
-
-    Args:
-        network: the network of the file's recipe, with any weights.
-
-    Raises:
-        RunError: the file contains another network or program.
-    """
+    """Return the network in a file, as a function of images on ``device``. ``network`` is the one
+    of the file's recipe, with any weights. Raise ``RunError`` for another network or program."""
     return FORMATS[exported.format].open(exported, network, device)

@@ -33,10 +33,8 @@ def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> byt
         del node.metadata_props[:]  # stack traces with paths of this machine
     if model.ByteSize() >= 2**31:
         raise RunError("ONNX files are limited to 2 GiB: use --to safetensors or export")
-    for key, value in (
-        (FACTS, facts),
-        (DIGEST, shared.digest_of_bytes(_without_metadata(model))(facts)),
-    ):
+    digest = shared.digest_of_bytes(_without_metadata(model))(facts)
+    for key, value in ((FACTS, facts), (DIGEST, digest)):
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
@@ -52,12 +50,8 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
 
 
 def _parse_onnx(path: Path, content: bytes):
-    """Return the ``onnx.ModelProto`` in a file.
-
-    Raises:
-        RunError: the file is corrupt, nested too deeply (protobuf's limit is 100 messages), or
-            refused by :func:`~bdkd.export.onnx_trust.refusal`.
-    """
+    """Return the ``onnx.ModelProto`` in a file. Raise ``RunError`` if it is corrupt, nested too
+    deeply (protobuf's limit is 100 messages), or refused by :func:`refusal`."""
     onnx = _require("onnx")
     decode_error = import_module("google.protobuf.message").DecodeError
     try:
@@ -84,15 +78,18 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
     options.add_session_config_entry("session.load_model_format", "ONNX")
     # A small file can create huge tensors, for example with ConstantOfShape. Exceeding this limit
     # raises an error; exceeding the machine's memory would kill the process.
-    memory = runtime.OrtMemoryInfo(
-        "Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
-    )
+    allocator = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = runtime.OrtMemoryInfo("Cpu", allocator, 0, runtime.OrtMemType.DEFAULT)
     arena = runtime.OrtArenaCfg(shared.memory_limit(), -1, -1, -1)
     runtime.create_and_register_allocator(memory, arena)
     options.add_session_config_entry("session.use_env_allocators", "1")
     available = runtime.get_available_providers()
     wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
+
+    def failed(error: Exception) -> RunError:
+        return RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}")
+
     # Remove the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime reads options from it.
     checked = _without_metadata(_parse_onnx(exported.path, exported.content))
     try:
@@ -101,16 +98,14 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
             disabled_optimizers=["ConstantFolding"],  # allocates outside of the arena
         )  # fmt: skip
     except Exception as error:  # onnxruntime has one exception type for each error code
-        raise RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}") from error
+        raise failed(error) from error
 
     def logits(images: Tensor) -> Tensor:
         pixels = images.float().contiguous().cpu().numpy()
         try:
             [result] = session.run(["logits"], {"images": pixels})
         except Exception as error:
-            raise RunError(
-                f"onnxruntime cannot run {exported.path}: {first_line(error)}"
-            ) from error
+            raise failed(error) from error
         return torch.from_numpy(result).to(images.device)
 
     return Function(logits)

@@ -28,9 +28,8 @@ _UNCOMPARED = {_EXTRA + FACTS, _EXTRA + DIGEST, "archive/.data/serialization_id"
 
 def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(
-        network, (torch.zeros(2, *input_shape),), dynamic_shapes=({0: batch},)
-    )
+    images = torch.zeros(2, *input_shape)
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains paths of this machine
 
@@ -66,13 +65,12 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
     facts = exported.facts
     plain = network.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     ours = _encode(plain.eval(), msgspec.json.encode(facts).decode(), facts.input_shape)
-    difference = _difference(ours, exported.content)
-    if difference and facts.versions.get("torch") != torch.__version__:
-        raise RunError(
-            f"{exported.path} was written by torch {facts.versions.get('torch')}, this is "
-            f"{torch.__version__}: export it again, or evaluate it with that version"
-        )
-    if difference:
+    if difference := _difference(ours, exported.content):
+        if (written_by := facts.versions.get("torch")) != torch.__version__:
+            raise RunError(
+                f"{exported.path} was written by torch {written_by}, this is {torch.__version__}: "
+                "export it again, or evaluate it with that version"
+            )
         raise RunError(
             f"{exported.path} contains another program than this bdkd makes of {facts.model} "
             f"({difference}), and an unknown program could run code, so it is not loaded: "
@@ -108,11 +106,8 @@ def _with_weights(ours: bytes, theirs: bytes) -> bytes:
     """Return our archive with their weights. torch never reads an untrusted archive, because its
     zip reader could find other members than Python's."""
     file = io.BytesIO()
-    with (
-        zipfile.ZipFile(io.BytesIO(ours)) as a,
-        zipfile.ZipFile(io.BytesIO(theirs)) as b,
-        zipfile.ZipFile(file, "w") as merged,
-    ):
+    with (zipfile.ZipFile(io.BytesIO(ours)) as a, zipfile.ZipFile(io.BytesIO(theirs)) as b,
+          zipfile.ZipFile(file, "w") as merged):  # fmt: skip
         for name in a.namelist():
             merged.writestr(name, (b if name.startswith(_WEIGHTS) else a).read(name))
     return file.getvalue()

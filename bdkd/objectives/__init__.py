@@ -24,15 +24,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def resolve_options(config: ObjectiveConfig) -> ObjectiveConfig:
-    """Return the configuration with the objective's default for every option that is None.
-
-    Raises:
-        UsageError: the objective does not exist, or does not read an option that is set.
-    """
+    """Return the configuration with the objective's default for every option that is None. Raise
+    ``UsageError`` if the objective does not exist, or does not read an option that is set."""
     if config.name not in OBJECTIVES:
-        raise UsageError(
-            f"unknown objective {config.name!r}: {nearest(config.name, list(OBJECTIVES))}"
-        )
+        hint = nearest(config.name, list(OBJECTIVES))
+        raise UsageError(f"unknown objective {config.name!r}: {hint}")
     options = OBJECTIVES[config.name].options
     given = {key: value for key, value in vars(config).items() if value is not None}
     for key in given:
@@ -53,11 +49,7 @@ def switch_objective(config: ObjectiveConfig, name: str) -> ObjectiveConfig:
 
 
 def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> Objective:
-    """Create the objective that a configuration names.
-
-    Raises:
-        UsageError: the objective does not exist, the networks do not fit it, or it does not read
-            an option that is set.
-    """
+    """Create the objective that a configuration names. Raise ``UsageError`` if the networks do not
+    fit it, or for the reasons of :func:`resolve_options`."""
     config = resolve_options(config)
     return OBJECTIVES[config.name](config, networks)

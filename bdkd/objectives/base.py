@@ -42,11 +42,8 @@ class Objective(ABC):
     :meth:`active` turns their means into the names of the networks that train. Reading the means
     synchronizes with the device.
 
-    Args:
-        config: with every option of the objective set.
-
-    Raises:
-        UsageError: the networks or their roles do not fit the objective.
+    ``config`` has every option of the objective set. Raise ``UsageError`` if the networks or their
+    roles do not fit the objective.
     """
 
     options: ClassVar[Mapping[str, object]]
@@ -62,13 +59,11 @@ class Objective(ABC):
         """Augmentations of each image that the objective needs: 1, or one for each network."""
         if not self.students:
             key = f"networks.{(self.teachers or ['NAME'])[0]}.role"
-            raise UsageError(
-                f"no network is a student: set {key}, or add a network with role = 'student'"
-            )
+            remedy = f"set {key}, or add a network with role = 'student'"
+            raise UsageError(f"no network is a student: {remedy}")
         for name in self.frozen.intersection(self.students):
-            raise UsageError(
-                f"networks.{name}.frozen must be false: {name!r} is a student, which trains"
-            )
+            reason = f"{name!r} is a student, which trains"
+            raise UsageError(f"networks.{name}.frozen must be false: {reason}")
         if config.student_ce == 0 and config.student_kd == 0:
             raise UsageError(
                 "objective.student_ce and objective.student_kd must not both be 0: the student "
@@ -125,7 +120,5 @@ class Objective(ABC):
     def need_several(self) -> None:
         """Raise ``UsageError`` unless there are at least two networks."""
         if len(names := [*self.students, *self.teachers]) < 2:
-            raise UsageError(
-                f"objective.name = {self.config.name!r} needs at least two networks, got "
-                f"{', '.join(names)}"
-            )
+            needed = f"needs at least two networks, got {', '.join(names)}"
+            raise UsageError(f"objective.name = {self.config.name!r} {needed}")

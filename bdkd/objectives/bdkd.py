@@ -129,18 +129,16 @@ class _Ablation:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         kd = config.student_kd
-        self.swapped = config.weighting == "swapped"
+        self.swapped, self.divergence = config.weighting == "swapped", config.student_divergence
         self.cross_entropy = OneSided(config, config.student_ce, 0.0)
         self.forward = OneSided(config, 0.0, kd, "forward")
         self.reverse = OneSided(config, 0.0, kd, "reverse")
-        self.divergence = config.student_divergence
 
     def __call__(
         self, student: Tensor, teacher: Tensor, target: Tensor, stats: BDKDStats, scale: Scalar
     ) -> Tensor:
-        d1, d2 = stats.forward_weight, stats.reverse_weight
-        if self.swapped:
-            d1, d2 = d2, d1
+        weights = stats.forward_weight, stats.reverse_weight
+        d1, d2 = reversed(weights) if self.swapped else weights
         total = self.cross_entropy(student, [teacher], target, 1.0, scale)
         if self.divergence != "reverse":
             total = total + self.forward(student, [teacher], None, 1.0, scale, d1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
 from bdkd.objectives.base import Logits
-from bdkd.objectives.one_sided import OneSided, OneSidedObjective
+from bdkd.objectives.one_sided import OneSidedObjective, by_role
 
 
 class KD(OneSidedObjective):
@@ -27,9 +27,8 @@ class KD(OneSidedObjective):
     def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
         if not self.teachers:
-            raise UsageError(
-                "objective.name = 'kd' needs a teacher, got none: set networks.NAME.role"
-            )
+            needed = "needs a teacher, got none: set networks.NAME.role"
+            raise UsageError(f"objective.name = 'kd' {needed}")
         for name in self.teachers:
             if networks[name].weights is None and not networks[name].options.get("pretrained"):
                 raise UsageError(
@@ -38,8 +37,7 @@ class KD(OneSidedObjective):
                     "a run with objective.name = 'independent')"
                 )
         self.frozen |= frozenset(self.teachers)
-        loss = OneSided(config, config.student_ce, config.student_kd)
-        self.losses = dict.fromkeys(self.students, loss)
+        self.losses = by_role(config, self.students, [])
 
     def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
         teachers = [logits[name] for name in self.teachers]

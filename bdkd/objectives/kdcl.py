@@ -37,12 +37,9 @@ class KDCL(OneSidedObjective):
         return {name: [ensemble] for name in logits}
 
 
-def naive(
-    logits: Tensor,  # (K, B, C)
-    target: Tensor,  # (B,) or (B, C)
-) -> Tensor:
-    """Return for every sample the logits ``(B, C)`` of the network with the smallest cross
-    entropy."""
+def naive(logits: Tensor, target: Tensor) -> Tensor:
+    """Return for every sample the logits ``(B, C)`` of the network with the smallest cross entropy,
+    from ``(K, B, C)``."""
     networks, samples, classes = logits.shape
     targets = target.expand(networks, *target.shape).flatten(0, 1)
     losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (K B,)
@@ -50,13 +47,10 @@ def naive(
     return logits.gather(0, best.view(1, -1, 1).expand(1, samples, classes))[0]
 
 
-def minlogit(
-    logits: Tensor,  # (K, B, C)
-    target: Tensor,  # (B,) or (B, C)
-) -> Tensor:
-    """Return for every class the smallest difference from the label's logit, ``(B, C)``. This
-    takes the network with the largest margin, class by class. A soft label counts as its most
-    likely class."""
+def minlogit(logits: Tensor, target: Tensor) -> Tensor:
+    """Return for every class the smallest difference from the label's logit, ``(B, C)`` from
+    ``(K, B, C)``. This takes the network with the largest margin, class by class. A soft label
+    ``(B, C)`` counts as its most likely class."""
     label = target.argmax(-1) if target.ndim == 2 else target
     index = label.expand(len(logits), -1)[..., None]
     return (logits - logits.gather(-1, index)).amin(0)

@@ -30,19 +30,14 @@ class OneSided:
     """Compute ``ce CE(x, y) + kd tau^2 mean over partners of KL`` with the fused kernel.
 
     The kernel computes the teacher's half of BD-KD's loss: the learner is its teacher and a partner
-    is its student. Of the partner, the kernel computes only the probabilities.
-
-    Args:
-        divergence: ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
+    is its student. Of the partner, the kernel computes only the probabilities. ``divergence`` is
+    ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
     """
 
     def __init__(
-        self,
-        config: ObjectiveConfig,
-        ce: float | None,
-        kd: float | None,
+        self, config: ObjectiveConfig, ce: float | None, kd: float | None,
         divergence: Literal["forward", "reverse"] = "forward",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.loss = fused_loss(
             student_ce=0.0, student_kd=0.0, teacher_ce=ce, teacher_kd=kd,
             # The partner is the kernel's student, so the direction is reversed.
@@ -52,14 +47,10 @@ class OneSided:
         )  # fmt: skip
 
     def __call__(
-        self,
-        learner: Tensor,  # (B, C)
-        partners: Sequence[Tensor],  # (B, C) each, at least one
-        target: Tensor | None,
-        normaliser: Scalar,
-        grad_scale: Scalar,
-        sample_weight: Tensor | None = None,  # (B,)
-    ) -> Tensor:
+        self, learner: Tensor, partners: Sequence[Tensor], target: Tensor | None,
+        normaliser: Scalar, grad_scale: Scalar, sample_weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the loss for the logits ``(B, C)`` of the learner and of at least one partner."""
         share = normaliser * len(partners)
         scale = grad_scale / share
         total = sum(
@@ -93,10 +84,9 @@ class OneSidedObjective(Objective):
         active: Active = None,
     ) -> ObjectiveOutput:  # fmt: skip
         partners = self.partners(logits, target)
-        return ObjectiveOutput(
-            {
-                name: loss(logits[name], partners[name], target, normaliser, grad_scale)
-                for name, loss in self.losses.items()
-                if name not in self.frozen
-            }
-        )
+        losses = {
+            name: loss(logits[name], partners[name], target, normaliser, grad_scale)
+            for name, loss in self.losses.items()
+            if name not in self.frozen
+        }
+        return ObjectiveOutput(losses)

@@ -35,9 +35,8 @@ class SwitOKD(Objective):
         super().__init__(config, networks)
         self.need_pair()
         if self.frozen:
-            raise UsageError(
-                f"networks.{self.teachers[0]}.frozen must be false: switokd decides when it trains"
-            )
+            key, reason = f"networks.{self.teachers[0]}.frozen", "switokd decides when it trains"
+            raise UsageError(f"{key} must be false: {reason}")
         self.student, self.teacher = self.students[0], self.teachers[0]
         self.temperature = float(config.temperature or 1.0)
         self.student_loss = OneSided(config, config.student_ce, config.student_kd)
@@ -66,6 +65,5 @@ class SwitOKD(Objective):
         teaches = active is None or self.teacher in active
         if teaches:
             losses[self.teacher] = self.teacher_loss(t, [s], target, normaliser, grad_scale)
-        return ObjectiveOutput(
-            losses, {"teacher_active": torch.full(s.shape[:1], float(teaches), device=s.device)}
-        )
+        active_samples = torch.full(s.shape[:1], float(teaches), device=s.device)
+        return ObjectiveOutput(losses, {"teacher_active": active_samples})

@@ -38,10 +38,7 @@ def check_stored_zip(file: BinaryIO) -> None:
     """Check that members are stored once, without compression or overlaps, with a valid checksum.
 
     This reads every byte of every member once, in blocks of 1 MiB. Nothing is decompressed, and
-    memory is only allocated for the central directory.
-
-    Args:
-        file: a seekable file, open for reading. Its position changes.
+    memory is only allocated for the central directory. The position of ``file`` changes.
 
     Raises:
         ForeignArchive: the file is not a zip file, or another program wrote it.
@@ -57,12 +54,11 @@ def check_stored_zip(file: BinaryIO) -> None:
     entries, start = _read_end(file)
     try:
         with zipfile.ZipFile(file) as archive:
-            if len(archive.infolist()) != entries:
-                raise ArchiveError(
-                    f"its directory lists {len(archive.infolist())} members, its end {entries}"
-                )
-            _check_members(file, archive.infolist(), start)
-            for member in archive.infolist():
+            members = archive.infolist()
+            if (listed := len(members)) != entries:
+                raise ArchiveError(f"its directory lists {listed} members, its end {entries}")
+            _check_members(file, members, start)
+            for member in members:
                 # Reading compares the names in header and directory, and the CRC-32 at the end.
                 with archive.open(member) as content:
                     while content.read(2**20):
@@ -83,20 +79,18 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
     Files with a comment or with bytes before the first member are refused, because readers look for
     their directory in different places.
     """
-    size = file.seek(0, 2)
-    if size < _END.size:
+    end = file.seek(0, 2) - _END.size
+    if end < 0:
         raise ArchiveError("its end is missing")
-    file.seek(size - _END.size)
-    signature, disk, first_disk, here, entries, length, start, comment = _END.unpack(
-        file.read(_END.size)
-    )
+    file.seek(end)
+    fields = _END.unpack(file.read(_END.size))
+    signature, disk, first_disk, here, entries, length, start, comment = fields
     if signature != b"PK\5\6":
         if zipfile.is_zipfile(file):
             raise ForeignArchive("it has a comment, or bytes after its end")
         raise ArchiveError("its end is missing")
     if comment:
         raise ArchiveError("its end announces a comment that is missing")
-    end = size - _END.size
     short = (here, entries, length, start)
     locator = end - _END64_LOCATOR.size
     if locator >= 0:
@@ -106,9 +100,8 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
             if record != locator - _END64.size or disk64 or disks > 1:
                 raise ArchiveError("bytes precede its members, or its directory is misplaced")
             file.seek(record)
-            (signature, rest, _, _, disk, first_disk, here, entries, length, start) = _END64.unpack(
-                file.read(_END64.size)
-            )
+            fields = _END64.unpack(file.read(_END64.size))
+            signature, rest, _, _, disk, first_disk, here, entries, length, start = fields
             if signature != b"PK\6\6" or rest != _END64.size - 12:
                 raise ArchiveError("the record of its 64-bit sizes is damaged")
             long, limits = (here, entries, length, start), (2**16 - 1,) * 2 + (2**32 - 1,) * 2
@@ -126,11 +119,8 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
 
 
 def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -> None:
-    """Compare the directory's entries with each other and with the headers.
-
-    Args:
-        start: offset of the directory. No member may extend beyond it.
-    """
+    """Compare the entries of the directory at the offset ``start`` with each other and with the
+    headers. No member may extend beyond ``start``."""
     names: set[str] = set()
     for member in members:
         name = member.filename
@@ -160,8 +150,7 @@ def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -
         if len(header) != _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
             raise ArchiveError(f"the header of {name!r} is missing")
         *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        before = name
-        end = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        end += member.file_size
+        header_length = _LOCAL_HEADER.size + name_length + extra_length
+        before, end = name, member.header_offset + header_length + member.file_size
         if end > start:
             raise ArchiveError(f"{name!r} does not end before the directory begins")

@@ -30,10 +30,9 @@ def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def write_atomically(
-    path: Path,
-    content: bytes | Callable[[BinaryIO], object],
+    path: Path, content: bytes | Callable[[BinaryIO], object],
     then: str = "continue with --resume (earlier checkpoints are complete)",
-) -> None:
+) -> None:  # fmt: skip
     """Write a file so that at any time its path has the complete old or the complete new content.
 
     Args:
@@ -66,9 +65,8 @@ def write_atomically(
         cause = error if isinstance(error, OSError) else error.__context__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "fix the cause"
-        raise RunError(
-            f"cannot write {path}: {first_line(cause or error)}; {remedy} and {then}"
-        ) from error
+        reason = first_line(cause or error)
+        raise RunError(f"cannot write {path}: {reason}; {remedy} and {then}") from error
 
 
 class BackgroundWriter:
@@ -111,11 +109,9 @@ class BackgroundWriter:
         self._thread.start()
 
     def busy(self) -> bool:
-        """Return whether files are being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait until no file is being written."""
         if self._thread is not None:
             self._thread.join()
 
@@ -156,14 +152,12 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         content = migrate(content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if content["format"] in range(2, FORMAT + 1):
-            raise RunError(
-                f"{path} is not a complete bdkd checkpoint of format {content['format']}: "
-                f"{type(error).__name__}: {first_line(error)}"
-            ) from error
-        raise RunError(
-            f"{path} has checkpoint format {content['format']!r}; this version reads 2 to {FORMAT}"
-        ) from error
+        given = content["format"]
+        reason = f"has checkpoint format {given!r}; this version reads 2 to {FORMAT}"
+        if given in range(2, FORMAT + 1):
+            reason = f"is not a complete bdkd checkpoint of format {given}: "
+            reason += f"{type(error).__name__}: {first_line(error)}"
+        raise RunError(f"{path} {reason}") from error
     return content["recipe"], content["state"]
 
 
@@ -179,13 +173,11 @@ def is_checkpoint(content: Any) -> bool:
 
 
 def load_file(path: Path, checkpoint: bool = False) -> Any:
-    """Return the content of a torch file. All checksums are verified before loading.
+    """Return the content of a torch file. All checksums are verified before loading. A
+    ``checkpoint`` must be a zip file, because bdkd writes checkpoints in that format.
 
     A temporary failure (permissions, memory, open files, an I/O error) never raises
     :class:`DamagedFile`, because damaged files are renamed.
-
-    Args:
-        checkpoint: require a zip file, because bdkd writes checkpoints in that format.
     """
     verified = False
     try:
@@ -204,9 +196,8 @@ def load_file(path: Path, checkpoint: bool = False) -> Any:
 def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
     match error:
         case ForeignArchive():
-            return RunError(
-                f"{path} is not a checkpoint that bdkd wrote: {error}; use another file"
-            )
+            found = f"{path} is not a checkpoint that bdkd wrote: {error}"
+            return RunError(f"{found}; use another file")
         case ArchiveError():
             found = f"{path} ({path.stat().st_size:,} bytes)"
             return DamagedFile(f"{found} is damaged or cut off: {error}; use another file")
@@ -221,22 +212,16 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
                 "and plain values, which could run code; use another file"
             )
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return RunError(
-            f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes; free "
-            "some memory"
-        )
+        failed = f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes"
+        return RunError(f"{failed}; free some memory")
     but = "its checksums are right, but " if verified else ""
     reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
     return RunError(f"cannot read {path}: {but}{reason}; use another file")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading.
-
-    Raises:
-        OSError: the file cannot be opened.
-        RunError: it is a pipe or device, which might never end.
-    """
+    """Open a regular file for reading. Raise ``OSError`` if the file cannot be opened, and
+    ``RunError`` if it is a pipe or device, which might never end."""
     # Without O_NONBLOCK, opening a FIFO blocks until another process opens it for writing.
     file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

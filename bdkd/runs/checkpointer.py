@@ -10,19 +10,15 @@ from bdkd.runs.folder import RunFolder
 
 
 class Checkpointer:
-    """Save the state of a run in its folder. All ranks must make the same calls.
-
-    Args:
-        warn: called with a line of text if a checkpoint could not be written.
-    """
+    """Save the state of a run in its folder. All ranks must make the same calls. ``warn`` is called
+    with a line of text if a checkpoint could not be written."""
 
     def __init__(
         self, state: TrainingState, folder: RunFolder, warn: Callable[[str], object]
     ) -> None:
         self.state, self.folder, self.warn = state, folder, warn
         self.options = state.recipe.checkpoint
-        self._writer = BackgroundWriter()
-        self._saved = time.monotonic()
+        self._writer, self._saved = BackgroundWriter(), time.monotonic()
 
     def is_overdue(self) -> bool:
         """Return whether ``checkpoint.every_minutes`` have passed on rank 0's clock."""
@@ -31,16 +27,10 @@ class Checkpointer:
         return late and self.state.context.is_rank0
 
     def is_due(self, overdue: bool, last: bool) -> bool:
-        """Return whether this step must be saved as the newest checkpoint.
-
-        Args:
-            overdue: the result of :meth:`is_overdue` on rank 0.
-            last: whether this is the last step of the run.
-        """
-        if last:
-            return True
+        """Return whether this step, which may be the last one of the run, must be saved as the
+        newest checkpoint. ``overdue`` is the result of :meth:`is_overdue` on rank 0."""
         due = overdue or self.state.progress.step % self.options.every_steps == 0
-        return due and not self.state.last_step_was_skipped()
+        return last or (due and not self.state.last_step_was_skipped())
 
     def last_step_is_unsaved(self) -> bool:
         """Return whether the last step has no ``step`` checkpoint. The run was then killed after

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from bdkd.text import read_text
 # Wait for processes of the same launch that have not ended when torchrun restarts the ranks.
 LOCK_SECONDS = 20.0
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8})\.pt")
+Saved = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 
 
 class RunFolder:
@@ -63,17 +65,17 @@ class RunFolder:
         started = self._holds_run()
         if resume == "require" and not started:
             raise RunError(f"nothing to resume: {self.path} contains no run")
+        folders = (self.path, self.checkpoints, self.figures)
         failed = f"cannot write the run's folder {self.path}"
         with explain_oserror(failed, "choose another with --run-dir"):
-            for folder in (self.path, self.checkpoints, self.figures):
+            for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             # "a" does not change the file if this run is refused.
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - closed by close()
         self._wait_for_lock(LOCK_SECONDS if identity and self.launched_by(identity) else 0.0)
         started = self._holds_run()  # another process may have started one in the meantime
-        for folder in (self.path, self.checkpoints, self.figures):
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()  # a writer was killed; no other process writes under the lock
+        for leftover in chain.from_iterable(folder.glob(".*.tmp") for folder in folders):
+            leftover.unlink()  # a writer was killed; no other process writes under the lock
         if started and resume == "never":
             raise RunError(
                 f"{self.path} already contains a run: continue it with --resume or choose another "
@@ -84,9 +86,7 @@ class RunFolder:
         self._lock.flush()
         return started
 
-    def open_run(
-        self, resume: str, identity: str | None
-    ) -> tuple[bool, tuple[Path, dict[str, Any]] | None]:
+    def open_run(self, resume: str, identity: str | None) -> tuple[bool, Saved | None]:
         """Call :meth:`open_for_training`. Return its result and the newest checkpoint, if any."""
         continues = self.open_for_training(resume, identity)
         return continues, self.newest_state(warn=print) if continues else None
@@ -99,11 +99,10 @@ class RunFolder:
             left = [p for p in (self.summary, self.metrics) if p.exists()]
         left += [p for p in self._checkpoint_files() if not p.name.startswith(".")]
         if left:
-            found = f"{self.path} contains {left[0].relative_to(self.path)}"
-            raise RunError(
-                f"{found} of a run, but no config.toml: put it back to resume that run, or choose "
-                "another --run-dir"
-            )
+            name = left[0].relative_to(self.path)
+            found = f"{self.path} contains {name} of a run, but no config.toml"
+            remedy = "put it back to resume that run, or choose another --run-dir"
+            raise RunError(f"{found}: {remedy}")
         return False
 
     def _wait_for_lock(self, seconds: float) -> None:
@@ -133,9 +132,8 @@ class RunFolder:
         try:
             text = read_text(self.config)
         except (OSError, RunError) as error:
-            raise RunError(
-                f"no run at {self.path}: cannot read {self.config} ({first_line(error)})"
-            ) from error
+            failed = f"cannot read {self.config} ({first_line(error)})"
+            raise RunError(f"no run at {self.path}: {failed}") from error
         return parse_recipe(text, source=str(self.config))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -157,8 +155,7 @@ class RunFolder:
         return sorted(saved, key=step_of, reverse=True)
 
     def _checkpoint_files(self) -> list[Path]:
-        failed = f"cannot read the folder {self.checkpoints}"
-        with explain_oserror(failed, "nothing was changed"):
+        with explain_oserror(f"cannot read the folder {self.checkpoints}", "nothing was changed"):
             try:
                 return list(self.checkpoints.iterdir())
             except (FileNotFoundError, NotADirectoryError):
@@ -173,8 +170,7 @@ class RunFolder:
     def save(self, step: int, recipe: Recipe, state: Mapping[str, Any], keep: int) -> Path:
         """Write the checkpoint of a step. Keep the newest ``keep`` checkpoints and the ``best``
         checkpoints that they refer to."""
-        path = self.step_path(step)
-        self._save(path, recipe, state)
+        self._save(path := self.step_path(step), recipe, state)
         kept, dropped = self.checkpoint_paths()[:keep], self.checkpoint_paths()[keep:]
         known = [p for p in self.checkpoint_paths("best") if step_of(p) <= step_of(kept[-1])]
         for old in (*dropped, *known[1:]):
@@ -197,7 +193,7 @@ class RunFolder:
         kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
-    def newest_state(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    def newest_state(self, warn: Callable[[str], object]) -> Saved | None:
         """Return the newest checkpoint, or None if the run was stopped before its first one.
 
         If checksums prove that a checkpoint is damaged, it is renamed to ``*.damaged``, ``warn`` is
@@ -211,14 +207,13 @@ class RunFolder:
             try:
                 return path, load_checkpoint(path)[1]
             except DamagedFile as error:
-                aside = _free_name(path)
+                suffixes = [".damaged", *(f".damaged.{number}" for number in range(2, 1000))]
+                aside = _first_free(map(path.with_suffix, suffixes))
                 try:
                     path.rename(aside)  # otherwise it counts as one of the checkpoints to keep
                 except OSError as reason:
-                    raise RunError(
-                        f"{error}; it could not be renamed to {aside.name}: "
-                        f"{reason.strerror or reason}"
-                    ) from error
+                    failed = f"it could not be renamed to {aside.name}"
+                    raise RunError(f"{error}; {failed}: {reason.strerror or reason}") from error
                 warn(f"{path} is damaged: {error.__cause__}; it was renamed to {aside.name}")
         self._refuse_to_start_over()
         return None
@@ -237,10 +232,8 @@ class RunFolder:
             found = f"the run had reached step {last}, so it had been saved"
         else:
             return
-        raise RunError(
-            f"no checkpoint in {self.checkpoints} to resume from ({found}): put one back, or "
-            "choose another --run-dir to start a new run"
-        )
+        remedy = "put one back, or choose another --run-dir to start a new run"
+        raise RunError(f"no checkpoint in {self.checkpoints} to resume from ({found}): {remedy}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the valid lines. The last line may be cut off if the run was killed."""
@@ -305,18 +298,13 @@ def selected_checkpoint(path: Path) -> Path:
     if folder.read_config().train.select == "best":
         saved = folder.checkpoint_paths("best") or saved
     if not saved:
-        raise RunError(
-            f"the run {path} has no checkpoint yet: wait for the first one, or run bdkd train "
-            f"--resume --run-dir {path}"
-        )
+        remedy = f"wait for the first one, or run bdkd train --resume --run-dir {path}"
+        raise RunError(f"the run {path} has no checkpoint yet: {remedy}")
     return saved[0]
 
 
-def _free_name(checkpoint: Path) -> Path:
-    """Return a path for a damaged checkpoint: ``*.damaged``, or ``*.damaged.2`` if it exists."""
-    suffixes = [".damaged", *(f".damaged.{number}" for number in range(2, 1000))]
-    names = map(checkpoint.with_suffix, suffixes)
-    return next(name for name in names if not os.path.lexists(name))
+def _first_free(paths: Iterable[Path]) -> Path:
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -343,4 +331,4 @@ def default_run_dir(recipe: Recipe, resume: str) -> Path:
     taken = [p for p in numbered if os.path.lexists(p)]
     if resume != "never" and taken:
         return taken[-1]
-    return next(p for p in numbered if p not in taken)
+    return _first_free(numbered)

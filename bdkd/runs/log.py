@@ -28,7 +28,6 @@ class MetricsLogger(contextlib.AbstractContextManager):
 
     Args:
         state: the state after resuming. Metrics of later steps are removed from the folder.
-        last_step: last step of the run.
         progress_bar: show a progress bar if standard error is a terminal.
     """
 
@@ -142,11 +141,11 @@ class Console:
 
     def metrics(self, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show the means of a log interval."""
-        networks = {k: v for k, v in values.items() if isinstance(v, dict)}
         shown = []
-        for name, v in networks.items():  # networks that did not train have a loss of NaN
-            loss = "" if math.isnan(v["loss"]) else f"loss {v['loss']:.3f} "
-            shown.append(f"{name} {loss}top-1 {100 * v['top1']:.1f}%")
+        for name, v in values.items():
+            if isinstance(v, dict):  # networks that did not train have a loss of NaN
+                loss = "" if math.isnan(v["loss"]) else f"loss {v['loss']:.3f} "
+                shown.append(f"{name} {loss}top-1 {100 * v['top1']:.1f}%")
         text = "  ".join([*shown, f"{values['images_per_second']:.0f} images/s"])
         if self.bar.disable:
             minutes, seconds = divmod(round(seconds_left), 60)
@@ -223,10 +222,8 @@ def check_sinks(recipe: Recipe) -> None:
         try:
             import_module(module)
         except ImportError as error:
-            raise RunError(
-                f"--log {sink} needs {module}: pip install {package} "
-                "(or pass --log without a value)"
-            ) from error
+            remedy = f"pip install {package} (or pass --log without a value)"
+            raise RunError(f"--log {sink} needs {module}: {remedy}") from error
 
 
 def open_sinks(recipe: Recipe, folder: Path, events: Path, start_step: int) -> list[Sink]:

@@ -27,13 +27,9 @@ def _from_2(content: Content) -> Content:
     skipped = int(state["skipped"][0]) if "skipped" in state else 0
     updates = max(0, state["position"]["step"] - skipped) if state["ema"] else 0
     state = {
-        **state,
-        "data": None,
-        "ema_updates": updates,
+        **state, "data": None, "ema_updates": updates,
         "ema_copied_until": updates if state["ema"] else None,
-        "schedule": {
-            "batch_size": train["batch_size"], "epochs": train["epochs"],
-            "start": 0.0, "phase": 0.0,
-        },
+        "schedule": {"batch_size": train["batch_size"], "epochs": train["epochs"],
+                     "start": 0.0, "phase": 0.0},
     }  # fmt: skip
     return {**content, "format": 3, "state": state}

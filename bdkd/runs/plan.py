@@ -6,11 +6,8 @@ from bdkd.engine.optim import OPTIMIZERS
 
 
 def plan(components: Components, images_per_second: float | None = None) -> str:
-    """Return the data, networks, operations and steps, and estimate memory and hours, as text.
-
-    Args:
-        images_per_second: speed for the estimate of hours. Default: 1,000.
-    """
+    """Return the data, networks, operations and steps, and estimate memory and, at
+    ``images_per_second`` (default: 1,000), hours, as text."""
     recipe, info = components.recipe, components.source.info
     t, o, s = recipe.train, recipe.optimizer, recipe.schedule
     steps = info.counts["train"] // t.batch_size

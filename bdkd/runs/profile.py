@@ -10,7 +10,6 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +29,7 @@ _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -40,16 +38,9 @@ class Row:
 
 
 class StepProfiler:
-    """Record some of the remaining steps and write ``profile/*.pt.trace.json``. Rank 0 also writes
-    ``profile.json`` and prints the table.
-
-    Args:
-        steps: number of steps to record, at most ``remaining``.
-        remaining: number of remaining steps of the run.
-        folder: folder of the run.
-        show: called with each line to print.
-        rank: rank of this process. Each rank writes a trace.
-    """
+    """Record ``steps``, but at most ``remaining``, steps of the run in ``folder``. Each rank writes
+    ``profile/*.pt.trace.json``. Rank 0 also writes ``profile.json`` and calls ``show`` with
+    each line of the table."""
 
     def __init__(
         self, steps: int, remaining: int, folder: Path, device: torch.device,
@@ -97,10 +88,8 @@ class StepProfiler:
             for line in self._write(profiler, names):
                 self.show(line)
         except (OSError, RuntimeError, ValueError, RunError) as error:  # ValueError: cut-off trace
-            self.show(
-                f"warning: training continues without the profile: cannot write {self.traces}: "
-                f"{first_line(error)}; free some space"
-            )
+            failed = f"cannot write {self.traces}: {first_line(error)}; free some space"
+            self.show(f"warning: training continues without the profile: {failed}")
 
     def _write(self, profiler: torch.profiler.profile, names: set[str]) -> list[str]:
         """Write the trace and ``profile.json``. Return the lines to print."""
@@ -117,7 +106,7 @@ class StepProfiler:
         if self.rank:
             return []
         host, device = where_time_goes(events, names)
-        rows = {"phases": [*map(asdict, device or host)], "host": [*map(asdict, host)]}
+        rows = {"phases": [*map(Row._asdict, device or host)], "host": [*map(Row._asdict, host)]}
         written = {"device": str(self.device), "steps": self.steps, **rows}
         text = json.dumps(written, indent=2) + "\n"
         write_atomically(self.folder / "profile.json", text.encode())
@@ -141,11 +130,8 @@ def where_time_goes(
     The host's time is the time of the training thread. It counts for the innermost named range, or
     for "other" outside of all ranges. The device's work counts for the range in which it was
     launched, from any thread: autograd launches backward passes from other threads. Overlapping
-    work on several streams is divided evenly. The remaining time counts as idle.
-
-    Args:
-        events: Chrome trace events from torch.profiler.
-        names: names of the ranges.
+    work on several streams is divided evenly. The remaining time counts as idle. ``events`` are
+    Chrome trace events from torch.profiler, ``names`` those of the ranges.
     """
     events = [event for event in events if event.get("ph") == "X"]
     annotations = [event for event in events if event.get("cat") == "user_annotation"]
@@ -215,15 +201,11 @@ def _divide(work: Sequence[_Segment]) -> dict[str, float]:
     return totals
 
 
-def _rows(microseconds: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:
+def _rows(times: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:
     """Return rows in the order of the ranges, followed by "other" and "device idle"."""
-    total = sum(microseconds.values())
+    total = sum(times.values())
     names = [name for name in order if name != OTHER] + [OTHER, IDLE]
-    return [
-        Row(name, microseconds[name] / total, microseconds[name] / 1000 / steps)
-        for name in names
-        if name in microseconds
-    ]
+    return [Row(x, times[x] / total, times[x] / 1000 / steps) for x in names if x in times]
 
 
 def table(host: Sequence[Row], device: Sequence[Row], steps: int, cold: bool) -> str:

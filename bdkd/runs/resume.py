@@ -23,21 +23,18 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
         if any(foreign(moments) for moments in state.optimizer.state.values()):
             raise ValueError("moments of another optimizer")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        recipe = f"the recipe of that run ({path.parent.parent / 'config.toml'})"
         raise RunError(
-            f"{path} contains other networks or another optimizer than the recipe: resume with the "
-            f"recipe of that run ({path.parent.parent / 'config.toml'}), or choose another "
-            "--run-dir"
+            f"{path} contains other networks or another optimizer than the recipe: resume with "
+            f"{recipe}, or choose another --run-dir"
         ) from error
     if state.context.is_rank0:
         warn_of_copied_statistics(path, saved, state.recipe.train.ema_decay)
 
 
 def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -> None:
-    """Continue a run from its newest checkpoint, and print its step.
-
-    Args:
-        found: the checkpoint and its state, or None if the run was stopped before its first one.
-    """
+    """Continue a run from its newest checkpoint (``found``, with its state), if there is one, and
+    print its step."""
     where = "the beginning: no checkpoint was written"
     if found is not None:
         path, saved = found
@@ -73,23 +70,21 @@ def check_data(path: Path, saved: Mapping[str, Any], info: DataInfo) -> None:
             "or give the right folder with --data.root (train) or --data-root (evaluate, export)"
         )
     if saved["train_images"] != (images := info.counts["train"]):
-        raise RunError(
-            f"{path} was trained on {saved['train_images']} images, the data now has {images}: "
-            "restore the data set or data.validation, or choose another --run-dir"
-        )
+        found = f"{path} was trained on {saved['train_images']} images, the data now has {images}"
+        remedy = "restore the data set or data.validation, or choose another --run-dir"
+        raise RunError(f"{found}: {remedy}")
 
 
 def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
     """Print the changes since the checkpoint that affect the results of a resumed run."""
     before, now = len(saved["ranks"]), state.context.world_size
-    size = state.recipe.train.batch_size
     if before != now:
         print(
             f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank gets other "
             "images, so sums round differently, dropout masks change, and batch norm without "
-            f"distributed.sync_batch_norm normalises over {size // now} images",
-            flush=True,
-        )
+            "distributed.sync_batch_norm normalises over "
+            f"{state.recipe.train.batch_size // now} images", flush=True,
+        )  # fmt: skip
     step, images = state.schedule_step(), state.train_images
     schedule, span = state.recipe.schedule, Span(**saved["schedule"])
     old, new = (s.factor(schedule, step, images) for s in (span, state.span))

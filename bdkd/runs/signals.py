@@ -14,12 +14,8 @@ _SECOND_SIGINT_SECONDS = 2.0
 
 class StopRequest:
     """A context in which the first signal only sets ``signal``. A SIGINT more than 2 s later raises
-    ``KeyboardInterrupt``.
-
-    Args:
-        grace: seconds after the first signal until the process ends without a checkpoint, because
-            another rank may hang. None: no limit.
-    """
+    ``KeyboardInterrupt``. Unless ``grace`` is None, the process ends without a checkpoint so many
+    seconds after the first signal, because another rank may hang."""
 
     def __init__(self, grace: float | None = None) -> None:
         self.signal: int | None = None

@@ -32,24 +32,19 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     """Evaluate the selected weights on the test images. Write ``summary.json``, predictions and
     figures.
 
-    All ranks must call this function. Rank 0 returns the content of ``summary.json``.
-
-    Raises:
-        RunError: the best checkpoint is gone, or a file cannot be written.
+    All ranks must call this function. Rank 0 returns the content of ``summary.json``. Raise
+    ``RunError`` if the best checkpoint is gone, or a file cannot be written.
     """
-    recipe, context = components.recipe, components.context
-    seconds = state.progress.seconds
+    recipe, context, seconds = components.recipe, components.context, state.progress.seconds
     context.location = "the evaluation on the test images"
     if recipe.train.select == "best" and state.best is not None:
         # The last weights are saved, so the best weights can replace them in memory.
         path = folder.best_path(state.best.step)
 
         def load() -> dict[str, Any]:
-            if not path.exists():
-                raise RunError(
-                    f"the best checkpoint {path} is gone: resume with --train.select last"
-                )
-            return load_checkpoint(path)[1]
+            if path.exists():
+                return load_checkpoint(path)[1]
+            raise RunError(f"the best checkpoint {path} is gone: resume with --train.select last")
 
         state.load_state_dict(context.broadcast_from_rank0(load))
     networks = state.evaluated_networks()
@@ -73,9 +68,8 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     }  # fmt: skip
     folder.write_predictions(predictions)
     folder.write_summary(summary)
-    failed = f"cannot write the figures in {folder.figures}"
     remedy = f"fix the cause and draw them with --resume (the results are in {folder.summary})"
-    with explain_oserror(failed, remedy):
+    with explain_oserror(f"cannot write the figures in {folder.figures}", remedy):
         title = f"{recipe.name}, {recipe.objective.name}: test images"
         reliability_diagram(results, folder.figures / "reliability.png", title)
         training_curves(folder.metrics, folder.figures / "curves.png")
@@ -88,11 +82,10 @@ def describe(
     """Return the model, size and metrics of one network."""
     config = recipe.networks[name.removesuffix(EMA_SUFFIX)]
     return {
-        "model": config.model,
-        "role": config.role,
+        "model": config.model, "role": config.role,
         "parameters": sum(p.numel() for p in network.parameters()),
         **{metric: getattr(result, metric) for metric in MEASURED},
-    }
+    }  # fmt: skip
 
 
 def throughput(folder: RunFolder) -> float | None:

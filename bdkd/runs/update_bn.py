@@ -33,10 +33,8 @@ def update_bn(
     """Write a copy of a checkpoint whose networks have new batch norm statistics.
 
     The statistics are means over complete training batches with the augmentation of training
-    (``torch.optim.swa_utils.update_bn``). Weights do not change. Frozen networks do not change.
-
-    Args:
-        images: number of training images to use, at least one batch. None: one epoch.
+    (``torch.optim.swa_utils.update_bn``) of ``images`` images, at least one batch, or of one epoch
+    if that is None. Weights do not change. Frozen networks do not change.
 
     Raises:
         RunError: no network has batch norm, a file cannot be read or written, or the data set is

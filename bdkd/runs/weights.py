@@ -51,12 +51,8 @@ def load_initial_weights(components: Components) -> None:
 def load_networks(
     components: Components, path: Path, saved: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
-    """Load the networks of a checkpoint into ``components`` and return them by name, including the
-    students' averages.
-
-    Args:
-        path: path of the checkpoint for messages.
-        saved: state of the checkpoint, from :func:`bdkd.runs.checkpoint.load_checkpoint`.
+    """Load the networks of a checkpoint with the state ``saved`` into ``components`` and return
+    them by name, including the students' averages. ``path`` is for messages.
 
     Raises:
         RunError: the networks do not match the recipe, or were trained on another data set.
