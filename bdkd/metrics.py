@@ -87,11 +87,10 @@ SCALED = tuple(
 OBJECTIVE_STATISTICS = (
     "forward_weight", "reverse_weight", "forward_kl", "reverse_kl", "teacher_active",
 )  # fmt: skip
-STEP_KEYS = (
-    "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps", "data_wait",
-    "memory_mib", "mfu",
-)  # fmt: skip
 STEP_CHARTED = frozenset({*OBJECTIVE_STATISTICS[:4], "images_per_second", "data_wait"})
 """Numbers of a whole step that ``bdkd report`` draws."""
-RESERVED = frozenset({*STEP_KEYS, *OBJECTIVE_STATISTICS})
+RESERVED = frozenset({
+    "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps", "data_wait",
+    "memory_mib", "mfu", *OBJECTIVE_STATISTICS,
+})  # fmt: skip
 """Names that a network cannot have."""

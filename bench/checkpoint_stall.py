@@ -47,7 +47,7 @@ def main() -> None:
         stalls.append((time.perf_counter(), time.perf_counter() - began))
 
     def timed_step(self: Trainer, batch: Batch) -> None:
-        writing = bool(current) and current[0].is_writing()
+        writing = bool(current) and current[0].writer.busy()
         began = time.perf_counter()
         step(self, batch)
         steps.append((time.perf_counter() - began, writing))

@@ -5,7 +5,7 @@ from bdkd.extras import missing_packages
 if message := missing_packages(("msgspec", "tomli-w")):
     raise ImportError(message)
 
-from bdkd.config.check import NAME, check_recipe
+from bdkd.config.check import check_recipe
 from bdkd.config.load import (
     differing_keys,
     load_recipe,
@@ -28,7 +28,7 @@ from bdkd.config.options import (
 )
 
 __all__ = [
-    "NAME", "CheckpointConfig", "DataConfig", "DistributedConfig", "NetworkConfig",
+    "CheckpointConfig", "DataConfig", "DistributedConfig", "NetworkConfig",
     "ObjectiveConfig", "OptimizerConfig", "Recipe", "ScheduleConfig", "SyntheticConfig",
     "TrainConfig", "check_recipe", "differing_keys", "load_recipe", "nearest", "parse_recipe",
     "shipped_recipes", "to_toml",

@@ -100,9 +100,8 @@ class TrainingMeter:
 
     def reset(self) -> None:
         """Forget all samples. The tensors stay, because a captured step adds to them."""
-        for tensor in (
-            self.samples, self.trained, self.sums, self.gaps, *self.statistics.values(),
-        ):  # fmt: skip
+        sums = (self.samples, self.trained, self.sums, self.gaps, *self.statistics.values())
+        for tensor in sums:
             tensor.zero_()
 
     def _statistic(self, name: str) -> Tensor:

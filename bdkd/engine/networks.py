@@ -68,10 +68,7 @@ class Networks(nn.Module):
 
 
 def build_networks(
-    configs: Mapping[str, NetworkConfig],
-    frozen: frozenset[str],
-    num_classes: int,
-    channels: int,
+    configs: Mapping[str, NetworkConfig], frozen: frozenset[str], num_classes: int, channels: int
 ) -> Networks:
     """Build networks with random weights.
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of how far a run has come."""
+"""The learning rate as a function of the progress of a run."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from bdkd.config import ScheduleConfig
 
 @dataclass
 class Span:
-    """The part of a run's schedule that a checkpoint has to keep.
+    """The part of a run's schedule that a checkpoint holds.
 
     A run can be resumed with another ``train.batch_size`` or ``train.epochs``. The schedule keeps
     counting in steps of the first batch size, so the rate does not jump. If the number of epochs
@@ -25,23 +25,23 @@ class Span:
     """Share of the decay that was done at ``start``, in [0, 1]."""
 
     def steps_per_epoch(self, train_images: int) -> int:
-        """Steps of the schedule in one epoch."""
+        """Return the steps of the schedule in one epoch."""
         return max(1, train_images // self.batch_size)
 
     def step(self, epoch: int, seen: int, train_images: int) -> float:
-        """Steps of the schedule that are done after ``epoch`` whole epochs and ``seen`` images."""
+        """Return the steps that are done after ``epoch`` whole epochs and ``seen`` images."""
         per_epoch = self.steps_per_epoch(train_images)
         return epoch * per_epoch + min(seen / self.batch_size, per_epoch)
 
     def factor(self, config: ScheduleConfig, step: float, train_images: int) -> float:
-        """Share of the peak learning rate at a step of the schedule."""
+        """Return the share of the peak learning rate at a step of the schedule."""
         per_epoch = self.steps_per_epoch(train_images)
         return rate_factor(config, step, per_epoch, per_epoch * self.epochs, self.start, self.phase)
 
     def with_epochs(
         self, epochs: int, config: ScheduleConfig, step: float, train_images: int
     ) -> "Span":
-        """The schedule of a run that is resumed at ``step`` with another number of epochs.
+        """Return the schedule of a run that is resumed at ``step`` with another number of epochs.
 
         A decay that has already ended cannot continue. It becomes the decay of a run that had the
         new number of epochs from the beginning, so the rate rises again.
@@ -54,13 +54,9 @@ class Span:
 
 
 def rate_factor(
-    config: ScheduleConfig,
-    step: float,
-    steps_per_epoch: int,
-    total_steps: int,
-    start: float = 0.0,
-    phase: float = 0.0,
-) -> float:
+    config: ScheduleConfig, step: float, steps_per_epoch: int, total_steps: int,
+    start: float = 0.0, phase: float = 0.0,
+) -> float:  # fmt: skip
     """Return the share of the peak learning rate, in [0, 1], for a step counted from 0.
 
     The warm-up rises linearly and reaches the peak in its last step. ``cosine`` follows
@@ -84,20 +80,15 @@ def rate_factor(
 
 
 def _phase(
-    config: ScheduleConfig,
-    step: float,
-    steps_per_epoch: int,
-    total_steps: int,
-    start: float,
-    phase: float,
-) -> float:
-    """Share of the decay that is done, in [0, 1]; 0 during the warm-up."""
+    config: ScheduleConfig, step: float, steps_per_epoch: int, total_steps: int,
+    start: float, phase: float,
+) -> float:  # fmt: skip
+    """Return the share of the decay that is done, in [0, 1]; 0 during the warm-up."""
     begin = max(start, _in_steps(config.warmup, config, steps_per_epoch))
     progress = (step - begin) / max(1.0, total_steps - begin)
     return phase + (1 - phase) * min(1.0, max(0.0, progress))
 
 
 def _in_steps(length: float, config: ScheduleConfig, steps_per_epoch: int) -> float:
-    """A length of the schedule in steps. 2.2 epochs of 25 steps are 55, not 55.00000000000001:
-    a boundary must not move by a step because of rounding."""
+    """Return a length of the schedule in steps, rounded so that 2.2 epochs of 25 steps are 55."""
     return round(length * steps_per_epoch, 9) if config.unit == "epochs" else length

@@ -95,10 +95,12 @@ def backward_of(forward: Forward, state: TrainingState) -> ForwardBackward:
     return forward_backward
 
 
-def eager(state: TrainingState, objective: Objective) -> ForwardBackward:
-    """Run the networks one after the other."""
+def eager(
+    state: TrainingState, objective: Objective, run_all: RunAll = run_sequentially
+) -> ForwardBackward:
+    """Run the networks one after the other, or as ``run_all`` does."""
     train = state.recipe.train
-    return backward_of(make_forward(state.model, objective, train, state.context), state)
+    return backward_of(make_forward(state.model, objective, train, state.context, run_all), state)
 
 
 def overlapped(state: TrainingState, objective: Objective) -> ForwardBackward:
@@ -110,10 +112,7 @@ def overlapped(state: TrainingState, objective: Objective) -> ForwardBackward:
     branches, which start without the host.
     """
     streams = Streams(state.device, len(state.networks.members))
-    forward = make_forward(
-        state.model, objective, state.recipe.train, state.context, streams.run_all
-    )
-    return backward_of(forward, state)
+    return eager(state, objective, streams.run_all)
 
 
 class Streams:

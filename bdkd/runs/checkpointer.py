@@ -18,7 +18,7 @@ class Checkpointer:
     ) -> None:
         self.state, self.folder, self.warn = state, folder, warn
         self.options = state.recipe.checkpoint
-        self._writer, self._saved = BackgroundWriter(), time.monotonic()
+        self.writer, self._saved = BackgroundWriter(), time.monotonic()
 
     def is_overdue(self) -> bool:
         """Return whether ``checkpoint.every_minutes`` have passed on rank 0's clock."""
@@ -46,25 +46,21 @@ class Checkpointer:
         self.state.context.location = f"the checkpoint of step {step}"
         state = self.state.state_dict()
         if state is not None:
-            self._writer.wait()
-            if error := self._writer.take_failure():
+            self.writer.wait()
+            if error := self.writer.take_failure():
                 self.warn(f"warning: training continues without this checkpoint: {error}")
             state = snapshot(state)
-            self._writer.submit(
+            self.writer.submit(
                 partial(folder.save, step, recipe, state, self.options.keep) if newest else None,
                 partial(folder.save_best, step, recipe, state) if best else None,
             )
         self._saved = time.monotonic()
 
-    def is_writing(self) -> bool:
-        """Return whether a file is being written."""
-        return self._writer.busy()
-
     def finish(self) -> None:
         """Wait for the last checkpoint. Raise ``RunError`` if it was not written."""
         if self.state.context.is_rank0:
-            self._writer.finish()
+            self.writer.finish()
 
     def close(self) -> None:
         """Wait until no file is being written. Ignore failures."""
-        self._writer.wait()
+        self.writer.wait()
