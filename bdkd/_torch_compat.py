@@ -1,7 +1,7 @@
 """The private APIs of torch that the trainer uses. No other file of ``bdkd`` uses any.
 
 Each has its source, and what replaces it in a torch that lacks it.
-``tests/training/test_torch_compat.py`` compares each with public operations.
+``tests/training/test_private_apis.py`` compares each with public operations.
 """
 
 from collections.abc import Callable, Sequence

@@ -165,8 +165,8 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
         try:
             image = decode_rgb(path.read_bytes())
         except (OSError, UndecodableError) as error:
-            reason = f"{getattr(error, 'strerror', None) or error}; replace or remove it"
-            raise RunError(f"cannot read the image {path}: {reason}") from error
+            why = getattr(error, "strerror", None) or error
+            raise RunError(f"cannot read the image {path}: {why}; replace or remove it") from error
         if image.size != (size, size):
             image = image.resize((size, size))
         pixels[index] = np.asarray(image)
