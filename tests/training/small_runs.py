@@ -13,9 +13,10 @@ from torch import nn
 
 from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe, load_recipe
 from bdkd.data import DataInfo
-from bdkd.distributed.context import SINGLE_PROCESS
+from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.engine.components import Components, build_components
 from bdkd.engine.networks import Networks
+from bdkd.engine.requirements import check_requirements
 from bdkd.engine.state import TrainingState
 from bdkd.objectives import Objective, create_objective
 from bdkd.runs.weights import load_initial_weights
@@ -149,6 +150,12 @@ def components_of(recipe, context=SINGLE_PROCESS, *, begins=True) -> Components:
     if begins:
         load_initial_weights(components)
     return components
+
+
+def check_step(recipe: Recipe, device: str = "cpu", world_size: int = 1) -> None:
+    """Check that a step of a recipe can run on a device and a number of ranks."""
+    objective = create_objective(recipe.objective, recipe.networks)
+    check_requirements(recipe, torch.device(device), DistributedContext(0, world_size), objective)
 
 
 def objective_of(state: TrainingState, name: str = "bdkd", **options) -> Objective:

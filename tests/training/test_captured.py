@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_runs import objective_of, tiny_recipe, tiny_state, trainer_of
+from small_runs import check_step, objective_of, tiny_recipe, tiny_state, trainer_of
 from test_step import OPTIMIZERS, a_batch, everything
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,11 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from bdkd.config import ObjectiveConfig, OptimizerConfig
 from bdkd.data import Batch
-from bdkd.distributed.context import DistributedContext
 from bdkd.engine.cuda_graph import WARM_UP, CapturedStep
-from bdkd.engine.requirements import check_requirements
 from bdkd.errors import UsageError
-from bdkd.objectives import create_objective
 
 
 @pytest.fixture(autouse=True)
@@ -185,12 +182,8 @@ def test_what_cannot_be_captured_is_refused(device, world_size, objective, optim
     recipe = tiny_recipe(
         optimizer=OptimizerConfig(optimizer), objective=objective, train={"cuda_graph": True}
     )
-    given = (
-        recipe, torch.device(device), DistributedContext(0, world_size),
-        create_objective(objective, recipe.networks),
-    )  # fmt: skip
     if message is None:
-        check_requirements(*given)
+        check_step(recipe, device, world_size)
         return
     with pytest.raises(UsageError, match=f"train.cuda_graph can be true only {message}"):
-        check_requirements(*given)
+        check_step(recipe, device, world_size)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compiler import COMPILER, HAS_COMPILER
-from small_runs import Tiny, objective_of, tiny_recipe, tiny_state, trainer_of
+from small_runs import Tiny, check_step, objective_of, tiny_recipe, tiny_state, trainer_of
 from test_step import OPTIMIZERS, a_batch, everything
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,17 +17,15 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from bdkd.config import load_recipe
 from bdkd.data import Batch
-from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
+from bdkd.distributed.context import DistributedContext
 from bdkd.engine.compiled import (
     add_gradients,
     announce_compilation,
     compiled,
     count_shapes,
 )
-from bdkd.engine.requirements import check_requirements
 from bdkd.engine.step import warm_up
 from bdkd.errors import RunError
-from bdkd.objectives import create_objective
 
 ONE_GRAPH = hasattr(torch._dynamo.config, "trace_autograd_ops")
 
@@ -278,18 +276,13 @@ def test_what_torch_cannot_compile_is_one_line():
 
 def test_a_machine_without_a_compiler_is_refused_before_any_step(monkeypatch):
     recipe = tiny_recipe(train={"compile": True})
-    objective = create_objective(recipe.objective, recipe.networks)
-
-    def check(device: str) -> None:
-        check_requirements(recipe, torch.device(device), SINGLE_PROCESS, objective)
-
     if HAS_COMPILER:
-        check("cpu")
+        check_step(recipe, "cpu")
 
     def none() -> str:
         raise InvalidCxxCompiler
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
     with pytest.raises(RunError, match=r"needs a C\+\+ compiler on a CPU"):
-        check("cpu")
-    check("cuda")
+        check_step(recipe, "cpu")
+    check_step(recipe, "cuda")

@@ -6,14 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from small_runs import Tiny, objective_of, tiny_recipe, tiny_state, trainer_of
+from small_runs import Tiny, check_step, objective_of, tiny_recipe, tiny_state, trainer_of
 from test_step import a_batch, everything
 
-from bdkd.distributed.context import DistributedContext
-from bdkd.engine.requirements import check_requirements
 from bdkd.engine.step import Streams, overlapped
 from bdkd.errors import UsageError
-from bdkd.objectives import create_objective
 
 CPU = torch.device("cpu")
 
@@ -112,12 +109,8 @@ def test_real_streams_give_the_same_logits_and_gradients():
 )
 def test_where_there_is_one_order_it_is_refused(device, world_size, compiles, message):
     recipe = tiny_recipe(train={"overlap": True, "compile": compiles})
-    given = (
-        recipe, torch.device(device), DistributedContext(0, world_size),
-        create_objective(recipe.objective, recipe.networks),
-    )  # fmt: skip
     if message is None:
-        check_requirements(*given)
+        check_step(recipe, device, world_size)
         return
     with pytest.raises(UsageError, match=f"train.overlap can be true only {message}"):
-        check_requirements(*given)
+        check_step(recipe, device, world_size)

@@ -159,7 +159,10 @@ class LossOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(not native.AVAILABILITY, reason=f"{native.AVAILABILITY}: no fused loss here")
+@pytest.mark.skipif(
+    not native.AVAILABILITY,
+    reason=f"{native.AVAILABILITY}; test_closed_forms.py compares the gradients without it",
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loss_is_one_operator_for_each_micro_batch(accumulate):
     """Its gradients come with it: no second operator looks whether they still fit."""
