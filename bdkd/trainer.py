@@ -254,8 +254,8 @@ class Trainer:
                 f"skipped up to {longest} steps in a row: losses or gradients were not finite"
             )
         if longest >= self.recipe.train.max_skipped:
-            saved = self.checkpointer.folder.resumable_paths()
-            good = f"the last good checkpoint is {saved[0]}" if saved else "none is saved yet"
+            saved = self.context.broadcast_from_rank0(self.checkpointer.newest_path)
+            good = f"the last good checkpoint is {saved}" if saved else "none is saved yet"
             raise RunError(
                 f"losses or gradients were not finite for {longest} steps in a row: {good}; "
                 "lower optimizer.learning_rate, or use another train.precision"

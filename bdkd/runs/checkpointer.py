@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from bdkd.engine.state import TrainingState, snapshot
 from bdkd.runs.checkpoint import BackgroundWriter
@@ -55,6 +56,11 @@ class Checkpointer:
                 partial(folder.save_best, step, recipe, state) if best else None,
             )
         self._saved = time.monotonic()
+
+    def newest_path(self) -> Path | None:
+        """Wait for the last checkpoint. Return the newest one that a run can be resumed from."""
+        self.writer.wait()
+        return next(iter(self.folder.resumable_paths()), None)
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Raise ``RunError`` if it was not written."""

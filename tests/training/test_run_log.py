@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,7 +227,7 @@ class PoisonedSource:
             yield batch
 
 
-def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, capsys):
+def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, capsys, monkeypatch):
     """Three rows of two, with good steps in between, are less than the three that are too many."""
     poisoned = {2, 3, 5, 6, 9, 10}
     options = ["--train.epochs", "4", "--train.max-skipped", "3", "--checkpoint.every-steps", "1",
@@ -242,6 +243,13 @@ def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, ca
     saved = {int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*.pt")}
     assert saved == {*range(1, 13)} - poisoned
     components = with_source(set_up(*options), PoisonedSource, {7, 8, 9})
+    save = RunFolder.save
+
+    def save_slowly(*arguments):  # the last good checkpoint is still being written at step 9
+        time.sleep(0.3)
+        return save(*arguments)
+
+    monkeypatch.setattr(RunFolder, "save", save_slowly)
     with pytest.raises(RunError, match=r"3 steps in a row: the last good .*step-00000006\.pt"):
         train(components, tmp_path / "bad")
 
