@@ -23,20 +23,29 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from bdkd_kernels.compat import DistillKL, LigerJSD, LigerKLDIVLoss, kd_loss
 
-    from bdkd.models import create_model, list_models
+    from bdkd.data import register_source
+    from bdkd.engine.optim import register_optimizer
+    from bdkd.metrics import register_metric
+    from bdkd.models import create_model, list_models, register_model
+    from bdkd.objectives import register_objective
 
     __version__: str
 
 # Imported when they are first used
 _LATE = {
     **dict.fromkeys(("DistillKL", "LigerJSD", "LigerKLDIVLoss", "kd_loss"), "bdkd_kernels.compat"),
-    **dict.fromkeys(("create_model", "list_models"), "bdkd.models"),
+    **dict.fromkeys(("create_model", "list_models", "register_model"), "bdkd.models"),
+    "register_metric": "bdkd.metrics",
+    "register_objective": "bdkd.objectives",
+    "register_optimizer": "bdkd.engine.optim",
+    "register_source": "bdkd.data",
 }
 
 __all__ = [
     "BDKDLoss", "BDKDOutput", "BDKDStats", "DistillKL", "LigerJSD", "LigerKLDIVLoss",
     "available_backends", "bdkd_loss", "bdkd_loss_and_grad", "create_model", "kd_loss",
-    "list_models",
+    "list_models", "register_metric", "register_model", "register_objective", "register_optimizer",
+    "register_source",
 ]  # fmt: skip
 
 

@@ -1,6 +1,14 @@
 """The one table of metrics: their names in files, where each is written, and how it is shown."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from bdkd.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Metric(NamedTuple):
@@ -31,6 +39,10 @@ class Metric(NamedTuple):
     """``bdkd compare`` tests differences from the first method."""
     headline: bool = False
     """In the figure of ``bdkd compare``, and its test in the tables."""
+    of_samples: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Of a registered metric: the function of logits and labels."""
+    reduce: Callable[[Tensor], Any] | None = None
+    """Of a registered metric: the function of the values of all samples."""
 
     def show(self, value: float | None, sign: str = "") -> str:
         """Return a value as text for a table. ``sign`` is "+" for differences."""
@@ -41,7 +53,7 @@ class Metric(NamedTuple):
         return text.lstrip("+-") if not float(text) else text
 
 
-METRICS = (
+_BUILT_IN = (
     Metric("loss", "loss", "training loss", trained=True, measured=False, charted=True),
     Metric("top1", "top-1 %", "top-1 accuracy", "accuracy", trained=True, validated=True,
            charted=True, percent=True, digits=2, compared=True, tested=True, headline=True),
@@ -75,13 +87,82 @@ METRICS = (
            digits=2, compared=True),
 )  # fmt: skip
 
-MEASURED = tuple(metric.key for metric in METRICS if metric.measured)
-VALIDATED = tuple(metric.key for metric in METRICS if metric.validated)
-TRAINED = tuple(metric.key for metric in METRICS if metric.trained)
-CHARTED = frozenset(metric.key for metric in METRICS if metric.charted)
+METRICS: Registry[Metric] = Registry("metric", "bdkd.metrics")
+"""All metrics by key, in the order of tables."""
+for _metric in _BUILT_IN:
+    METRICS.add(_metric.key, _metric, Metric)
+
 SCALED = tuple(
-    metric.key.removesuffix("_scaled") for metric in METRICS if metric.key.endswith("_scaled")
+    metric.key.removesuffix("_scaled") for metric in _BUILT_IN if metric.key.endswith("_scaled")
 )
+_OF_A_NETWORK = frozenset({"model", "role", "parameters"})  # keys beside the metrics
+
+OfSamples = TypeVar("OfSamples", bound=Callable[..., Any])
+
+
+def register_metric(
+    key: str,
+    label: str = "",
+    *,
+    description: str = "",
+    reduce: Callable[[Tensor], Any] | None = None,
+    percent: bool = False,
+    digits: int = 4,
+    tested: bool = True,
+) -> Callable[[OfSamples], OfSamples]:
+    """Return a decorator that registers a metric of a network's predictions.
+
+    It decorates a function of the logits ``(B, C)`` float64 and the labels ``(B,)`` int64 of a
+    batch, which returns a value of each sample, ``(B,)`` or ``(B, ...)``. The metric is the mean
+    over all samples of a split, or ``reduce`` of their values ``(N,)`` or ``(N, ...)`` float64, on
+    the CPU and in the order of the split. With several ranks, the values are gathered first.
+
+    The metric is computed at each validation and on the test images. It is written to
+    ``metrics.jsonl`` and ``summary.json``, shown by ``bdkd evaluate``, drawn by ``bdkd report``,
+    and compared by ``bdkd compare``.
+
+    Args:
+        key: its name in files.
+        label: its name in tables. Default: ``key``.
+        description: its name in sentences. Default: ``label``.
+        percent: it is a fraction, shown in percent.
+        digits: after the decimal point.
+        tested: ``bdkd compare`` tests differences from the first method.
+    """
+    if key in _OF_A_NETWORK:
+        raise ValueError(
+            f"the name of a metric must not be {key!r}, which is a key of summary.json"
+        )
+
+    METRICS.check_name(key)
+
+    def add(of_samples: OfSamples) -> OfSamples:
+        metric = Metric(
+            key, label or key, description or label or key, validated=True, charted=True,
+            percent=percent, digits=digits, compared=True, tested=tested, headline=tested,
+            of_samples=of_samples, reduce=reduce,
+        )  # fmt: skip
+        METRICS.add(key, metric, of_samples)
+        return of_samples
+
+    return add
+
+
+def registered_metrics() -> list[Metric]:
+    """Return the metrics of plugins."""
+    return [metric for metric in METRICS.values() if metric.of_samples is not None]
+
+
+def values_of(result: Any, *, validated: bool = False) -> dict[str, float]:
+    """Return the metrics of a :class:`CalibrationResult` by key: those of ``summary.json``, or
+    those that are logged at each validation."""
+    registered: Mapping[str, float] = result.registered
+    return {
+        metric.key: registered[metric.key] if metric.of_samples else getattr(result, metric.key)
+        for metric in METRICS.values()
+        if (metric.validated if validated else metric.measured)
+    }
+
 
 # Numbers of a whole step in metrics.jsonl. The objective's statistics are means over the samples.
 OBJECTIVE_STATISTICS = (
@@ -89,8 +170,10 @@ OBJECTIVE_STATISTICS = (
 )  # fmt: skip
 STEP_CHARTED = frozenset({*OBJECTIVE_STATISTICS[:4], "images_per_second", "data_wait"})
 """Numbers of a whole step that ``bdkd report`` draws."""
-RESERVED = frozenset({
+OF_A_LINE = frozenset({
     "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps", "data_wait",
-    "memory_mib", "mfu", *OBJECTIVE_STATISTICS,
+    "memory_mib", "mfu",
 })  # fmt: skip
+"""Keys of a line of ``metrics.jsonl`` beside the networks and the objective's statistics."""
+RESERVED = OF_A_LINE | {*OBJECTIVE_STATISTICS}
 """Names that a network cannot have."""

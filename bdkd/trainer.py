@@ -19,7 +19,8 @@ from bdkd.engine.step import warm_up
 from bdkd.engine.throughput import ThroughputMeter
 from bdkd.errors import Interrupted, RunError
 from bdkd.evaluation.calibration import CalibrationResult
-from bdkd.metrics import VALIDATED
+from bdkd.metrics import values_of
+from bdkd.plugins import plugin_arguments
 from bdkd.runs.checkpointer import Checkpointer
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.log import MetricsLogger, check_sinks
@@ -283,10 +284,7 @@ class Trainer:
             self.context.location = f"the evaluation after step {self.state.progress.step}"
             networks = self.state.evaluated_networks()
             results = evaluator_of(self.components, networks).evaluate(split)
-            metrics = {
-                name: {metric: getattr(result, metric) for metric in VALIDATED}
-                for name, result in results.items()
-            }
+            metrics = {n: values_of(result, validated=True) for n, result in results.items()}
             self.logger.evaluation(split, metrics)
         return results
 
@@ -315,8 +313,9 @@ class Trainer:
         self.save(newest=True, best=False)
         self.finish_files()
         folder, step = self.checkpointer.folder, self.state.progress.step
+        command = ["bdkd", "train", *plugin_arguments(), "--resume", "--run-dir", str(folder.path)]
         raise Interrupted(
             signal_number,
             f"stopped at step {step}, saved in {folder.step_path(step)}; continue with: "
-            f"bdkd train --resume --run-dir {shlex.quote(str(folder.path))}",
+            + shlex.join(command),
         )

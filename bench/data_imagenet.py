@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from suite_loader import HEIGHT, WIDTH, write_jpegs
 
-from bdkd.config import DataConfig
 from bdkd.data import DataSource, create_source
 from bdkd.data.imagenet.archives import masked_crc32c
 from bdkd.data.imagenet.index import Item
 from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import decoded
+from bdkd.registry import SOURCES
 
 BATCH = 64
 IMAGENET = 1_331_167  # images of train and val
@@ -50,8 +50,8 @@ def decoding(images: int, rounds: int) -> None:
         sources = {
             # Pillow in this process, so that its time is counted too.
             loader: create_source(
-                DataConfig(
-                    source="imagenet", root=folder, loader=loader, flip=True, validation=0.0,
+                SOURCES.configure(
+                    "imagenet", root=folder, loader=loader, flip=True, validation=0.0,
                     workers=1 if loader == "dali" else 0,
                 ),
                 0, torch.device("cpu"), torch.channels_last,

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from bdkd.config import DataConfig, NetworkConfig, SyntheticConfig
+from bdkd.config import NetworkConfig
 from bdkd.data import Batch, DataSource, create_source
 from bdkd.data.imagenet import dali, pillow
 from bdkd.device import AUTOCAST
+from bdkd.registry import SOURCES
 
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of ImageNet's pixels
 WIDTH, HEIGHT = 500, 375  # ImageNet's commonest size
@@ -69,7 +70,7 @@ def endless(epochs: Callable[[int], Iterable]) -> Call:
 
 def _in_memory(batch: int, images: int) -> Case:
     """Crop with a padding of 4, flip, normalise: CIFAR's usual augmentation."""
-    config = DataConfig(source="synthetic", synthetic=SyntheticConfig(images=images), crop=4,
+    config = SOURCES.configure("synthetic", images=images, crop=4,
                         flip=True, validation=0.0)  # fmt: skip
     source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
     pixels, labels = source.splits["train"]  # type: ignore[attr-defined]  # (N, 3, 32, 32), (N,)
@@ -138,7 +139,7 @@ def _photographs() -> list:
 def _imagenet(
     root: Path, kind: str, side: int, device: str, dtype: torch.dtype = torch.float32
 ) -> DataSource:
-    config = DataConfig(source="imagenet", root=str(root), image_size=side, flip=True,
+    config = SOURCES.configure("imagenet", root=str(root), image_size=side, flip=True,
                         validation=0.0, loader=kind, workers=_workers(device))  # fmt: skip
     return create_source(config, 0, torch.device(device), torch.channels_last, dtype)
 

@@ -5,7 +5,6 @@ the loss, both backward passes, the check for non-finite values, the optimizer, 
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,8 +18,6 @@ from torch.nn import functional as F
 
 from bdkd.config import (
     NetworkConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     Recipe,
     ScheduleConfig,
     TrainConfig,
@@ -31,7 +28,9 @@ from bdkd.distributed.context import SINGLE_PROCESS
 from bdkd.engine.compiled import compiled
 from bdkd.engine.components import Components
 from bdkd.engine.networks import build_networks
-from bdkd.objectives import create_objective, resolve_options
+from bdkd.engine.optim import SGDConfig
+from bdkd.objectives import create_objective
+from bdkd.registry import OBJECTIVES
 from bdkd.trainer import Trainer
 
 RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
@@ -92,13 +91,12 @@ class Run:
         recipe = Recipe(
             name="bench",
             networks=networks,
-            objective=ObjectiveConfig(name=method),
-            optimizer=OptimizerConfig(learning_rate=RATE, momentum=MOMENTUM, weight_decay=DECAY),
+            objective=OBJECTIVES.configure(method),
+            optimizer=SGDConfig("sgd", learning_rate=RATE, momentum=MOMENTUM, weight_decay=DECAY),
             schedule=ScheduleConfig(name="constant"),
             train=train,
             device=device,
         )
-        recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
         where = torch.device(device)
         torch.manual_seed(0)
         objective = create_objective(recipe.objective, networks)

@@ -5,6 +5,7 @@ is not plain, what to do. Files and data that are broken have their own tests be
 """
 
 import re
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import bdkd
 from bdkd.cli import COMMANDS, main
+from bdkd.config import OptimizerConfig
 from bdkd.evaluation.calibration import Calibration, bootstrap, expected_ece
 from bdkd.evaluation.figures import reliability_diagram
 from bdkd.evaluation.temperature import fit_temperature
@@ -29,6 +31,24 @@ class ModelOutput:
     """As a Hugging Face model returns."""
 
     logits = s
+
+
+class Plain:
+    """No plugin needs more to be refused."""
+
+
+class Undecorated(OptimizerConfig):
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class WithoutDefault(OptimizerConfig):
+    rate: float = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class WithComplex(OptimizerConfig):
+    phase: complex = 1j
 
 
 # (name, call, exception, words)
@@ -157,7 +177,28 @@ FUNCTIONS = [
     ("create_model", lambda: bdkd.create_model("resnet8", 10, depth=3), ValueError,
      ["'resnet8' has no option 'depth'", "width"]),
     ("create_model", lambda: bdkd.create_model("resnet8", 10, width="x"), ValueError,
-     ["width", "number > 0", "'x'"]),
+     ["width", "number above 0", "'x'"]),
+    # --- plugins
+    ("register_objective", lambda: bdkd.register_objective(Plain), TypeError,
+     ["name of the objective must be a string", "Plain", "call the decorator"]),
+    ("register_objective", lambda: bdkd.register_objective("a b")(Plain), ValueError,
+     ["name of the objective", "letters, digits", "'a b'"]),
+    ("register_objective", lambda: bdkd.register_objective("kd")(Plain), ValueError,
+     ["the objective 'kd' is registered by bdkd.objectives.kd.KD", "Plain", "another name"]),
+    ("register_source", lambda: bdkd.register_source("mine", dict)(Plain), TypeError,
+     ["options of the data source 'mine'", "subclass of DataConfig", "dict"]),
+    ("register_optimizer", lambda: bdkd.register_optimizer("mine", Undecorated)(Plain), TypeError,
+     ["Undecorated", "must be a dataclass", "@dataclass(frozen=True)"]),
+    ("register_optimizer", lambda: bdkd.register_optimizer("mine", WithoutDefault)(Plain),
+     TypeError, ["WithoutDefault.rate must have a default"]),
+    ("register_optimizer", lambda: bdkd.register_optimizer("mine", WithComplex)(Plain),
+     TypeError, ["WithComplex.phase must be a number, a string or a tuple", "got 1j"]),
+    ("register_model", lambda: bdkd.register_model("resnet8")(Plain), ValueError,
+     ["the model 'resnet8' is registered by bdkd.models.resnet", "Plain", "another name"]),
+    ("register_metric", lambda: bdkd.register_metric("model"), ValueError, ["'model'", "summary"]),
+    ("register_metric", lambda: bdkd.register_metric("top1")(Plain), ValueError,
+     ["the metric 'top1' is registered by bdkd.metrics", "Plain", "another name"]),
+    # --- models
     ("create_model", lambda: bdkd.create_model("wrn_15_2", 10), ValueError,
      ["6n + 4", "16", "D = 15"]),
     # --- evaluation
@@ -211,7 +252,7 @@ COMMAND_LINES = [
     ("train missing.toml", 1, ["missing.toml", "No such file", "shipped recipe"]),
     ("train folder", 1, ["folder", "Is a directory", "TOML file"]),
     ("train file", 2, ["file is not valid TOML", "line 1"]),
-    ("train empty.toml", 2, ["empty.toml", "required field `name`", "config.toml"]),
+    ("train empty.toml", 2, ["empty.toml", "has no name", "config.toml"]),
     ("train digits extra", 2, ["Unrecognized", "extra"]),
     ("train digits --seed x", 2, ["--seed", "'x'", "INT", "default: 0"]),
     ("train digits --networks.pupil.model resnet8", 2,

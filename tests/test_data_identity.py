@@ -1,6 +1,5 @@
 """A run belongs to its data set: every command refuses another one and says what differs."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -213,11 +212,11 @@ def test_every_source_has_an_identity(tmp_path):
     """A source that forgets its digests would be taken for every other one."""
     import torch
 
-    from bdkd.config import DataConfig
     from bdkd.data import create_source
+    from bdkd.registry import SOURCES
 
     def info(**options):
-        config = dataclasses.replace(DataConfig(validation=0.2), **options)
+        config = SOURCES.configure(options.pop("source"), validation=0.2, **options)
         source = create_source(config, 0, torch.device("cpu"), torch.contiguous_format)
         return source.info.identity()
 

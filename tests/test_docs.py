@@ -4,11 +4,13 @@ exists, and it builds without a warning.
 Blocks of a page run in order, in one folder and one process: Python in one namespace, ``bdkd``
 with a few steps instead of a training. A block that cannot run here stands under
 ``<!-- not run: why -->`` and has its commands parsed all the same. A TOML block whose first line is
-``# name.toml`` is written to the page's folder under that name.
+``# name.toml`` is written to the page's folder under that name. So is a Python block that begins
+with ``# name.py``, which does not run by itself.
 """
 
 import ast
 import copy
+import os
 import re
 import shlex
 import shutil
@@ -23,9 +25,13 @@ import pytest
 import torch
 import tyro
 
-from bdkd.cli import COMMANDS, main
+from bdkd import plugins
+from bdkd.cli import COMMANDS, main, take_plugins
 from bdkd.cli.compare_plan import parse_objective
 from bdkd.config import load_recipe, shipped_recipes
+from bdkd.metrics import METRICS
+from bdkd.models.registry import MODELS
+from bdkd.registry import SELECTIONS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -78,14 +84,15 @@ def commands(block: Block) -> list[list[str]]:
 
 def parse_bdkd(arguments: list[str]) -> None:
     """Whether a command line of ours is one; a wrong option exits."""
-    command, *rest = arguments
+    command, *rest = take_plugins(arguments)
     if command in ("--version", "--help") or "--help" in rest:
         return
     assert command in COMMANDS, f"bdkd has no command {command!r}"
     module = import_module(f"bdkd.cli.{command.replace('-', '_')}")
     if command in ("train", "compare"):
         name = rest[0] if rest and not rest[0].startswith("-") else "digits"
-        recipe = load_recipe(name if name in shipped_recipes() else "digits")
+        known = name in shipped_recipes() or Path(name).exists()
+        recipe = load_recipe(name if known else "digits")
         rest = rest if rest and rest[0] == name else [name, *rest]
     if command == "train":
         module.parse(module._expand_resume(rest), recipe)
@@ -178,22 +185,41 @@ def nothing(_: list[str]) -> None:
 RUNNERS = {
     "bdkd": run_bdkd, "make": check_make, "pip": check_pip, "python": check_python,
     "pytest": check_paths, "bash": check_paths, "torchrun": check_torchrun,
-    "srun": check_srun, **dict.fromkeys(("cd", "git", "tensorboard", "export", "sbatch"), nothing),
+    "srun": check_srun, "cd": lambda arguments: change_folder(arguments),
+    **dict.fromkeys(("git", "tensorboard", "export", "sbatch"), nothing),
 }  # fmt: skip
 
 
 @pytest.fixture
-def registries():
+def registries(monkeypatch):
     """What a page registers is gone after it."""
-    from bdkd import data, objectives
-    from bdkd.models import registry
-
-    kept = [data.SOURCES, objectives.OBJECTIVES, registry._named, registry._patterns]
-    before = [copy.copy(one) for one in kept]
+    for registry in (MODELS, METRICS, *SELECTIONS):
+        registry.load()
+        for table in ("_items", "_owners"):
+            monkeypatch.setattr(registry, table, copy.copy(getattr(registry, table)))
+    monkeypatch.setattr(plugins, "_named", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    modules = set(sys.modules)
     yield
-    for one, old in zip(kept, before, strict=True):
-        one.clear()
-        one.update(old) if isinstance(one, dict) else one.extend(old)
+    for name in set(sys.modules) - modules:
+        if name.split(".")[0] == "my_plugin":
+            del sys.modules[name]
+
+
+def write_file(body: str, folder: Path) -> bool:
+    """Write a block that begins with the name of a file."""
+    name = re.match(r"# ([\w/-]+\.(?:toml|py))\n", body)
+    if name is None:
+        return False
+    path = folder / name[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(body)
+    return True
+
+
+def change_folder(arguments: list[str]) -> None:
+    if Path(arguments[0]).is_dir():  # one that the page wrote
+        os.chdir(arguments[0])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -207,12 +233,11 @@ def test_every_block_runs(page, tmp_path, monkeypatch, registries):
             where = f"{page_name(page)}:{block.line}"
             if block.language == "python":
                 code = compile("\n" * (block.line - 1) + block.body, str(page), "exec")
-                if block.reason is None:
+                if not write_file(block.body, tmp_path) and block.reason is None:
                     exec(code, names)
             elif block.language == "toml":
                 tomllib.loads(block.body)
-                if name := re.match(r"# ([\w-]+\.toml)", block.body):
-                    (tmp_path / name[1]).write_text(block.body)
+                write_file(block.body, tmp_path)
             elif block.language == "sh":
                 for words in commands(block):
                     known = words[0] in RUNNERS
@@ -243,8 +268,7 @@ def test_every_example_is_shown():
 
 
 def test_every_data_source_and_method_is_in_its_table():
-    from bdkd.data import SOURCES
-    from bdkd.objectives import OBJECTIVES
+    from bdkd.registry import OBJECTIVES, SOURCES
 
     for page, names in (("data.md", SOURCES), ("objectives.md", OBJECTIVES)):
         text = (DOCS / page).read_text("utf-8")

@@ -18,6 +18,7 @@ from bdkd import create_model
 from bdkd.cli import main
 from bdkd.config import load_recipe, parse_recipe
 from bdkd.data.base import Normalisation
+from bdkd.engine.networks import with_model_options
 from bdkd.errors import RunError
 from bdkd.export.card import model_card
 from bdkd.export.export import _commit, export, open_trained
@@ -65,7 +66,7 @@ def test_facts_are_of_that_network_at_that_step(name, run, trained):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert summary["selected_step"] == 36
     [validated] = [x for x in lines if (x["step"], x["split"]) == (24, "val")]
-    recipe = load_recipe(TINY_RUN[0])
+    recipe = with_model_options(load_recipe(TINY_RUN[0]))
     for step, split, images, values in (
         (24, "val", 0, validated[name]),
         (36, "test", summary["images"], summary["networks"][name]),

@@ -15,8 +15,8 @@ PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kern
 # Who may import whom: cli -> trainer -> runs -> engine -> objectives, data, models, evaluation,
 # distributed -> kernels.
 LEAVES = {
-    "bdkd._torch_compat", "bdkd.config", "bdkd.device", "bdkd.errors", "bdkd.extras",
-    "bdkd.identity", "bdkd.metrics", "bdkd.text",
+    "bdkd._torch_compat", "bdkd.bounds", "bdkd.config", "bdkd.device", "bdkd.errors",
+    "bdkd.extras", "bdkd.identity", "bdkd.metrics", "bdkd.plugins", "bdkd.registry", "bdkd.text",
 }  # fmt: skip
 ENGINE = {
     "bdkd.engine", "bdkd.evaluation", "bdkd.distributed", "bdkd.objectives", "bdkd.data",
@@ -29,7 +29,7 @@ ALLOWED = {
     "bdkd.models": {"bdkd.models", *LEAVES},
     "bdkd.distributed": {"bdkd.distributed", "bdkd.data", *LEAVES},
     "bdkd.evaluation": {
-        "bdkd.evaluation", "bdkd_kernels", "bdkd.distributed", "bdkd.data", *LEAVES,
+        "bdkd.evaluation", "bdkd_kernels", "bdkd.distributed", "bdkd.data", "bdkd.models", *LEAVES,
     },
     "bdkd.engine": ENGINE,
     "bdkd.runs": {"bdkd.runs", *ENGINE},
@@ -37,11 +37,15 @@ ALLOWED = {
     "bdkd.trainer": {"bdkd.runs", *ENGINE},
     "bdkd._torch_compat": {"bdkd.errors"},
     "bdkd.config": {
-        "bdkd.config", "bdkd.errors", "bdkd.extras", "bdkd.metrics", "bdkd.text",
+        "bdkd.bounds", "bdkd.config", "bdkd.errors", "bdkd.extras", "bdkd.metrics", "bdkd.plugins",
+        "bdkd.registry", "bdkd.text",
     },
     "bdkd.device": {"bdkd.config", "bdkd.errors"},
     "bdkd.extras": set(),
-    "bdkd.metrics": set(),
+    "bdkd.bounds": {"bdkd.errors"},
+    "bdkd.metrics": {"bdkd.registry"},
+    "bdkd.plugins": {"bdkd.errors"},
+    "bdkd.registry": {"bdkd.errors", "bdkd.plugins"},
     "bdkd.text": {"bdkd.errors"},
     "bdkd.errors": set(),
     "bdkd.identity": {"bdkd.errors"},

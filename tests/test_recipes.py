@@ -9,16 +9,15 @@ from small_runs import components_of, trainer_of
 
 from bdkd.cli import main
 from bdkd.config import (
-    ObjectiveConfig,
-    check_recipe,
     load_recipe,
     parse_recipe,
+    select,
     shipped_recipes,
     to_toml,
 )
 from bdkd.engine.state import TrainingState
 from bdkd.errors import UsageError
-from bdkd.objectives import switch_objective
+from bdkd.registry import OBJECTIVES, OPTIMIZERS, SOURCES
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10}
 SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
@@ -28,7 +27,6 @@ SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
 def test_a_recipe_resolves_and_comes_back_from_its_file(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    check_recipe(recipe)
     assert parse_recipe(to_toml(recipe), "again") == recipe
 
 
@@ -38,14 +36,9 @@ def test_a_pair_of_the_paper_trains(name):
     recipe = load_recipe(name)
     data = recipe.data
     if data.source in SIZES:
-        data = dataclasses.replace(
-            data,
-            source="synthetic",
-            image_size=SIZES[data.source],
-            synthetic=dataclasses.replace(
-                data.synthetic, classes=CLASSES[data.source], images=10 * CLASSES[data.source]
-            ),
-        )
+        size, classes = SIZES[data.source], CLASSES[data.source]
+        data = select(recipe, "data", "synthetic").data
+        data = dataclasses.replace(data, image_size=size, classes=classes, images=10 * classes)
     recipe = dataclasses.replace(
         recipe, data=data, threads=1, train=dataclasses.replace(recipe.train, batch_size=4)
     )
@@ -111,7 +104,7 @@ def test_a_method_that_pauses_networks_is_not_one_graph():
     recipe = load_recipe("digits")
     recipe = dataclasses.replace(
         recipe,
-        objective=ObjectiveConfig("switokd"),
+        objective=OBJECTIVES.configure("switokd"),
         train=dataclasses.replace(recipe.train, compile=True),
     )
     with pytest.raises(UsageError, match=r"train\.compile must be false with the method 'switokd'"):
@@ -119,12 +112,26 @@ def test_a_method_that_pauses_networks_is_not_one_graph():
 
 
 def test_another_method_keeps_what_a_recipe_says_of_all_methods():
-    config = ObjectiveConfig(
+    config = OBJECTIVES.configure(
         "bdkd", gamma=3.0, temperature=2.0, label_smoothing=0.1, backend="native"
     )
-    assert switch_objective(config, "dml") == ObjectiveConfig(
-        "dml", label_smoothing=0.1, backend="native"
+    recipe = dataclasses.replace(load_recipe("digits"), objective=config)
+    for name, kept in (
+        ("dml", {"label_smoothing": 0.1, "backend": "native"}),
+        ("independent", {"label_smoothing": 0.1}),
+    ):
+        selected = select(recipe, "objective", name)
+        assert selected.objective == OBJECTIVES.configure(name, **kept)
+
+
+def test_another_optimizer_or_data_source_keeps_what_both_have():
+    recipe = select(load_recipe("digits"), "optimizer", "adamw")
+    known = load_recipe("digits").optimizer
+    assert recipe.optimizer == OPTIMIZERS.configure(
+        "adamw", learning_rate=known.learning_rate, weight_decay=known.weight_decay
     )
-    assert switch_objective(config, "independent") == ObjectiveConfig(
-        "independent", label_smoothing=0.1
-    )
+    recipe = select(recipe, "data", "imagenet")
+    assert recipe.data == SOURCES.configure("imagenet", validation=0.15)
+    assert select(recipe, "data", "imagenet") == recipe
+    with pytest.raises(UsageError, match="unknown data source 'imagnet': did you mean 'imagenet'"):
+        select(recipe, "data", "imagnet")

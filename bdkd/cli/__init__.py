@@ -78,8 +78,27 @@ def outcome(error: Exception) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {text} (--debug shows where)"
 
 
+def take_plugins(given: list[str]) -> list[str]:
+    """Import the plugins that ``--plugin NAME`` names, and return the other arguments."""
+    from bdkd.plugins import load_plugins
+
+    others, names, arguments = [], [], iter(given)
+    for argument in arguments:
+        option, equals, name = argument.partition("=")
+        if option != "--plugin":
+            others.append(argument)
+            continue
+        name = name if equals else next(arguments, "")
+        if not name or name.startswith("-"):
+            raise UsageError("--plugin needs a module or a .py file: --plugin my_plugin")
+        names.append(name)
+    load_plugins(names)
+    return others
+
+
 def run(given: list[str]) -> None:
     """Run a command. Each command is a module with a function ``run``."""
+    given = take_plugins(given)
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return
@@ -90,9 +109,14 @@ def run(given: list[str]) -> None:
     if command not in COMMANDS:
         from bdkd.config import nearest
 
-        known = [*COMMANDS, *(["--version", "--help", "--debug"] if command[0:1] == "-" else [])]
+        options = ["--version", "--help", "--debug", "--plugin"]
+        known = [*COMMANDS, *(options if command.startswith("-") else [])]
         raise UsageError(f"unknown command {command!r}: {nearest(command, known)}")
-    import_module(f"bdkd.cli.{command.replace('-', '_')}").run(rest)
+    try:
+        import_module(f"bdkd.cli.{command.replace('-', '_')}").run(rest)
+    finally:
+        if {"-h", "--help"} & set(rest):
+            print("Every command has the options --plugin MODULE and --debug; see bdkd --help.")
 
 
 def usage() -> str:
@@ -102,5 +126,6 @@ def usage() -> str:
         "",
         *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()),
         "",
+        "  --plugin MODULE (import a module or .py file that registers objectives, models, ...),",
         "  --version, --debug (print tracebacks of failures)",
     ])  # fmt: skip

@@ -9,8 +9,10 @@ from typing import Annotated
 import tyro
 
 from bdkd.cli.compare_plan import chosen_methods, chosen_seeds, plan_runs, room_for
+from bdkd.cli.options import parse_options
 from bdkd.config import Recipe, load_recipe, shipped_recipes
 from bdkd.errors import RunError, UsageError
+from bdkd.plugins import plugin_arguments
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ def run(given: list[str]) -> None:
         known = f"{', '.join(shipped_recipes())} or a TOML file"
         raise UsageError(f"compare needs a recipe as its first argument: {known}")
     name = name or shipped_recipes()[0]
-    default = Arguments(recipe=name, config=load_recipe(name))
     line = given if given[:1] == [name] else [name, *given]
-    arguments = tyro.cli(Arguments, prog="bdkd compare", args=line, default=default)
+    default = Arguments(recipe=name, config=load_recipe(name))
+    arguments = parse_options(Arguments, "bdkd compare", line, default)
     for key, remedy in (("seed", "--seeds"), ("run_dir", "--folder")):
         if getattr(arguments.config, key) != getattr(default.config, key):
             raise UsageError(f"compare has no option --{key.replace('_', '-')}: use {remedy}")
@@ -57,7 +59,7 @@ def run(given: list[str]) -> None:
     jobs = arguments.jobs if arguments.jobs is not None else room_for(arguments.config)
     if jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {jobs}")
-    command = shlex.join(["bdkd", "compare", *given])
+    command = shlex.join(["bdkd", "compare", *given, *plugin_arguments()])
 
     from bdkd.cli.compare_report import report
     from bdkd.cli.compare_train import locked, train_all

@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from bdkd.config import ObjectiveConfig, Recipe, check_recipe, differing_keys, nearest
+from bdkd.config import ObjectiveConfig, Recipe, differing_keys, nearest, select
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import OBJECTIVES
 
 TEACHERS = "independent"  # the objective that trains the teachers of kd
 
@@ -42,8 +43,6 @@ def run_name(method: str, seed: int) -> str:
 
 def chosen_methods(given: Sequence[str]) -> list[str]:
     """Return the objectives to compare, by default all of them."""
-    from bdkd.objectives import OBJECTIVES
-
     methods = list(given) or [TEACHERS, *(name for name in OBJECTIVES if name != TEACHERS)]
     if doubled := [method for method in methods if methods.count(method) > 1]:
         raise UsageError(f"--methods has {doubled[0]!r} more than once")
@@ -62,28 +61,24 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
 
 def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
     """Return the objective of a text like ``kd:temperature=2``, with every option set."""
-    from bdkd.objectives import OBJECTIVES, resolve_options, switch_objective
-
     name, _, text = label.partition(":")
-    if name not in OBJECTIVES:
-        raise UsageError(f"unknown objective {name!r}: {nearest(name, list(OBJECTIVES))}")
-    config = recipe.objective
-    config = config if name == config.name else switch_objective(config, name)
+    config = select(recipe, "objective", name).objective
+    values = dataclasses.asdict(config)
+    known = sorted(values.keys() - {"name"})
     options: dict[str, str] = {}
     for option in filter(None, text.split(",")):
         key, equals, value = option.partition("=")
-        if key not in OBJECTIVES[name].options:
-            hint = nearest(key, sorted(OBJECTIVES[name].options))
+        if key not in known:
+            hint = nearest(key, known)
             raise UsageError(f"--methods {label}: {name} has no option {key!r}: {hint}")
         if not equals:
             raise UsageError(f"--methods {label}: {key!r} needs a value: write {key}=1")
         options[key] = value
     try:
-        given = msgspec.convert(options, ObjectiveConfig, strict=False)
+        given = msgspec.convert({**values, **options}, type(config), strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(f"--methods {label}: {error}") from error
-    changes = {key: getattr(given, key) for key in options}
-    return resolve_options(dataclasses.replace(config, **changes))
+    return dataclasses.replace(config, **{key: getattr(given, key) for key in options})
 
 
 def plan_runs(
@@ -96,6 +91,7 @@ def plan_runs(
         UsageError: an objective, option or value is invalid, or the networks do not fit.
         RunError: a folder contains a run with other options.
     """
+    from bdkd.engine.networks import with_model_options
     from bdkd.objectives import create_objective
     from bdkd.runs.folder import RunFolder
 
@@ -119,12 +115,12 @@ def plan_runs(
         for method, objective in objectives.items():
             run_dir = str(folder / run_name(method, seed))
             resolved = dataclasses.replace(recipe, objective=objective, seed=seed, run_dir=run_dir)
-            check_recipe(resolved)
             runs.append(PlannedRun(method, seed, resolved, frozen[method], teachers[method]))
     for planned in runs:
         if (stored := RunFolder(planned.path)).config.exists():
             weights = {f"networks.{name}.weights" for name in planned.teachers}
-            changed = set(differing_keys(stored.read_config(), planned.recipe))
+            recipes = with_model_options(stored.read_config()), with_model_options(planned.recipe)
+            changed = set(differing_keys(*recipes))
             if changed := changed - weights - {"run_dir"}:
                 found = f"{planned.path} contains a run with other {', '.join(sorted(changed))}"
                 raise RunError(f"{found}: choose another --folder, or remove the run")

@@ -11,6 +11,7 @@ from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary, run_name
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.errors import Interrupted, RunError, UsageError
 from bdkd.identity import refuse_other_data
+from bdkd.plugins import plugin_arguments
 from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder, selected_checkpoint
 from bdkd.runs.log import Console
@@ -119,7 +120,7 @@ def prepare(run: PlannedRun, folder: Path) -> list[str]:
             networks[name] = dataclasses.replace(networks[name], weights=weights)
         stored.path.mkdir(parents=True, exist_ok=True)
         stored.write_config(dataclasses.replace(run.recipe, networks=networks))
-    return ["train", "--resume", "require", "--run-dir", str(run.path)]
+    return ["train", *plugin_arguments(), "--resume", "require", "--run-dir", str(run.path)]
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -8,12 +8,13 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
 
+from bdkd.errors import RunError
 from bdkd.extras import TRAINER_PACKAGES
 
 # Extras of bdkd, and the distributions and modules that they install
@@ -84,7 +85,24 @@ def examine() -> list[Finding]:
         *(_optional(name, module, extra, name)
           for extra, modules in OPTIONAL.items() for name, module in modules.items()),
         *_torchvision(),
+        *_plugins(),
     ]  # fmt: skip
+
+
+def _plugins() -> list[Finding]:
+    """Return the plugins that are installed with an entry point."""
+    from bdkd.plugins import GROUP, load_installed
+
+    found = [
+        f"{entry.value} ({entry.dist.name} {entry.dist.version})"
+        for entry in entry_points(group=GROUP)
+        if entry.dist is not None
+    ]
+    try:
+        load_installed()
+    except RunError as error:
+        return [Finding("plugins", False, str(error))]
+    return [Finding("plugins", True, ", ".join(found))] if found else []
 
 
 def _processor() -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bdkd.metrics import registered_metrics
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table with the first column aligned to the left and the others to the right."""
@@ -16,15 +18,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def results_table(summary: Mapping[str, Any]) -> str:
     """Return a table with the metrics of a run's networks on one split."""
+    registered = registered_metrics()
     rows = [
         [
             f"{name} ({network['model']})", f"{network['parameters']:,}",
             f"{100 * network['top1']:.2f}%", f"{network['nll']:.4f}",
             f"{100 * network['ece']:.2f}%", f"{100 * network['ece_if_calibrated']:.2f}%",
+            *(metric.show(network.get(metric.key)) for metric in registered),
         ]
         for name, network in summary["networks"].items()
     ]  # fmt: skip
-    header = ["network", "parameters", "top-1", "NLL", "ECE", "ECE if calibrated"]
+    header = ["network", "parameters", "top-1", "NLL", "ECE", "ECE if calibrated",
+              *(metric.label for metric in registered)]  # fmt: skip
     images = summary["images"]
     return (
         table(header, rows)

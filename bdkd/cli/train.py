@@ -9,7 +9,14 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 
-from bdkd.config import Recipe, differing_keys, load_recipe, nearest, shipped_recipes
+from bdkd.cli.options import parse_options, value_of
+from bdkd.config import (
+    Recipe,
+    differing_keys,
+    load_recipe,
+    nearest,
+    shipped_recipes,
+)
 from bdkd.errors import RunError, UsageError
 
 Resume = Literal["never", "auto", "require"]
@@ -65,19 +72,12 @@ def parse_command(given: list[str]) -> Command:
 
 def parse(given: list[str], default: Recipe) -> Arguments:
     """Parse a command line with a recipe as defaults. For wrong options, tyro prints an error and
-    exits with 2. If ``--objective.name`` selects another objective, the options of the recipe's
-    objective are dropped."""
+    exits with 2. The option that selects another objective, data source or optimizer also changes
+    which options there are; see :func:`bdkd.config.select`."""
     _check_network_names(given, default)
-    name = _value_of(given, "--objective.name")
-    if name is not None and name != default.objective.name:
-        from bdkd.objectives import switch_objective
-
-        objective = switch_objective(default.objective, name)
-        default = dataclasses.replace(default, objective=objective)
-    arguments = tyro.cli(
-        Arguments, prog="bdkd train", args=_expand_profile(given),
-        default=Arguments(recipe=given[0], config=default),
-    )  # fmt: skip
+    arguments = parse_options(
+        Arguments, "bdkd train", _expand_profile(given), Arguments(recipe=given[0], config=default)
+    )
     rate = arguments.images_per_second
     if rate is not None and not arguments.dry_run:
         raise UsageError("--images-per-second needs --dry-run: give --dry-run too")
@@ -91,10 +91,11 @@ def parse(given: list[str], default: Recipe) -> Arguments:
 
 def _check_network_names(given: list[str], default: Recipe) -> None:
     """Raise ``UsageError`` for unknown networks, which tyro's message does not name."""
+    known = {name.replace("_", "-") for name in default.networks}
     for option in given:
         group, _, rest = option.partition(".")
         name, dot, _ = rest.partition(".")
-        if group == "--networks" and dot and name not in default.networks:
+        if group == "--networks" and dot and name.replace("_", "-") not in known:
             unknown = f"{option}: the recipe {default.name!r} has no network {name!r}"
             hint = nearest(name, list(default.networks))
             raise UsageError(f"{unknown}: {hint} (add networks in a recipe file)")
@@ -106,7 +107,7 @@ def _without_recipe(given: list[str]) -> Arguments:
     shipped = shipped_recipes()
     if "-h" in given or "--help" in given:
         return parse([shipped[0], *given], load_recipe(shipped[0]))
-    run_dir = _value_of(given, "--run-dir")
+    run_dir = value_of(given, "--run-dir")
     if "--resume" not in given or run_dir is None:
         known = f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
         raise UsageError(f"train needs a recipe as its first argument: {known}")
@@ -119,6 +120,7 @@ def _without_recipe(given: list[str]) -> Arguments:
 def resolve_run(command: Command) -> Arguments:
     """Choose the run's folder. A resumed run takes its options from the folder, overridden by the
     command line. Raise ``RunError`` if the folder contains a run of another recipe."""
+    from bdkd.engine.networks import with_model_options
     from bdkd.runs.folder import RunFolder, default_run_dir
 
     arguments, given, name = command
@@ -131,12 +133,13 @@ def resolve_run(command: Command) -> Arguments:
             found = f"{run_dir} contains a run of the recipe {stored.name!r}"
             raise RunError(f"{found}, not of {config.name!r}: choose another --run-dir")
         config = parse(given if name else [stored.name, *given], stored).config
+        stored, config = with_model_options(stored), with_model_options(config)
         if changed := [key for key in differing_keys(stored, config) if key != "run_dir"]:
             print(f"resuming with changed {', '.join(changed)}")
         if name:
-            recipe = _with_objective_options(load_recipe(name))
+            recipe = with_model_options(load_recipe(name))
             ignored = set(differing_keys(stored, recipe)) - {"run_dir"}
-            overridden = set(differing_keys(_with_objective_options(arguments.config), recipe))
+            overridden = set(differing_keys(with_model_options(arguments.config), recipe))
             if edited := sorted(ignored - overridden - set(changed)):
                 print(f"kept from {folder.config}, unlike {name}: {', '.join(edited)}")
     config = dataclasses.replace(config, run_dir=str(run_dir))
@@ -156,13 +159,6 @@ def continue_launch(command: Command, launch: str | None) -> Command:
         return command
     config = dataclasses.replace(config, run_dir=str(run_dir))
     return command._replace(arguments=dataclasses.replace(arguments, config=config, resume="auto"))
-
-
-def _with_objective_options(recipe: Recipe) -> Recipe:
-    """Return a recipe with every option of its objective set, as in a run's folder."""
-    from bdkd.objectives import resolve_options
-
-    return dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
 
 
 def _expand_resume(given: list[str]) -> list[str]:
@@ -189,11 +185,3 @@ def _expand_profile(given: list[str]) -> list[str]:
         if argument == "--profile" and not number and following[:1] in ("", "-"):
             expanded.append("8")
     return expanded
-
-
-def _value_of(given: list[str], option: str) -> str | None:
-    for argument, following in pairwise([*given, ""]):
-        name, equals, value = argument.partition("=")
-        if name == option:
-            return value if equals else following or None
-    return None

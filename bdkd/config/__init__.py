@@ -5,12 +5,23 @@ from bdkd.extras import missing_packages
 if message := missing_packages(("msgspec", "tomli-w")):
     raise ImportError(message)
 
-from bdkd.config.check import check_recipe
+from bdkd.bounds import (
+    Bounds,
+    Count,
+    NotNegative,
+    Positive,
+    Rate,
+    Share,
+    Side,
+)
 from bdkd.config.load import (
     differing_keys,
     load_recipe,
-    nearest,
     parse_recipe,
+    refuse_foreign,
+    replace_unchecked,
+    select,
+    select_unchecked,
     shipped_recipes,
     to_toml,
 )
@@ -21,15 +32,17 @@ from bdkd.config.options import (
     NetworkConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    Options,
     Recipe,
     ScheduleConfig,
-    SyntheticConfig,
     TrainConfig,
 )
+from bdkd.registry import nearest
 
 __all__ = [
-    "CheckpointConfig", "DataConfig", "DistributedConfig", "NetworkConfig",
-    "ObjectiveConfig", "OptimizerConfig", "Recipe", "ScheduleConfig", "SyntheticConfig",
-    "TrainConfig", "check_recipe", "differing_keys", "load_recipe", "nearest", "parse_recipe",
+    "Bounds", "CheckpointConfig", "Count", "DataConfig", "DistributedConfig", "NetworkConfig",
+    "NotNegative", "ObjectiveConfig", "OptimizerConfig", "Options", "Positive", "Rate", "Recipe",
+    "ScheduleConfig", "Share", "Side", "TrainConfig", "differing_keys", "load_recipe", "nearest",
+    "parse_recipe", "refuse_foreign", "replace_unchecked", "select", "select_unchecked",
     "shipped_recipes", "to_toml",
 ]  # fmt: skip

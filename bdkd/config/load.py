@@ -1,18 +1,27 @@
 """Recipes as TOML: shipped ones, files, and the ``config.toml`` of a run."""
 
+import copy
 import dataclasses
-import difflib
 import tomllib
 import typing
+from collections.abc import Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 
 import msgspec
 import tomli_w
 
-from bdkd.config.options import Recipe
+from bdkd.config.migration import migrate
+from bdkd.config.options import NetworkConfig, Recipe
 from bdkd.errors import RunError, UsageError
+from bdkd.plugins import merge_plugins
+from bdkd.registry import SELECTIONS, Selection, nearest
 from bdkd.text import read_text
+
+Table = dict[str, typing.Any]
+EXAMPLE = "; see the config.toml of any run for a complete recipe"
+# Sections that are left out select these.
+DEFAULTS = {"data": "digits", "objective": "bdkd", "optimizer": "sgd"}
 
 
 def shipped_recipes() -> list[str]:
@@ -42,19 +51,93 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
-    """Return the recipe in a TOML text. ``source`` names the text in error messages. Raise
-    ``UsageError`` for an unknown key or a value of the wrong type."""
+    """Return the recipe in a TOML text. ``source`` names the text in error messages.
+
+    Raises:
+        UsageError: a key is unknown, a value is invalid, or a plugin is missing.
+    """
     try:
-        values = tomllib.loads(text)
+        values = migrate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{source} is not valid TOML: {error}") from error
-    _refuse_unknown_keys(values, Recipe, source, "")
     try:
-        return msgspec.convert(values, Recipe)
+        return _to_recipe(values)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
+def _to_recipe(values: Table) -> Recipe:
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    refuse_unknown(values, hints, "")
+    parts: Table = {
+        "plugins": merge_plugins(_convert(values.pop("plugins", []), list[str], "plugins"))
+    }
+    for selection in SELECTIONS:
+        section = selection.section
+        table = _table(values.pop(section, {}), section)
+        table = {selection.key: DEFAULTS[section], **table}
+        name = _convert(table[selection.key], str, f"{section}.{selection.key}")
+        refuse_foreign(table, selection, name)
+        parts[section] = _section(table, selection.find(name).config, section)
+    parts["networks"] = {
+        name: _section(table, NetworkConfig, f"networks.{name}")
+        for name, table in _table(values.pop("networks", {}), "networks").items()
+    }
+    for key, value in values.items():
+        is_section = dataclasses.is_dataclass(hints[key])
+        parts[key] = (_section if is_section else _convert)(value, hints[key], key)
+    if "name" not in parts:
+        raise UsageError(f"the recipe has no name{EXAMPLE}")
+    return Recipe(**parts)
+
+
+def _section(value: object, kind: type, key: str) -> typing.Any:
+    """Return a table as a dataclass."""
+    refuse_unknown(_table(value, key), _names(kind), key)
+    converted = _convert(value, kind, key)
+    # msgspec does not set attributes that have their default, which vars() would miss.
+    return kind(**{name: getattr(converted, name) for name in _names(kind)})
+
+
+def _convert(value: object, kind: typing.Any, key: str) -> typing.Any:
+    try:
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        lacks = "missing required" in str(error)
-        remedy = "; see the config.toml of any run for a complete recipe" if lacks else ""
-        raise UsageError(f"{source}: {error}{remedy}") from error
+        wrong, _, place = str(error).partition(" - at `$")
+        example = EXAMPLE if "missing required" in wrong else ""
+        raise UsageError(
+            f"{key}{place.rstrip('`')}: {wrong[:1].lower()}{wrong[1:]}{example}"
+        ) from error
+
+
+def refuse_foreign(keys: Iterable[str], selection: Selection, name: str) -> None:
+    """Raise ``UsageError`` for an option that only other items of a selection have."""
+    own = _names(selection.find(name).config)
+    for key in keys:
+        owners = [other for other in selection if key in _names(selection[other].config)]
+        if owners and key not in own:
+            raise UsageError(
+                f"{selection.section}.{key} is an option of {', '.join(owners)}: remove it for the "
+                f"{selection.kind} {name!r}"
+            )
+
+
+def _names(config: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def refuse_unknown(given: Collection[str], known: Collection[str], key: str) -> None:
+    """Raise ``UsageError`` with the nearest key if one of a section's keys does not exist."""
+    for name in given:
+        if name not in known:
+            dotted = f"{key}.{name}" if key else name
+            raise UsageError(f"unknown key {dotted}: {nearest(name, list(known))}")
+
+
+def _table(value: object, key: str) -> Table:
+    if not isinstance(value, dict):
+        raise UsageError(f"{key} must be a table ([{key}]), got {value!r}")
+    return value
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -65,29 +148,48 @@ def to_toml(recipe: Recipe) -> str:
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """Return the dotted keys in which two recipes differ."""
     left, right = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
-    return sorted({key for key, _ in left.items() ^ right.items()})
+    absent = object()
+    keys = sorted(left.keys() | right.keys())
+    return [key for key in keys if left.get(key, absent) != right.get(key, absent)]
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Return a hint for an unknown name: the nearest known name, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+def select(recipe: Recipe, section: str, name: str) -> Recipe:
+    """Select another objective, data source or optimizer.
+
+    Options that both have keep the values that the recipe set, and all others have the defaults of
+    what is selected. Of an objective, only ``label_smoothing`` and ``backend`` have the same
+    meaning for all.
+
+    Raises:
+        UsageError: nothing with this name is registered, or the recipe is not valid.
+    """
+    return dataclasses.replace(select_unchecked(recipe, section, name))
 
 
-def _refuse_unknown_keys(values: object, kind: typing.Any, source: str, prefix: str) -> None:
-    """Raise ``UsageError`` for unknown keys, which msgspec ignores in dataclasses."""
-    if not isinstance(values, dict):
-        return
-    if typing.get_origin(kind) is dict:
-        known = dict.fromkeys(values, typing.get_args(kind)[1])
-    elif dataclasses.is_dataclass(kind):
-        known = {field.name: field.type for field in dataclasses.fields(kind)}
-    else:
-        return
-    for key, value in values.items():
-        if key not in known:
-            raise UsageError(f"{source}: unknown key {prefix}{key}: {nearest(key, list(known))}")
-        _refuse_unknown_keys(value, known[key], source, f"{prefix}{key}.")
+def select_unchecked(recipe: Recipe, section: str, name: str) -> Recipe:
+    """Select without validating the recipe, whose options may still be set. See :func:`select`."""
+    selection = next(s for s in SELECTIONS if s.section == section)
+    before = getattr(recipe, section)
+    if getattr(before, selection.key) == name:
+        return recipe
+    kinds = type(before), selection.find(name).config
+    old, new = (typing.get_type_hints(kind, include_extras=True) for kind in kinds)
+    defaults = dataclasses.asdict(selection.configure(getattr(before, selection.key)))
+    kept = {
+        key: value
+        for key, value in dataclasses.asdict(before).items()
+        if key != selection.key and new.get(key) == old[key] and value != defaults[key]
+        if section != "objective" or key in ("label_smoothing", "backend")
+    }
+    return replace_unchecked(recipe, **{section: selection.configure(name, **kept)})
+
+
+def replace_unchecked(recipe: Recipe, **parts: typing.Any) -> Recipe:
+    """Replace fields of a recipe like ``dataclasses.replace``, without validating the result."""
+    changed = copy.copy(recipe)
+    for name, part in parts.items():
+        object.__setattr__(changed, name, part)  # it is frozen
+    return changed
 
 
 def _without_none(value: object) -> typing.Any:

@@ -1,113 +1,59 @@
 """The options of a recipe. TOML files and the command line both set the fields of these classes.
 
-The bounds of an option are in its type. :mod:`bdkd.config.check` checks the bounds, and the options
-that depend on each other.
+The bounds of an option are in its type. Each objective, data source and optimizer has options of
+its own, in a subclass of :class:`ObjectiveConfig`, :class:`DataConfig` or :class:`OptimizerConfig`.
 """
 
-from dataclasses import dataclass, field
-from operator import ge, gt, le, lt
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from bdkd.bounds import (
+    Bounds,
+    Count,
+    NotNegative,
+    Positive,
+    Rate,
+    Share,
+    Side,
+    check_bounds,
+    check_value,
+)
+from bdkd.errors import UsageError
+from bdkd.metrics import RESERVED
+from bdkd.registry import NAME, OBJECTIVES, OPTIMIZERS, SELECTIONS, SOURCES
 
 
-class Interval(NamedTuple):
-    """The bounds of a number. Each is optional."""
+class Options:
+    """A section of a recipe."""
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def contains(self, number: float) -> bool:
-        """Return whether a number is within the bounds. NaN is not."""
-        bounds = zip((ge, gt, le, lt), self, strict=True)
-        return number == number and all(b is None or holds(number, b) for holds, b in bounds)
-
-    def __str__(self) -> str:
-        low = self.gt if self.ge is None else self.ge
-        high = self.lt if self.le is None else self.le
-        if high is None:
-            return f"above {low}" if self.ge is None else f"at least {low}"
-        left, right = "(" if self.ge is None else "[", ")" if self.le is None else "]"
-        return f"in {left}{low}, {'2**63' if high == 2**63 else high}{right}"
-
-
-Number = TypeVar("Number", int, float)
-NotNegative = Annotated[Number, Interval(ge=0)]
-Count = Annotated[int, Interval(ge=1)]
-Side = Annotated[int, Interval(ge=8, le=4096)]
-Positive = Annotated[float, Interval(gt=0)]
-Share = Annotated[float, Interval(ge=0, le=1)]
-Decay = Annotated[float, Interval(ge=0, lt=1)]
+    def check(self) -> None:
+        """Raise ``UsageError`` if options that depend on each other do not fit. This is called when
+        a recipe is created, after the bounds of each option were checked."""
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
-    """Size of the data set of the source synthetic."""
+class DataConfig(Options):
+    """The data set, and the options that all data sources share."""
 
-    images: int = 10_000
-    """Number of training images, including validation images. The test set has a fifth as many."""
-    classes: Annotated[int, Interval(ge=2)] = 10
-    """Number of classes."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The data set and its augmentation."""
-
-    source: str = "digits"
-    """The data source: digits, cifar10, cifar100, tiny-imagenet, imagenet, folder or synthetic."""
+    source: str
+    """The data source."""
     root: str | None = None
     """Folder of the data set, for sources that read one."""
     image_size: Side | None = None
     """Side in pixels, for sources that resize. Default: the side of the source (folder and
     synthetic: 32, tiny-imagenet: 64, imagenet: 224)."""
-    validation: Decay = 0.1
+    validation: Rate = 0.1
     """Share of the training images held out to select the best checkpoint. 0: train on all images,
     which requires train.select = last."""
-    train_images: Annotated[int, Interval(ge=2)] | None = None
-    """Number of the remaining images to train on, in the same class proportions. Default: all."""
-    label_noise: Share = 0.0
-    """Share of the training labels replaced by a random other class. Independent of the seed."""
-    pixel_noise: Share = 0.0
-    """Standard deviation of Gaussian noise on all images (train, val and test), as a share of the
-    largest pixel value. Independent of the seed."""
-    crop: NotNegative[int] = 0
-    """Augmentation: pad each training image by this number of pixels, then cut a random crop of the
-    original size (4 is torchvision's RandomCrop(padding=4))."""
-    crop_padding: Literal["zero", "reflect", "edge"] = "zero"
-    """Content of the padding: zeros, the mirrored image, or the repeated border."""
-    flip: bool = False
-    """Augmentation: mirror each training image with probability 1/2."""
-    cutout: NotNegative[int] = 0
-    """Augmentation: set a random square of this side in pixels to the mean colour."""
-    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
-    """imagenet: image files (train/<wnid>/*.JPEG), webdataset tar shards, or TFRecords."""
-    loader: Literal["auto", "dali", "pillow"] = "auto"
-    """imagenet: decode with NVIDIA DALI or with Pillow. auto: DALI if it is installed."""
-    workers: NotNegative[int] | None = None
-    """imagenet: number of decoding threads (dali) or processes (pillow) of each rank. Default: one
-    for each processor of the rank. 0: pillow decodes in the training process."""
-    exclude: str | None = None
-    """imagenet: file with a list of images to leave out. bdkd data check writes such a file."""
-    smallest_crop: Annotated[float, Interval(gt=0, le=1)] = 0.08
-    """imagenet: smallest area of a random crop, as a share of the image's area."""
-    progressive: tuple[tuple[int, int], ...] = ()
-    """imagenet: training resolution by epoch, as pairs of a first epoch and a side in pixels.
-    Default: data.image_size. Evaluation always uses data.image_size."""
-    rand_augment: tuple[int, int] | None = None
-    """imagenet: number of RandAugment operations per image, and their magnitude in [0, 10]."""
-    erasing: Share = 0.0
-    """imagenet: probability that a random rectangle of a training image is erased."""
-    mixup: NotNegative[float] = 0.0
-    """imagenet: alpha of mixup, which blends each image and label with the next one. 0: off."""
-    cutmix: NotNegative[float] = 0.0
-    """imagenet: alpha of CutMix, which pastes a part of the next image. 0: off. If mixup is on too,
-    each image gets one of the two."""
-    synthetic: SyntheticConfig = SyntheticConfig()
+
+    def training_sizes(self) -> set[int | None]:
+        """Return the sides of the training images in pixels. None is the side of the source."""
+        return {self.image_size}
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(Options):
     """One network of the recipe."""
 
     model: str
@@ -128,56 +74,21 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """The objective and its options. Defaults depend on the objective. Those of bdkd are given in
-    parentheses. The config.toml of a run contains the resolved values. Setting an option that the
-    objective does not read is an error."""
+class ObjectiveConfig(Options):
+    """The objective and its options."""
 
-    name: str = "bdkd"
-    """The objective: bdkd, dml, independent, kd, kdcl or switokd."""
-    backend: Literal["auto", "triton", "native", "reference"] | None = None
-    """Implementation of the fused loss (auto)."""
-    temperature: float | None = None
-    """Temperature of the divergences (1; kd: 4)."""
-    gamma: float | None = None
-    """bdkd: the larger one of the two weights of a sample (2; 1: unweighted)."""
-    student_ce: float | None = None
-    """Weight of the students' cross entropy (1; kd: 0.1)."""
-    student_kd: float | None = None
-    """Weight of the students' divergences (1; kd: 0.9)."""
-    teacher_ce: float | None = None
-    """Weight of the teachers' cross entropy (1)."""
-    teacher_kd: float | None = None
-    """Weight of the teachers' divergence (1)."""
-    teacher_divergence: Literal["reverse", "forward"] | None = None
-    """bdkd: the teacher's regulariser, KL(student || teacher) or KL(teacher || student)
-    (reverse)."""
-    student_divergence: Literal["both", "forward", "reverse"] | None = None
-    """bdkd, ablation: divergences in the student's loss (both)."""
-    weighting: Literal["entropy", "swapped"] | None = None
-    """bdkd, ablation: the weights from the entropy gap, or the exchanged weights (entropy)."""
-    soften_entropy: bool | None = None
-    """bdkd: compare the entropies at the temperature; false: at temperature 1 (true)."""
-    ensemble: Literal["minlogit", "naive"] | None = None
-    """kdcl: method that combines the networks' logits into one target (minlogit)."""
-    label_smoothing: Share | None = None
-    """Label smoothing of every cross entropy (0)."""
+    name: str
+    """The objective."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """One optimizer for all networks, with parameter groups for each."""
 
-    name: Literal["sgd", "adamw", "lamb", "novograd"] = "sgd"
-    """Optimizer. sgd uses momentum. lamb and novograd require a GPU and NVIDIA's apex."""
+    name: str
+    """The optimizer. lamb and novograd require a GPU and NVIDIA's apex."""
     learning_rate: Positive = 0.1
     """Peak learning rate for the whole batch."""
-    momentum: Decay = 0.9
-    """SGD: momentum."""
-    nesterov: bool = True
-    """SGD: use Nesterov momentum."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW, LAMB, NovoGrad: decay rates of the two moments."""
     weight_decay: NotNegative[float] = 5e-4
     """Weight decay. It does not apply to norms and biases, unless decay_norms is set."""
     decay_norms: bool = False
@@ -185,7 +96,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Options):
     """The learning rate schedule: a linear warm-up, then a decay."""
 
     name: Literal["cosine", "step", "constant"] = "cosine"
@@ -196,21 +107,21 @@ class ScheduleConfig:
     """Length of the linear warm-up."""
     milestones: tuple[NotNegative[float], ...] = ()
     """step: times at which the learning rate is multiplied by the factor."""
-    factor: Annotated[float, Interval(gt=0, le=1)] = 0.1
+    factor: Annotated[float, Bounds(gt=0, le=1)] = 0.1
     """step: the factor."""
     final: Share = 0.0
     """cosine: the final learning rate as a share of the peak."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The training loop."""
 
     epochs: Count = 30
     """Number of passes over the training images, which is also the length of the schedule. If a
     run is resumed with another number, its decay continues from the current learning rate. A decay
     that has ended starts again."""
-    batch_size: Annotated[int, Interval(ge=2)] = 128
+    batch_size: Annotated[int, Bounds(ge=2)] = 128
     """Images of one optimizer step, over all ranks and micro-batches."""
     accumulate: int = 1
     """Number of micro-batches in a batch (gradient accumulation)."""
@@ -236,7 +147,7 @@ class TrainConfig:
     This is slower on a GPU. Runs on a CPU are always deterministic."""
     clip_norm: Positive | None = None
     """Clip the gradients of each network to this norm."""
-    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of each student with this decay per step. It averages
     weights and batch norm statistics. The decay warms up as in timm's ModelEmaV3."""
     max_skipped: Count = 20
@@ -244,9 +155,16 @@ class TrainConfig:
     select: Literal["best", "last"] = "best"
     """Weights to evaluate on the test images: the best on the validation images, or the last."""
 
+    def check(self) -> None:
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise UsageError(
+                f"train.accumulate must be a divisor of train.batch_size ({self.batch_size}), "
+                f"got {self.accumulate}"
+            )
+
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Options):
     """When to save checkpoints, and how many to keep."""
 
     every_steps: Count = 500
@@ -258,7 +176,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class DistributedConfig:
+class DistributedConfig(Options):
     """Training on several ranks, started by torchrun."""
 
     timeout: Positive = 600.0
@@ -279,16 +197,16 @@ class Recipe:
     """Name of the recipe."""
     networks: dict[str, NetworkConfig]
     """The networks that train together, by name."""
-    data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = field(default_factory=lambda: SOURCES.configure("digits"))
+    objective: ObjectiveConfig = field(default_factory=lambda: OBJECTIVES.configure("bdkd"))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OPTIMIZERS.configure("sgd"))
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
     run_dir: str | None = None
     """Folder of the run. Default: runs/<recipe>-<objective>-seed<seed>."""
-    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Bounds(ge=0, lt=2**63)] = 0
     """Random seed of weights, data order and augmentation."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
@@ -305,3 +223,68 @@ class Recipe:
     """Optimizer steps between log lines. Nothing is read from the device between log lines."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Destinations of metrics in addition to metrics.jsonl."""
+    plugins: tuple[str, ...] = ()
+    """The plugins that the recipe needs. The command line must name them with --plugin."""
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` with the key of the first invalid value."""
+        check_bounds(self, "")
+        for selection in SELECTIONS:
+            part = getattr(self, selection.section)
+            kind = selection.find(getattr(part, selection.key)).config
+            if type(part) is not kind:
+                raise UsageError(
+                    f"{selection.section} must be a {kind.__name__} for the {selection.kind} "
+                    f"{getattr(part, selection.key)!r}, got a {type(part).__name__}"
+                )
+        for key, section in sections(self).items():
+            check_bounds(section, key)
+            try:
+                section.check()
+            except ValueError as error:  # of a plugin
+                raise UsageError(f"{key}: {error}") from error
+        for name, network in self.networks.items():
+            for option, number in network.options.items():
+                check_value(f"networks.{name}.options.{option}", number)
+        for key, value, fits, needed in (*self._relations(), *self._networks()):
+            if not fits:
+                raise UsageError(f"{key} must be {needed}, got {value}")
+
+    def _relations(self) -> list["Check"]:
+        return [
+            ("name", self.name, NAME.fullmatch(self.name) is not None,
+             "letters, digits, -, _ and ."),
+            ("networks", "none", len(self.networks) > 0, "at least one network"),
+            ("train.select", self.train.select,
+             self.train.select == "last" or self.data.validation > 0,
+             "last if data.validation is 0 (no images are held out to select the best weights)"),
+        ]  # fmt: skip
+
+    def _networks(self) -> Iterator["Check"]:
+        from torch import nn  # names of attributes of nn.ModuleDict cannot be names of networks
+
+        for name, network in self.networks.items():
+            usable = NAME.fullmatch(name) is not None and "." not in name and name not in RESERVED
+            usable = usable and not hasattr(nn.ModuleDict(), name) and not name.endswith("_ema")
+            yield (
+                f"the network name {name!r}", name, usable,
+                "letters, digits, - and _, not ending in _ema, no key of metrics.jsonl and no "
+                "attribute of torch.nn.ModuleDict",
+            )  # fmt: skip
+            for fits, needed in (
+                (network.role == "teacher",
+                 "a teacher's option: an exported student is on one device"),
+                (self.train.precision != "fp16",
+                 "off with train.precision fp16, whose loss scale needs all gradients: use bf16"),
+            ):  # fmt: skip
+                yield f"networks.{name}.shard", network.shard, fits or not network.shard, needed
+
+
+Check = tuple[str, object, bool, str]  # key, value, whether the value is valid, what is needed
+
+
+def sections(recipe: Recipe) -> dict[str, Options]:
+    """Return the sections of a recipe by key, including ``networks.NAME``."""
+    parts = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    own = {key: value for key, value in parts.items() if isinstance(value, Options)}
+    return own | {f"networks.{name}": network for name, network in recipe.networks.items()}

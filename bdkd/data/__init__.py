@@ -1,7 +1,5 @@
 """Data sources by name."""
 
-from collections.abc import Callable
-
 from bdkd.extras import missing_packages
 
 if message := missing_packages(("msgspec", "numpy", "tomli-w", "tqdm")):
@@ -9,50 +7,46 @@ if message := missing_packages(("msgspec", "numpy", "tomli-w", "tqdm")):
 
 import torch
 
-from bdkd.config import DataConfig, nearest
-from bdkd.data import cifar, digits, folder, imagenet, synthetic, tiny_imagenet
-from bdkd.data.base import WHOLE, Batch, DataInfo, DataSource, Shard, Split
+from bdkd.config import DataConfig
+from bdkd.data import cifar, digits, folder, imagenet, synthetic, tiny_imagenet  # noqa: F401
+from bdkd.data.base import (
+    WHOLE,
+    Batch,
+    DataInfo,
+    DataSource,
+    Shard,
+    SourceContext,
+    Split,
+    register_source,
+)
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
+from bdkd.data.splits import in_memory_source
 from bdkd.errors import UsageError
+from bdkd.registry import SOURCES
 
-__all__ = ["WHOLE", "Batch", "DataInfo", "DataSource", "Shard", "Split", "create_source"]
-
-SOURCES: dict[str, Callable[..., DataSource]] = {
-    "digits": digits.load, "cifar10": cifar.load, "cifar100": cifar.load,
-    "tiny-imagenet": tiny_imagenet.load, "folder": folder.load, "imagenet": imagenet.load,
-    "synthetic": synthetic.load,
-}  # fmt: skip
-
-# Options of the source imagenet only.
-IMAGENET_OPTIONS = (
-    "format", "loader", "workers", "exclude", "smallest_crop", "progressive", "rand_augment",
-    "erasing", "mixup", "cutmix",
-)  # fmt: skip
+__all__ = [
+    "WHOLE", "Batch", "DataInfo", "DataSource", "Images", "InMemory", "InMemoryConfig", "Shard",
+    "SourceContext", "Split", "create_source", "in_memory_source", "register_source",
+]  # fmt: skip
 
 
 def create_source(
     config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format,
     dtype: torch.dtype = torch.float32,
 ) -> DataSource:  # fmt: skip
-    """Create the data source that the configuration names.
-
-    Args:
-        dtype: of ImageNet's training images. All other images are float32.
+    """Create the data source that the configuration names. The arguments are those of
+    :class:`SourceContext`.
 
     Raises:
         UsageError: the source is unknown, a required option is missing, or an option does not
             apply.
         RunError: the data is missing or cannot be read.
     """
-    if config.source not in SOURCES:
+    context = SourceContext(seed, device, memory_format, dtype)
+    source = SOURCES.find(config.source).build(config, context)
+    if not isinstance(getattr(source, "info", None), DataInfo):
         raise UsageError(
-            f"unknown data source {config.source!r}: {nearest(config.source, list(SOURCES))}"
+            f"the data source {config.source!r} must return a DataSource, whose info is a "
+            f"DataInfo, got {type(source).__name__}"
         )
-    if config.source == "imagenet":
-        return imagenet.load(config, seed, device, memory_format, dtype)
-    for key in IMAGENET_OPTIONS:
-        if getattr(config, key) != getattr(DataConfig(), key):
-            raise UsageError(
-                f"data.{key} is an option of the source imagenet, got {getattr(config, key)}: "
-                f"remove it for the source {config.source!r}"
-            )
-    return SOURCES[config.source](config, seed, device, memory_format)
+    return source

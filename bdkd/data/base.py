@@ -5,13 +5,16 @@ function of (seed, epoch, position). Data sources are therefore stateless: resum
 epoch and the image count, and the number of workers may change.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from bdkd.config import Bounds, DataConfig, Share
+from bdkd.registry import SOURCES
 
 Split = Literal["train", "val", "test"]
 
@@ -19,8 +22,10 @@ Split = Literal["train", "val", "test"]
 class Batch(NamedTuple):
     """Images and labels on the device."""
 
-    views: tuple[Tensor, ...]  # one or more augmentations of the images, (B, C, H, W) each
-    target: Tensor  # (B,) int64, or (B, C) soft labels for mixed images
+    views: tuple[Tensor, ...]
+    """One or more augmentations of the images, ``(B, C, H, W)`` each, normalised."""
+    target: Tensor
+    """Labels ``(B,)`` int64, or ``(B, classes)`` soft labels for mixed images."""
 
     def micro_batches(self, parts: int) -> Iterator[tuple["Batch", bool]]:
         """Yield ``parts`` equal parts of the batch, each with whether it is the last part."""
@@ -66,13 +71,22 @@ class DataInfo:
     """
 
     source: str
+    """The value of ``data.source``."""
     classes: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
     channels: int
-    image_size: tuple[int, int]  # height, width in pixels
+    """Channels of the images."""
+    image_size: tuple[int, int]
+    """Height and width of evaluation images in pixels."""
     counts: dict[Split, int]
-    normalisation: Normalisation | None = None  # None: images are not pixels
-    digests: Mapping[str, str] = field(default_factory=dict)  # "train" and "test": SHA-256 in hex
-    files: Mapping[str, int] = field(default_factory=dict)  # number of images per digest
+    """Number of images of each split. ``val`` may have none."""
+    normalisation: Normalisation | None = None
+    """How pixels were normalised. None: images are not pixels."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of ``train`` and of ``test`` in hex. Without them, two data sets with the same
+    classes and counts are taken for the same."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Number of images that each digest covers."""
 
     @property
     def num_classes(self) -> int:
@@ -84,6 +98,31 @@ class DataInfo:
             "source": self.source, "classes": list(self.classes),
             "images": dict(self.files), "digests": dict(self.digests),
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImagesConfig(DataConfig):
+    """Options that the built-in data sources share."""
+
+    train_images: Annotated[int, Bounds(ge=2)] | None = None
+    """Number of the remaining images to train on, in the same class proportions. Default: all."""
+    label_noise: Share = 0.0
+    """Share of the training labels replaced by a random other class. Independent of the seed."""
+    flip: bool = False
+    """Augmentation: mirror each training image with probability 1/2."""
+
+
+class SourceContext(NamedTuple):
+    """Where and how a data source returns images."""
+
+    seed: int
+    """Of the order and the augmentation of training images."""
+    device: torch.device
+    """Of images and labels."""
+    memory_format: torch.memory_format
+    """Of images."""
+    dtype: torch.dtype = torch.float32
+    """Of training images. A source may always return float32, and evaluation images are float32."""
 
 
 class DataSource(Protocol):
@@ -109,6 +148,24 @@ class DataSource(Protocol):
 
         The last batch may have fewer than ``batch_size`` images.
         """
+
+
+Load = TypeVar("Load", bound=Callable[..., DataSource])
+
+
+def register_source(name: str, config: type[DataConfig]) -> Callable[[Load], Load]:
+    """Return a decorator that registers a data source.
+
+    It decorates a function (or class) of a ``config`` and a :class:`SourceContext`, which returns a
+    :class:`DataSource`.
+
+    Args:
+        name: the value of ``data.source``.
+        config: a frozen dataclass with the options of the source, a subclass of
+            :class:`bdkd.config.DataConfig`.
+    """
+
+    return SOURCES.decorator(name, config, DataConfig)
 
 
 def mix_seed(*numbers: int) -> int:

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bdkd.config import DataConfig
 from bdkd.data import plain_pickle
-from bdkd.data.digest import digest_pixels
+from bdkd.data.base import SourceContext, register_source
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
-from bdkd.data.in_memory import Images, InMemory
-from bdkd.data.splits import make_splits, refuse_image_size
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
+from bdkd.data.splits import in_memory_source
 from bdkd.errors import RunError
 
 SIDE = 32
@@ -44,13 +43,12 @@ CIFAR10 = Layout(
 CIFAR100 = Layout("cifar100", ("train",), "test", "meta", "fine_labels", "fine_label_names")
 
 
-def load(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
+@register_source("cifar10", InMemoryConfig)
+@register_source("cifar100", InMemoryConfig)
+def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load 50,000 training and 10,000 test images, with 10 or 100 (fine) classes."""
     layout = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.source]
-    refuse_image_size(config, layout.source, SIDE)
-    contents = _contents(layout, required_root(config, layout.source))
+    contents = _contents(layout, required_root(config))
     names = contents[layout.meta].get(layout.names)
     if not isinstance(names, list) or len(names) < 2:
         raise _wrong(layout, layout.meta, f"no list {layout.names!r}")
@@ -58,11 +56,7 @@ def load(
     parts = [_images(layout, contents, name, len(classes)) for name in layout.train]
     training = Images(*map(torch.cat, zip(*parts, strict=True)))
     test = _images(layout, contents, layout.test, len(classes))
-    return InMemory(
-        layout.source, make_splits(config, training, test, 255), classes, config, scale=255,
-        seed=seed, device=device, memory_format=memory_format,
-        digests={"train": digest_pixels(*training), "test": digest_pixels(*test)},
-    )  # fmt: skip
+    return in_memory_source(training, test, classes, config, context)
 
 
 def _contents(layout: Layout, root: Path) -> dict[str, dict[str, Any]]:

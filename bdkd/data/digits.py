@@ -5,22 +5,18 @@ Source: E. Alpaydin and C. Kaynak, UCI Optical Recognition of Handwritten Digits
 
 import torch
 
-from bdkd.config import DataConfig
-from bdkd.data.base import stratified_split
-from bdkd.data.digest import digest_pixels
-from bdkd.data.in_memory import Images, InMemory
-from bdkd.data.splits import SPLIT_SEED, make_splits, refuse_image_size
+from bdkd.data.base import SourceContext, register_source, stratified_split
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
+from bdkd.data.splits import SPLIT_SEED, in_memory_source
 from bdkd.errors import RunError
 
 TEST_SHARE = 0.2
 LARGEST_PIXEL = 16
 
 
-def load(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
+@register_source("digits", InMemoryConfig)
+def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load the digits. A fixed fifth of the images is the test set."""
-    refuse_image_size(config, "digits", 8)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -32,9 +28,5 @@ def load(
     labels = torch.from_numpy(data.target).to(torch.int64)
     halves = stratified_split(data.target, TEST_SHARE, SPLIT_SEED)
     training, test = (Images(pixels[indices], labels[indices]) for indices in halves)
-    return InMemory(
-        "digits", make_splits(config, training, test, LARGEST_PIXEL),
-        tuple(str(name) for name in data.target_names), config, scale=LARGEST_PIXEL, seed=seed,
-        device=device, memory_format=memory_format,
-        digests={"train": digest_pixels(*training), "test": digest_pixels(*test)},
-    )  # fmt: skip
+    classes = [str(name) for name in data.target_names]
+    return in_memory_source(training, test, classes, config, context, largest_pixel=LARGEST_PIXEL)

@@ -71,12 +71,12 @@ def where_to_get(source: str, root: Path | None = None) -> str:
     return f"bdkd data fetch {source} --to {place} downloads it"
 
 
-def required_root(config: DataConfig, source: str) -> Path:
+def required_root(config: DataConfig) -> Path:
     """Return ``data.root`` as a path, or raise ``UsageError`` if it is not set."""
     if config.root is None:
         raise UsageError(
-            f"data.root must name the folder of the data set {source!r}"
-            + (f" ({where_to_get(source)})" if source in ARCHIVES else "")
+            f"data.root must name the folder of the data set {config.source!r}"
+            + (f" ({where_to_get(config.source)})" if config.source in ARCHIVES else "")
         )
     return Path(config.root).expanduser()
 

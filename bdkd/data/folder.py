@@ -10,19 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bdkd.config import DataConfig
+from bdkd.data.base import SourceContext, register_source
 from bdkd.data.decode import read_images
 from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import required_root
-from bdkd.data.in_memory import Images, InMemory
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
 from bdkd.data.listing import IMAGE_SUFFIXES, class_folders, image_files
-from bdkd.data.splits import make_splits
+from bdkd.data.splits import in_memory_source
 from bdkd.errors import RunError
 
 
-def load(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
+@register_source("folder", InMemoryConfig)
+def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load every image as RGB, resized to ``data.image_size`` (by default 32).
 
     Raises:
@@ -30,7 +29,7 @@ def load(
         RunError: a folder is missing or holds too few images, or the classes of both folders
             differ.
     """
-    root = required_root(config, "folder")
+    root = required_root(config)
     size = config.image_size or 32
     train, held_out = _folder(root, "train"), _folder(root, "test", "val")
     classes = _classes(train)
@@ -40,9 +39,8 @@ def load(
         read_labelled(root, _labelled(folder, classes), classes, size)
         for folder in (train, held_out)
     )
-    return InMemory(
-        "folder", make_splits(config, training, test, 255), classes, config, scale=255,
-        seed=seed, device=device, memory_format=memory_format,
+    return in_memory_source(
+        training, test, classes, config, context,
         digests={"train": train_digest, "test": test_digest},
     )  # fmt: skip
 

@@ -5,16 +5,42 @@ batch and keeps its part, so the augmentation of an image does not depend on the
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bdkd.config import DataConfig
+from bdkd.config import NotNegative, Share
 from bdkd.data import base
-from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split
+from bdkd.data.base import (
+    WHOLE,
+    Batch,
+    DataInfo,
+    ImagesConfig,
+    Normalisation,
+    Shard,
+    SourceContext,
+    Split,
+)
 from bdkd.data.digest import Digests
 from bdkd.errors import UsageError
+
+
+@dataclass(frozen=True)
+class InMemoryConfig(ImagesConfig):
+    """Options of the data sources that keep all images in memory."""
+
+    pixel_noise: Share = 0.0
+    """Standard deviation of Gaussian noise on all images (train, val and test), as a share of the
+    largest pixel value. Independent of the seed."""
+    crop: NotNegative[int] = 0
+    """Augmentation: pad each training image by this number of pixels, then cut a random crop of the
+    original size (4 is torchvision's RandomCrop(padding=4))."""
+    crop_padding: Literal["zero", "reflect", "edge"] = "zero"
+    """Content of the padding: zeros, the mirrored image, or the repeated border."""
+    cutout: NotNegative[int] = 0
+    """Augmentation: set a random square of this side in pixels to the mean colour."""
 
 
 class Images(NamedTuple):
@@ -38,7 +64,7 @@ class Draws(NamedTuple):
 
 
 def draw(
-    config: DataConfig, count: int, height: int, width: int, generator: torch.Generator
+    config: InMemoryConfig, count: int, height: int, width: int, generator: torch.Generator
 ) -> Draws:
     """Draw the numbers for ``count`` images; disabled augmentations draw no numbers."""
     device = generator.device
@@ -108,7 +134,7 @@ class InMemory:
 
     Args:
         splits: ``train``, ``val`` and ``test``.
-        config: ``crop``, ``crop_padding``, ``flip`` and ``cutout`` define the augmentation.
+        classes: names in the order of the labels.
         scale: the largest pixel value.
         digests: of the data set before it was split.
 
@@ -117,10 +143,10 @@ class InMemory:
     """
 
     def __init__(
-        self, source: str, splits: dict[Split, Images], classes: tuple[str, ...],
-        config: DataConfig, *, scale: int, seed: int, device: torch.device,
-        memory_format: torch.memory_format, digests: Digests | None = None,
+        self, splits: dict[Split, Images], classes: tuple[str, ...], config: InMemoryConfig,
+        context: SourceContext, *, scale: int = 255, digests: Digests | None = None,
     ) -> None:  # fmt: skip
+        self.config, self.seed, self.device, self.memory_format, _ = config, *context
         _, channels, height, width = splits["train"].pixels.shape
         if config.crop >= min(height, width) or config.cutout > 2 * min(height, width):
             raise UsageError(
@@ -131,21 +157,19 @@ class InMemory:
         counts: dict[Split, int] = {split: len(images.labels) for split, images in splits.items()}
         self.splits: dict[Split, Images] = {}
         for split, (pixels, labels) in splits.items():
-            pixels = pixels.contiguous(memory_format=torch.channels_last).to(device)
-            self.splits[split] = Images(pixels, labels.to(device))
+            pixels = pixels.contiguous(memory_format=torch.channels_last).to(self.device)
+            self.splits[split] = Images(pixels, labels.to(self.device))
         mean, std = pixel_statistics(splits["train"].pixels)
         std = std.clamp_min(scale / 255)
-        self.mean, self.std = mean.float().to(device), std.float().to(device)  # (1, C, 1, 1)
+        self.mean, self.std = (x.float().to(self.device) for x in (mean, std))  # (1, C, 1, 1)
         means, deviations = (tuple(each.flatten().tolist()) for each in (mean, std))
         known = dict(digests or {})
         self.info = DataInfo(
-            source, classes, channels, (height, width), counts,
+            config.source, classes, channels, (height, width), counts,
             Normalisation(means, deviations, float(scale)),
             digests={split: digest.sha256 for split, digest in known.items()},
             files={split: digest.images for split, digest in known.items()},
         )  # fmt: skip
-        self.config, self.seed = config, seed
-        self.device, self.memory_format = device, memory_format
 
     def train_batches(
         self, epoch: int, start: int, batch_size: int, views: int, shard: Shard = WHOLE

@@ -6,19 +6,29 @@ the same images with the same labels, so their differences can be paired, and th
 seeds is that of training (weights, order, augmentation) alone.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdkd.config import DataConfig
-from bdkd.data.base import Split, stratified_split, stratified_subset
-from bdkd.data.in_memory import Images
+from bdkd.data.base import (
+    ImagesConfig,
+    SourceContext,
+    Split,
+    stratified_split,
+    stratified_subset,
+)
+from bdkd.data.digest import Digests, digest_pixels
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
 from bdkd.errors import UsageError
 
 SPLIT_SEED = 0
 
 
-def split_training(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, Tensor, np.ndarray]:
+def split_training(
+    labels: np.ndarray, config: ImagesConfig
+) -> tuple[np.ndarray, Tensor, np.ndarray]:
     """Return the indices and labels (with label noise) of ``train``, and the indices of ``val``.
 
     Args:
@@ -41,7 +51,7 @@ def split_training(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, 
 
 
 def make_splits(
-    config: DataConfig, training: Images, test: Images, largest_pixel: int
+    config: InMemoryConfig, training: Images, test: Images, largest_pixel: int = 255
 ) -> dict[Split, Images]:
     """Return the three splits of a data set in memory.
 
@@ -88,10 +98,55 @@ def with_pixel_noise(pixels: Tensor, deviation: float, largest: int, salt: int) 
     return noisy
 
 
-def refuse_image_size(config: DataConfig, source: str, side: int) -> None:
-    """Raise ``UsageError`` if ``data.image_size`` differs from the fixed size of a source."""
-    if config.image_size not in (None, side):
+def in_memory_source(
+    training: Images, test: Images, classes: Sequence[str], config: InMemoryConfig,
+    context: SourceContext, *, largest_pixel: int = 255, digests: Digests | None = None,
+) -> InMemory:  # fmt: skip
+    """Return the source of a data set in memory, with all options of :class:`InMemoryConfig`.
+
+    Args:
+        training: images of which the validation images are held out.
+        test: the test images.
+        classes: names in the order of the labels.
+        digests: identity of the data set. Default: of its pixels and labels.
+
+    Raises:
+        UsageError: ``data.image_size`` is not the size of the images; pixels or labels are not what
+            :class:`Images` needs; or see :func:`split_training` and :class:`InMemory`.
+    """
+    for split, images in (("training", training), ("test", test)):
+        if problem := _problem(images, len(classes)):
+            raise UsageError(f"the {split} images of the source {config.source!r} {problem}")
+    if training.pixels.shape[1:] != test.pixels.shape[1:]:
+        shapes = " and ".join(str(tuple(images.pixels.shape[1:])) for images in (training, test))
         raise UsageError(
-            f"data.image_size does not apply to the source {source!r}: its images are "
-            f"{side}x{side}, got {config.image_size}"
+            f"the training and test images of the source {config.source!r} must have one shape "
+            f"(C, H, W), got {shapes}"
         )
+    height, width = training.pixels.shape[2:]
+    if config.image_size is not None and (height, width) != (config.image_size,) * 2:
+        raise UsageError(
+            f"data.image_size does not apply to the source {config.source!r}: its images are "
+            f"{height}x{width}, got {config.image_size}"
+        )
+    if digests is None:
+        digests = {"train": digest_pixels(*training), "test": digest_pixels(*test)}
+    splits = make_splits(config, training, test, largest_pixel)
+    return InMemory(splits, tuple(classes), config, context, scale=largest_pixel, digests=digests)
+
+
+def _problem(images: Images, classes: int) -> str:
+    """Return what is wrong with images and labels, or an empty text."""
+    pixels, labels = images
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        found = f"{pixels.dtype} {tuple(pixels.shape)}"
+        return f"must be pixels (N, C, H, W) of uint8, got {found}"
+    if labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        return f"need a label of int64 for each of the {len(pixels)} images, got {found}"
+    if not len(labels):
+        return "must be at least one, got none"
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        return f"must have labels from 0 to {classes - 1}, one for each class, got {found}"
+    return ""

@@ -3,41 +3,59 @@
 Each class has a coarse random pattern. An image is the weak pattern of its class plus strong noise.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from bdkd.config import DataConfig
+from bdkd.config import Bounds
+from bdkd.data.base import SourceContext, register_source
 from bdkd.data.digest import digest_text
-from bdkd.data.in_memory import Images, InMemory
-from bdkd.data.splits import SPLIT_SEED, make_splits
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
+from bdkd.data.splits import SPLIT_SEED, in_memory_source
+from bdkd.errors import UsageError
 
 SIDE, CHANNELS = 32, 3
 COARSE = 4  # cells per side of a pattern
 PATTERN, NOISE = 24.0, 48.0  # standard deviations, of 255
 
 
-def load(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
-    """Generate ``data.synthetic.images`` training images and a fifth as many test images.
+@dataclass(frozen=True)
+class SyntheticConfig(InMemoryConfig):
+    """Options of the source synthetic."""
+
+    images: int = 10_000
+    """Number of training images, including validation images. The test set has a fifth as many."""
+    classes: Annotated[int, Bounds(ge=2)] = 10
+    """Number of classes."""
+
+    def check(self) -> None:
+        if self.images < 10 * self.classes:
+            raise UsageError(
+                f"data.images must be at least ten for each of data.classes, got {self.images}"
+            )
+
+
+@register_source("synthetic", SyntheticConfig)
+def load(config: SyntheticConfig, context: SourceContext) -> InMemory:
+    """Generate ``data.images`` training images and a fifth as many test images.
 
     The images do not depend on the seed. Processors without AVX2 round a few pixels differently.
     """
-    options, side = config.synthetic, config.image_size or SIDE
+    side = config.image_size or SIDE
     # On the CPU, because generators of other devices draw other numbers.
     generator = torch.Generator().manual_seed(SPLIT_SEED)
-    coarse = torch.randn(options.classes, CHANNELS, COARSE, COARSE, generator=generator)
+    coarse = torch.randn(config.classes, CHANNELS, COARSE, COARSE, generator=generator)
     patterns = 128 + PATTERN * nn.functional.interpolate(coarse, (side, side), mode="bilinear")
-    training = _images(patterns, options.images, generator)
-    test = _images(patterns, options.images // 5, generator)
-    definition = f"synthetic {options.classes} {side}"
-    return InMemory(
-        "synthetic", make_splits(config, training, test, 255),
-        tuple(map(str, range(options.classes))), config, scale=255, seed=seed, device=device,
-        memory_format=memory_format,
+    training = _images(patterns, config.images, generator)
+    test = _images(patterns, config.images // 5, generator)
+    definition = f"synthetic {config.classes} {side}"
+    return in_memory_source(
+        training, test, tuple(map(str, range(config.classes))), config, context,
         # Digests of pixels would differ between processors (see above).
-        digests={"train": digest_text(definition, options.images),
-                 "test": digest_text(definition, options.images // 5)},
+        digests={"train": digest_text(definition, config.images),
+                 "test": digest_text(definition, config.images // 5)},
     )  # fmt: skip
 
 

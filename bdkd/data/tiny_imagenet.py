@@ -7,25 +7,22 @@ test set, and validation images are held out of ``train``.
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from bdkd.config import DataConfig
+from bdkd.data.base import SourceContext, register_source
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
 from bdkd.data.folder import read_labelled
-from bdkd.data.in_memory import InMemory
+from bdkd.data.in_memory import InMemory, InMemoryConfig
 from bdkd.data.listing import class_folders, image_files, read_lines
-from bdkd.data.splits import make_splits
+from bdkd.data.splits import in_memory_source
 from bdkd.errors import RunError
 
 SOURCE = "tiny-imagenet"
 SIDE = 64
 
 
-def load(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format
-) -> InMemory:
+@register_source(SOURCE, InMemoryConfig)
+def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load 100,000 training and 10,000 test images at 64x64, or at ``data.image_size``."""
-    root = _set_folder(required_root(config, SOURCE))
+    root = _set_folder(required_root(config))
     wnids = class_folders(root / "train")
     if len(wnids) < 2:
         raise RunError(f"{root / 'train'} must hold a folder for each class, got {wnids}")
@@ -36,9 +33,8 @@ def load(
     (training, train_digest), (test, test_digest) = (
         read_labelled(root, images, wnids, size) for images in (labelled, _annotated(root, number))
     )
-    return InMemory(
-        SOURCE, make_splits(config, training, test, 255), _names(root, wnids), config, scale=255,
-        seed=seed, device=device, memory_format=memory_format,
+    return in_memory_source(
+        training, test, _names(root, wnids), config, context,
         digests={"train": train_digest, "test": test_digest},
     )  # fmt: skip
 

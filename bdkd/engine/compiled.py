@@ -125,8 +125,9 @@ def _say(line: str) -> None:
 
 def count_shapes(recipe: Recipe) -> int:
     """Return how many shapes the batches of a run have."""
-    sides = {side for _, side in recipe.data.progressive} | {recipe.data.image_size}
-    return len(sides) * (1 if recipe.train.accumulate == 1 else 2)  # the last part may be smaller
+    return len(recipe.data.training_sizes()) * (
+        1 if recipe.train.accumulate == 1 else 2
+    )  # the last part may be smaller
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -1,26 +1,26 @@
 """The parts of a run, built from its recipe. Training, evaluation and export share them."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 
-from bdkd.config import Recipe, check_recipe
+from bdkd.config import Recipe
 from bdkd.data import DataSource, create_source
 from bdkd.device import AUTOCAST, choose_device, set_flags
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.distributed.launch import local_rank
-from bdkd.engine.networks import Networks, build_networks
+from bdkd.engine.networks import Networks, build_networks, with_model_options
 from bdkd.engine.requirements import check_requirements
 from bdkd.errors import UsageError
-from bdkd.objectives import Objective, create_objective, resolve_options
+from bdkd.objectives import Objective, check_objective, create_objective
+from bdkd.registry import OBJECTIVES
 
 
 @dataclass(frozen=True)
 class Components:
     """What a recipe describes, on this process's device."""
 
-    recipe: Recipe  # with every option of the objective resolved
+    recipe: Recipe
     context: DistributedContext
     device: torch.device
     objective: Objective
@@ -47,10 +47,8 @@ def build_components(
         UsageError: a value of the recipe does not fit, or names something that does not exist.
         RunError: data are missing or cannot be read, or a package is missing.
     """
-    check_recipe(recipe)
-    # The files of a run name every option that was used.
-    recipe = dataclasses.replace(recipe, objective=resolve_options(recipe.objective))
     device = choose_device(recipe.device, local_rank())
+    recipe = with_model_options(recipe)  # the files of a run contain every option that was used
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     set_flags(device, recipe.train)
@@ -65,8 +63,14 @@ def build_components(
         raise UsageError(
             f"train.batch_size must be at most the {images} training images, got {batch_size}"
         )
-    torch.manual_seed(recipe.seed)
     info = source.info
+    if training and OBJECTIVES.is_foreign(recipe.objective.name):
+        share = context.world_size * recipe.train.accumulate
+        check_objective(
+            create_objective(recipe.objective, recipe.networks), recipe.networks,
+            max(1, recipe.train.batch_size // share), info.num_classes, device,
+        )  # fmt: skip
+    torch.manual_seed(recipe.seed)
     try:
         networks = build_networks(
             recipe.networks, objective.frozen, info.num_classes, info.channels

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
+from bdkd.errors import UsageError
 from bdkd.evaluation.calibration import BINS, bin_edges
+from bdkd.metrics import OF_A_LINE
 
 _SUMS = ("loss", "top1", "top5", "nll", "entropy")
 
@@ -106,6 +108,11 @@ class TrainingMeter:
 
     def _statistic(self, name: str) -> Tensor:
         if name not in self.statistics:
+            if name in self.networks or name in OF_A_LINE:
+                raise UsageError(
+                    f"the objective has a statistic {name!r}, which is the name of a network or "
+                    "another key of metrics.jsonl: rename it"
+                )
             self.statistics[name] = torch.zeros((), dtype=torch.float64, device=self.device)
         return self.statistics[name]
 

@@ -1,5 +1,6 @@
 """K networks as one module, so that they are evaluated, compiled, wrapped and saved as one."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bdkd._torch_compat import ignore_in_ddp
-from bdkd.config import DistributedConfig, NetworkConfig
+from bdkd.config import DistributedConfig, NetworkConfig, Recipe
 from bdkd.distributed.context import DistributedContext, by_dtype, copy_flat, flatten
 from bdkd.engine.ranges import named_range
 from bdkd.models import create_model
+from bdkd.models.registry import default_options
 
 RunAll = Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]]
 
@@ -67,6 +69,18 @@ class Networks(nn.Module):
             return self.members[name](images)
 
 
+def with_model_options(recipe: Recipe) -> Recipe:
+    """Return a recipe with a value for every option of its models. Models of timm and torchvision
+    have only the options that were given."""
+    networks = {
+        name: dataclasses.replace(
+            network, options={**default_options(network.model), **network.options}
+        )
+        for name, network in recipe.networks.items()
+    }
+    return dataclasses.replace(recipe, networks=networks)
+
+
 def build_networks(
     configs: Mapping[str, NetworkConfig], frozen: frozenset[str], num_classes: int, channels: int
 ) -> Networks:
@@ -82,13 +96,13 @@ def build_networks(
                     f"networks.{name}.options must not hold {option}: the data set says it, the "
                     "same for every network"
                 )
-    return Networks(
-        {
-            name: create_model(config.model, num_classes, channels, **config.options)
-            for name, config in configs.items()
-        },
-        frozen,
-    )
+    members = {}
+    for name, config in configs.items():
+        try:
+            members[name] = create_model(config.model, num_classes, channels, **config.options)
+        except ValueError as error:
+            raise ValueError(f"networks.{name}: {error}") from error
+    return Networks(members, frozen)
 
 
 def parallelize(

@@ -1,4 +1,4 @@
-"""The optimizers of a recipe. Each one is an entry of :data:`OPTIMIZERS`; nothing else knows them.
+"""The optimizers of a recipe.
 
 All of them can skip a step. torch's fused kernels read ``found_inf`` on the device and never ask
 the host. LAMB and NovoGrad come from NVIDIA's apex, whose kernels cannot, so the host waits.
@@ -16,31 +16,93 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bdkd.config import NetworkConfig, OptimizerConfig
+from bdkd.config import NetworkConfig, OptimizerConfig, Rate
 from bdkd.engine.networks import Networks
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import OPTIMIZERS, Entry
 
 APEX_DEVICES = ("cuda",)
 
 Groups = list[dict[str, Any]]
+Build = Callable[[Any, Groups], Optimizer]
 
 
 @dataclass(frozen=True)
-class OptimizerSpec:
+class OptimizerEntry(Entry):
     """One optimizer, and what the rest of the trainer must know about it."""
 
-    build: Callable[[OptimizerConfig, Groups], Optimizer]
-    moments: Callable[[OptimizerConfig], int]
-    """Tensors of a parameter's size that it keeps for each parameter."""
-    skips_on_device: bool = True
-    """It reads ``found_inf`` on the device. Such an optimizer can be captured in a CUDA graph."""
-    apex_class: str | None = None
-    """Name in ``apex.optimizers``; it needs a GPU."""
-    foreign_moments: Callable[[Mapping[str, Any]], bool] = lambda moments: False
-    """Whether the loaded state of a parameter belongs to another optimizer."""
+    moments: Callable[[Any], int]
+    skips_on_device: bool
+    check: Callable[[Any, torch.device], object]
+    foreign_moments: Callable[[Mapping[str, Any]], bool]
 
 
-def _sgd(config: OptimizerConfig, groups: Groups) -> Optimizer:
+def register_optimizer(
+    name: str,
+    config: type[OptimizerConfig] = OptimizerConfig,
+    *,
+    moments: Callable[[Any], int] = lambda config: 2,
+    skips_on_device: bool = False,
+    check: Callable[[Any, torch.device], object] = lambda config, device: None,
+    foreign_moments: Callable[[Mapping[str, Any]], bool] = lambda moments: False,
+) -> Callable[[Build], Build]:
+    """Return a decorator that registers an optimizer.
+
+    It decorates a function of a ``config`` and parameter groups, which returns a
+    :class:`torch.optim.Optimizer`. Each group has its ``weight_decay``. The trainer sets the key
+    ``lr`` of the groups before each step.
+
+    Args:
+        name: the value of ``optimizer.name``.
+        config: a frozen dataclass with the options of the optimizer, a subclass of
+            :class:`bdkd.config.OptimizerConfig`.
+        moments: how many tensors of a parameter's size it keeps, for the estimate of memory.
+        skips_on_device: it reads ``found_inf`` on the device, as torch's fused optimizers do. It
+            can then be captured in a CUDA graph. Otherwise the trainer waits for the device in each
+            step, and does not call it if gradients are not finite.
+        check: raises ``UsageError`` or ``RunError`` if it cannot run on a device. It is called
+            before data and networks are created.
+        foreign_moments: whether the loaded state of a parameter belongs to another optimizer.
+    """
+
+    return OPTIMIZERS.decorator(
+        name, config, OptimizerConfig, OptimizerEntry, moments=moments,
+        skips_on_device=skips_on_device, check=check, foreign_moments=foreign_moments,
+    )  # fmt: skip
+
+
+def optimizer_entry(config: OptimizerConfig) -> OptimizerEntry:
+    """Return the registered optimizer that a recipe names."""
+    entry = OPTIMIZERS.find(config.name)
+    assert isinstance(entry, OptimizerEntry)
+    return entry
+
+
+@dataclass(frozen=True)
+class SGDConfig(OptimizerConfig):
+    """Options of sgd: stochastic gradient descent with momentum."""
+
+    momentum: Rate = 0.9
+    """Momentum."""
+    nesterov: bool = True
+    """Use Nesterov momentum."""
+
+
+@dataclass(frozen=True)
+class AdamConfig(OptimizerConfig):
+    """Options of adamw, lamb and novograd."""
+
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+
+
+@register_optimizer(
+    "sgd", SGDConfig, moments=lambda config: int(config.momentum > 0), skips_on_device=True,
+    # torch loads AdamW's moments into SGD, which ignores them and starts without momentum.
+    foreign_moments=lambda moments: bool(moments.keys() - {"momentum_buffer"}),
+)  # fmt: skip
+def sgd(config: SGDConfig, groups: Groups) -> Optimizer:
+    """Build torch's fused SGD."""
     nesterov = config.nesterov and config.momentum > 0
     optimizer = torch.optim.SGD(
         groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True
@@ -53,18 +115,39 @@ def _sgd(config: OptimizerConfig, groups: Groups) -> Optimizer:
     return optimizer
 
 
-def _adamw(config: OptimizerConfig, groups: Groups) -> Optimizer:
+@register_optimizer("adamw", AdamConfig, skips_on_device=True)
+def adamw(config: AdamConfig, groups: Groups) -> Optimizer:
+    """Build torch's fused AdamW."""
     return torch.optim.AdamW(groups, config.learning_rate, config.betas, fused=True)
 
 
-def _apex(config: OptimizerConfig, groups: Groups) -> Optimizer:
+def _check_apex(config: AdamConfig, device: torch.device) -> None:
+    if device.type not in APEX_DEVICES:
+        raise UsageError(
+            f"optimizer.name must be sgd or adamw on a CPU, got {config.name}: NVIDIA's apex needs "
+            "a GPU"
+        )
+    _import_apex(config.name)
+
+
+@register_optimizer("lamb", AdamConfig, check=_check_apex)
+def lamb(config: AdamConfig, groups: Groups) -> Optimizer:
+    """Build apex's LAMB without its own clipping: ``train.clip_norm`` clips each network before."""
+    # A limit of 0 would divide by it.
+    return _build_apex("FusedLAMB", config, groups, max_grad_norm=math.inf)
+
+
+@register_optimizer("novograd", AdamConfig, moments=lambda config: 1, check=_check_apex)
+def novograd(config: AdamConfig, groups: Groups) -> Optimizer:
+    """Build apex's NovoGrad."""
+    return _build_apex("FusedNovoGrad", config, groups)
+
+
+def _build_apex(name: str, config: AdamConfig, groups: Groups, **own: Any) -> Optimizer:
     """Build an apex optimizer with its own defaults, except for what the recipe says."""
-    check_optimizer(config, groups[0]["params"][0].device)
-    make = getattr(_import_apex(config.name), str(OPTIMIZERS[config.name].apex_class))
-    # train.clip_norm clips each network before. (A limit of 0 would divide by it.)
-    own = {"max_grad_norm": math.inf} if config.name == "lamb" else {}
+    _check_apex(config, groups[0]["params"][0].device)
     try:
-        return make(
+        return getattr(_import_apex(config.name), name)(
             groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay,
             **own,
         )  # fmt: skip
@@ -73,23 +156,6 @@ def _apex(config: OptimizerConfig, groups: Groups) -> Optimizer:
             f"optimizer.name = {config.name!r}: {error}: build apex with its CUDA extensions, see "
             "https://github.com/NVIDIA/apex"
         ) from error
-
-
-OPTIMIZERS = {
-    "sgd": OptimizerSpec(
-        _sgd,
-        moments=lambda config: int(config.momentum > 0),
-        # torch loads AdamW's moments into SGD, which ignores them and starts without momentum.
-        foreign_moments=lambda moments: bool(moments.keys() - {"momentum_buffer"}),
-    ),
-    "adamw": OptimizerSpec(_adamw, moments=lambda config: 2),
-    "lamb": OptimizerSpec(
-        _apex, moments=lambda config: 2, skips_on_device=False, apex_class="FusedLAMB"
-    ),
-    "novograd": OptimizerSpec(
-        _apex, moments=lambda config: 1, skips_on_device=False, apex_class="FusedNovoGrad"
-    ),
-}
 
 
 def build_optimizer(
@@ -105,7 +171,7 @@ def build_optimizer(
         local_part: returns the part of a sharded parameter that this rank updates.
 
     Raises:
-        UsageError, RunError: see :func:`check_optimizer`.
+        UsageError, RunError: the optimizer cannot run on this device.
     """
     groups: Groups = []
     for name, network in networks.trained().items():
@@ -118,25 +184,13 @@ def build_optimizer(
             if parameters:
                 group = {"params": parameters, "weight_decay": decay}
                 groups.append({**group, "network": name, "peak_rate": peak_rate})
-    return OPTIMIZERS[config.name].build(config, groups)
-
-
-def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
-    """Check that an optimizer can be built on a device, before there are networks.
-
-    Raises:
-        UsageError: it needs a GPU.
-        RunError: NVIDIA's apex is missing, or the installed apex is another package.
-    """
-    apex_class = OPTIMIZERS[config.name].apex_class
-    if apex_class is None:
-        return
-    if device.type not in APEX_DEVICES:
+    optimizer = optimizer_entry(config).build(config, groups)
+    if not all("peak_rate" in group for group in optimizer.param_groups):
         raise UsageError(
-            f"optimizer.name must be sgd or adamw on a CPU, got {config.name}: apex's {apex_class} "
-            "needs a GPU"
+            f"the optimizer {config.name!r} must be built from the parameter groups that it is "
+            "given, not from their parameters"
         )
-    _import_apex(config.name)
+    return optimizer
 
 
 def _import_apex(option: str) -> Any:

@@ -5,7 +5,7 @@ import torch
 from bdkd._torch_compat import check_cpp_compiler
 from bdkd.config import Recipe
 from bdkd.distributed.context import DistributedContext
-from bdkd.engine.optim import OPTIMIZERS, check_optimizer
+from bdkd.engine.optim import optimizer_entry
 from bdkd.errors import UsageError
 from bdkd.objectives import Objective
 
@@ -24,14 +24,14 @@ def check_requirements(
             raise UsageError(message)
     if recipe.train.compile and device.type == "cpu":
         check_cpp_compiler("or train without train.compile")
-    check_optimizer(recipe.optimizer, device)
+    optimizer_entry(recipe.optimizer).check(recipe.optimizer, device)
 
 
 def _requirements(
     recipe: Recipe, device: torch.device, context: DistributedContext, objective: Objective
 ) -> list[tuple[bool, bool, str]]:
     """Return rows: where the requirement applies, whether it holds, and the message if not."""
-    train, name, optimizer = recipe.train, recipe.objective.name, recipe.optimizer.name
+    train, name, optimizer = recipe.train, recipe.objective.name, optimizer_entry(recipe.optimizer)
     several, pauses = context.is_distributed, objective.has_dynamic_active_set
     on_gpu, least = device.type == "cuda", context.world_size * train.accumulate
     shards = any(network.shard for network in recipe.networks.values())
@@ -54,8 +54,8 @@ def _requirements(
         (train.cuda_graph, not several, f"{graph} with one rank"),
         (train.cuda_graph, not pauses,
          f"{graph} with a method whose steps are alike, and not with {name}"),
-        (train.cuda_graph, OPTIMIZERS[optimizer].skips_on_device,
-         f"{graph} with optimizer.name sgd or adamw, and not with {optimizer}"),
+        (train.cuda_graph, optimizer.skips_on_device,
+         f"{graph} with optimizer.name sgd or adamw, and not with {recipe.optimizer.name}"),
         (train.overlap, on_gpu, f"{overlap} on a GPU (device is {device})"),
         # A DDP bucket holds gradients of several networks and waits for the last one's stream.
         (train.overlap, not several, f"{overlap} with one rank"),

@@ -15,7 +15,7 @@ from bdkd.data.base import mix_seed
 from bdkd.engine.components import Components
 from bdkd.engine.meter import TrainingMeter
 from bdkd.engine.networks import parallelize
-from bdkd.engine.optim import OPTIMIZERS, build_optimizer
+from bdkd.engine.optim import build_optimizer, optimizer_entry
 from bdkd.engine.progress import Best, Progress
 from bdkd.engine.schedule import Span
 
@@ -53,6 +53,7 @@ class TrainingState:
         self.optimizer = build_optimizer(
             self.networks, recipe.networks, recipe.optimizer, local_part
         )
+        self.skips_on_device = optimizer_entry(recipe.optimizer).skips_on_device
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=recipe.train.precision == "fp16"
         )
@@ -147,12 +148,14 @@ class TrainingState:
     def optimizer_step(self, finite: Tensor) -> None:
         """Update the parameters if ``finite`` is true. The fused optimizers decide on the device;
         for the others the host waits."""
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # gradients are unscaled
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer: Any = self.optimizer
+        if self.skips_on_device:
+            optimizer.grad_scale = None  # gradients are unscaled
+            optimizer.found_inf = (~finite).float()
         if self.sharding is not None:
             self.sharding.set_local_gradients()
-        if OPTIMIZERS[self.recipe.optimizer.name].skips_on_device or bool(finite):
-            self.optimizer.step()
+        if self.skips_on_device or bool(finite):
+            optimizer.step()
         self.scaler.update()
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ Bin edges and sums are float64 and counts are int64: several float32 edges diffe
 softmax saturates at 1.0 in low precision, and low-precision counters stop increasing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,8 @@ class CalibrationResult:
     bin_count: tuple[int, ...]
     bin_accuracy: tuple[float, ...]
     bin_confidence: tuple[float, ...]
+    registered: Mapping[str, float] = field(default_factory=dict)
+    """The metrics of plugins, by key."""
 
 
 class Calibration:

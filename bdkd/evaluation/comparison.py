@@ -10,10 +10,7 @@ from typing import Any
 
 from bdkd.evaluation.paired import PairedTest, holm, paired_test
 from bdkd.evaluation.temperature import HIGHEST, LOWEST
-from bdkd.metrics import METRICS as ALL_METRICS
-from bdkd.metrics import Metric
-
-METRICS = [metric for metric in ALL_METRICS if metric.compared]
+from bdkd.metrics import METRICS, Metric
 
 Table = tuple[list[str], list[list[str]]]  # header and lines
 
@@ -53,6 +50,11 @@ class Row:
     cells: Mapping[str, Cell]  # by metric
 
 
+def compared_metrics() -> list[Metric]:
+    """Return the metrics that are columns of the tables."""
+    return [metric for metric in METRICS.values() if metric.compared]
+
+
 def compare(runs: Sequence[Run], methods: Sequence[str]) -> list[Row]:
     """Return a row for every network and method that has runs.
 
@@ -71,7 +73,9 @@ def compare(runs: Sequence[Run], methods: Sequence[str]) -> list[Row]:
             for method in methods
             if (found := [r for r in runs if r.method == method and name in r.summary["networks"]])
         }
-        cells = {metric.key: _cells(by_method, name, metric, methods[0]) for metric in METRICS}
+        cells = {
+            metric.key: _cells(by_method, name, metric, methods[0]) for metric in compared_metrics()
+        }
         for method, found in by_method.items():
             rows.append(
                 Row(
@@ -116,11 +120,11 @@ def _cells(
 
 def results(rows: Sequence[Row], network: str) -> Table:
     """Return the table of mean and standard deviation of every metric of one network."""
-    header = ["method", *(metric.label for metric in METRICS), "seeds", "train s"]
+    header = ["method", *(metric.label for metric in compared_metrics()), "seeds", "train s"]
     lines = []
     for row in rows:
         if row.network == network:
-            cells = [(metric, row.cells[metric.key]) for metric in METRICS]
+            cells = [(metric, row.cells[metric.key]) for metric in compared_metrics()]
             shown = [
                 metric.show(cell.mean) + ("" if cell.std is None else f" ± {metric.show(cell.std)}")
                 for metric, cell in cells
@@ -135,7 +139,7 @@ def differences(rows: Sequence[Row], network: str) -> Table:
     header = ["method", "metric", "difference", "95% interval", "p (t)", "p (Wilcoxon)", "seeds"]
     lines = []
     for row in rows:
-        for metric in METRICS:
+        for metric in compared_metrics():
             cell = row.cells[metric.key]
             if row.network != network or cell.test is None or not metric.headline:
                 continue

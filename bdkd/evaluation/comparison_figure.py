@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from bdkd.evaluation.comparison import METRICS, Row
+from bdkd.evaluation.comparison import Row, compared_metrics
 from bdkd.evaluation.figures import INK, MUTED, NETWORK_COLOURS, mute_axes, save_figure
 
 
@@ -23,7 +23,7 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str) -> None:
         raise ValueError("a comparison needs the runs of at least one method")
     networks = list(dict.fromkeys(row.network for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    metrics = [metric for metric in METRICS if metric.headline]
+    metrics = [metric for metric in compared_metrics() if metric.headline]
     width = max(2.4, 0.55 * len(methods) + 1.0)
     figure = Figure(
         figsize=(width * len(metrics), 0.8 + 2.9 * len(networks)), facecolor="white",

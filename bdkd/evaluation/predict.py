@@ -7,6 +7,7 @@ temperatures, and keeps predictions and features for figures.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from bdkd.extras import missing_packages
@@ -25,7 +26,7 @@ from bdkd.errors import RunError
 from bdkd.evaluation.calibration import Calibration, CalibrationResult
 from bdkd.evaluation.predictions import NetworkPredictions, Predictions, featured_images
 from bdkd.evaluation.temperature import fit_temperature
-from bdkd.metrics import SCALED
+from bdkd.metrics import SCALED, registered_metrics
 
 HALF_MAX = torch.finfo(torch.float16).max
 _COLUMNS = ("confidence", "entropy", "predicted")
@@ -154,6 +155,8 @@ class SplitPass:
         self.temperatures = temperatures
         self.meters: dict[str, Calibration] = {}
         self.scaled_meters: dict[str, Calibration] = {}
+        self.registered = registered_metrics()
+        self.values: dict[str, dict[str, list[Tensor]]] = {name: {} for name in self.networks}
         self.keep_predictions = keep_predictions
         self.targets: list[Tensor] = []
         self.columns: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.networks}
@@ -165,6 +168,8 @@ class SplitPass:
         """Add one batch of this rank."""
         for name, x in logits.items():
             self._measure(self.meters, name, x, target)
+            if len(target):
+                self._measure_registered(name, x, target)
             if (temperature := self.temperatures.get(name)) is not None:
                 self._measure(self.scaled_meters, name, x.double() / temperature, target)
         if not self.keep_predictions:
@@ -188,6 +193,21 @@ class SplitPass:
         if name not in meters:
             meters[name] = Calibration(self.info.num_classes, target.device)
         meters[name].update(logits, target)
+
+    def _measure_registered(self, name: str, logits: Tensor, target: Tensor) -> None:
+        for metric in self.registered:
+            assert metric.of_samples is not None
+            values = metric.of_samples(logits.double(), target)
+            shape = values.shape if isinstance(values, Tensor) else None
+            if metric.reduce is not None:
+                shape = shape and shape[:1]
+            if shape != target.shape:
+                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise RunError(
+                    f"the metric {metric.key!r} must return a tensor with a value for each of the "
+                    f"{len(target)} samples, got {found}; other shapes (B, ...) need reduce"
+                )
+            self.values[name].setdefault(metric.key, []).append(values.double())
 
     def _choose(self, target: np.ndarray) -> np.ndarray:
         """Return the indices of the images of a batch that can be in :func:`featured_images`.
@@ -220,8 +240,32 @@ class SplitPass:
         features += zip(index_in_split.tolist(), kept, strict=True)
 
     def results(self) -> dict[str, CalibrationResult]:
-        """Return accuracy and calibration by network, on all ranks."""
-        return self._compute(self.meters)
+        """Return accuracy, calibration and the metrics of plugins by network, on all ranks."""
+        results = self._compute(self.meters)
+        if not self.registered:
+            return results
+        own = {n: {k: _to_numpy(v) for k, v in of.items()} for n, of in self.values.items()}
+        shares = self.context.gather_objects(own)
+        return self.context.broadcast_from_rank0(
+            lambda: {
+                name: replace(result, registered=self._reduce(name, shares or []))
+                for name, result in results.items()
+            }
+        )
+
+    def _reduce(self, name: str, shares: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the metrics of plugins from the values of all ranks."""
+        reduced = {}
+        for metric in self.registered:
+            parts = [share[name].get(metric.key) for share in shares]
+            parts = [parts[0][:0] if part is None else part for part in parts]
+            values = torch.from_numpy(_interleave(parts))
+            try:
+                reduced[metric.key] = float((metric.reduce or _mean)(values))
+            except Exception as error:
+                failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise RunError(f"cannot reduce the metric {metric.key!r}: {failed}") from error
+        return reduced
 
     def recalibrated(self) -> dict[str, dict[str, float | None]]:
         """Return by network ``temperature``, ``ece_scaled``, ``nll_scaled`` and ``brier_scaled``.
@@ -272,10 +316,14 @@ def _to_numpy(parts: Iterable[Tensor]) -> np.ndarray:
     return torch.cat(list(parts)).cpu().numpy()
 
 
+def _mean(values: Tensor) -> Tensor:
+    return values.double().mean()
+
+
 def _interleave(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Return the values of all ranks in the order of the split. Rank r has every N-th value from
     the r-th."""
-    joined = np.empty(sum(map(len, parts)), dtype=parts[0].dtype)
+    joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
     for rank, part in enumerate(parts):
         joined[rank :: len(parts)] = part
     return joined

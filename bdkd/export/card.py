@@ -1,6 +1,7 @@
 """Write the README.md next to exported weights: a model card for the Hugging Face Hub."""
 
 import json
+import shlex
 
 from bdkd.config import Recipe, parse_recipe
 from bdkd.export.facts import Facts
@@ -18,10 +19,22 @@ def model_card(facts: Facts, file: str) -> str:
     options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
     arguments = [repr(facts.model), str(len(facts.classes)), str(facts.channels)]
     arguments += [f"{key}={value!r}" for key, value in options.items()]
-    values = [(metric, facts.metrics.get(metric.key)) for metric in METRICS if metric.hub]
-    measured = [(metric, value) for metric, value in values if value is not None]
+    values = [(metric, facts.metrics.get(metric.key)) for metric in METRICS.values()]
+    measured = [
+        (metric, value)
+        for metric, value in values
+        if value is not None and (metric.hub or metric.of_samples)
+    ]
+    plugins = [
+        f"# {name} registers the model or other parts of the recipe: import it first"
+        if name.endswith(".py") else f"import {name}  # a plugin"
+        for name in recipe.plugins
+    ]  # fmt: skip
+    command = ["bdkd", "evaluate", file]
+    command += [] if facts.measured_on in ("", "val") else ["--split", facts.measured_on]
+    command += [argument for name in recipe.plugins for argument in ("--plugin", name)]
     load = [
-        "from safetensors.torch import load_file", "from bdkd import create_model", "",
+        "from safetensors.torch import load_file", "from bdkd import create_model", *plugins, "",
         f"network = create_model({', '.join(arguments)}).eval()",
         f"network.load_state_dict(load_file({json.dumps(file)}))",
     ]  # fmt: skip
@@ -37,7 +50,7 @@ def model_card(facts: Facts, file: str) -> str:
         f"{', '.join(facts.classes)}.",
         "## Accuracy and calibration",
         "\n".join(_results(facts, file, measured)),
-        f"Run `bdkd evaluate {file}` to measure these values again.",
+        f"Run `{shlex.join(command)}` to measure these values again.",
         "## Recipe",
         f"```toml\n{facts.recipe.strip()}\n```",
         f"Written by {', '.join(f'{k} {v}' for k, v in facts.versions.items())}.\n",
@@ -59,7 +72,10 @@ def _front_matter(facts: Facts, recipe: Recipe, measured: Measured) -> list[str]
             "  - task: {type: image-classification}",
             f"    dataset: {{type: {source}, name: {source}, split: {facts.measured_on}}}",
             "    metrics:",
-            *(f"    - {{type: {metric.hub}, value: {value}}}" for metric, value in measured),
+            *(
+                f"    - {{type: {metric.hub or metric.key}, value: {value}}}"
+                for metric, value in measured
+            ),
         ]
     return [*lines, "---"]
 

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import nn
 
-from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe
+from bdkd.config import NetworkConfig, Recipe
 from bdkd.engine.state import EMA_SUFFIX
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
@@ -22,6 +22,7 @@ from bdkd.export.facts import DIGEST, FACTS, VERSION, Exported, Facts, FileForma
 from bdkd.export.onnx_format import ONNX
 from bdkd.export.program_format import PROGRAM
 from bdkd.export.safetensors_format import SAFETENSORS
+from bdkd.registry import OBJECTIVES
 from bdkd.runs.checkpoint import open_regular
 
 FORMATS: dict[Format, FileFormat] = {
@@ -40,7 +41,7 @@ def without_others(recipe: Recipe, network: str) -> Recipe:
     if (config := recipe.networks.get(name)) is None:
         raise RunError(f"the file contains {network!r}, but its recipe has no such network")
     student = NetworkConfig(config.model, "student", options=built_without_weights(config))
-    objective = ObjectiveConfig(name="independent")
+    objective = OBJECTIVES.configure("independent")
     return dataclasses.replace(recipe, networks={name: student}, objective=objective)
 
 

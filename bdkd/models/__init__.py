@@ -6,6 +6,6 @@ distillation literature. ``imagenet_`` names are torchvision's networks for 224x
 """
 
 from . import mobilenet, resnet, shufflenet, vgg, wide_resnet  # noqa: F401
-from .registry import create_model, list_models
+from .registry import create_model, list_models, register_model
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_models", "register_model"]

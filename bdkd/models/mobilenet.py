@@ -9,8 +9,10 @@ weights.
 
 from torch import Tensor, nn
 
+from bdkd.bounds import Count, Positive, Rate
+
 from .layers import conv1x1, conv3x3, conv_norm_act, divisible_by_8, global_average, initialise
-from .registry import check_dropout, check_number, check_width, register
+from .registry import register_model
 
 # MobileNetV1: output channels and stride of each of the thirteen blocks
 _BLOCKS = (
@@ -46,10 +48,11 @@ class MobileNetV1(nn.Module):
         return self.classifier(self.forward_features(x))
 
 
-@register({"imagenet_mobilenet_v1": {}})
-def imagenet_mobilenet_v1(num_classes: int, in_channels: int, *, width: float = 1.0) -> MobileNetV1:
+@register_model({"imagenet_mobilenet_v1": {}})
+def imagenet_mobilenet_v1(
+    num_classes: int, in_channels: int, *, width: Positive = 1.0
+) -> MobileNetV1:
     """Build MobileNetV1. ``width`` multiplies the channels, rounded to multiples of 8."""
-    check_width(width)
     return MobileNetV1(num_classes, in_channels, width=width)
 
 
@@ -104,9 +107,9 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.forward_features(x))
 
 
-@register({"mobilenetv2": {}})
+@register_model({"mobilenetv2": {}})
 def mobilenetv2(
-    num_classes: int, in_channels: int, *, width: float = 0.5, expansion: int = 6
+    num_classes: int, in_channels: int, *, width: Positive = 0.5, expansion: Count = 6
 ) -> MobileNetV2:
     """Build MobileNetV2 for small images.
 
@@ -114,19 +117,17 @@ def mobilenetv2(
         width: multiplies the channels, rounded down.
         expansion: multiplies the channels inside a block.
     """
-    check_width(width)
-    check_number("expansion", expansion, "an integer >= 1", lambda x: x >= 1 and x == int(x))
     widths = tuple(max(1, int(channels * width)) for channels in _CHANNELS)
     return MobileNetV2(
         num_classes, in_channels, widths=(*widths, int(1280 * max(1.0, width))),
-        strides=(1, 1, 2, 2, 1, 2, 1), expansion=int(expansion), expand_first=True,
+        strides=(1, 1, 2, 2, 1, 2, 1), expansion=expansion, expand_first=True,
         activation=nn.ReLU,
     )  # fmt: skip
 
 
-@register({"imagenet_mobilenet_v2": {}})
+@register_model({"imagenet_mobilenet_v2": {}})
 def imagenet_mobilenet_v2(
-    num_classes: int, in_channels: int, *, width: float = 1.0, dropout: float = 0.2
+    num_classes: int, in_channels: int, *, width: Positive = 1.0, dropout: Rate = 0.2
 ) -> MobileNetV2:
     """Build torchvision's MobileNetV2.
 
@@ -134,8 +135,6 @@ def imagenet_mobilenet_v2(
         width: multiplies the channels, rounded to multiples of 8.
         dropout: probability of dropping a feature before the classifier.
     """
-    check_width(width)
-    check_dropout(dropout)
     widths = tuple(divisible_by_8(channels * width) for channels in _CHANNELS)
     return MobileNetV2(
         num_classes, in_channels, widths=(*widths, divisible_by_8(1280 * max(1.0, width))),

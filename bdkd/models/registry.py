@@ -7,6 +7,7 @@ keyword-only arguments, such as the depth. The others are options that a user ma
 import inspect
 import math
 import re
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -14,6 +15,9 @@ from os.path import commonprefix
 from typing import Any, TypeVar
 
 from torch import nn
+
+from bdkd.bounds import bounds_of, plain_type
+from bdkd.registry import Registry
 
 from .bridge import LIBRARIES
 
@@ -26,53 +30,117 @@ class _Entry:
     fixed: Mapping[str, Any]
 
     @property
-    def options(self) -> list[str]:
+    def options(self) -> dict[str, inspect.Parameter]:
+        """Return the keyword-only arguments that a name does not fix."""
         takes = inspect.signature(self.build).parameters.values()
-        return [p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in self.fixed]
+        own = (p for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in self.fixed)
+        return {p.name: p for p in own}
 
 
 _IMAGENET = "imagenet_"
-_named: dict[str, _Entry] = {}
-_patterns: list[tuple[re.Pattern[str], Callable[..., nn.Module]]] = []
+MODELS: Registry[_Entry] = Registry("model", "bdkd.models")
+_patterns: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(
-    names: Mapping[str, Mapping[str, Any]], pattern: str | None = None
+def register_model(
+    names: str | Mapping[str, Mapping[str, Any]], pattern: str | None = None
 ) -> Callable[[_Family], _Family]:
-    """Return a decorator that registers a family.
+    """Return a decorator that registers a family of models.
+
+    It decorates a function (or class) of ``(num_classes, in_channels, *, ...)``, which returns a
+    module that maps images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``. If the module
+    has a method ``forward_features``, the features are drawn in reports. The keyword-only arguments
+    are options of a recipe. Their types and bounds are checked, as in
+    ``width: Annotated[float, Bounds(gt=0)] = 1.0``.
 
     Args:
-        names: the arguments that each listed name fixes.
-        pattern: a regular expression for further, unlisted names. Its named groups are integer
-            arguments that the name fixes.
+        names: a name, or the arguments that each of several names fixes.
+        pattern: a regular expression for further, unlisted names, with ``_`` for hyphens. Its named
+            groups are integer arguments that the name fixes.
+
+    Raises:
+        TypeError, ValueError: a name is not plain, or is taken.
     """
 
+    listed = names if isinstance(names, Mapping) else {names: {}}
+    for name in listed:
+        MODELS.check_name(name)
+    if len({_normalised(name) for name in listed}) < len(listed):
+        raise ValueError(f"two names differ only in case or hyphens: {', '.join(listed)}")
+
     def add(build: _Family) -> _Family:
-        for name, fixed in names.items():
-            if name in _named:
-                raise ValueError(f"two models are named {name!r}")
-            _named[name] = _Entry(build, fixed)
+        for name, fixed in listed.items():
+            MODELS.add(_normalised(name), _Entry(build, fixed), build)
         if pattern is not None:
-            _patterns.append((re.compile(pattern), build))
+            _patterns[pattern] = build
         return build
 
     return add
 
 
-def check_number(option: str, value: object, needed: str, fits: Callable[[float], bool]) -> None:
-    """Raise ``ValueError`` unless ``value`` is a number that ``fits``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-        raise ValueError(f"{option} must be {needed}, got {value!r}")
+def default_options(name: str) -> dict[str, Any]:
+    """Return the options of a registered model that a recipe can hold, with their defaults."""
+    entry = _find(name)
+    options = entry.options.items() if entry is not None else ()
+    return {
+        option: parameter.default
+        for option, parameter in options
+        if isinstance(parameter.default, bool | int | float | str)
+        and not (isinstance(parameter.default, float) and not math.isfinite(parameter.default))
+    }
 
 
-def check_width(width: object) -> None:
-    """Raise ``ValueError`` unless ``width`` can multiply channels."""
-    check_number("width", width, "a finite number > 0", lambda x: 0 < x < math.inf)
+def describe_options(name: str) -> dict[str, str]:
+    """Return what each option of a registered model takes, and its default."""
+    entry = _find(name)
+    if entry is None:  # of timm or torchvision
+        return {}
+    return {
+        option: f"{_needed(_hint(entry, option))} (default: {parameter.default})"
+        for option, parameter in entry.options.items()
+    }
 
 
-def check_dropout(dropout: object) -> None:
-    """Raise ``ValueError`` unless ``dropout`` is a valid probability."""
-    check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
+def _hint(entry: _Entry, option: str) -> Any:
+    build: Any = entry.build
+    if isinstance(build, type):
+        build = build.__init__  # type: ignore[misc]
+    return typing.get_type_hints(build, include_extras=True).get(option)
+
+
+def _needed(hint: Any) -> str:
+    kind, bounds = plain_type(hint), bounds_of(hint)
+    if choices := _choices(kind):
+        return f"one of {', '.join(map(repr, choices))}"
+    within = f" {bounds}" if bounds else ""
+    return {
+        bool: "true or false", int: f"an integer{within}", float: f"a finite number{within}",
+        str: "a text",
+    }.get(kind, str(kind))  # fmt: skip
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
+def _checked(entry: _Entry, option: str, value: Any) -> Any:
+    """Return the value of an option, or raise ``ValueError`` if it does not fit its type."""
+    hint = _hint(entry, option)
+    kind, bounds = plain_type(hint), bounds_of(hint)
+    if choices := _choices(kind):
+        fits = value in choices
+    elif kind not in (bool, int, float, str):
+        return value
+    elif kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and (isinstance(value, int) or math.isfinite(value))
+        fits = fits and (bounds is None or bounds.contains(value))
+        fits = fits and (kind is float or value == int(value))
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ValueError(f"{option} must be {_needed(hint)}, got {value!r}")
+    return int(value) if kind is int else value
 
 
 def list_models() -> list[str]:
@@ -82,7 +150,7 @@ def list_models() -> list[str]:
     :func:`create_model` accepts every name of timm and torchvision with the prefix ``timm:`` or
     ``torchvision:``.
     """
-    return sorted(_named, key=lambda name: name.startswith(_IMAGENET))
+    return sorted(MODELS, key=lambda name: name.startswith(_IMAGENET))
 
 
 def create_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:
@@ -115,11 +183,7 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
     library, colon, library_name = name.partition(":")
     if colon and library.lower() in LIBRARIES:
         return LIBRARIES[library.lower()](library_name, num_classes, in_channels, **options)
-    known = name.lower().replace("-", "_")
-    entry = _named.get(known)
-    for pattern, build in _patterns:
-        if entry is None and (match := pattern.fullmatch(known)):
-            entry = _Entry(build, {key: int(value) for key, value in match.groupdict().items()})
+    entry, known = _find(name), _normalised(name)
     if entry is None:
         raise ValueError(
             f"there is no model named {name!r}; the nearest name is {_nearest(known)!r}"
@@ -127,7 +191,22 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
     if unknown := [option for option in options if option not in entry.options]:
         takes = ", ".join(entry.options) or "no option"
         raise ValueError(f"model {known!r} has no option {unknown[0]!r}; it takes {takes}")
-    return entry.build(num_classes, in_channels, **entry.fixed, **options)
+    given = {option: _checked(entry, option, value) for option, value in options.items()}
+    return entry.build(num_classes, in_channels, **entry.fixed, **given)
+
+
+def _normalised(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _find(name: str) -> _Entry | None:
+    known = _normalised(name)
+    entry = MODELS.get(known)
+    for pattern, build in _patterns.items():
+        match = re.fullmatch(pattern, known, re.IGNORECASE)
+        if entry is None and match is not None:
+            entry = _Entry(build, {key: int(value) for key, value in match.groupdict().items()})
+    return entry
 
 
 def _nearest(name: str) -> str:
@@ -137,4 +216,4 @@ def _nearest(name: str) -> str:
         forms = (known, known.removeprefix(_IMAGENET))
         return max(SequenceMatcher(None, name, form).ratio() for form in forms), len(shared)
 
-    return max(_named, key=similarity)
+    return max(MODELS, key=similarity)

@@ -13,8 +13,10 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdkd.bounds import Positive
+
 from .layers import conv1x1, conv3x3, global_average, initialise, projection_shortcut, stage
-from .registry import check_width, register
+from .registry import register_model
 
 _NARROW = (16, 16, 32, 64)  # the stem and the three stages
 _WIDE = (32, 64, 128, 256)  # the "x4" networks: only the stages are four times as wide
@@ -79,15 +81,19 @@ class ResNetCIFAR(nn.Module):
         return self.classifier(self.forward_features(x))
 
 
-@register(
+@register_model(
     {f"resnet{n}": {"depth": n, "widths": _NARROW} for n in (8, 14, 20, 32, 44, 56, 110)}
     | {f"resnet{n}x4": {"depth": n, "widths": _WIDE} for n in (8, 32)}
 )
 def resnet_cifar(
-    num_classes: int, in_channels: int, *, depth: int, widths: tuple[int, ...], width: float = 1.0
+    num_classes: int,
+    in_channels: int,
+    *,
+    depth: int,
+    widths: tuple[int, ...],
+    width: Positive = 1.0,
 ) -> ResNetCIFAR:
     """Build a network with three stages. ``width`` multiplies all channels."""
-    check_width(width)
     scaled = tuple(max(1, round(channels * width)) for channels in widths)
     return ResNetCIFAR(num_classes, in_channels, depth=depth, widths=scaled)
 
@@ -120,7 +126,7 @@ class ResNet(nn.Module):
         return self.fc(self.forward_features(x))
 
 
-@register(
+@register_model(
     {f"resnet{n}": {"depth": n, "imagenet": False} for n in _BLOCKS}
     | {f"imagenet_resnet{n}": {"depth": n, "imagenet": True} for n in _BLOCKS}
 )
@@ -134,8 +140,6 @@ def resnet(
         zero_init_residual: initialise the scale of the last norm of every block with 0, so that
             the block is its shortcut (Goyal et al., arXiv 1706.02677, section 5.1).
     """
-    if not isinstance(zero_init_residual, bool):
-        raise ValueError(f"zero_init_residual must be true or false, got {zero_init_residual!r}")
     network = ResNet(num_classes, in_channels, depth=depth, imagenet=imagenet)
     if zero_init_residual:
         for module in network.modules():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import conv1x1, conv3x3, conv_norm_act, global_average, stage
-from .registry import register
+from .registry import register_model
 
 _STEM, _REPEATS = 24, (4, 8, 4)
 _V1_WIDTHS, _GROUPS = (240, 480, 960), 3
@@ -77,7 +77,7 @@ class ShuffleNetV1(nn.Module):
         return self.classifier(self.forward_features(x))
 
 
-@register({"shufflenetv1": {}}, pattern="shufflev1")
+@register_model({"shufflenetv1": {}}, pattern="shufflev1")
 def shufflenetv1(num_classes: int, in_channels: int) -> ShuffleNetV1:
     """Build ShuffleNetV1, which the literature also calls ``ShuffleV1``."""
     return ShuffleNetV1(num_classes, in_channels)
@@ -134,13 +134,13 @@ class ShuffleNetV2(nn.Module):
         return self.fc(self.forward_features(x))
 
 
-@register({"shufflenetv2": {}}, pattern="shufflev2")
+@register_model({"shufflenetv2": {}}, pattern="shufflev2")
 def shufflenetv2(num_classes: int, in_channels: int) -> ShuffleNetV2:
     """Build ShuffleNetV2, which the literature also calls ``ShuffleV2``."""
     return ShuffleNetV2(num_classes, in_channels, widths=_V2_WIDTHS["x1_0"], imagenet=False)
 
 
-@register({f"imagenet_shufflenet_v2_{size}": {"size": size} for size in _V2_WIDTHS})
+@register_model({f"imagenet_shufflenet_v2_{size}": {"size": size} for size in _V2_WIDTHS})
 def imagenet_shufflenet_v2(num_classes: int, in_channels: int, *, size: str) -> ShuffleNetV2:
     """Build torchvision's ShuffleNetV2."""
     return ShuffleNetV2(num_classes, in_channels, widths=_V2_WIDTHS[size], imagenet=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import global_average, initialise
-from .registry import register
+from .registry import register_model
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
@@ -55,7 +55,7 @@ class VGG(nn.Module):
         return self.classifier(self.forward_features(x))
 
 
-@register({f"vgg{depth}": {"depth": depth} for depth in _CONVOLUTIONS})
+@register_model({f"vgg{depth}": {"depth": depth} for depth in _CONVOLUTIONS})
 def vgg(num_classes: int, in_channels: int, *, depth: int) -> VGG:
     """Build a VGG network."""
     return VGG(num_classes, in_channels, depth=depth)

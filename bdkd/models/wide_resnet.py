@@ -9,8 +9,10 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdkd.bounds import Rate
+
 from .layers import conv1x1, conv3x3, global_average, initialise, stage
-from .registry import check_dropout, register
+from .registry import register_model
 
 # Depth and width
 _LISTED = ((16, 1), (16, 2), (16, 4), (16, 6), (16, 8), (16, 10), (40, 1), (40, 2), (28, 10))
@@ -64,12 +66,12 @@ class WideResNet(nn.Module):
         return self.classifier(self.forward_features(x))
 
 
-@register(
+@register_model(
     {f"wrn_{depth}_{width}": {"depth": depth, "width": width} for depth, width in _LISTED},
     pattern=r"wrn_(?P<depth>\d+)_(?P<width>\d+)",
 )
 def wide_resnet(
-    num_classes: int, in_channels: int, *, depth: int, width: int, dropout: float = 0.0
+    num_classes: int, in_channels: int, *, depth: int, width: int, dropout: Rate = 0.0
 ) -> WideResNet:
     """Build a wide residual network.
 
@@ -81,5 +83,4 @@ def wide_resnet(
             "wrn_D_W needs a depth D of 6n + 4 (10, 16, 22, 28, ...) and a width W >= 1, "
             f"got D = {depth}, W = {width}"
         )
-    check_dropout(dropout)
     return WideResNet(num_classes, in_channels, depth=depth, width=width, dropout=dropout)

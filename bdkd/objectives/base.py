@@ -1,14 +1,15 @@
 """The interface of every training objective."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
+from bdkd.registry import OBJECTIVES
 
 Logits = Mapping[str, Tensor]  # (B, C) each, by network
 Scalar = float | Tensor
@@ -32,9 +33,8 @@ class ObjectiveOutput:
 class Objective(ABC):
     """Compute one loss for each network from the logits of K networks and the labels.
 
-    An objective depends on no device, precision or process group. ``options`` maps each field of
-    :class:`ObjectiveConfig` that the objective reads to the objective's default. Setting any other
-    field is an error.
+    An objective depends on no device, precision or process group. Register it with
+    :func:`register_objective`.
 
     An objective with ``has_dynamic_active_set`` decides for each batch which networks train. All
     ranks must make the same decision, based on the whole batch. So the decision has two parts:
@@ -42,14 +42,13 @@ class Objective(ABC):
     :meth:`active` turns their means into the names of the networks that train. Reading the means
     synchronizes with the device.
 
-    ``config`` has every option of the objective set. Raise ``UsageError`` if the networks or their
-    roles do not fit the objective.
+    Raise ``UsageError`` if the networks or their roles do not fit the objective.
     """
 
-    options: ClassVar[Mapping[str, object]]
     has_dynamic_active_set: ClassVar[bool] = False
 
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+    def __init__(self, config: Any, networks: Mapping[str, NetworkConfig]) -> None:
+        config.check()
         self.config = config
         self.students = [name for name, network in networks.items() if network.role == "student"]
         self.teachers = [name for name, network in networks.items() if network.role == "teacher"]
@@ -64,18 +63,6 @@ class Objective(ABC):
         for name in self.frozen.intersection(self.students):
             reason = f"{name!r} is a student, which trains"
             raise UsageError(f"networks.{name}.frozen must be false: {reason}")
-        if config.student_ce == 0 and config.student_kd == 0:
-            raise UsageError(
-                "objective.student_ce and objective.student_kd must not both be 0: the student "
-                f"({', '.join(self.students)}) would learn nothing"
-            )
-        trained = [name for name in self.teachers if name not in self.frozen]
-        if trained and config.teacher_ce == 0 and config.teacher_kd == 0:
-            raise UsageError(
-                "objective.teacher_ce and objective.teacher_kd must not both be 0: the teacher "
-                "would learn nothing, and weight decay would shrink its weights; set "
-                f"networks.{trained[0]}.frozen"
-            )
 
     @abstractmethod
     def __call__(
@@ -122,3 +109,20 @@ class Objective(ABC):
         if len(names := [*self.students, *self.teachers]) < 2:
             needed = f"needs at least two networks, got {', '.join(names)}"
             raise UsageError(f"objective.name = {self.config.name!r} {needed}")
+
+
+Class = TypeVar("Class", bound=type[Objective])
+
+
+def register_objective(
+    name: str, config: type[ObjectiveConfig] = ObjectiveConfig
+) -> Callable[[Class], Class]:
+    """Return a decorator that registers a class of objectives.
+
+    Args:
+        name: the value of ``objective.name``.
+        config: a frozen dataclass with the options of the objective, a subclass of
+            :class:`bdkd.config.ObjectiveConfig`.
+    """
+
+    return OBJECTIVES.decorator(name, config, ObjectiveConfig)

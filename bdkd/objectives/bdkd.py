@@ -6,19 +6,46 @@ definitions, because we had no access to the body of the paper.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from bdkd_kernels import BDKDOutput, BDKDStats, bdkd_loss_and_grad
+from bdkd_kernels import BDKDLoss, BDKDOutput, BDKDStats, bdkd_loss_and_grad
+from bdkd_kernels.options import NAMES
 from torch import Tensor
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
+from bdkd.config import NetworkConfig
 from bdkd.errors import UsageError
-from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
-from bdkd.objectives.one_sided import OneSided, fused_loss
+from bdkd.objectives.base import (
+    Active,
+    Logits,
+    Objective,
+    ObjectiveOutput,
+    Scalar,
+    register_objective,
+)
+from bdkd.objectives.one_sided import OneSided, check_teachers_learn
+from bdkd.objectives.options import MutualConfig
 
 STATISTICS = ("forward_weight", "reverse_weight", "forward_kl", "reverse_kl")
 
 
+@dataclass(frozen=True)
+class BDKDConfig(MutualConfig):
+    """Options of bdkd."""
+
+    gamma: float = 2.0
+    """The larger one of the two weights of a sample, in [1, 1e9]. 1: unweighted."""
+    teacher_divergence: Literal["reverse", "forward"] = "reverse"
+    """The teacher's regulariser: KL(student || teacher) or KL(teacher || student)."""
+    student_divergence: Literal["both", "forward", "reverse"] = "both"
+    """Ablation: divergences in the student's loss."""
+    weighting: Literal["entropy", "swapped"] = "entropy"
+    """Ablation: the weights from the entropy gap, or the exchanged weights."""
+    soften_entropy: bool = True
+    """Compare the entropies at the temperature. false: at temperature 1."""
+
+
+@register_objective("bdkd", BDKDConfig)
 class BDKD(Objective):
     """Train each student with each teacher, and regularise each teacher with each student.
 
@@ -30,15 +57,9 @@ class BDKD(Objective):
     divergences), ``teacher_kd = 0`` (do not regularise the teacher).
     """
 
-    options: ClassVar[Mapping[str, object]] = {
-        "backend": "auto", "temperature": 1.0, "gamma": 2.0, "student_ce": 1.0, "student_kd": 1.0,
-        "teacher_ce": 1.0, "teacher_kd": 1.0, "teacher_divergence": "reverse",
-        "student_divergence": "both", "weighting": "entropy", "soften_entropy": True,
-        "label_smoothing": 0.0,
-    }  # fmt: skip
-
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+    def __init__(self, config: BDKDConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
+        check_teachers_learn(self)
         if len(networks) < 2:
             raise UsageError(
                 "objective.name = 'bdkd' needs a student and a teacher, or several students, got "
@@ -59,11 +80,11 @@ class BDKD(Objective):
         self.peers = peers
         plain = config.student_divergence == "both" and config.weighting == "entropy"
         self.ablation = None if plain else _Ablation(config)
-        shared = self.options.keys() - {"student_divergence", "weighting"}
+        shared = {field.name for field in fields(config)} & {"backend", *NAMES}
         # The sum over the counted rows of a micro-batch is divided by the counted rows of the whole
         # step, so that micro-batches and ranks add up to the mean.
         self.arguments = {name: getattr(config, name) for name in shared}
-        self.loss = fused_loss(**self.arguments)
+        self.loss = BDKDLoss(**self.arguments, reduction="sum")
 
     def __call__(
         self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
@@ -127,7 +148,7 @@ class _Ablation:
     Each divergence is a separate one-sided loss. Its sample weights come from the fused kernel.
     """
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: BDKDConfig) -> None:
         kd = config.student_kd
         self.swapped, self.divergence = config.weighting == "swapped", config.student_divergence
         self.cross_entropy = OneSided(config, config.student_ce, 0.0)

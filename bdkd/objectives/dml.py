@@ -4,25 +4,24 @@ Source: Zhang, Xiang, Hospedales, Lu, arXiv 1706.00384, equations 5 to 8.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from torch import Tensor
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.objectives.base import Logits
-from bdkd.objectives.one_sided import MUTUAL_OPTIONS, OneSidedObjective, by_role
+from bdkd.config import NetworkConfig
+from bdkd.objectives.base import Logits, register_objective
+from bdkd.objectives.one_sided import OneSidedObjective
+from bdkd.objectives.options import MutualConfig
 
 
+@register_objective("dml", MutualConfig)
 class DML(OneSidedObjective):
     """Compute ``CE(x, y) + tau^2 mean over peers of KL(p_peer || p_x)`` with constant peers. The
     role of a network determines its two weights."""
 
-    options: ClassVar[Mapping[str, object]] = MUTUAL_OPTIONS
-
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+    def __init__(self, config: MutualConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
         self.need_several()
-        self.losses = by_role(config, self.students, self.teachers)
+        self.losses = self.losses_by_role()
 
     def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
         return {name: [x for peer, x in logits.items() if peer != name] for name in logits}

@@ -1,25 +1,39 @@
 """Independent training from the labels alone: the baseline of the other objectives."""
 
-from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
+from bdkd.config import ObjectiveConfig, Share
+from bdkd.objectives.base import (
+    Active,
+    Logits,
+    Objective,
+    ObjectiveOutput,
+    Scalar,
+    register_objective,
+)
 
 
+@dataclass(frozen=True)
+class IndependentConfig(ObjectiveConfig):
+    """Options of independent."""
+
+    label_smoothing: Share = 0.0
+    """Label smoothing of the cross entropy."""
+
+
+@register_objective("independent", IndependentConfig)
 class Independent(Objective):
     """Compute ``CE(x, y)`` for each of any number of networks."""
-
-    options: ClassVar[Mapping[str, object]] = {"label_smoothing": 0.0}
 
     def __call__(
         self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
         active: Active = None,
     ) -> ObjectiveOutput:  # fmt: skip
-        smoothing = self.config.label_smoothing or 0.0
+        smoothing = self.config.label_smoothing
         losses = {}
         for name, x in logits.items():
             if name not in self.frozen:

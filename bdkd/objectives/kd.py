@@ -5,26 +5,35 @@ RepDistiller and mdistiller.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
+from bdkd.config import NetworkConfig
 from bdkd.errors import UsageError
-from bdkd.objectives.base import Logits
-from bdkd.objectives.one_sided import OneSidedObjective, by_role
+from bdkd.objectives.base import Logits, register_objective
+from bdkd.objectives.one_sided import OneSided, OneSidedObjective
+from bdkd.objectives.options import FusedConfig
 
 
+@dataclass(frozen=True)
+class KDConfig(FusedConfig):
+    """Options of kd."""
+
+    temperature: float = 4.0
+    """Temperature of the divergence, in [1e-4, 1e4]."""
+    student_ce: float = 0.1
+    """Weight of the cross entropy: 0, or in [1e-30, 1e9]."""
+    student_kd: float = 0.9
+    """Weight of the divergence: 0, or in [1e-30, 1e9]."""
+
+
+@register_objective("kd", KDConfig)
 class KD(OneSidedObjective):
     """Compute ``student_ce CE(s, y) + student_kd tau^2 KL(p_t || p_s)``. Every teacher is frozen.
     With several teachers, the divergence is the mean over the teachers."""
 
-    options: ClassVar[Mapping[str, object]] = {
-        "temperature": 4.0, "student_ce": 0.1, "student_kd": 0.9, "label_smoothing": 0.0,
-        "backend": "auto",
-    }  # fmt: skip
-
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+    def __init__(self, config: KDConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
         if not self.teachers:
             needed = "needs a teacher, got none: set networks.NAME.role"
@@ -37,7 +46,8 @@ class KD(OneSidedObjective):
                     "a run with objective.name = 'independent')"
                 )
         self.frozen |= frozenset(self.teachers)
-        self.losses = by_role(config, self.students, [])
+        loss = OneSided(config, config.student_ce, config.student_kd)
+        self.losses = dict.fromkeys(self.students, loss)
 
     def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
         teachers = [logits[name] for name in self.teachers]

@@ -5,29 +5,38 @@ sections 3.2 (naive, MinLogit) and 3.3 (each network on a different augmentation
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.objectives.base import Logits
-from bdkd.objectives.one_sided import MUTUAL_OPTIONS, OneSidedObjective, by_role
+from bdkd.config import NetworkConfig
+from bdkd.objectives.base import Logits, register_objective
+from bdkd.objectives.one_sided import OneSidedObjective
+from bdkd.objectives.options import MutualConfig
 
 
+@dataclass(frozen=True)
+class KDCLConfig(MutualConfig):
+    """Options of kdcl."""
+
+    ensemble: Literal["minlogit", "naive"] = "minlogit"
+    """Method that combines the networks' logits into one target."""
+
+
+@register_objective("kdcl", KDCLConfig)
 class KDCL(OneSidedObjective):
     """Compute ``CE(x, y) + tau^2 KL(p_ensemble || p_x)`` with a constant ensemble. Each network
     sees a different view of an image. The role of a network determines its two weights."""
 
-    options: ClassVar[Mapping[str, object]] = {**MUTUAL_OPTIONS, "ensemble": "minlogit"}
-
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+    def __init__(self, config: KDCLConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
         self.need_several()
         self.views = len(networks)
-        self.ensemble = {"naive": naive, "minlogit": minlogit}[str(config.ensemble)]
-        self.losses = by_role(config, self.students, self.teachers)
+        self.ensemble = {"naive": naive, "minlogit": minlogit}[config.ensemble]
+        self.losses = self.losses_by_role()
 
     def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:
         widest = max((x.dtype for x in logits.values()), key=lambda dtype: dtype.itemsize)

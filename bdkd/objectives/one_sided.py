@@ -2,28 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from bdkd_kernels import BDKDLoss
 from torch import Tensor
 
-from bdkd.config import ObjectiveConfig
 from bdkd.errors import UsageError
 from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
-
-# Defaults of the objectives in which students and teachers learn from each other.
-MUTUAL_OPTIONS: Mapping[str, object] = {
-    "temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0, "teacher_kd": 1.0,
-    "label_smoothing": 0.0, "backend": "auto",
-}  # fmt: skip
-
-
-def fused_loss(**settings: Any) -> BDKDLoss:
-    """Return the fused loss with ``sum`` reduction. Raise ``UsageError`` for invalid options."""
-    try:
-        return BDKDLoss(**settings, reduction="sum")
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"objective.{error}") from error
+from bdkd.objectives.options import FusedConfig, MutualConfig
 
 
 class OneSided:
@@ -35,15 +21,15 @@ class OneSided:
     """
 
     def __init__(
-        self, config: ObjectiveConfig, ce: float | None, kd: float | None,
+        self, config: FusedConfig, ce: float, kd: float,
         divergence: Literal["forward", "reverse"] = "forward",
     ) -> None:  # fmt: skip
-        self.loss = fused_loss(
+        self.loss = BDKDLoss(
             student_ce=0.0, student_kd=0.0, teacher_ce=ce, teacher_kd=kd,
             # The partner is the kernel's student, so the direction is reversed.
             teacher_divergence="reverse" if divergence == "forward" else "forward",
             temperature=config.temperature, label_smoothing=config.label_smoothing,
-            backend=config.backend,
+            backend=config.backend, reduction="sum",
         )  # fmt: skip
 
     def __call__(
@@ -60,20 +46,31 @@ class OneSided:
         return total / share
 
 
-def by_role(
-    config: ObjectiveConfig, students: Sequence[str], teachers: Sequence[str]
-) -> dict[str, OneSided]:
-    """Return the loss of every network by name, with the two weights of the network's role."""
-    return {
-        **{name: OneSided(config, config.student_ce, config.student_kd) for name in students},
-        **{name: OneSided(config, config.teacher_ce, config.teacher_kd) for name in teachers},
-    }
+def check_teachers_learn(objective: Objective) -> None:
+    """Raise ``UsageError`` if both weights of the teachers are 0, and a teacher trains."""
+    config = objective.config
+    trained = [name for name in objective.teachers if name not in objective.frozen]
+    if trained and config.teacher_ce == 0 and config.teacher_kd == 0:
+        raise UsageError(
+            "objective.teacher_ce and objective.teacher_kd must not both be 0: the teacher would "
+            "learn nothing, and weight decay would shrink its weights; set "
+            f"networks.{trained[0]}.frozen"
+        )
 
 
 class OneSidedObjective(Objective):
     """An objective in which every network learns from partners that are held constant."""
 
     losses: Mapping[str, OneSided]
+
+    def losses_by_role(self) -> dict[str, OneSided]:
+        """Return the loss of every network by name, with the two weights of the network's role."""
+        check_teachers_learn(self)
+        config: MutualConfig = self.config
+        return {
+            **dict.fromkeys(self.students, OneSided(config, config.student_ce, config.student_kd)),
+            **dict.fromkeys(self.teachers, OneSided(config, config.teacher_ce, config.teacher_kd)),
+        }
 
     @abstractmethod
     def partners(self, logits: Logits, target: Tensor) -> dict[str, list[Tensor]]:

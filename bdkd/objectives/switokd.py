@@ -6,18 +6,26 @@ gap and the adaptive threshold of section 3, the losses of learning and of exper
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
+from bdkd.config import NetworkConfig
 from bdkd.errors import UsageError
-from bdkd.objectives.base import Active, Logits, Objective, ObjectiveOutput, Scalar
-from bdkd.objectives.one_sided import MUTUAL_OPTIONS, OneSided
+from bdkd.objectives.base import (
+    Active,
+    Logits,
+    Objective,
+    ObjectiveOutput,
+    Scalar,
+    register_objective,
+)
+from bdkd.objectives.one_sided import OneSided, check_teachers_learn
+from bdkd.objectives.options import MutualConfig
 
 
+@register_objective("switokd", MutualConfig)
 class SwitOKD(Objective):
     """Compute ``CE(s, y) + tau^2 KL(p_t || p_s)`` for the student and ``CE(t, y) + tau^2
     KL(p_s || p_t)`` for the teacher.
@@ -28,17 +36,17 @@ class SwitOKD(Objective):
     norm statistics. Otherwise both networks train (*learning mode*).
     """
 
-    options: ClassVar[Mapping[str, object]] = MUTUAL_OPTIONS
     has_dynamic_active_set = True
 
-    def __init__(self, config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> None:
+    def __init__(self, config: MutualConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
+        check_teachers_learn(self)
         self.need_pair()
         if self.frozen:
             key, reason = f"networks.{self.teachers[0]}.frozen", "switokd decides when it trains"
             raise UsageError(f"{key} must be false: {reason}")
         self.student, self.teacher = self.students[0], self.teachers[0]
-        self.temperature = float(config.temperature or 1.0)
+        self.temperature = config.temperature
         self.student_loss = OneSided(config, config.student_ce, config.student_kd)
         self.teacher_loss = OneSided(config, config.teacher_ce, config.teacher_kd)
 

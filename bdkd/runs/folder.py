@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -129,12 +130,21 @@ class RunFolder:
         write_atomically(self.config, to_toml(recipe).encode())
 
     def read_config(self) -> Recipe:
+        return parse_recipe(self._config_text(), source=str(self.config))
+
+    def selects_best(self) -> bool:
+        """Return whether ``train.select`` is ``best``. This needs no plugin of the run."""
         try:
-            text = read_text(self.config)
+            return tomllib.loads(self._config_text())["train"]["select"] == "best"
+        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{self.config} has no train.select: write one back") from error
+
+    def _config_text(self) -> str:
+        try:
+            return read_text(self.config)
         except (OSError, RunError) as error:
             failed = f"cannot read {self.config} ({first_line(error)})"
             raise RunError(f"no run at {self.path}: {failed}") from error
-        return parse_recipe(text, source=str(self.config))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary, (to_json(summary, indent=2) + "\n").encode())
@@ -295,7 +305,7 @@ def selected_checkpoint(path: Path) -> Path:
             "config.toml and checkpoints/, or a checkpoint file"
         )
     saved = folder.checkpoint_paths()
-    if folder.read_config().train.select == "best":
+    if folder.selects_best():
         saved = folder.checkpoint_paths("best") or saved
     if not saved:
         remedy = f"wait for the first one, or run bdkd train --resume --run-dir {path}"

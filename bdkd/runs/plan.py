@@ -2,7 +2,7 @@
 
 from bdkd.engine.components import Components
 from bdkd.engine.cost import costs
-from bdkd.engine.optim import OPTIMIZERS
+from bdkd.engine.optim import optimizer_entry
 
 
 def plan(components: Components, images_per_second: float | None = None) -> str:
@@ -21,7 +21,7 @@ def plan(components: Components, images_per_second: float | None = None) -> str:
         f"{info.num_classes} classes",
     ]
     micro_batch = t.batch_size // t.accumulate
-    moments = OPTIMIZERS[o.name].moments(o)
+    moments = optimizer_entry(o).moments(o)
     memory = operations = 0
     for name, cost in costs(components).items():
         config, frozen = recipe.networks[name], name in components.networks.frozen

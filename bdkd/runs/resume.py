@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdkd.data import DataInfo
-from bdkd.engine.optim import OPTIMIZERS
+from bdkd.engine.optim import optimizer_entry
 from bdkd.engine.schedule import Span
 from bdkd.engine.state import TrainingState
 from bdkd.errors import RunError
@@ -19,7 +19,7 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
     try:
         check_data(path, saved, state.info)
         state.load_state_dict(saved)
-        foreign = OPTIMIZERS[state.recipe.optimizer.name].foreign_moments
+        foreign = optimizer_entry(state.recipe.optimizer).foreign_moments
         if any(foreign(moments) for moments in state.optimizer.state.values()):
             raise ValueError("moments of another optimizer")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ from bdkd.errors import RunError
 from bdkd.evaluation.calibration import CalibrationResult
 from bdkd.evaluation.figures import reliability_diagram, training_curves
 from bdkd.evaluation.predict import Evaluator
-from bdkd.metrics import MEASURED
+from bdkd.metrics import values_of
 from bdkd.runs.checkpoint import explain_oserror, load_checkpoint
 from bdkd.runs.folder import RunFolder
 
@@ -84,7 +84,7 @@ def describe(
     return {
         "model": config.model, "role": config.role,
         "parameters": sum(p.numel() for p in network.parameters()),
-        **{metric: getattr(result, metric) for metric in MEASURED},
+        **values_of(result),
     }  # fmt: skip
 
 

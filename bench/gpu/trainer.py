@@ -36,12 +36,13 @@ from losses import plain
 from measurements import Log
 from suite_step import WAYS, Loop, Pair, Run
 
-from bdkd.config import NetworkConfig, ObjectiveConfig, TrainConfig
+from bdkd.config import NetworkConfig, TrainConfig
 from bdkd.device import AUTOCAST, set_flags
 from bdkd.distributed.context import DistributedContext
 from bdkd.engine.compiled import compiled
 from bdkd.engine.cuda_graph import CapturedStep
-from bdkd.objectives import create_objective, resolve_options
+from bdkd.objectives import create_objective
+from bdkd.registry import OBJECTIVES
 from bdkd.trainer import Trainer
 
 GPU_PAIR = Pair("imagenet_resnet50", "imagenet_mobilenet_v1", 256, 224, 1000, "bf16")
@@ -235,7 +236,7 @@ class Stage:
     def loss(self) -> None:
         """Time the loss, forward and backward to the logits, as a CUDA graph and eager."""
         pair, clock = self.pair, DeviceClock() if self.device == "cuda" else WallClock()
-        objective = create_objective(resolve_options(ObjectiveConfig(name="bdkd")), roles(pair))
+        objective = create_objective(OBJECTIVES.configure("bdkd"), roles(pair))
         shape, dtype = (pair.batch, pair.classes), AUTOCAST[pair.precision]
         logits = {name: torch.randn(shape, dtype=dtype, device=self.device, requires_grad=True)
                   for name in roles(pair)}  # fmt: skip

@@ -5,9 +5,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from bdkd.config import DataConfig
 from bdkd.data import Shard, create_source
-from bdkd.data.in_memory import Draws, crop_and_flip, cut_out, draw
+from bdkd.data.in_memory import Draws, InMemoryConfig, crop_and_flip, cut_out, draw
 from bdkd.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -22,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_crop_and_flip_are_padding_slicing_and_mirroring(padding):
     pixels = torch.randint(0, 256, (5, 6, 9, 3), dtype=torch.uint8, generator=generator())
     chosen = torch.arange(60) % 5
-    config = DataConfig(crop=4, crop_padding=padding, flip=True)
+    config = InMemoryConfig("made", crop=4, crop_padding=padding, flip=True)
     draws = draw(config, 60, 6, 9, generator())
     got = crop_and_flip(pixels, chosen, draws, padding)
     assert got.dtype == torch.uint8
@@ -37,7 +36,7 @@ def test_crop_and_flip_are_padding_slicing_and_mirroring(padding):
 
 
 def test_cutout_blanks_one_square_that_a_border_may_cut():
-    draws = draw(DataConfig(cutout=4), 400, 8, 10, generator())
+    draws = draw(InMemoryConfig("made", cutout=4), 400, 8, 10, generator())
     images = cut_out(torch.ones(400, 3, 8, 10), draws, 4)
     sizes = set()
     for image in images:
@@ -55,7 +54,7 @@ def test_cutout_blanks_one_square_that_a_border_may_cut():
 
 def test_every_crop_hole_and_mirroring_is_drawn_alike_and_for_itself():
     """Another height than width and an even hole: so no two draws have the same range."""
-    draws = draw(DataConfig(crop=3, flip=True, cutout=4), 20_000, 8, 10, generator())
+    draws = draw(InMemoryConfig("made", crop=3, flip=True, cutout=4), 20_000, 8, 10, generator())
     centres = draws.hole_top + 2, draws.hole_left + 2
     ranges = range(-3, 4), range(-3, 4), (0, 1), range(8), range(10)
     parts = [part.numpy() for part in (*draws[:3], *centres)]
@@ -70,14 +69,14 @@ def test_every_crop_hole_and_mirroring_is_drawn_alike_and_for_itself():
 
 def test_what_is_switched_off_draws_nothing():
     state = generator()
-    draws = draw(DataConfig(), 7, 8, 8, state)
+    draws = draw(InMemoryConfig("made"), 7, 8, 8, state)
     assert torch.equal(state.get_state(), generator().get_state())
     assert all((part == 0).all() for part in draws)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_see_what_one_rank_sees(world):
-    options = DataConfig(crop=2, flip=True, cutout=3)
+    options = InMemoryConfig("digits", crop=2, flip=True, cutout=3)
     source = create_source(options, 5, CPU, torch.channels_last)
     whole = list(source.train_batches(2, 64, 64, 2))
     parts = [list(source.train_batches(2, 64, 64, 2, Shard(r, world))) for r in range(world)]
@@ -91,10 +90,10 @@ def test_ranks_together_see_what_one_rank_sees(world):
 
 @pytest.mark.parametrize("options", [{"crop": 7}, {"cutout": 16}])
 def test_the_largest_augmentation_that_fits_the_images_is_taken(options):
-    create_source(DataConfig(**options), 0, CPU, torch.channels_last)
+    create_source(InMemoryConfig("digits", **options), 0, CPU, torch.channels_last)
 
 
 @pytest.mark.parametrize("options", [{"crop": 8}, {"cutout": 17}])
 def test_augmentation_larger_than_the_images_is_refused(options):
     with pytest.raises(UsageError, match=r"8x8"):
-        create_source(DataConfig(**options), 0, CPU, torch.channels_last)
+        create_source(InMemoryConfig("digits", **options), 0, CPU, torch.channels_last)

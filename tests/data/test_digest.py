@@ -9,15 +9,15 @@ import torch
 from fake_sets import cifar_files, tiny_imagenet_files, write_files
 from PIL import Image
 
-from bdkd.config import DataConfig, SyntheticConfig
 from bdkd.data import create_source
 from bdkd.data.digest import digest_names, digest_pixels
+from bdkd.registry import SOURCES
 
 CPU = torch.device("cpu")
 
 
 def identity(source, root=None, seed=0, **options):
-    config = DataConfig(source=source, root=None if root is None else str(root), **options)
+    config = SOURCES.configure(source, root=None if root is None else str(root), **options)
     info = create_source(config, seed, CPU, torch.channels_last).info
     assert set(info.digests) == set(info.files) == {"train", "test"}
     assert all(len(digest) == 64 for digest in info.digests.values())
@@ -92,14 +92,14 @@ def test_sets_in_memory_have_the_identity_of_their_pixels_and_labels(tmp_path):
     after = identity("cifar10", tmp_path)[0]
     assert after["train"] != before["train"]
     assert after["test"] == before["test"]
-    options = {"synthetic": SyntheticConfig(images=200, classes=5), "image_size": 16}
+    options = {"images": 200, "classes": 5, "image_size": 16}
     made = identity("synthetic", **options)
     assert identity("synthetic", seed=4, **options) == made
     assert made[1] == {"train": 200, "test": 40}
     assert made[0]["train"] != made[0]["test"]
     for change in (
-        {"synthetic": SyntheticConfig(images=200, classes=4)},
-        {"synthetic": SyntheticConfig(images=205, classes=5)},
+        {"images": 200, "classes": 4},
+        {"images": 205, "classes": 5},
         {"image_size": 24},
     ):
         assert identity("synthetic", **options | change)[0]["train"] != made[0]["train"]

@@ -14,12 +14,12 @@ import torch
 from fake_sets import cifar_files, tiny_imagenet_files, write_files
 from scipy.stats import chisquare
 
-from bdkd.config import DataConfig, SyntheticConfig
-from bdkd.data import Shard, create_source
+from bdkd.data import InMemoryConfig, Shard, SourceContext, create_source
 from bdkd.data.digest import Digest
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.data.imagenet.source import ImageNet
 from bdkd.data.in_memory import Images, InMemory
+from bdkd.registry import SOURCES
 
 CPU = torch.device("cpu")
 COUNT = 240  # images, which batches of 20 and of 24 divide
@@ -35,9 +35,8 @@ def painted(seed: int, **options) -> InMemory:
     pixels[:, 2] = torch.arange(COUNT)[:, None, None]
     images = Images(pixels, torch.arange(COUNT) % 10)
     return InMemory(
-        "painted", {"train": images, "val": images, "test": images}, tuple("0123456789"),
-        DataConfig(**options), scale=255, seed=seed, device=CPU,
-        memory_format=torch.channels_last,
+        {"train": images, "val": images, "test": images}, tuple("0123456789"),
+        InMemoryConfig("painted", **options), SourceContext(seed, CPU, torch.channels_last),
     )  # fmt: skip
 
 
@@ -172,10 +171,8 @@ def test_every_source_has_another_order_for_another_seed_and_the_same_images(nam
         some_folder(tmp_path)
     elif name in ("cifar10", "tiny-imagenet"):
         write_files(tmp_path, cifar_files(name) if name == "cifar10" else tiny_imagenet_files())
-    config = DataConfig(
-        source=name, root=str(tmp_path), validation=0.0,
-        synthetic=SyntheticConfig(images=40, classes=4),
-    )  # fmt: skip
+    small = {"images": 40, "classes": 4} if name == "synthetic" else {}
+    config = SOURCES.configure(name, root=str(tmp_path), validation=0.0, **small)
     one, other = (create_source(config, seed, CPU, torch.channels_last) for seed in (0, 1))
     assert torch.equal(one.splits["train"].pixels, other.splits["train"].pixels)
     assert torch.equal(one.splits["test"].pixels, other.splits["test"].pixels)
@@ -219,8 +216,8 @@ def decoded(seed: int, **options) -> ImageNet:
     digest = Digest("0", COUNT)
     return ImageNet(
         {"train": index, "val": index, "test": index}, tuple(map(str, range(COUNT))),
-        DataConfig(source="imagenet", image_size=32, **options), Painter, seed=seed, device=CPU,
-        memory_format=torch.channels_last, dtype=torch.float32,
+        SOURCES.configure("imagenet", image_size=32, **options),
+        SourceContext(seed, CPU, torch.channels_last), Painter,
         digests={"train": digest, "test": digest},
     )  # fmt: skip
 

@@ -18,11 +18,11 @@ import torch
 from fake_sets import cifar_files, tar_gz, tiny_imagenet_files
 
 from bdkd.cli import data as command
-from bdkd.config import DataConfig
 from bdkd.data import create_source
 from bdkd.data import fetch as fetching
 from bdkd.data.fetch import ARCHIVES, Archive, fetch
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import SOURCES
 
 
 class Host:
@@ -95,7 +95,7 @@ def test_a_fetched_set_can_be_trained_on_and_is_not_fetched_again(tmp_path, host
     to = tmp_path / "new" / "data"
     assert fetch("cifar10", to, table) == to / "cifar-10-batches-py"
     assert hidden(to) == ["cifar-10-batches-py"]  # no archive, no leftovers
-    config = DataConfig(source="cifar10", root=str(to))
+    config = SOURCES.configure("cifar10", root=str(to))
     source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
     assert source.info.counts["test"] == 20
     fetch("cifar10", to, table)
@@ -110,7 +110,7 @@ def test_tiny_imagenet_is_unzipped(tmp_path, host):
             archive.writestr(name, content)
     known = host.archive("tiny-imagenet-200.zip", stream.getvalue(), "tiny-imagenet-200")
     fetch("tiny-imagenet", tmp_path, {"tiny-imagenet": known})
-    config = DataConfig(source="tiny-imagenet", root=str(tmp_path), validation=0.2)
+    config = SOURCES.configure("tiny-imagenet", root=str(tmp_path), validation=0.2)
     source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
     assert source.info.counts["test"] == 12
 

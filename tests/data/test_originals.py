@@ -11,10 +11,10 @@ import torch
 from fake_sets import cifar_files, python2_pickle, tar_gz, tiny_imagenet_files, write_files
 from torch import nn
 
-from bdkd.config import DataConfig, SyntheticConfig
-from bdkd.data import Shard, create_source
+from bdkd.data import InMemoryConfig, Shard, SourceContext, create_source
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import SOURCES
 
 CPU = torch.device("cpu")
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -22,7 +22,7 @@ ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.t
 
 
 def source(name: str, root: Path | None = None, **options):
-    config = DataConfig(source=name, root=None if root is None else str(root), **options)
+    config = SOURCES.configure(name, root=None if root is None else str(root), **options)
     return create_source(config, 0, CPU, torch.channels_last)
 
 
@@ -296,8 +296,8 @@ def test_pixel_statistics_are_numpys():
     images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(2500) % 2)
     other = Images(images.pixels[:9] // 4, images.labels[:9])
     data = InMemory(
-        "made", {"train": images, "val": other, "test": other}, ("0", "1"), DataConfig(),
-        scale=255, seed=0, device=CPU, memory_format=torch.channels_last,
+        {"train": images, "val": other, "test": other}, ("0", "1"), InMemoryConfig("made"),
+        SourceContext(0, CPU, torch.channels_last),
     )  # fmt: skip
     np.testing.assert_allclose(data.info.normalisation.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(data.info.normalisation.std, pixels.std((0, 1, 2)), rtol=1e-9)
@@ -311,8 +311,8 @@ def test_images_of_one_colour_are_not_divided_by_zero():
     images = Images(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8), torch.arange(4) % 2)
     other = Images(images.pixels + 1, images.labels)
     data = InMemory(
-        "made", {"train": images, "val": other, "test": other}, ("0", "1"), DataConfig(),
-        scale=16, seed=0, device=CPU, memory_format=torch.channels_last,
+        {"train": images, "val": other, "test": other}, ("0", "1"), InMemoryConfig("made"),
+        SourceContext(0, CPU, torch.channels_last), scale=16,
     )  # fmt: skip
     (batch,) = data.eval_batches("test", 4)
     torch.testing.assert_close(batch.views[0], torch.full((4, 1, 2, 2), 255 / 16))
@@ -321,7 +321,7 @@ def test_images_of_one_colour_are_not_divided_by_zero():
 def test_synthetic_images_are_patterns_under_noise_that_is_cut_and_not_wrapped():
     """No two images are alike. The noise has a deviation of 48 of 255, so that one pixel in about
     two hundred lies above 255 or below 0 and becomes 255 or 0."""
-    options = {"synthetic": SyntheticConfig(images=400, classes=5), "image_size": 16}
+    options = {"images": 400, "classes": 5, "image_size": 16}
     data = source("synthetic", validation=0.0, **options)
     train, test = data.splits["train"], data.splits["test"]
     every = torch.cat((train.pixels, test.pixels))
@@ -339,12 +339,12 @@ def test_synthetic_images_are_patterns_under_noise_that_is_cut_and_not_wrapped()
 
 
 def test_synthetic_images_can_be_learnt_and_are_the_same_for_every_seed():
-    options = {"synthetic": SyntheticConfig(images=1000, classes=5), "image_size": 16}
+    options = {"images": 1000, "classes": 5, "image_size": 16}
     data = source("synthetic", **options)
     assert data.info.counts == {"train": 900, "val": 100, "test": 200}
     assert data.info.image_size == (16, 16)
     assert data.info.num_classes == 5
-    other = create_source(DataConfig(source="synthetic", **options), 9, CPU, torch.channels_last)
+    other = create_source(SOURCES.configure("synthetic", **options), 9, CPU, torch.channels_last)
     assert torch.equal(other.splits["train"].pixels, data.splits["train"].pixels)
     torch.manual_seed(0)
     network = nn.Linear(3 * 16 * 16, 5)
@@ -361,6 +361,8 @@ def test_synthetic_images_can_be_learnt_and_are_the_same_for_every_seed():
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
 def test_a_size_that_a_source_does_not_have_is_refused(tmp_path, name):
+    if name != "digits":
+        write_files(tmp_path, cifar_files(name))
     with pytest.raises(UsageError, match=f"data.image_size does not apply to the source '{name}'"):
         source(name, tmp_path, image_size=64)
 

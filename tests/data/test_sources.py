@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdkd.config import DataConfig, SyntheticConfig
 from bdkd.data import Batch, Shard, create_source
 from bdkd.data.base import epoch_order, mix_seed, stratified_split
+from bdkd.registry import SOURCES
 
 CPU = torch.device("cpu")
 
 
 def digits(seed: int = 0, **options):
-    return create_source(DataConfig(**options), seed, CPU, torch.channels_last)
+    return create_source(SOURCES.configure("digits", **options), seed, CPU, torch.channels_last)
 
 
 def test_digits_are_split_by_class_without_overlap_and_whatever_the_seed():
@@ -91,9 +91,7 @@ def test_images_are_normalised_by_the_training_images_alone():
 @pytest.mark.parametrize("options", [{}, {"crop": 2, "flip": True}, {"cutout": 3}])
 def test_images_have_the_memory_format_of_the_training(memory_format, options):
     """Of three channels: one channel is contiguous in both formats."""
-    config = DataConfig(
-        source="synthetic", synthetic=SyntheticConfig(images=40, classes=2), **options
-    )
+    config = SOURCES.configure("synthetic", images=40, classes=2, **options)
     source = create_source(config, 0, CPU, memory_format)
     batches = [next(source.train_batches(0, 0, 8, 2)), next(source.eval_batches("test", 8))]
     for view in (view for batch in batches for view in batch.views):

@@ -6,17 +6,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdkd.config import DataConfig, check_recipe, load_recipe
+from bdkd.config import load_recipe
 from bdkd.data import create_source
 from bdkd.data.base import stratified_split, stratified_subset
 from bdkd.data.splits import with_label_noise, with_pixel_noise
 from bdkd.errors import UsageError
+from bdkd.registry import SOURCES
 
 CPU = torch.device("cpu")
 
 
 def digits(seed: int = 0, **options):
-    return create_source(DataConfig(**options), seed, CPU, torch.channels_last).splits
+    return create_source(
+        SOURCES.configure("digits", **options), seed, CPU, torch.channels_last
+    ).splits
 
 
 def same(a, b) -> bool:
@@ -150,5 +153,4 @@ def test_a_subset_that_does_not_fit_is_refused(count):
 
 def test_the_shipped_hard_recipe_is_in_range():
     recipe = load_recipe("digits-hard")
-    check_recipe(recipe)
     assert recipe.data.label_noise > 0

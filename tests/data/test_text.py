@@ -8,9 +8,10 @@ import torch
 from fake_sets import tiny_imagenet_files, write_files
 from PIL import Image
 
-from bdkd.config import DataConfig, load_recipe, to_toml
+from bdkd.config import load_recipe, to_toml
 from bdkd.data import create_source
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import SOURCES
 from bdkd.text import decode_text, text_lines
 
 ENCODINGS = {
@@ -78,7 +79,7 @@ def folders(tmp_path) -> Path:
 def without(root, content: bytes):
     """Images of train and test that an exclude list leaves."""
     (root / "list.txt").write_bytes(content)
-    config = DataConfig(source="imagenet", root=str(root), exclude=str(root / "list.txt"),
+    config = SOURCES.configure("imagenet", root=str(root), exclude=str(root / "list.txt"),
                         loader="pillow", workers=0, validation=0.0)  # fmt: skip
     counts = create_source(config, 0, torch.device("cpu"), torch.channels_last).info.counts
     return counts["train"], counts["test"]
@@ -123,7 +124,7 @@ def test_tiny_imagenets_lists_are_read(encoding, tmp_path):
         path = f"tiny-imagenet-200/{name}"
         files[path] = ENCODINGS[encoding](files[path].decode())
     write_files(tmp_path, files)
-    config = DataConfig(source="tiny-imagenet", root=str(tmp_path))
+    config = SOURCES.configure("tiny-imagenet", root=str(tmp_path))
     info = create_source(config, 0, torch.device("cpu"), torch.channels_last).info
     assert info.classes == tuple(f"thing n0{i}, object" for i in (7, 8, 9))
     assert info.counts["test"] == 12
@@ -132,7 +133,7 @@ def test_tiny_imagenets_lists_are_read(encoding, tmp_path):
 def test_hidden_entries_of_tiny_imagenet_do_not_count(tmp_path):
     files, root = tiny_imagenet_files(), "tiny-imagenet-200/train"
     write_files(tmp_path, files)
-    config = DataConfig(source="tiny-imagenet", root=str(tmp_path))
+    config = SOURCES.configure("tiny-imagenet", root=str(tmp_path))
     known = create_source(config, 0, torch.device("cpu"), torch.channels_last).info
     hidden = (
         ".ipynb_checkpoints/images/0.JPEG", "n07/images/._n07_0.JPEG", "__MACOSX/a.JPEG",

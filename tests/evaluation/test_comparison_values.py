@@ -10,7 +10,7 @@ import pytest
 from report_runs import told_apart
 from scipy import stats
 
-from bdkd.evaluation.comparison import METRICS, Run, compare, differences, results, to_csv
+from bdkd.evaluation.comparison import Run, compare, compared_metrics, differences, results, to_csv
 from bdkd.evaluation.comparison_figure import comparison_figure
 
 SEEDS_OF = {"first": (0, 1, 2, 3, 4, 5), "second": (5, 4, 3, 2, 1, 0), "third": (1, 2, 3, 4, 7)}
@@ -26,7 +26,7 @@ def full_runs() -> list[Run]:
         for seed in seeds:
             networks = {
                 name: {"role": role, "model": f"model of {name}",
-                       **{m.key: told_apart(method, seed, name, m.key) for m in METRICS}}
+                       **{m.key: told_apart(method, seed, name, m.key) for m in compared_metrics()}}
                 for name, role in NETWORKS.items()
             }  # fmt: skip
             seconds = 100 * told_apart(method, seed)
@@ -63,7 +63,12 @@ def expected_tests(runs: list[Run], network: str, metric: str) -> dict:
 def test_the_csv_is_what_plain_loops_and_scipy_find():
     runs = full_runs()
     lines = list(csv.DictReader(io.StringIO(to_csv(compare(runs, [*SEEDS_OF])))))
-    order = [(n, m, k.key) for n in ("s1", "s2", "big", "fixed") for m in SEEDS_OF for k in METRICS]
+    order = [
+        (n, m, k.key)
+        for n in ("s1", "s2", "big", "fixed")
+        for m in SEEDS_OF
+        for k in compared_metrics()
+    ]
     assert [(x["network"], x["method"], x["metric"]) for x in lines] == order
     for line in lines:
         network, method, metric = line["network"], line["method"], line["metric"]

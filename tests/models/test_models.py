@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bdkd.models import create_model, list_models
-from bdkd.models.registry import register
+from bdkd.models import create_model, list_models, register_model
 
 # The distillation literature's counts for 32x32x3 images.
 PARAMETERS_100 = {
@@ -174,22 +173,22 @@ def test_bad_calls_say_what_is_needed(call, message):
         ("resnet8", {"widht": 2}, "'resnet8' has no option 'widht'; it takes width"),
         ("resnet8", {"depth": 20}, "no option 'depth'"),
         ("wrn-16-2", {"width": 4}, "'wrn_16_2' has no option 'width'; it takes dropout"),
-        ("resnet8", {"width": 0}, "width must be a finite number > 0, got 0"),
-        ("resnet8", {"width": float("nan")}, "width must be a finite number > 0, got nan"),
-        ("resnet8", {"width": True}, "width must be a finite number > 0, got True"),
-        ("resnet8", {"width": float("inf")}, "width must be a finite number > 0, got inf"),
-        ("resnet8", {"width": "2"}, "width must be a finite number > 0, got '2'"),
-        ("wrn_16_1", {"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
+        ("resnet8", {"width": 0}, "width must be a finite number above 0, got 0"),
+        ("resnet8", {"width": float("nan")}, "width must be a finite number above 0, got nan"),
+        ("resnet8", {"width": True}, "width must be a finite number above 0, got True"),
+        ("resnet8", {"width": float("inf")}, "width must be a finite number above 0, got inf"),
+        ("resnet8", {"width": "2"}, "width must be a finite number above 0, got '2'"),
+        ("wrn_16_1", {"dropout": 1.0}, r"dropout must be a finite number in \[0, 1\), got 1.0"),
         ("vgg8", {"width": 2}, "'vgg8' has no option 'width'; it takes no option"),
         ("shufflenetv2", {"size": "x2_0"}, "it takes no option"),
         ("resnet18", {"zero_init": True}, "it takes zero_init_residual"),
         ("resnet18", {"zero_init_residual": "no"}, "must be true or false, got 'no'"),
-        ("mobilenetv2", {"expansion": 1.5}, "expansion must be an integer >= 1, got 1.5"),
-        ("mobilenetv2", {"expansion": 0}, "expansion must be an integer >= 1, got 0"),
-        ("mobilenetv2", {"width": -1}, "width must be a finite number > 0, got -1"),
-        ("imagenet_mobilenet_v1", {"width": 0}, "width must be a finite number > 0, got 0"),
-        ("imagenet_mobilenet_v2", {"width": 0}, "width must be a finite number > 0, got 0"),
-        ("imagenet_mobilenet_v2", {"dropout": 1}, r"dropout must be a number in \[0, 1\)"),
+        ("mobilenetv2", {"expansion": 1.5}, "expansion must be an integer at least 1, got 1.5"),
+        ("mobilenetv2", {"expansion": 0}, "expansion must be an integer at least 1, got 0"),
+        ("mobilenetv2", {"width": -1}, "width must be a finite number above 0, got -1"),
+        ("imagenet_mobilenet_v1", {"width": 0}, "width must be a finite number above 0, got 0"),
+        ("imagenet_mobilenet_v2", {"width": 0}, "width must be a finite number above 0, got 0"),
+        ("imagenet_mobilenet_v2", {"dropout": 1}, r"dropout must be a finite number in \[0, 1\)"),
     ],
 )
 def test_bad_options_say_what_is_needed(name, options, message):
@@ -203,8 +202,8 @@ def test_a_name_must_be_a_string():
 
 
 def test_two_families_cannot_have_one_name():
-    with pytest.raises(ValueError, match="two models are named 'resnet8'"):
-        register({"resnet8": {}})(lambda num_classes, in_channels: None)
+    with pytest.raises(ValueError, match=r"the model 'resnet8' is registered by bdkd\.models"):
+        register_model("resnet8")(lambda num_classes, in_channels: None)
     assert parameters("resnet8", 10) > 0
 
 

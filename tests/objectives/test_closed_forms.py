@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.objectives import OBJECTIVES, create_objective
+from bdkd.config import NetworkConfig
+from bdkd.objectives import create_objective
+from bdkd.registry import OBJECTIVES
 
 # Ten samples, so that each weight and each branch of the ensembles occurs; more than there are
 # classes, so that a mean over the wrong axis has another value.
@@ -51,7 +52,7 @@ def objective(method: str, names: str, frozen: str = "", **options):
         )
         for name in names.split()
     }  # fmt: skip
-    return create_objective(ObjectiveConfig(method, **options), networks)
+    return create_objective(OBJECTIVES.configure(method, **options), networks)
 
 
 def tuned(method: str, **changed) -> dict:

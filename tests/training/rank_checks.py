@@ -15,6 +15,7 @@ from bdkd.config import DistributedConfig, OptimizerConfig
 from bdkd.data import Batch, DataInfo, Shard, Split
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.distributed.launch import exit_rank
+from bdkd.engine.optim import AdamConfig
 from bdkd.engine.state import snapshot
 from bdkd.engine.step import warm_up
 from bdkd.errors import RunError
@@ -100,7 +101,7 @@ def training_switokd(ranks: DistributedContext) -> dict:
 
 def training_accumulated(ranks: DistributedContext) -> dict:
     state = tiny_state(NoNorm, dtype=torch.float64, context=ranks, accumulate=2,
-                       optimizer=OptimizerConfig("adamw", learning_rate=1e-3))  # fmt: skip
+                       optimizer=AdamConfig("adamw", learning_rate=1e-3))  # fmt: skip
     run(state, (whole_batch(i, torch.float64) for i in range(20)))
     return {"weights": weights(state), "means": state.meter.read(ranks)}
 
@@ -264,7 +265,7 @@ def sharded(ranks: DistributedContext, optimizer: OptimizerConfig | None = None)
 
 
 def sharded_adamw(ranks: DistributedContext) -> dict:
-    return sharded(ranks, OptimizerConfig("adamw", learning_rate=1e-3))
+    return sharded(ranks, AdamConfig("adamw", learning_rate=1e-3))
 
 
 def agreements(ranks: DistributedContext) -> dict:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from bdkd.config import NetworkConfig, ObjectiveConfig, Recipe, load_recipe
+from bdkd.config import NetworkConfig, Recipe, load_recipe
 from bdkd.data import DataInfo
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.engine.components import Components, build_components
@@ -19,6 +19,7 @@ from bdkd.engine.networks import Networks
 from bdkd.engine.requirements import check_requirements
 from bdkd.engine.state import TrainingState
 from bdkd.objectives import Objective, create_objective
+from bdkd.registry import OBJECTIVES
 from bdkd.runs.weights import load_initial_weights
 from bdkd.trainer import Trainer
 
@@ -118,7 +119,7 @@ def tiny_state(
     )
     torch.manual_seed(0)
     networks = Networks({name: make() for name in names}, frozen).to(dtype)
-    recipe = dataclasses.replace(recipe, objective=ObjectiveConfig(objective))
+    recipe = dataclasses.replace(recipe, objective=OBJECTIVES.configure(objective))
     return state_of(recipe, networks, 1000, context)
 
 
@@ -159,7 +160,7 @@ def check_step(recipe: Recipe, device: str = "cpu", world_size: int = 1) -> None
 
 
 def objective_of(state: TrainingState, name: str = "bdkd", **options) -> Objective:
-    return create_objective(ObjectiveConfig(name, **options), state.recipe.networks)
+    return create_objective(OBJECTIVES.configure(name, **options), state.recipe.networks)
 
 
 def trainer_of(state: TrainingState, objective: Objective | None = None) -> Trainer:

@@ -10,9 +10,10 @@ import torch
 from small_runs import tiny_state
 from test_step import a_batch, everything, run_steps
 
-from bdkd.config import OptimizerConfig
 from bdkd.engine import optim
+from bdkd.engine.optim import AdamConfig
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import OPTIMIZERS
 
 # As in apex: moments in the parameters' state, the count of steps in the group, and no word of
 # gradients that are not finite.
@@ -77,8 +78,10 @@ def apex(package: Path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["lamb", "novograd"])
 def test_a_step_with_a_nan_changes_nothing_and_is_not_counted(apex, name):
-    state = tiny_state(optimizer=OptimizerConfig(name, learning_rate=1e-3), ema_decay=0.9)
-    assert type(state.optimizer).__name__ == optim.OPTIMIZERS[name].apex_class
+    state = tiny_state(optimizer=OPTIMIZERS.configure(name, learning_rate=1e-3), ema_decay=0.9)
+    assert (
+        type(state.optimizer).__name__ == {"lamb": "FusedLAMB", "novograd": "FusedNovoGrad"}[name]
+    )
     run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
     before = everything(state)
     run_steps(state, [a_batch(poisoned=True)])
@@ -93,7 +96,7 @@ def test_a_step_with_a_nan_changes_nothing_and_is_not_counted(apex, name):
 
 
 def test_the_recipe_says_rates_and_decays(apex):
-    config = OptimizerConfig("lamb", learning_rate=0.02, betas=(0.8, 0.9), weight_decay=0.1)
+    config = AdamConfig("lamb", learning_rate=0.02, betas=(0.8, 0.9), weight_decay=0.1)
     groups = tiny_state(optimizer=config).optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
     assert {group["betas"] for group in groups} == {(0.8, 0.9)}
@@ -101,7 +104,7 @@ def test_the_recipe_says_rates_and_decays(apex):
 
 
 def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(apex):
-    config = OptimizerConfig("lamb", learning_rate=1e-3)
+    config = AdamConfig("lamb", learning_rate=1e-3)
     whole, first, second = (tiny_state(optimizer=config) for _ in range(3))
     run_steps(whole, [a_batch(seed=seed) for seed in range(5)])
     run_steps(first, [a_batch(seed=seed) for seed in range(3)])
@@ -119,21 +122,21 @@ def test_a_cpu_is_refused_before_anything_is_trained(package):
     (package / "__init__.py").write_text("")
     (package / "optimizers.py").write_text(TWIN)
     with pytest.raises(UsageError, match="must be sgd or adamw on a CPU, got novograd"):
-        tiny_state(optimizer=OptimizerConfig("novograd"))
+        tiny_state(optimizer=AdamConfig("novograd"))
 
 
 def test_pypis_apex_is_told_apart(package, monkeypatch):
     monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     (package / "__init__.py").write_text("from pyramid.session import nothing")
     with pytest.raises(RunError, match=r"PyPI's unrelated package: .* -m pip uninstall apex"):
-        tiny_state(optimizer=OptimizerConfig("lamb"))
+        tiny_state(optimizer=AdamConfig("lamb"))
 
 
 def test_no_apex_says_where_it_is(package, monkeypatch):
     monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     package.rmdir()
     with pytest.raises(RunError, match="not installed: build NVIDIA's"):
-        tiny_state(optimizer=OptimizerConfig("lamb"))
+        tiny_state(optimizer=AdamConfig("lamb"))
 
 
 def test_apex_without_its_extensions_says_so(package, monkeypatch):
@@ -142,4 +145,4 @@ def test_apex_without_its_extensions_says_so(package, monkeypatch):
     (package / "optimizers.py").write_text(f"def FusedLAMB(*_, **__):\n    {refuse}\n")
     monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     with pytest.raises(RunError, match="requires cuda extensions: build apex with"):
-        tiny_state(optimizer=OptimizerConfig("lamb"))
+        tiny_state(optimizer=AdamConfig("lamb"))

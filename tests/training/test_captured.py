@@ -9,15 +9,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from small_runs import check_step, objective_of, tiny_recipe, tiny_state, trainer_of
-from test_step import OPTIMIZERS, a_batch, everything
+from test_step import OPTIMIZERS as OPTIMIZER_OPTIONS
+from test_step import a_batch, everything
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bdkd.config import ObjectiveConfig, OptimizerConfig
 from bdkd.data import Batch
 from bdkd.engine.cuda_graph import WARM_UP, CapturedStep
 from bdkd.errors import UsageError
+from bdkd.registry import OBJECTIVES, OPTIMIZERS
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +90,13 @@ def a_captured(state) -> tuple[Callable[[Batch], None], Captures]:
     return trainer.train_step, captures
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZER_OPTIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
     """Learning rates that warm up, a NaN after the capture, a smaller batch that is captured anew,
     a meter that is read and goes on."""
     plain, other = (
-        tiny_state(optimizer=OPTIMIZERS[optimizer], ema_decay=0.9, clip_norm=1.0,
+        tiny_state(optimizer=OPTIMIZER_OPTIONS[optimizer], ema_decay=0.9, clip_norm=1.0,
                    accumulate=accumulate)
         for _ in range(2)
     )  # fmt: skip
@@ -178,9 +179,9 @@ def test_a_checkpoint_of_a_captured_run_resumes_uncaptured_and_back(tmp_path):
     ],
 )
 def test_what_cannot_be_captured_is_refused(device, world_size, objective, optimizer, message):
-    objective = ObjectiveConfig(objective)
+    objective = OBJECTIVES.configure(objective)
     recipe = tiny_recipe(
-        optimizer=OptimizerConfig(optimizer), objective=objective, train={"cuda_graph": True}
+        optimizer=OPTIMIZERS.configure(optimizer), objective=objective, train={"cuda_graph": True}
     )
     if message is None:
         check_step(recipe, device, world_size)

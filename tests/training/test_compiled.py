@@ -26,6 +26,7 @@ from bdkd.engine.compiled import (
 )
 from bdkd.engine.step import warm_up
 from bdkd.errors import RunError
+from bdkd.registry import SOURCES
 
 ONE_GRAPH = hasattr(torch._dynamo.config, "trace_autograd_ops")
 
@@ -242,8 +243,8 @@ def test_every_size_of_images_is_compiled_once(flag, request):
     if not flag:
         request.getfixturevalue("without_flag")
     recipe, sides = load_recipe("digits"), range(8, 12)
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(
-        recipe.data, image_size=sides[-1], progressive=tuple(enumerate(sides))))  # fmt: skip
+    data = SOURCES.configure("imagenet", image_size=11, progressive=tuple(enumerate(sides)))
+    recipe = dataclasses.replace(recipe, data=data)
     shapes = count_shapes(recipe)
     assert shapes == len(sides)
     batches = [Batch((torch.randn(16, 1, side, side),), a_batch().target) for side in sides]

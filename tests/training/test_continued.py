@@ -18,7 +18,8 @@ from test_step import a_batch, run_steps
 
 from bdkd.cli import main
 from bdkd.cli.train import parse
-from bdkd.config import OptimizerConfig, load_recipe
+from bdkd.config import load_recipe
+from bdkd.engine.optim import AdamConfig
 from bdkd.engine.progress import Best
 from bdkd.runs.checkpoint import load_checkpoint, save_checkpoint
 from bdkd.runs.folder import RunFolder
@@ -164,7 +165,7 @@ SUMS = {"samples", "trained", "sums", "gaps"}
 
 def test_a_loaded_state_is_the_saved_one_in_everything(tmp_path):
     """No part of it has the value that a new state has."""
-    options = {"optimizer": OptimizerConfig("adamw", learning_rate=1e-3), "ema_decay": 0.9,
+    options = {"optimizer": AdamConfig("adamw", learning_rate=1e-3), "ema_decay": 0.9,
                "precision": "fp16", "epochs": 2}  # fmt: skip
     state = tiny_state(**options)
     state.scaler.scale(torch.ones(()))  # a scaler has its scale from its first use on

@@ -10,10 +10,11 @@ import torch.multiprocessing as mp
 from rank_checks import CLIP_NORM, LARGEST, main
 from small_runs import components_of
 
-from bdkd.config import ObjectiveConfig, load_recipe
+from bdkd.config import load_recipe
 from bdkd.distributed.context import DistributedContext
 from bdkd.engine.networks import parallelize
 from bdkd.errors import UsageError
+from bdkd.registry import OBJECTIVES
 
 SEVERAL = range(2, LARGEST + 1)
 
@@ -144,19 +145,22 @@ def test_an_error_of_the_first_rank_is_that_of_all(world, found):
     [
         ({"train": {"batch_size": 8, "accumulate": 4}}, "train.batch_size must be at least 12"),
         ({"distributed": {"sync_batch_norm": True}}, "sync_batch_norm must be false on CPUs"),
-        ({"objective": {"name": "switokd"}, "shard": True}, "shard must be false"),
+        ({"shard": True}, "shard must be false"),
     ],
     ids=["batch", "batch norm", "shard"],
 )
 def test_what_does_not_suit_so_many_ranks_is_refused(changes, said):
     recipe = load_recipe("digits")
-    if changes.pop("shard", False):
+    if "shard" in changes:
         teacher = dataclasses.replace(recipe.networks["teacher"], shard=True)
-        recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
-        recipe = dataclasses.replace(recipe, objective=ObjectiveConfig())
-    for key, values in changes.items():
-        value = dataclasses.replace(getattr(recipe, key), **values)
-        recipe = dataclasses.replace(recipe, **{key: value})
+        recipe = dataclasses.replace(
+            recipe,
+            networks={**recipe.networks, "teacher": teacher},
+            objective=OBJECTIVES.configure("switokd"),
+        )
+    else:
+        parts = {k: dataclasses.replace(getattr(recipe, k), **v) for k, v in changes.items()}
+        recipe = dataclasses.replace(recipe, **parts)
     with pytest.raises(UsageError, match=said):
         components_of(recipe, context=DistributedContext(0, 3))
     assert components_of(recipe).sharded == []  # alone all of it is in order

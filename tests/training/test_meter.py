@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bdkd.engine.meter import StepOutput, TrainingMeter
+from bdkd.errors import UsageError
 
 # Of very different quality, so that nothing of one network can pass for another's: the first is
 # right and sure, the second unsure, the third sure and wrong.
@@ -125,3 +126,13 @@ def test_saved_sums_continue_an_interval_and_those_of_several_ranks_count_as_one
     assert_close(meters[2].read(), expected(first + second, 9))
     meters[2].load_state_dict(*(meter.state_dict() for meter in meters[:2]))
     assert_close(meters[2].read(), expected(first + second, 9))
+
+
+@pytest.mark.parametrize("name", ["student", "step", "learning_rate"])
+def test_a_statistic_cannot_replace_another_value_of_its_line(name):
+    """An objective of a plugin chooses these names."""
+    meter = TrainingMeter(["teacher", "student"], torch.device("cpu"))
+    logits = dict.fromkeys(meter.networks, torch.zeros(4, 3))
+    output = StepOutput(torch.zeros(4, dtype=torch.int64), logits, {}, {name: torch.ones(4)})
+    with pytest.raises(UsageError, match=f"statistic '{name}', which is the name of a network or"):
+        meter.update(output, 4)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bdkd.config import NetworkConfig, OptimizerConfig
+from bdkd.config import NetworkConfig
 from bdkd.engine.networks import Networks, SavedBuffers, build_networks
-from bdkd.engine.optim import build_optimizer
+from bdkd.engine.optim import SGDConfig, build_optimizer
 from bdkd.models import create_model
 
 
@@ -78,7 +78,7 @@ def test_sgd_without_momentum_is_accepted_with_nesterov_which_needs_one():
         (0.5, True, True),
         (0.5, False, False),
     ):
-        config = OptimizerConfig(momentum=momentum, nesterov=nesterov)
+        config = SGDConfig("sgd", momentum=momentum, nesterov=nesterov)
         optimizer = build_optimizer(networks, configs, config, lambda p: p)
         for group in optimizer.param_groups:
             assert (group["momentum"], group["nesterov"]) == (momentum, expected)

@@ -19,13 +19,15 @@ import torch
 from small_runs import components_of, trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdkd.config import DataConfig, SyntheticConfig, load_recipe, shipped_recipes
+from bdkd.config import load_recipe, shipped_recipes
+from bdkd.data import InMemoryConfig, SourceContext
 from bdkd.data.base import Shard, epoch_order, mix_seed
 from bdkd.data.imagenet.counter_rng import uniform_draws
 from bdkd.data.in_memory import Images, InMemory
 from bdkd.engine.components import Components
 from bdkd.engine.state import TrainingState
 from bdkd.evaluation.predict import Evaluator
+from bdkd.registry import SOURCES
 
 
 def small_setup(recipe_name: str = "digits", *, model: str | None = None, options=None, **train):
@@ -39,7 +41,7 @@ def small_setup(recipe_name: str = "digits", *, model: str | None = None, option
                 for name, network in recipe.networks.items()
             },
         )
-    data = DataConfig("synthetic", image_size=32, synthetic=SyntheticConfig(120, 10))
+    data = SOURCES.configure("synthetic", image_size=32, images=120, classes=10)
     recipe = dataclasses.replace(
         recipe,
         data=data,
@@ -178,9 +180,9 @@ def coded_source(seed: int, **augmentation) -> InMemory:
     pixels = torch.arange(64 * 16).view(64, 1, 4, 4) * 37 % 251
     images = Images(pixels.to(torch.uint8), torch.arange(64) % 8)
     return InMemory(
-        "coded", {"train": images, "val": images, "test": images}, tuple("01234567"),
-        DataConfig(**augmentation), scale=255, seed=seed, device=torch.device("cpu"),
-        memory_format=torch.contiguous_format,
+        {"train": images, "val": images, "test": images}, tuple("01234567"),
+        InMemoryConfig("coded", **augmentation),
+        SourceContext(seed, torch.device("cpu"), torch.contiguous_format),
     )  # fmt: skip
 
 

@@ -1,14 +1,10 @@
 """The trainer's private APIs of torch do what public operations do."""
 
-import typing
-
 import pytest
 import torch
 from torch import nn
 
 from bdkd import _torch_compat as compat
-from bdkd.config import OptimizerConfig
-from bdkd.engine.optim import OPTIMIZERS
 from bdkd.errors import RunError
 
 
@@ -52,8 +48,3 @@ def test_only_errors_of_the_compiler_have_a_reason():
         torch.compile(lambda x: x + 1, backend=broken)(torch.ones(2))
     assert compat.compile_error(raised.value) == "ValueError: no such operator"
     assert compat.compile_error(RunError("a full disk")) is None
-
-
-def test_every_optimizer_of_a_recipe_is_in_the_table():
-    names = typing.get_args(typing.get_type_hints(OptimizerConfig)["name"])
-    assert set(names) == set(OPTIMIZERS)

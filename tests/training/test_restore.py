@@ -7,10 +7,11 @@ import torch
 from small_runs import Tiny, tiny_state
 from test_step import a_batch, run_steps
 
-from bdkd.config import OptimizerConfig
 from bdkd.distributed.context import DistributedContext
+from bdkd.engine.optim import SGDConfig
 from bdkd.engine.progress import Progress
 from bdkd.errors import RunError
+from bdkd.registry import OPTIMIZERS
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.resume import print_changes, restore
 
@@ -61,15 +62,15 @@ def test_wider_networks_are_refused(path):
 @pytest.mark.parametrize(("before", "now"), [("sgd", "adamw"), ("adamw", "sgd")])
 def test_moments_of_another_optimizer_are_refused(before, now, path):
     """torch loads AdamW's moments into SGD, which ignores them."""
-    saved = saved_state(optimizer=OptimizerConfig(before))
+    saved = saved_state(optimizer=OPTIMIZERS.configure(before))
     with pytest.raises(RunError, match="another optimizer"):
-        restore(tiny_state(optimizer=OptimizerConfig(now)), path, saved)
+        restore(tiny_state(optimizer=OPTIMIZERS.configure(now)), path, saved)
 
 
 def test_a_resumed_run_takes_the_rates_and_decays_of_its_recipe(path):
     """The moments are the saved ones, but what the user gives anew counts."""
     saved = saved_state()
-    new = OptimizerConfig(learning_rate=0.03, weight_decay=0.25, momentum=0.5)
+    new = SGDConfig("sgd", learning_rate=0.03, weight_decay=0.25, momentum=0.5)
     state = tiny_state(optimizer=new)
     restore(state, path, saved)
     for group in state.optimizer.param_groups:

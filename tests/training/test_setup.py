@@ -13,6 +13,7 @@ from bdkd.distributed.context import DistributedContext
 from bdkd.engine.components import Components
 from bdkd.engine.state import TrainingState, snapshot
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import OBJECTIVES
 from bdkd.runs.checkpoint import save_checkpoint
 from bdkd.runs.folder import RunFolder
 
@@ -46,13 +47,6 @@ def test_the_order_of_the_images_is_that_of_the_seed():
     ]
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
-
-
-def test_a_run_knows_the_values_that_its_method_used():
-    """Options that the recipe leaves open are in the run's config.toml with their values."""
-    objective = components_of(tiny_recipe()).recipe.objective
-    assert tiny_recipe().objective.temperature is tiny_recipe().objective.gamma is None
-    assert (objective.temperature, objective.gamma) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -234,7 +228,7 @@ def test_only_a_network_that_is_marked_is_sharded():
 
 
 def test_a_method_that_pauses_networks_takes_whole_batches_and_no_compiled_step():
-    switokd = dataclasses.replace(tiny_recipe().objective, name="switokd")
+    switokd = OBJECTIVES.configure("switokd")
     for train, said in (
         ({"accumulate": 2}, "train.accumulate must be 1 with the method 'switokd'.*, got 2"),
         ({"compile": True}, "train.compile must be false with the method 'switokd'"),

@@ -12,8 +12,8 @@ from small_runs import Tiny, objective_of, same, tiny_state
 from test_step import a_batch, everything, run_steps
 from torch import nn
 
-from bdkd.config import OptimizerConfig
 from bdkd.distributed.context import DistributedContext
+from bdkd.engine.optim import SGDConfig
 from bdkd.engine.progress import Best, Progress
 from bdkd.engine.state import snapshot
 from bdkd.engine.step import eager, warm_up
@@ -218,9 +218,9 @@ def test_a_loaded_state_is_the_saved_one_and_continues_like_it(precision):
 
 
 def test_a_resume_has_the_recipes_rates_and_decays_and_the_saved_moments():
-    first = tiny_state(optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.01))
+    first = tiny_state(optimizer=SGDConfig("sgd", learning_rate=0.1, weight_decay=0.01))
     run_steps(first, [a_batch(seed=1)])
-    changed = OptimizerConfig(learning_rate=0.4, weight_decay=0.02, momentum=0.5, nesterov=False)
+    changed = SGDConfig("sgd", learning_rate=0.4, weight_decay=0.02, momentum=0.5, nesterov=False)
     second = tiny_state(optimizer=changed)
     second.load_state_dict(snapshot(first.state_dict()))
     for group, saved in zip(

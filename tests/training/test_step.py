@@ -7,8 +7,8 @@ from small_runs import objective_of, tiny_state, trainer_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdkd.config import OptimizerConfig
 from bdkd.data import Batch
+from bdkd.engine.optim import AdamConfig, SGDConfig
 
 
 def a_batch(size: int = 16, seed: int = 0, *, poisoned: bool = False) -> Batch:
@@ -36,7 +36,7 @@ def everything(state) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in tensors.items()}
 
 
-OPTIMIZERS = {"sgd": OptimizerConfig(), "adamw": OptimizerConfig("adamw", learning_rate=1e-3)}
+OPTIMIZERS = {"sgd": SGDConfig("sgd"), "adamw": AdamConfig("adamw", learning_rate=1e-3)}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

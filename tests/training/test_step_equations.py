@@ -14,11 +14,13 @@ import torch
 from small_runs import state_of, trainer_of
 from torch import Tensor, nn
 
-from bdkd.config import NetworkConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig, load_recipe
+from bdkd.config import NetworkConfig, ScheduleConfig, load_recipe
 from bdkd.data import Batch
 from bdkd.engine.networks import Networks
+from bdkd.engine.optim import AdamConfig, SGDConfig
 from bdkd.engine.state import TrainingState
 from bdkd.objectives import create_objective
+from bdkd.registry import OBJECTIVES
 
 CLASSES, SMOOTHING, DECAY = 5, 0.1, 0.05
 # 3 steps of 8 images are an epoch, which leaves 6 images over; 9 steps are all three epochs.
@@ -49,7 +51,7 @@ ROLES = {"teacher": "teacher", "student": "student", "pupil": "student", "judge"
 
 
 def a_state(
-    optimizer: OptimizerConfig, last: dict[str, nn.Module] | None = None, **train
+    optimizer: SGDConfig | AdamConfig, last: dict[str, nn.Module] | None = None, **train
 ) -> TrainingState:
     """Two students, a teacher, and a frozen network that nothing may change.
 
@@ -65,7 +67,7 @@ def a_state(
             )
             for name, role in ROLES.items()
         },
-        objective=ObjectiveConfig("independent", label_smoothing=SMOOTHING),
+        objective=OBJECTIVES.configure("independent", label_smoothing=SMOOTHING),
         optimizer=optimizer,
         schedule=ScheduleConfig("cosine", "steps", warmup=WARM_UP, final=FINAL),
         train=dataclasses.replace(recipe.train, batch_size=BATCH_SIZE, epochs=EPOCHS, **train),
@@ -103,7 +105,9 @@ def rate_factor(step: int) -> float:
 class Plain:
     """One network, trained by the equations."""
 
-    def __init__(self, network: nn.Module, rate: float, config: OptimizerConfig, options) -> None:
+    def __init__(
+        self, network: nn.Module, rate: float, config: SGDConfig | AdamConfig, options
+    ) -> None:
         self.network, self.rate, self.config, self.options = network, rate, config, options
         self.weights = list(network.parameters())
         self.moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in self.weights]
@@ -164,25 +168,30 @@ class Plain:
 
 CASES = {
     "nesterov, clipped, averaged": (
-        OptimizerConfig(learning_rate=PEAK, weight_decay=DECAY),
+        SGDConfig("sgd", learning_rate=PEAK, weight_decay=DECAY),
         {"clip_norm": 0.5, "ema_decay": 0.7},
     ),
     "accumulated, clipped": (
-        OptimizerConfig(learning_rate=PEAK, weight_decay=DECAY),
+        SGDConfig("sgd", learning_rate=PEAK, weight_decay=DECAY),
         {"clip_norm": 0.5, "accumulate": 2},
     ),
     "plain momentum, decayed norms": (
-        OptimizerConfig(
-            learning_rate=PEAK, momentum=0.6, nesterov=False, weight_decay=DECAY, decay_norms=True
+        SGDConfig(
+            "sgd",
+            learning_rate=PEAK,
+            momentum=0.6,
+            nesterov=False,
+            weight_decay=DECAY,
+            decay_norms=True,
         ),
         {},
     ),
     "without momentum": (
-        OptimizerConfig(learning_rate=PEAK, momentum=0.0, weight_decay=DECAY),
+        SGDConfig("sgd", learning_rate=PEAK, momentum=0.0, weight_decay=DECAY),
         {},
     ),
     "adamw": (
-        OptimizerConfig("adamw", learning_rate=PEAK, betas=(0.6, 0.8), weight_decay=DECAY),
+        AdamConfig("adamw", learning_rate=PEAK, betas=(0.6, 0.8), weight_decay=DECAY),
         {"clip_norm": 0.5, "ema_decay": 0.7},
     ),
 }
@@ -201,9 +210,9 @@ def test_training_is_what_its_equations_say(case, loss_scale):
         state.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     objective = create_objective(state.recipe.objective, state.recipe.networks)
     untouched = copy.deepcopy(state.networks.members["judge"].state_dict())
-    plain_optimizer = dataclasses.replace(
-        optimizer, nesterov=optimizer.nesterov and optimizer.momentum > 0
-    )
+    plain_optimizer = optimizer
+    if isinstance(optimizer, SGDConfig) and optimizer.momentum == 0:
+        plain_optimizer = dataclasses.replace(optimizer, nesterov=False)
     plain = {
         name: Plain(
             copy.deepcopy(state.networks.members[name]), OWN_RATES.get(name, PEAK),
@@ -254,8 +263,8 @@ class RulesOut(nn.Module):
 @pytest.mark.parametrize("broken", ["teacher", "pupil"])
 def test_an_infinite_loss_skips_the_step_although_every_gradient_is_finite(broken, method):
     """The cross entropy of a label that is ruled out is infinite; softmax minus label is not."""
-    state = a_state(OptimizerConfig(), {broken: RulesOut()})
-    objective = create_objective(ObjectiveConfig(method), state.recipe.networks)
+    state = a_state(SGDConfig("sgd"), {broken: RulesOut()})
+    objective = create_objective(OBJECTIVES.configure(method), state.recipe.networks)
     batch = a_batch(0)
     before = copy.deepcopy(state.networks.state_dict())
     state.networks.train()
@@ -280,8 +289,8 @@ class RootOfZero(nn.Module):
 @pytest.mark.parametrize("broken", ["teacher", "student", "pupil"])
 def test_a_gradient_that_is_not_finite_skips_the_step_of_every_network(broken):
     """Of the first network, of the last one, and of one between them."""
-    state = a_state(OptimizerConfig(), {broken: RootOfZero()})
-    objective = create_objective(ObjectiveConfig("independent"), state.recipe.networks)
+    state = a_state(SGDConfig("sgd"), {broken: RootOfZero()})
+    objective = create_objective(OBJECTIVES.configure("independent"), state.recipe.networks)
     before = copy.deepcopy(state.networks.state_dict())
     state.networks.train()
     trainer_of(state, objective).train_step(a_batch(0))

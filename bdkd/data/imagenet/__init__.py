@@ -11,42 +11,31 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from bdkd.config import DataConfig
-from bdkd.data.base import Split
+from bdkd.data.base import SourceContext, Split, register_source
 from bdkd.data.fetch import required_root
 from bdkd.data.imagenet.dali import Dali
 from bdkd.data.imagenet.index import Index, read_exclusions, spellings
 from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import processors
+from bdkd.data.imagenet.options import ImageNetConfig
 from bdkd.data.imagenet.pillow import Pillow
 from bdkd.data.imagenet.source import ImageNet
 from bdkd.data.splits import split_training
 from bdkd.errors import RunError, UsageError
 
 SHOWN = 3  # lines of data.exclude in a message
-# Options that apply to the other sources only, and the values that switch them off.
-UNSUPPORTED = {"crop": 0, "crop_padding": "zero", "cutout": 0, "pixel_noise": 0.0}
 
 
-def load(
-    config: DataConfig, seed: int, device: torch.device, memory_format: torch.memory_format,
-    dtype: torch.dtype = torch.float32,
-) -> ImageNet:  # fmt: skip
+@register_source("imagenet", ImageNetConfig)
+def load(config: ImageNetConfig, context: SourceContext) -> ImageNet:
     """Load the data set at ``data.root`` in ``data.format``. ``val`` is the test split.
 
     Raises:
-        UsageError: an option does not apply to this source, or ``data.exclude`` matches no image.
+        UsageError: ``data.root`` is not set, or ``data.exclude`` matches no image.
         RunError: the data set is missing or incomplete.
     """
-    for key, off in UNSUPPORTED.items():
-        if getattr(config, key) != off:
-            raise UsageError(
-                f"data.{key} does not apply to the source 'imagenet', got {getattr(config, key)}: "
-                "remove it, and use data.smallest_crop and data.erasing"
-            )
-    root = required_root(config, "imagenet")
+    root = required_root(config)
     found = find(root, config.format)
     found.require_images()
     training, test = found.train, found.val
@@ -65,8 +54,7 @@ def load(
     train = training.take(inner, labels.numpy())
     splits: dict[Split, Index] = {"train": train, "val": training.take(validation), "test": test}
     return ImageNet(
-        splits, found.classes, config, make_loader,
-        seed=seed, device=device, memory_format=memory_format, dtype=dtype,
+        splits, found.classes, config, context, make_loader,
         digests={"train": training.digest(found.classes), "test": test.digest(found.classes)},
     )  # fmt: skip
 

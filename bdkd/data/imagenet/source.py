@@ -7,14 +7,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdkd.config import DataConfig
-from bdkd.data.base import WHOLE, Batch, DataInfo, Normalisation, Shard, Split, epoch_order
+from bdkd.data.base import (
+    WHOLE,
+    Batch,
+    DataInfo,
+    Normalisation,
+    Shard,
+    SourceContext,
+    Split,
+    epoch_order,
+)
 from bdkd.data.digest import Digests
 from bdkd.data.imagenet import mixing
 from bdkd.data.imagenet.counter_rng import uniform_draws
 from bdkd.data.imagenet.crops import NUM_DRAWS
 from bdkd.data.imagenet.index import Index
 from bdkd.data.imagenet.loader import Loader, Request
+from bdkd.data.imagenet.options import ImageNetConfig
 from bdkd.data.imagenet.rand_augment import draw_operations, rand_augment
 
 SIDE = 224
@@ -35,17 +44,17 @@ class ImageNet:
 
     Args:
         splits: ``train``, ``val`` and ``test``.
-        dtype: of training images; evaluation images are float32.
+        context: its ``dtype`` is that of training images; evaluation images are float32.
         digests: of the data set before it was split.
     """
 
     def __init__(
-        self, splits: dict[Split, Index], classes: tuple[str, ...], config: DataConfig,
-        make_loader: MakeLoader, *, seed: int, device: torch.device,
-        memory_format: torch.memory_format, dtype: torch.dtype, digests: Digests,
+        self, splits: dict[Split, Index], classes: tuple[str, ...], config: ImageNetConfig,
+        context: SourceContext, make_loader: MakeLoader, digests: Digests,
     ) -> None:  # fmt: skip
-        self.splits, self.config, self.seed, self.device = splits, config, seed, device
-        self.memory_format, self.dtype = memory_format, dtype
+        self.splits, self.config = splits, config
+        self.seed, self.device, self.memory_format, self.dtype = context
+        device, dtype = self.device, self.dtype
         self.mixes = config.mixup > 0 or config.cutmix > 0
         self.mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
@@ -54,7 +63,7 @@ class ImageNet:
         side = config.image_size or SIDE
         counts: dict[Split, int] = {split: len(index) for split, index in splits.items()}
         self.info = DataInfo(
-            "imagenet", classes, 3, (side, side), counts, Normalisation(MEAN, STD, 255.0),
+            config.source, classes, 3, (side, side), counts, Normalisation(MEAN, STD, 255.0),
             digests={split: digest.sha256 for split, digest in digests.items()},
             files={split: digest.images for split, digest in digests.items()},
         )  # fmt: skip

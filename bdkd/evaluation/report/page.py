@@ -1,10 +1,12 @@
 """Render the page of a report: the results, the figures and the list of runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bdkd.metrics import registered_metrics
 
 from . import charts, figures
 from .charts import number, percent, three_decimals
@@ -50,6 +52,7 @@ def render(
         results=_results(groups),
         comparisons=[(f.resolve().name, list(_blocks(markdown))) for f, markdown in comparisons],
         groups=groups,
+        registered=_registered(),
         curves=figures.Curves(groups, all(run.steps_per_epoch for run in runs if run.series)),
         figures=figures,
         missing=missing,
@@ -66,11 +69,16 @@ def render(
     return page + "\n", warnings
 
 
+def _registered() -> list[tuple[str, str, Callable[[float], str]]]:
+    """Return key, label and format of the metrics of plugins."""
+    return [(m.key, m.label, percent if m.percent else number) for m in registered_metrics()]
+
+
 def _results(groups: Sequence[Group]) -> dict[str, Any]:
     """Return caption, head and rows of the table of test results."""
     shown = [
         (metric, label, fmt)
-        for metric, label, fmt in _RESULTS
+        for metric, label, fmt in (*_RESULTS, *_registered())
         if any(len(g.results(n, metric)) for g in groups for n in g.networks)
     ]
     rows: list[list[object]] = []

@@ -5,6 +5,7 @@ Each run has notes about the files that cannot be read.
 
 import json
 import math
+import shlex
 import tomllib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bdkd.config.migration import migrate
 from bdkd.errors import RunError
 from bdkd.evaluation.predictions import Predictions, read_predictions
-from bdkd.metrics import CHARTED, STEP_CHARTED
+from bdkd.metrics import METRICS, STEP_CHARTED
+from bdkd.models.registry import default_options
+from bdkd.plugins import missing_plugins
 
 
 @dataclass
@@ -131,6 +135,10 @@ def read_run(path: Path) -> Run:
     summary = _read(path / "summary.json", json.loads, notes)
     profile = _read(path / "profile.json", json.loads, notes)
     series, steps_per_epoch = _read_metrics(path / "metrics.jsonl", notes)
+    config = _current(config)
+    needed = config.pop("plugins", [])
+    for name in missing_plugins(map(str, needed if isinstance(needed, list) else [])):
+        notes.append(f"metrics of a plugin are left out: --plugin {shlex.quote(name)} shows them")
     if not (path / "summary.json").exists():
         notes.append("not finished: there is no summary.json yet")
     predictions = None
@@ -203,6 +211,24 @@ def _read_metrics(
     return series, steps_per_epoch
 
 
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run as this version writes it, so that runs of an older version
+    are in one group with runs of this version."""
+    config = migrate(config)
+    networks = _table(config, "networks")
+    filled = {
+        name: {**network, "options": {**_defaults(network), **_table(network, "options")}}
+        for name, network in networks.items()
+        if isinstance(network, dict)
+    }
+    return {**config, "networks": {**networks, **filled}} if filled else config
+
+
+def _defaults(network: Mapping[str, Any]) -> dict[str, Any]:
+    model = network.get("model")
+    return default_options(model) if isinstance(model, str) else {}
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
@@ -214,9 +240,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Yield network, metric and value of the numbers of a line that have charts."""
+    charted = {metric.key for metric in METRICS.values() if metric.charted}
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from ((key, m, _drawable(v)) for m, v in value.items() if m in CHARTED)
+            yield from ((key, m, _drawable(v)) for m, v in value.items() if m in charted)
         elif key in STEP_CHARTED:
             yield "", key, _drawable(value)
 

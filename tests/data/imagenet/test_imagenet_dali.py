@@ -4,16 +4,16 @@ import pytest
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from bdkd.config import DataConfig
 from bdkd.data import create_source
 from bdkd.data.imagenet import dali
 from bdkd.data.imagenet.archives import _fields
 from bdkd.data.imagenet.dali import graph
+from bdkd.registry import SOURCES
 
 
 def source(root, device, dtype=torch.float32):
-    config = DataConfig(
-        source="imagenet", root=str(root), loader="dali", image_size=64, flip=True, workers=2
+    config = SOURCES.configure(
+        "imagenet", root=str(root), loader="dali", image_size=64, flip=True, workers=2
     )
     return create_source(config, 0, torch.device(device), torch.channels_last, dtype)
 

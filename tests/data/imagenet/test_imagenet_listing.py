@@ -12,10 +12,10 @@ from imagenet_trees import encoded, example, record
 from PIL import Image
 
 from bdkd.cli import main
-from bdkd.config import DataConfig
 from bdkd.data import create_source
 from bdkd.data.listing import archive_files, class_folders, image_files, record_files
 from bdkd.errors import RunError
+from bdkd.registry import SOURCES
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
 
@@ -38,7 +38,7 @@ def load(kind, root, **options):
     if kind != "folder source":
         options |= {"format": kind, "loader": "pillow", "workers": 0}
     source = "folder" if kind == "folder source" else "imagenet"
-    config = DataConfig(source=source, root=str(root), image_size=32, validation=0.0, **options)
+    config = SOURCES.configure(source, root=str(root), image_size=32, validation=0.0, **options)
     return create_source(config, 0, torch.device("cpu"), torch.channels_last)
 
 

@@ -7,10 +7,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.stats import beta, ks_2samp, kstest
 from sklearn.datasets import load_sample_images
 
-from bdkd.config import DataConfig
 from bdkd.data.imagenet.counter_rng import uniform_draws
 from bdkd.data.imagenet.crops import NUM_DRAWS, random_resized_crop, resize_and_center_crop
 from bdkd.data.imagenet.mixing import draw_mix, erase, erasing_boxes, mix_images, mix_labels
+from bdkd.data.imagenet.options import ImageNetConfig
 from bdkd.data.imagenet.rand_augment import OPERATIONS, draw_operations, rand_augment
 
 
@@ -55,7 +55,7 @@ def test_windows_lie_in_the_image(size):
 @pytest.mark.parametrize("count", [8, 7])
 def test_mixing_takes_of_the_neighbour_what_the_label_says(mixup, cutmix, count):
     """Each image is constant, its number: the mean pixel is the mean label."""
-    config = DataConfig(mixup=mixup, cutmix=cutmix)
+    config = ImageNetConfig("imagenet", mixup=mixup, cutmix=cutmix)
     drawn = draw_mix(config, 0, 3, 80, count, 32)
     share, cut, box = (torch.from_numpy(part) for part in drawn)
     numbers = torch.arange(count, dtype=torch.float32)
@@ -91,7 +91,9 @@ def test_shares_and_boxes_are_distributed_as_in_the_papers(mixup, cutmix):
     """Mixup's share follows Beta(alpha, alpha), which is not uniform and favours neither image.
     CutMix's box is that of its authors. With both, each image gets one of them."""
     side, count = 64, 8000
-    share, cut, box = draw_mix(DataConfig(mixup=mixup, cutmix=cutmix), 0, 0, 0, count, side)
+    share, cut, box = draw_mix(
+        ImageNetConfig("imagenet", mixup=mixup, cutmix=cutmix), 0, 0, 0, count, side
+    )
     assert share.dtype == np.float32
     expected = 0.5 if mixup and cutmix else float(cutmix > 0)
     assert cut.mean() == pytest.approx(expected, abs=0.02)

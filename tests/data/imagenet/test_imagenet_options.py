@@ -2,18 +2,19 @@
 
 import os
 import shutil
+import tomllib
 
 import pytest
+import tomli_w
 import torch
 from imagenet_sources import imagenet
 from imagenet_trees import labelled, wnid
 
-from bdkd.config import DataConfig
-from bdkd.data import create_source
+from bdkd.config import load_recipe, parse_recipe, to_toml
 from bdkd.data.imagenet import dali
 from bdkd.data.imagenet.loader import processors
 from bdkd.data.imagenet.pillow import Pillow
-from bdkd.data.in_memory import Images
+from bdkd.data.in_memory import Images, InMemoryConfig
 from bdkd.data.splits import make_splits
 from bdkd.errors import RunError, UsageError
 
@@ -61,19 +62,29 @@ def test_layouts_that_cannot_be_are_refused_in_one_line(copy, tree, tars, tmp_pa
     refused(r"no folder .*val: data\.root must hold")
 
 
+def as_toml(source: str, key: str, value: object) -> str:
+    """A recipe with one option of a data source."""
+    tables = tomllib.loads(to_toml(load_recipe("digits")))
+    tables["data"] = {"source": source, key: value}
+    return tomli_w.dumps(tables)
+
+
 @pytest.mark.parametrize(
-    ("options", "match"),
+    ("key", "value"),
     [
-        ({"crop": 4}, r"data\.crop does not apply"),
-        ({"crop_padding": "edge"}, r"data\.crop_padding does not apply"),
-        ({"cutout": 8}, r"data\.cutout does not apply"),
-        ({"pixel_noise": 0.1}, r"data\.pixel_noise does not apply"),
-        ({"train_images": 3}, r"data\.train_images must be between 5"),
+        ("crop", 4), ("crop_padding", "edge"), ("cutout", 8), ("pixel_noise", 0.1),
     ],
-)
-def test_options_of_other_sources_are_refused(tree, options, match):
-    with pytest.raises(UsageError, match=match):
-        imagenet(tree, **options)
+)  # fmt: skip
+def test_options_of_other_sources_are_refused(key, value):
+    text = as_toml("imagenet", key, value)
+    expected = rf"data\.{key} is an option of .*digits.*: remove it for the data source 'imagenet'"
+    with pytest.raises(UsageError, match=expected):
+        parse_recipe(text, "a recipe")
+
+
+def test_too_few_training_images_are_refused(tree):
+    with pytest.raises(UsageError, match=r"data\.train_images must be between 5"):
+        imagenet(tree, train_images=3)
 
 
 @pytest.mark.parametrize(("key", "value"), [
@@ -82,9 +93,9 @@ def test_options_of_other_sources_are_refused(tree, options, match):
     ("erasing", 0.1), ("mixup", 0.2), ("cutmix", 1.0),
 ])  # fmt: skip
 def test_other_sources_refuse_options_of_this_one(key, value):
-    config = DataConfig(source="synthetic", **{key: value})
-    with pytest.raises(UsageError, match=rf"data\.{key} is an option of the source imagenet"):
-        create_source(config, 0, torch.device("cpu"), torch.channels_last)
+    expected = rf"data\.{key} is an option of imagenet: remove it for the data source 'synthetic'"
+    with pytest.raises(UsageError, match=expected):
+        parse_recipe(as_toml("synthetic", key, value), "a recipe")
 
 
 def test_a_list_of_another_data_set_is_refused(tree, tmp_path):
@@ -127,7 +138,10 @@ def test_subsets_and_wrong_labels_are_those_of_sets_in_memory(tree):
     labels = torch.tensor([label for _, label in labelled(tree, "train")])
     numbers = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
     expected = make_splits(
-        DataConfig(**options), Images(numbers, labels), Images(numbers[:1], labels[:1]), 255
+        InMemoryConfig("made", **options),
+        Images(numbers, labels),
+        Images(numbers[:1], labels[:1]),
+        255,
     )
     names = [str(file.relative_to(tree)) for file, _ in labelled(tree, "train")]
     for split in ("train", "val"):

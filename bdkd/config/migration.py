@@ -1,0 +1,38 @@
+"""Convert recipes of older versions, such as the ``config.toml`` of an old run."""
+
+from typing import Any
+
+Table = dict[str, Any]
+
+# Until format 3 of checkpoints, [data] had the options of all sources, and [optimizer] those of all
+# optimizers. The defaults of those options:
+_IMAGENET: Table = {
+    "format": "folder", "loader": "auto", "smallest_crop": 0.08, "progressive": [], "erasing": 0.0,
+    "mixup": 0.0, "cutmix": 0.0,
+}  # fmt: skip
+_IN_MEMORY: Table = {"pixel_noise": 0.0, "crop": 0, "crop_padding": "zero", "cutout": 0}
+
+
+def migrate(recipe: Table) -> Table:
+    """Return the tables of a recipe in the current layout.
+
+    A recipe that a run wrote in the old layout contains ``[data.synthetic]`` for every source.
+    """
+    data, optimizer = recipe.get("data"), recipe.get("optimizer")
+    if not isinstance(data, dict) or not isinstance(data.get("synthetic"), dict):
+        return recipe
+    data = dict(data)
+    synthetic, source = data.pop("synthetic"), data.get("source", "digits")
+    if source == "synthetic":
+        data |= synthetic
+    foreign = _IN_MEMORY if source == "imagenet" else _IMAGENET
+    data = {key: value for key, value in data.items() if foreign.get(key, _USED) != value}
+    recipe = {**recipe, "data": data}
+    if isinstance(optimizer, dict):
+        sgd = optimizer.get("name", "sgd") == "sgd"
+        foreign_keys = ("betas",) if sgd else ("momentum", "nesterov")
+        recipe["optimizer"] = {k: v for k, v in optimizer.items() if k not in foreign_keys}
+    return recipe
+
+
+_USED = object()

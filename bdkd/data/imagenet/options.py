@@ -1,0 +1,55 @@
+"""Options of the data source imagenet."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from bdkd.config import Bounds, NotNegative, Share
+from bdkd.data.base import ImagesConfig
+from bdkd.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ImageNetConfig(ImagesConfig):
+    """Options of the source imagenet, whose images do not fit into memory."""
+
+    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
+    """Image files in folders (train/<wnid>), webdataset tar shards, or TFRecords."""
+    loader: Literal["auto", "dali", "pillow"] = "auto"
+    """Decode with NVIDIA DALI or with Pillow. auto: DALI if it is installed."""
+    workers: NotNegative[int] | None = None
+    """Number of decoding threads (dali) or processes (pillow) of each rank. Default: one for each
+    processor of the rank. 0: pillow decodes in the training process."""
+    exclude: str | None = None
+    """File with a list of images to leave out. bdkd data check writes such a file."""
+    smallest_crop: Annotated[float, Bounds(gt=0, le=1)] = 0.08
+    """Smallest area of a random crop, as a share of the image's area."""
+    progressive: tuple[tuple[int, int], ...] = ()
+    """Training resolution by epoch, as pairs of a first epoch and a side in pixels. Default:
+    data.image_size. Evaluation always uses data.image_size."""
+    rand_augment: tuple[int, int] | None = None
+    """Number of RandAugment operations per image, and their magnitude in [0, 10]."""
+    erasing: Share = 0.0
+    """Probability that a random rectangle of a training image is erased."""
+    mixup: NotNegative[float] = 0.0
+    """Alpha of mixup, which blends each image and label with the next one. 0: off."""
+    cutmix: NotNegative[float] = 0.0
+    """Alpha of CutMix, which pastes a part of the next image. 0: off. If mixup is on too, each
+    image gets one of the two."""
+
+    def check(self) -> None:
+        epochs = [epoch for epoch, _ in self.progressive]
+        ascending = epochs == sorted(set(epochs)) and all(epoch >= 0 for epoch in epochs)
+        if not ascending or not all(8 <= side <= 4096 for _, side in self.progressive):
+            raise UsageError(
+                "data.progressive must be pairs of a first epoch, ascending, and a side in "
+                f"[8, 4096], got {self.progressive}"
+            )
+        operations, magnitude = self.rand_augment or (1, 0)
+        if operations < 1 or not 0 <= magnitude <= 10:
+            raise UsageError(
+                "data.rand_augment must be a number of operations of at least 1, and a magnitude "
+                f"in [0, 10], got {self.rand_augment}"
+            )
+
+    def training_sizes(self) -> set[int | None]:
+        return {self.image_size} | {side for _, side in self.progressive}
