@@ -40,9 +40,9 @@ class Metric(NamedTuple):
     headline: bool = False
     """In the figure of ``bdkd compare``, and its test in the tables."""
     of_samples: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Of a registered metric: the function of logits and labels."""
+    """The function of logits and labels that a registered metric consists of."""
     reduce: Callable[[Tensor], Any] | None = None
-    """Of a registered metric: the function of the values of all samples."""
+    """What a registered metric computes from the values of all samples. None: their mean."""
 
     def show(self, value: float | None, sign: str = "") -> str:
         """Return a value as text for a table. ``sign`` is "+" for differences."""
@@ -125,9 +125,13 @@ def register_metric(
         key: its name in files.
         label: its name in tables. Default: ``key``.
         description: its name in sentences. Default: ``label``.
-        percent: it is a fraction, shown in percent.
-        digits: after the decimal point.
+        reduce: see above. Default: the mean.
+        percent: show the value, a fraction, in percent.
+        digits: number of digits after the decimal point.
         tested: ``bdkd compare`` tests differences from the first method.
+
+    Raises:
+        TypeError, ValueError: the key is not a plain name, or is taken.
     """
     if key in _OF_A_NETWORK:
         raise ValueError(

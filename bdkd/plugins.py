@@ -55,8 +55,8 @@ def plugin_arguments() -> list[str]:
 
 
 def merge_plugins(recorded: Iterable[str]) -> tuple[str, ...]:
-    """Return the plugins that a recipe records and those that the command line names, sorted. Of a
-    file only its name is recorded.
+    """Return the plugins that a recipe records and those that the command line names, sorted. Only
+    the name of a file is recorded, without its folder.
 
     Raises:
         UsageError: a recorded plugin is neither named nor installed, or cannot be one.

@@ -156,9 +156,9 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
 def select(recipe: Recipe, section: str, name: str) -> Recipe:
     """Select another objective, data source or optimizer.
 
-    Options that both have keep the values that the recipe set, and all others have the defaults of
-    what is selected. Of an objective, only ``label_smoothing`` and ``backend`` have the same
-    meaning for all.
+    An option that both have keeps its value, unless it had the default. All other options have the
+    defaults of what is selected. Objectives share only ``label_smoothing`` and ``backend``, because
+    the other options have another meaning for each.
 
     Raises:
         UsageError: nothing with this name is registered, or the recipe is not valid.
