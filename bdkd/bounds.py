@@ -1,4 +1,4 @@
-"""Bounds of options, which stand in the type of an option: ``Annotated[int, Bounds(ge=1)]``."""
+"""Bounds of options. They are part of the type of an option: ``Annotated[int, Bounds(ge=1)]``."""
 
 import dataclasses
 import math

@@ -95,7 +95,7 @@ for _metric in _BUILT_IN:
 SCALED = tuple(
     metric.key.removesuffix("_scaled") for metric in _BUILT_IN if metric.key.endswith("_scaled")
 )
-_OF_A_NETWORK = frozenset({"model", "role", "parameters"})  # keys beside the metrics
+_OF_A_NETWORK = frozenset({"model", "role", "parameters"})  # other keys of summary.json
 
 OfSamples = TypeVar("OfSamples", bound=Callable[..., Any])
 
@@ -178,6 +178,6 @@ OF_A_LINE = frozenset({
     "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps", "data_wait",
     "memory_mib", "mfu",
 })  # fmt: skip
-"""Keys of a line of ``metrics.jsonl`` beside the networks and the objective's statistics."""
+"""Keys of a line of ``metrics.jsonl`` that are neither networks nor statistics."""
 RESERVED = OF_A_LINE | {*OBJECTIVE_STATISTICS}
 """Names that a network cannot have."""

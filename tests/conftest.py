@@ -1,5 +1,8 @@
 """Settings of the whole suite."""
 
+import copy
+import sys
+
 import pytest
 from hypothesis import settings
 
@@ -24,3 +27,24 @@ def without_figures():
         for name in ("reliability_diagram", "training_curves"):
             patch.setattr(f"bdkd.runs.summary.{name}", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is gone after it."""
+    from bdkd import plugins
+    from bdkd.metrics import METRICS
+    from bdkd.models.registry import MODELS
+    from bdkd.registry import SELECTIONS
+
+    for registry in (MODELS, METRICS, *SELECTIONS):
+        registry.load()
+        for table in ("_items", "_owners"):
+            monkeypatch.setattr(registry, table, copy.copy(getattr(registry, table)))
+    monkeypatch.setattr(plugins, "_named", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    modules = set(sys.modules)
+    yield
+    for name in set(sys.modules) - modules:
+        if name.split(".")[0] == "my_plugin":
+            del sys.modules[name]

@@ -9,7 +9,6 @@ with ``# name.py``, which does not run by itself.
 """
 
 import ast
-import copy
 import os
 import re
 import shlex
@@ -25,13 +24,9 @@ import pytest
 import torch
 import tyro
 
-from bdkd import plugins
 from bdkd.cli import COMMANDS, main, take_plugins
 from bdkd.cli.compare_plan import parse_objective
 from bdkd.config import load_recipe, shipped_recipes
-from bdkd.metrics import METRICS
-from bdkd.models.registry import MODELS
-from bdkd.registry import SELECTIONS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -188,22 +183,6 @@ RUNNERS = {
     "srun": check_srun, "cd": lambda arguments: change_folder(arguments),
     **dict.fromkeys(("git", "tensorboard", "export", "sbatch"), nothing),
 }  # fmt: skip
-
-
-@pytest.fixture
-def registries(monkeypatch):
-    """What a page registers is gone after it."""
-    for registry in (MODELS, METRICS, *SELECTIONS):
-        registry.load()
-        for table in ("_items", "_owners"):
-            monkeypatch.setattr(registry, table, copy.copy(getattr(registry, table)))
-    monkeypatch.setattr(plugins, "_named", [])
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    modules = set(sys.modules)
-    yield
-    for name in set(sys.modules) - modules:
-        if name.split(".")[0] == "my_plugin":
-            del sys.modules[name]
 
 
 def write_file(body: str, folder: Path) -> bool:
