@@ -6,6 +6,7 @@ backend, and ``docs/in-your-trainer.md`` shows :func:`markdown`.
 """
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -483,20 +484,24 @@ class Networks(torch.nn.Module):
 
 
 def _with_one_rank(folder, wrap, package, backend) -> None:
-    plain = Networks(package, backend)
-    wrapped = copy.deepcopy(plain)
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{folder}/store")
     try:
-        wrapped = wrap(wrapped)
-        for module in (plain, wrapped):
-            module(S).backward()
-        for one, other in zip(plain.parameters(), wrapped.parameters(), strict=True):
-            gradient = other.grad
-            close(
-                gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient, one.grad
-            )
+        _compare_wrapped(wrap, package, backend)
     finally:
+        # The modules are freed first. Freed after the group, DDP's reducer would hold the GIL and
+        # wait for a thread of gloo, which may need the GIL to end.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _compare_wrapped(wrap, package, backend) -> None:
+    plain = Networks(package, backend)
+    wrapped = wrap(copy.deepcopy(plain))
+    for module in (plain, wrapped):
+        module(S).backward()
+    for one, other in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        gradient = other.grad
+        close(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient, one.grad)
 
 
 @feature("`DistributedDataParallel`", note="Wrap both networks as one module.")
