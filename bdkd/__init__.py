@@ -5,7 +5,6 @@
 
 import warnings
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 with warnings.catch_warnings():
@@ -52,8 +51,8 @@ __all__ = [
 def __getattr__(name: str):
     if name in _LATE:
         return getattr(import_module(_LATE[name]), name)
-    if name == "__version__":  # pyproject.toml's, the only place it is written
-        return version("bdkd")
+    if name == "__version__":
+        return import_module("bdkd.extras").bdkd_version()
     raise AttributeError(f"module 'bdkd' has no attribute {name!r}")
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import sys
+import warnings
 
 import torch
 
@@ -86,6 +87,10 @@ def set_flags(device: torch.device, train: TrainConfig) -> None:
     # may differ in the last bit.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not train.deterministic
     torch.backends.cudnn.deterministic = train.deterministic
+    # A backward pass begins with the logits' gradients, which the loss has computed already. If its
+    # first operator is a matrix product, autograd's thread has no CUDA context yet, and cuBLAS
+    # creates one: as intended, but with a warning.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
     if train.deterministic:  # read when cuBLAS is first used, which is later
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 # Package -> module. The rest of the extra (scikit-learn, matplotlib, tensorboard) is imported where
@@ -16,6 +17,14 @@ TRAINER_PACKAGES = {
     "tqdm": "tqdm",
     "tyro": "tyro",
 }
+
+
+def bdkd_version() -> str:
+    """Return the installed version of bdkd. It is unknown for a source tree on ``PYTHONPATH``."""
+    try:
+        return version("bdkd")  # pyproject.toml's, the only place it is written
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def missing_packages(packages: Iterable[str] = tuple(TRAINER_PACKAGES)) -> str | None:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Run the GPU session: check, time and explain the loss and the training step on one GPU.
 #
-#     bench/gpu.sh OUT [--stages 1 2 3 4] [--seconds N] [--dry-run]
+#     bench/gpu.sh OUT [--stages 1 2 3 4 5] [--seconds N] [--dry-run]
 #
 # Stage 1 (smoke): correctness and times of the kernels; alone by default, at most 90 s.
 # Stage 2 (race):  against eager, torch.compile and other packages; device tests; compute-sanitizer.
 # Stage 3 (why):   hardware counters; a small search for launch parameters.
 # Stage 4 (trainer): the training step of two networks.
+# Stage 5 (suite): the trainer's tests; their runs use the GPU.
 #
 # Stages run in order; a part that the remaining time does not allow is skipped. After every part OUT
 # holds summary.txt, measurements.jsonl, measurements.csv, results.json and logs.tar.gz.
@@ -15,11 +16,11 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 
-usage() { echo "usage: bench/gpu.sh OUT [--stages 1 2 3 4] [--seconds N] [--dry-run]" >&2; exit 2; }
+usage() { echo "usage: bench/gpu.sh OUT [--stages 1 2 3 4 5] [--seconds N] [--dry-run]" >&2; exit 2; }
 out="" stages="" total="" dry=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --stages) shift; while [ $# -gt 0 ] && [[ $1 =~ ^[1-4]$ ]]; do stages+=" $1"; shift; done ;;
+        --stages) shift; while [ $# -gt 0 ] && [[ $1 =~ ^[1-5]$ ]]; do stages+=" $1"; shift; done ;;
         --seconds) total=${2:?}; shift 2 ;;
         --dry-run) dry=(--dry-run); shift ;;
         -*) usage ;;
@@ -34,6 +35,7 @@ if [ -z "$total" ]; then
     [[ $stages == *2* ]] && total=$((total + 340))
     [[ $stages == *3* ]] && total=$((total + 115))
     [[ $stages == *4* ]] && total=$((total + 200))
+    [[ $stages == *5* ]] && total=$((total + 240))
 fi
 
 python=${PYTHON:-python3}
@@ -42,7 +44,10 @@ out=$(cd "$out" && pwd)
 scratch=$(mktemp -d)
 results=$scratch/results
 mkdir -p "$results/logs"
-export PYTHONPATH="kernels:.:bench:bench/gpu:tests/kernels:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+for folder in tests/training tests tests/kernels bench/gpu bench . kernels; do # tests run commands elsewhere
+    PYTHONPATH=$PWD/$folder:$PYTHONPATH
+done
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$scratch/triton TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
 export TORCHINDUCTOR_COMPILE_THREADS=8
 failed=""
@@ -129,6 +134,15 @@ for stage in $stages; do
             stage_end=$((SECONDS + 190))
             part "4 trainer" 25 190 "$python" bench/gpu/trainer.py "$results" --seconds SECONDS \
                 "${dry[@]}"
+            ;;
+        5)
+            stage_end=$((SECONDS + 230))
+            tests=(tests/training tests/evaluation tests/objectives tests/examples tests/test_cli.py
+                tests/test_compare.py tests/test_export.py tests/test_update_bn.py)
+            [ ${#dry[@]} -eq 0 ] || tests=(tests/training/test_overlap.py)
+            OMP_NUM_THREADS=1 part "5 suite" 60 230 "$python" -m pytest \
+                -n "$(nproc)" -q --tb=short --timeout 150 -p report_failures -p no:cacheprovider -o addopts= \
+                tests/training/test_devices.py "${tests[@]}"
             ;;
     esac
 done

@@ -431,11 +431,11 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
 
 
 def test_two_ranks_evaluate_a_run_as_one_process_does(run, capsys):
-    main(["evaluate", str(run), "--split", "test", "--json"])
+    main(["evaluate", str(run), "--split", "test", "--json", "--device", "cpu"])
     alone = json.loads(capsys.readouterr().out)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         "-m", "--", "bdkd", "evaluate", str(run), "--split", "test", "--json"],
+         "-m", "--", "bdkd", "evaluate", str(run), "--split", "test", "--json", "--device", "cpu"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

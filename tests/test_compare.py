@@ -27,7 +27,7 @@ from bdkd.runs.checkpoint import load_checkpoint
 
 TINY = [
     "digits", "--networks.teacher.model", "resnet8", "--max-steps", "3", "--train.batch-size", "32",
-    "--log-every", "1", "--jobs", "1", "--log",
+    "--log-every", "1", "--jobs", "1", "--log", "--train.deterministic",
 ]  # fmt: skip
 TWO = ["--methods", "independent", "bdkd", "--seeds", "2"]
 LONGER = ["--methods", "independent", "bdkd", "--seeds", "1", "--max-steps", "60",

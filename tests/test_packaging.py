@@ -9,7 +9,7 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import bdkd
+from bdkd.cli import main
 from bdkd.extras import TRAINER_PACKAGES
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +200,17 @@ def test_the_version_is_written_in_one_place():
     for name in listed.splitlines():
         text = (ROOT / name).read_text("utf-8") if (ROOT / name).exists() else ""
         assert not re.search(rf"version\s*[:=]\s*[\"']?{re.escape(number)}\b", text), name
+
+
+def test_a_source_tree_that_is_not_installed_has_an_unknown_version(monkeypatch, capsys):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("bdkd.extras.version", missing)
+    assert bdkd.__version__ == "0+unknown"
+    main(["--version"])
+    main(["doctor"])
+    assert "0+unknown, Python" in capsys.readouterr().out
 
 
 def test_wheels_are_made_for_both_linux_architectures():

@@ -5,10 +5,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from bdkd.errors import Interrupted, RunError, UsageError
-from bdkd.extras import missing_packages
+from bdkd.extras import bdkd_version, missing_packages
 
 COMMANDS = {
     "train": "train the networks of a recipe together",
@@ -103,7 +102,7 @@ def run(given: list[str]) -> None:
         print(usage())
         return
     if given[0] == "--version":
-        print(f"bdkd {version('bdkd')}")
+        print(f"bdkd {bdkd_version()}")
         return
     command, *rest = given
     if command not in COMMANDS:

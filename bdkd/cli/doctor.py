@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from bdkd.errors import RunError
-from bdkd.extras import TRAINER_PACKAGES
+from bdkd.extras import TRAINER_PACKAGES, bdkd_version
 
 # Extras of bdkd, and the distributions and modules that they install
 OPTIONAL = {
@@ -72,7 +72,7 @@ def examine() -> list[Finding]:
     variables = sorted(key for key in os.environ if key.startswith(VARIABLES))
     environment = " ".join(f"{key}={os.environ[key]}" for key in variables)
     return [
-        Finding("bdkd", True, f"{version('bdkd')}, Python {platform.python_version()}"),
+        Finding("bdkd", True, f"{bdkd_version()}, Python {platform.python_version()}"),
         Finding("system", True, platform.platform()),
         Finding("CPU", True, _processor()),
         Finding("environment", True, environment or "no variable that affects a run"),

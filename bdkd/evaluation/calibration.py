@@ -134,9 +134,7 @@ class Calibration:
     @staticmethod
     def _add(total: Tensor, rows: Tensor, bins: Tensor, values: Tensor) -> None:
         """Add values to ``total`` (R, BINS) at rows and bins. The three arguments broadcast."""
-        # On the CPU, one-dimensional index_add_ adds the values one by one, so that the sums do not
-        # depend on the batch sizes. A matrix product or the sum of a batch would round differently.
-        total.view(-1).index_add_(0, (BINS * rows + bins).flatten(), values.flatten())
+        _add_at(total.view(-1), (BINS * rows + bins).flatten(), values.flatten())
 
     def merge(self, other: "Calibration") -> None:
         """Add the samples of another calibration, such as another shard of the data set."""
@@ -334,9 +332,20 @@ def _adaptive_ece(confidences: Tensor, corrects: Tensor) -> float:  # (N,), (N,)
     rank = torch.searchsorted(confidence, confidence)  # (N,)
     bins = (rank * BINS // count).clamp(max=BINS - 1)  # (N,)
     totals = confidence.new_zeros(2, BINS)
-    totals[0].index_add_(0, bins, correct)
-    totals[1].index_add_(0, bins, confidence)
+    _add_at(totals[0], bins, correct)
+    _add_at(totals[1], bins, confidence)
     return (totals[0] - totals[1]).abs().sum().item() / count
+
+
+def _add_at(total: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add values (N,) to ``total`` at ``index`` (N,), with the same rounding every time."""
+    if total.is_cuda:
+        # index_add_ is atomic there and adds in any order; this sorts by index first.
+        total.index_put_((index,), values.to(total.dtype), accumulate=True)
+    else:
+        # The values are added one by one, so that the sums do not depend on the batch sizes. A
+        # matrix product or the sum of a batch would round differently.
+        total.index_add_(0, index, values.to(total.dtype))
 
 
 def _check_tensor(name: str, value: object) -> None:

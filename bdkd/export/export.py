@@ -5,7 +5,6 @@ import dataclasses
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from bdkd.errors import RunError, UsageError, first_line
 from bdkd.export.card import MARK, model_card
 from bdkd.export.facts import VERSION, Facts, Format
 from bdkd.export.formats import FORMATS, decode, encode, open_network, without_others
+from bdkd.extras import bdkd_version
 from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, write_atomically
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.resume import check_data, warn_of_copied_statistics
@@ -72,7 +72,7 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
         raise RunError(f"{checkpoint} does not match its recipe: {name}: {mismatch}")
     network.load_state_dict(weights)
     info, config, step = components.source.info, recipe.networks[member], saved["position"]["step"]
-    versions = {"bdkd": version("bdkd"), "torch": str(torch.__version__)}
+    versions = {"bdkd": bdkd_version(), "torch": str(torch.__version__)}
     if commit := _commit(Path(__file__)):
         versions["commit"] = commit
     facts = Facts(

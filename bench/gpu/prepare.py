@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT / folder) for folder in ("kernels", ".", "bench", "bench/gpu")]
 FOLDER = ROOT / ".gpu"
 LIMIT = 60 * 2**20  # bytes of .gpu: 64 MiB travel, with the repository
-WHEELS = ("msgspec", "tomli_w", "liger-kernel", "orda-kernel", "cut-cross-entropy")
+WHEELS = ("msgspec", "tomli_w", "tyro", "docstring-parser", "typeguard", "liger-kernel",
+          "orda-kernel", "cut-cross-entropy")  # fmt: skip
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 # Shape and dtype of every call, the most wanted first.

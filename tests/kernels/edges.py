@@ -409,8 +409,8 @@ def offline_makes_no_teacher_gradient(backend, device="cpu"):
     both = run(s, t, y, backend)
     for a, b in zip(judged(s, t, y, backend, offline=True), both, strict=True):
         assert a.dt is None
-        assert torch.equal(a.ds, b.ds)
-        assert torch.equal(a.teacher, b.teacher)
+        close("ds", a.ds, b.ds, 1e-6)
+        close("teacher", a.teacher, b.teacher, 1e-6)
     out = bdkd_loss(s.requires_grad_(), t, y, backend=backend)
     assert not out.teacher.requires_grad
     (dt,) = bdkd_loss_and_grad(s.detach(), t.requires_grad_(), y, backend=backend)[1][1:]
@@ -563,9 +563,9 @@ def gradients_are_written_into_given_tensors(backend, device="cpu"):
             again, given = bdkd_loss_and_grad(s, t, y, backend=backend, grads=grads)
             assert given[0] is grads[0]
             assert given[1] is grads[1]
-            assert torch.equal(given[0], want[0])
-            assert torch.equal(given[1], want[1])
-            assert torch.equal(again.student, out.student)
+            # Other strides, or one gradient less, are another kernel, which may round otherwise.
+            torch.testing.assert_close(given, want)
+            torch.testing.assert_close(again.student, out.student)
         around = wide[0]._base
         assert around[:, :3].isnan().all()
         assert around[:, 14:].isnan().all()
@@ -573,11 +573,12 @@ def gradients_are_written_into_given_tensors(backend, device="cpu"):
         for one in ((torch.empty_like(s), None), (None, torch.empty_like(t))):
             given = bdkd_loss_and_grad(s, t, y, backend=backend, grads=one)[1]
             for x, y_ in zip(given, want, strict=True):
-                assert x is None or torch.equal(x, y_)
+                if x is not None:
+                    torch.testing.assert_close(x, y_)
             assert [x is None for x in given] == [x is None for x in one]
         none = bdkd_loss_and_grad(s, t, y, backend=backend, grads=(None, None))
         assert none[1] == (None, None)
-        assert torch.equal(none[0].student, out.student)
+        torch.testing.assert_close(none[0].student, out.student)
 
 
 @edge

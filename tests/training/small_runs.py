@@ -30,7 +30,7 @@ ROLES = ("teacher", "student")
 SMALL = [
     "digits", "--networks.teacher.model", "resnet8", "--train.epochs", "2",
     "--train.ema-decay", "0.9", "--train.clip-norm", "5", "--checkpoint.every-steps", "5",
-    "--log-every", "1", "--log",
+    "--log-every", "1", "--log", "--train.deterministic",
 ]  # fmt: skip
 
 
