@@ -7,6 +7,9 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from bdkd.interrupts import exit_during_imports
+
+exit_during_imports()
 with warnings.catch_warnings():
     # Without numpy, which the loss does not need, torch warns when it is imported.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from operator import ge, gt, le, lt
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from bdkd.errors import UsageError
+from bdkd.errors import UsageError, shown
 
 
 class Bounds(NamedTuple):
@@ -60,17 +60,28 @@ def check_bounds(options: Any, key: str) -> None:
 
 
 def check_value(key: str, value: object, hint: Any = None) -> None:
-    """Raise ``UsageError`` if a number is not finite, or not within the bounds of its type.
+    """Raise ``UsageError`` if a number is not finite, not within the bounds of its type, or an
+    integer of more than 64 bits; or if a string cannot be a path or be written as UTF-8.
 
     Args:
-        value: a number, a tuple of numbers, or anything else, which passes.
+        value: a number, a string, a tuple of them, or anything else, which passes.
         hint: the type of the value.
     """
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and ("\0" in text or _is_not_utf8(text)):
+            raise UsageError(f"{key} must be UTF-8 text without NUL, got {shown(text)}")
     for number, bounds in _numbers(value, hint, None):
         if bounds is not None and not bounds.contains(number):
-            raise UsageError(f"{key} must be {bounds}, got {value}")
+            raise UsageError(f"{key} must be {bounds}, got {shown(value)}")
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise UsageError(f"{key} must be within 64 bits, got {shown(value)}")
         if isinstance(number, float) and not math.isfinite(number):
-            raise UsageError(f"{key} must be finite, got {value}")
+            raise UsageError(f"{key} must be finite, got {shown(value)}")
+
+
+def _is_not_utf8(text: str) -> bool:
+    """Return whether Python has put surrogates for bytes of a command line or a file name."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _numbers(

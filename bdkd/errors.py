@@ -26,3 +26,19 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its type if it has no text."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why an operation failed, without the number and the file in the text of an OSError."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def shown(value: object, length: int = 60) -> str:
+    """Return a value for a message, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        return "an integer of thousands of digits"
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= length else f"{text[: length - 3]}..."

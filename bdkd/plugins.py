@@ -17,6 +17,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from bdkd.errors import RunError, UsageError
+from bdkd.text import expand_user
 
 GROUP = "bdkd.plugins"
 
@@ -38,12 +39,12 @@ def load_plugins(names: Iterable[str]) -> None:
     for name in names:
         try:
             if name.endswith(".py"):
-                _import_file(Path(name).expanduser())
+                _import_file(expand_user(name, "--plugin"))
             else:
                 _import_module(name)
         except (UsageError, RunError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RunError(_failed(f"the plugin {name}", error)) from error
         if _key(name) not in map(_key, _named):
             _named.append(name)
@@ -98,7 +99,7 @@ def load_installed() -> None:
     for entry in _installed:
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _installed = None  # so that the next call fails too
             package = entry.dist.name if entry.dist else "?"
             failed = _failed(f"the plugin {entry.value} of the package {package}", error)
@@ -123,7 +124,7 @@ def _import_module(name: str) -> None:
 
 
 def _import_file(path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"there is no plugin {path}: --plugin takes a .py file or a module")
     loaded = path.stem in sys.modules
     with contextlib.suppress(ImportError, ValueError):  # modules that are made without a spec
@@ -143,6 +144,6 @@ def _import_file(path: Path) -> None:
         raise
 
 
-def _failed(what: str, error: Exception) -> str:
+def _failed(what: str, error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
     return f"cannot import {what}: {type(error).__name__}: {text}"

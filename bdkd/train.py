@@ -21,7 +21,7 @@ from bdkd.distributed.launch import (
 from bdkd.engine.components import build_components
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.plan import plan
-from bdkd.runs.weights import load_initial_weights
+from bdkd.runs.weights import check_initial_weights, load_initial_weights
 from bdkd.trainer import Trainer
 
 
@@ -44,7 +44,9 @@ def main(given: list[str]) -> None:
                 redirect_output(folder.logs, context.rank)
             train(arguments, folder, context)
         elif context.is_rank0:
-            print(plan(build_components(arguments.config), arguments.images_per_second))
+            components = build_components(arguments.config)
+            check_initial_weights(components.recipe, components.objective.frozen)
+            print(plan(components, arguments.images_per_second))
     if quiet and context.is_rank0:
         print(arguments.config.run_dir)
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from bdkd.data import Batch, Split
+from bdkd.engine import interruption
 from bdkd.engine.compiled import choose_forward_backward
 from bdkd.engine.components import Components
 from bdkd.engine.cuda_graph import CapturedStep
@@ -74,13 +75,23 @@ class Trainer:
         """Do the device's work of a step. It is the same in every step and changes tensors in
         place, so that a CUDA graph can replay it."""
         buffers = SavedBuffers(self.state.networks.buffers())
+        try:
+            self._add_gradients(batch)
+        except interruption.CompilationInterrupted:
+            # Other micro-batches of the step, or a part of this one, may have been done.
+            buffers.restore(where=torch.ones((), dtype=torch.bool, device=self.state.device))
+            self.state.networks.zero_grad()
+            raise
+        with named_range("optimizer"):
+            self.update_parameters(buffers)
+
+    def _add_gradients(self, batch: Batch) -> None:
+        """Compute the gradients of a batch, one micro-batch after the other."""
         for micro_batch, last in batch.micro_batches(self.accumulate):
             with self.state.sync_gradients(enabled=last):
                 output = self.forward_backward(micro_batch)
             with named_range("statistics"):
                 self.meter.update(output, float(self.batch_size))
-        with named_range("optimizer"):
-            self.update_parameters(buffers)
 
     def update_parameters(self, buffers: SavedBuffers) -> None:
         """Update the networks and averages, or skip the step if a loss or gradient is not finite.
@@ -153,10 +164,7 @@ class Trainer:
             self.checkpointer = Checkpointer(self.state, folder, warn=self.logger.line)
             stack.callback(self.checkpointer.close)
             with (
-                # With one rank, every step ends.
-                StopRequest(
-                    self.recipe.distributed.grace if self.context.is_distributed else None
-                ) as stop,
+                self._stop_request() as stop,
                 StepProfiler(
                     profile_steps, remaining, folder.path, self.state.device, self.logger.line,
                     self.context.rank,
@@ -165,6 +173,14 @@ class Trainer:
                 self._train_loop(stop, profiler)
             self.logger.close()
             return summarise(self.components, self.state, folder)
+
+    def _stop_request(self) -> StopRequest:
+        if self.context.is_distributed:  # another rank may hang, and all must stop after one step
+            return StopRequest(self.recipe.distributed.grace)
+        if self.recipe.train.cuda_graph:  # the steps before a capture change the state
+            return StopRequest()
+        interruption.reset()
+        return StopRequest(first=interruption.request)
 
     def _train_loop(self, stop: StopRequest, profiler: StepProfiler) -> None:
         """Run every step that remains."""
@@ -180,9 +196,12 @@ class Trainer:
             )  # fmt: skip
             for batch in self.throughput.watch(batches):
                 self.context.location = f"step {self.state.progress.step + 1}"
-                self.train_step(batch)
-                self._after_step(epoch, stop)
-                profiler.step()
+                try:
+                    self.train_step(batch)
+                except interruption.CompilationInterrupted:
+                    assert stop.signal is not None
+                    self._save_and_stop(stop.signal)
+                self._after_step(epoch, stop, profiler)
                 if self.state.progress.step == self.last_step:
                     break
         self.finish_files()
@@ -199,11 +218,12 @@ class Trainer:
         if unsaved or best:
             self.save(newest=unsaved, best=best)
 
-    def _after_step(self, epoch: int, stop: StopRequest) -> None:
+    def _after_step(self, epoch: int, stop: StopRequest, profiler: StepProfiler) -> None:
         """Log, evaluate and save if it is time, and stop if a signal came.
 
         Args:
             epoch: of the step that was done.
+            profiler: its step ends before the evaluation and the checkpoint.
         """
         progress = self.state.progress
         last = progress.step == self.last_step
@@ -218,6 +238,7 @@ class Trainer:
         )
         if signal and not last:
             self._save_and_stop(signal)
+        profiler.step()
         # The evaluation comes first: a checkpoint knows the result of its own step.
         best = progress.validation_due and self.validate()
         newest = self.checkpointer.is_due(bool(overdue), last)
@@ -265,7 +286,8 @@ class Trainer:
 
     @in_range("evaluation")
     def validate(self) -> bool:
-        """Evaluate on the validation images. Returns whether the student is the best so far.
+        """Evaluate on the validation images. Returns whether the student is the best so far, and
+        False if ``train.select`` does not select the best.
 
         With ``watch_test`` the test images are evaluated too. Their results are logged and never
         choose a checkpoint.
@@ -289,6 +311,8 @@ class Trainer:
         return results
 
     def _is_best(self, results: dict[str, CalibrationResult]) -> bool:
+        if self.recipe.train.select != "best":
+            return False
         judges = self.state.selection_networks()
         top1 = sum(results[name].top1 for name in judges) / len(judges)
         # Of equal ones the later, because its learning rate was lower.
@@ -310,12 +334,14 @@ class Trainer:
         self.logger.flush()
 
     def _save_and_stop(self, signal_number: int) -> NoReturn:
-        self.save(newest=True, best=False)
-        self.finish_files()
         folder, step = self.checkpointer.folder, self.state.progress.step
+        saved = "before the first step; nothing had to be saved"
+        if step:
+            self.save(newest=True, best=False)
+            saved = f"at step {step}, saved in {folder.step_path(step)}"
+        self.finish_files()
         command = ["bdkd", "train", *plugin_arguments(), "--resume", "--run-dir", str(folder.path)]
         raise Interrupted(
             signal_number,
-            f"stopped at step {step}, saved in {folder.step_path(step)}; continue with: "
-            + shlex.join(command),
+            f"stopped {saved}; continue with: " + shlex.join(command),
         )

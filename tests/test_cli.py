@@ -248,7 +248,7 @@ def test_unknown_options_exit_2_and_name_the_nearest(arguments, expected, capsys
     [
         ("[train]\nepoch = 3", ["train.epoch", "'epochs'"]),
         ("[networks.a]\nmodle = 'x'", ["networks.a.modle", "'model'"]),
-        ("[train]\ncompile = 'no'", ["bool", "train.compile"]),
+        ("[train]\ncompile = 'no'", ["true or false", "train.compile"]),
         ("name = ", ["not valid TOML"]),
         ("name = 'x'", ["networks"]),
     ],
@@ -407,7 +407,7 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
         ),
         (
             ["train", "digits", "--networks.student.weights", str(plain)],
-            ["networks.student.weights", str(plain), "lacks"],
+            ["networks.student.weights", str(plain), "needs 'conv.weight'"],
         ),
         (["train", "digits", "--networks.student.weights", "gone.pt"], ["gone.pt"]),
         (["train", "digits", "--run-dir", str(blocked / "run")], [str(blocked), "--run-dir"]),
@@ -455,7 +455,7 @@ def test_weights_of_a_run_start_another(run, tmp_path):
     from bdkd.runs.weights import network_weights
 
     best = best_of(run)
-    weights = network_weights(load_checkpoint(best)[1], "student", best)
+    weights = network_weights(load_checkpoint(best)[1], "student_ema", best)  # as in timm
     weights = {key: value.contiguous() for key, value in weights.items()}  # safetensors' rule
     torch.save(weights, tmp_path / "weights.pt")
     save_file(weights, tmp_path / "weights.safetensors")

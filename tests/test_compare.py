@@ -273,7 +273,7 @@ USAGE = {
     "option": (["digits", "--methods", "bdkd:gama=1"], ["no option 'gama'", "'gamma'"]),
     "option of another": (["digits", "--methods", "dml:gamma=1"], ["dml has no option 'gamma'"]),
     "no value": (["digits", "--methods", "bdkd:gamma"], ["'gamma' needs a value"]),
-    "bad value": (["digits", "--methods", "bdkd:gamma=x"], ["gamma", "float"]),
+    "bad value": (["digits", "--methods", "bdkd:gamma=x"], ["gamma", "a number"]),
     "value out of range": (["digits", "--methods", "bdkd:gamma=0.5"], ["gamma", "0.5"]),
     "seeds": (["digits", "--seeds", "1", "1"], ["different seeds", "1 1"]),
     "negative seed": (["digits", "--seeds", "-1"], ["--seeds"]),

@@ -16,7 +16,8 @@ PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kern
 # distributed -> kernels.
 LEAVES = {
     "bdkd._torch_compat", "bdkd.bounds", "bdkd.config", "bdkd.device", "bdkd.errors",
-    "bdkd.extras", "bdkd.identity", "bdkd.metrics", "bdkd.plugins", "bdkd.registry", "bdkd.text",
+    "bdkd.extras", "bdkd.identity", "bdkd.interrupts", "bdkd.metrics", "bdkd.plugins",
+    "bdkd.registry", "bdkd.text",
 }  # fmt: skip
 ENGINE = {
     "bdkd.engine", "bdkd.evaluation", "bdkd.distributed", "bdkd.objectives", "bdkd.data",
@@ -44,11 +45,12 @@ ALLOWED = {
     "bdkd.extras": set(),
     "bdkd.bounds": {"bdkd.errors"},
     "bdkd.metrics": {"bdkd.registry"},
-    "bdkd.plugins": {"bdkd.errors"},
+    "bdkd.plugins": {"bdkd.errors", "bdkd.text"},
     "bdkd.registry": {"bdkd.errors", "bdkd.plugins"},
     "bdkd.text": {"bdkd.errors"},
     "bdkd.errors": set(),
     "bdkd.identity": {"bdkd.errors"},
+    "bdkd.interrupts": set(),
 }  # fmt: skip
 
 

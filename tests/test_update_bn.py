@@ -141,7 +141,8 @@ def test_a_frozen_network_keeps_its_statistics(run, tmp_path):
     source = max((run / "checkpoints").glob("step-*.pt"))
     text, state = load_checkpoint(source)
     frozen = parse_recipe(text, "a checkpoint")
-    teacher = dataclasses.replace(frozen.networks["teacher"], frozen=True)
+    teacher = frozen.networks["teacher"]
+    teacher = dataclasses.replace(teacher, frozen=True, weights="random")
     frozen = dataclasses.replace(frozen, networks={**frozen.networks, "teacher": teacher})
     # A frozen network has no moments: the optimizer's state is that of a run without it.
     components = components_of(frozen)

@@ -1,13 +1,18 @@
 """The command line: ``bdkd COMMAND``. A failure prints one line; ``--debug`` prints a traceback."""
 
+import contextlib
+import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from bdkd.cli.streams import open_closed_streams
 from bdkd.errors import Interrupted, RunError, UsageError
 from bdkd.extras import bdkd_version, missing_packages
+from bdkd.interrupts import exit_now, is_interrupted, remember_interrupt
 
 COMMANDS = {
     "train": "train the networks of a recipe together",
@@ -20,9 +25,12 @@ COMMANDS = {
     "doctor": "show what is installed on this machine, and how to install the rest",
 }
 
+LONGEST = 2000  # characters of a message
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with 0, 1 (failure), 2 (wrong usage) or 128 + n (signal n)."""
+    open_closed_streams()
     if message := missing_packages():
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for each machine under torchrun
             print(f"bdkd: {message}", file=sys.stderr)
@@ -32,21 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [argument for argument in given if argument != "--debug"]
     if os.environ.get("NO_COLOR"):  # https://no-color.org; tyro reads another variable
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
-    try:
-        run(given)
-        code = 0
-    except Exception as error:
-        code = _report(error, debug)
-    except KeyboardInterrupt:
-        print("bdkd: interrupted", file=sys.stderr)
-        code = 130
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with remember_interrupt():
+        try:
+            run(given)
+            code = 0
+        except Exception as error:
+            code = _report_interrupt() if is_interrupted() else _report(error, debug)
+        except KeyboardInterrupt:
+            code = _report_interrupt()
+    if arguments is None:  # not called from Python
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended
     if "RANK" in os.environ:
         from bdkd.distributed.launch import exit_rank, is_initialized
 
         if is_initialized():
             exit_rank(code)
+    if code == 130 and is_interrupted() and arguments is None:
+        exit_now(code)
     if code:  # else return, so that Python callers can continue
         sys.exit(code)
+
+
+def _report_interrupt() -> int:
+    print("bdkd: interrupted", file=sys.stderr)
+    return 130
 
 
 def _report(error: Exception, debug: bool) -> int:
@@ -63,8 +83,16 @@ def _report(error: Exception, debug: bool) -> int:
 
         if not report_failure(error):
             return code
-    print(f"bdkd: {message}", file=sys.stderr)
+    print(f"bdkd: {_one_line(message)}", file=sys.stderr)
     return code
+
+
+def _one_line(message: str) -> str:
+    """Escape the control characters of a message, such as a line feed in a file name, and shorten
+    long values in it."""
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    text = "".join(escaped)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def outcome(error: Exception) -> tuple[int, str]:
@@ -73,7 +101,14 @@ def outcome(error: Exception) -> tuple[int, str]:
         return 2 if isinstance(error, UsageError) else 1, str(error)
     if isinstance(error, Interrupted):
         return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return 1, f"cannot use {error.filename}: {error.strerror}; give another path, or mend it"
+    if isinstance(error, OSError) and error.strerror:  # of a stream, such as standard output
+        return 1, f"cannot read or write a stream: {error.strerror}; mend this and try again"
     text = " ".join(str(error).split())[:500]
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        what = f" ({text})" if isinstance(error, MemoryError) and text else ""
+        return 1, f"not enough memory{what}: use smaller networks, images, batches or numbers"
     return 1, f"{type(error).__name__}: {text} (--debug shows where)"
 
 

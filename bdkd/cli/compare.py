@@ -45,7 +45,7 @@ def run(given: list[str]) -> None:
     if name is None and not {"-h", "--help"} & set(given):
         known = f"{', '.join(shipped_recipes())} or a TOML file"
         raise UsageError(f"compare needs a recipe as its first argument: {known}")
-    name = name or shipped_recipes()[0]
+    name = shipped_recipes()[0] if name is None else name
     line = given if given[:1] == [name] else [name, *given]
     default = Arguments(recipe=name, config=load_recipe(name))
     arguments = parse_options(Arguments, "bdkd compare", line, default)

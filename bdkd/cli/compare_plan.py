@@ -1,8 +1,8 @@
 """Plan the runs of ``bdkd compare``: objectives, seeds, recipes and teachers."""
 
 import dataclasses
-import json
 import os
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,11 @@ from typing import Any
 import msgspec
 
 from bdkd.config import ObjectiveConfig, Recipe, differing_keys, nearest, select
-from bdkd.errors import RunError, UsageError
+from bdkd.config.convert import needed_for
+from bdkd.errors import RunError, UsageError, shown
 from bdkd.registry import OBJECTIVES
+
+MAX_SEEDS = 10_000
 
 TEACHERS = "independent"  # the objective that trains the teachers of kd
 
@@ -53,6 +56,8 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
     """Return the seeds: N seeds for one number N, else the numbers."""
     if not given or min(given) < 0:
         raise UsageError(f"--seeds must be a number of seeds or several seeds, got {list(given)}")
+    if len(given) == 1 and given[0] > MAX_SEEDS:
+        raise UsageError(f"--seeds must be at most {MAX_SEEDS:,} seeds, got {shown(given[0])}")
     seeds = list(range(max(1, given[0]))) if len(given) == 1 else list(given)
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds must be different seeds, got {' '.join(map(str, seeds))}")
@@ -77,7 +82,17 @@ def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
     try:
         given = msgspec.convert({**values, **options}, type(config), strict=False)
     except msgspec.ValidationError as error:
-        raise UsageError(f"--methods {label}: {error}") from error
+        # One option does not fit its type: convert() names it and the value.
+        for key, value in options.items():
+            hint = typing.get_type_hints(type(config), include_extras=True)[key]
+            try:
+                msgspec.convert(value, hint, strict=False)
+            except msgspec.ValidationError:
+                needed = needed_for(hint)
+                raise UsageError(
+                    f"--methods {name}: {key} must be {needed}, got {shown(value)}"
+                ) from error
+        raise UsageError(f"--methods {shown(label)} has a value that does not fit") from error
     return dataclasses.replace(config, **{key: getattr(given, key) for key in options})
 
 
@@ -140,12 +155,7 @@ def room_for(recipe: Recipe) -> int:
 
 def read_summary(run: PlannedRun) -> dict[str, Any]:
     """Return the content of a run's ``summary.json``. Raise ``RunError`` if it is invalid."""
-    path = run.path / "summary.json"
-    try:
-        summary = json.loads(path.read_text("utf-8"))
-        if not summary["networks"].keys() or summary["wall_seconds"] < 0:
-            raise ValueError("it contains no networks")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "remove it and run the same command again to rewrite it"
-        raise RunError(f"cannot read {path}: {remedy}") from error
-    return summary
+    from bdkd.runs.folder import RunFolder
+
+    remedy = "remove it and run the same command again to rewrite it"
+    return RunFolder(run.path).read_summary(remedy)

@@ -16,13 +16,14 @@ from bdkd.runs.checkpoint import explain_oserror
 from bdkd.runs.folder import RunFolder, selected_checkpoint
 from bdkd.runs.log import Console
 from bdkd.runs.signals import StopRequest
+from bdkd.text import without_waiting
 
 
 def locked(folder: Path) -> IO[str]:
     """Create and lock a folder. Close the returned file to unlock it."""
     with explain_oserror(f"cannot write the folder {folder}", "choose another --folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed by the caller
+        lock = open(folder / ".lock", "w", opener=without_waiting)  # noqa: SIM115 - closed by the caller
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

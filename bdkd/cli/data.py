@@ -8,6 +8,7 @@ import tyro
 
 from bdkd.config import nearest
 from bdkd.errors import RunError, UsageError
+from bdkd.text import expand_user
 
 ACTIONS = {
     "fetch": "download a data set, check its hash and unpack it",
@@ -61,7 +62,7 @@ def fetch(given: list[str]) -> None:
 
     from bdkd.data import fetch as fetching
 
-    folder = fetching.fetch(arguments.name, arguments.to.expanduser())
+    folder = fetching.fetch(arguments.name, expand_user(arguments.to, "--to"))
     print(f"{arguments.name} is in {folder}: train with --data.root {arguments.to}")
 
 
@@ -73,7 +74,7 @@ def check(given: list[str]) -> None:
 
     from bdkd.data.imagenet import check as checking
 
-    root, to = arguments.root.expanduser(), arguments.to.expanduser()
+    root, to = expand_user(arguments.root, "ROOT"), expand_user(arguments.to, "--to")
     report = checking.check(root, arguments.format, arguments.workers)
     for split, counts in report.counts.items():
         span = f"{counts.min():,} to {counts.max():,} in a class"
@@ -93,7 +94,8 @@ def check(given: list[str]) -> None:
         problems.append(f"{found}: fetch them again, or train with --data.exclude {to}")
     if lacking := report.lacking:
         named = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-        problem = "classes have fewer than 2 training images or none in val"
+        have = "class has" if len(lacking) == 1 else "classes have"
+        problem = f"{have} fewer than 2 training images or none in val"
         problems.append(f"{len(lacking):,} {problem} ({named})")
     if problems:
         raise RunError("; ".join(problems))

@@ -14,14 +14,15 @@ class Arguments:
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """The folder of a run (exports its selected checkpoint) or a checkpoint file."""
-    to: Literal["onnx", "export", "safetensors"]
+    to: Literal["onnx", "export", "safetensors", "timm", "torchvision"]
     """onnx: for ONNX runtimes. export: torch.export's .pt2. safetensors: weights and a model
-    card."""
+    card. timm, torchvision: weights of the same network in this library."""
     network: str | None = None
     """Name of the network. Default: the student if there is only one (its moving average if it
     has one)."""
     output: Path | None = None
-    """File to write. Default: RUN/export/NETWORK/model.(onnx, pt2 or safetensors)."""
+    """File to write. Default: RUN/export/NETWORK/model.(onnx, pt2 or safetensors), and for a
+    library RUN/export/NETWORK/LIBRARY/model.(safetensors or pth)."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace existing files."""
     data_root: str | None = None
@@ -34,17 +35,25 @@ def run(given: list[str]) -> None:
 
     from bdkd.export.export import check_output, export, open_trained
     from bdkd.export.formats import FORMATS
+    from bdkd.export.libraries import FILES, check_library_output, export_to_library
     from bdkd.runs.folder import run_of, selected_checkpoint
 
-    if arguments.output is not None:
-        check_output(arguments.to, arguments.output, arguments.force)
+    to, output = arguments.to, arguments.output
+    if to == "timm" or to == "torchvision":
+        if output is not None:
+            check_library_output(to, output, arguments.force)
+    elif output is not None:
+        check_output(to, output, arguments.force)
     checkpoint = selected_checkpoint(arguments.path)
     trained = open_trained(checkpoint, arguments.network, arguments.data_root)
     facts = trained.facts
-    output = arguments.output or (
-        run_of(checkpoint) / "export" / facts.network / f"model{FORMATS[arguments.to].suffix}"
-    )
-    written = export(trained, arguments.to, output, arguments.force)
+    folder = run_of(checkpoint) / "export" / facts.network
+    if to == "timm" or to == "torchvision":
+        output = output or folder / to / FILES[to]
+        written = export_to_library(trained, to, output, arguments.force)
+    else:
+        output = output or folder / f"model{FORMATS[to].suffix}"
+        written = export(trained, to, output, arguments.force)
     shape = ", ".join(map(str, facts.input_shape))
     size = f"{facts.parameters:,} parameters"
     print(f"{facts.network} ({facts.model}), {size}, of {checkpoint}, step {facts.step}")

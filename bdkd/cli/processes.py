@@ -12,10 +12,12 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from bdkd import cli
 from bdkd.errors import RunError, UsageError
+from bdkd.text import without_waiting
 
 # On Linux, processes are forked from a server that has imported these modules once: a fork takes a
 # hundredth of the time of importing torch. None of the modules starts a thread or uses a GPU when
@@ -26,6 +28,7 @@ PRELOADED = [
 ]  # fmt: skip
 _FORKS = sys.platform == "linux"
 _POLL_SECONDS = 0.2  # between two calls of ``stop``
+_END_SECONDS = 5.0  # between SIGTERM and the end of a process that ignores it
 
 
 class Job(NamedTuple):
@@ -139,9 +142,10 @@ def _outcome(one: _Running) -> Outcome:
 
 def _run(arguments: list[str], output: str, answer: Connection) -> None:
     """Run one command in a new process."""
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    log = without_waiting(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
+    signal.signal(signal.SIGTERM, _end)  # until the run handles it
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         cli.run(arguments)
@@ -151,6 +155,15 @@ def _run(arguments: list[str], output: str, answer: Connection) -> None:
         answer.send(cli.outcome(error))
     finally:
         sys.stdout.flush()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End this process, and let multiprocessing release its semaphores, of which its resource
+    tracker would otherwise warn. If an import discards the exception, end a little later."""
+    timer = threading.Timer(_END_SECONDS, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
+    raise SystemExit(128 + number)
 
 
 def _stop_with_parent() -> None:

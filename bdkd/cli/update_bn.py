@@ -33,8 +33,8 @@ class Arguments:
 def run(given: list[str]) -> None:
     """Write the new checkpoint, and print the accuracy before and after."""
     arguments = tyro.cli(Arguments, prog="bdkd update-bn", args=given)
-    if arguments.images is not None and arguments.images < 1:
-        raise UsageError(f"--images must be at least 1, got {arguments.images}")
+    if arguments.images is not None and not 1 <= arguments.images < 2**31:
+        raise UsageError(f"--images must be at least 1 and below 2**31, got {arguments.images}")
 
     from bdkd.runs.folder import run_of, selected_checkpoint
     from bdkd.runs.update_bn import update_bn

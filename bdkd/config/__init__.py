@@ -26,6 +26,7 @@ from bdkd.config.load import (
     to_toml,
 )
 from bdkd.config.options import (
+    RANDOM,
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
@@ -40,9 +41,9 @@ from bdkd.config.options import (
 from bdkd.registry import nearest
 
 __all__ = [
-    "Bounds", "CheckpointConfig", "Count", "DataConfig", "DistributedConfig", "NetworkConfig",
-    "NotNegative", "ObjectiveConfig", "OptimizerConfig", "Options", "Positive", "Rate", "Recipe",
-    "ScheduleConfig", "Share", "Side", "TrainConfig", "differing_keys", "load_recipe", "nearest",
-    "parse_recipe", "refuse_foreign", "replace_unchecked", "select", "select_unchecked",
-    "shipped_recipes", "to_toml",
+    "RANDOM", "Bounds", "CheckpointConfig", "Count", "DataConfig", "DistributedConfig",
+    "NetworkConfig", "NotNegative", "ObjectiveConfig", "OptimizerConfig", "Options", "Positive",
+    "Rate", "Recipe", "ScheduleConfig", "Share", "Side", "TrainConfig", "differing_keys",
+    "load_recipe", "nearest", "parse_recipe", "refuse_foreign", "replace_unchecked", "select",
+    "select_unchecked", "shipped_recipes", "to_toml",
 ]  # fmt: skip

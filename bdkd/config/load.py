@@ -2,24 +2,25 @@
 
 import copy
 import dataclasses
-import tomllib
+import os
 import typing
 from collections.abc import Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 
-import msgspec
 import tomli_w
 
+from bdkd.config.convert import EXAMPLE, convert
 from bdkd.config.migration import migrate
 from bdkd.config.options import NetworkConfig, Recipe
-from bdkd.errors import RunError, UsageError
+from bdkd.config.toml import MAX_CHARACTERS, parse_toml
+from bdkd.errors import RunError, UsageError, shown
 from bdkd.plugins import merge_plugins
 from bdkd.registry import SELECTIONS, Selection, nearest
-from bdkd.text import read_text
+from bdkd.text import read_text, unicode_hint_of_path
 
 Table = dict[str, typing.Any]
-EXAMPLE = "; see the config.toml of any run for a complete recipe"
+MAX_RECIPE_BYTES = 4 * MAX_CHARACTERS
 # Sections that are left out select these.
 DEFAULTS = {"data": "digits", "objective": "bdkd", "optimizer": "sgd"}
 
@@ -36,16 +37,18 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path in shipped_recipes():
         text = (files("bdkd.recipes") / f"{name_or_path}.toml").read_text("utf-8")
         return parse_recipe(text, source=f"recipe {name_or_path}")
+    if not name_or_path:
+        raise UsageError("the recipe must be a name or a TOML file, got an empty string")
     path = Path(name_or_path)
-    if path.suffix != ".toml" and not path.exists():
+    if path.suffix != ".toml" and not os.path.exists(path):  # unlike path.exists(), never raises
         hint = f"{nearest(name_or_path, shipped_recipes())} (or give a TOML file)"
-        raise UsageError(f"unknown recipe {name_or_path!r}: {hint}")
+        raise UsageError(f"unknown recipe {shown(name_or_path)}: {hint}")
     try:
-        text = read_text(path)
+        text = read_text(path, limit=MAX_RECIPE_BYTES, pipe=True)
     except OSError as error:
         raise RunError(
             f"cannot read the recipe {path}: {error.strerror}: give the path of a TOML file, or "
-            "the name of a shipped recipe (bdkd train lists them)"
+            f"the name of a shipped recipe (bdkd train lists them){unicode_hint_of_path(path)}"
         ) from error
     return parse_recipe(text, source=str(path))
 
@@ -57,26 +60,28 @@ def parse_recipe(text: str, source: str) -> Recipe:
         UsageError: a key is unknown, a value is invalid, or a plugin is missing.
     """
     try:
-        values = migrate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        values = parse_toml(text)
+    except ValueError as error:
         raise UsageError(f"{source} is not valid TOML: {error}") from error
     try:
-        return _to_recipe(values)
+        return _to_recipe(migrate(values))
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source}: its arrays or tables are nested too deeply") from error
 
 
 def _to_recipe(values: Table) -> Recipe:
     hints = typing.get_type_hints(Recipe, include_extras=True)
     refuse_unknown(values, hints, "")
     parts: Table = {
-        "plugins": merge_plugins(_convert(values.pop("plugins", []), list[str], "plugins"))
+        "plugins": merge_plugins(convert(values.pop("plugins", []), list[str], "plugins"))
     }
     for selection in SELECTIONS:
         section = selection.section
         table = _table(values.pop(section, {}), section)
         table = {selection.key: DEFAULTS[section], **table}
-        name = _convert(table[selection.key], str, f"{section}.{selection.key}")
+        name = convert(table[selection.key], str, f"{section}.{selection.key}")
         refuse_foreign(table, selection, name)
         parts[section] = _section(table, selection.find(name).config, section)
     parts["networks"] = {
@@ -85,7 +90,7 @@ def _to_recipe(values: Table) -> Recipe:
     }
     for key, value in values.items():
         is_section = dataclasses.is_dataclass(hints[key])
-        parts[key] = (_section if is_section else _convert)(value, hints[key], key)
+        parts[key] = (_section if is_section else convert)(value, hints[key], key)
     if "name" not in parts:
         raise UsageError(f"the recipe has no name{EXAMPLE}")
     return Recipe(**parts)
@@ -94,20 +99,9 @@ def _to_recipe(values: Table) -> Recipe:
 def _section(value: object, kind: type, key: str) -> typing.Any:
     """Return a table as a dataclass."""
     refuse_unknown(_table(value, key), _names(kind), key)
-    converted = _convert(value, kind, key)
+    converted = convert(value, kind, key)
     # msgspec does not set attributes that have their default, which vars() would miss.
     return kind(**{name: getattr(converted, name) for name in _names(kind)})
-
-
-def _convert(value: object, kind: typing.Any, key: str) -> typing.Any:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        wrong, _, place = str(error).partition(" - at `$")
-        example = EXAMPLE if "missing required" in wrong else ""
-        raise UsageError(
-            f"{key}{place.rstrip('`')}: {wrong[:1].lower()}{wrong[1:]}{example}"
-        ) from error
 
 
 def refuse_foreign(keys: Iterable[str], selection: Selection, name: str) -> None:
@@ -136,7 +130,7 @@ def refuse_unknown(given: Collection[str], known: Collection[str], key: str) -> 
 
 def _table(value: object, key: str) -> Table:
     if not isinstance(value, dict):
-        raise UsageError(f"{key} must be a table ([{key}]), got {value!r}")
+        raise UsageError(f"{key} must be a table ([{key}]), got {shown(value)}")
     return value
 
 

@@ -52,6 +52,9 @@ class DataConfig(Options):
         return {self.image_size}
 
 
+RANDOM = "random"  # a value of networks.NAME.weights
+
+
 @dataclass(frozen=True)
 class NetworkConfig(Options):
     """One network of the recipe."""
@@ -61,8 +64,13 @@ class NetworkConfig(Options):
     role: Literal["student", "teacher"]
     """Role of the network in the objective."""
     weights: str | None = None
-    """Initial weights: a state dict (.pt, .safetensors), a checkpoint of a run, or the folder of a
-    run (its selected checkpoint)."""
+    """Initial weights: a file of torch or safetensors, which any trainer may have written, or the
+    folder of a run (its selected checkpoint). random: random weights, also if frozen."""
+    weights_key: str | None = None
+    """Key of the weights in the file, if it holds several (such as model or state_dict_ema).
+    Default: the moving average if there is one. In a checkpoint of a run: name of the network."""
+    reset_head: bool = False
+    """Do not load the classifier, so that the file may be for another number of classes."""
     frozen: bool = False
     """Do not train this network, for offline distillation. Batch norm is in evaluation mode."""
     learning_rate: Positive | None = None
@@ -210,7 +218,7 @@ class Recipe:
     """Random seed of weights, data order and augmentation."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    threads: Count | None = None
+    threads: Annotated[int, Bounds(ge=1, le=4096)] | None = None
     """Number of CPU threads of torch. Default: torch decides."""
     max_steps: Count | None = None
     """Stop after this number of optimizer steps. The schedule does not change."""
@@ -278,6 +286,16 @@ class Recipe:
                  "off with train.precision fp16, whose loss scale needs all gradients: use bf16"),
             ):  # fmt: skip
                 yield f"networks.{name}.shard", network.shard, fits or not network.shard, needed
+            loads = network.weights not in (None, RANDOM)
+            for option, fits, needed in (
+                ("weights_key", loads or network.weights_key is None,
+                 f"left out without networks.{name}.weights"),
+                ("reset_head", loads or not network.reset_head,
+                 f"false without networks.{name}.weights"),
+                ("reset_head", not (network.reset_head and network.frozen),
+                 "false if the network is frozen: its new classifier would never train"),
+            ):  # fmt: skip
+                yield f"networks.{name}.{option}", repr(getattr(network, option)), fits, needed
 
 
 Check = tuple[str, object, bool, str]  # key, value, whether the value is valid, what is needed

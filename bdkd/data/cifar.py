@@ -18,7 +18,8 @@ from bdkd.data.base import SourceContext, register_source
 from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
 from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
 from bdkd.data.splits import in_memory_source
-from bdkd.errors import RunError
+from bdkd.errors import RunError, reason_of
+from bdkd.text import open_regular
 
 SIDE = 32
 # In bytes. The largest real file is CIFAR-100's "train": 50,000 rows of 3,072 bytes and labels.
@@ -77,7 +78,7 @@ def _contents(layout: Layout, root: Path) -> dict[str, dict[str, Any]]:
 
 def _from_file(layout: Layout, path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             return plain_pickle.load(stream, str(path))
     except OSError as error:
         raise RunError(
@@ -111,6 +112,8 @@ def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[s
                     content = io.BytesIO(stream.read())  # raises here if the archive is truncated
                     found[name] = plain_pickle.load(content, f"{path}:{member.name}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise RunError(f"cannot read {path}: {reason_of(error)}") from error
         raise RunError(f"{path} is damaged or incomplete ({error}): remove it; {where}") from error
     if missing := [name for name in wanted if name not in found]:
         raise RunError(f"{path} is not the archive of {layout.source}: it lacks {missing}; {where}")

@@ -3,10 +3,11 @@
 import io
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdkd.data.image_warnings import shown
 from bdkd.errors import RunError
 
 if TYPE_CHECKING:
@@ -24,9 +26,15 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "AVIF")
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2 * 89_478_485  # pixels; Pillow refuses more (Image.MAX_IMAGE_PIXELS)
+LARGEST_FILE = 4 * LARGEST + (1 << 20)  # bytes; that many pixels without compression
+# Images of more pixels are decoded one after the other, because each takes up to 1.2 GB and there
+# are up to 16 threads.
+LARGE = 1 << 24
 # Modes that convert to 8-bit RGB. As in DALI and torchvision, transparency is dropped and EXIF
 # orientation is ignored.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+
+_one_large_image = threading.Lock()
 
 
 class UndecodableError(Exception):
@@ -71,9 +79,11 @@ def open_image(content: bytes) -> "Image.Image":
 
 def decode_rgb(content: bytes) -> "Image.Image":
     """Decode a complete image and return it in RGB, or raise ``UndecodableError``."""
-    with closing(open_image(content)) as image, _errors_of_pillow():
-        image.load()
-        return to_rgb(image)
+    with closing(open_image(content)) as image:
+        alone = _one_large_image if image.width * image.height > LARGE else nullcontext()
+        with alone, _errors_of_pillow():
+            image.load()
+            return to_rgb(image)
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
@@ -129,6 +139,12 @@ def too_large(height: int, width: int) -> str:
     return f"it has {width}x{height} pixels, more than the limit of {LARGEST:,}"
 
 
+def check_file_size(size: int) -> None:
+    """Raise ``UndecodableError`` if an encoded image has more than ``LARGEST_FILE`` bytes."""
+    if size > LARGEST_FILE:
+        raise UndecodableError(f"it has {size:,} bytes, more than the limit of {LARGEST_FILE:,}")
+
+
 def jpeg_frame(content: bytes) -> tuple[int, int, int, int] | None:
     """Return (bits, height, width, components) from the header of a JPEG, or None if the header is
     damaged. This takes a tenth of the time of ``Image.open``."""
@@ -163,7 +179,9 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
     def read(index: int) -> None:
         path = paths[index]
         try:
-            image = decode_rgb(path.read_bytes())
+            with shown(str(path)):
+                check_file_size(path.stat().st_size)
+                image = decode_rgb(path.read_bytes())
         except (OSError, UndecodableError) as error:
             why = getattr(error, "strerror", None) or error
             raise RunError(f"cannot read the image {path}: {why}; replace or remove it") from error

@@ -25,7 +25,8 @@ from typing import IO, BinaryIO
 from tqdm import tqdm
 
 from bdkd.config import DataConfig, nearest
-from bdkd.errors import RunError, UsageError
+from bdkd.errors import RunError, UsageError, reason_of
+from bdkd.text import expand_user
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without data
@@ -78,7 +79,7 @@ def required_root(config: DataConfig) -> Path:
             f"data.root must name the folder of the data set {config.source!r}"
             + (f" ({where_to_get(config.source)})" if config.source in ARCHIVES else "")
         )
-    return Path(config.root).expanduser()
+    return expand_user(config.root, "data.root")
 
 
 def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Path:
@@ -104,7 +105,7 @@ def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Pa
         _unpack(archive, packed, folder)
         packed.unlink()
     except OSError as error:  # not of the network, whose errors are RunErrors here
-        reason = error.strerror or str(error)
+        reason = reason_of(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; make room and run it again to continue the download"
         raise RunError(f"cannot write in {to}: {reason}") from error
@@ -152,8 +153,10 @@ def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
     except urllib.error.HTTPError as error:
         raise RunError(f"{host} answered {error.code} {error.reason} to {archive.url}") from error
     except (OSError, HTTPException) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", error)
+        reason = reason_of(reason) if isinstance(reason, Exception) else reason
         raise RunError(
-            f"cannot reach {host} ({getattr(error, 'reason', error)}): is there a network? If "
+            f"cannot reach {host} ({reason}): is there a network? If "
             f"not, download {archive.url} elsewhere, put it into {part.parent}, and run this again"
         ) from error
     with response:
@@ -175,7 +178,7 @@ def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
                 try:
                     content = response.read(CHUNK)
                 except (OSError, HTTPException) as error:
-                    content, failure = b"", str(error)
+                    content, failure = b"", reason_of(error)
                 if not content:
                     break
                 file.write(content)
@@ -206,8 +209,9 @@ def _unpack(archive: Archive, packed: Path, folder: Path) -> None:
             declared += size
             if declared > 2 * archive.unpacked:  # checked before writing
                 raise RunError(
-                    f"{packed} is refused: it unpacks to more than {2 * archive.unpacked:,} bytes, "
-                    f"{archive.folder} has about {archive.unpacked:,}: remove it and run this again"
+                    f"{packed} is refused: with {name} it unpacks to more than "
+                    f"{2 * archive.unpacked:,} bytes, and {archive.folder} has about "
+                    f"{archive.unpacked:,}: remove it and run this again"
                 )
             path = PurePosixPath(name)
             # No links are created, so the name determines where the file is written.

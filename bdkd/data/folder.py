@@ -18,6 +18,7 @@ from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
 from bdkd.data.listing import IMAGE_SUFFIXES, class_folders, image_files
 from bdkd.data.splits import in_memory_source
 from bdkd.errors import RunError
+from bdkd.text import unicode_hint, unicode_hint_of_path
 
 
 @register_source("folder", InMemoryConfig)
@@ -34,7 +35,8 @@ def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     train, held_out = _folder(root, "train"), _folder(root, "test", "val")
     classes = _classes(train)
     if unlike := set(classes).symmetric_difference(_classes(held_out)):
-        raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}")
+        hint = unicode_hint(unlike, unlike)
+        raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}{hint}")
     (training, train_digest), (test, test_digest) = (
         read_labelled(root, _labelled(folder, classes), classes, size)
         for folder in (train, held_out)
@@ -61,7 +63,8 @@ def _folder(root: Path, *names: str) -> Path:
         if (root / name).is_dir():
             return root / name
     if not root.is_dir():
-        raise RunError(f"no data set at {root}: data.root must name an existing folder")
+        hint = unicode_hint_of_path(root)
+        raise RunError(f"no data set at {root}: data.root must name an existing folder{hint}")
     expected = " or ".join(str(root / name) for name in names)
     raise RunError(f"no folder {expected}: images belong in {root / names[0]}/<class>/")
 

@@ -13,9 +13,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from bdkd.errors import RunError
-from bdkd.text import read_text, text_lines
+from bdkd.text import read_text, text_lines, unicode_hint
 
 # The suffixes of torchvision.datasets.ImageFolder.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -57,6 +58,11 @@ def class_folders(folder: Path) -> tuple[str, ...]:
                 f"{entry.path} is a symbolic link to something that does not exist, and may be a "
                 "class: repair or remove it"
             )
+    # Of two names in one Unicode form, the dictionary keeps the last.
+    by_form = {normalize("NFC", name): name for name in found}
+    if len(by_form) < len(found):
+        hint = unicode_hint(found, by_form.values())
+        raise RunError(f"{folder} holds two classes of one name{hint}")
     return tuple(sorted(found))
 
 
@@ -78,10 +84,13 @@ def record_files(files: Sequence[Path]) -> list[Path]:
     return named or [file for file in files if not NO_RECORDS.search(file.name)]
 
 
-def read_lines(path: Path, label: str = "", errors: str = "strict") -> list[str]:
-    """Return the lines of a text file, or raise ``RunError`` with ``label`` before the path."""
+def read_lines(
+    path: Path, label: str = "", errors: str = "strict", pipe: bool = False
+) -> list[str]:
+    """Return the lines of a text file, or raise ``RunError`` with ``label`` before the path. See
+    :func:`bdkd.text.read_text`."""
     try:
-        return text_lines(read_text(path, errors))
+        return text_lines(read_text(path, errors, pipe=pipe))
     except OSError as error:
         raise RunError(f"cannot read {label}{path}: {error.strerror}") from error
 

@@ -1,6 +1,5 @@
 """The start and the end of a rank: process groups, output, failures, exit."""
 
-import atexit
 import contextlib
 import datetime
 import hashlib
@@ -18,7 +17,15 @@ import torch
 import torch.distributed as dist
 
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext, RankLostError
+from bdkd.distributed.rendezvous import (
+    JoinError,
+    is_launched,
+    open_store,
+    read_launch,
+    wait_for_ranks,
+)
 from bdkd.errors import Interrupted, RunError, UsageError, first_line
+from bdkd.interrupts import exit_now
 
 _own_files: list[IO[str]] = []  # log files of this process, if it does not print on the terminal
 _terminals: list[IO[str]] = []  # the terminal that this process printed on before
@@ -36,16 +43,18 @@ def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext
         device: the recipe's ``device``. NCCL is initialised if it may be a GPU.
 
     Raises:
-        RunError: the other ranks cannot be reached.
+        JoinError: the launcher's variables are invalid, or the other ranks cannot be reached.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if is_launched() else 1
-    if world_size == 1:
+    launch = read_launch() if is_launched() else None
+    if launch is None or launch.world_size == 1:
         yield SINGLE_PROCESS
         return
-    rank, seconds = int(os.environ["RANK"]), datetime.timedelta(seconds=timeout)
+    rank, world_size = launch.rank, launch.world_size
+    seconds = datetime.timedelta(seconds=timeout)
     gpu = device != "cpu" and torch.cuda.is_available()
+    store = open_store(launch, timeout)
+    wait_for_ranks(store, launch, timeout)
     try:
-        store = _store(rank, world_size, seconds)
         # NCCL waits longer: its watchdog ends the process without saying which rank is missing.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -54,11 +63,10 @@ def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext
         )  # fmt: skip
         control = dist.new_group(backend="gloo", timeout=seconds)
     except RuntimeError as error:
-        raise RunError(
-            f"rank {rank} of {world_size} on {socket.gethostname()} cannot reach the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {first_line(error)}"
+        raise JoinError(
+            f"{launch.describe()} cannot connect to the ranks that it met at {launch.host}:"
+            f"{launch.port}: {first_line(error)}; check the network between the machines"
         ) from error
-    store.set(f"host/{rank}", socket.gethostname())
     _stores.append(store)
     context = DistributedContext(
         rank, world_size, group=dist.group.WORLD, control=control, store=store, timeout=timeout
@@ -83,23 +91,14 @@ def is_initialized() -> bool:
 
 
 def exit_rank(code: int) -> NoReturn:
-    """Run ``atexit`` functions, flush the output and end this process.
+    """End the process of a rank.
 
     The interpreter's own exit is not safe: a gloo thread that releases the last reference to a
     tensor waits for the interpreter, and the process aborts if the interpreter ends meanwhile
     (``terminate called without an active exception``). ``destroy_process_group`` does not
     necessarily end those threads, because they live as long as anything refers to their group.
     """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
-            stream.flush()
-    os._exit(code)
-
-
-def is_launched() -> bool:
-    """Return whether a launcher such as torchrun has assigned a rank to this process."""
-    return all(key in os.environ for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    exit_now(code)
 
 
 def local_rank() -> int:
@@ -158,8 +157,10 @@ def redirect_output(folder: Path, rank: int) -> None:
 
 def report_failure(error: BaseException) -> bool:
     """Record an error where torchrun looks for the first failure. Returns whether this rank should
-    print it: rank 0 on the terminal, another rank in its log file, with the traceback."""
-    first, failed = os.environ.get("RANK", "0") == "0", not isinstance(error, Interrupted)
+    print it: rank 0 on the terminal, another rank in its log file, with the traceback. An error of
+    joining is printed once on each machine."""
+    number = os.environ.get("LOCAL_RANK" if isinstance(error, JoinError) else "RANK", "0")
+    first, failed = number == "0", not isinstance(error, Interrupted)
     if failed and _own_files:
         traceback.print_exception(error)
     if failed and "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -188,16 +189,3 @@ def _print_on_terminal(error: Exception, first: bool) -> None:
         if all(store.add(f"said/{digest}", 1) == 1 for store in _stores):
             for terminal in _terminals:
                 print(f"bdkd: rank {os.environ['RANK']}: {error}", file=terminal)
-
-
-def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return a store that no earlier attempt of this launch has written to. A restart hangs or
-    fails if it reads stale addresses (pytorch#135712)."""
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size,
-        is_master=rank == 0 and not agents, timeout=timeout, wait_for_workers=False,
-    )  # fmt: skip
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # An elastic change of the number of machines restarts the ranks and keeps that count.
-    return dist.PrefixStore(f"bdkd/{attempt}/{world_size}", store)

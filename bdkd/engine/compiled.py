@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bdkd._torch_compat import compile_error, compile_shapes, foreach_add_, traces_backward
 from bdkd.config import Recipe
 from bdkd.data import Batch
+from bdkd.engine.interruption import interruptible
 from bdkd.engine.meter import StepOutput
 from bdkd.engine.ranges import in_range
 from bdkd.engine.state import TrainingState
@@ -90,6 +91,7 @@ def announce_compilation(forward_backward: ForwardBackward, prints: bool) -> For
 
     Raises:
         RunError: when called, if torch cannot compile the step.
+        CompilationInterrupted: when called, if a signal came while torch compiled.
     """
     seen = set()
     say = _say if prints else lambda line: None
@@ -103,7 +105,8 @@ def announce_compilation(forward_backward: ForwardBackward, prints: bool) -> For
         say(f"compiling the step for batches of {size}, which may take minutes")
         began = time.monotonic()
         try:
-            result = forward_backward(micro_batch)
+            with interruptible():
+                result = forward_backward(micro_batch)
         except Exception as error:
             if (reason := compile_error(error)) is None:
                 raise

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bdkd.evaluation.paired import PairedTest, holm, paired_test
+from bdkd.evaluation.paired import (
+    PairedTest,
+    describe_power,
+    holm,
+    paired_test,
+    wilcoxon_can_reach,
+)
 from bdkd.evaluation.temperature import HIGHEST, LOWEST
 from bdkd.metrics import METRICS, Metric
 
@@ -34,7 +40,7 @@ class Cell:
     std: float | None  # sample standard deviation over seeds, None for fewer than two
     test: PairedTest | None  # against the first method, on the seeds of both
     p_t: float | None  # corrected by Holm for the number of methods
-    p_wilcoxon: float | None  # corrected by Holm for the number of methods
+    p_wilcoxon: float | None  # the same; None if it cannot be below 0.05 for so few seeds
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,12 @@ def _cells(
         if metric.tested and method != first and paired and trained:
             tests[method] = paired_test([by_seed[seed] - values[first][seed] for seed in paired])
     p_t = dict(zip(tests, holm([test.p_t for test in tests.values()]), strict=True))
-    p_wilcoxon = dict(zip(tests, holm([test.p_wilcoxon for test in tests.values()]), strict=True))
+    given = [test.p_wilcoxon for test in tests.values()]
+    comparisons = sum(p is not None for p in given)
+    p_wilcoxon = {
+        method: p if wilcoxon_can_reach(tests[method].n, comparisons) else None
+        for method, p in zip(tests, holm(given), strict=True)
+    }
     return {
         method: Cell(
             by_seed,
@@ -175,7 +186,26 @@ def notes(first: str, images: int, rows: Sequence[Row]) -> list[str]:
             "corrected by Holm for the number of methods, for each metric of each network "
             "separately. The interval is that of the t-test, without correction."
         )
+        text += _powers(rows)
     return text
+
+
+def _powers(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence about the tests for each number of seeds, most seeds first."""
+    families: dict[tuple[str, str], list[int]] = {}  # seeds of each test, by network and metric
+    for row in rows:
+        for key, cell in row.cells.items():
+            if cell.test is not None:
+                families.setdefault((row.network, key), []).append(cell.test.n)
+    of_t: dict[int, int] = {}  # the most tests of one family, by number of seeds
+    of_wilcoxon: dict[int, int] = {}
+    for seeds in families.values():
+        reaching = sum(wilcoxon_can_reach(n) for n in seeds)
+        for n in seeds:
+            of_t[n] = max(of_t.get(n, 0), len(seeds))
+            count = reaching if wilcoxon_can_reach(n) else len(seeds)
+            of_wilcoxon[n] = max(of_wilcoxon.get(n, 0), count)
+    return [describe_power(n, of_t[n], of_wilcoxon[n]) for n in sorted(of_t, reverse=True)]
 
 
 def to_csv(rows: Sequence[Row]) -> str:

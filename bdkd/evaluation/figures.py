@@ -5,7 +5,6 @@ and have no global state. The colours are those of Okabe and Ito, which color-bl
 distinguish.
 """
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibration import BINS, CalibrationResult
+from .metric_lines import as_number, parse_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,18 +204,18 @@ def _read_series(metrics: Path) -> Series:
     lines = metrics.read_text("utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            values: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError as error:
+            values = parse_line(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{metrics}, line {number}, is not JSON: {error}") from error
-        if not isinstance(values, dict) or not {"step", "split"} <= values.keys():
+        if values is None or values.get("split") is None:
             continue
         for key, value in values.items():
             network, named = (key, value) if isinstance(value, dict) else ("", {key: value})
             for name, y in named.items():
                 if y is None or isinstance(y, int | float):
-                    point = values["step"], math.nan if y is None else float(y)
+                    point = values["step"], as_number(y)
                     series[network, values["split"], name].append(point)
     return series
 

@@ -4,11 +4,16 @@ Each seed gives one difference. Both tests are two-sided. Student's t-test assum
 differences and gives a confidence interval. Wilcoxon's signed-rank test (1945) assumes only
 symmetric differences and is exact. Holm's correction (1979) controls the probability of any false
 positive when several methods are compared with one.
+
+Wilcoxon's test of ``n`` differences has no p-value below ``2 / 2**n``. It is left out if that is
+not below :data:`LEVEL`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+LEVEL = 0.05  # of significance
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class PairedTest:
     """Mean of ``n`` differences, its 95% interval and the p-values of both tests.
 
     The interval and the p-values are None for a single difference. The interval and ``p_t`` are
-    also None if all differences are equal, except that ``p_t`` is 1 if all are 0.
+    also None if all differences are equal, except that ``p_t`` is 1 if all are 0. ``p_wilcoxon`` is
+    None for fewer than six differences.
     """
 
     n: int
@@ -39,7 +45,7 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
     if n == 0 or not all(math.isfinite(d) for d in differences):
         raise ValueError(f"a paired test needs finite differences, got {list(differences)}")
     mean = math.fsum(differences) / n
-    p_wilcoxon = wilcoxon(differences) if n > 1 else None
+    p_wilcoxon = wilcoxon(differences) if wilcoxon_can_reach(n) else None
     std = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / max(1, n - 1))
     # Equal differences of rounded numbers can differ by the rounding.
     if n < 2 or std <= 1e-12 * max(abs(d) for d in differences):
@@ -74,6 +80,46 @@ def wilcoxon(differences: Sequence[float]) -> float:
             ways[total] += ways[total - rank]
     tail = min(sum(ways[: observed + 1]), sum(ways[observed:]))
     return min(1.0, 2 * tail / 2**n)
+
+
+def wilcoxon_can_reach(n: int, comparisons: int = 1) -> bool:
+    """Return whether Wilcoxon's test of ``n`` differences can have a p-value below ``LEVEL`` after
+    Holm's correction for a number of comparisons."""
+    return comparisons * 2 / 2**n < LEVEL
+
+
+def describe_power(n: int, of_t: int, of_wilcoxon: int) -> str:
+    """Return one sentence that says what the tests of ``n`` differences can show.
+
+    Args:
+        of_t: number of t-tests that are corrected together by Holm.
+        of_wilcoxon: the same for Wilcoxon's test.
+    """
+    from scipy import stats
+
+    seeds = f"With {n} seed{'s' * (n > 1)}"
+    fewest = next(k for k in range(1, 64) if wilcoxon_can_reach(k, of_wilcoxon))
+    needs = f"at least {fewest} seeds to reach p < {LEVEL}{_corrected(of_wilcoxon)}"
+    if n < 2:
+        return (
+            f"{seeds} there is no test: the t-test needs at least 2 seeds, and Wilcoxon's test "
+            f"needs {needs}."
+        )
+    errors = float(stats.t.ppf(1 - LEVEL / 2 / of_t, n - 1))
+    t_test = (
+        f"the t-test ({n - 1} degree{'s' * (n > 2)} of freedom) reaches p < {LEVEL}"
+        f"{_corrected(of_t)} if a mean difference is above {errors:.1f} standard errors"
+    )
+    if wilcoxon_can_reach(n, of_wilcoxon):
+        return f"{seeds} both tests can reach p < {LEVEL}: {t_test}."
+    return (
+        f"{seeds} Wilcoxon's test is left out, because it needs {needs}; {t_test}, and assumes "
+        "normal differences, which so few seeds cannot confirm."
+    )
+
+
+def _corrected(comparisons: int) -> str:
+    return f" after the correction for {comparisons} methods" if comparisons > 1 else ""
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

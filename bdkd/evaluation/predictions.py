@@ -78,6 +78,8 @@ def read_predictions(path: Path) -> Predictions:
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} contains no predictions of a run: it is not a regular file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from bdkd.config import Recipe, nearest, parse_recipe, to_toml
 from bdkd.data import Split
 from bdkd.engine.components import build_components
 from bdkd.engine.state import EMA_SUFFIX
-from bdkd.errors import RunError, UsageError, first_line
+from bdkd.errors import RunError, UsageError
 from bdkd.export.card import MARK, model_card
 from bdkd.export.facts import VERSION, Facts, Format
 from bdkd.export.formats import FORMATS, decode, encode, open_network, without_others
@@ -117,22 +116,34 @@ def export(trained: Trained, kind: Format, output: Path, force: bool) -> Written
     """
     check_output(kind, output, force)
     contents = {output: encode(kind, trained.network, trained.facts)}
-    error, largest = _check(trained, kind, output, contents[output])
+    exported = decode(output, kind, contents[output])
+    network = open_network(exported, copy.deepcopy(trained.network), torch.device("cpu"))
+    error, largest = same_logits(trained, kind, network)
     if kind == "safetensors":
         contents[output.with_name(CARD)] = model_card(trained.facts, output.name).encode()
+    return Written(write_files(contents), error, largest)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> list[Path]:
+    """Write files and return their paths. Raise ``RunError`` if one cannot be written."""
     for path, content in contents.items():
         with explain_oserror(f"cannot write {path}", "choose another --output"):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content, "run the same command again, or choose another --output")
-    return Written(list(contents), error, largest)
+    return list(contents)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise ``RunError`` if a file exists that ``force`` does not replace."""
+    if path.exists() and not force:
+        raise RunError(f"{path} exists: --force replaces it, --output names another")
 
 
 def check_output(kind: Format, output: Path, force: bool) -> None:
     """Raise ``UsageError`` or ``RunError`` for an output that cannot be written."""
     if output.suffix != (suffix := FORMATS[kind].suffix) or output.is_dir():
         raise UsageError(f"--output must be a file named *{suffix} with --to {kind}, got {output}")
-    if output.exists() and not force:
-        raise RunError(f"{output} exists: --force replaces it, --output names another")
+    refuse_existing(output, force)
     if kind == "safetensors":
         card = output.with_name(CARD)
         if card.exists() and MARK not in card.read_text("utf-8", "replace"):
@@ -145,10 +156,10 @@ def check_output(kind: Format, output: Path, force: bool) -> None:
 
 
 @torch.inference_mode()
-def _check(trained: Trained, kind: Format, output: Path, content: bytes) -> tuple[float, float]:
-    """Return the largest difference of a logit between network and file, and the largest logit."""
-    network, exported = trained.network, decode(output, kind, content)
-    read_back = open_network(exported, copy.deepcopy(network), torch.device("cpu"))
+def same_logits(trained: Trained, kind: str, read_back: nn.Module) -> tuple[float, float]:
+    """Return the largest difference of a logit between the network and the one that was read back,
+    and the largest logit. Raise ``RunError`` if they differ by more than rounding."""
+    network = trained.network
     inputs = (trained.images, trained.images[:1])
     expected = torch.cat([network(images) for images in inputs])
     error = (expected - torch.cat([read_back(images) for images in inputs])).abs().max().item()
@@ -173,14 +184,12 @@ def _measured(checkpoint: Path, name: str, step: int) -> dict[str, Any]:
     weights, else on the validation images."""
     folder = RunFolder(checkpoint.parent.parent)
     if checkpoint.parent == folder.checkpoints:  # not written by bdkd update-bn
-        try:
-            content = folder.summary.read_text("utf-8") if folder.summary.exists() else "{}"
-            summary = json.loads(content)
-        except (OSError, ValueError) as error:
-            reason = f"{first_line(error)}; rewrite it with bdkd train --resume"
-            raise RunError(f"cannot read {folder.summary}: {reason}") from error
+        summary: dict[str, Any] = {}
+        if folder.summary.exists():
+            summary = folder.read_summary("rewrite it with bdkd train --resume")
         if summary.get("selected_step") == step and name in summary["networks"]:
-            return _metrics("test", summary["images"], summary["networks"][name])
+            images = summary.get("images")
+            return _metrics("test", images if type(images) is int else 0, summary["networks"][name])
         for line in folder.read_metrics():
             if line["step"] == step and line.get("split") == "val" and name in line:
                 return _metrics("val", 0, line[name])

@@ -16,14 +16,14 @@ from torch import nn
 
 from bdkd.config import NetworkConfig, Recipe
 from bdkd.engine.state import EMA_SUFFIX
-from bdkd.errors import RunError, first_line
+from bdkd.errors import RunError, first_line, reason_of
 from bdkd.export import facts as shared
 from bdkd.export.facts import DIGEST, FACTS, VERSION, Exported, Facts, FileFormat, Format, corrupt
 from bdkd.export.onnx_format import ONNX
 from bdkd.export.program_format import PROGRAM
 from bdkd.export.safetensors_format import SAFETENSORS
 from bdkd.registry import OBJECTIVES
-from bdkd.runs.checkpoint import open_regular
+from bdkd.text import open_regular
 
 FORMATS: dict[Format, FileFormat] = {
     "onnx": ONNX, "export": PROGRAM, "safetensors": SAFETENSORS,
@@ -87,10 +87,11 @@ def read_exported(path: Path) -> Exported:
                 raise RunError(f"cannot read {path}: it has {size:,} bytes, and {allowed}")
             FORMATS[kind].check(path, file)
             file.seek(0)
-            content = file.read(limit + 1)
-    except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"cannot read {path}: {reason}") from error
+            content = file.read(size)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {reason_of(error)}") from error
+    except MemoryError as error:
+        raise RunError(f"cannot read {path}: not enough memory for its {size:,} bytes") from error
     return decode(path, kind, content)
 
 

@@ -63,10 +63,11 @@ class TorchvisionNetwork(nn.Module):
                 f"{name} has no linear classifier, which bdkd needs to find the features"
             )
         # The classifier is the last linear layer. Without it, the network returns the features.
-        classifier: Any = network.get_submodule(layers[-1])
+        self.classifier_path = layers[-1]  # in torchvision's network
+        classifier: Any = network.get_submodule(self.classifier_path)
         self.num_features: int = classifier.in_features
         self.classifier: nn.Module = classifier
-        network.set_submodule(layers[-1], nn.Identity())
+        network.set_submodule(self.classifier_path, nn.Identity())
         self.network = network
 
     def forward_features(self, x: Tensor) -> Tensor:  # (N, num_features)

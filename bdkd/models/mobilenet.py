@@ -21,7 +21,7 @@ _BLOCKS = (
 )  # fmt: skip
 # MobileNetV2: the stem and the seven stages, and the number of blocks of each stage
 _CHANNELS = (32, 16, 24, 32, 64, 96, 160, 320)
-_REPEATS = (1, 2, 3, 4, 3, 3, 1)
+MOBILENET_V2_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
 
 
 class MobileNetV1(nn.Module):
@@ -90,7 +90,7 @@ class MobileNetV2(nn.Module):
         before, *stages, self.num_features = widths
         self.features = nn.Sequential(conv_norm_act(conv3x3(in_channels, before, 2), activation))
         for index, after in enumerate(stages):
-            for repeat in range(_REPEATS[index]):
+            for repeat in range(MOBILENET_V2_BLOCKS[index]):
                 stride = strides[index] if repeat == 0 else 1
                 hidden = before * expansion if index else before if expand_first else None
                 self.features.append(InvertedResidual(before, after, stride, hidden, activation))

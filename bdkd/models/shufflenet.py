@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .layers import conv1x1, conv3x3, conv_norm_act, global_average, stage
 from .registry import register_model
 
-_STEM, _REPEATS = 24, (4, 8, 4)
+_STEM, SHUFFLENET_UNITS = 24, (4, 8, 4)  # units of each stage
 _V1_WIDTHS, _GROUPS = (240, 480, 960), 3
 _V2_WIDTHS = {  # the three stages and the features
     "x0_5": (48, 96, 192, 1024),
@@ -66,7 +66,7 @@ class ShuffleNetV1(nn.Module):
         self.num_features = _V1_WIDTHS[-1]
         self.conv = conv1x1(in_channels, _STEM)
         self.bn = nn.BatchNorm2d(_STEM)
-        widths = zip((_STEM, *_V1_WIDTHS), _V1_WIDTHS, _REPEATS, strict=False)
+        widths = zip((_STEM, *_V1_WIDTHS), _V1_WIDTHS, SHUFFLENET_UNITS, strict=False)
         self.stages = nn.Sequential(*(stage(UnitV1, *sizes, 2) for sizes in widths))
         self.classifier = nn.Linear(self.num_features, num_classes)
 
@@ -121,7 +121,7 @@ class ShuffleNetV2(nn.Module):
         stem = conv3x3(in_channels, _STEM, 2) if imagenet else conv1x1(in_channels, _STEM)
         self.conv1 = conv_norm_act(stem)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
-        sizes = zip((_STEM, *stages), stages, _REPEATS, strict=False)
+        sizes = zip((_STEM, *stages), stages, SHUFFLENET_UNITS, strict=False)
         self.stage2, self.stage3, self.stage4 = (stage(UnitV2, *size, 2) for size in sizes)
         self.conv5 = conv_norm_act(conv1x1(stages[-1], self.num_features))
         self.fc = nn.Linear(self.num_features, num_classes)

@@ -11,6 +11,7 @@ Python ignores the attribute.
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 from typing import BinaryIO
 
 # Fixed parts of zip records (PKWARE's APPNOTE.TXT, sections 4.3.7, 4.3.14 to 4.3.16)
@@ -71,6 +72,15 @@ def check_stored_zip(file: BinaryIO) -> None:
         raise ForeignArchive(f"it cannot be read as a zip file ({error})") from error
     except (EOFError, RuntimeError, ValueError, OverflowError) as error:
         raise ArchiveError(f"it cannot be read as a zip file ({error})") from error
+
+
+def is_torchscript(path: Path) -> bool:
+    """Return whether a file is one of ``torch.jit.save``, whose code is compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def _read_end(file: BinaryIO) -> tuple[int, int]:

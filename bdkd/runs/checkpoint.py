@@ -4,8 +4,8 @@ import contextlib
 import errno
 import os
 import pickle
-import stat
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,10 +13,31 @@ from typing import Any, BinaryIO
 import torch
 
 from bdkd.errors import DamagedFile, RunError, first_line
-from bdkd.runs.archive import ArchiveError, ForeignArchive, check_stored_zip
+from bdkd.runs.archive import ArchiveError, ForeignArchive, check_stored_zip, is_torchscript
 from bdkd.runs.migration import FORMAT, migrate
+from bdkd.runs.pickled import CodeError, ForeignFile, stand_ins
+from bdkd.text import open_regular
 
 _KEYS = {"format", "recipe", "state"}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "networks": dict, "ema": dict, "position": dict, "optimizer": dict, "scaler": dict,
+    "schedule": dict, "train_images": int, "ranks": list, "skipped": torch.Tensor,
+    "ema_updates": (int, torch.Tensor), "ema_copied_until": (int, type(None)),
+    "data": (dict, type(None)),
+}  # fmt: skip
+
+
+class FolderGoneError(RunError):
+    """The folder of a run was deleted or moved while the run trained."""
+
+
+def check_folder(path: Path) -> None:
+    """Raise ``FolderGoneError`` if a folder does not exist any more."""
+    if not path.is_dir():
+        raise FolderGoneError(
+            f"the folder {path} was deleted or moved during the run, with what was saved in it: "
+            "put it back and continue with --resume, or train again with another --run-dir"
+        )
 
 
 @contextlib.contextmanager
@@ -30,8 +51,7 @@ def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def write_atomically(
-    path: Path, content: bytes | Callable[[BinaryIO], object],
-    then: str = "continue with --resume (earlier checkpoints are complete)",
+    path: Path, content: bytes | Callable[[BinaryIO], object], then: str = "continue with --resume"
 ) -> None:  # fmt: skip
     """Write a file so that at any time its path has the complete old or the complete new content.
 
@@ -40,6 +60,7 @@ def write_atomically(
         then: what the user must do after fixing the cause of an error.
 
     Raises:
+        FolderGoneError: the folder does not exist.
         RunError: the disk is full or the folder cannot be written. The old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -61,11 +82,13 @@ def write_atomically(
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
+        check_folder(path.parent)
         # torch.save raises a RuntimeError for a short write.
         cause = error if isinstance(error, OSError) else error.__context__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "fix the cause"
-        reason = first_line(cause or error)
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        reason = reason or first_line(cause or error)
         raise RunError(f"cannot write {path}: {reason}; {remedy} and {then}") from error
 
 
@@ -131,10 +154,13 @@ class BackgroundWriter:
             raise error
 
 
-def save_checkpoint(path: Path, recipe_toml: str, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint: a recipe as TOML, and the state of a :class:`TrainingState`."""
+def save_checkpoint(
+    path: Path, recipe_toml: str, state: Mapping[str, Any], then: str = "continue with --resume"
+) -> None:
+    """Write a checkpoint: a recipe as TOML, and the state of a :class:`TrainingState`. ``then``
+    says what the user must do after fixing the cause of an error."""
     content = {"format": FORMAT, "recipe": recipe_toml, "state": dict(state)}
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_atomically(path, lambda file: torch.save(content, file), then)
 
 
 def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
@@ -147,7 +173,7 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
         RunError: the file cannot be read, is not a checkpoint, or would run code.
     """
     content = load_file(path, checkpoint=True)
-    if not is_checkpoint(content):
+    if not is_checkpoint(content) or type(content["format"]) is not int:
         raise RunError(f"{path} is not a bdkd checkpoint: it needs {', '.join(sorted(_KEYS))}")
     try:
         content = migrate(content)
@@ -158,7 +184,16 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
             reason = f"is not a complete bdkd checkpoint of format {given}: "
             reason += f"{type(error).__name__}: {first_line(error)}"
         raise RunError(f"{path} {reason}") from error
+    _check_types(path, content["state"])
     return content["recipe"], content["state"]
+
+
+def _check_types(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise ``RunError`` for a part of a state that has the wrong type. bdkd did not write it."""
+    for key, kinds in _TYPES.items():
+        if key in state and not isinstance(state[key], kinds):
+            found = f"its {key} is a {type(state[key]).__name__}"
+            raise RunError(f"{path} is not a checkpoint that bdkd wrote: {found}; use another file")
 
 
 def is_checkpoint(content: Any) -> bool:
@@ -174,7 +209,8 @@ def is_checkpoint(content: Any) -> bool:
 
 def load_file(path: Path, checkpoint: bool = False) -> Any:
     """Return the content of a torch file. All checksums are verified before loading. A
-    ``checkpoint`` must be a zip file, because bdkd writes checkpoints in that format.
+    ``checkpoint`` must be a zip file, because bdkd writes checkpoints in that format. In other
+    files, classes that torch does not know are replaced by stand-ins (:mod:`bdkd.runs.pickled`).
 
     A temporary failure (permissions, memory, open files, an I/O error) never raises
     :class:`DamagedFile`, because damaged files are renamed.
@@ -185,8 +221,11 @@ def load_file(path: Path, checkpoint: bool = False) -> Any:
             if checkpoint or file.read(4) == b"PK\3\4":  # the format before torch 1.6 is no zip
                 check_stored_zip(file)
                 verified = True
+            unknown = stand_ins(file) if not checkpoint else []
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(unknown), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+                return torch.load(file, map_location="cpu", weights_only=True)
     except RunError:
         raise
     except Exception as error:
@@ -195,6 +234,11 @@ def load_file(path: Path, checkpoint: bool = False) -> Any:
 
 def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
     match error:
+        case ForeignFile():
+            return RunError(f"cannot read {path}: {error}; use another file")
+        case ForeignArchive() if is_torchscript(path):
+            found = f"cannot read {path}: it is a TorchScript program"
+            return RunError(f"{found}; save torch.jit.load({path.name!r}).state_dict()")
         case ForeignArchive():
             found = f"{path} is not a checkpoint that bdkd wrote: {error}"
             return RunError(f"{found}; use another file")
@@ -206,25 +250,18 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
         case OSError():
             reason = error.strerror or first_line(error)
             return RunError(f"cannot read {path}: {reason}; the file was not changed")
+        case CodeError():
+            return RunError(f"refused to read {path}: {error}; use another file")
         case pickle.UnpicklingError():
             return RunError(
                 f"refused to read {path}: it is not a file of torch, or contains more than tensors "
                 "and plain values, which could run code; use another file"
             )
+    if isinstance(error, RecursionError):
+        return RunError(f"cannot read {path}: its content is nested too deeply; use another file")
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         failed = f"cannot read {path}: not enough memory for its {path.stat().st_size:,} bytes"
         return RunError(f"{failed}; free some memory")
     but = "its checksums are right, but " if verified else ""
     reason = f"torch {torch.__version__} cannot load it ({first_line(error)})"
     return RunError(f"cannot read {path}: {but}{reason}; use another file")
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raise ``OSError`` if the file cannot be opened, and
-    ``RunError`` if it is a pipe or device, which might never end."""
-    # Without O_NONBLOCK, opening a FIFO blocks until another process opens it for writing.
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise RunError(f"cannot read {path}: it is not a regular file")
-    return file

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from bdkd.engine.state import TrainingState, snapshot
-from bdkd.runs.checkpoint import BackgroundWriter
+from bdkd.runs.checkpoint import BackgroundWriter, FolderGoneError
 from bdkd.runs.folder import RunFolder
 
 
@@ -42,6 +42,9 @@ class Checkpointer:
         """Save this step as the newest checkpoint, the best checkpoint, or both.
 
         A failure to write does not end the run. The next checkpoint tries again.
+
+        Raises:
+            FolderGoneError: the folder was deleted or moved since the last call.
         """
         recipe, step, folder = self.state.recipe, self.state.progress.step, self.folder
         self.state.context.location = f"the checkpoint of step {step}"
@@ -49,6 +52,8 @@ class Checkpointer:
         if state is not None:
             self.writer.wait()
             if error := self.writer.take_failure():
+                if isinstance(error, FolderGoneError):
+                    raise error
                 self.warn(f"warning: training continues without this checkpoint: {error}")
             state = snapshot(state)
             self.writer.submit(

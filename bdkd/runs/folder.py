@@ -8,20 +8,23 @@ import math
 import os
 import re
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from bdkd.config import Recipe, parse_recipe, to_toml
-from bdkd.errors import DamagedFile, RunError, first_line
+from bdkd.config.load import MAX_RECIPE_BYTES
+from bdkd.config.toml import parse_toml
+from bdkd.errors import DamagedFile, RunError, reason_of
+from bdkd.evaluation.metric_lines import parse_line
 from bdkd.evaluation.predictions import Predictions, to_bytes
 from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, save_checkpoint, write_atomically
-from bdkd.text import read_text
+from bdkd.text import open_regular, read_text, unicode_hint_of_path, without_waiting
 
 # Wait for processes of the same launch that have not ended when torchrun restarts the ranks.
 LOCK_SECONDS = 20.0
+MAX_SUMMARY_BYTES = 2**26
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8})\.pt")
 Saved = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 
@@ -47,8 +50,8 @@ class RunFolder:
     def launched_by(self, identity: str) -> bool:
         """Return whether the launch with this identity was the last one to train here."""
         try:
-            return (self.path / ".lock").read_text("utf-8") == identity
-        except (OSError, UnicodeDecodeError):
+            return read_text(self.path / ".lock") == identity
+        except (OSError, RunError):
             return False
 
     def open_for_training(self, resume: str, identity: str | None = None) -> bool:
@@ -72,7 +75,7 @@ class RunFolder:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             # "a" does not change the file if this run is refused.
-            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - closed by close()
+            self._lock = open(self.path / ".lock", "a", opener=without_waiting)  # noqa: SIM115
         self._wait_for_lock(LOCK_SECONDS if identity and self.launched_by(identity) else 0.0)
         started = self._holds_run()  # another process may have started one in the meantime
         for leftover in chain.from_iterable(folder.glob(".*.tmp") for folder in folders):
@@ -82,9 +85,10 @@ class RunFolder:
                 f"{self.path} already contains a run: continue it with --resume or choose another "
                 "--run-dir"
             )
-        self._lock.truncate(0)
-        self._lock.write(identity or "")
-        self._lock.flush()
+        with explain_oserror(f"cannot write {self.path / '.lock'}", "remove it"):
+            self._lock.truncate(0)
+            self._lock.write(identity or "")
+            self._lock.flush()
         return started
 
     def open_run(self, resume: str, identity: str | None) -> tuple[bool, Saved | None]:
@@ -135,19 +139,37 @@ class RunFolder:
     def selects_best(self) -> bool:
         """Return whether ``train.select`` is ``best``. This needs no plugin of the run."""
         try:
-            return tomllib.loads(self._config_text())["train"]["select"] == "best"
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            return parse_toml(self._config_text())["train"]["select"] == "best"
+        except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self.config} has no train.select: write one back") from error
 
     def _config_text(self) -> str:
         try:
-            return read_text(self.config)
-        except (OSError, RunError) as error:
-            failed = f"cannot read {self.config} ({first_line(error)})"
+            return read_text(self.config, limit=MAX_RECIPE_BYTES)
+        except OSError as error:
+            failed = f"cannot read {self.config} ({error.strerror})"
             raise RunError(f"no run at {self.path}: {failed}") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary, (to_json(summary, indent=2) + "\n").encode())
+
+    def read_summary(self, remedy: str) -> dict[str, Any]:
+        """Return the content of ``summary.json``. Raise ``RunError`` if the file is missing or
+        contains no results of networks. ``remedy`` says how to write it again."""
+        try:
+            summary = json.loads(read_text(self.summary, limit=MAX_SUMMARY_BYTES))
+            networks = summary["networks"]
+            if not networks or not all(isinstance(x, dict) for x in networks.values()):
+                raise ValueError("it contains no networks")
+            if not summary["wall_seconds"] >= 0:
+                raise ValueError("it contains no time")
+        except OSError as error:
+            failed = f"cannot read {self.summary}: {reason_of(error)}"
+            raise RunError(f"{failed}; {remedy}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            failed = f"{self.summary} is not a summary that bdkd wrote"
+            raise RunError(f"{failed}: {remedy}") from error
+        return summary
 
     def write_predictions(self, predictions: Predictions) -> None:
         write_atomically(self.predictions, to_bytes(predictions))
@@ -248,13 +270,15 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the valid lines. The last line may be cut off if the run was killed."""
         with explain_oserror(f"cannot read {self.metrics}"):
-            content = self.metrics.read_bytes() if self.metrics.exists() else b""
+            content = b""
+            if self.metrics.exists():
+                with open_regular(self.metrics) as file:
+                    content = file.read()
         lines = []
         for line in content.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
-                values = json.loads(line)
-                is_line = isinstance(values, dict) and type(values.get("step")) is int
-                if is_line and line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):  # not JSON, or not UTF-8
+                values = parse_line(line)
+                if values is not None and line.endswith(b"\n"):
                     lines.append(values)
         return lines
 
@@ -265,12 +289,12 @@ class RunFolder:
         try:
             self._write_metrics()
         except OSError as error:
-            return f"cannot write {self.metrics}: {first_line(error)}; the lines are written later"
+            return f"cannot write {self.metrics}: {error.strerror}; the lines are written later"
         return None
 
     def flush_metrics(self) -> None:
         """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
-        remedy = "fix the cause and continue with --resume (earlier checkpoints are complete)"
+        remedy = "fix the cause and continue with --resume"
         with explain_oserror(f"cannot write {self.metrics}", remedy):
             self._write_metrics()
 
@@ -302,7 +326,7 @@ def selected_checkpoint(path: Path) -> Path:
     if not path.is_dir() or not folder.config.exists():
         raise RunError(
             f"no run and no checkpoint at {path}: give the folder of a run, which contains "
-            "config.toml and checkpoints/, or a checkpoint file"
+            f"config.toml and checkpoints/, or a checkpoint file{unicode_hint_of_path(path)}"
         )
     saved = folder.checkpoint_paths()
     if folder.selects_best():

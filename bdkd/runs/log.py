@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -16,7 +18,7 @@ from bdkd.config import Recipe, to_toml
 from bdkd.data import Split
 from bdkd.engine.state import TrainingState
 from bdkd.errors import RunError
-from bdkd.runs.checkpoint import explain_oserror
+from bdkd.runs.checkpoint import check_folder, explain_oserror
 from bdkd.runs.folder import RunFolder
 
 
@@ -105,10 +107,12 @@ class MetricsLogger(contextlib.AbstractContextManager):
 
     def write(self, values: dict[str, Any]) -> None:
         """Write one line of metrics. A sink that fails is removed with a warning, because
-        ``metrics.jsonl`` contains all metrics."""
+        ``metrics.jsonl`` contains all metrics. Raise ``FolderGoneError`` if the folder was deleted
+        or moved."""
         if not self.is_rank0:
             return
         if warning := self.folder.append_metrics(values):
+            check_folder(self.folder.path)
             self.line(f"warning: {warning}")
         for sink in list(self.sinks):
             try:
@@ -180,6 +184,7 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
+        threading.excepthook = partial(_without_tensorboard, threading.excepthook)
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -192,6 +197,15 @@ class TensorBoardSink:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # scalars() has reported it
             self.writer.close()
+
+
+def _without_tensorboard(
+    otherwise: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs
+) -> None:
+    """Print no traceback of TensorBoard's writing thread, whose error ``scalars`` reports."""
+    thread = type(failure.thread).__module__.partition(".")[0]
+    if thread != "tensorboard" or not isinstance(failure.exc_value, OSError):
+        otherwise(failure)
 
 
 class WandbSink:

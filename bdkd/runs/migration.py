@@ -5,8 +5,9 @@ the next. To change the format, raise :data:`FORMAT`, add a function to :func:`m
 checkpoints of the old format to ``tests/training/old_runs``.
 """
 
-import tomllib
 from typing import Any
+
+from bdkd.config.toml import parse_toml
 
 FORMAT = 3
 
@@ -23,7 +24,7 @@ def migrate(content: Content) -> Content:
 def _from_2(content: Content) -> Content:
     """Convert format 2, in which averages had a copy of their student's batch norm statistics,
     schedules counted optimizer steps, and the data set had no identity."""
-    train, state = tomllib.loads(content["recipe"])["train"], content["state"]
+    train, state = parse_toml(content["recipe"])["train"], content["state"]
     skipped = int(state["skipped"][0]) if "skipped" in state else 0
     updates = max(0, state["position"]["step"] - skipped) if state["ema"] else 0
     state = {

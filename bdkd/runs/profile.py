@@ -24,6 +24,7 @@ from bdkd.runs.checkpoint import first_line, write_atomically
 # Compilation, cuDNN's benchmarks and the first allocations are finished after these steps.
 SETTLING_STEPS = 10
 OTHER, IDLE = "other", "device idle"
+NOT_OF_A_STEP = ("evaluation", "checkpoint")  # ranges between two steps, left out of the table
 _STEP = "ProfilerStep#"  # prefix of the steps' names in torch.profiler
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
@@ -128,25 +129,28 @@ def where_time_goes(
     empty.
 
     The host's time is the time of the training thread. It counts for the innermost named range, or
-    for "other" outside of all ranges. The device's work counts for the range in which it was
-    launched, from any thread: autograd launches backward passes from other threads. Overlapping
-    work on several streams is divided evenly. The remaining time counts as idle. ``events`` are
-    Chrome trace events from torch.profiler, ``names`` those of the ranges.
+    for "other" outside of all ranges. Evaluations and checkpoints are left out, with all that is
+    inside them. The device's work counts for the range in which it was launched, from any thread:
+    autograd launches backward passes from other threads. Overlapping work on several streams is
+    divided evenly. The remaining time counts as idle. ``events`` are Chrome trace events from
+    torch.profiler, ``names`` those of the ranges.
     """
     events = [event for event in events if event.get("ph") == "X"]
     annotations = [event for event in events if event.get("cat") == "user_annotation"]
     steps = [event for event in annotations if event["name"].startswith(_STEP)]
     thread = {(event["pid"], event["tid"]) for event in steps}
     known = {event["name"]: OTHER for event in steps} | {name: name for name in names}
-    segments = _innermost([
+    spans = [
         _Segment(event["ts"], event["ts"] + event["dur"], known[event["name"]])
         for event in annotations
         if event["name"] in known and (event["pid"], event["tid"]) in thread
-    ])  # fmt: skip
+    ]
+    segments = _innermost(_without_inner_names(spans))
     count = max(len(steps), 1)
     host: dict[str, float] = defaultdict(float)
     for begin, end, name in segments:
-        host[name] += end - begin
+        if name not in NOT_OF_A_STEP:
+            host[name] += end - begin
 
     launched = {
         event["args"]["correlation"]: event["ts"]
@@ -164,6 +168,16 @@ def where_time_goes(
             name = segments[index].name
             work.append(_Segment(event["ts"], event["ts"] + event["dur"], name))
     return _rows(host, host, count), _rows(_divide(work), host, count)
+
+
+def _without_inner_names(spans: Sequence[_Segment]) -> list[_Segment]:
+    """Rename the spans inside a span of ``NOT_OF_A_STEP`` to that name."""
+    outer = [span for span in spans if span.name in NOT_OF_A_STEP]
+    renamed = []
+    for span in spans:
+        around = [o.name for o in outer if o.begin <= span.begin and span.end <= o.end]
+        renamed.append(span._replace(name=around[0]) if around else span)
+    return renamed
 
 
 def _innermost(spans: Sequence[_Segment]) -> list[_Segment]:
@@ -187,18 +201,20 @@ def _innermost(spans: Sequence[_Segment]) -> list[_Segment]:
 
 def _divide(work: Sequence[_Segment]) -> dict[str, float]:
     """Return the microseconds of each name between the begin of the first and the end of the last
-    segment. Overlapping segments share their time, and gaps are idle."""
+    segment. Overlapping segments share their time, and gaps are idle. Work of ``NOT_OF_A_STEP`` is
+    left out, with the gaps before and after it."""
     edges = sorted([(begin, 1, name) for begin, _, name in work]
                    + [(end, -1, name) for _, end, name in work])  # fmt: skip
     totals: dict[str, float] = defaultdict(float)
     running: Counter[str] = Counter()
-    for (moment, change, name), (following, _, _) in pairwise(edges):
+    for (moment, change, name), (following, _, next_name) in pairwise(edges):
         running[name] += change
         for each in running.elements():
             totals[each] += (following - moment) / running.total()
-        if not running.total() and following > moment:
+        of_a_step = not {name, next_name} & {*NOT_OF_A_STEP}
+        if not running.total() and following > moment and of_a_step:
             totals[IDLE] += following - moment
-    return totals
+    return {name: time for name, time in totals.items() if name not in NOT_OF_A_STEP}
 
 
 def _rows(times: Mapping[str, float], order: Iterable[str], steps: int) -> list[Row]:

@@ -53,7 +53,7 @@ def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -
 def warn_of_copied_statistics(path: Path, saved: Mapping[str, Any], decay: float | None) -> None:
     """Warn on standard error if the averages in a checkpoint of an old version have batch norm
     statistics of which more than 1% are copied from their students."""
-    until, updates = saved["ema_copied_until"], int(saved["ema_updates"])
+    until, updates = saved.get("ema_copied_until"), int(saved.get("ema_updates", 0))
     if until is not None and (decay or 1.0) ** (updates - until) > 0.01:
         print(
             f"{path}: the batch norm statistics of its averaged networks are those of the "

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -15,11 +16,14 @@ _SECOND_SIGINT_SECONDS = 2.0
 class StopRequest:
     """A context in which the first signal only sets ``signal``. A SIGINT more than 2 s later raises
     ``KeyboardInterrupt``. Unless ``grace`` is None, the process ends without a checkpoint so many
-    seconds after the first signal, because another rank may hang."""
+    seconds after the first signal, because another rank may hang. ``first`` is called with the
+    number of the first signal, and may raise an exception."""
 
-    def __init__(self, grace: float | None = None) -> None:
+    def __init__(
+        self, grace: float | None = None, first: Callable[[int], object] | None = None
+    ) -> None:
         self.signal: int | None = None
-        self.grace = grace
+        self.grace, self.first = grace, first
         self._since = 0.0
         self._timer: threading.Timer | None = None
         self._previous: dict[int, object] = {}
@@ -31,6 +35,8 @@ class StopRequest:
                 self._timer = threading.Timer(self.grace, _end, (number, self.grace))
                 self._timer.daemon = True
                 self._timer.start()
+            if self.first is not None:
+                self.first(number)
         elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_SIGINT_SECONDS:
             raise KeyboardInterrupt
 

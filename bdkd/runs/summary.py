@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -14,6 +15,7 @@ from bdkd.engine.state import EMA_SUFFIX, TrainingState
 from bdkd.errors import RunError
 from bdkd.evaluation.calibration import CalibrationResult
 from bdkd.evaluation.figures import reliability_diagram, training_curves
+from bdkd.evaluation.metric_lines import as_number
 from bdkd.evaluation.predict import Evaluator
 from bdkd.metrics import values_of
 from bdkd.runs.checkpoint import explain_oserror, load_checkpoint
@@ -47,6 +49,11 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
             raise RunError(f"the best checkpoint {path} is gone: resume with --train.select last")
 
         state.load_state_dict(context.broadcast_from_rank0(load))
+    elif recipe.train.select == "best" and context.is_rank0:
+        print(
+            "warning: train.select is best, but it was last while this run trained, so no "
+            "checkpoint was selected: the last weights are evaluated", flush=True,
+        )  # fmt: skip
     networks = state.evaluated_networks()
     evaluator = evaluator_of(components, networks)
     done = evaluator.run("test", evaluator.fit_temperatures(), keep_predictions=True)
@@ -72,7 +79,10 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
     with explain_oserror(f"cannot write the figures in {folder.figures}", remedy):
         title = f"{recipe.name}, {recipe.objective.name}: test images"
         reliability_diagram(results, folder.figures / "reliability.png", title)
-        training_curves(folder.metrics, folder.figures / "curves.png")
+        try:
+            training_curves(folder.metrics, folder.figures / "curves.png")
+        except ValueError as error:  # the results are complete nevertheless
+            print(f"warning: {error}: there are no curves", flush=True)
     return summary
 
 
@@ -91,5 +101,6 @@ def describe(
 def throughput(folder: RunFolder) -> float | None:
     """Return the median images per second over the log intervals of training."""
     lines = [line for line in folder.read_metrics() if line.get("split") == "train"]
-    rates = [r for line in lines if isinstance(r := line.get("images_per_second"), int | float)]
+    rates = [as_number(line.get("images_per_second")) for line in lines]
+    rates = [rate for rate in rates if isfinite(rate)]
     return median(rates) if rates else None

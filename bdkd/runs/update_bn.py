@@ -68,7 +68,7 @@ def update_bn(
     written = {**saved, "ema_copied_until": None, **trained_state}
     with explain_oserror(f"cannot write {output}", "choose another --output"):
         output.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(output, text, written)
+    save_checkpoint(output, text, written, "run the same command again")
     return Updated(used, split, [(name, before[name], after[name]) for name in networks])
 
 

@@ -2,21 +2,24 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bdkd.config import Recipe
+from bdkd.config import RANDOM, NetworkConfig, Recipe
 from bdkd.engine.components import Components
 from bdkd.engine.state import EMA_SUFFIX
-from bdkd.errors import RunError, first_line
+from bdkd.errors import RunError, UsageError, first_line
 from bdkd.identity import class_difference
-from bdkd.runs.checkpoint import is_checkpoint, load_file
-from bdkd.runs.folder import selected_checkpoint
+from bdkd.models.key_names import head_keys, layouts
+from bdkd.runs.checkpoint import is_checkpoint
+from bdkd.runs.misfits import describe, no_state_dict, no_such_key, several
 from bdkd.runs.resume import check_data, warn_of_copied_statistics
+from bdkd.runs.state_dicts import EMA, WRAPPERS, Match, Misfit, Target, match_names, state_dicts
+from bdkd.runs.weight_files import check_architecture, read_weights, weight_file
 
 
 def relocate(recipe: Recipe, device: str, data_root: str | None) -> Recipe:
@@ -26,25 +29,49 @@ def relocate(recipe: Recipe, device: str, data_root: str | None) -> Recipe:
     return dataclasses.replace(recipe, device=device, data=data)
 
 
+def check_initial_weights(recipe: Recipe, frozen: Collection[str]) -> None:
+    """Check that networks that never train get weights. This is a check of new runs, because runs
+    of older versions may have frozen networks with random weights.
+
+    Args:
+        frozen: names of networks that never train.
+
+    Raises:
+        UsageError: a frozen network would have random weights, and the recipe does not ask for it.
+    """
+    for name in sorted(frozen):
+        network = recipe.networks[name]
+        if network.weights is None and not network.options.get("pretrained"):
+            raise UsageError(
+                f"networks.{name} is frozen and has no weights: set networks.{name}.weights to a "
+                "file or to the folder of the run that trained it, or to random if random weights "
+                "are meant"
+            )
+
+
 def load_initial_weights(components: Components) -> None:
     """Load the weights that the recipe names into the networks of a new run.
 
     Raises:
+        UsageError: see :func:`check_initial_weights`.
         RunError: a file cannot be read or does not fit its network, or a frozen network was trained
             on other classes.
     """
+    check_initial_weights(components.recipe, components.objective.frozen)
     for name, config in components.recipe.networks.items():
-        if config.weights is None:
+        if config.weights in (None, RANDOM):
             continue
-        path = Path(config.weights)
-        file = selected_checkpoint(path) if path.is_dir() else path
-        classes = load_weights(components.networks.members[name], name, file)
-        if name not in components.objective.frozen or classes is None:
+        network = components.networks.members[name]
+        loaded = load_weights(network, name, config)
+        if components.context.is_rank0:
+            print(f"{name}: {loaded.text}")
+        if name not in components.objective.frozen or loaded.classes is None:
             continue
-        if differs := class_difference(classes, components.source.info.classes):
+        if differs := class_difference(loaded.classes, components.source.info.classes):
             raise RunError(
-                f"networks.{name}.weights: {file} was trained on other classes than those of this "
-                f"data set: {differs}; give a teacher of this data set, or let {name} train"
+                f"networks.{name}.weights: {config.weights} was trained on other classes than "
+                f"those of this data set: {differs}; give a teacher of this data set, or let "
+                f"{name} train"
             )
 
 
@@ -73,38 +100,129 @@ def load_networks(
     return {**dict(networks.members.items()), **averages}
 
 
-def load_weights(network: nn.Module, name: str, path: Path) -> list[str] | None:
-    """Load weights from a file into a network.
+class Loaded(NamedTuple):
+    """Weights that were loaded."""
 
-    Args:
-        path: a state dict (``.pt``, ``.pth``, ``.safetensors``), or a checkpoint of a run with a
-            network called ``name``.
+    classes: list[str] | None  # that the network was trained on, if the file contains them
+    text: str  # which weights, for the log
 
-    Returns:
-        The classes that the network was trained on, if the file contains them.
+
+def load_weights(network: nn.Module, name: str, config: NetworkConfig) -> Loaded:
+    """Load the weights that a recipe names into a network.
+
+    ``config.weights`` is a file of torch or safetensors that any trainer wrote, a checkpoint of a
+    run with a network called ``name``, or a folder with one of these. See :func:`find_weights` for
+    what is found in a file.
 
     Raises:
         RunError: the file cannot be read, or its weights do not fit this network.
     """
-    classes = None
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file as load_safetensors
+    path = weight_file(Path(str(config.weights)))
+    file = read_weights(path)
+    content, classes, key = file.content, file.classes, config.weights_key
+    of_network = ""
+    own = network.state_dict()
+    try:
+        if is_checkpoint(content):
+            classes, member, content = _of_checkpoint(content["state"], name, key, path)
+            of_network, key = f" of {member!r}", None
+        check_architecture(file, config)
+        weights, found = find_weights(
+            content, network, config.model, name, key=key, reset_head=config.reset_head
+        )
+        for k, tensor in weights.items():
+            if tensor.is_floating_point() and not tensor.to(own[k].dtype).isfinite().all():
+                raise Misfit(f"{found.names[k]!r} contains NaN or infinity")
+        network.load_state_dict({**own, **weights})
+    except Misfit as error:
+        raise RunError(
+            f"networks.{name}.weights: {path} does not fit {name!r} ({config.model}): {error}"
+        ) from error
+    origin = "" if found.layout == "bdkd" else f", named as in {found.layout}"
+    head = ", without the classifier" if config.reset_head else ""
+    text = f"loaded {len(weights)} tensors{of_network} {found.where} of {path}{origin}{head}"
+    return Loaded(None if config.reset_head else classes, text)
 
-        try:
-            weights: Any = load_safetensors(path)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot read the weights {path}: {first_line(error)}") from error
-    else:
-        weights = load_file(path)
-        if is_checkpoint(weights):
-            classes = (weights["state"].get("data") or {}).get("classes")
-            weights = network_weights(weights["state"], name, path)
-    mismatch = mismatched_keys(network, weights) if isinstance(weights, dict) else "no state dict"
-    if mismatch:
-        raise RunError(f"networks.{name}.weights: {path} does not fit {name!r}: {mismatch}")
-    network.load_state_dict(weights)
-    return classes
+
+def _of_checkpoint(
+    state: Mapping[str, Any], name: str, key: str | None, path: Path
+) -> tuple[list[str] | None, str, dict[str, Any]]:
+    """Return the classes of a checkpoint's data, the name of one of its networks, and its weights:
+    of the network ``key``, or else of ``name``, and of its average if it has one."""
+    try:
+        average = f"{name}{EMA_SUFFIX}"
+        name = key or (average if average in state["ema"] else name)
+        classes = (state.get("data") or {}).get("classes")
+        return classes, name, network_weights(state, name, path)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a complete checkpoint of bdkd; use another file") from error
+
+
+def find_weights(
+    content: Any, network: nn.Module, model: str, name: str, *, key: str | None = None,
+    reset_head: bool = False,
+) -> tuple[dict[str, Tensor], Match]:  # fmt: skip
+    """Return the weights of a network from the content of a file, and where they were found.
+
+    Args:
+        content: what the file holds, of any structure.
+        network: the network that bdkd calls ``model``.
+        name: of the network in the recipe, which decides between several networks in the file.
+        key: of the state dict in the file, a prefix in it, or both. Default: the network with the
+            same name, then moving averages, as in timm.
+        reset_head: leave the classifier out.
+
+    Returns:
+        A part of a state dict, without the classifier or counters that are not in the file.
+
+    Raises:
+        Misfit: no state dict in the content fits, or several do.
+    """
+    head = head_keys(network)
+    target = Target(
+        model, network.state_dict(), layouts(network, model), head, head if reset_head else set()
+    )
+    found = state_dicts(content, everything=key is not None)
+    matches = [match for k, tensors in found.items() for match in match_names(k, tensors, target)]
+    if not matches:
+        raise Misfit(no_state_dict(content))
+    chosen = [match for match in matches if key is None or _is_at(match.place, key)]
+    if not chosen:
+        raise Misfit(no_such_key(str(key), [match.place for match in matches]))
+    if key is None:
+        chosen = _preferred([m for m in matches if 2 * len(m.names) >= len(target.own)], name)
+    whole = _distinct([match for match in chosen if match.fits], target)
+    if len(whole) > 1:
+        raise Misfit(several([match.place for match in whole]))
+    if not whole:
+        best = max(chosen or matches, key=lambda match: (len(match.names), len(match.tensors)))
+        raise Misfit(describe(best, target, [m.place for m in matches if m.fits]))
+    (match,) = whole
+    return match.weights(target), match
+
+
+def _is_at(place: str, key: str) -> bool:
+    return f".{place}.".startswith(f".{key}.") or f".{place}.".endswith(f".{key}.")
+
+
+def _preferred(matches: list[Match], name: str) -> list[Match]:
+    """Return the matches of the network that has the same name, and of these the averages."""
+    same = {name, f"{name}_ema", f"ema_{name}"} if name not in WRAPPERS else set()
+    matches = [m for m in matches if same & set(m.place.split("."))] or matches
+    return [m for m in matches if EMA.search(m.place)] or matches
+
+
+def _distinct(matches: list[Match], target: Target) -> list[Match]:
+    """Return the matches with other tensors than those before. Two layouts may find the same."""
+    found: list[tuple[Match, dict[str, Tensor]]] = []
+    for match in matches:
+        weights = match.weights(target)
+        if not any(
+            all(torch.equal(weights[k], known[k]) for k in weights.keys() & known.keys())
+            for _, known in found
+        ):
+            found.append((match, weights))
+    return [match for match, _ in found]
 
 
 def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -114,7 +232,7 @@ def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str
     prefix, tensors = f"members.{name}.", state["networks"].items()
     weights = {key.removeprefix(prefix): x for key, x in tensors if key.startswith(prefix)}
     if not weights:
-        names = sorted({key.split(".")[1] for key in state["networks"]})
+        names = sorted({key.split(".")[1] for key in state["networks"]} | {*state["ema"]})
         raise RunError(f"{path} contains no network {name!r}: it has {', '.join(names)}")
     return weights
 

@@ -89,8 +89,8 @@ def test_what_no_test_can_tell_is_none():
     same = paired_test([0.3 - 0.2, 0.2 - 0.1, 0.1])  # equal to rounding
     assert same.p_t is None
     assert same.low is None
-    assert same.p_wilcoxon == 0.25
-    none = paired_test([0.0, 0.0, 0.0])
+    assert same.p_wilcoxon is None
+    none = paired_test([0.0] * 6)
     assert (none.p_t, none.p_wilcoxon) == (1.0, 1.0)
     for bad in ([], [math.nan, 1.0]):
         with pytest.raises(ValueError, match="finite differences"):
@@ -150,6 +150,51 @@ def test_a_row_a_network_and_method_students_first(runs):
     assert cell.p_t == pytest.approx(2 * expected)  # two methods against the first
     assert rows[0].cells["top1"].test is None
     assert rows[1].cells["temperature"].test is None
+
+
+@pytest.mark.parametrize(
+    ("seeds", "methods", "shown"),
+    [(2, 1, False), (5, 1, False), (6, 1, True), (6, 2, False), (7, 2, True), (8, 4, True)],
+)
+def test_a_test_that_cannot_reach_significance_is_left_out(seeds, methods, shown):
+    """Wilcoxon's smallest p-value is 2 / 2**seeds, times the number of methods after Holm. Here
+    every seed has the same sign and another size, so that the p-value is the smallest."""
+    names = ["first", *map(str, range(methods))]
+    runs = [
+        Run(name, seed, summary(0.5 + k * (0.01 + 0.001 * seed)))
+        for k, name in enumerate(names)
+        for seed in range(seeds)
+    ]
+    rows = compare(runs, names)
+    header, lines = differences(rows, "student")
+    smallest = methods * stats.wilcoxon(range(1, seeds + 1), method="exact").pvalue
+    assert (smallest < 0.05) == shown
+    line = lines[0]
+    assert line[header.index("p (Wilcoxon)")] == (f"{smallest:.3f}" if shown else "–")
+    assert line[header.index("p (t)")] != "–"
+    assert rows[1].cells["top1"].p_wilcoxon == (pytest.approx(smallest) if shown else None)
+    text = notes("first", 100, rows)[-1]
+    corrected = f" after the correction for {methods} methods" if methods > 1 else ""
+    errors = stats.t.ppf(1 - 0.025 / methods, seeds - 1)
+    assert f"{corrected} if a mean difference is above {errors:.1f} standard errors" in text
+    if shown:
+        assert text.startswith(f"With {seeds} seeds both tests can reach p < 0.05: ")
+    else:
+        fewest = {1: 6, 2: 7}[methods]
+        assert text.startswith(
+            f"With {seeds} seeds Wilcoxon's test is left out, because it needs at least {fewest} "
+            f"seeds to reach p < 0.05{corrected}; the t-test ({seeds - 1} degree"
+        )
+
+
+def test_one_seed_has_no_test_and_this_is_said():
+    runs = [Run(name, 0, summary(top1)) for name, top1 in (("a", 0.5), ("b", 0.6))]
+    rows = compare(runs, ["a", "b"])
+    assert differences(rows, "student")[1][0][4:] == ["–", "–", "1"]
+    assert notes("a", 100, rows)[-1] == (
+        "With 1 seed there is no test: the t-test needs at least 2 seeds, and Wilcoxon's test "
+        "needs at least 6 seeds to reach p < 0.05."
+    )
 
 
 def test_pairs_are_the_seeds_that_both_have(runs):

@@ -163,6 +163,11 @@ def objective_of(state: TrainingState, name: str = "bdkd", **options) -> Objecti
     return create_objective(OBJECTIVES.configure(name, **options), state.recipe.networks)
 
 
+def initial(path: Path, **options) -> NetworkConfig:
+    """A network that begins with the weights in a file."""
+    return NetworkConfig("tiny", "teacher", weights=str(path), **options)
+
+
 def trainer_of(state: TrainingState, objective: Objective | None = None) -> Trainer:
     """A trainer that goes on from a state."""
     components = Components(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TINY_RUN
+from small_runs import TINY_RUN, initial
 
 from bdkd.cli import main
 from bdkd.errors import DamagedFile, RunError
@@ -190,17 +190,17 @@ def test_weights_with_a_flipped_bit_are_refused(run):
     path = run / "weights.pt"
     network = torch.nn.Linear(100, 10)
     torch.save(network.state_dict(), path)
-    load_weights(torch.nn.Linear(100, 10), "student", path)
+    load_weights(torch.nn.Linear(100, 10), "student", initial(path))
     flip(path, path.read_bytes().find(network.weight.detach().numpy().tobytes()) + 1000)
     with pytest.raises(RunError, match="CRC-32"):
-        load_weights(torch.nn.Linear(100, 10), "student", path)
+        load_weights(torch.nn.Linear(100, 10), "student", initial(path))
 
 
 def test_weights_in_the_format_before_zip_files_load(run):
     torch.save(
         torch.nn.Linear(3, 2).state_dict(), run / "old.pt", _use_new_zipfile_serialization=False
     )
-    load_weights(torch.nn.Linear(3, 2), "student", run / "old.pt")
+    load_weights(torch.nn.Linear(3, 2), "student", initial(run / "old.pt"))
 
 
 def rezip(path: Path, **options) -> None:
@@ -270,10 +270,13 @@ def test_a_disk_that_does_not_answer_at_the_end_of_a_file_is_not_damage(run, mon
 @pytest.mark.parametrize("kind", ["checkpoint", "weights"])
 def test_a_pipe_is_refused_at_once(tmp_path, kind):
     os.mkfifo(tmp_path / "pipe.pt")
-    weights = partial(load_weights, torch.nn.Linear(1, 1), "student")
-    load = load_checkpoint if kind == "checkpoint" else weights
+    path = tmp_path / "pipe.pt"
+    load = {
+        "checkpoint": partial(load_checkpoint, path),
+        "weights": partial(load_weights, torch.nn.Linear(1, 1), "student", initial(path)),
+    }
     with pytest.raises(RunError, match="not a regular file"):
-        load(tmp_path / "pipe.pt")
+        load[kind]()
 
 
 def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(run):
@@ -366,6 +369,9 @@ def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
     lines = [
         '{"step":"x","split":5}', '{"step":1,"step":2}', '{"step":true,"split":"train"}', "[1]",
         '{"step":1,"split":"train","student":{"loss":1}}', "[" * 100_000, '{"step": NaN}',
+        '{"step":-1,"split":"train","student":{"loss":1}}', '{"step":1,"split":[1]}', "3",
+        '{"step":' + "9" * 10_000 + '}', '{"step":1,"split":"train","\\ud800":{"loss":1}}',
+        '{"step":1e3,"split":"train"}',
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"])

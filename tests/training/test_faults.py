@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 
 import pytest
 from launches import TINY, Launch
-from small_runs import SMALL
+from small_runs import SMALL, TINY_RUN
 
 import bdkd.runs.folder as run_folder
 from bdkd.cli import main
@@ -243,3 +244,27 @@ def test_only_a_lost_rank_is_taken_for_one():
     assert not several.is_rank_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not several.is_rank_lost(ValueError("gloo"))
     assert not DistributedContext().is_rank_lost(RuntimeError("gloo"))
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "without checkpoints"])
+@pytest.mark.parametrize("log", [[], ["tensorboard"]], ids=["", "tensorboard"])
+def test_a_folder_that_goes_away_ends_the_run_in_one_line(how, log, tmp_path):
+    """Nothing is said to be complete that is not there."""
+    run, trash = tmp_path / "run", tmp_path / "trash"
+    command = [sys.executable, "-m", "bdkd", "train", *TINY_RUN, "--train.epochs", "400",
+               "--run-dir", str(run), "--log", *log]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        assert p.stdout is not None
+        while not list(run.glob("checkpoints/step-*")):
+            assert p.stdout.readline()
+        gone = run / "checkpoints" if how == "without checkpoints" else run
+        gone.rename(trash)
+        if how == "deleted":
+            shutil.rmtree(trash)
+        out, err = p.communicate(timeout=120)
+    assert p.returncode == 1
+    (line,) = err.splitlines()
+    assert f"the folder {run}" in line
+    assert "was deleted or moved during the run" in line
+    assert "complete" not in out + err
+    assert "step 4800/4800" not in out

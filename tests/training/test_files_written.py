@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import Tiny
+from small_runs import Tiny, initial
 from torch import nn
 
 from bdkd.engine.state import snapshot
@@ -131,10 +131,10 @@ def test_each_network_of_a_checkpoint_is_found_by_its_name(checkpoint):
     assert torch.equal(kinds["teacher"], state["networks"]["members.teacher.0.weight"])
     assert torch.equal(kinds["student"], state["networks"]["members.student.0.weight"])
     assert torch.equal(kinds["student_ema"], state["ema"]["student_ema"][first])
-    with pytest.raises(RunError, match="no network 'pupil': it has student, teacher"):
+    with pytest.raises(RunError, match="no network 'pupil': it has student, student_ema, teacher"):
         network_weights(state, "pupil", checkpoint)
     network = Tiny()
-    assert load_weights(network, "teacher", checkpoint) == ["cat", "dog"]
+    assert load_weights(network, "teacher", initial(checkpoint)).classes == ["cat", "dog"]
     assert torch.equal(network[0].weight, kinds["teacher"])
     assert torch.equal(network[1].running_var, torch.ones(6))
 

@@ -31,7 +31,10 @@ SGD, PLAIN_SGD, ADAMW = 3, 2, 4
         (["--optimizer.momentum", "0"], {"teacher": PLAIN_SGD, "student": PLAIN_SGD}),
         (["--optimizer.name", "adamw"], {"teacher": ADAMW, "student": ADAMW}),
         (["--train.ema-decay", "0.9"], {"teacher": SGD, "student": SGD + 1}),
-        (["--networks.teacher.frozen"], {"teacher": 1, "student": SGD}),
+        (
+            ["--networks.teacher.frozen", "--networks.teacher.weights", "random"],
+            {"teacher": 1, "student": SGD},
+        ),
         (["--train.accumulate", "2"], {"teacher": SGD, "student": SGD}),
     ],
     ids=["sgd", "no momentum", "adamw", "an average", "frozen", "accumulated"],

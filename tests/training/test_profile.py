@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from small_runs import SMALL, bdkd, objective_of, tiny_state, trainer_of
+from small_runs import SMALL, TINY_RUN, bdkd, objective_of, tiny_state, trainer_of
 from test_step import a_batch
 
 from bdkd.config import TrainConfig
@@ -131,6 +131,34 @@ def test_the_devices_time_counts_where_it_was_launched_and_gaps_are_idle():
     assert lines["data wait"].split() == ["data", "wait", "0.0%", "0.00", "0.01"]
 
 
+def test_an_evaluation_between_two_steps_is_in_no_step():
+    """The host evaluates from 0 to 60, and saves until 70. The device works for it and is idle."""
+    events = [
+        span("user_annotation", "ProfilerStep#8", -300, 300),
+        span("user_annotation", "ProfilerStep#9", 0, 100),
+        span("user_annotation", "evaluation", 0, 60),
+        span("user_annotation", "data wait", 10, 20),  # of the evaluation's images
+        span("user_annotation", "checkpoint", 60, 10),
+        span("user_annotation", "forward", 70, 20),
+        span("cuda_runtime", "cudaLaunchKernel", -250, 1, correlation=1),
+        span("kernel", "conv", -240, 5, tid=70, correlation=1),
+        span("cuda_runtime", "cudaLaunchKernel", 12, 1, correlation=2),
+        span("kernel", "conv of the evaluation", 15, 20, tid=70, correlation=2),
+        span("cuda_runtime", "cudaLaunchKernel", 72, 1, correlation=3),
+        span("kernel", "conv", 80, 5, tid=70, correlation=3),
+        span("cuda_runtime", "cudaLaunchKernel", 73, 1, correlation=4),
+        span("kernel", "conv", 90, 10, tid=70, correlation=4),
+    ]
+    host, device = where_time_goes(events, {"data wait", "forward", "evaluation", "checkpoint"})
+    assert {row.name: 2 * row.milliseconds for row in host} == pytest.approx(
+        {"forward": 0.02, OTHER: 0.3 + 0.01}
+    )
+    assert {row.name: 2 * row.milliseconds for row in device} == pytest.approx(
+        {"forward": 0.015, OTHER: 0.005, IDLE: 0.005}
+    )
+    assert sum(row.share for row in device) == pytest.approx(1)
+
+
 def test_times_are_a_step_s_mean():
     """Of two steps, of which the second enters no range."""
     events = [*TRACE, span("user_annotation", "ProfilerStep#8", 100, 100)]
@@ -239,6 +267,27 @@ def test_the_command_line_records_and_says_where_the_time_went(tmp_path):
         assert 50 < line["memory_mib"] < 1e5
         known = torch.cuda.is_available() and peak_of(torch.cuda.get_device_name(), TrainConfig())
         assert (line["mfu"] is None) == (not known)  # no peak is published for a CPU
+
+
+@pytest.mark.parametrize("steps", [11, 12, 13])
+def test_a_short_run_records_training_steps_alone(steps, tmp_path):
+    """Epochs have 12 steps, and a checkpoint follows each fifth step. The evaluation at the end of
+    an epoch and of the run belongs to no step."""
+    run = tmp_path / "run"
+    command = ["train", *TINY_RUN, "--max-steps", str(steps), "--profile", "3"]
+    done = bdkd(*command, "--run-dir", str(run))
+    assert done.returncode == 0, done.stderr
+    written = json.loads((run / "profile.json").read_text())
+    names = {row["name"] for row in written["host"]}
+    assert names >= {*RANGES, "log"}
+    assert not names & {"evaluation", "checkpoint"}
+    (trace,) = (run / "profile").iterdir()
+    events = json.loads(trace.read_text())["traceEvents"]
+    recorded = [x for x in events if str(x.get("name")).startswith("ProfilerStep#")]
+    assert len(recorded) == written["steps"] == 3
+    assert sum(x.get("name") == "optimizer" for x in events) == 3
+    evaluations = sum(x.get("name") == "evaluation" for x in events)
+    assert evaluations == (steps == 13)  # that of the epoch's end; never that of the run's end
 
 
 @pytest.mark.parametrize(

@@ -181,3 +181,31 @@ def test_the_folder_of_a_run_without_run_dir(tmp_path, monkeypatch):
     assert default_run_dir(recipe, "never") == Path("runs/tiny-bdkd-seed4-11")
     (tmp_path / "runs" / names[2]).rmdir()
     assert default_run_dir(recipe, "never") == Path("runs") / names[2]
+
+
+def test_no_best_checkpoint_is_written_where_the_last_weights_are_selected(tmp_path, capsys):
+    """If ``best`` is asked for afterwards, the run says that there is none."""
+    run = tmp_path / "run"
+    command = ["train", *TINY_RUN, "--train.select", "last", "--train.epochs", "2"]
+    main([*command, "--run-dir", str(run)])
+    folder = RunFolder(run)
+    assert numbers(folder, "best") == []
+    assert load_checkpoint(folder.step_path(24))[1]["best"] is None
+    assert selected_checkpoint(run) == folder.step_path(24)
+    capsys.readouterr()
+    main(["train", "--resume", "--run-dir", str(run), "--train.select", "best"])
+    assert "no checkpoint was selected: the last weights are evaluated" in capsys.readouterr().out
+    assert json.loads(folder.summary.read_text())["selected_step"] == 24
+
+
+def test_a_run_that_has_a_best_checkpoint_can_go_on_with_the_last_weights(tmp_path):
+    """Older versions wrote one in every run."""
+    run = tmp_path / "run"
+    main(["train", *TINY_RUN, "--train.epochs", "1", "--run-dir", str(run), "--quiet"])
+    folder = RunFolder(run)
+    assert numbers(folder, "best") == [12]
+    command = ["train", "--resume", "--run-dir", str(run), "--train.epochs", "2"]
+    main([*command, "--train.select", "last", "--quiet"])
+    assert json.loads(folder.summary.read_text())["selected_step"] == 24
+    assert numbers(folder, "best") in ([], [12])
+    assert selected_checkpoint(run) == folder.step_path(24)

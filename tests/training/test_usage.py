@@ -77,7 +77,8 @@ def test_the_utilisation_is_the_networks_operations_over_the_peak_of_all_devices
 
 def test_a_frozen_teacher_counts_its_forward_pass(clock):
     recipe = load_recipe(TINY_RUN[0])
-    teacher = dataclasses.replace(recipe.networks["teacher"], frozen=True)
+    teacher = recipe.networks["teacher"]
+    teacher = dataclasses.replace(teacher, frozen=True, weights="random")
     recipe = dataclasses.replace(recipe, networks={**recipe.networks, "teacher": teacher})
     network = cost_of(create_model("resnet8", 3, in_channels=3), (3, 8, 8), trains=True)
     assert (

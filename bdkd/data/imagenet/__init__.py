@@ -8,7 +8,6 @@ import os
 import sys
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from bdkd.data.imagenet.pillow import Pillow
 from bdkd.data.imagenet.source import ImageNet
 from bdkd.data.splits import split_training
 from bdkd.errors import RunError, UsageError
+from bdkd.text import expand_user, unicode_hint
 
 SHOWN = 3  # lines of data.exclude in a message
 
@@ -61,7 +61,7 @@ def load(config: ImageNetConfig, context: SourceContext) -> ImageNet:
 
 def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index, Index]:
     """Remove the images that a list names, and print how many lines match no image."""
-    lines = read_exclusions(Path(listed).expanduser())
+    lines = read_exclusions(expand_user(listed, "data.exclude"))
     wanted = {spelling for line in lines for spelling in spellings(line)}
     if not wanted:
         return training, test
@@ -70,17 +70,21 @@ def _without_excluded(listed: str, training: Index, test: Index) -> tuple[Index,
         excluded = index.find(wanted)
         matched |= {index.identity(i) for i in np.flatnonzero(excluded).tolist()}
         remaining.append(index.take(np.flatnonzero(~excluded)))
+    unknown = [line for line in lines if matched.isdisjoint(spellings(line))]
+    odd = any(not line.isascii() for line in unknown)
+    names = (index.identity(i) for index in (training, test) for i in range(len(index)))
+    hint = unicode_hint(unknown, names) if odd else ""
     if not matched:
         raise UsageError(
             f"data.exclude, {listed}, names no image of {training.root}: pass the list that "
-            "bdkd data check wrote for this data set"
+            f"bdkd data check wrote for this data set{hint}"
         )
-    unknown = [line for line in lines if matched.isdisjoint(spellings(line))]
     if unknown and os.environ.get("RANK", "0") == "0":
         print(
             f"bdkd: {len(unknown):,} of {len(lines):,} lines of data.exclude, {listed}, name no "
-            f"image of {training.root}: {', '.join(unknown[:SHOWN])}"
-            + (" ..." if len(unknown) > SHOWN else ""),
+            f"image of {training.root}: {', '.join(line[:200] for line in unknown[:SHOWN])}"
+            + (" ..." if len(unknown) > SHOWN else "")
+            + hint,
             file=sys.stderr,
         )
     return remaining[0], remaining[1]

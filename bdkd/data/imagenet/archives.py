@@ -7,6 +7,7 @@ with ``image/encoded`` and ``image/class/label``.
 
 import mmap
 import os
+import re
 import struct
 import tarfile
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ import numpy as np
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.data.imagenet.index_cache import cached_index
 from bdkd.data.listing import is_hidden_member, is_image
-from bdkd.errors import RunError
+from bdkd.errors import RunError, reason_of, shown
 from bdkd.text import decode_text
 
 MAX_LABEL_BYTES = 100  # of a member KEY.cls
+NUMBER = re.compile(r"[+-]?[0-9]+")
+BYTES, INTEGERS = 1, 3  # kinds of a feature in a TFRecord
 ENCODED, LABEL = b"image/encoded", b"image/class/label"
 
 
@@ -78,6 +81,9 @@ def _index(kind: str, root: Path, archives: list[Path]) -> Index:
     # Threads, because most of the time is spent waiting for headers on network storage.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda path: list(images_of(path)), archives))
+    for path, images in zip(archives, found, strict=True):
+        if not images:
+            raise RunError(f"{path} contains no images: fetch it again, or remove it")
     flat = [image for images in found for image in images]
     if not flat:
         raise RunError(
@@ -98,6 +104,10 @@ def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:
             for member in tar:
                 if not member.isfile() or is_hidden_member(member.name):
                     continue
+                if member.issparse():  # 512 bytes can declare terabytes of zeros
+                    raise RunError(
+                        f"{path} is refused: {member.name} is a sparse file: pack it again"
+                    )
                 # webdataset's rule: the key ends at the first dot of the file name
                 folder, slash, file = member.name.rpartition("/")
                 key, _, suffix = file.partition(".")
@@ -106,7 +116,9 @@ def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:
                     images[key] = member
                 elif suffix == "cls":
                     labels[key] = _label(tar, member, path)
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {reason_of(error)}") from error
+    except (EOFError, tarfile.TarError, ValueError) as error:
         raise RunError(
             f"{path} is no complete webdataset shard ({error}): fetch it again"
         ) from error
@@ -124,12 +136,14 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     stream = tar.extractfile(member)
     assert stream is not None
     content = stream.read(MAX_LABEL_BYTES + 1)
-    text = decode_text(content, f"{path} ({member.name})").strip()
-    with suppress(ValueError):
-        if len(content) <= MAX_LABEL_BYTES and abs(label := int(text)) < 2**31:
+    found: bytes | str = content
+    with suppress(RunError):
+        found = decode_text(content, member.name).strip()
+        is_number = NUMBER.fullmatch(found) and len(content) <= MAX_LABEL_BYTES
+        if is_number and abs(label := int(found)) < 2**31:
             return label
     raise RunError(
-        f"{path}: the label {member.name} must hold the number of a class, got {text[:40]!r}"
+        f"{path}: the label {member.name} must hold the number of a class, got {shown(found)}"
     )
 
 
@@ -138,9 +152,10 @@ def _images_of_tfrecord(path: Path) -> Iterator[ArchivedImage]:
         try:
             encoded, label = _image_and_label(content, start, end)
         except (KeyError, ValueError, IndexError, StopIteration) as error:
+            reason = str(error) if type(error) is ValueError else "one is missing or cut off"
             raise RunError(
                 f"{path}, record {number}: no Example with image/encoded and image/class/label "
-                f"({str(error) or 'one is empty'})"
+                f"({reason})"
             ) from error
         yield ArchivedImage(str(number), encoded[0], encoded[1] - encoded[0], label)
 
@@ -185,8 +200,13 @@ def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[in
             parts = dict(_fields(content, *entry))
             name = content[slice(*parts[1])]
             if name in (ENCODED, LABEL):
-                _, values_list = next(_fields(content, *parts[2]))
-                values[name] = next(place for _, place in _fields(content, *values_list, 1))
+                kind, values_list = next(_fields(content, *parts[2]))
+                place = next(place for _, place in _fields(content, *values_list, 1))
+                if kind != (BYTES if name == ENCODED else INTEGERS):
+                    needed = "bytes" if name == ENCODED else "the number of a class"
+                    found = shown(content[slice(*place)][:60])
+                    raise ValueError(f"{name.decode()} must be {needed}, got {found}")
+                values[name] = place
     label, _ = _varint(content, values[LABEL][0])
     return values[ENCODED], label - (label >> 63 << 64)
 

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bdkd.data.decode import UndecodableError, decode_rgb, open_image, require_pillow
+from bdkd.data.image_warnings import shown
 from bdkd.data.imagenet.archives import damaged_records
 from bdkd.data.imagenet.index import Index, Item
 from bdkd.data.imagenet.layout import find
@@ -113,10 +114,11 @@ def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
     answers = []
     for item in items:
         try:
-            content = item.read()
-            decode_rgb(content)
-            with open_image(content) as image:
-                answers.append((f"{image.format} {image.mode}", ""))
+            with shown(str(item)):
+                content = item.read()
+                decode_rgb(content)
+                with open_image(content) as image:
+                    answers.append((f"{image.format} {image.mode}", ""))
         except (RunError, UndecodableError) as error:
             answers.append(("", str(error)))
     return answers

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bdkd.data import decode
+from bdkd.data.image_warnings import shown
 from bdkd.data.imagenet.crops import Crop
 from bdkd.data.imagenet.index import Item
 from bdkd.data.imagenet.loader import Request, bad_image, decoded
@@ -133,18 +134,19 @@ def prepared(item: Item) -> tuple[bytes, int, int]:
     Raises:
         RunError: the image cannot be decoded; the message names it.
     """
-    content = item.read()
     try:
+        content = item.read()
         frame = decode.jpeg_frame(content)
         if frame is not None and frame[0] == 8 and frame[3] in (1, 3) and min(frame[1:3]):
             _, height, width, _ = frame
             if height * width > decode.LARGEST:
                 raise decode.UndecodableError(decode.too_large(height, width))
             return content, height, width
-        if _is_plain(content):
-            with decode.open_image(content) as image:
-                return content, image.height, image.width
-        picture = decode.decode_rgb(content)
+        with shown(str(item)):
+            if _is_plain(content):
+                with decode.open_image(content) as image:
+                    return content, image.height, image.width
+            picture = decode.decode_rgb(content)
         header = b"P6 %d %d 255\n" % picture.size
         return header + picture.tobytes(), picture.height, picture.width
     except decode.UndecodableError as error:

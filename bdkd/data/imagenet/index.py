@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bdkd.data.decode import check_file_size
 from bdkd.data.digest import Digest, digest_names
 from bdkd.data.listing import read_lines
 from bdkd.errors import RunError
@@ -31,9 +32,17 @@ class Item(NamedTuple):
         return f"{self.path} ({self.member})" if self.member else self.path
 
     def read(self) -> bytes:
-        """Return the encoded image, or raise ``RunError`` if it cannot be read completely."""
+        """Return the encoded image.
+
+        Raises:
+            RunError: it cannot be read completely.
+            UndecodableError: it is too large.
+        """
         try:
             with open(self.path, "rb", buffering=0) as file:
+                size = self.size
+                size = os.fstat(file.fileno()).st_size if size == WHOLE_FILE else size
+                check_file_size(size)
                 if self.size == WHOLE_FILE:
                     return file.readall()
                 content = os.pread(file.fileno(), self.size, self.offset)
@@ -107,7 +116,7 @@ def read_exclusions(path: Path) -> list[str]:
     Each line has an identity, a tab and a reason. Empty lines and lines that start with ``#`` are
     skipped.
     """
-    lines = read_lines(path, "data.exclude, ", "surrogateescape")
+    lines = read_lines(path, "data.exclude, ", "surrogateescape", pipe=True)
     return [line.split("\t", 1)[0] for line in lines if line.strip() and not line.startswith("#")]
 
 

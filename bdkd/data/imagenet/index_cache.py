@@ -49,6 +49,9 @@ def cached_index(
 def _load(file: Path, root: Path, names: tuple[str, ...], stamps: np.ndarray) -> Index | None:
     try:
         with np.load(file, allow_pickle=False) as found:
+            # _save() writes without compression, so that the arrays are no larger than the file.
+            if any(member.compress_type for member in found.zip.infolist()):
+                return None
             if not np.array_equal(found["stamps"], stamps):
                 return None
             return Index(root, names, *(found[column] for column in COLUMNS))

@@ -4,6 +4,7 @@ ImageNet's test images have no public labels. As in the literature, ``val`` is t
 validation images are held out of ``train``.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from bdkd.data import listing
 from bdkd.data.imagenet.archives import index_archives
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.errors import RunError
+from bdkd.text import unicode_hint, unicode_hint_of_path
 
 SORT_VAL = (
     "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r f w _; do mkdir -p val/$w && "
@@ -49,7 +51,8 @@ def find(root: Path, format: str, fresh: bool = False) -> Layout:
         RunError: the data set is missing or has another format.
     """
     if not root.is_dir():
-        raise RunError(f"no data set at {root}: data.root must name an existing folder")
+        hint = unicode_hint_of_path(root)
+        raise RunError(f"no data set at {root}: data.root must name an existing folder{hint}")
     if format == "folder":
         return _folders(root)
     return _archived(root, {"webdataset": "tar", "tfrecord": "tfrecord"}[format], fresh)
@@ -76,6 +79,7 @@ def _folders(root: Path) -> Layout:
         raise RunError(
             f"{root / 'val'} holds classes that {root / 'train'} does not have: "
             f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
+            f"{unicode_hint(unknown, classes)}"
         )
     train, val = _scan(root, "train", classes, classes), _scan(root, "val", in_val, classes)
     return Layout(classes, train, val)
@@ -98,21 +102,25 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
         index_archives(kind, root, _archives(root, split, kind), fresh)
         for split in ("train", "val")
     )
-    lowest = min(train.labels.min(), val.labels.min())
+    lowest, where = min(map(_lowest, (train, val)))
     if kind == "tfrecord" and lowest == 1:
         # Common TFRecords of ImageNet number classes from 1 and reserve 0 for the background.
         train, val = (replace(index, labels=index.labels - 1) for index in (train, val))
         lowest = 0
     if lowest < 0:
-        raise RunError(f"the archives in {root} hold a negative label: write them again")
+        raise RunError(
+            f"{where} has the negative label {lowest}: labels are numbers from 0; write it again"
+        )
     count = int(max(train.labels.max(), val.labels.max())) + 1
     if count > len(train):
+        last = max(train, val, key=lambda index: index.labels.max())
+        where = str(last.item(int(last.labels.argmax())))
         raise RunError(
             f"the archives in {root} hold {len(train)} training images and labels up to "
-            f"{count - 1}: every class needs at least 2 images"
+            f"{count - 1} ({where}): every class needs at least 2 images"
         )
     listed = root / "classes.txt"
-    if not listed.exists():
+    if not os.path.lexists(listed):  # a broken link raises an error when it is read
         return Layout(tuple(map(str, range(count))), train, val)
     classes = tuple(line.strip() for line in listing.read_lines(listed))
     if "" in classes:
@@ -123,6 +131,12 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
             "each class"
         )
     return Layout(classes, train, val)
+
+
+def _lowest(index: Index) -> tuple[int, str]:
+    """Return the lowest label, and an image that has it."""
+    i = int(index.labels.argmin())
+    return int(index.labels[i]), str(index.item(i))
 
 
 def _archives(root: Path, split: str, kind: str) -> list[Path]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bdkd.data.decode import require_pillow
+from bdkd.data.image_warnings import recorded, show
 from bdkd.data.imagenet.crops import Crop
 from bdkd.data.imagenet.loader import Request, decoded
 from bdkd.errors import RunError
@@ -48,7 +49,8 @@ class Pillow:
             generator=torch.Generator(),
         )  # fmt: skip
         try:
-            for pixels in loader:
+            for pixels, warnings in loader:
+                show(warnings)
                 if isinstance(pixels, RunError):
                     raise pixels
                 images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -65,20 +67,24 @@ class Pillow:
 
 
 class Decoder(Dataset):
-    """Maps a request to pixels ``(B, side, side, 3)`` uint8, or to an error.
+    """Maps a request to pixels ``(B, side, side, 3)`` uint8, or an error, and to warnings.
 
     Errors are returned, because a raised one would reach the parent as the text of a traceback.
+    Warnings are returned, because the parent shows each one once, and workers live for an epoch.
     """
 
-    def __getitem__(self, request: Request) -> Tensor | RunError:
+    def __getitem__(self, request: Request) -> tuple[Tensor | RunError, list[str]]:
         pixels = np.empty((len(request.items), request.side, request.side, 3), np.uint8)
+        warnings: list[str] = []
         for i, item in enumerate(request.items):
             try:
-                image = decoded(item)
+                with recorded(str(item)) as lines:
+                    image = decoded(item)
             except RunError as error:
-                return error
+                return error, warnings
+            warnings += lines
             pixels[i] = _cut(image, request.crop(i, image.height, image.width), request.side)
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(pixels), warnings
 
 
 def _cut(image: "Image.Image", crop: Crop, side: int) -> np.ndarray:

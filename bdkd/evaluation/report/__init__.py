@@ -7,6 +7,7 @@ from bdkd.errors import RunError
 from bdkd.evaluation.figures import replace_file
 from bdkd.extras import missing_packages
 from bdkd.identity import refuse_other_data
+from bdkd.text import without_waiting
 
 if message := missing_packages(("numpy",)):
     raise ImportError(message)
@@ -39,7 +40,8 @@ def write_report(
     target = output.resolve()
     try:
         if target.exists() and not target.is_file():  # do not replace /dev/stdout by a file
-            target.write_text(page, "utf-8")
+            with open(target, "w", encoding="utf-8", opener=without_waiting) as file:
+                file.write(page)
         else:
             replace_file(target, lambda temporary: temporary.write_text(page, "utf-8"))
     except OSError as error:

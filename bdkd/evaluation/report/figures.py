@@ -9,12 +9,13 @@ from markupsafe import Markup
 
 from bdkd.evaluation.calibration import BINS
 
+from ..metric_lines import as_number
 from . import charts, reliability
 from .charts import Format, Line, number, percent
 from .embedding import embed
 from .groups import Group, Points, average, network_points
 from .markup import tag
-from .runs import Run, as_number
+from .runs import Run
 
 MAX_CARDS = 12  # of one kind
 

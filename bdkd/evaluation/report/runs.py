@@ -6,7 +6,6 @@ Each run has notes about the files that cannot be read.
 import json
 import math
 import shlex
-import tomllib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from bdkd.config.migration import migrate
+from bdkd.config.toml import parse_toml
 from bdkd.errors import RunError
+from bdkd.evaluation.metric_lines import as_number, parse_line
 from bdkd.evaluation.predictions import Predictions, read_predictions
 from bdkd.metrics import METRICS, STEP_CHARTED
 from bdkd.models.registry import default_options
 from bdkd.plugins import missing_plugins
+from bdkd.text import open_regular, read_text
+
+MAX_FILE_BYTES = 2**28  # of a summary or a profile
 
 
 @dataclass
@@ -90,16 +94,6 @@ class Run:
         return _table(_table(self.summary, "networks"), network)
 
 
-def as_number(value: object) -> float:
-    """Return a float, or NaN if the value is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # JSON has integers of any size
-        return math.nan
-
-
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """Return each path that is a run folder, and the run folders inside the other paths.
 
@@ -131,7 +125,7 @@ def _is_run(path: Path) -> bool:
 def read_run(path: Path) -> Run:
     """Read a run folder. Missing and broken files are reported in the notes of the run."""
     notes: list[str] = []
-    config = _read(path / "config.toml", tomllib.loads, notes)
+    config = _read(path / "config.toml", parse_toml, notes)
     summary = _read(path / "summary.json", json.loads, notes)
     profile = _read(path / "profile.json", json.loads, notes)
     series, steps_per_epoch = _read_metrics(path / "metrics.jsonl", notes)
@@ -150,8 +144,9 @@ def read_run(path: Path) -> Run:
     except (OSError, ValueError) as error:
         notes.append(_one_line(error))
     try:
-        config_text = (path / "config.toml").read_bytes()[:20_000].decode("utf-8", "replace")
-    except OSError:  # already in the notes
+        with open_regular(path / "config.toml") as file:
+            config_text = file.read(20_000).decode("utf-8", "replace")
+    except (OSError, RunError):  # already in the notes
         config_text = ""
     return Run(
         path, path.resolve().name, config, config_text, summary, series, steps_per_epoch,
@@ -161,10 +156,10 @@ def read_run(path: Path) -> Run:
 
 def _read(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
     try:
-        values = parse(path.read_text("utf-8"))
+        values = parse(read_text(path, limit=MAX_FILE_BYTES))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, RunError, ValueError, RecursionError) as error:
         notes.append(f"cannot read {path.name}: {_one_line(error)}")
         return {}
     if not isinstance(values, dict):
@@ -181,7 +176,7 @@ def _read_metrics(
     steps_per_epoch: float | None = None
     broken = 0
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for line in file:
                 values = _parse(line)
                 if values is None:
@@ -198,7 +193,7 @@ def _read_metrics(
                     points.values.append(value)
     except FileNotFoundError:
         notes.append("no metrics yet")
-    except OSError as error:
+    except (OSError, RunError) as error:
         notes.append(f"cannot read {path.name}: {_one_line(error)}")
     if not any(split == "val" for _, split, _ in series):
         watched = [key for key in series if key[1] == "test"]  # the option watch_test
@@ -231,11 +226,9 @@ def _defaults(network: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):  # not JSON, not text, or nested too deeply
+        return parse_line(line)
+    except ValueError:
         return None
-    valid = isinstance(values, dict) and 0 <= as_number(values.get("step")) < 1e12
-    return values if valid else None
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -270,7 +263,8 @@ def read_comparisons(paths: Sequence[Path]) -> list[tuple[Path, str]]:
         file = path / "comparison.md"
         if file.is_file():
             try:
-                found.append((path, file.read_text("utf-8")[:100_000]))
-            except (OSError, ValueError) as error:
+                with open_regular(file) as stream:
+                    found.append((path, stream.read(200_000).decode("utf-8", "replace")))
+            except OSError as error:
                 raise RunError(f"cannot read {file}: {_one_line(error)}") from error
     return found

@@ -239,7 +239,8 @@ def test_labels_of_tfrecords_begin_at_0_or_at_1_in_both_splits(train, val, label
 
 
 @pytest.mark.parametrize(("train", "val", "message"), [
-    ((0, 0, 1, 1), (0, -1), "negative label"), ((-1, 0, 1, 1), (0, 1), "negative label"),
+    ((0, 0, 1, 1), (0, -1), r"validation \(1\) has the negative label -1"), ((-1, 0, 1, 1), (0, 1),
+     r"train \(0\) has the negative label -1"),
     ((0, 0, 1, 1), (0, 7), "hold 4 training images and labels up to 7"),
 ])  # fmt: skip
 def test_labels_of_either_split_that_cannot_be_are_refused(train, val, message, tmp_path):
@@ -292,6 +293,18 @@ def test_a_whole_record_without_an_image_is_bad_too(tmp_path):
     assert all("cannot identify image file" in reason for _, reason in bad)
 
 
+def with_text_label(text: bytes) -> bytes:
+    """An Example whose label is text, which was read as a number."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    features = {b"image/encoded": b"an image", b"image/class/label": text}
+    entries = [field(1, field(1, name) + field(2, field(1, field(1, value))))
+               for name, value in features.items()]  # fmt: skip
+    return field(1, b"".join(entries))
+
+
 def test_records_that_are_cut_or_empty_are_named(tmp_path):
     whole = record(example(b"an image", 1))
     (tmp_path / "validation").write_bytes(whole)
@@ -301,6 +314,10 @@ def test_records_that_are_cut_or_empty_are_named(tmp_path):
         (record(b""), r"train, record 0: no Example"),
         (record(b"\x0a\xff\xff\xff\xff\xff\x01"), r"train, record 0: no Example"),
         (record(b"\x0a\x14\x0a\x12\x0a\x0dimage/encoded\x12\x00"), r"train, record 0: no Example"),
+        (
+            record(with_text_label(b"cat")),
+            r"train, record 0: .*image/class/label must be the number of a class, got b'cat'",
+        ),
     ):
         (tmp_path / "train").write_bytes(content)
         with pytest.raises(RunError, match=match) as raised:

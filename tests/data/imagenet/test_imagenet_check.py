@@ -49,7 +49,7 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     assert "1 GIF P" in out
     assert err.count("\n") == 1
     assert "6 of 145 images cannot be decoded" in err
-    assert f"1 classes have fewer than 2 training images or none in val ({wnid(9)})" in err
+    assert f"1 class has fewer than 2 training images or none in val ({wnid(9)})" in err
     lines = listed.read_text().splitlines()
     bad = [*(files[i] for i in (3, 30, 31, 70, 119)), labelled(root, "val")[2][0]]
     assert lines[0].startswith("# bdkd data check")
