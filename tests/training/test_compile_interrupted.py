@@ -41,7 +41,11 @@ def processes_of(session: int) -> list[str]:
 @pytest.mark.skipif(COMPILER != "inductor", reason="inductor cannot compile here")
 @pytest.mark.parametrize(
     ("number", "whom"),
-    [(signal.SIGTERM, "the run"), (signal.SIGINT, "all"), (signal.SIGUSR1, "the run")],
+    [
+        (signal.SIGTERM, "the run"),
+        (signal.SIGINT, "all"),
+        pytest.param(signal.SIGUSR1, "the run", marks=pytest.mark.soak),
+    ],
 )
 def test_the_run_ends_within_seconds(number, whom, tmp_path):
     """A terminal sends Ctrl-C to the compilers, too, which then fail."""
