@@ -104,6 +104,14 @@ DELIBERATE = (
         lambda case, step, key: case.startswith("imagenet") and key.startswith("metrics.test."),
         "watch_test writes lines of metrics that older commits did not write; nothing else changes",
     ),
+    Deliberate(
+        "the best step is kept only where it is selected",
+        lambda case, step, key: (
+            case.startswith(("digits-hard", "imagenet-smoke", "mixup", "randaugment"))
+            and key.split(".")[0] == "best"
+        ),
+        "these recipes have train.select = last; training does not change",
+    ),
 )
 
 # --- the cases ------------------------------------------------------------------------------------
