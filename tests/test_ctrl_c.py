@@ -36,7 +36,7 @@ def _interruptible():
 
 @pytest.mark.parametrize(
     "module",
-    ["bdkd_kernels", "numpy", "torch.nn", "torch._dynamo", "bdkd.trainer", "matplotlib.figure"],
+    ["bdkd_kernels", "numpy", "torch.nn", "torch.fx", "bdkd.trainer", "matplotlib.figure"],
 )
 def test_while_modules_are_imported(module, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SITE)

@@ -1,9 +1,11 @@
 """Draw the race of a GPU run, and print it as a Markdown table.
 
 python bench/gpu/figure.py FOLDER     # reads FOLDER/measurements.jsonl, writes FOLDER/race.png
+python bench/gpu/figure.py FOLDER --compare stage1.jsonl    # our times in another run, over these
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,13 @@ def markdown(sizes: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def compare(sizes: dict[str, dict[str, dict[str, Any]]], others: list[dict[str, Any]]) -> str:
+    """Return the least and the largest ratio of our times in ``others`` to those in a table."""
+    times = {size: rows[OURS]["value"] for size, rows in table(others).items()}
+    ratios = [time / sizes[size][OURS]["value"] for size, time in times.items()]
+    return f"between {min(ratios):.2f} and {max(ratios):.2f} times"
+
+
 def copy_time(ours: dict[str, Any]) -> float:
     return ours["value"] * ours["of_copy"]
 
@@ -86,8 +95,12 @@ def draw(sizes: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of a run's results")
-    folder = parser.parse_args().folder
-    sizes = table(read(folder))
+    parser.add_argument("--compare", type=Path, help="records of another run, to compare with")
+    given = parser.parse_args()
+    folder, sizes = given.folder, table(read(given.folder))
+    if given.compare is not None:
+        print(compare(sizes, [json.loads(line) for line in given.compare.open()]))
+        return
     print(markdown(sizes))
     draw(sizes, folder / "race.png")
 

@@ -27,6 +27,14 @@ def test_a_rehearsal_leaves_a_summary_and_few_files(tmp_path):
     assert "Targets" in (tmp_path / "out" / "summary.txt").read_text()
 
 
+def test_a_later_run_is_compared_as_the_page_says():
+    command = [sys.executable, "bench/gpu/figure.py", str(RUN), "--compare",
+               str(RUN / "stage1-1ebbab2.jsonl")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    page = " ".join((ROOT / "docs" / "triton-kernel.md").read_text("utf-8").split())
+    assert f"{done.stdout.strip()} the times of the table" in page
+
+
 def test_the_tables_are_the_run_s():
     code = (
         "import sys; sys.path.insert(0, 'bench/gpu')\n"

@@ -18,7 +18,11 @@ from bdkd.runs.checkpoint import load_checkpoint
 
 GPU = (
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the same test runs on cpu"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="no GPU: the same test runs on cpu; the ways of a GPU have twins in "
+        "test_captured.py, test_overlap.py and test_compiled.py",
+    ),
 )
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 OPTIONS = {
