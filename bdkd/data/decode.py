@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bdkd.data.image_warnings import shown
-from bdkd.errors import RunError
+from bdkd.errors import RunError, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -183,7 +183,7 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
                 check_file_size(path.stat().st_size)
                 image = decode_rgb(path.read_bytes())
         except (OSError, UndecodableError) as error:
-            why = getattr(error, "strerror", None) or error
+            why = reason_of(error)
             raise RunError(f"cannot read the image {path}: {why}; replace or remove it") from error
         if image.size != (size, size):
             image = image.resize((size, size))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from bdkd.errors import RunError, first_line
+from bdkd.errors import RunError, first_line, reason_of
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_SECONDS = 0.1
@@ -171,7 +171,7 @@ def _wait_for_server(launch: Launch, seconds: float) -> None:
             return
         except (OSError, UnicodeError) as error:  # UnicodeError: not a name
             if time.monotonic() + _POLL_SECONDS > deadline:
-                reason = getattr(error, "strerror", None) or first_line(error)
+                reason = reason_of(error)
                 raise _unreachable(launch, reason, seconds) from error
         time.sleep(_POLL_SECONDS)
 
