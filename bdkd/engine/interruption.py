@@ -28,7 +28,7 @@ _COMPILERS = re.compile(
 )
 _WORKER = b"_inductor/compile_worker"
 
-_compiling = False
+_compilation: object | None = None  # the present one
 _requested = False
 
 
@@ -48,10 +48,11 @@ def request(number: int) -> None:
     with this number. If the compilation does not fail within ``PATIENCE_SECONDS``, the process
     ends with the exit code of the signal."""
     global _requested
-    if _compiling and not _requested:
+    if _compilation is not None and not _requested:
         # Torch traces the backward pass in anomaly mode, which explains every exception.
         warnings.filterwarnings("ignore", "Error detected in", UserWarning)
-        threading.Thread(target=_end_compilation, args=(number,), daemon=True).start()
+        arguments = (_compilation, number)
+        threading.Thread(target=_end_compilation, args=arguments, daemon=True).start()
     _requested = True
 
 
@@ -62,10 +63,10 @@ def interruptible() -> Iterator[None]:
     Raises:
         CompilationInterrupted: it failed after a request, or the request had come before.
     """
-    global _compiling
+    global _compilation
     if _requested:
         raise CompilationInterrupted
-    _compiling = True
+    _compilation = object()
     try:
         yield
     except Exception as error:
@@ -73,17 +74,20 @@ def interruptible() -> Iterator[None]:
             raise CompilationInterrupted from error
         raise
     finally:
-        _compiling = False
+        _compilation = None
 
 
-def _end_compilation(number: int) -> None:
-    """Kill compilers until the compilation has failed. Run this in a thread."""
+def _end_compilation(compilation: object, number: int) -> None:
+    """Kill compilers until a compilation has failed. Run this in a thread. A later compilation of
+    this process goes on."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
+        if _compilation is not compilation:
+            return
         _kill_compilers()
         time.sleep(_POLL_SECONDS)
-        if not _compiling:
-            return
+    if _compilation is not compilation:
+        return
     name = signal.Signals(number).name
     line = f"bdkd: {name} while compiling: stopped; --resume continues from the last checkpoint"
     print(line, file=sys.stderr, flush=True)

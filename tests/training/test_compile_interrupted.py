@@ -117,10 +117,13 @@ def test_a_request_does_not_end_a_later_compilation_of_the_process(monkeypatch):
     monkeypatch.setattr(interruption, "PATIENCE_SECONDS", 0.5)
     with interruptible():
         interruption.request(signal.SIGTERM)  # the compilation succeeds nevertheless
-    time.sleep(0.3)
+        time.sleep(0.1)
     interruption.reset()
+    killed = []
+    monkeypatch.setattr(interruption, "_kill_compilers", lambda: killed.append(1))
     with interruptible():
-        time.sleep(0.6)  # the process lives
+        time.sleep(0.8)  # the process lives
+    assert killed == []
 
 
 def test_a_signal_outside_of_a_compilation_waits_for_the_step():
