@@ -5,7 +5,7 @@ images to logits and has ``forward_features`` and ``num_features``. Its paramete
 ``network.``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -127,6 +127,18 @@ def create_torchvision(
 
 
 LIBRARIES = {"timm": create_timm, "torchvision": create_torchvision}
+
+
+def image_size_of(library: str, name: str, options: Mapping[str, object]) -> int | None:
+    """Return the side in pixels of the images that a network of a library was made for, or None if
+    the name is unknown."""
+    if library == "torchvision":
+        return 299 if name == "inception_v3" else 224
+    size = options.get("img_size")
+    if isinstance(size, int):
+        return size
+    known = _import("timm").models.get_pretrained_cfg(name)
+    return None if known is None else int(known.input_size[-1])
 
 
 def _import(library: str) -> ModuleType:

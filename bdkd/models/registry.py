@@ -19,6 +19,7 @@ from torch import nn
 from bdkd.bounds import bounds_of, plain_type
 from bdkd.registry import Registry
 
+from . import bridge
 from .bridge import LIBRARIES
 
 _Family = TypeVar("_Family", bound=Callable[..., nn.Module])
@@ -151,6 +152,20 @@ def list_models() -> list[str]:
     ``torchvision:``.
     """
     return sorted(MODELS, key=lambda name: name.startswith(_IMAGENET))
+
+
+def image_size_of(name: str, options: Mapping[str, object]) -> int | None:
+    """Return the side in pixels of the images that a model was made for.
+
+    None: the model is unknown, or takes small images of any size.
+
+    Raises:
+        RunError: timm is missing or cannot be imported.
+    """
+    library, colon, library_name = name.partition(":")
+    if colon and library.lower() in LIBRARIES:
+        return bridge.image_size_of(library.lower(), library_name, options)
+    return 224 if _normalised(name).startswith(_IMAGENET) else None
 
 
 def create_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:
