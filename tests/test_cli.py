@@ -151,7 +151,7 @@ def test_doctor_knows_the_impostor_apex(tmp_path):
 
 def test_help_gives_every_option_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["train", "digits", "--help"])
+        main(["train", "digits", "--help-all"])
     assert exit_.value.code in (0, None)
     text = capsys.readouterr().out
     for option in ("--run-dir", "--seed", "--device", "--max-steps", "--data.root",
@@ -176,7 +176,7 @@ def test_shipped_recipes_are_read_back_from_their_own_text(name):
 USAGE = {
     "command": (["trian"], ["unknown command 'trian'", "'train'"]),
     "recipe": (["train", "digit"], ["unknown recipe 'digit'", "'digits'"]),
-    "no recipe": (["train", "--seed", "1"], ["needs a recipe", "digits"]),
+    "no recipe": (["train", "--seed", "1"], ["needs a recipe", "bdkd recipes"]),
     "model": (
         ["train", "digits", "--networks.student.model", "resnet9"],
         ["resnet9", "resnet8"],

@@ -113,14 +113,11 @@ def test_a_report_is_not_written_to_a_pipe_without_a_reader(folder, capsys):
     [
         (["--train.epochs", "many"], ["--train.epochs", "'many'"]),
         (["--train.epochs="], ["--train.epochs", "''"]),
-        (["--train.epoch", "3"], ["--train.epoch, 3", "--train.epochs"]),
-        (["--train.precision", "fp8"], ["--train.precision", "'fp8'", "'fp32', 'bf16', 'fp16'"]),
+        (["--train.epoch", "3"], ["'--train.epoch'", "--train.epochs"]),
+        (["--train.precision", "fp8"], ["--train.precision", "'fp8'", "'fp32', 'bf16' or 'fp16'"]),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(options, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "digits", *options])
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
-    plain = " ".join(re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", " ", err).split())
-    assert all(word in plain for word in words)
+    code, message = failure(["train", "digits", *options], capsys)
+    assert code == 2
+    assert all(word in message for word in words)

@@ -22,6 +22,7 @@ COMMANDS = {
     "update-bn": "recompute the batch norm statistics of a run's networks",
     "export": "export one network of a run as ONNX, torch.export or safetensors",
     "data": "download a data set, or check one",
+    "completion": "print a script that completes command lines in bash, zsh or fish",
     "doctor": "show what is installed on this machine, and how to install the rest",
 }
 

@@ -9,10 +9,25 @@ from typing import Annotated
 import tyro
 
 from bdkd.cli.compare_plan import chosen_methods, chosen_seeds, plan_runs, room_for
+from bdkd.cli.help import Help, asks_for_help, exit_with_help
 from bdkd.cli.options import parse_options
 from bdkd.config import Recipe, load_recipe, shipped_recipes
 from bdkd.errors import RunError, UsageError
 from bdkd.plugins import plugin_arguments
+
+HELP = Help(
+    "bdkd compare RECIPE [options]",
+    "Train several objectives with several seeds on one recipe, and print a table with tests of "
+    "the differences. Repeat the same command to continue a comparison that was stopped.",
+    {
+        "--methods": ("NAME ...", "objectives; options follow a colon, as in bdkd:gamma=1"),
+        "--seeds": ("N ...", "one number: that many seeds; several: the seeds"),
+        "--jobs": ("N", "concurrent runs (default: what the machine has room for)"),
+        "--folder": ("DIR", "of the runs and tables (default: runs/compare-RECIPE)"),
+        "--json": ("", "print comparison.json instead of tables"),
+    },
+    ("--objective", "--seed", "--run-dir"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,13 +57,14 @@ class Arguments:
 def run(given: list[str]) -> None:
     """Train the runs that are not finished, then write and print the tables."""
     name = given[0] if given and not given[0].startswith("-") else None
-    if name is None and not {"-h", "--help"} & set(given):
+    if asks_for_help(given):
+        recipe = load_recipe(name or "digits-hard")
+        exit_with_help(given, "bdkd compare", HELP, Arguments(recipe=recipe.name, config=recipe))
+    if name is None:
         known = f"{', '.join(shipped_recipes())} or a TOML file"
         raise UsageError(f"compare needs a recipe as its first argument: {known}")
-    name = shipped_recipes()[0] if name is None else name
-    line = given if given[:1] == [name] else [name, *given]
     default = Arguments(recipe=name, config=load_recipe(name))
-    arguments = parse_options(Arguments, "bdkd compare", line, default)
+    arguments = parse_options(Arguments, "bdkd compare", given, default)
     for key, remedy in (("seed", "--seeds"), ("run_dir", "--folder")):
         if getattr(arguments.config, key) != getattr(default.config, key):
             raise UsageError(f"compare has no option --{key.replace('_', '-')}: use {remedy}")

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+from bdkd.cli.flags import parse
 from bdkd.errors import RunError
 from bdkd.extras import TRAINER_PACKAGES, bdkd_version
 
@@ -53,7 +54,7 @@ class Finding(NamedTuple):
 
 def run(given: list[str]) -> None:
     """Examine the machine, and print the findings."""
-    arguments = tyro.cli(Arguments, prog="bdkd doctor", args=given)
+    arguments = parse(Arguments, "bdkd doctor", given)
     findings = examine()
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))

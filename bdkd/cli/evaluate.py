@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from bdkd.cli.flags import parse
 from bdkd.cli.table import results_table
 from bdkd.config import parse_recipe
 from bdkd.errors import RunError
@@ -42,7 +43,7 @@ def run(given: list[str]) -> None:
     from bdkd.distributed.launch import init_distributed, only_rank0_prints
 
     with only_rank0_prints():
-        arguments = tyro.cli(Arguments, prog="bdkd evaluate", args=given)
+        arguments = parse(Arguments, "bdkd evaluate", given)
 
     from bdkd.export.formats import is_exported
     from bdkd.runs.folder import to_json

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bdkd.cli.flags import parse
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -31,7 +33,7 @@ class Arguments:
 
 def run(given: list[str]) -> None:
     """Export the network, and print the files that were written."""
-    arguments = tyro.cli(Arguments, prog="bdkd export", args=given)
+    arguments = parse(Arguments, "bdkd export", given)
 
     from bdkd.export.export import check_output, export, open_trained
     from bdkd.export.formats import FORMATS

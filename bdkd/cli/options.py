@@ -18,6 +18,8 @@ from tyro.constructors import (
 )
 
 from bdkd.bounds import Bounds, bounds_of, plain_type
+from bdkd.cli.flags import check_flags, flags_of
+from bdkd.cli.shortcuts import expand
 from bdkd.config import (
     DataConfig,
     NetworkConfig,
@@ -87,12 +89,19 @@ def _element_bounds(hint: Any) -> Bounds | None:
 
 
 def parse_options(kind: type[Parsed], prog: str, given: list[str], default: Parsed) -> Parsed:
-    """Parse a command line with ``default.config`` as the recipe. For wrong options, tyro prints an
-    error and exits with 2."""
+    """Parse a command line with ``default.config`` as the recipe.
+
+    Raises:
+        UsageError: an option is wrong.
+        SystemExit: tyro has printed the help.
+    """
+    given = expand(given, default.config, flags_of(default))
     args, recipe = take_model_options(given, select_given(default.config, given))
     # tyro shows a dictionary as options of their own if it is not empty.
     without = {n: dataclasses.replace(net, options={}) for n, net in recipe.networks.items()}
     default = dataclasses.replace(default, config=replace_unchecked(recipe, networks=without))
+    if "--help" not in args:
+        check_flags(prog, args, flags_of(default), most=1)
     parsed = tyro.cli(kind, prog=prog, args=args, default=default, registry=REGISTRY)
     networks = {
         name: dataclasses.replace(network, options=recipe.networks[name].options)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from bdkd.cli.flags import parse
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -26,7 +28,7 @@ class Arguments:
 
 def run(given: list[str]) -> None:
     """Write the page and print its path. Print warnings about missing parts to stderr."""
-    arguments = tyro.cli(Arguments, prog="bdkd report", args=given)
+    arguments = parse(Arguments, "bdkd report", given)
 
     from bdkd.errors import UsageError
     from bdkd.evaluation.report import write_report

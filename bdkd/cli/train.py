@@ -9,17 +9,34 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 
+from bdkd.cli.help import Help, asks_for_help, exit_with_help
 from bdkd.cli.options import parse_options, value_of
 from bdkd.config import (
     Recipe,
     differing_keys,
     load_recipe,
     nearest,
+    replace_unchecked,
     shipped_recipes,
 )
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import NAME
 
 Resume = Literal["never", "auto", "require"]
+
+OWN_IMAGES = "images"  # the shipped recipe of command lines without a recipe
+HELP = Help(
+    "bdkd train [RECIPE] [options]",
+    "Train a teacher and a student together. RECIPE is a shipped recipe (bdkd recipes) or a TOML "
+    "file. Without one: bdkd train --data photos/ --teacher timm:resnet50 --pretrained "
+    "--student timm:mobilenetv2_100",
+    {
+        "--resume": ("", "continue the run in its folder"),
+        "--dry-run": ("", "print the plan, with hours and memory, and stop"),
+        "--profile": ("STEPS", "record steps for TensorBoard"),
+        "--quiet": ("", "print only the run's folder"),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -64,16 +81,21 @@ def parse_command(given: list[str]) -> Command:
         UsageError, RunError: an option is wrong, or a recipe or run cannot be read.
         SystemExit: tyro has printed help or an error.
     """
-    given = _expand_resume(given)
     name = given[0] if given and not given[0].startswith("-") else None
+    if asks_for_help(given):
+        recipe = load_recipe(name or OWN_IMAGES)
+        exit_with_help(given, "bdkd train", HELP, Arguments(recipe=recipe.name, config=recipe))
+    given = _expand_resume(given)
     arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
     return Command(arguments, given, name)
 
 
 def parse(given: list[str], default: Recipe) -> Arguments:
-    """Parse a command line with a recipe as defaults. For wrong options, tyro prints an error and
-    exits with 2. The option that selects another objective, data source or optimizer also changes
-    which options there are; see :func:`bdkd.config.select`."""
+    """Parse a command line with a recipe as defaults.
+
+    The option that selects another objective, data source or optimizer also changes which options
+    there are; see :func:`bdkd.config.select`. Raises ``UsageError`` if an option is wrong.
+    """
     _check_network_names(given, default)
     arguments = parse_options(
         Arguments, "bdkd train", _expand_profile(given), Arguments(recipe=given[0], config=default)
@@ -102,19 +124,49 @@ def _check_network_names(given: list[str], default: Recipe) -> None:
 
 
 def _without_recipe(given: list[str]) -> Arguments:
-    """Parse a command line without a recipe. ``--help`` shows the values of the first shipped
-    recipe, and ``--resume`` uses the recipe in the run's folder."""
-    shipped = shipped_recipes()
-    if "-h" in given or "--help" in given:
-        return parse([shipped[0], *given], load_recipe(shipped[0]))
+    """Parse a command line without a recipe: ``--resume`` uses the recipe in the run's folder, and
+    other runs start from the shipped recipe for the user's own images."""
     run_dir = value_of(given, "--run-dir")
-    if "--resume" not in given or run_dir is None:
-        known = f"{', '.join(shipped)} or a TOML file (or --resume with --run-dir)"
-        raise UsageError(f"train needs a recipe as its first argument: {known}")
-    from bdkd.runs.folder import RunFolder
+    if value_of(given, "--data") is not None:
+        return _own_images(given)
+    if "--resume" in given and run_dir is not None:
+        from bdkd.runs.folder import RunFolder
 
-    stored = RunFolder(Path(run_dir)).read_config()
-    return parse([stored.name, *given], stored)
+        stored = RunFolder(Path(run_dir)).read_config()
+        return parse([stored.name, *given], stored)
+    if recipes := [word for word in given if word in shipped_recipes() or word.endswith(".toml")]:
+        raise UsageError(f"train needs its recipe first: bdkd train {recipes[0]} ...")
+    raise UsageError(
+        "train needs a recipe (bdkd recipes lists them), a TOML file, --data with your own images, "
+        "or --resume with --run-dir"
+    )
+
+
+def _own_images(given: list[str]) -> Arguments:
+    """Parse a command line that describes a run with ``--data``. The run is named after the data,
+    and has smaller batches if there are few images."""
+    recipe = load_recipe(OWN_IMAGES)
+    data = str(value_of(given, "--data"))
+    words = NAME.findall(data.removeprefix("hf:").rstrip("/").rpartition("/")[2])
+    name = words[0].removesuffix(".parquet") if words else OWN_IMAGES
+    arguments = parse([OWN_IMAGES, *given], replace_unchecked(recipe, name=name))
+    config = arguments.config
+    if {"--batch-size", "--train.batch-size"} & {word.partition("=")[0] for word in given}:
+        return arguments
+    batch_size = min(config.train.batch_size, _fitting_batch(config))
+    train = dataclasses.replace(config.train, batch_size=batch_size)
+    return dataclasses.replace(arguments, config=dataclasses.replace(config, train=train))
+
+
+def _fitting_batch(config: Recipe) -> int:
+    """Return the power of two, at least 2, of which an epoch has at least ten batches."""
+    import torch
+
+    from bdkd.data import create_source
+
+    source = create_source(config.data, 0, torch.device("cpu"), torch.contiguous_format)
+    images = source.info.counts["train"]
+    return 2 ** max(1, (images // 10).bit_length() - 1)
 
 
 def resolve_run(command: Command) -> Arguments:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from bdkd.cli.flags import parse
 from bdkd.cli.table import table
 from bdkd.errors import RunError, UsageError
 
@@ -32,7 +33,7 @@ class Arguments:
 
 def run(given: list[str]) -> None:
     """Write the new checkpoint, and print the accuracy before and after."""
-    arguments = tyro.cli(Arguments, prog="bdkd update-bn", args=given)
+    arguments = parse(Arguments, "bdkd update-bn", given)
     if arguments.images is not None and not 1 <= arguments.images < 2**31:
         raise UsageError(f"--images must be at least 1 and below 2**31, got {arguments.images}")
 

@@ -1,0 +1,151 @@
+"""``bdkd completion``: print a script that completes command lines of bdkd in a shell."""
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from bdkd.cli.flags import Flag, flags_of, parse
+from bdkd.cli.shortcuts import SHORTCUTS
+from bdkd.config import load_recipe, shipped_recipes
+from bdkd.models import list_models
+from bdkd.registry import SELECTIONS
+
+WITH_RECIPE = ("train", "compare", "benchmark", "recipes")
+EXAMPLE = "digits"  # the recipe whose options are completed
+
+BASH = """\
+_bdkd() {
+  local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} words=
+  if [ "$COMP_CWORD" -eq 1 ]; then
+    words="%(commands)s"
+  elif [ "${current:0:1}" = "-" ]; then
+    case "${COMP_WORDS[1]}" in
+%(flags)s
+    esac
+  elif [ "$COMP_CWORD" -eq 2 ]; then
+    case "${COMP_WORDS[1]}" in
+%(arguments)s
+    esac
+  else
+    case "${COMP_WORDS[1]} $previous" in
+%(values)s
+    esac
+  fi
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -o default -F _bdkd bdkd
+"""
+ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Print a script that completes commands, options, choices and recipes in your shell.
+
+    bash: bdkd completion bash > ~/.local/share/bash-completion/completions/bdkd
+    zsh: add this line to ~/.zshrc: eval "$(bdkd completion zsh)"
+    fish: bdkd completion fish > ~/.config/fish/completions/bdkd.fish"""
+
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")
+    ]
+    """bash, zsh or fish."""
+
+
+def run(given: list[str]) -> None:
+    """Print the script."""
+    arguments = parse(Arguments, "bdkd completion", given)
+    writers: dict[str, Callable[[], str]] = {
+        "bash": bash_script, "zsh": lambda: ZSH + bash_script(), "fish": fish_script,
+    }  # fmt: skip
+    print(writers[arguments.shell](), end="")
+
+
+def bash_script() -> str:
+    """Return the script for bash."""
+    from bdkd.cli import COMMANDS
+
+    known = {command: command_flags(command) for command in COMMANDS}
+    values = {
+        f"{command} {name}": choices(name, flag)
+        for command, flags in known.items()
+        for name, flag in flags.items()
+    }
+    return BASH % {
+        "commands": " ".join([*COMMANDS, "--help", "--version"]),
+        "flags": _cases(known),
+        "arguments": _cases({command: first_arguments(command) for command in COMMANDS}),
+        "values": _cases(values),
+    }
+
+
+def _cases(words: Mapping[str, Iterable[str]]) -> str:
+    """Return the branches of a ``case``, without those that have no words."""
+    texts = {name: " ".join(found) for name, found in words.items()}
+    return "\n".join(f'      "{name}") words="{text}" ;;' for name, text in texts.items() if text)
+
+
+def fish_script() -> str:
+    """Return the script for fish."""
+    from bdkd.cli import COMMANDS
+
+    lines = []
+    for command, what in COMMANDS.items():
+        lines.append(
+            f"complete -c bdkd -n __fish_use_subcommand -f -a {command} -d {shlex.quote(what)}"
+        )
+        seen = f"complete -c bdkd -n '__fish_seen_subcommand_from {command}'"
+        if first := first_arguments(command):
+            lines.append(f"{seen} -a {shlex.quote(' '.join(first))}")
+        for name, flag in command_flags(command).items():
+            found = choices(name, flag)
+            takes = f" -x -a {shlex.quote(' '.join(found))}" if found else " -r"
+            takes = "" if flag.takes_no_value else takes
+            text = flag.help.split(". ")[0][:70]
+            lines.append(f"{seen} -l {name.removeprefix('--')}{takes} -d {shlex.quote(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def command_flags(command: str) -> dict[str, Flag]:
+    """Return the flags of a command, and the short flags of those with a recipe."""
+    module: Any = import_module(f"bdkd.cli.{command.replace('-', '_')}")
+    if command in WITH_RECIPE and command != "recipes":
+        default = module.Arguments(recipe=EXAMPLE, config=load_recipe(EXAMPLE))
+        short = {
+            name: Flag(str if shortcut.metavar else bool, None, shortcut.help)
+            for name, shortcut in SHORTCUTS.items()
+        }
+        return {**short, **flags_of(default)}
+    kinds = [  # one, or one for each action
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.__name__
+    ]
+    return {name: flag for kind in kinds for name, flag in flags_of(kind).items()}
+
+
+def first_arguments(command: str) -> list[str]:
+    """Return the words that may follow a command."""
+    if command in WITH_RECIPE:
+        return shipped_recipes()
+    if command == "data":
+        from bdkd.cli.data import ACTIONS
+
+        return list(ACTIONS)
+    return ["bash", "zsh", "fish"] if command == "completion" else []
+
+
+def choices(name: str, flag: Flag) -> list[str]:
+    """Return the values of a flag, or none if they are not known."""
+    if name in ("--teacher", "--student") or name.endswith(".model"):
+        return list_models()
+    for selection in SELECTIONS:
+        if name == f"--{selection.section}.{selection.key}":
+            return list(selection)
+    if name == "--objective":
+        return list(SELECTIONS[1])
+    return list(map(str, flag.choices))

@@ -1,0 +1,89 @@
+"""The help of commands that take a recipe: the options people use most, on one screen."""
+
+import dataclasses
+import textwrap
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from bdkd.cli.flags import Flag, flags_of
+from bdkd.cli.options import parse_options
+from bdkd.cli.shortcuts import SHORTCUTS
+
+WIDTH, COLUMN = 80, 29
+
+# Flags of a recipe, each with the name of its value and a help text that fits one line.
+COMMON = {
+    "--data.image-size": ("N", "side of the images in pixels"),
+    "--data.validation": ("SHARE", "of the images, to select the best epoch"),
+    "--optimizer.learning-rate": ("X", "peak of the schedule, for the whole batch"),
+    "--train.precision": ("", "mixed precision"),
+    "--train.compile": ("", "compile the step with torch.compile"),
+    "--train.accumulate": ("N", "micro-batches of a batch: needs less memory"),
+    "--networks.NAME.weights": ("F", "initial weights of a network: a file or a run"),
+    "--networks.NAME.frozen": ("", "do not train this network"),
+    "--max-steps": ("N", "stop after this number of optimizer steps"),
+    "--seed": ("N", "of weights, data order and augmentation"),
+    "--device": ("NAME", "auto, cpu, cuda or cuda:N"),
+    "--run-dir": ("DIR", "folder of the run (default: below runs/)"),
+}
+
+
+class Help(NamedTuple):
+    """The short help of a command that takes a recipe."""
+
+    usage: str
+    text: str
+    own: Mapping[str, tuple[str, str]]
+    """Flags of the command, each with the name of its value and its help text."""
+    omitted: Collection[str] = ()
+    """Flags of a recipe that the command does not take."""
+
+    def show(self, default: Any) -> str:
+        """Return the help.
+
+        Args:
+            default: arguments of the command, whose values are shown as defaults.
+        """
+        recipe, flags = default.config, flags_of(default)
+        names = {net.role: name.replace("_", "-") for name, net in recipe.networks.items()}
+        rows = []
+        for name, shortcut in SHORTCUTS.items():
+            flag = flags.get(f"--{shortcut.key.format(**names)}") if shortcut.key else None
+            if name not in self.omitted:
+                rows.append(_row(name, shortcut.metavar, shortcut.help, flag))
+        common = {name: row for name, row in COMMON.items() if name not in self.omitted}
+        for name, (metavar, text) in common.items():
+            rows.append(_row(name, metavar, text, flags.get(name)))
+        own = [_row(name, *row, flags.get(name)) for name, row in self.own.items()]
+        footer = (
+            f"[ ]: the value in the recipe {recipe.name!r}. --help-all lists all {len(flags)} "
+            "options; each is a key of the recipe: --train.epochs is epochs under [train]."
+        )
+        parts = [f"usage: {self.usage}", "", textwrap.fill(self.text, WIDTH), "", *own, *rows, ""]
+        return "\n".join([*parts, textwrap.fill(footer, WIDTH)])
+
+
+def exit_with_help(given: list[str], prog: str, help: Help, default: Any) -> NoReturn:
+    """Print the short help, or with ``--help-all`` every option too, and exit."""
+    print(help.show(default))
+    if "--help-all" in given:
+        parse_options(type(default), prog, [default.config.name, "--help"], default)
+    raise SystemExit(0)
+
+
+def asks_for_help(given: list[str]) -> bool:
+    return not {"-h", "--help", "--help-all"}.isdisjoint(given)
+
+
+def _row(name: str, metavar: str, text: str, flag: Flag | None) -> str:
+    if flag is not None and flag.choices:
+        metavar = "{" + ",".join(map(str, flag.choices)) + "}"
+    default = None if flag is None or flag.takes_no_value else flag.default
+    if default not in (None, (), "auto", dataclasses.MISSING):
+        values = default if isinstance(default, tuple) else (default,)
+        text += f" [{' '.join(map(str, values))}]"
+    head = f"  {name} {metavar}".rstrip()
+    lines = [" " * COLUMN + line for line in textwrap.wrap(text, WIDTH - COLUMN)]
+    if len(head) > COLUMN - 1:
+        return "\n".join([head, *lines])
+    return "\n".join([head + lines[0][len(head) :], *lines[1:]])
