@@ -4,7 +4,6 @@ A row gives the words that a stranger needs in the message: what came, what is n
 is not plain, what to do. Files and data that are broken have their own tests beside their readers.
 """
 
-import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -295,7 +294,7 @@ COMMAND_LINES = [
     ("export", 2, ["export needs --to: 'onnx'", "'torchvision'"]),
     ("export --to onnx", 2, ["export needs RUN_OR_CHECKPOINT: the folder of a run"]),
     ("export nothing --to onnx", 1, ["no checkpoint at nothing", "config.toml"]),
-    ("export folder --to tflite", 2, ["--to must be 'onnx', 'export', 'safetensors', ", "got 'tflite'"]),
+    ("export folder --to tflite", 2, ["--to must be 'onnx', 'export', ", "got 'tflite'"]),
     ("update-bn", 2, ["update-bn needs RUN_OR_CHECKPOINT: the folder of a run"]),
     ("update-bn folder", 1, ["no checkpoint at folder", "config.toml"]),
     ("update-bn file", 1, ["file is not a checkpoint", "begin as a zip file", "use another file"]),

@@ -1,7 +1,6 @@
 """Odd arguments of the command line: one line on standard error, at once, and no raw errno."""
 
 import os
-import re
 
 import pytest
 

@@ -183,7 +183,7 @@ def test_the_option_imports_a_plugin_of_the_working_folder(outside, run, capsys)
 def test_help_and_errors_know_the_options_of_a_plugin(outside, capsys):
     line = ["train", "--plugin=my_plugin", "../mine.toml"]
     with pytest.raises(SystemExit):
-        main([*line, "--help"])
+        main([*line, "--help-all"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for text in (
         "switokd, mean-teacher. (default: mean-teacher)",

@@ -137,8 +137,8 @@ def _without_recipe(given: list[str]) -> Arguments:
     if recipes := [word for word in given if word in shipped_recipes() or word.endswith(".toml")]:
         raise UsageError(f"train needs its recipe first: bdkd train {recipes[0]} ...")
     raise UsageError(
-        "train needs a recipe (bdkd recipes lists them), a TOML file, --data with your own images, "
-        "or --resume with --run-dir"
+        "train needs a recipe as its first argument (bdkd recipes lists them, or a TOML file), "
+        "--data with your own images, or --resume with --run-dir"
     )
 
 
