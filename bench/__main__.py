@@ -1,11 +1,5 @@
-"""Runs the suites, and reads what they left.
-
-    python bench [SUITE ...] [--trials 20] [--threads 2] [--out FOLDER]
-    python bench compare A B             # what changed between two files or folders of results
-    python bench plot FOLDER [--out FOLDER]
-    python bench history FOLDER [FOLDER ...] --out PNG
-
-Without SUITE, all that this machine can run. See README.md beside this file.
+"""Run the suites, compare and draw their results. ``python bench --help`` shows every option; see
+README.md in this folder for the method.
 """
 
 import argparse
@@ -13,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,22 +15,24 @@ if not torch.cuda.is_available():
     # Compile in this process: workers that wait beside it would count as somebody else's work.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import comparison
 import machine
 import results
-from harness import race
+from harness import Case, Clock, race
+from progress import Progress
 from suites import SUITES, Settings, cannot_run, clock_of, device_of
 
 
 def run(names: list[str], trials: int, seconds: float, budget: float, threads: int, quick: bool,
         out: Path) -> None:  # fmt: skip
-    """Measure suites and write ``out/SUITE.json`` and ``out/SUITE.txt`` after every case."""
+    """Measure suites. Writes ``out/SUITE.json``, ``.csv`` and ``.txt`` after every case."""
     out.mkdir(parents=True, exist_ok=True)  # refused now, not after minutes
     torch.set_num_threads(threads)
     until = time.monotonic() + budget
     for name in names:
-        title, make = SUITES[name]
+        title, make_all = SUITES[name]
         device = device_of(name)
-        settings = Settings(device, machine.last_level_cache(device), quick)
+        makers = make_all(Settings(device, machine.last_level_cache(device), quick))
         neighbours = machine.Neighbours()
         result = {
             "schema": results.SCHEMA,
@@ -50,30 +47,39 @@ def run(names: list[str], trials: int, seconds: float, budget: float, threads: i
         }
         text = [f"{title}\n{results.head(result)}"]
         print(f"\n=== {text[0]}", flush=True)
-        ran_out = False
         clock = clock_of(name, quick)
-        for case in make(settings):
-            if ran_out := time.monotonic() > until:
-                break
-            measured = race(case, clock, trials, seconds)
-            result["cases"].append(measured)
-            result["others_share"] = neighbours.share()
-            text.append(results.case_table(measured))
-            print(f"\n{text[-1]}", flush=True)
-            _leave(out, name, result, text)
-        if ran_out:
-            text.append("time ran out: the remaining cases were not run")
+        with Progress(f"{name}: case", len(makers)) as progress:
+            for make in makers:
+                if time.monotonic() > until:
+                    break
+                progress.start("making its inputs")
+                # Not kept in a variable: the next case is made after this one's memory is free.
+                measured = _race(make(), clock, trials, seconds, progress)
+                result["cases"].append(measured)
+                result["others_share"] = neighbours.share()
+                text.append(results.case_table(measured))
+                progress.print(f"\n{text[-1]}")
+                _leave(out, name, result, text)
+        if left := len(makers) - len(result["cases"]):
+            text.append(f"time ran out: {left} of {len(makers)} cases were not run")
         if warning := results.busy_warning(result):
             text.append(warning)
         for line in text[len(result["cases"]) + 1 :]:
             print(f"\n{line}", flush=True)
         _leave(out, name, result, text)
-    print(f"\n{', '.join(f'{name}.json' for name in names)} in {out}")
+    files = ", ".join(f"{name}.json" for name in names)
+    print(f"\n{files} in {out}, and the same as .csv and .txt")
+
+
+def _race(case: Case, clock: Clock, trials: int, seconds: float, progress: Progress) -> dict:
+    progress.name = case.name
+    return race(case, clock, trials, seconds, progress.update)
 
 
 def _leave(out: Path, name: str, result: dict, text: list[str]) -> None:
     results.write(out / f"{name}.json", result)
-    (out / f"{name}.txt").write_text("\n\n".join(text) + "\n", "utf-8")
+    results.write_text(out / f"{name}.csv", results.csv_text(result))
+    results.write_text(out / f"{name}.txt", "\n\n".join(text) + "\n")
 
 
 def main(arguments: list[str]) -> int:
@@ -93,21 +99,45 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bench: {message}; see python bench --help\n")
+
+
+USAGE = """\
+python bench [SUITE ...] [options]         measure; all suites by default
+       python bench compare A B                   what changed from A to B
+       python bench plot FOLDER [--out FOLDER]    time, bandwidth, memory as PNG
+       python bench history FOLDER ... --out PNG  our times over commits"""
+
+
+def _help() -> str:
+    suites = "\n".join(f"  {name:<20}  {title}" for name, (title, _) in SUITES.items())
+    return f"suites:\n{suites}"
+
+
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python bench", description="Race the suites.",
-                                     epilog=f"suites: {', '.join(SUITES)}")  # fmt: skip
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], metavar="SUITE")
-    parser.add_argument("--trials", type=_positive(int), default=20, help="rounds a case (20)")
-    parser.add_argument("--seconds", type=_positive(float), default=4.0,
-                        help="of a case's rounds, once there are five (4)")  # fmt: skip
-    parser.add_argument("--budget", type=_positive(float), default=1e9,
-                        help="seconds after which no case begins (none)")  # fmt: skip
-    parser.add_argument("--threads", type=_positive(int), default=torch.get_num_threads(),
-                        help="torch's, for all contenders (torch's choice)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="every kind of case once, small")
-    parser.add_argument("--out", type=Path, help="folder of the results (.benchmarks/DATE-COMMIT)")
+    parser = Parser(
+        usage=USAGE, epilog=_help(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 24, 80),
+    )  # fmt: skip
+    parser.add_argument("suites", nargs="*", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--trials", type=_positive(int), default=20, metavar="N", help="rounds a case (20)")
+    add("--seconds", type=_positive(float), default=4.0, metavar="S",
+        help="limit of a case's rounds after five; hot: half (4)")  # fmt: skip
+    add("--budget", type=_positive(float), default=1e9, metavar="S",
+        help="begin no case after so many seconds (none)")  # fmt: skip
+    add("--threads", type=_positive(int), default=torch.get_num_threads(), metavar="N",
+        help="of torch, for every contender (torch's choice)")  # fmt: skip
+    add("--quick", action="store_true", help="every kind of case once, at a small size")
+    add("--out", type=Path, metavar="FOLDER", help="of results (.benchmarks/DATE-COMMIT)")
     options = parser.parse_args(arguments)
     for name in options.suites:
+        if name not in SUITES:
+            parser.error(f"no suite is named {name!r}: give some of {', '.join(SUITES)}")
         if reason := cannot_run(name):
             print(f"bench: {name} cannot run: {reason}", file=sys.stderr)
             return 1
@@ -125,18 +155,18 @@ def _run(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python bench compare", description="B beside A.")
+    parser = Parser(prog="python bench compare", description=comparison.__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="file or folder of results")
     parser.add_argument("b", type=Path, metavar="B", help="file or folder of results")
     options = parser.parse_args(arguments)
-    print(results.compare(results.read_all(options.a), results.read_all(options.b)))
+    print(comparison.compare(results.read_all(options.a), results.read_all(options.b)))
     return 0
 
 
 def _plot(arguments: list[str]) -> int:
     import figures
 
-    parser = argparse.ArgumentParser(prog="python bench plot", description="Pictures of results.")
+    parser = Parser(prog="python bench plot", description="Pictures of results.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of results")
     parser.add_argument("--out", type=Path, help="folder of the pictures (FOLDER)")
     options = parser.parse_args(arguments)
@@ -148,7 +178,7 @@ def _plot(arguments: list[str]) -> int:
 def _history(arguments: list[str]) -> int:
     import figures
 
-    parser = argparse.ArgumentParser(prog="python bench history", description="Over commits.")
+    parser = Parser(prog="python bench history", description="Over commits.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="the picture, a PNG")
     options = parser.parse_args(arguments)

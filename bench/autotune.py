@@ -29,6 +29,7 @@ from bdkd_kernels.triton import launch_table
 from bdkd_kernels.triton.launch_table import Loop, Tile
 from harness import Contender, DeviceClock, WallClock, _rounds
 from losses import DTYPES, Race, Size
+from progress import Progress
 from triton.runtime.errors import OutOfResources
 
 sys.path.append(str(Path(__file__).parent / "gpu"))
@@ -123,8 +124,10 @@ class Search:
                 launch: self.pool.submit(compile_launch, size, launch)
                 for launch in launches(size)[: 2 if device == "cpu" else None]
             }
+        self.progress = Progress("autotune: launch", sum(map(len, self.compiled.values())))
 
     def end(self) -> None:
+        self.progress.clear()
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.kill()
@@ -145,12 +148,13 @@ class Search:
             left = until - time.monotonic()
             if left < 1:
                 break
+            self.progress.start(f"{size.rows} x {size.classes} {size.dtype}, {short(launch)}")
             try:
                 compiled.result(left)
             except TimeoutError:
                 break
             except Exception as error:
-                print(f"{size}: {launch} does not compile: {error}", flush=True)
+                self.progress.print(f"{size}: {launch} does not compile: {error}")
                 continue
             try:
                 with chosen(launch):
@@ -188,7 +192,7 @@ def main(options: argparse.Namespace) -> int:
                 found = search.time(size, until)
             except Exception as error:
                 failed += 1
-                print(f"{shown}: {type(error).__name__}: {error}", flush=True)
+                search.progress.print(f"{shown}: {type(error).__name__}: {error}")
                 if log:
                     log.add("failed", "search for launch parameters", str(error)[:200], size=shown)
                 continue
@@ -204,9 +208,11 @@ def main(options: argparse.Namespace) -> int:
                             of_copy=share, launch=repr(launch))  # fmt: skip
             best = sorted(found, key=lambda x: x[0])
             for seconds, share, launch in best[:3] + [x for x in best[3:] if x[2] == shipped]:
-                print(f"{size.dtype} {size.rows:>5} x {size.classes:<7}{1e6 * seconds:10.1f} us "
-                      f"{share:5.0%} of copy  {launch!r}"
-                      f"{'  (shipped)' if launch == shipped else ''}", flush=True)  # fmt: skip
+                search.progress.print(
+                    f"{size.dtype} {size.rows:>5} x {size.classes:<7}{1e6 * seconds:10.1f} us "
+                    f"{share:5.0%} of copy  {launch!r}"
+                    f"{'  (shipped)' if launch == shipped else ''}"
+                )
             if device == "cuda":
                 torch.cuda.empty_cache()
     finally:

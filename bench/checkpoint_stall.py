@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from progress import Progress
 
 from bdkd.config import CheckpointConfig, load_recipe
 from bdkd.data import Batch
@@ -47,6 +48,7 @@ def main() -> None:
         stalls.append((time.perf_counter(), time.perf_counter() - began))
 
     def timed_step(self: Trainer, batch: Batch) -> None:
+        progress.start()  # outside of the time that is measured
         writing = bool(current) and current[0].writer.busy()
         began = time.perf_counter()
         step(self, batch)
@@ -54,7 +56,8 @@ def main() -> None:
 
     Checkpointer.save, Trainer.train_step = timed_save, timed_step  # type: ignore[method-assign]
     total = arguments.every * arguments.checkpoints
-    with tempfile.TemporaryDirectory() as folder:
+    progress = Progress("checkpoint_stall: step", total + 1)
+    with tempfile.TemporaryDirectory() as folder, progress:
         recipe = load_recipe(arguments.recipe)
         recipe = dataclasses.replace(
             recipe, max_steps=total + 1, run_dir=folder, log=(), evaluate_every=10**6,

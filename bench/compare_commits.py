@@ -31,10 +31,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [
-    str(HERE / folder) for folder in ("", "kernels", "tests/data", "tests/data/imagenet")
+    str(HERE / folder) for folder in ("", "kernels", "bench", "tests/data", "tests/data/imagenet")
 ]
 from fake_sets import cifar_files, tiny_imagenet_files, write_files  # noqa: E402
 from imagenet_trees import make_tree  # noqa: E402
+from progress import Progress  # noqa: E402
 
 from bdkd.models import create_model  # noqa: E402
 
@@ -389,19 +390,29 @@ def compare(name: str, old: Path, new: Path, steps: int) -> tuple[list[Found], d
 
 
 def run_case(
-    name: str, case: Case, trees: tuple[Tree, Tree], data: Path, steps: int, pool: Executor
-) -> bool:
+    name: str, case: Case, trees: tuple[Tree, Tree], data: Path, steps: int, pool: Executor,
+    progress: Progress,
+) -> bool:  # fmt: skip
     """Train a case in both trees, compare, print a row. Returns whether nothing else differs."""
     done = min(steps, case.steps or steps)
+    progress.start(name)
     with tempfile.TemporaryDirectory() as scratch:
         works = [Path(scratch) / side for side in ("old", "new")]
         for work in works:
             # One copy for each case: a source may write an index next to its files.
             shutil.copytree(data / "data", work / "data")
-        failures = list(pool.map(lambda tree, work: tree.train(work, case, done), trees, works))
+        failures = progress.results(
+            [
+                pool.submit(tree.train, work, case, done)
+                for tree, work in zip(trees, works, strict=True)
+            ],
+            f"{done} steps in both trees",
+        )
         if any(failures):
-            row(name, done, f"FAILED  old: {failures[0] or 'no'}; new: {failures[1] or 'no'}")
+            failed = f"FAILED  old: {failures[0] or 'no'}; new: {failures[1] or 'no'}"
+            progress.print(row(name, done, failed))
             return False
+        progress.update("comparing")
         unexpected, meant = compare(name, *(work / "run" for work in works), done)
     result = "equal"
     if meant:
@@ -416,12 +427,12 @@ def run_case(
             f"{len(unexpected)} values, most in step {largest.step}, {largest.key} "
             f"({largest.size:.1e})"
         )
-    row(name, done, result + f"  [{case.note}]" * bool(case.note))
+    progress.print(row(name, done, result + f"  [{case.note}]" * bool(case.note)))
     return not unexpected
 
 
-def row(name: str, steps: int, result: str) -> None:
-    print(f"{name:36} {steps:>5}  {result}", flush=True)
+def row(name: str, steps: int, result: str) -> str:
+    return f"{name:36} {steps:>5}  {result}"
 
 
 def commit_of(tree: Path) -> str:
@@ -444,15 +455,17 @@ def main() -> None:
             parser.error(f"no case {name!r}; there are: {', '.join(cases)}")
     trees = (Tree(paths[0]), Tree(paths[1]))
     print(f"old {commit_of(paths[0])}, new {commit_of(paths[1])}, torch {torch.__version__}, CPU")
-    print(f"\n{'case':36} {'steps':>5}  result")
+    print(f"\n{'case':36} {'steps':>5}  result", flush=True)
+    chosen = given.cases or list(cases)
     with (
         tempfile.TemporaryDirectory() as data,
         ThreadPoolExecutor(1 + given.at_once) as pool,
+        Progress("compare_commits: case", len(chosen)) as progress,
     ):
         make_data(Path(data))
         equal = [
-            run_case(name, cases[name], trees, Path(data), given.steps, pool)
-            for name in given.cases or cases
+            run_case(name, cases[name], trees, Path(data), given.steps, pool, progress)
+            for name in chosen
         ]
     for tree in trees:
         tree.close()

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from progress import Progress
+
 _FILE = Path(__file__).with_name("compiled_limits.json")
 _SCRIPT = Path(__file__).with_name("compiled.py")
 
@@ -51,11 +53,13 @@ def compile_ahead(runs: tuple[str, ...], cache: Path | None = None) -> list[dict
 
     def run(arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(_SCRIPT), "--json", *arguments.split()]
+        progress.start(arguments)
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     found = []
-    with ThreadPoolExecutor(2) as two_at_a_time:
-        for done in two_at_a_time.map(run, runs):
+    progress = Progress("compiled_limits: run of compiled.py", len(runs))
+    with progress, ThreadPoolExecutor(2) as pool:
+        for done in progress.results([pool.submit(run, arguments) for arguments in runs]):
             if done.returncode:
                 raise RuntimeError(f"compiled.py failed:\n{done.stderr[-3000:]}")
             found += [json.loads(line) for line in done.stdout.splitlines()]

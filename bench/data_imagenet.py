@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from progress import Progress
 from suite_loader import HEIGHT, WIDTH, write_jpegs
 
 from bdkd.data import DataSource, create_source
@@ -45,7 +46,10 @@ def epoch(source: DataSource, number: int) -> tuple[float, float]:
 
 def decoding(images: int, rounds: int) -> None:
     rates: dict[str, list[tuple[float, float]]] = {"dali": [], "pillow": []}
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress("data_imagenet: epoch", 2 * (rounds + 1)) as progress,
+    ):
         write_jpegs(Path(folder), images)
         sources = {
             # Pillow in this process, so that its time is counted too.
@@ -60,6 +64,7 @@ def decoding(images: int, rounds: int) -> None:
         }  # fmt: skip
         for number in range(-1, rounds):
             for loader, source in sources.items():
+                progress.start(f"{images} images by {loader}" + ", warm-up" * (number < 0))
                 found = epoch(source, max(number, 0))
                 if number >= 0:  # the first one warms up
                     rates[loader].append(found)
@@ -78,16 +83,22 @@ def indexing(images: int) -> None:
     """Names alone count: the images are of a few bytes."""
     print(f"{images:,} training images, headers and names in the machine's memory")
     print(f"{'':12}    us an image, first   again   seconds for ImageNet's {IMAGENET:,}")
-    for format, write in (("folder", _folders), ("webdataset", _tars), ("tfrecord", _records)):
+    formats = (("folder", _folders), ("webdataset", _tars), ("tfrecord", _records))
+    progress = Progress("data_imagenet: format", len(formats))
+    for format, write in formats:
+        progress.start(f"{format}, writing {images:,} images")
         with tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
             root = Path(folder, "set")
             for split, count in (("train", images), ("val", images // 25)):
                 write(root, split, count)
+            progress.update("indexing")
             first, again = (_seconds(lambda r=root, f=format: find(r, f)) for _ in range(2))
             each = images + images // 25
-            print(f"{format:12}  {1e6 * first / each:20.2f}  {1e6 * again / each:6.2f}   "
-                  f"{first / each * IMAGENET:.1f}, then {again / each * IMAGENET:.1f}")  # fmt: skip
+            progress.print(
+                f"{format:12}  {1e6 * first / each:20.2f}  {1e6 * again / each:6.2f}   "
+                f"{first / each * IMAGENET:.1f}, then {again / each * IMAGENET:.1f}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder), 2)
         file = next(Path(folder).rglob("*.JPEG"))

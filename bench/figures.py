@@ -115,11 +115,13 @@ def _caption(result: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     trials = min(row["trials"] for case in cases for row in case["rows"] if "trials" in row)
     share = result["others_share"]
     busy = f"; others took {share:.0%} of the processors" if share and share > 0.05 else ""
+    cold = (cases[0].get("caches") or {}).get("cold")
+    inputs = f"; {cold}" if cold else ""
     threads = "" if machine["gpu"] else f", torch threads: {machine['threads']}"
     return (
-        f"{where}{threads}; torch {machine['versions']['torch']}; medians of {trials} or more "
-        f"rounds,\nbands from the 20th to the 80th percentile; commit {result['commit']['id']}, "
-        f"{result['date'][:10]}{busy}"
+        f"{where}{threads}; torch {machine['versions']['torch']}{inputs}; medians of {trials} or "
+        "more rounds,\nbands from the 20th to the 80th percentile; commit "
+        f"{result['commit']['id']}, {result['date'][:10]}{busy}"
     )
 
 

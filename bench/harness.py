@@ -1,16 +1,20 @@
-"""The way of every measurement here: contenders of one case race in one process, in turn.
+"""How everything here is measured: the contenders of a case race in one process, in turn.
 
 A *case* is a piece of work at one size; its *contenders* do it. Each is called with the number of
-a buffer set, and successive calls take successive sets, of which there are so many that none is in
-the last-level cache when its turn comes again. After a warm-up, a *round* times every contender
-once; the order turns from round to round, so that drift and busy spells hit all alike. What is
-reported of a contender is the median of its rounds with the 20th and 80th percentile, and the same
-three of its ratio to the case's base *in the same round*.
+a buffer set. Successive calls take successive sets, so many that no set is in the last-level cache
+when its turn comes again: *cold*. A case with ``"hot"`` in its ``caches`` is measured a second time
+with one set in every call.
+
+After a warm-up, a *round* times every contender once. The order changes from round to round, so
+that drift and busy periods affect all contenders alike. The result of a contender is the median of
+its rounds with the 20th and 80th percentile, and the same three of its ratio to the case's base
+*in the same round*.
 
 A clock makes samplers: ``WallClock`` for the CPU, ``DeviceClock`` for a GPU (a replay of a CUDA
 graph between two events, or the calls between two events where no graph can be captured).
 """
 
+import functools
 import gc
 import os
 import statistics
@@ -19,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,6 +31,7 @@ import torch
 Call = Callable[[int], object]  # takes the number of a buffer set
 
 FEWEST_ROUNDS = 5
+HOT_SHARE = 0.5  # of the time of the cold rounds
 SHORTEST_SAMPLE = 2e-3  # seconds: a clock's granularity and a call to it vanish in that
 
 
@@ -59,10 +64,17 @@ class Case:
     memory: bool = True  # whether peak memory means something here
     patience: float = 1.0  # times as long as other cases may take
     device: str = "cpu"  # where its memory lies
+    # The measurements by name and where their inputs are; the first one rotates through the sets.
+    # Empty where the state of the caches is not controlled.
+    caches: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
         return next(c.name for c in self.contenders if c.kind == "ours")
+
+
+MakeCase = Callable[[], Case]  # allocates and compiles nothing before it is called
+Say = Callable[[str], object]  # takes a few words about what is being done
 
 
 @dataclass(frozen=True)
@@ -166,15 +178,23 @@ class DeviceClock:
         return 1e-3 * start.elapsed_time(end)
 
 
-def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> dict[str, Any]:
-    """All contenders of a case, measured; a plain dict, as it goes into the JSON.
+def race(
+    case: Case,
+    clock: Clock,
+    trials: int = 20,
+    seconds: float = 20.0,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Measure all contenders of a case. Returns a plain dict, as it is written to the JSON.
 
-    Stops after ``trials`` rounds, or after ``seconds`` once there are at least five rounds. A peer
-    that fails is a row that says why; a failure of ours is raised.
+    Stops after ``trials`` rounds, or after ``seconds`` once there are at least five rounds. The hot
+    rounds take at most half as long. A peer that fails is a row that says why; a failure of ours
+    is raised. ``say`` is called between samples.
     """
     rows: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Sampler] = {}
-    for contender in case.contenders:
+    for number, contender in enumerate(case.contenders, 1):
+        say(f"preparing {contender.name} ({number} of {len(case.contenders)})")
         row: dict[str, Any] = {
             "name": contender.name, "kind": contender.kind, "note": contender.note,
             "bytes": contender.bytes, "images": contender.images,
@@ -184,25 +204,18 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
             row["peak_bytes"] = _peak_bytes(case, contender) if case.memory else None
             samplers[contender.name] = clock.sampler(contender, case.sets)
         except Exception as error:  # whatever a foreign package raises is its row's content
-            if contender.kind != "peer":
-                raise
-            if case.device == "cuda":
-                torch.cuda.empty_cache()  # what an allocation that failed had gathered
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             row = {"name": contender.name, "kind": contender.kind, "note": contender.note,
-                   "not_run": f"{type(error).__name__}: {reason}"[:200]}  # fmt: skip
+                   "not_run": _reason(error, case, contender)}  # fmt: skip
         rows[contender.name] = row
-    times = _rounds(samplers, trials, seconds * case.patience, case.before)
-    base = times[case.base]
-    limit = next((c.name for c in case.contenders if c.kind == "limit"), None)
-    for name, taken in times.items():
-        row = rows[name]
-        row["trials"], row["calls"], row["by"] = len(taken), samplers[name].calls, samplers[name].by
-        row["seconds"] = spread(taken)
-        ratios = [a / b for a, b in zip(taken, base, strict=True)]
-        row["ratio"] = spread(ratios)
-        if row["bytes"] is not None and limit is not None:
-            row["of_copy"] = _of_copy(rows, times, name, limit)
+    first = next(iter(case.caches), "")
+    times = _rounds(samplers, trials, seconds * case.patience, case.before,
+                    lambda text: say(f"{first} {text}".strip()))  # fmt: skip
+    for name in times:
+        rows[name] |= _statistics(case, samplers, times, name)
+    if "hot" in [*case.caches][1:]:
+        raced = [contender for contender in case.contenders if contender.name in samplers]
+        samplers.clear()  # frees the CUDA graphs, whose memory the next ones need
+        _race_hot(case, raced, rows, clock, trials, HOT_SHARE * seconds, say)
     absent = [
         {"name": name, "kind": "peer", "note": "", "not_run": why}
         for name, why in case.absent.items()
@@ -211,14 +224,73 @@ def race(case: Case, clock: Clock, trials: int = 20, seconds: float = 20.0) -> d
         "case": case.name,
         "parameters": dict(case.parameters),
         "sets": case.sets,
+        "caches": dict(case.caches),
         "base": case.base,
         "rows": [*rows.values(), *absent],
     }
 
 
+def _race_hot(
+    case: Case, contenders: list[Contender], rows: dict[str, dict[str, Any]], clock: Clock,
+    trials: int, seconds: float, say: Say,
+) -> None:  # fmt: skip
+    """Measure contenders with the first buffer set in every call. Adds ``hot`` to their rows."""
+    samplers: dict[str, Sampler] = {}
+    for number, contender in enumerate(contenders, 1):
+        say(f"preparing {contender.name}, hot ({number} of {len(contenders)})")
+        try:
+            # As many calls as with rotating sets, so that a CUDA graph has the same length.
+            samplers[contender.name] = clock.sampler(
+                replace(contender, call=functools.partial(_call_first, contender.call)), case.sets
+            )
+        except Exception as error:
+            rows[contender.name]["hot"] = {"not_run": _reason(error, case, contender)}
+    times = _rounds(samplers, trials, seconds * case.patience, case.before,
+                    lambda text: say(f"hot {text}"))  # fmt: skip
+    for name in times:
+        rows[name]["hot"] = _statistics(case, samplers, times, name)
+
+
+def _call_first(call: Call, i: int) -> object:
+    return call(0)
+
+
+def _reason(error: Exception, case: Case, contender: Contender) -> str:
+    """Why a peer was not run, in one line. Raises the error if the contender is ours."""
+    if contender.kind != "peer":
+        raise error
+    if case.device == "cuda":
+        torch.cuda.empty_cache()  # what an allocation that failed had gathered
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {reason}"[:200]
+
+
+def _statistics(
+    case: Case, samplers: dict[str, Sampler], times: dict[str, list[float]], name: str
+) -> dict[str, Any]:
+    """What the rounds say about a contender."""
+    contenders = {contender.name: contender for contender in case.contenders}
+    ratios = [a / b for a, b in zip(times[name], times[case.base], strict=True)]
+    found = {
+        "trials": len(times[name]), "calls": samplers[name].calls, "by": samplers[name].by,
+        "seconds": spread(times[name]), "ratio": spread(ratios),
+    }  # fmt: skip
+    limit = next((c.name for c in case.contenders if c.kind == "limit" and c.name in times), None)
+    useful = contenders[name].bytes
+    if useful is not None and limit is not None:
+        # Useful bytes a second, as a share of those of the copy in the same rounds.
+        of_copy = useful / contenders[limit].bytes  # type: ignore[operator]
+        found["of_copy"] = statistics.median(
+            of_copy * copied / taken
+            for copied, taken in zip(times[limit], times[name], strict=True)
+        )
+    return found
+
+
 def _rounds(
-    samplers: dict[str, Sampler], trials: int, seconds: float, before: Callable[[], object]
-) -> dict[str, list[float]]:
+    samplers: dict[str, Sampler], trials: int, seconds: float, before: Callable[[], object],
+    say: Say = lambda text: None,
+) -> dict[str, list[float]]:  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in samplers}
     names = list(samplers)
     until = time.monotonic() + seconds
@@ -228,6 +300,7 @@ def _rounds(
         for done in range(trials):
             if done >= FEWEST_ROUNDS and time.monotonic() > until:
                 break
+            say(f"round {done + 1} of at most {trials}")
             # Turned and, every other time, reversed: nobody always runs after the same neighbour.
             turn = done // 2 % len(names)
             order = names[turn:] + names[:turn]
@@ -238,15 +311,6 @@ def _rounds(
     finally:
         gc.enable()
     return times
-
-
-def _of_copy(rows: dict, times: dict[str, list[float]], name: str, limit: str) -> float:
-    """Useful bytes a second, as a share of those of the copy in the same rounds."""
-    bytes_ratio = rows[name]["bytes"] / rows[limit]["bytes"]
-    return statistics.median(
-        bytes_ratio * copied / taken
-        for copied, taken in zip(times[limit], times[name], strict=True)
-    )
 
 
 def spread(values: list[float]) -> dict[str, float]:

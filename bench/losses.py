@@ -10,14 +10,14 @@ Five works, each with a row of ours that does just that work, as nearly as it ca
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from bdkd_kernels import BDKDOutput, bdkd_loss, bdkd_loss_and_grad, buffers
-from harness import Case, Contender
+from harness import Case, Contender, MakeCase
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -240,22 +240,46 @@ def cases(
     cache: int,
     modes: tuple[str, ...] = MODES[:1],
     sweep: bool = False,
-) -> Iterator[Case]:
-    """A case for each work and size; ``modes`` are torch.compile's; a ``sweep`` over the number of
-    classes is drawn as a picture."""
-    for work, its_sizes in sizes.items():
-        for size in its_sizes:
-            torch._dynamo.reset()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            race = Race(size, work, device, cache, sweep)
-            contenders, absent = _MAKERS[work](race, modes)
-            yield Case(
-                f"{work}: {size}",
-                {"work": work, "rows": size.rows, "classes": size.classes, "dtype": size.dtype,
-                 "temperature": size.temperature, "sweep": sweep},
-                tuple(contenders), len(race.inputs), absent, race.forget, race.drop, device=device,
-            )  # fmt: skip
+) -> list[MakeCase]:
+    """Return a case for each work and size.
+
+    ``modes`` are torch.compile's. A ``sweep`` over the number of classes is drawn as a picture.
+    """
+    return [
+        functools.partial(_case, work, size, device, cache, modes, sweep)
+        for work, its_sizes in sizes.items()
+        for size in its_sizes
+    ]
+
+
+def _case(
+    work: str, size: Size, device: str, cache: int, modes: tuple[str, ...], sweep: bool
+) -> Case:
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    race = Race(size, work, device, cache, sweep)
+    contenders, absent = _MAKERS[work](race, modes)
+    return Case(
+        f"{work}: {size}",
+        {"work": work, "rows": size.rows, "classes": size.classes, "dtype": size.dtype,
+         "temperature": size.temperature, "sweep": sweep},
+        tuple(contenders), len(race.inputs), absent, race.forget, race.drop, device=device,
+        caches=caches(len(race.inputs), 4 * race.unit, cache),
+    )  # fmt: skip
+
+
+def caches(sets: int, set_bytes: int, cache: int) -> dict[str, str]:
+    """Return the measurements of a case by name, and where each one's inputs are."""
+    if sets == 1:  # of "heads", whose weights are the same in every call
+        return {"hot": "the same inputs and weights in every call"}
+    from_memory = sets * set_bytes >= 2 * cache
+    return {
+        "cold": "inputs from memory" if from_memory else f"inputs of {sets} sets in turn",
+        "hot": "inputs in cache"
+        if set_bytes <= cache
+        else "the same inputs, larger than the cache",
+    }
 
 
 def _compiled(loss: Loss, mode: str) -> Loss:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import machine
 import results
+from progress import Progress
 
 SIZES = [(128, 100, "float32"), (1024, 1000, "float32"), (256, 21841, "float32"),
          (64, 128256, "float32"), (64, 128256, "bfloat16")]  # fmt: skip
@@ -77,12 +78,14 @@ def main() -> None:
                         "date": machine.now(), "command": command}), end="\n\n")  # fmt: skip
     names = ["fused", "sums", "gradients", "maxima", "scalars", "the rest"]
     rows = []
+    progress = Progress("native_profile: size", len(SIZES))
     for size in SIZES:
+        progress.start(f"{size[0]} x {size[1]} {size[2]}")
         shares = profile(perf, *size, seconds)
         rows.append(
             [f"{size[0]} x {size[1]} {size[2]}", *(f"{shares[name]:.0f}%" for name in names)]
         )
-    print(results.aligned(["", *names], rows))
+    progress.print(results.aligned(["", *names], rows))
 
 
 if __name__ == "__main__":

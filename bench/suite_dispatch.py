@@ -4,11 +4,12 @@ On a GPU the time from call to return, launches included: the device, which take
 for once a sample.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 from bdkd_kernels import bdkd_loss
-from harness import Case, Contender
+from harness import Case, Contender, MakeCase
 from losses import Race, Size, ours, plain
 from torch import Tensor
 
@@ -16,30 +17,34 @@ TEMPERATURE = 4.0
 _reference = ours(TEMPERATURE, "reference")
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> list[MakeCase]:
     small = [Size(8, 10), Size(128, 100), Size(1024, 1000, "bf16")]
-    for size in small[:1] if quick else small if device == "cuda" else small[:2]:
-        torch._dynamo.reset()
-        race = Race(size, "both", device, cache=0)
-        found = [
-            Contender("bdkd_loss, no gradients", _no_gradients(race), "ours"),
-            Contender("bdkd_loss", _forward(race), "ours", note="both gradients made; no backward"),
-            Contender("bdkd_loss, backward", race.step(ours(TEMPERATURE)), "ours"),
-            Contender("bdkd_loss_and_grad", race.at_once, "ours", note="into tensors it was given"),
-            Contender("autograd alone, backward", race.step(_nothing), "limit",
-                      note="two functions that hand over a gradient, an addition"),
-            Contender("eager, backward", race.step(_eager), note="no statistics of the samples"),
-            Contender("torch.compile, backward",
-                      race.step(torch.compile(_eager, fullgraph=True, dynamic=False)),
-                      note="no statistics of the samples"),
-            Contender("eager reference, backward", race.step(_reference)),
-            Contender("torch.compile of it, backward",
-                      race.step(torch.compile(_reference, fullgraph=True, dynamic=False))),
-        ]  # fmt: skip
-        yield Case(
-            f"host: {size}", {"rows": size.rows, "classes": size.classes, "dtype": size.dtype},
-            tuple(found), len(race.inputs), forget=race.forget, memory=False, device=device,
-        )  # fmt: skip
+    sizes = small[:1] if quick else small if device == "cuda" else small[:2]
+    return [functools.partial(_case, size, device) for size in sizes]
+
+
+def _case(size: Size, device: str) -> Case:
+    torch._dynamo.reset()
+    race = Race(size, "both", device, cache=0)
+    found = [
+        Contender("bdkd_loss, no gradients", _no_gradients(race), "ours"),
+        Contender("bdkd_loss", _forward(race), "ours", note="both gradients made; no backward"),
+        Contender("bdkd_loss, backward", race.step(ours(TEMPERATURE)), "ours"),
+        Contender("bdkd_loss_and_grad", race.at_once, "ours", note="into tensors it was given"),
+        Contender("autograd alone, backward", race.step(_nothing), "limit",
+                  note="two functions that hand over a gradient, an addition"),
+        Contender("eager, backward", race.step(_eager), note="no statistics of the samples"),
+        Contender("torch.compile, backward",
+                  race.step(torch.compile(_eager, fullgraph=True, dynamic=False)),
+                  note="no statistics of the samples"),
+        Contender("eager reference, backward", race.step(_reference)),
+        Contender("torch.compile of it, backward",
+                  race.step(torch.compile(_reference, fullgraph=True, dynamic=False))),
+    ]  # fmt: skip
+    return Case(
+        f"host: {size}", {"rows": size.rows, "classes": size.classes, "dtype": size.dtype},
+        tuple(found), len(race.inputs), forget=race.forget, memory=False, device=device,
+    )  # fmt: skip
 
 
 def _no_gradients(race: Race) -> Callable[[int], object]:

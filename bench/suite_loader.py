@@ -6,13 +6,14 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Call, Case, Contender
+from harness import Call, Case, Contender, MakeCase
 from suite_step import Pair, Run
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,27 +31,32 @@ QUALITY = 90
 JPEGS = f"JPEGs of {WIDTH} x {HEIGHT}" + ("" if find_spec("sklearn") else " (noise)")
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> list[MakeCase]:
     """What only a GPU can tell comes first there: the time on a borrowed one is short."""
-    images = 16 if quick else 256
+    in_memory = partial(_in_memory, 32 if quick else 128, 400 if quick else 10_000)
+    if not find_spec("PIL"):
+        return [in_memory]
+    # Every file so often that an epoch has the steps of a real one, not a start every few.
+    root = cache(partial(_folder, 16 if quick else 256, 1 if quick else 40))
     batch, side = (4, 32) if quick else (32, 224)
-    if find_spec("PIL"):
-        # Until the process ends: a case may be run long after it was made.
-        root = Path(tempfile.mkdtemp(prefix="bdkd-bench-"))
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
-        # Every file so often that an epoch has the steps of a real one, not a start every few.
-        write_jpegs(root, images, 1 if quick else 40)
-        if quick:
-            yield _training(root, Pair("resnet8", "resnet8", 4, 32, 10), device)
-        elif device == "cuda":
-            imagenet = ("imagenet_resnet50", "imagenet_mobilenet_v1")
-            yield _training(root, Pair(*imagenet, 256, 224, 1000, "bf16"), device)
-            yield _jpegs(root, 256, side, device)
-        else:
-            imagenet = ("imagenet_resnet18", "imagenet_mobilenet_v1")
-            yield _training(root, Pair(*imagenet, 32, 64, 1000), device)
-        yield _jpegs(root, batch, side, "cpu")
-    yield _in_memory(32 if quick else 128, 400 if quick else 10_000)
+    jpegs = partial(_jpegs, root, batch, side, "cpu")
+    if quick:
+        return [partial(_training, root, Pair("resnet8", "resnet8", 4, 32, 10), device), jpegs,
+                in_memory]  # fmt: skip
+    if device == "cuda":
+        pair = Pair("imagenet_resnet50", "imagenet_mobilenet_v1", 256, 224, 1000, "bf16")
+        return [partial(_training, root, pair, device),
+                partial(_jpegs, root, 256, side, device), jpegs, in_memory]  # fmt: skip
+    pair = Pair("imagenet_resnet18", "imagenet_mobilenet_v1", 32, 64, 1000)
+    return [partial(_training, root, pair, device), jpegs, in_memory]
+
+
+def _folder(images: int, repeats: int) -> Path:
+    """Write the JPEGs into a folder that lives as long as the process."""
+    root = Path(tempfile.mkdtemp(prefix="bdkd-bench-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    write_jpegs(root, images, repeats)
+    return root
 
 
 def endless(epochs: Callable[[int], Iterable]) -> Call:
@@ -166,7 +172,7 @@ def _dali_is_here() -> bool:
     return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
 
 
-def _training(root: Path, pair: Pair, device: str) -> Case:
+def _training(root: Callable[[], Path], pair: Pair, device: str) -> Case:
     networks = {name: NetworkConfig(getattr(pair, name), name) for name in ("teacher", "student")}
     run = Run(networks, "bdkd", pair, device)
     dtype = AUTOCAST[pair.precision] or torch.float32
@@ -182,7 +188,7 @@ def _training(root: Path, pair: Pair, device: str) -> Case:
 
     found, kinds = [], _kinds(device)
     for kind in kinds:
-        source = _imagenet(root, kind, pair.side, device, dtype)
+        source = _imagenet(root(), kind, pair.side, device, dtype)
         found.append(
             Contender(f"from JPEGs by {kind}", step(endless(_epochs(source, pair.batch))), "ours",
                       note=f"{_workers(device)} workers", lead=_ready(kind, device))
@@ -195,12 +201,12 @@ def _training(root: Path, pair: Pair, device: str) -> Case:
                 tuple(found), absent=absent, memory=False, patience=4.0, device=device)  # fmt: skip
 
 
-def _jpegs(root: Path, batch: int, side: int, device: str) -> Case:
-    paths = sorted((root / "train").rglob("*.JPEG"))
+def _jpegs(root: Callable[[], Path], batch: int, side: int, device: str) -> Case:
+    paths = sorted((root() / "train").rglob("*.JPEG"))
     found, workers = [], _workers(device)
     for kind in _kinds(device):
         note = f"{workers} workers; its order and crops are a function of (seed, epoch, index)"
-        call = endless(_epochs(_imagenet(root, kind, side, device), batch))
+        call = endless(_epochs(_imagenet(root(), kind, side, device), batch))
         found.append(Contender(f"bdkd, {kind}", call, "ours", note=note,
                                lead=_ready(kind, device)))  # fmt: skip
     if device == "cpu":

@@ -1,10 +1,11 @@
 """Calibration and accuracy of a validation set, batch by batch, beside torchmetrics and netcal."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from harness import Case, Contender
+from harness import Case, Contender, MakeCase
 from torch import Tensor
 
 from bdkd.evaluation.calibration import BINS, Calibration
@@ -12,10 +13,10 @@ from bdkd.evaluation.calibration import BINS, Calibration
 IMAGES, BATCH = 10_000, 500
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    images = 1000 if quick else IMAGES
-    for classes in (10,) if quick else (10, 100, 1000):
-        yield _case(images, classes)
+def cases(quick: bool) -> list[MakeCase]:
+    if quick:
+        return [functools.partial(_case, 1000, 10)]
+    return [functools.partial(_case, IMAGES, classes) for classes in (10, 100, 1000)]
 
 
 def _case(images: int, classes: int) -> Case:

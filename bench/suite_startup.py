@@ -1,12 +1,13 @@
 """From nothing to an imported package, in a fresh interpreter."""
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 
-from harness import Case, Contender
+from harness import Case, Contender, MakeCase
 from machine import ROOT
 
 OURS = {
@@ -17,7 +18,11 @@ OURS = {
 PEERS = ("liger_kernel.transformers",)
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool) -> list[MakeCase]:
+    return [functools.partial(_case, quick)]
+
+
+def _case(quick: bool) -> Case:
     ours = dict(list(OURS.items())[:1]) if quick else OURS
     contenders = [Contender(name, _run(command), "ours") for name, command in ours.items()]
     contenders.append(Contender("import torch", _run(["-c", "import torch"]), "limit"))
@@ -27,7 +32,7 @@ def cases(quick: bool) -> Iterator[Case]:
             contenders.append(Contender(f"import {module}", _run(["-c", f"import {module}"])))
         else:
             absent[f"import {module}"] = "it is not installed"
-    yield Case("a fresh interpreter", {}, tuple(contenders), absent=absent, memory=False)
+    return Case("a fresh interpreter", {}, tuple(contenders), absent=absent, memory=False)
 
 
 def _run(arguments: list[str]) -> Callable[[int], object]:

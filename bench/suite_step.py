@@ -5,13 +5,14 @@ the loss, both backward passes, the check for non-finite values, the optimizer, 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from harness import Call, Case, Contender
+from harness import Call, Case, Contender, MakeCase
 from losses import plain
 from torch import nn
 from torch.nn import functional as F
@@ -52,23 +53,28 @@ class Pair:
         )
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> list[MakeCase]:
     if quick:
-        yield _pair(Pair("resnet8", "resnet8", 4, 16, 10), device, ["compiled"])
-        yield _cohorts("resnet8", 4, 16, device)
-    elif device == "cuda":
+        pair = Pair("resnet8", "resnet8", 4, 16, 10)
+        return [partial(_pair, pair, device, ["compiled"]),
+                partial(_cohorts, "resnet8", 4, 16, device)]  # fmt: skip
+    if device == "cuda":
         imagenet = ("imagenet_resnet50", "imagenet_mobilenet_v1")
+        small = Pair("wrn_16_2", "resnet20", 128, 32, 100, "bf16")
         # A captured step keeps all its activations: one of them, and none of the largest batch.
         ways = ["overlapped", "overlapped and captured", "compiled"]
-        yield _pair(Pair(*imagenet, 256, 224, 1000, "bf16"), device, ways)
-        yield _pair(Pair(*imagenet, 512, 224, 1000, "bf16"), device, ["overlapped", "compiled"])
-        yield _pair(Pair("wrn_16_2", "resnet20", 128, 32, 100, "bf16"), device, WAYS)
-        yield _cohorts("resnet20", 512, 32, device)
-    else:
-        for precision in ("fp32", "bf16"):
-            pair = Pair("wrn_16_2", "resnet20", 64, 32, 100, precision)
-            yield _pair(pair, device, ["compiled"])
-        yield _cohorts("resnet8", 64, 32, device)
+        return [
+            partial(_pair, Pair(*imagenet, 256, 224, 1000, "bf16"), device, ways),
+            partial(_pair, Pair(*imagenet, 512, 224, 1000, "bf16"), device,
+                    ["overlapped", "compiled"]),
+            partial(_pair, small, device, WAYS),
+            partial(_cohorts, "resnet20", 512, 32, device),
+        ]  # fmt: skip
+    pairs = [Pair("wrn_16_2", "resnet20", 64, 32, 100, precision) for precision in ("fp32", "bf16")]
+    return [
+        *(partial(_pair, pair, device, ["compiled"]) for pair in pairs),
+        partial(_cohorts, "resnet8", 64, 32, device),
+    ]
 
 
 class Run:

@@ -1,14 +1,15 @@
-"""The suites by name. Each yields cases; what it needs is imported when it is asked for.
+"""The suites by name. Each returns functions that make its cases, so that the number of cases is
+known before the first one is made. A suite imports what it needs when it is called.
 
 ``quick`` gives every kind of case once, at a size that takes a moment: for CI.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from harness import Case, Clock, DeviceClock, WallClock
+from harness import Clock, DeviceClock, MakeCase, WallClock
 
 from bdkd.extras import TRAINER_PACKAGES
 
@@ -20,39 +21,41 @@ class Settings:
     quick: bool = False
 
 
-def loss_cpu(settings: Settings) -> Iterator[Case]:
+def loss_cpu(settings: Settings) -> list[MakeCase]:
     from losses import MODES, Size, cases
 
     if settings.quick:
         small = [Size(8, 10), Size(8, 10, "bf16", 1.0)]
-        yield from cases({"both": small[:1]}, "cpu", settings.cache)
         one = dict.fromkeys(("both", "forward", "kd", "ce", "heads"), small[-1:])
-        yield from cases(one, "cpu", settings.cache, ())
-        return
+        return [
+            *cases({"both": small[:1]}, "cpu", settings.cache),
+            *cases(one, "cpu", settings.cache, ()),
+        ]
     shapes = ((128, 100), (1024, 1000), (256, 21841), (64, 128256))
     both = [Size(*shape) for shape in shapes]
     both += [Size(1024, 1000, "bf16"), Size(64, 128256, "bf16"), Size(1024, 1000, "fp32", 1.0)]
     imagenet = [Size(1024, 1000)]
     parts = [Size(1024, 1000), Size(64, 128256)]
-    yield from cases({"both": both}, "cpu", settings.cache)
     # One amount of work over the number of classes, for the pictures.
     sweep = [Size(2**21 // classes, classes) for classes in (10, 100, 1000, 10_000, 100_000)]
-    yield from cases({"both": sweep}, "cpu", settings.cache, sweep=True)
-    yield from cases(
-        {"forward": parts, "kd": parts, "ce": parts, "heads": imagenet}, "cpu", settings.cache
-    )
-    # On a CPU the other modes tune matrix products and make CUDA graphs: shown once to be the same.
-    yield from cases({"kd": [Size(1024, 1000, "bf16")]}, "cpu", settings.cache, MODES)
+    works = {"forward": parts, "kd": parts, "ce": parts, "heads": imagenet}
+    return [
+        *cases({"both": both}, "cpu", settings.cache),
+        *cases({"both": sweep}, "cpu", settings.cache, sweep=True),
+        *cases(works, "cpu", settings.cache),
+        # On a CPU the other modes tune matrix products and make CUDA graphs: shown once to be the
+        # same.
+        *cases({"kd": [Size(1024, 1000, "bf16")]}, "cpu", settings.cache, MODES),
+    ]
 
 
-def loss_gpu(settings: Settings) -> Iterator[Case]:
+def loss_gpu(settings: Settings) -> list[MakeCase]:
     from losses import MODES, Size, cases
 
     if settings.quick:
         small = [Size(1024, 1000, "bf16")]
         works = dict.fromkeys(("both", "forward", "kd", "ce", "heads"), small)
-        yield from cases(works, "cuda", settings.cache, MODES[:1])
-        return
+        return cases(works, "cuda", settings.cache, MODES[:1])
     # ImageNet's batches; rows that align with nothing; rows in L2; rows beyond it.
     shapes = ((1024, 1000), (4096, 1000), (4096, 21841), (8192, 32000), (8192, 128256))
     both = {
@@ -63,52 +66,54 @@ def loss_gpu(settings: Settings) -> Iterator[Case]:
     sweep = [Size(2**25 // c, c, "bf16") for c in (10, 100, 1000, 10_000, 32_000, 100_000)]
     parts = [Size(4096, 1000, "bf16"), Size(8192, 32000, "bf16")]
     # The most wanted first: a borrowed GPU's time may not last to the end.
-    yield from cases({"both": both["bf16", 4.0][::2]}, "cuda", settings.cache, MODES)
-    yield from cases({"both": both["bf16", 4.0][1::2]}, "cuda", settings.cache)
-    yield from cases({"kd": parts, "ce": parts, "forward": parts}, "cuda", settings.cache)
-    yield from cases({"both": both["fp32", 4.0]}, "cuda", settings.cache)
-    yield from cases({"both": sweep}, "cuda", settings.cache, sweep=True)
-    yield from cases({"both": both["bf16", 1.0]}, "cuda", settings.cache)
-    yield from cases({"heads": parts[1:], "both": both["fp32", 1.0]}, "cuda", settings.cache)
+    return [
+        *cases({"both": both["bf16", 4.0][::2]}, "cuda", settings.cache, MODES),
+        *cases({"both": both["bf16", 4.0][1::2]}, "cuda", settings.cache),
+        *cases({"kd": parts, "ce": parts, "forward": parts}, "cuda", settings.cache),
+        *cases({"both": both["fp32", 4.0]}, "cuda", settings.cache),
+        *cases({"both": sweep}, "cuda", settings.cache, sweep=True),
+        *cases({"both": both["bf16", 1.0]}, "cuda", settings.cache),
+        *cases({"heads": parts[1:], "both": both["fp32", 1.0]}, "cuda", settings.cache),
+    ]
 
 
-def dispatch(settings: Settings) -> Iterator[Case]:
+def dispatch(settings: Settings) -> list[MakeCase]:
     from suite_dispatch import cases
 
     return cases(settings.device, settings.quick)
 
 
-def loader(settings: Settings) -> Iterator[Case]:
+def loader(settings: Settings) -> list[MakeCase]:
     from suite_loader import cases
 
     return cases(settings.device, settings.quick)
 
 
-def metrics(settings: Settings) -> Iterator[Case]:
+def metrics(settings: Settings) -> list[MakeCase]:
     from suite_metrics import cases
 
     return cases(settings.quick)
 
 
-def startup(settings: Settings) -> Iterator[Case]:
+def startup(settings: Settings) -> list[MakeCase]:
     from suite_startup import cases
 
     return cases(settings.quick)
 
 
-def step_cpu(settings: Settings) -> Iterator[Case]:
+def step_cpu(settings: Settings) -> list[MakeCase]:
     from suite_step import cases
 
     return cases("cpu", settings.quick)
 
 
-def step_gpu(settings: Settings) -> Iterator[Case]:
+def step_gpu(settings: Settings) -> list[MakeCase]:
     from suite_step import cases
 
     return cases("cuda", settings.quick)
 
 
-SUITES: dict[str, tuple[str, Callable[[Settings], Iterator[Case]]]] = {
+SUITES: dict[str, tuple[str, Callable[[Settings], list[MakeCase]]]] = {
     "loss_cpu": ("the loss on the CPU", loss_cpu),
     "loss_gpu": ("the loss on a GPU", loss_gpu),
     "dispatch": ("what a call costs the host", dispatch),

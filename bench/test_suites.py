@@ -18,7 +18,8 @@ def _pairs(name: str):
     """(case, contender) names are known only once a suite is asked for its cases."""
     device = device_of(name)
     settings = Settings(device, machine.last_level_cache(device), quick=True)
-    for case in SUITES[name][1](settings):
+    for make in SUITES[name][1](settings):
+        case = make()
         for contender in case.contenders:
             yield case, contender
 

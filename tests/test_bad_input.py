@@ -97,7 +97,12 @@ FUNCTIONS = [
      ["sample_weight must have shape (4,)", "one weight a sample", "got (3,)"]),
     # --- the loss: options
     ("bdkd_loss", lambda: bdkd.bdkd_loss(s, t, y, 4.0), TypeError, ["positional", "4"]),
-    ("bdkd_loss", lambda: loss(tau=4.0), TypeError, ["'tau'"]),
+    ("bdkd_loss", lambda: loss(tau=4.0), TypeError, ["'tau'", "Did you mean 'temperature'?"]),
+    ("bdkd_loss", lambda: loss(alpha=0.9), TypeError, ["'alpha'", "'student_ce'", "'student_kd'"]),
+    ("bdkd_loss_and_grad", lambda: with_grads(T=4.0), TypeError, ["'T'", "'temperature'"]),
+    ("BDKDLoss", lambda: bdkd.BDKDLoss(T=4.0), TypeError, ["'T'", "'temperature'"]),
+    ("BDKDOutput", lambda: loss().backward(), AttributeError,
+     ["'backward'", "no loss requires a gradient", "torch.autograd.backward"]),
     ("bdkd_loss", lambda: loss(temperature=0), ValueError, ["temperature", "[0.0001", "got 0"]),
     ("bdkd_loss", lambda: loss(temperature="4"), TypeError,
      ["temperature", "[0.0001", "'4' (str)"]),

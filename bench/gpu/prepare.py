@@ -140,6 +140,8 @@ def compile_calls(chosen: list[Call]) -> dict[str, Any]:
 
 def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, Any]:
     """Compile every call's kernels into ``cache`` in fresh processes; return the sums."""
+    from progress import Progress
+
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(PATHS), "CUDA_VISIBLE_DEVICES": "",
@@ -152,15 +154,18 @@ def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, Any]
     if processes <= 4:
         dealt.sort(key=len, reverse=True)
 
+    progress = Progress("prepare: groups of calls compiled:", len(dealt))
+
     def run(group: list[Call]) -> dict[str, Any]:
         command = [sys.executable, __file__, "--compile", json.dumps(group)]
         done = subprocess.run(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True)
+        progress.start(f"{len(group)} calls of {group[0][1]} classes, {group[0][2]}")
         if done.returncode:
             return {"found": 0, "compiled": 0, "failed": len(group), "folders": []}
         return json.loads(done.stdout.splitlines()[-1])
 
-    with ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(run, dealt))
+    with progress, ThreadPoolExecutor(processes) as pool:
+        results = progress.results([pool.submit(run, group) for group in dealt])
     sums: dict[str, Any] = {key: sum(x[key] for x in results)
                             for key in ("found", "compiled", "failed")}  # fmt: skip
     return sums | {"folders": {folder for x in results for folder in x["folders"]}}

@@ -154,6 +154,24 @@ TABLE = _table()
 NAMES = tuple(option.name for option in TABLE)
 _BY_NAME = {option.name: option for option in TABLE}
 
+# The names that other losses use, in lower case without underscores ("kd_T" is "kdt"), and the
+# option with the same meaning. RepDistiller: T, kd_T. mdistiller: CE_WEIGHT, KD_WEIGHT. Liger:
+# weight_hard_loss, weight_soft_loss. timm: smoothing.
+SYNONYMS = {
+    **dict.fromkeys(("t", "tau", "temp", "kdt", "kdtemperature"), "temperature"),
+    **dict.fromkeys(("ceweight", "celossweight", "weighthardloss", "lambdace"), "student_ce"),
+    **dict.fromkeys(("kdweight", "kdlossweight", "weightsoftloss", "lambdakd"), "student_kd"),
+    "smoothing": "label_smoothing",
+}
+# Names without one counterpart, and the hint for them. Libraries disagree about alpha and beta.
+_WEIGHTS = "the weights of the student's terms are 'student_ce' and 'student_kd'"
+NO_COUNTERPART = {
+    "alpha": _WEIGHTS,
+    "beta": f"{_WEIGHTS}; the beta of Liger's JSD is in bdkd_kernels.compat.LigerJSD",
+    "weight": "'sample_weight' weights samples; weights of classes are not supported",
+    "logtarget": "pass logits, not log-probabilities",
+}
+
 # The statistics of each sample, in the order of the rows of ``BDKDStats.table``.
 STATISTICS = {
     "forward_kl": "KL(p_t || p_s), in nats.",
@@ -272,12 +290,20 @@ def fill_doc(definition: Any, placeholder: str, entries: Mapping[str, str]) -> N
 
 
 def check_names(function: Callable, names: Iterable[str]) -> None:
-    """Raise Python's ``TypeError`` for a keyword that is not an option, with the nearest name."""
+    """Raise Python's ``TypeError`` for a keyword that is not an option, with the right name."""
     for name in names:
         if name in _BY_NAME:
             continue
-        nearest = get_close_matches(name, inspect.signature(function).parameters, 1)
-        hint = f". Did you mean '{nearest[0]}'?" if nearest else ""
+        parameters = inspect.signature(function).parameters
+        plain = name.lower().replace("_", "")
+        if plain in NO_COUNTERPART:
+            hint = f": {NO_COUNTERPART[plain]}"
+        elif nearest := SYNONYMS.get(plain) or next(
+            iter(get_close_matches(name, parameters, 1)), ""
+        ):
+            hint = f". Did you mean '{nearest}'?"
+        else:
+            hint = ""
         raise TypeError(
             f"{function.__qualname__}() got an unexpected keyword argument '{name}'{hint}"
         )

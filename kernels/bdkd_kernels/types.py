@@ -1,12 +1,13 @@
 """The inputs and outputs of the loss, which are the same for every backend."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, overload
 
 from torch import Tensor
 
-from ._torch_compat import register_pytree
+from ._torch_compat import PLAIN, register_pytree, values_can_be_read
 from .library import NAMESPACE
 from .options import STATISTICS, LossOptions, fill_doc
 
@@ -85,7 +86,32 @@ class BDKDStats(Sequence[Tensor]):
         return dict(zip(STATISTICS, self, strict=True))
 
     def __repr__(self) -> str:
-        return f"BDKDStats({', '.join(f'{name}={x}' for name, x in self._asdict().items())})"
+        rows = [f"{name}={_values(x)}" for name, x in self._asdict().items()]
+        lines = ",\n".join(f"    {', '.join(rows[i : i + 2])}" for i in range(0, len(rows), 2))
+        return f"BDKDStats({len(self)} statistics{_shape(self[0])}:\n{lines})"
+
+
+def _values(x: Any) -> str:
+    """Return the first values of a tensor, or its type if they cannot be read without side effects.
+
+    The rows are no tensors after a ``tree_map``.
+    """
+    if not isinstance(x, Tensor):
+        return textwrap.shorten(repr(x), 40, placeholder="...")
+    if type(x) not in PLAIN or not values_can_be_read(x):  # reading a DTensor is a collective
+        return type(x).__name__
+    if x.ndim == 0:
+        return f"{x.item():.5g}"
+    values = [f"{value:.3g}" for value in x.detach().reshape(-1)[:3].tolist()]
+    return f"[{', '.join(values)}{', ...' if x.numel() > 3 else ''}]"
+
+
+def _shape(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return ""
+    dtype = str(x.dtype).removeprefix("torch.")
+    gradient = ", requires_grad=True" if x.requires_grad else ""
+    return f" of shape {tuple(x.shape)}, {dtype} on {x.device}{gradient}"
 
 
 def _row(index: int) -> Callable[[BDKDStats], Tensor]:
@@ -115,6 +141,31 @@ class BDKDOutput(NamedTuple):
     student: Tensor
     teacher: Tensor
     stats: BDKDStats
+
+    def __repr__(self) -> str:
+        student, teacher = (f"{_values(x)}{_shape(x)}" for x in (self.student, self.teacher))
+        return f"BDKDOutput(\n  student={student},\n  teacher={teacher},\n  stats={self.stats!r})"
+
+
+def _no_such_attribute(output: BDKDOutput, name: str) -> Any:
+    """Raise ``AttributeError``. If a tensor has this attribute, the message says what to call."""
+    hint = ""
+    if name == "backward":
+        if any(getattr(x, "requires_grad", False) for x in output[:2]):
+            one = ".sum()" if output.student.ndim else ""
+            hint = f": call (out.student + out.teacher){one}.backward()"
+        else:
+            hint = (
+                ": no loss requires a gradient; pass logits that do, or after bdkd_loss_and_grad "
+                "call torch.autograd.backward([student_logits, teacher_logits], [ds, dt])"
+            )
+    elif hasattr(Tensor, name) and not name.startswith("__"):
+        hint = ": the tensors are out.student and out.teacher"
+    raise AttributeError(f"'BDKDOutput' object has no attribute '{name}'{hint}")
+
+
+# Not in the class, where type checkers would then accept every name.
+BDKDOutput.__getattr__ = _no_such_attribute  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import random
 import statistics
 import time
+from dataclasses import replace
 
 import machine
 import pytest
@@ -128,6 +129,114 @@ def test_a_failing_peer_is_a_row_with_its_reason_and_our_failure_is_raised():
         race(Case("ours fails", {}, (Contender("ours", fail, "ours"),)), clock)
 
 
+CACHES = {"cold": "inputs from memory", "hot": "inputs in cache"}
+
+
+def test_cold_takes_the_sets_in_turn_and_hot_takes_the_first_one():
+    """The work takes twice as long with a set that is not the first one."""
+    clock = CountedClock(0)
+    clock.random.choice = lambda _: 1  # neither spikes nor jitter here
+    clock.random.gauss = lambda *_: 1
+    seen: list[int] = []
+
+    def call(i: int) -> None:
+        seen.append(i)
+        clock.work += 1.0 if i == 0 else 2.0
+
+    rotating = WallClock(lambda: clock.work, shortest=100.0)
+    case = Case("sets", {}, (
+        Contender("copy", call, "limit", bytes=400), Contender("ours", call, "ours", bytes=400),
+        Contender("peer", call, bytes=400),
+    ), sets=50, memory=False, caches=CACHES)  # fmt: skip
+    measured = race(case, rotating, trials=5)
+    assert measured["caches"] == CACHES
+    for row in measured["rows"]:
+        assert row["seconds"]["median"] == pytest.approx(1.98)
+        hot = row["hot"]
+        assert hot["seconds"]["median"] == 1.0
+        assert hot["ratio"]["median"] == 1.0
+        assert hot["of_copy"] == 1.0
+        assert hot["trials"] >= 5
+        assert (hot["calls"], hot["by"]) == (100, "wall")
+    assert set(seen) == set(range(50))
+    table = results.case_table(measured).splitlines()
+    assert table[1].split()[:3] == ["cold", "p20", "p80"]
+    assert "hot" in table[1].split()
+    assert "  cold: inputs from memory; hot: inputs in cache" in table
+    plain = race(replace(case, caches={}), rotating, trials=5)
+    assert all("hot" not in row for row in plain["rows"])
+    assert "cold" not in results.case_table(plain)
+
+
+def test_the_hot_rounds_take_at_most_half_the_time_of_the_others():
+    """Of a case whose rounds are too long for all trials; the sampler counts the time."""
+    rounds = {"cold": 0, "hot": 0}
+    now = [0.0]
+
+    class Slow:
+        def __init__(self) -> None:
+            self.made = 0
+
+        def sampler(self, contender, sets):
+            self.made += 1
+            cache = "cold" if self.made == 1 else "hot"
+
+            def sample() -> float:
+                rounds[cache] += 1
+                now[0] += 1.0
+                return 1.0
+
+            return Sampler("counted", 1, sample)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.time.monotonic", lambda: now[0])
+        case = Case("slow", {}, (Contender("ours", lambda i: None, "ours"),), sets=2, memory=False,
+                    caches=CACHES)  # fmt: skip
+        race(case, Slow(), trials=100, seconds=40.0)
+    assert rounds == {"cold": 41, "hot": 21}
+
+
+def test_a_peer_that_fails_hot_keeps_its_cold_times_and_our_failure_is_raised():
+    class Fails(CountedClock):
+        made = 0
+
+        def sampler(self, contender, sets):
+            self.made += 1
+            if self.made > 2 and contender.name == self.failing:
+                raise RuntimeError("out of memory")
+            return super().sampler(contender, sets)
+
+    clock = Fails(0)
+    clock.failing = "peer"
+    case = Case("fails", {}, (
+        Contender("ours", clock.does(1.0), "ours"), Contender("peer", clock.does(2.0)),
+    ), sets=2, memory=False, caches=CACHES)  # fmt: skip
+    measured = race(case, clock, trials=3)
+    ours, peer = measured["rows"]
+    assert peer["seconds"]["median"] > 0
+    assert peer["hot"] == {"not_run": "RuntimeError: out of memory"}
+    assert "seconds" in ours["hot"]
+    assert "not run" in results.case_table(measured)
+    clock = Fails(0)
+    clock.failing = "ours"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        race(replace(case, contenders=(
+            Contender("ours", clock.does(1.0), "ours"), Contender("peer", clock.does(2.0)),
+        )), clock, trials=3)  # fmt: skip
+
+
+def test_what_is_measured_is_said_between_the_samples():
+    said: list[str] = []
+    clock = CountedClock(0)
+    case = Case("said", {}, (Contender("ours", clock.does(1.0), "ours"),), sets=2, memory=False,
+                caches=CACHES)  # fmt: skip
+    race(case, clock, trials=2, say=said.append)
+    assert said == [
+        "preparing ours (1 of 1)", "cold round 1 of at most 2", "cold round 2 of at most 2",
+        "preparing ours, hot (1 of 1)", "hot round 1 of at most 2", "hot round 2 of at most 2",
+    ]  # fmt: skip
+
+
 def test_peak_memory_counts_what_is_alive_at_once():
     x = torch.ones(1000, 1000)  # 4 MB
     one, chain = cpu_peak_bytes(lambda: x * x), cpu_peak_bytes(lambda: ((x * x) * x) * x)
@@ -169,20 +278,15 @@ def result(suite="loss_cpu", share=0.0, seconds=1.0, **machine_keys) -> dict:
             "machine": described, "others_share": share, "cases": [case]}  # fmt: skip
 
 
-def test_compare_tells_what_changed_and_what_cannot_be_compared():
-    before, after = {"loss_cpu": result()}, {"loss_cpu": result(seconds=2.0, cpu="b", share=0.5)}
-    text = results.compare(before, after)
-    assert "2.00" in text
-    assert "slower" in text
-    assert "not the same cpu" in text
-    assert "OTHERS TOOK 50%" in text
-    assert "slower" not in results.compare(before, {"loss_cpu": result(seconds=1.05)})
-    assert "faster" in results.compare(before, {"loss_cpu": result(seconds=0.5)})
-    with pytest.raises(results.ResultsError, match="no suite in common"):
-        results.compare(before, {"metrics": result("metrics")})
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1, "suite": "a"}'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"schema": 99}', '{"schema": 1, "suite": "a"}', "[" * 10**5,
+    json.dumps({**result(), "cases": 3}), json.dumps({**result(), "machine": "fast"}),
+    json.dumps({**result(), "cases": [{"case": "a", "base": "b", "parameters": {}, "rows": [
+        {"name": "ours", "kind": "ours", "seconds": {"median": "1 ms"}}]}]}),
+    json.dumps(result(seconds=0.0)), json.dumps(result(seconds=float("nan"))),
+    json.dumps({**result(), "others_share": "all"}),
+    json.dumps({**result(), "suite": ["loss_cpu"]}),
+])  # fmt: skip
 def test_files_that_are_no_results_are_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)

@@ -1,6 +1,7 @@
-"""Every suite runs for a moment, its table and JSON are whole; what cannot run says why. No time is
-asserted here."""
+"""Every suite runs for a moment and leaves its table, JSON and CSV. What cannot run says why. No
+time is asserted here."""
 
+import csv
 import json
 import runpy
 import subprocess
@@ -13,7 +14,7 @@ import figures
 import pytest
 import results
 import torch
-from harness import Contender, DeviceClock
+from harness import Case, Contender, DeviceClock, race
 from suites import SUITES
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +29,13 @@ def one_thread():
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if not name.endswith("_gpu")])
-def test_suite_runs_and_leaves_a_table_and_json(suite, tmp_path, capsys):
+def test_suite_runs_and_leaves_a_table_json_and_csv(suite, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [suite, "--quick", "--trials", "1", "--seconds", "0.01", "--threads", "1"]
     assert main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     result = results.read(out / f"{suite}.json")
+    assert_csv_holds(result, out / f"{suite}.csv")
     assert result["commit"]["id"] in printed
     assert result["cases"]
     for case in result["cases"]:
@@ -45,18 +47,48 @@ def test_suite_runs_and_leaves_a_table_and_json(suite, tmp_path, capsys):
                 continue
             assert row["seconds"]["median"] > 0
             assert row["trials"] >= 1
+            assert ("hot" in row) == (list(case["caches"]) == ["cold", "hot"])
             for kind, error in (row["error"] or {}).items():
                 low_precision = kind == "gradient" and case["parameters"]["dtype"] != "fp32"
                 assert error < (5e-3 if low_precision else 1e-6), (case["case"], row)
     assert (out / f"{suite}.txt").read_text() in printed + "\n"
-    assert main(["compare", str(out), str(out)]) == 0
-    assert "1.00" in capsys.readouterr().out
+    if suite.startswith("loss"):
+        assert {tuple(case["caches"]) for case in result["cases"]} == {("cold", "hot"), ("hot",)}
+        assert "cold: " in printed
+        assert "hot: inputs in cache" in printed
+
+
+def assert_csv_holds(result: dict, path: Path) -> None:
+    """One line for each contender of each case; times are in the columns of their caches."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = [(case, row) for case in result["cases"] for row in case["rows"]]
+    assert len(lines) == len(rows)
+    for line, (case, row) in zip(lines, rows, strict=True):
+        assert (line["suite"], line["case"], line["contender"], line["kind"]) == (
+            result["suite"], case["case"], row["name"], row["kind"]
+        )  # fmt: skip
+        for key, value in case["parameters"].items():
+            assert line[key] == str(value)
+        assert line["torch"] == torch.__version__
+        assert line["not_run"] == row.get("not_run", "")
+        first = next(iter(case["caches"]), "")
+        measured = {first: row, "hot" if first == "cold" else "-": row.get("hot", {})}
+        for cache in ("", "cold", "hot"):
+            median = line[f"{cache}_median_us".lstrip("_")]
+            if "seconds" in measured.get(cache, {}):
+                assert float(median) == 1e6 * measured[cache]["seconds"]["median"]
+            else:
+                assert median == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["los_cpu"], 2, "invalid choice"),
+        (["los_cpu"], 2, "no suite is named 'los_cpu': give some of loss_cpu, "),
+        (["loss_cpu", "--nothing"], 2, "unrecognized arguments: --nothing"),
+        (["compare", "a"], 2, "the following arguments are required: B"),
+        (["history", "a"], 2, "the following arguments are required: --out"),
         (["loss_cpu", "--trials", "0"], 2, "must be above 0"),
         (["loss_cpu", "--threads", "many"], 2, "invalid int"),
         (["metrics", "--quick", "--out", "a file"], 1, "a file"),
@@ -77,7 +109,21 @@ def test_wrong_calls_end_in_one_line(arguments, code, said, capsys, tmp_path, mo
     assert ended == code
     errors = capsys.readouterr().err
     assert said in errors
-    assert "Traceback" not in errors
+    assert errors.startswith("bench: ")
+    assert len(errors.splitlines()) == 1
+
+
+def test_help_shows_everything_in_one_screen(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for word in (*SUITES, "compare A B", "plot FOLDER", "history FOLDER", "--trials", "--seconds",
+                 "--budget", "--threads", "--quick", "--out"):  # fmt: skip
+        assert word in text
 
 
 def test_suites_run_under_pytest_benchmark(tmp_path):
@@ -98,7 +144,7 @@ def test_a_time_budget_ends_the_run_between_cases(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["step_cpu", "--quick", "--trials", "1", "--seconds", "0.01", "--budget", "1e-6",
                  "--out", str(out)]) == 0  # fmt: skip
-    assert "time ran out" in capsys.readouterr().out
+    assert "time ran out: 2 of 2 cases were not run" in capsys.readouterr().out
     assert results.read(out / "step_cpu.json")["cases"] == []
 
 
@@ -219,10 +265,72 @@ def test_pictures_are_made_of_stored_results_and_the_same_data_give_the_same_byt
 
 def test_accuracy_sweep_passes_and_draws(tmp_path, capsys):
     assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 0
-    assert "everywhere inside" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert_one_screen(lines)
+    assert "pass: every error of ours is within its bound" in lines
+    assert lines[-1].startswith("accuracy.json, accuracy.txt, accuracy.png in ")
+    text = (tmp_path / "accuracy.txt").read_text()
+    assert "bf16 equal to 1e-6" in text  # the long tables
+    assert "\n".join(lines[1:-1]) in text
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     names = {row["name"] for row in json.loads((tmp_path / "accuracy.json").read_text())["worst"]}
     assert {"eager PyTorch", "eager, our reference"} <= names
+
+
+def assert_one_screen(lines: list[str]) -> None:
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+def cells_of(errors: dict[str, tuple[float, float]], cell: accuracy.Cell) -> list[dict]:
+    return [{**cell._asdict(), "name": name, "loss": loss, "gradient": gradient}
+            for name, (loss, gradient) in errors.items()]  # fmt: skip
+
+
+def test_the_verdict_names_the_worst_error_of_each_implementation_and_its_place():
+    """With as many implementations as there are, the largest numbers and the longest names."""
+    mild = accuracy.Cell("fp32", "related", 1.0, 10, 1.0)
+    hard = accuracy.Cell("bf16", "equal to 1e-6", 10_000.0, 32_768, 4.0)
+    names = ["bdkd, triton", "bdkd, native", "eager, our reference", "eager PyTorch",
+             "torch.compile"]  # fmt: skip
+    measured = cells_of(dict.fromkeys(names, (0.5, 0.25)), mild)
+    measured += cells_of({
+        "bdkd, triton": (5.5, 0.2), "bdkd, native": (float("inf"), 0.9),
+        "eager, our reference": (3.0, 0.1), "eager PyTorch": (1.2e6, 0.1),
+        "torch.compile": (4.0, 0.1),
+    }, hard)  # fmt: skip
+    judged = accuracy.judge_all(measured)
+    lines = accuracy.verdict(judged).splitlines()
+    assert_one_screen(lines)
+    # inf is out of its bound, twice the best of the others; 5.5 is within it.
+    assert [" ".join(line.split()) for line in lines if line.startswith("bdkd, ")] == [
+        "bdkd, triton loss 5.5 6 pass bf16 equal to 1e-6 10000 32768 4",
+        "bdkd, triton grad 0.25 1 pass fp32 related 1 10 1",
+        "bdkd, native loss inf 6 FAIL bf16 equal to 1e-6 10000 32768 4",
+        "bdkd, native grad 0.9 1 pass bf16 equal to 1e-6 10000 32768 4",
+    ]
+    assert "eager PyTorch        loss 1.2e+06     1 over bf16 equal to 1e-6" in "\n".join(lines)
+    assert lines[-1] == "FAIL: errors of ours outside their bounds: 1; --verbose lists them"
+    assert [str(each) for each in accuracy.failures(judged)] == [
+        "bdkd, native: loss inf times what is allowed, the best other 3: bf16, equal to 1e-6, "
+        "spread 10000, 32768 classes, temperature 4"
+    ]
+
+
+def test_verbose_prints_the_long_tables(monkeypatch, capsys):
+    cell = accuracy.Cell("fp32", "related", 1.0, 10, 4.0)
+    for error, code in ((0.5, 0), (1.5, 1)):
+        found = cells_of({"bdkd, native": (error, 0.1), "eager PyTorch": (0.5, 0.1)}, cell)
+        monkeypatch.setattr(accuracy, "sweep", lambda *_, found=found: found)
+        assert accuracy.main([]) == code
+        short = capsys.readouterr().out
+        assert_one_screen(short.splitlines())
+        assert "fp16 disjoint" not in short
+        assert accuracy.main(["--verbose"]) == code
+        printed = capsys.readouterr().out
+        assert "fp16 disjoint" in printed
+        assert printed.endswith(short)
+        assert ("bdkd, native: loss 1.5 times what is allowed" in printed) == bool(code)
 
 
 def test_accuracy_finds_an_implementation_that_is_off():
@@ -243,7 +351,38 @@ def test_accuracy_finds_an_implementation_that_is_off():
         errors = accuracy.measure(rows, cell, *inputs)
         measured.append({**cell._asdict(), "name": name, **errors._asdict()})
     assert [row["loss"] > 1 for row in measured] == [True, True, False]
-    found = accuracy.failures(measured)
-    assert {line.split(":")[0] for line in found} == {"bdkd, off", "bdkd, broken"}
-    as_bad = [{**row, "name": row["name"].replace("bdkd", "peer")} for row in measured[:2]]
-    assert not [line for line in accuracy.failures([measured[0], as_bad[0]]) if "loss" in line]
+    found = accuracy.failures(accuracy.judge_all(measured))
+    assert {each.name for each in found} == {"bdkd, off", "bdkd, broken"}
+    as_bad = {**measured[0], "name": "peer"}
+    found = accuracy.failures(accuracy.judge_all([measured[0], as_bad]))
+    assert "loss" not in {each.kind for each in found}
+
+
+def test_the_readme_lists_every_file_and_suite():
+    text = (ROOT / "bench" / "README.md").read_text("utf-8")
+    for path in (ROOT / "bench").glob("*.py"):
+        if not path.name.startswith(("__main__", "suite_")):
+            assert f"`{path.name}`" in text, path.name
+    for suite in SUITES:
+        assert f"`{suite}`" in text
+
+
+def test_hot_and_cold_are_graphs_of_the_same_length_on_a_gpu(monkeypatch):
+    """Otherwise the launch of a graph would count more in one of them."""
+    fake = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(**vars(fake)))
+    seen: list[int] = []
+
+    def call(i: int) -> None:
+        seen.append(i)
+        fake.now += 0.25 if i == 0 else 0.5
+
+    caches = {"cold": "inputs from memory", "hot": "inputs in cache"}
+    case = Case("gpu", {}, (Contender("ours", call, "ours"),), sets=8, memory=False, caches=caches)
+    (row,) = race(case, DeviceClock(), trials=2)["rows"]
+    assert row["by"] == row["hot"]["by"] == "graph"
+    assert row["seconds"]["median"] == pytest.approx((0.25 + 7 * 0.5) / 8 * 1e-3)
+    assert row["hot"]["seconds"]["median"] == pytest.approx(0.25e-3)
+    assert row["calls"] % 8 == row["hot"]["calls"] % 8 == 0
+    # Warm-up and capture of each: all sets in turn, then the first one alone.
+    assert seen == [*range(8), *range(8), *[0] * 16]

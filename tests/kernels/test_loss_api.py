@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from bdkd_kernels import BDKDLoss, available_backends, bdkd_loss, bdkd_loss_and_grad
+from compiler import COMPILER
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import bdkd
@@ -301,6 +303,123 @@ def test_loss_and_grad_is_detached_and_its_gradients_are_autograds():
     out = bdkd_loss(net(s), net(t), Y)
     (out.student + out.teacher).backward()
     torch.testing.assert_close(got, net.weight.grad)
+
+
+CALLED_ON_THE_OUTPUT = "'BDKDOutput' object has no attribute 'backward': "
+
+
+def test_backward_of_the_output_names_the_call_that_works():
+    s, t = (x.clone().requires_grad_() for x in (S, T))
+    for options, hint in (
+        ({}, "call (out.student + out.teacher).backward()"),
+        ({"reduction": "none"}, "call (out.student + out.teacher).sum().backward()"),
+    ):
+        out = bdkd_loss(s, t, Y, **options)
+        with pytest.raises(AttributeError) as raised:
+            out.backward()
+        assert str(raised.value) == CALLED_ON_THE_OUTPUT + hint
+        eval(hint.removeprefix("call "))
+    assert s.grad.abs().sum() > 0
+    hint = (
+        "no loss requires a gradient; pass logits that do, or after bdkd_loss_and_grad call "
+        "torch.autograd.backward([student_logits, teacher_logits], [ds, dt])"
+    )
+    for out in (bdkd_loss_and_grad(s, t, Y)[0], bdkd_loss(S, T, Y)):
+        with pytest.raises(AttributeError) as raised:
+            out.backward()
+        assert str(raised.value) == CALLED_ON_THE_OUTPUT + hint
+
+
+def test_other_names_of_a_tensor_lead_to_the_losses():
+    out = bdkd_loss(S, T, Y)
+    with pytest.raises(AttributeError, match=r"'item': the tensors are out\.student and out"):
+        out.item()
+    with pytest.raises(AttributeError, match=r"no attribute 'loss'$"):
+        _ = out.loss
+    assert not hasattr(out, "backward")  # libraries ask before they call
+    assert not hasattr(out, "__array__")
+
+
+def test_the_output_is_pickled_copied_and_replaced():
+    out = bdkd_loss(S, T, Y)
+    for other in (pickle.loads(pickle.dumps(out)), copy.deepcopy(out), copy.copy(out)):
+        assert type(other) is bdkd.BDKDOutput
+        assert torch.equal(other.student, out.student)
+        assert torch.equal(other.stats.table, out.stats.table)
+    assert out._replace(teacher=None).student is out.student
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_function_returns_the_output(dynamic):
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=COMPILER)
+    def step(s, t):
+        out = bdkd_loss(2 * s, t, Y)
+        return out, out.student + out.teacher
+
+    s, t = (x.clone().requires_grad_() for x in (S, T))
+    out, total = step(s, t)
+    assert type(out) is bdkd.BDKDOutput
+    total.backward()
+    assert repr(out) == repr(step(s, t)[0])
+    with pytest.raises(AttributeError, match=r"call \(out.student \+ out.teacher\)"):
+        out.backward()
+
+
+def test_a_compiled_function_that_calls_backward_of_the_output_gets_the_hint():
+    torch.compiler.reset()
+    step = torch.compile(lambda s: bdkd_loss(s, T, Y).backward(), backend=COMPILER)
+    with pytest.raises(AttributeError, match=r"call \(out.student \+ out.teacher\)"):
+        step(S.clone().requires_grad_())
+
+
+def test_the_repr_is_a_few_lines_however_large_the_batch():
+    """It shows the losses and each statistic by name, with the first values."""
+    rng = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 1000, 50, generator=rng)
+    y = torch.randint(50, (1000,), generator=rng)
+    for reduction in ("mean", "none"):
+        out = bdkd_loss(s.requires_grad_(), t, y, reduction=reduction)
+        lines = repr(out).splitlines()
+        assert len(lines) <= 12
+        assert all(len(line) <= 100 for line in lines)
+        for name, row in out.stats._asdict().items():
+            first = ", ".join(f"{x:.3g}" for x in row[:3].tolist())
+            assert f"{name}=[{first}, ...]" in repr(out)
+        shape = tuple(out.student.shape)
+        assert f"of shape {shape}, float32 on cpu, requires_grad=True" in lines[1]
+        assert "of shape (1000,)" in repr(out.stats)
+    assert f"student={bdkd_loss(s, t, y).student.item():.5g} of shape ()" in repr(
+        bdkd_loss(s, t, y)
+    )
+
+
+def test_the_repr_of_values_that_cannot_be_read():
+    shown = []
+
+    def loss(s):
+        out = bdkd_loss(s, T, Y)
+        shown.append(repr(out))
+        return out.student
+
+    torch.func.grad(loss)(S)
+    torch.func.vmap(loss)(S[None])
+    meta = [x.to("meta") for x in (S, T, Y)]
+    shown.append(repr(bdkd_loss(*meta)))
+    with FakeTensorMode():
+        shown.append(repr(bdkd_loss(torch.empty(4, 5), torch.empty(4, 5), None)))
+    out = bdkd_loss(S, T, Y)
+    shown.append(repr(tree_map(torch.Tensor.tolist, out)))
+    shown.append(repr(bdkd_loss(S[0], T[0], Y[0])))
+    shown.append(repr(bdkd_loss(S[:0], T[:0], None)))
+    for text in shown:
+        assert len(text.splitlines()) <= 12
+        assert "teacher_correct=" in text
+    assert "student=1.6094" in shown[0]
+    assert "student=Tensor of shape ()" in shown[1]
+    assert "on meta" in shown[2]
+    assert "forward_kl=FakeTensor" in shown[3]
 
 
 def test_available_backends_says_which_and_why():

@@ -100,6 +100,38 @@ def test_an_unknown_option_is_named_with_the_nearest(definition):
             definition(*arguments, **{wrong: [2.0]})  # which cannot be hashed
 
 
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_the_names_of_other_losses_lead_to_ours(definition):
+    """The option is named as it was typed. A name that libraries disagree about gets a hint."""
+    name = definition.__init__.__qualname__ if isinstance(definition, type) else definition.__name__
+    arguments = () if isinstance(definition, type) else (S, T, Y)
+    weights = ": the weights of the student's terms are 'student_ce' and 'student_kd'"
+    for typed, hint in (
+        ("T", ". Did you mean 'temperature'?"),  # RepDistiller
+        ("kd_T", ". Did you mean 'temperature'?"),
+        ("tau", ". Did you mean 'temperature'?"),
+        ("CE_WEIGHT", ". Did you mean 'student_ce'?"),  # mdistiller
+        ("kd_loss_weight", ". Did you mean 'student_kd'?"),
+        ("weight_hard_loss", ". Did you mean 'student_ce'?"),  # Liger-Kernel
+        ("weight_soft_loss", ". Did you mean 'student_kd'?"),
+        ("smoothing", ". Did you mean 'label_smoothing'?"),  # timm
+        ("alpha", weights),
+        ("beta", f"{weights}; the beta of Liger's JSD is in bdkd_kernels.compat.LigerJSD"),
+        ("log_target", ": pass logits, not log-probabilities"),
+    ):
+        message = f"{name}() got an unexpected keyword argument '{typed}'{hint}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            definition(*arguments, **{typed: 4})
+
+
+def test_a_synonym_is_no_option_and_means_one():
+    for typed in options.SYNONYMS.keys() | options.NO_COUNTERPART:
+        assert typed == typed.lower().replace("_", "")
+        assert typed not in {name.replace("_", "") for name in NAMES}
+    assert {*options.SYNONYMS.values()} <= {*NAMES}
+    assert not options.SYNONYMS.keys() & options.NO_COUNTERPART
+
+
 def test_options_are_passed_by_name_only():
     with pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"):
         bdkd_loss(S, T, Y, 4.0)
