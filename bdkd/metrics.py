@@ -176,7 +176,7 @@ STEP_CHARTED = frozenset({*OBJECTIVE_STATISTICS[:4], "images_per_second", "data_
 """Numbers of a whole step that ``bdkd report`` draws."""
 OF_A_LINE = frozenset({
     "step", "epoch", "split", "images_per_second", "learning_rate", "skipped_steps", "data_wait",
-    "memory_mib", "mfu",
+    "memory_mib", "mfu", "seconds",
 })  # fmt: skip
 """Keys of a line of ``metrics.jsonl`` that are neither networks nor statistics."""
 RESERVED = OF_A_LINE | {*OBJECTIVE_STATISTICS}

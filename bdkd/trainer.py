@@ -188,21 +188,21 @@ class Trainer:
         self.throughput = ThroughputMeter(self.components)
         self.logger.start_interval()
         self._finish_interrupted_step()
-        while self.state.progress.step < self.last_step:
-            epoch = self.state.progress.epoch
+        progress = self.state.progress
+        while progress.step < self.last_step:
             batches = self.source.train_batches(
-                epoch, self.state.progress.seen, self.batch_size, self.objective.views,
+                progress.epoch, progress.seen, self.batch_size, self.objective.views,
                 self.context.shard,
             )  # fmt: skip
             for batch in self.throughput.watch(batches):
-                self.context.location = f"step {self.state.progress.step + 1}"
+                self.context.location = f"step {progress.step + 1}"
                 try:
                     self.train_step(batch)
                 except interruption.CompilationInterrupted:
                     assert stop.signal is not None
                     self._save_and_stop(stop.signal)
-                self._after_step(epoch, stop, profiler)
-                if self.state.progress.step == self.last_step:
+                self._after_step(stop, profiler)
+                if progress.step == self.last_step:
                     break
         self.finish_files()
 
@@ -218,21 +218,20 @@ class Trainer:
         if unsaved or best:
             self.save(newest=unsaved, best=best)
 
-    def _after_step(self, epoch: int, stop: StopRequest, profiler: StepProfiler) -> None:
+    def _after_step(self, stop: StopRequest, profiler: StepProfiler) -> None:
         """Log, evaluate and save if it is time, and stop if a signal came.
 
         Args:
-            epoch: of the step that was done.
             profiler: its step ends before the evaluation and the checkpoint.
         """
         progress = self.state.progress
         last = progress.step == self.last_step
-        self.logger.step(self.batch_size)
-        if progress.step % self.recipe.log_every == 0 or last:
-            self.log_interval(epoch)
-        epoch_ended = progress.epoch > epoch
+        epoch_ended = progress.seen == 0
         evaluated = epoch_ended and progress.epoch % self.recipe.evaluate_every == 0
         progress.validation_due = evaluated or last
+        self.logger.step(self.batch_size)
+        if progress.step % self.recipe.log_every == 0 or last:
+            self.log_interval()
         signal, overdue = self.context.async_all_reduce_max(
             stop.signal or 0, int(self.checkpointer.is_overdue())
         )
@@ -246,15 +245,12 @@ class Trainer:
             self.save(newest, best)
 
     @in_range("log")
-    def log_interval(self, epoch: int) -> None:
+    def log_interval(self) -> None:
         """Log the means since the last time. Reads the device."""
         values = self.meter.read(self.context)  # waits for the device, so that the clock is right
         images, seconds = self.logger.interval()
         self.logger.training(
             {
-                "step": self.state.progress.step,
-                "epoch": epoch,
-                "split": "train",
                 **values,
                 "images_per_second": images / seconds,
                 **self.throughput.read(images, seconds),
@@ -294,20 +290,20 @@ class Trainer:
         """
         self.state.progress.validation_due = False
         best = False
-        if self.source.info.counts["val"]:
-            best = self._is_best(self.evaluate("val"))
-        if self.recipe.watch_test:
-            self.evaluate("test")
+        with self.logger.paused("evaluation"):
+            if self.source.info.counts["val"]:
+                best = self._is_best(self.evaluate("val"))
+            if self.recipe.watch_test:
+                self.evaluate("test")
         return best
 
     def evaluate(self, split: Split) -> dict[str, CalibrationResult]:
         """Evaluate every network on a split, and log the results."""
-        with self.logger.paused():
-            self.context.location = f"the evaluation after step {self.state.progress.step}"
-            networks = self.state.evaluated_networks()
-            results = evaluator_of(self.components, networks).evaluate(split)
-            metrics = {n: values_of(result, validated=True) for n, result in results.items()}
-            self.logger.evaluation(split, metrics)
+        self.context.location = f"the evaluation after step {self.state.progress.step}"
+        networks = self.state.evaluated_networks()
+        results = evaluator_of(self.components, networks).evaluate(split)
+        metrics = {n: values_of(result, validated=True) for n, result in results.items()}
+        self.logger.evaluation(split, metrics)
         return results
 
     def _is_best(self, results: dict[str, CalibrationResult]) -> bool:
@@ -324,7 +320,7 @@ class Trainer:
     @in_range("checkpoint")
     def save(self, newest: bool, best: bool) -> None:
         """Save this step as the newest checkpoint, the best student, or both."""
-        with self.logger.paused():
+        with self.logger.paused("checkpoint"):
             self.logger.count_time()
             self.checkpointer.save(newest, best)
 

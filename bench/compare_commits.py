@@ -37,6 +37,7 @@ from fake_sets import cifar_files, tiny_imagenet_files, write_files  # noqa: E40
 from imagenet_trees import make_tree  # noqa: E402
 from progress import Progress  # noqa: E402
 
+from bdkd.evaluation.metric_lines import LineReader  # noqa: E402
 from bdkd.models import create_model  # noqa: E402
 
 BOUNDARY = 4  # steps of the warm-up in the case that crosses its end
@@ -48,7 +49,7 @@ BEST = ("step", "top1")
 GROUP = (
     "network", "params", "lr", "peak_rate", "weight_decay", "momentum", "nesterov", "betas", "eps",
 )  # fmt: skip
-CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu"}
+CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu", "seconds"}
 
 
 class Case(NamedTuple):
@@ -319,9 +320,10 @@ def values(run: Path, step: int) -> dict[str, Any]:
         }
         for part, content in compared.items():
             found |= _flat(part, content)
+    reader = LineReader()  # converts the epochs of an older commit
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        if metrics["step"] == step:
+        metrics = reader.parse(line)
+        if metrics is not None and metrics["step"] == step:
             kept = {key: value for key, value in metrics.items() if key not in CLOCKED}
             found |= _flat(f"metrics.{metrics['split']}", kept)
     return found

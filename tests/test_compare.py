@@ -72,7 +72,7 @@ def test_it_makes_a_run_folder_each_and_the_tables(compared):
     for name in runs:
         summary = json.loads((compared / name / "summary.json").read_text())
         assert name == f"{summary['method']}-seed{summary['seed']}"
-        assert "step 3/3" in (compared / name / "output.log").read_text()
+        assert " 3/3 " in (compared / name / "output.log").read_text()
         student = summary["networks"]["student"]
         assert student.keys() >= {"temperature", "ece_scaled", "nll_scaled", "brier_scaled"}
     assert sorted(p.name for p in compared.iterdir()) == sorted(

@@ -13,8 +13,8 @@ from bdkd.errors import Interrupted, RunError, UsageError
 from bdkd.identity import refuse_other_data
 from bdkd.plugins import plugin_arguments
 from bdkd.runs.checkpoint import explain_oserror
+from bdkd.runs.console import Console
 from bdkd.runs.folder import RunFolder, selected_checkpoint
-from bdkd.runs.log import Console
 from bdkd.runs.signals import StopRequest
 from bdkd.text import without_waiting
 

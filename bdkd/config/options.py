@@ -112,9 +112,10 @@ class ScheduleConfig(Options):
     unit: Literal["epochs", "steps"] = "epochs"
     """Unit of warmup and milestones. A step has the batch size with which the run started."""
     warmup: NotNegative[float] = 0.0
-    """Length of the linear warm-up."""
+    """Length of the linear warm-up, in epochs (or steps)."""
     milestones: tuple[NotNegative[float], ...] = ()
-    """step: times at which the learning rate is multiplied by the factor."""
+    """step: numbers of completed epochs (or steps) after which the learning rate is multiplied by
+    the factor."""
     factor: Annotated[float, Bounds(gt=0, le=1)] = 0.1
     """step: the factor."""
     final: Share = 0.0
@@ -223,7 +224,8 @@ class Recipe:
     max_steps: Count | None = None
     """Stop after this number of optimizer steps. The schedule does not change."""
     evaluate_every: Count = 1
-    """Epochs between evaluations."""
+    """Evaluate after each time that this number of epochs is completed, and at the end of the
+    run."""
     watch_test: bool = False
     """Also evaluate on the test images, for an accuracy curve without validation images. The
     results are only logged. They never select a checkpoint."""

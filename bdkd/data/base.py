@@ -138,6 +138,7 @@ class DataSource(Protocol):
         The order and augmentation of an image do not depend on the shard.
 
         Args:
+            epoch: number of epochs that were completed before: 0 in the first epoch.
             start: position in the epoch at which to start, in images of all ranks.
             batch_size: number of images of all ranks.
             views: number of augmentations of each image.

@@ -81,24 +81,27 @@ class TrainingMeter:
             self._statistic(name).add_(value.detach().double().sum())
 
     def read(self, context: DistributedContext = SINGLE_PROCESS) -> dict[str, object]:
-        """Return the means over all ranks, as ``metrics.jsonl`` holds them, and reset. Synchronises
-        with the device."""
+        """Return the means over all ranks, as ``metrics.jsonl`` holds them, and reset. The loss of
+        a network that did not train is None. Synchronises with the device."""
         context.all_reduce_sum(
             self.samples, self.trained, self.sums, self.gaps, *self.statistics.values()
         )
         samples = max(self.samples.item(), 1.0)
         eces = self.gaps.view(-1, BINS).abs().sum(-1) / samples
         means = self.sums / samples
-        means[:, 0] = self.sums[:, 0] / self.trained  # NaN: the network did not train
-        values: dict[str, object] = {
+        means[:, 0] = self.sums[:, 0] / self.trained
+        networks: dict[str, dict[str, float | None]] = {
             name: dict(zip(_SUMS, of_network, strict=True)) | {"ece": ece}
             for name, of_network, ece in zip(
                 self.networks, means.tolist(), eces.tolist(), strict=True
             )
         }
-        values |= {name: total.item() / samples for name, total in self.statistics.items()}
+        for name, trained in zip(self.networks, self.trained.tolist(), strict=True):
+            if not trained:
+                networks[name]["loss"] = None
+        statistics = {name: total.item() / samples for name, total in self.statistics.items()}
         self.reset()
-        return values
+        return {**networks, **statistics}
 
     def reset(self) -> None:
         """Forget all samples. The tensors stay, because a captured step adds to them."""

@@ -10,10 +10,15 @@ class Progress:
     """How far a run is. A checkpoint saves all fields."""
 
     step: int = 0  # optimizer steps done, including skipped ones
-    epoch: int = 0  # whole epochs done
+    epoch: int = 0  # whole epochs done, which is not what log lines call the epoch: current_epoch
     seen: int = 0  # images seen in the current epoch
     validation_due: bool = False  # an epoch has ended and has not been evaluated yet
     seconds: float = 0.0  # of training and evaluation, over all sessions of the run
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch, counted from 1, that the last step belongs to. 0 before the first step."""
+        return self.epoch + (self.seen > 0)
 
     def advance(self, images: int, train_images: int) -> None:
         """Count a step of ``images``. The epoch ends when no whole batch of them is left."""
@@ -32,6 +37,20 @@ class Progress:
         later = (train.epochs - self.epoch - 1) * (train_images // train.batch_size)
         steps = in_epoch + later
         return steps if limit is None else max(0, min(steps, limit - self.step))
+
+    def remaining_evaluations(self, recipe: Recipe, train_images: int) -> int:
+        """Return the number of evaluations after the steps that remain. An evaluation of this step
+        is not counted."""
+        steps = self.remaining_steps(recipe, train_images)
+        if not steps:
+            return 0
+        batch, every = recipe.train.batch_size, recipe.evaluate_every
+        after_epoch = steps - (train_images - self.seen) // batch  # negative: none ends
+        ended, rest = divmod(after_epoch, train_images // batch)
+        epochs = max(self.epoch, self.epoch + ended + 1)
+        evaluated = epochs // every - self.epoch // every
+        last_ends_epoch = after_epoch >= 0 and rest == 0 and epochs % every == 0
+        return evaluated + (not last_ends_epoch)
 
     def end_short_epoch(self, recipe: Recipe, train_images: int) -> None:
         """End the epoch if less than a batch is left of it, for example after a resume with larger

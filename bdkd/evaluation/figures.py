@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibration import BINS, CalibrationResult
-from .metric_lines import as_number, parse_line
+from .metric_lines import LineReader, as_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,10 +201,11 @@ def _read_series(metrics: Path) -> Series:
     """Return all numbers of the file. Numbers of the training step have the network ``""``, and
     null is NaN."""
     series: Series = defaultdict(list)
+    reader = LineReader()
     lines = metrics.read_text("utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            values = parse_line(line)
+            values = reader.parse(line)
         except ValueError as error:
             if number == len(lines):
                 break

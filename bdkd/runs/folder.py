@@ -17,7 +17,7 @@ from bdkd.config import Recipe, parse_recipe, to_toml
 from bdkd.config.load import MAX_RECIPE_BYTES
 from bdkd.config.toml import parse_toml
 from bdkd.errors import DamagedFile, RunError, reason_of
-from bdkd.evaluation.metric_lines import parse_line
+from bdkd.evaluation.metric_lines import LineReader
 from bdkd.evaluation.predictions import Predictions, to_bytes
 from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, save_checkpoint, write_atomically
 from bdkd.text import open_regular, read_text, unicode_hint_of_path, without_waiting
@@ -221,7 +221,8 @@ class RunFolder:
             self.saved.touch()
 
     def drop_after(self, step: int) -> None:
-        """Remove the metrics after ``step``, which a resumed run writes again."""
+        """Remove the metrics after ``step``, which a resumed run writes again. Convert the other
+        lines to the current version."""
         kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
@@ -268,16 +269,17 @@ class RunFolder:
         raise RunError(f"no checkpoint in {self.checkpoints} to resume from ({found}): {remedy}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the valid lines. The last line may be cut off if the run was killed."""
+        """Return the valid lines, converted to the current version. The last line may be cut off if
+        the run was killed."""
         with explain_oserror(f"cannot read {self.metrics}"):
             content = b""
             if self.metrics.exists():
                 with open_regular(self.metrics) as file:
                     content = file.read()
-        lines = []
+        lines, reader = [], LineReader()
         for line in content.splitlines(keepends=True):
             with contextlib.suppress(ValueError):  # not JSON, or not UTF-8
-                values = parse_line(line)
+                values = reader.parse(line)
                 if values is not None and line.endswith(b"\n"):
                     lines.append(values)
         return lines

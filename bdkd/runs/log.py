@@ -1,25 +1,24 @@
-"""The log of a run: ``metrics.jsonl``, a progress bar or plain lines, TensorBoard and wandb."""
+"""The log of a run: ``metrics.jsonl``, the console, TensorBoard and wandb."""
 
 import contextlib
 import hashlib
-import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, Protocol
-
-from tqdm import tqdm
+from typing import Any, Protocol
 
 from bdkd.config import Recipe, to_toml
 from bdkd.data import Split
-from bdkd.engine.state import TrainingState
+from bdkd.engine.state import EMA_SUFFIX, TrainingState
 from bdkd.errors import RunError
 from bdkd.runs.checkpoint import check_folder, explain_oserror
+from bdkd.runs.console import Console, wrap
 from bdkd.runs.folder import RunFolder
+from bdkd.runs.progress_table import percent, shorten
+from bdkd.runs.remaining_time import Phase, RemainingTime
 
 
 class MetricsLogger(contextlib.AbstractContextManager):
@@ -46,6 +45,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
             self.sinks = open_sinks(state.recipe, folder.path, folder.events, step)
         self.console = Console(last_step, step, progress_bar and self.is_rank0)
         self.line = self.console.line
+        self.remaining = RemainingTime()
         self.start_interval()
         self._counted = time.monotonic()  # progress.seconds includes the time until here
 
@@ -61,7 +61,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
 
     def start_interval(self) -> None:
         """Start a log interval."""
-        self._clock, self._images = time.monotonic(), 0
+        self._clock, self._images, self._first = time.monotonic(), 0, self.state.progress.step
 
     def step(self, images: int) -> None:
         """Count a step and its images."""
@@ -73,11 +73,13 @@ class MetricsLogger(contextlib.AbstractContextManager):
         return self._images, time.monotonic() - self._clock
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock of the interval."""
+    def paused(self, phase: Phase) -> Iterator[None]:
+        """Stop the clock of the interval during an evaluation or a checkpoint."""
         began = time.monotonic()
         yield
-        self._clock += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self._clock += seconds
+        self.remaining.add_phase(phase, seconds)
 
     def count_time(self) -> None:
         """Add the time since the last call to ``progress.seconds``, which checkpoints save."""
@@ -85,88 +87,68 @@ class MetricsLogger(contextlib.AbstractContextManager):
         self.state.progress.seconds += now - self._counted
         self._counted = now
 
-    def training(self, values: dict[str, Any]) -> None:
+    def training(self, values: Mapping[str, Any]) -> None:
         """Log the means of an interval, and start the next interval."""
-        self.write(values)
-        self.count_time()
-        progress = self.state.progress
-        left = progress.seconds / progress.step * (self.last_step - progress.step)
-        self.console.metrics(values, left)
+        state, progress = self.state, self.state.progress
+        _, seconds = self.interval()
+        self.remaining.add_interval(progress.step - self._first, seconds)
+        evaluations = progress.remaining_evaluations(state.recipe, state.train_images)
+        evaluations += progress.validation_due  # of this step
+        left = self.remaining.seconds(self.last_step - progress.step, evaluations)
+        line = self._write("train", values)
+        self.console.metrics(self._students_first(line), state.recipe.train.epochs, left)
         self.start_interval()
 
     def evaluation(self, split: Split, networks: Mapping[str, Mapping[str, float]]) -> None:
         """Log the metrics of an evaluation by network."""
-        progress = self.state.progress
-        self.write({"step": progress.step, "epoch": progress.epoch, "split": split, **networks})
-        shown = "  ".join(
-            f"{name} top-1 {100 * metrics['top1']:.1f}% ECE {100 * metrics['ece']:.1f}%"
-            for name, metrics in networks.items()
-        )
-        title = {"val": "validation", "test": "test images (not used for selection)"}[split]
-        self.line(f"epoch {progress.epoch}  {title}  {shown}")
+        self._write(split, networks)
+        networks = self._students_first(networks)
+        width, epochs = self.console.width, self.state.recipe.train.epochs
+        names = shorten(list(networks), max(8, width - len("     top-1 10.0% ECE 10.0%")))
+        shown = [
+            f"{name} top-1 {percent(metrics['top1'])} ECE {percent(metrics['ece'])}"
+            for name, metrics in zip(names, networks.values(), strict=True)
+        ]
+        epoch = f"epoch {self.state.progress.current_epoch}/{epochs}"
+        title = {"val": "val", "test": "test (not used for selection)"}[split]
+        self.line(wrap([epoch, title, *shown], width))
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Write one line of metrics. A sink that fails is removed with a warning, because
-        ``metrics.jsonl`` contains all metrics. Raise ``FolderGoneError`` if the folder was deleted
-        or moved."""
+    def _students_first(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values with those of students and their averages before all others."""
+        recipe = self.state.recipe.networks
+        students = {name for name, network in recipe.items() if network.role == "student"}
+        names = sorted(values, key=lambda name: name.removesuffix(EMA_SUFFIX) not in students)
+        return {name: values[name] for name in names}
+
+    def _write(self, split: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one line of metrics of the current step, and return it.
+
+        A sink that fails is removed with a warning, because ``metrics.jsonl`` contains all metrics.
+        Raise ``FolderGoneError`` if the folder was deleted or moved.
+        """
+        self.count_time()
+        progress = self.state.progress
+        line = {
+            "step": progress.step, "epoch": progress.current_epoch, "split": split,
+            "seconds": progress.seconds, **values,
+        }  # fmt: skip
         if not self.is_rank0:
-            return
-        if warning := self.folder.append_metrics(values):
+            return line
+        if warning := self.folder.append_metrics(line):
             check_folder(self.folder.path)
             self.line(f"warning: {warning}")
         for sink in list(self.sinks):
             try:
-                sink.scalars(values["step"], flat_scalars(values))
+                sink.scalars(progress.step, flat_scalars(line))
             except RunError as error:
                 self.line(f"warning: training continues without this log: {error}")
                 self.sinks.remove(sink)
+        return line
 
     def flush(self) -> None:
         """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
         if self.is_rank0:
             self.folder.flush_metrics()
-
-
-class Console:
-    """Show the progress: a progress bar on a terminal, else one line for each log interval."""
-
-    def __init__(
-        self, total: int, done: int, bar: bool = True, unit: str = "step",
-        stream: IO[str] | None = None,
-    ) -> None:  # fmt: skip
-        self.total, self.stream = total, stream
-        self.bar = tqdm(
-            total=total, initial=done, unit=unit, dynamic_ncols=True,
-            disable=not (bar and sys.stderr.isatty()),
-        )  # fmt: skip
-
-    def step(self) -> None:
-        self.bar.update(1)
-
-    def metrics(self, values: Mapping[str, Any], seconds_left: float) -> None:
-        """Show the means of a log interval."""
-        shown = []
-        for name, v in values.items():
-            if isinstance(v, dict):  # networks that did not train have a loss of NaN
-                loss = "" if math.isnan(v["loss"]) else f"loss {v['loss']:.3f} "
-                shown.append(f"{name} {loss}top-1 {100 * v['top1']:.1f}%")
-        text = "  ".join([*shown, f"{values['images_per_second']:.0f} images/s"])
-        if self.bar.disable:
-            minutes, seconds = divmod(round(seconds_left), 60)
-            step = f"step {values['step']}/{self.total}  epoch {values['epoch']}"
-            print(f"{step}  {text}  {minutes}:{seconds:02d} left", flush=True)
-        else:
-            self.bar.set_postfix_str(text)
-
-    def line(self, text: str) -> None:
-        """Print a line."""
-        if self.bar.disable:
-            print(text, file=self.stream, flush=True)
-        else:
-            self.bar.write(text, file=self.stream)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 class Sink(Protocol):
@@ -251,12 +233,13 @@ def open_sinks(recipe: Recipe, folder: Path, events: Path, start_step: int) -> l
 
 
 def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return a line of metrics as ``{"train/student/loss": ...}``."""
+    """Return a line of metrics as ``{"train/student/loss": ...}``, without those that are None."""
     split = values["split"]
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= {f"{split}/{key}/{name}": number for name, number in value.items()}
+            named = {f"{split}/{key}/{name}": number for name, number in value.items()}
+            flat |= {name: number for name, number in named.items() if number is not None}
         elif key not in ("step", "split") and value is not None:
             flat[f"{split}/{key}"] = value
     return flat

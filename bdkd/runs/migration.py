@@ -2,7 +2,8 @@
 
 Each function converts the content of a file (``format``, ``recipe``, ``state``) from one format to
 the next. To change the format, raise :data:`FORMAT`, add a function to :func:`migrate`, and add
-checkpoints of the old format to ``tests/training/old_runs``.
+checkpoints of the old format to ``tests/training/old_runs``. Lines of ``metrics.jsonl`` are
+converted by :class:`bdkd.evaluation.metric_lines.LineReader`.
 """
 
 from typing import Any

@@ -196,6 +196,7 @@ def test_a_folder_is_read_number_by_number(tmp_path):
         {"step": 19, "epoch": 1, "split": "val", "student": {"top1": 0.5, "nll": None}},
         {"step": 30, "epoch": 1, "split": "train", "student": {"loss": -1e31, "top1": True}},
         {"step": 38, "epoch": 2, "split": "val", "student": {"top1": 0.75, "nll": 0.5}},
+        {"step": 50, "epoch": 2, "split": "train", "student": {"loss": 1.5}},
         {"step": 50, "epoch": 2, "split": "val", "student": {"top1": 0.8}},  # stopped there
     ]  # fmt: skip
     text = "\n".join(json.dumps(line) for line in lines)
@@ -204,7 +205,7 @@ def test_a_folder_is_read_number_by_number(tmp_path):
     run = read_run(tmp_path)
     nan = pytest.approx(math.nan, nan_ok=True)
     assert {key: (list(s.steps), list(s.values)) for key, s in run.series.items()} == {
-        ("student", "train", "loss"): ([10, 30], [2.5, nan]),
+        ("student", "train", "loss"): ([10, 30, 50], [2.5, nan, 1.5]),
         ("student", "train", "top1"): ([10, 30], [0.25, nan]),
         ("", "train", "forward_weight"): ([10], [1.5]),
         ("student", "val", "top1"): ([19, 38, 50], [0.5, 0.75, 0.8]),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def bdkd(
     )  # fmt: skip
 
 
+def shown_step(line: str) -> int | None:
+    """The step in a printed row of training metrics; None of another line."""
+    found = re.match(r" *\d+/\d+ +(\d+)(/\d+)? ", line)
+    return int(found[1]) if found else None
+
+
 def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, str]:
     """Start ``bdkd train`` and send a signal once it has said that it did a step.
 
@@ -60,7 +67,7 @@ def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, s
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(f"step {step}/"):
+        if shown_step(line) == step:
             os.kill(process.pid, signal_number)
             break
     _, errors = process.communicate(timeout=60)
@@ -70,7 +77,7 @@ def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, s
 def metrics(run: Path) -> list[dict]:
     """The lines of metrics.jsonl without what a clock put there."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocked = {"images_per_second", "data_wait", "memory_mib", "mfu"}
+    clocked = {"images_per_second", "data_wait", "memory_mib", "mfu", "seconds"}
     return [{k: v for k, v in line.items() if k not in clocked} for line in lines]
 
 

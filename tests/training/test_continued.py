@@ -91,7 +91,7 @@ def test_a_run_killed_between_two_steps_ends_as_the_whole_run(step, whole, tmp_p
     begins = step if step == 12 else step // 5 * 5
     said = capsys.readouterr().out
     assert f"continuing at step {begins}, " in said
-    assert "\nstep 36/36  epoch 2  " in said
+    assert "\n  3/3  36/36  " in said
     assert_same_run(run, whole / "run")
 
 

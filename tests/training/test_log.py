@@ -1,8 +1,6 @@
 """Where metrics go besides metrics.jsonl."""
 
 import dataclasses
-import io
-import math
 import os
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import pytest
 
 from bdkd.config import load_recipe
 from bdkd.errors import RunError
-from bdkd.runs.log import Console, check_sinks, flat_scalars, open_sinks
+from bdkd.runs.log import check_sinks, flat_scalars, open_sinks
 
 
 def test_a_line_becomes_named_scalars():
@@ -23,11 +21,13 @@ def test_a_line_becomes_named_scalars():
         "epoch": 1,
         "split": "train",
         "student": {"loss": 0.5},
+        "frozen": {"loss": None, "top1": 0.25},
         "forward_weight": 1.5,
         "mfu": None,
     }
     assert flat_scalars(line) == {
-        "train/epoch": 1, "train/student/loss": 0.5, "train/forward_weight": 1.5,
+        "train/epoch": 1, "train/student/loss": 0.5, "train/frozen/top1": 0.25,
+        "train/forward_weight": 1.5,
     }  # fmt: skip
 
 
@@ -95,28 +95,13 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
     assert shown == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-LINE = {
-    "step": 7, "epoch": 2, "split": "train", "images_per_second": 1234.4, "learning_rate": 0.1,
-    "teacher": {"loss": math.nan, "top1": 0.5}, "student": {"loss": 1.25, "top1": 0.257},
-}  # fmt: skip
-
-
-def test_a_line_for_a_pipe(capsys):
-    """Percent, images a second, and minutes and seconds left; no loss of a network without one."""
-    Console(40, 3, bar=False).metrics(LINE, 125.4)
-    assert capsys.readouterr().out == (
-        "step 7/40  epoch 2  teacher top-1 50.0%  student loss 1.250 top-1 25.7%  1234 images/s  "
-        "2:05 left\n"
-    )
-
-
 @pytest.mark.parametrize("call", [
-    "line('a line')", "metrics({'step': 1, 'epoch': 0, 'images_per_second': 2.0}, 1.0)",
+    "line('a line')", "metrics({'step': 1, 'epoch': 1, 'images_per_second': 2.0}, 1, 1.0)",
 ])  # fmt: skip
 def test_a_line_comes_through_a_pipe_at_once(call):
     """Not when the buffer is full or the run ends: whoever follows a log sees where it is."""
     code = (
-        "import sys\nfrom bdkd.runs.log import Console\n"
+        "import sys\nfrom bdkd.runs.console import Console\n"
         f"Console(9, 0, bar=False).{call}\nsys.stdin.read()"
     )
     buffered = {key: x for key, x in os.environ.items() if key != "PYTHONUNBUFFERED"}
@@ -127,17 +112,3 @@ def test_a_line_comes_through_a_pipe_at_once(call):
         assert process.stdout.readline()  # while it waits for its input
         timer.cancel()
         process.communicate("\n")
-
-
-def test_a_bar_for_a_terminal(monkeypatch):
-    """It begins where the run continues."""
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    console = Console(40, 30)
-    for _ in range(2):
-        console.step()
-    console.metrics(LINE, 1.0)
-    console.close()
-    assert "32/40" in terminal.getvalue()
-    assert "student loss 1.250 top-1 25.7%  1234 images/s" in terminal.getvalue()

@@ -33,7 +33,7 @@ TOLERANCE = {"fp16": 0.2, "two-ranks": 2e-2}  # of two ranks, the gradients are 
 
 # Metrics that rounding moves by steps: a sample that changes its class, or its bin.
 BY_STEPS = {"top1", "top5", "ece", "mce", "forward_weight", "reverse_weight"}
-CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu"}
+CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu", "seconds"}
 
 
 @pytest.fixture
@@ -60,11 +60,11 @@ def test_an_old_run_goes_on_as_the_old_code_would(name, run):
     saved, last = (f"step-{expected[key]:08d}.pt" for key in ("saved", "last"))
     resume(run, expected["ranks"])
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[: -len(expected["metrics"])] == [
-        json.loads(line) for line in (OLD_RUNS / name / "metrics.jsonl").read_text().splitlines()
-    ]
-    for came, needed in zip(lines[-len(expected["metrics"]) :], expected["metrics"], strict=True):
+    lines = read_lines(run)
+    before, after = in_new_format(read_lines(OLD_RUNS / name), expected["metrics"])
+    assert lines[: len(before)] == before
+    for came, needed in zip(lines[len(before) :], after, strict=True):
+        assert came["seconds"] > 0
         assert_same_line(came, needed, name)
 
     state = read_state(run / "checkpoints" / last)
@@ -75,6 +75,21 @@ def test_an_old_run_goes_on_as_the_old_code_would(name, run):
         before = vectors(read_state(OLD_RUNS / name / "checkpoints" / saved))
         needed = load_file(OLD_RUNS / name / "next.safetensors")
         assert_moved_alike(before, vectors(state), needed, TOLERANCE.get(name, IN_FLOAT32))
+
+
+def read_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_new_format(*parts: list[dict]) -> list[list[dict]]:
+    """Lines of 0b69d99 as they are written today. That commit counted the epochs of training lines
+    from 0. Its evaluations, here all at the end of an epoch or of the run, come after a training
+    line of the same step."""
+    epochs = {x["step"]: x["epoch"] + 1 for part in parts for x in part if x["split"] == "train"}
+    return [
+        [{**x, "epoch": epochs.get(x["step"], x["epoch"]), "seconds": None} for x in part]
+        for part in parts
+    ]
 
 
 def assert_moved_alike(before: dict, came: dict, needed: dict, tolerance: float) -> None:
@@ -119,8 +134,7 @@ def digest(state: torch.Tensor) -> str:
 @pytest.mark.parametrize("run", ["mid-epoch"], indirect=True)
 def test_the_commands_read_an_old_run(run, capsys):
     """Its best checkpoint is evaluated as 0b69d99 evaluated it, and exported; the page shows it."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    [validated] = [line for line in lines if line["split"] == "val"]
+    [validated] = [line for line in read_lines(run) if line["split"] == "val"]
     main(["evaluate", str(run), "--json"])
     came = json.loads(capsys.readouterr().out)
     assert came["step"] == validated["step"]

@@ -113,6 +113,71 @@ def test_an_epoch_that_ends_with_a_resume_is_evaluated(tmp_path, stopped, batch_
     assert place(run) == (21 if stopped == 20 else 35, 3, 0)
 
 
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+@pytest.mark.parametrize("stopped", [None, 1, 12, 13, 17])
+def test_lines_of_one_step_have_one_epoch(tmp_path, stopped, accumulate):
+    """Counted from 1: of training, validation and test images, from the first step to the last,
+    also where max_steps stops a run, at the end of an epoch or in the middle of one."""
+    run = tmp_path / "run"
+    options = ["--train.accumulate", accumulate, "--watch-test"]
+    train(run, *options, *(["--max-steps", str(stopped)] if stopped else []))
+    epochs = {step: (step - 1) // 12 + 1 for step in range(1, (stopped or 36) + 1)}
+    evaluated = sorted({12, 24, 36, stopped or 36} & epochs.keys())
+    came = [(line["split"], line["step"], line["epoch"]) for line in metrics_of(run)]
+    for split, steps in (("train", epochs), ("val", evaluated), ("test", evaluated)):
+        assert [x for x in came if x[0] == split] == [(split, s, epochs[s]) for s in steps]
+    seconds = [line["seconds"] for line in metrics_of(run)]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+def test_an_epoch_keeps_its_number_when_a_resume_changes_the_batch(tmp_path):
+    """Stopped in the second epoch after 20 of its 48 images; 3 batches of 8 are the rest of it."""
+    run = tmp_path / "run"
+    train(run, "--max-steps", "17")
+    train(run, "--train.batch-size", "8", "--max-steps", "None")
+    came = [(line["split"], line["step"], line["epoch"]) for line in metrics_of(run)]
+    epochs = {**dict.fromkeys(range(1, 13), 1), **dict.fromkeys(range(13, 21), 2)}
+    epochs |= dict.fromkeys(range(21, 27), 3)
+    assert [x for x in came if x[0] == "train"] == [("train", s, e) for s, e in epochs.items()]
+    assert [x for x in came if x[0] == "val"] == [("val", s, epochs[s]) for s in (12, 17, 20, 26)]
+
+
+def test_a_resume_converts_the_epochs_of_an_older_version(tmp_path):
+    """Written here as that version wrote them: the index of the epoch for training, the number of
+    whole epochs for evaluations, and no time. max_steps stopped the run in the second epoch."""
+    run = tmp_path / "run"
+    train(run, "--max-steps", "14")
+    before = metrics_of(run)
+    old = [
+        {"step": 1, "epoch": 0, "split": "train", "student": {"loss": 1.5, "top1": 0.25}},
+        {"step": 12, "epoch": 0, "split": "train", "student": {"loss": 1.25, "top1": 0.5}},
+        {"step": 12, "epoch": 1, "split": "val", "student": {"top1": 0.5}},
+        {"step": 13, "epoch": 1, "split": "train", "student": {"loss": 1.0, "top1": 0.5}},
+        {"step": 14, "epoch": 1, "split": "train", "student": {"loss": 0.5, "top1": 0.75}},
+        {"step": 14, "epoch": 1, "split": "val", "student": {"top1": 0.75}},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    expected = [
+        {**line, "epoch": epoch, "seconds": None}
+        for line, epoch in zip(old, [1, 1, 1, 2, 2, 2], strict=True)
+    ]
+    train(run, "--max-steps", "15")
+    came = metrics_of(run)
+    assert came[:6] == expected
+    assert [(line["step"], line["epoch"]) for line in came[6:]] == [(15, 2), (15, 2)]
+    assert came[6]["seconds"] > before[-1]["seconds"]  # the checkpoint's time goes on
+    train(run, "--max-steps", "None")  # a second resume does not convert them again
+    assert metrics_of(run)[:6] == expected
+    page = tmp_path / "report.html"
+    main(["report", str(run), "--output", str(page), "--no-tsne"])
+    assert "epoch" in page.read_text("utf-8")
+
+
 def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, capsys):
     run = tmp_path / "run"
     main(["train", *TINY_RUN, "--run-dir", str(run), "--train.epochs", "2"])

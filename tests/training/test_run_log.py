@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import TINY_RUN, components_of
+from small_runs import TINY_RUN, components_of, shown_step
 
 from bdkd.cli import main
 from bdkd.cli.train import parse
@@ -47,9 +48,12 @@ def train(components: Components, run: Path, resume: str = "never") -> dict:
     return Trainer(components).train(RunFolder(run), resume=resume, progress_bar=False)
 
 
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def lines_of(run: Path, split: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
+    return [line for line in metrics_of(run) if line["split"] == split]
 
 
 # --- when -----------------------------------------------------------------------------------------
@@ -62,9 +66,9 @@ def test_when_a_run_logs_evaluates_and_saves(tmp_path):
     main(["train", *SMALL, "--run-dir", str(run), "--quiet", "--train.epochs", "7", "--max-steps",
           "16", "--log-every", "6", "--evaluate-every", "2", "--checkpoint.keep", "9"])  # fmt: skip
     train, val = lines_of(run, "train"), lines_of(run, "val")
-    # A training line has the epoch of its last step, an evaluation the number of whole epochs.
-    assert [(line["step"], line["epoch"]) for line in train] == [(6, 1), (12, 3), (16, 5)]
-    assert [(line["step"], line["epoch"]) for line in val] == [(6, 2), (12, 4), (16, 5)]
+    # A line has the epoch of its step, counted from 1.
+    assert [(line["step"], line["epoch"]) for line in train] == [(6, 2), (12, 4), (16, 6)]
+    assert [(line["step"], line["epoch"]) for line in val] == [(6, 2), (12, 4), (16, 6)]
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*.pt"))
     assert saved == [f"step-{step:08d}.pt" for step in (5, 10, 15, 16)]
     # The rate of the step itself: a linear warm-up of 3 steps, then a cosine to the end of 21.
@@ -190,9 +194,20 @@ def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
         assert line["data_wait"] == pytest.approx(WAIT / (STEP + WAIT))
         assert line["mfu"] is None
     assert summary["images_per_second"] == pytest.approx(16 / (STEP + WAIT))
-    # After four steps, one evaluation and two checkpoints: 216 seconds, so 108 for two more steps.
-    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 4/6")]
-    assert said.endswith("1:48 left")
+    # After four steps and two checkpoints, a step takes 4 seconds and 25 of a checkpoint. Two steps
+    # and an evaluation are left.
+    [said] = [line for line in capsys.readouterr().out.splitlines() if shown_step(line) == 4]
+    assert said.endswith(" 0:02:38")
+    # The time until the line, over all: evaluations too, and the checkpoints before it.
+    seconds = [(line["split"], line["step"], line["seconds"]) for line in metrics_of(tmp_path)]
+    done = {step: step * (STEP + WAIT) for step in range(7)}
+    assert seconds == [
+        ("train", 2, done[2]),
+        ("val", 3, done[3] + SAVING + EVALUATION),
+        ("train", 4, done[4] + 2 * SAVING + EVALUATION),
+        ("train", 6, done[6] + 3 * SAVING + EVALUATION),
+        ("val", 6, done[6] + 3 * SAVING + 2 * EVALUATION),
+    ]
     clock.now += 10_000  # between the sessions nothing runs
     summary = timed(clock, tmp_path, "require", *options, "--max-steps", "8")
     assert summary["wall_seconds"] - first == pytest.approx(2 * (STEP + WAIT) + EVALUATION)
@@ -266,6 +281,25 @@ class SignallingSource(PoisonedSource):
             if self.step == 4:
                 signal.raise_signal(self.number)
             yield batch
+
+
+@pytest.mark.parametrize("names", [("teacher", "student"), ("a_network" * 4, "b_network" * 4)])
+def test_all_lines_of_a_run_fit_80_columns(names, tmp_path, capsys):
+    """Rows and evaluations of two networks and an average, students first."""
+    components = set_up("--train.ema-decay", "0.5", "--watch-test", "--train.epochs", "2")
+    recipe = components.recipe
+    networks = dict(zip(names, recipe.networks.values(), strict=True))
+    train(components_of(dataclasses.replace(recipe, networks=networks)), tmp_path)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for epoch in ("1/2", "2/2"):
+        for title in ("val", "test (not used for selection)"):
+            begins = re.escape(f"epoch {epoch}  {title}")
+            [line] = re.findall(rf"^{begins}(?:  .*)?\n(?:    \S.*\n)*", said, re.M)
+            order = re.findall(r"(\S+) top-1 [\d.]+% ECE [\d.]+%", line)
+            teacher, student = names
+            assert [name.endswith("_ema") for name in order] == [False, True, False]
+            assert order == [student, f"{student}_ema", teacher]
 
 
 def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):

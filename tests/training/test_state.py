@@ -127,9 +127,14 @@ def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
         due or (ended and (epoch + 1 >= epochs or (epoch + 1) % every == 0))
     )
     assert state.remaining_steps() == remaining
+    evaluations = state.progress.remaining_evaluations(state.recipe, images)
     for left in reversed(range(remaining)):
         state.progress.advance(size, images)
         assert state.remaining_steps() == left
+        ends = state.progress.seen == 0 and state.progress.epoch % every == 0
+        evaluations -= ends or left == 0  # as the trainer does
+        assert state.progress.remaining_evaluations(state.recipe, images) == evaluations
+    assert evaluations == 0
     assert state.progress.step == step + remaining
     if remaining and limit is None:
         assert (state.progress.epoch, state.progress.seen) == (epochs, 0)

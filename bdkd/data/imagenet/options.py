@@ -24,8 +24,9 @@ class ImageNetConfig(ImagesConfig):
     smallest_crop: Annotated[float, Bounds(gt=0, le=1)] = 0.08
     """Smallest area of a random crop, as a share of the image's area."""
     progressive: tuple[tuple[int, int], ...] = ()
-    """Training resolution by epoch, as pairs of a first epoch and a side in pixels. Default:
-    data.image_size. Evaluation always uses data.image_size."""
+    """Training resolution by epoch, as pairs of a number of completed epochs and a side in pixels:
+    0 160 5 224 trains 5 epochs at 160 pixels, and then at 224. Default: data.image_size. Evaluation
+    always uses data.image_size."""
     rand_augment: tuple[int, int] | None = None
     """Number of RandAugment operations per image, and their magnitude in [0, 10]."""
     erasing: Share = 0.0
@@ -41,8 +42,8 @@ class ImageNetConfig(ImagesConfig):
         ascending = epochs == sorted(set(epochs)) and all(epoch >= 0 for epoch in epochs)
         if not ascending or not all(8 <= side <= 4096 for _, side in self.progressive):
             raise UsageError(
-                "data.progressive must be pairs of a first epoch, ascending, and a side in "
-                f"[8, 4096], got {self.progressive}"
+                "data.progressive must be pairs of a number of completed epochs, ascending from "
+                f"0 or more, and a side in [8, 4096], got {self.progressive}"
             )
         operations, magnitude = self.rand_augment or (1, 0)
         if operations < 1 or not 0 <= magnitude <= 10:

@@ -10,12 +10,12 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bdkd.config.migration import migrate
 from bdkd.config.toml import parse_toml
 from bdkd.errors import RunError
-from bdkd.evaluation.metric_lines import as_number, parse_line
+from bdkd.evaluation.metric_lines import LineReader, as_number
 from bdkd.evaluation.predictions import Predictions, read_predictions
 from bdkd.metrics import METRICS, STEP_CHARTED
 from bdkd.models.registry import default_options
@@ -128,7 +128,8 @@ def read_run(path: Path) -> Run:
     config = _read(path / "config.toml", parse_toml, notes)
     summary = _read(path / "summary.json", json.loads, notes)
     profile = _read(path / "profile.json", json.loads, notes)
-    series, steps_per_epoch = _read_metrics(path / "metrics.jsonl", notes)
+    series, epoch_ends = _read_metrics(path / "metrics.jsonl", notes)
+    steps_per_epoch = _steps_per_epoch(epoch_ends, config.get("max_steps"))
     config = _current(config)
     needed = config.pop("plugins", [])
     for name in missing_plugins(map(str, needed if isinstance(needed, list) else [])):
@@ -168,25 +169,30 @@ def _read(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str
     return values
 
 
+class _EpochEnd(NamedTuple):
+    """The last line of an epoch so far."""
+
+    step: int
+    evaluated: bool
+
+
 def _read_metrics(
     path: Path, notes: list[str]
-) -> tuple[dict[tuple[str, str, str], Series], float | None]:
-    """Return the series of a ``metrics.jsonl``, and the number of steps in an epoch if known."""
+) -> tuple[dict[tuple[str, str, str], Series], dict[int, _EpochEnd]]:
+    """Return the series of a ``metrics.jsonl``, and the last line of each epoch."""
     series: dict[tuple[str, str, str], Series] = {}
-    steps_per_epoch: float | None = None
-    broken = 0
+    ends: dict[int, _EpochEnd] = {}
+    broken, reader = 0, LineReader()
     try:
         with open_regular(path) as file:
             for line in file:
-                values = _parse(line)
+                values = _parse(reader, line)
                 if values is None:
                     broken += line.endswith(b"\n")  # the last line may be incomplete
                     continue
-                step, epoch = as_number(values.get("step")), as_number(values.get("epoch"))
-                split = str(values.get("split"))
-                if split != "train" and 1 <= epoch <= step:
-                    rate = step / epoch  # too large if the run stopped within an epoch
-                    steps_per_epoch = min(steps_per_epoch or math.inf, rate) or None
+                step, epoch, split = values["step"], values.get("epoch"), str(values.get("split"))
+                if type(epoch) is int:
+                    ends[epoch] = _EpochEnd(step, split != "train")
                 for network, metric, value in _numbers(values):
                     points = series.setdefault((network, split, metric), Series())
                     points.steps.append(step)
@@ -203,7 +209,20 @@ def _read_metrics(
             notes.append("the curves show the test images, which did not select a checkpoint")
     if broken:
         notes.append(f"{broken} lines of {path.name} cannot be read and are left out")
-    return series, steps_per_epoch
+    return series, ends
+
+
+def _steps_per_epoch(ends: Mapping[int, _EpochEnd], max_steps: object) -> float | None:
+    """Return the number of steps in an epoch, or None if no epoch is known to have ended.
+
+    An epoch ends with an evaluation. A run that ``max_steps`` stopped has one in mid-epoch too.
+    """
+    rates = [
+        end.step / epoch
+        for epoch, end in ends.items()
+        if end.evaluated and 1 <= epoch <= end.step and (epoch < max(ends) or end.step != max_steps)
+    ]
+    return max(rates, default=None)
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
@@ -224,9 +243,9 @@ def _defaults(network: Mapping[str, Any]) -> dict[str, Any]:
     return default_options(model) if isinstance(model, str) else {}
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(reader: LineReader, line: bytes) -> dict[str, Any] | None:
     try:
-        return parse_line(line)
+        return reader.parse(line)
     except ValueError:
         return None
 
