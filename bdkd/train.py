@@ -21,7 +21,7 @@ from bdkd.distributed.launch import (
 from bdkd.engine.components import build_components
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.plan import plan
-from bdkd.runs.weights import check_initial_weights, load_initial_weights
+from bdkd.runs.weights import check_initial_weights, check_pretrained, load_initial_weights
 from bdkd.trainer import Trainer
 
 
@@ -44,8 +44,9 @@ def main(given: list[str]) -> None:
                 redirect_output(folder.logs, context.rank)
             train(arguments, folder, context)
         elif context.is_rank0:
+            check_pretrained(arguments.config)
             components = build_components(arguments.config)
-            check_initial_weights(components.recipe, components.objective.frozen)
+            check_initial_weights(components)
             print(plan(components, arguments.images_per_second))
     if quiet and context.is_rank0:
         print(arguments.config.run_dir)
@@ -56,6 +57,8 @@ def train(arguments: Arguments, folder: RunFolder, context: DistributedContext) 
     begins = context.broadcast_from_rank0(
         lambda: arguments.resume == "never" or not folder.resumable_paths()
     )
+    if begins:
+        check_pretrained(arguments.config)
     components = build_components(arguments.config, context)
     if begins:
         load_initial_weights(components)

@@ -44,7 +44,8 @@ def fails(capsys, *arguments: str) -> tuple[int, str]:
         (["train", *TINY_RUN, "--threads", "100000000"], "threads must be in [1, 4096], got"),
         (["train", *TINY_RUN, "--device", "cuda:99999999999999999999"], "device must be auto, cpu"),
         (["train", *TINY_RUN, "--networks.teacher.weights-key", ""],
-         "networks.teacher.weights_key must be left out without networks.teacher.weights, got ''"),
+         "networks.teacher.weights_key must be left out unless networks.teacher.weights is a file "
+         "or run, got ''"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_used_is_named(arguments, reason, capsys):

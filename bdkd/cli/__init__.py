@@ -21,6 +21,8 @@ COMMANDS = {
     "report": "write one HTML page about runs: results, curves, diagrams",
     "update-bn": "recompute the batch norm statistics of a run's networks",
     "export": "export one network of a run as ONNX, torch.export or safetensors",
+    "recipes": "list the shipped recipes, or print one to start your own",
+    "models": "list the networks of bdkd, timm and torchvision",
     "data": "download a data set, or check one",
     "completion": "print a script that completes command lines in bash, zsh or fish",
     "doctor": "show what is installed on this machine, and how to install the rest",

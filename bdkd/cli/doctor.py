@@ -2,12 +2,12 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import platform
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -186,16 +186,23 @@ def _optional(name: str, module: str, extra: str, *distributions: str) -> Findin
 
 def _torchvision() -> list[Finding]:
     """Import torchvision, because timm does. timm fails if torchvision does not match torch."""
+    from bdkd.models.libraries import import_library, lacks_operators
+
     if not _can_find("torchvision"):
         return []
-    found = _version("torchvision")
+    found, what = _version("torchvision"), ""
     try:
-        import_module("torchvision")
-    except Exception as error:  # RuntimeError, ImportError or OSError, depending on the mismatch
-        what = f"{found} cannot be imported with this torch, so timm cannot be imported either: "
-        remedy = "install the torchvision built for this torch, from the same index"
-        return [Finding("torchvision", False, what + str(error).splitlines()[0], remedy)]
-    return [Finding("torchvision", True, found)]
+        with contextlib.redirect_stderr(io.StringIO()):  # the finding says what the warning says
+            import_library("torchvision")
+    except RunError as error:
+        what = f"cannot be imported with this torch, so timm cannot be imported either: {error}"
+    if lacks_operators():
+        what = (
+            "does not belong to this torch: bdkd can use its networks and timm's, and other "
+            "programs cannot import it"
+        )
+    remedy = "install the torchvision built for this torch, from the same index"
+    return [Finding("torchvision", not what, f"{found} {what}".strip(), remedy)]
 
 
 def _version(*distributions: str) -> str:

@@ -104,7 +104,7 @@ def _pretrained_flags(expanded: list[str], recipe: Recipe) -> list[str]:
     """Return the flags that load published weights into every network that has some."""
     from bdkd.cli.options import value_of
     from bdkd.config import PRETRAINED
-    from bdkd.models.registry import has_published_weights
+    from bdkd.models.pretrained import has_published_weights
 
     models = {
         name: value_of(expanded, f"--networks.{name}.model") or network.model

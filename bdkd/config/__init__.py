@@ -18,6 +18,7 @@ from bdkd.config.load import (
     differing_keys,
     load_recipe,
     parse_recipe,
+    recipe_text,
     refuse_foreign,
     replace_unchecked,
     select,
@@ -26,6 +27,7 @@ from bdkd.config.load import (
     to_toml,
 )
 from bdkd.config.options import (
+    PRETRAINED,
     RANDOM,
     CheckpointConfig,
     DataConfig,
@@ -41,9 +43,9 @@ from bdkd.config.options import (
 from bdkd.registry import nearest
 
 __all__ = [
-    "RANDOM", "Bounds", "CheckpointConfig", "Count", "DataConfig", "DistributedConfig",
-    "NetworkConfig", "NotNegative", "ObjectiveConfig", "OptimizerConfig", "Options", "Positive",
-    "Rate", "Recipe", "ScheduleConfig", "Share", "Side", "TrainConfig", "differing_keys",
-    "load_recipe", "nearest", "parse_recipe", "refuse_foreign", "replace_unchecked", "select",
-    "select_unchecked", "shipped_recipes", "to_toml",
+    "PRETRAINED", "RANDOM", "Bounds", "CheckpointConfig", "Count", "DataConfig",
+    "DistributedConfig", "NetworkConfig", "NotNegative", "ObjectiveConfig", "OptimizerConfig",
+    "Options", "Positive", "Rate", "Recipe", "ScheduleConfig", "Share", "Side", "TrainConfig",
+    "differing_keys", "load_recipe", "nearest", "parse_recipe", "recipe_text", "refuse_foreign",
+    "replace_unchecked", "select", "select_unchecked", "shipped_recipes", "to_toml",
 ]  # fmt: skip

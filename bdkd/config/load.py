@@ -31,12 +31,16 @@ def shipped_recipes() -> list[str]:
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
+def recipe_text(name: str) -> str:
+    """Return the TOML text of a shipped recipe."""
+    return (files("bdkd.recipes") / f"{name}.toml").read_text("utf-8")
+
+
 def load_recipe(name_or_path: str) -> Recipe:
     """Return a shipped recipe by name, or the recipe in a TOML file. Raise ``UsageError`` if it is
     missing or has an invalid key or value, and ``RunError`` if the file cannot be read."""
     if name_or_path in shipped_recipes():
-        text = (files("bdkd.recipes") / f"{name_or_path}.toml").read_text("utf-8")
-        return parse_recipe(text, source=f"recipe {name_or_path}")
+        return parse_recipe(recipe_text(name_or_path), source=f"recipe {name_or_path}")
     if not name_or_path:
         raise UsageError("the recipe must be a name or a TOML file, got an empty string")
     path = Path(name_or_path)

@@ -52,7 +52,8 @@ class DataConfig(Options):
         return {self.image_size}
 
 
-RANDOM = "random"  # a value of networks.NAME.weights
+# Values of networks.NAME.weights
+RANDOM, PRETRAINED = "random", "pretrained"
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class NetworkConfig(Options):
     """Role of the network in the objective."""
     weights: str | None = None
     """Initial weights: a file of torch or safetensors, which any trainer may have written, or the
-    folder of a run (its selected checkpoint). random: random weights, also if frozen."""
+    folder of a run (its selected checkpoint). pretrained: the weights that timm or torchvision
+    publish for the model. random: random weights, also if frozen."""
     weights_key: str | None = None
     """Key of the weights in the file, if it holds several (such as model or state_dict_ema).
     Default: the moving average if there is one. In a checkpoint of a run: name of the network."""
     reset_head: bool = False
-    """Do not load the classifier, so that the file may be for another number of classes."""
+    """Do not load the classifier, so that the file may be for another number of classes. With
+    pretrained weights of another number this is the default."""
     frozen: bool = False
     """Do not train this network, for offline distillation. Batch norm is in evaluation mode."""
     learning_rate: Positive | None = None
@@ -289,9 +292,10 @@ class Recipe:
             ):  # fmt: skip
                 yield f"networks.{name}.shard", network.shard, fits or not network.shard, needed
             loads = network.weights not in (None, RANDOM)
+            chooses = loads and network.weights != PRETRAINED
             for option, fits, needed in (
-                ("weights_key", loads or network.weights_key is None,
-                 f"left out without networks.{name}.weights"),
+                ("weights_key", chooses or network.weights_key is None,
+                 f"left out unless networks.{name}.weights is a file or run"),
                 ("reset_head", loads or not network.reset_head,
                  f"false without networks.{name}.weights"),
                 ("reset_head", not (network.reset_head and network.frozen),

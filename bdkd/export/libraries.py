@@ -2,7 +2,6 @@
 
 import io
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bdkd.config import parse_recipe
-from bdkd.errors import RunError, UsageError, first_line
+from bdkd.errors import RunError, UsageError
 from bdkd.export.export import Trained, Written, refuse_existing, same_logits, write_files
 from bdkd.export.facts import Facts
 from bdkd.export.formats import built_without_weights
 from bdkd.models.key_names import counterpart, layouts
+from bdkd.models.libraries import import_library
 
 Library = Literal["timm", "torchvision"]
 FILES = {"timm": "model.safetensors", "torchvision": "model.pth"}
@@ -74,10 +74,7 @@ def check_library_output(library: Library, output: Path, force: bool) -> None:
 
 def _build(facts: Facts, library: Library, name: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return the library's network, and the options that it was built with."""
-    try:
-        module = import_module(library)
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        raise RunError(f"--to {library} needs {library}: {first_line(error)}") from error
+    module = import_library(library)
     recipe = parse_recipe(facts.recipe, source=facts.network)
     options: dict[str, Any] = {}
     if ":" in facts.model:  # options of the library's function

@@ -7,16 +7,17 @@ images to logits and has ``forward_features`` and ``num_features``. Its paramete
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from importlib import import_module
-from types import ModuleType
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bdkd.errors import RunError
+from bdkd.errors import RunError, first_line
 
-_ALTERNATIVE = "the imagenet_ networks of bdkd need neither timm nor torchvision"
+from .libraries import described, import_library
+from .published import locate, timm_weights
 
 
 class TimmNetwork(nn.Module):
@@ -80,22 +81,22 @@ class TorchvisionNetwork(nn.Module):
 def create_timm(name: str, num_classes: int, in_channels: int, **options: object) -> nn.Module:
     """Build the network that timm calls ``name`` with options of ``timm.create_model``.
 
-    ``pretrained=True`` downloads timm's weights, except under ``torch.device("meta")``.
+    ``pretrained=True`` loads timm's weights, and downloads them if they are not on this machine,
+    except under ``torch.device("meta")``.
     """
-    timm = _import("timm")
+    timm = import_library("timm")
     shown = f"timm:{name}"
     if not timm.is_model(name):
         raise _unknown(shown, name, timm.list_models())
     on_meta = torch.get_default_device().type == "meta"
-    pretrained = bool(options.pop("pretrained", False)) and not on_meta
-    sizes = {"num_classes": num_classes, "in_chans": in_channels}
-    try:
-        network: Any = _build(shown, timm.create_model, name, pretrained, **sizes, **options)
-    except OSError as error:  # no network, a full disk or a proxy error
-        raise RunError(
-            f"cannot download timm's weights for {name} ({_first_line(error)}): check the network, "
-            "set HF_HOME to a folder that holds them, or load a file with the option weights"
-        ) from error
+    if bool(options.pop("pretrained", False)) and not on_meta:
+        published = timm_weights(name, options)
+        if published is None:
+            raise ValueError(f"timm publishes no weights of {shown}: leave out pretrained")
+        content = _read(locate(published))
+        network = _build_timm(name, num_classes, in_channels, content, options)
+    else:
+        network = _build_timm(name, num_classes, in_channels, None, options)
     known = network.pretrained_cfg  # also set without pretrained weights
     image_size = None
     if known.get("fixed_input_size"):
@@ -103,11 +104,55 @@ def create_timm(name: str, num_classes: int, in_channels: int, **options: object
     return TimmNetwork(shown, network, image_size)
 
 
+def adapted_to_timm(
+    name: str, content: Any, num_classes: int, in_channels: int, options: Mapping[str, object]
+) -> dict[str, Tensor]:
+    """Return the state dict of timm's network with the weights in a file that timm publishes. timm
+    renames the tensors of old files, and resizes position embeddings and the first convolution.
+
+    Args:
+        content: of the file.
+        num_classes: of the file.
+        in_channels: of the network.
+        options: of the network.
+
+    Raises:
+        ValueError: the weights do not fit the network.
+    """
+    others = {key: value for key, value in options.items() if key != "pretrained"}
+    return _build_timm(name, num_classes, in_channels, content, others).state_dict()
+
+
+def _build_timm(
+    name: str, num_classes: int, in_channels: int, content: Any, options: Mapping[str, object]
+) -> Any:
+    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, **options}
+    if content is not None:
+        given["pretrained_cfg_overlay"] = {"state_dict": content}
+    create = import_library("timm").create_model
+    return _build(f"timm:{name}", create, name, content is not None, **given)
+
+
+def _read(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise RunError(
+            f"cannot read the weights {path}: {first_line(error)}; remove this file to download it "
+            "again"
+        ) from error
+
+
 def create_torchvision(
     name: str, num_classes: int, in_channels: int, **options: object
 ) -> nn.Module:
     """Build the network that torchvision calls ``name`` with options of its function."""
-    models = _import("torchvision").models
+    models = import_library("torchvision").models
     shown = f"torchvision:{name}"
     names = models.list_models(module=models)
     if name not in names:
@@ -118,7 +163,10 @@ def create_torchvision(
             "of timm or bdkd"
         )
     if "weights" in options or "pretrained" in options:
-        raise ValueError(f"{shown} cannot be pretrained: pretrained networks come from timm:")
+        raise ValueError(
+            f"{shown} has no option pretrained: set weights = pretrained instead, an option of "
+            "each network in a recipe"
+        )
     fixed: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):  # auxiliary classifiers make the output a tuple
         fixed |= {"aux_logits": False, "init_weights": True}
@@ -137,40 +185,18 @@ def image_size_of(library: str, name: str, options: Mapping[str, object]) -> int
     size = options.get("img_size")
     if isinstance(size, int):
         return size
-    known = _import("timm").models.get_pretrained_cfg(name)
+    known = import_library("timm").models.get_pretrained_cfg(name)
     return None if known is None else int(known.input_size[-1])
-
-
-def _import(library: str) -> ModuleType:
-    try:
-        return import_module(library)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise RunError(f"{library} needs {error.name}: pip install {error.name}") from error
-        raise RunError(
-            f"{library} is not installed: pip install 'bdkd[imagenet]' ({_ALTERNATIVE})"
-        ) from error
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        # The usual cause is a torchvision for another torch version, which timm imports too.
-        raise RunError(
-            f"{library} is installed but does not import ({_first_line(error)}): install the "
-            f"torchvision that belongs to torch {torch.__version__} ({_ALTERNATIVE})"
-        ) from error
 
 
 def _build(shown: str, build: Callable[..., nn.Module], /, *args: Any, **options: Any) -> nn.Module:
     try:
         return build(*args, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # caused by options
-        raise ValueError(f"{shown} cannot be built: {_first_line(error)}") from error
+        raise ValueError(f"{shown} cannot be built: {described(error)}") from error
 
 
 def _unknown(shown: str, name: str, names: list[str]) -> ValueError:
     nearest = get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
     library = shown.partition(":")[0]
     return ValueError(f"{library} has no model {name!r}; the nearest name is '{library}:{nearest}'")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")

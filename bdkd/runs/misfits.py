@@ -50,10 +50,11 @@ def _reason(match: Match, target: Target) -> str:
     if match.missing:
         key = match.missing[0]
         free = [name for name in tensors if name not in match.names.values()][:_SEARCHED]
-        near = get_close_matches(key, free, n=1)
-        hint = f"; the nearest name in the file is {_tensor(near[0], tensors[near[0]])}"
-        more = _and_more(match.missing)
-        return f"it lacks {_tensor(key, own[key])}{more}{hint if near else ''}"
+        hint = "".join(
+            f"; the nearest name in the file is {_tensor(near, tensors[near])}"
+            for near in get_close_matches(key, free, n=1)
+        )
+        return f"it lacks {_tensor(key, own[key])}{_and_more(match.missing)}{hint}"
     if match.extra:
         name, more = match.extra[0], _and_more(match.extra)
         return f"it has {_tensor(name, tensors[name])}{more}, which the network has not"

@@ -6,7 +6,6 @@ No code from a file is run.
 import json
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 from bdkd.config import NetworkConfig
 from bdkd.errors import RunError, first_line, reason_of
 from bdkd.models.key_names import counterpart
+from bdkd.models.libraries import import_library
 from bdkd.runs.checkpoint import load_file
 from bdkd.runs.folder import RunFolder, selected_checkpoint
 from bdkd.runs.pickled import not_weights
@@ -118,8 +118,8 @@ def check_architecture(file: WeightFile, config: NetworkConfig) -> None:
 
 def _is_of_timm(name: str) -> bool:
     try:
-        return import_module("timm").is_model(name)
-    except (ImportError, RuntimeError, OSError, AttributeError):
+        return import_library("timm").is_model(name)
+    except RunError:  # not installed
         return False
 
 

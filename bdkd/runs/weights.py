@@ -2,19 +2,23 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bdkd.config import RANDOM, NetworkConfig, Recipe
+from bdkd.config import PRETRAINED, RANDOM, NetworkConfig, Recipe
 from bdkd.engine.components import Components
 from bdkd.engine.state import EMA_SUFFIX
 from bdkd.errors import RunError, UsageError, first_line
 from bdkd.identity import class_difference
+from bdkd.models.bridge import TimmNetwork, adapted_to_timm
 from bdkd.models.key_names import head_keys, layouts
+from bdkd.models.pretrained import check_published, published_weights
+from bdkd.models.published import locate
 from bdkd.runs.checkpoint import is_checkpoint
 from bdkd.runs.misfits import describe, no_state_dict, no_such_key, several
 from bdkd.runs.resume import check_data, warn_of_copied_statistics
@@ -29,23 +33,45 @@ def relocate(recipe: Recipe, device: str, data_root: str | None) -> Recipe:
     return dataclasses.replace(recipe, device=device, data=data)
 
 
-def check_initial_weights(recipe: Recipe, frozen: Collection[str]) -> None:
+def check_pretrained(recipe: Recipe) -> None:
+    """Check that pretrained weights exist for the networks of a new run that ask for them. Reads
+    neither the weights nor the data set.
+
+    Raises:
+        UsageError: a model has none.
+        RunError: timm or torchvision is missing or cannot be imported.
+    """
+    for name, network in recipe.networks.items():
+        if network.weights == PRETRAINED:
+            check_published(name, network.model, network.options)
+
+
+def check_initial_weights(components: Components) -> None:
     """Check that networks that never train get weights. This is a check of new runs, because runs
     of older versions may have frozen networks with random weights.
 
-    Args:
-        frozen: names of networks that never train.
-
     Raises:
-        UsageError: a frozen network would have random weights, and the recipe does not ask for it.
+        UsageError: a frozen network would have random weights, and the recipe does not ask for it,
+            or it would have a random classifier.
     """
-    for name in sorted(frozen):
-        network = recipe.networks[name]
+    needed = components.source.info.num_classes
+    for name in sorted(components.objective.frozen):
+        network = components.recipe.networks[name]
         if network.weights is None and not network.options.get("pretrained"):
             raise UsageError(
                 f"networks.{name} is frozen and has no weights: set networks.{name}.weights to a "
-                "file or to the folder of the run that trained it, or to random if random weights "
-                "are meant"
+                "file or to the folder of the run that trained it, to pretrained for the weights "
+                "that timm or torchvision publish, or to random if random weights are meant"
+            )
+        if network.weights != PRETRAINED:
+            continue
+        published = published_weights(network.model, network.options)
+        if published is not None and published.num_classes != needed:
+            raise UsageError(
+                f"networks.{name} is frozen, and its pretrained weights are for "
+                f"{published.num_classes} classes, needed {needed}: its new classifier would never "
+                f"train; let {name} train, or set networks.{name}.weights to a teacher of this "
+                "data set"
             )
 
 
@@ -54,20 +80,27 @@ def load_initial_weights(components: Components) -> None:
 
     Raises:
         UsageError: see :func:`check_initial_weights`.
-        RunError: a file cannot be read or does not fit its network, or a frozen network was trained
-            on other classes.
+        RunError: a file cannot be read or does not fit its network, pretrained weights cannot be
+            downloaded, or a frozen network was trained on other classes.
     """
-    check_initial_weights(components.recipe, components.objective.frozen)
+    check_initial_weights(components)
+    context, info = components.context, components.source.info
     for name, config in components.recipe.networks.items():
         if config.weights in (None, RANDOM):
             continue
         network = components.networks.members[name]
-        loaded = load_weights(network, name, config)
-        if components.context.is_rank0:
+        if config.weights == PRETRAINED:
+            loaded = context.broadcast_from_rank0(
+                partial(load_pretrained, network, name, config, info.num_classes, info.channels)
+            )
+            context.broadcast_tensors(network.state_dict().values())
+        else:
+            loaded = load_weights(network, name, config)
+        if context.is_rank0:
             print(f"{name}: {loaded.text}")
         if name not in components.objective.frozen or loaded.classes is None:
             continue
-        if differs := class_difference(loaded.classes, components.source.info.classes):
+        if differs := class_difference(loaded.classes, info.classes):
             raise RunError(
                 f"networks.{name}.weights: {config.weights} was trained on other classes than "
                 f"those of this data set: {differs}; give a teacher of this data set, or let "
@@ -121,27 +154,78 @@ def load_weights(network: nn.Module, name: str, config: NetworkConfig) -> Loaded
     file = read_weights(path)
     content, classes, key = file.content, file.classes, config.weights_key
     of_network = ""
-    own = network.state_dict()
     try:
         if is_checkpoint(content):
             classes, member, content = _of_checkpoint(content["state"], name, key, path)
             of_network, key = f" of {member!r}", None
         check_architecture(file, config)
-        weights, found = find_weights(
-            content, network, config.model, name, key=key, reset_head=config.reset_head
-        )
-        for k, tensor in weights.items():
-            if tensor.is_floating_point() and not tensor.to(own[k].dtype).isfinite().all():
-                raise Misfit(f"{found.names[k]!r} contains NaN or infinity")
-        network.load_state_dict({**own, **weights})
+        count, found = _copy(content, network, config.model, name, key, config.reset_head)
     except Misfit as error:
         raise RunError(
             f"networks.{name}.weights: {path} does not fit {name!r} ({config.model}): {error}"
         ) from error
     origin = "" if found.layout == "bdkd" else f", named as in {found.layout}"
     head = ", without the classifier" if config.reset_head else ""
-    text = f"loaded {len(weights)} tensors{of_network} {found.where} of {path}{origin}{head}"
+    text = f"loaded {count} tensors{of_network} {found.where} of {path}{origin}{head}"
     return Loaded(None if config.reset_head else classes, text)
+
+
+def load_pretrained(
+    network: nn.Module, name: str, config: NetworkConfig, num_classes: int, in_channels: int
+) -> Loaded:
+    """Load the weights that timm or torchvision publish for a network. They are downloaded if they
+    are not on this machine. The network keeps its classifier if its number of classes differs.
+
+    Args:
+        name: of the network in the recipe.
+        num_classes, in_channels: of the network.
+
+    Raises:
+        RunError: the weights cannot be downloaded or read, or do not fit this network.
+    """
+    published = published_weights(config.model, config.options)
+    if published is None:  # check_pretrained has raised already, unless it was not called
+        raise RunError(f"networks.{name}.weights: no weights of {config.model} are published")
+    try:
+        path = locate(published)
+        content = read_weights(path).content
+    except RunError as error:
+        raise RunError(f"networks.{name}.weights: {error}") from error
+    other_classes = published.num_classes != num_classes
+    try:
+        if isinstance(network, TimmNetwork):
+            content = adapted_to_timm(
+                config.model.partition(":")[2], content, published.num_classes, in_channels,
+                config.options,
+            )  # fmt: skip
+        reset_head = config.reset_head or other_classes
+        count, _ = _copy(content, network, config.model, name, None, reset_head)
+    except (Misfit, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise RunError(
+            f"networks.{name}.weights: {path}, the pretrained weights of {published.model}, does "
+            f"not fit {name!r} ({config.model}, {in_channels} channels): {reason}"
+        ) from error
+    text = f"loaded {count} tensors of {path}, the pretrained weights of {published.model}"
+    if reset_head:
+        text += ", without the classifier"
+    if other_classes:
+        text += f" ({published.num_classes} classes, needed {num_classes})"
+    return Loaded(None, text)
+
+
+def _copy(
+    content: Any, network: nn.Module, model: str, name: str, key: str | None, reset_head: bool
+) -> tuple[int, Match]:
+    """Copy the weights in the content of a file into a network. Return the number of tensors and
+    where they were found. Raise ``Misfit`` if they do not fit, or are not finite."""
+    own = network.state_dict()
+    weights, found = find_weights(content, network, model, name, key=key, reset_head=reset_head)
+    for k, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.to(own[k].dtype).isfinite().all():
+            raise Misfit(f"{found.names[k]!r} contains NaN or infinity")
+    network.load_state_dict({**own, **weights})
+    return len(weights), found
 
 
 def _of_checkpoint(

@@ -311,8 +311,9 @@ def test_a_frozen_network_needs_weights_or_says_random(tmp_path):
     ("options", "reason"),
     [
         (["reset-head"], "reset_head must be false without networks.teacher.weights"),
-        (["weights-key", "ema"], "weights_key must be left out without networks.teacher.weights"),
+        (["weights-key", "ema"], "weights_key must be left out unless networks.teacher.weig"),
         (["weights", "x.pt", "reset-head", "frozen"], "reset_head must be false if the network is"),
+        (["weights", "pretrained", "weights-key", "ema"], "weights_key must be left out unless"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, reason, capsys, tmp_path):
@@ -334,3 +335,11 @@ def test_the_command_says_which_weights_it_loaded(tmp_path):
     assert f"teacher: loaded 56 tensors under 'model_ema' with the prefix 'module.' of {path}" in (
         done.stdout
     )
+
+
+def test_a_tensor_that_the_file_lacks_is_named(tmp_path):
+    """Also if no name in the file resembles it."""
+    state = network().state_dict()
+    del state["conv.weight"]
+    with pytest.raises(RunError, match=r"it lacks 'conv.weight' \(16, 3, 3, 3\)$"):
+        load(saved(tmp_path / "x.pt", state))
