@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from bdkd.cli.flags import parse
 from bdkd.cli.table import table
 from bdkd.errors import RunError, UsageError
 from bdkd.models import create_model, list_models
@@ -48,7 +49,7 @@ class Row:
 
 def run(given: list[str]) -> None:
     """Print the networks that match a pattern."""
-    arguments = tyro.cli(Arguments, prog="bdkd models", args=given)
+    arguments = parse(Arguments, "bdkd models", given)
     pattern = arguments.pattern
     names, notes = (list_models(), _others()) if pattern is None else _matching(pattern)
     counted = sum(name.startswith("timm:") for name in names) <= MOST_COUNTED
@@ -67,8 +68,11 @@ def run(given: list[str]) -> None:
         return
     header = ["name", "parameters", "image size", "pretrained"]
     print(table(header, [_cells(row) for row in rows]))
-    if notes:
-        print("", *notes, sep="\n")
+    print(
+        f"\nparameters: with {CLASSES} classes, or {SMALL_CLASSES} where any image size fits",
+        *notes,
+        sep="\n",
+    )
     print(end="", flush=True)  # so that a closed pipe is an error here
 
 

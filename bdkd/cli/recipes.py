@@ -8,10 +8,11 @@ from typing import Annotated
 
 import tyro
 
+from bdkd.cli.flags import parse
 from bdkd.config import load_recipe, nearest, recipe_text, shipped_recipes
 from bdkd.errors import UsageError
 
-WIDTH = 100  # of a line of a description
+WIDTH = 80  # of a line of a description
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Description:
 
 def run(given: list[str]) -> None:
     """Print the recipes, or the file of one."""
-    arguments = tyro.cli(Arguments, prog="bdkd recipes", args=given)
+    arguments = parse(Arguments, "bdkd recipes", given)
     shipped = shipped_recipes()
     if arguments.name is not None:
         if arguments.json:
