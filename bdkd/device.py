@@ -1,11 +1,13 @@
-"""The device of a process: choice, precision, flags of cuDNN and cuBLAS, memory used, and the
-published peak that utilisation is measured against."""
+"""The device of a process: choice, precision, flags of cuDNN and cuBLAS, memory, and the published
+peak that utilisation is measured against."""
 
+import contextlib
 import os
 import re
 import resource
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -117,5 +119,85 @@ def peak_memory_mib(device: torch.device) -> float:
     """Return the peak memory so far in MiB: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    # getrusage() also counts the process that started this one: Linux keeps its peak across exec.
+    if (peak := _process_status("VmHWM")) is not None:
+        return peak / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def process_memory() -> int:
+    """Return the bytes of memory that this process uses now, or 0 on systems other than Linux."""
+    return _process_status("VmRSS") or 0
+
+
+def _process_status(key: str) -> int | None:
+    with contextlib.suppress(OSError):
+        return _values(Path("/proc/self/status")).get(f"{key}:")
+    return None
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process can still allocate on a device, or None if it is unknown.
+
+    On a GPU, they are the free memory and the memory that torch has reserved and does not use. On
+    a CPU, they are the smaller of the machine's available memory and the rest of the cgroup's
+    limit, which a container or a batch system sets.
+
+    Args:
+        root: of the file system, where Linux describes itself.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        available = _values(root / "proc" / "meminfo")["MemAvailable:"]
+    except (OSError, KeyError):  # not Linux
+        return None
+    return max(0, min([available, *_cgroup_rooms(root)]))
+
+
+def _cgroup_rooms(root: Path) -> list[int]:
+    """Return what each memory limit of this process's cgroups (version 1 and 2) leaves in bytes."""
+    rooms: list[int] = []
+    try:
+        lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return rooms
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, limit, usage, cache = "", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        mount = root / "sys" / "fs" / "cgroup" / base
+        # A container may see the host's path, but mount its own cgroup.
+        for folder in (mount / path.strip("/"), *(mount / path.strip("/")).parents):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+                most = int((folder / limit).read_text())
+                used = int((folder / usage).read_text())
+                # The kernel drops cached files before it kills a process.
+                rooms.append(most - used + _values(folder / "memory.stat").get(cache, 0))
+            if folder == mount:
+                break
+    return rooms
+
+
+def _values(path: Path) -> dict[str, int]:
+    """Return the numbers of a file of the kernel by their names, with kB as bytes."""
+    found = {}
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[1].isdigit():
+            found[words[0]] = int(words[1]) * (1024 if words[2:] == ["kB"] else 1)
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be allocated."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    text = re.search(r"can't allocate memory|not enough memory|out of memory", str(error))
+    return known or (isinstance(error, RuntimeError) and text is not None)

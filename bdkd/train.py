@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from pathlib import Path
 
 from bdkd.extras import missing_packages
@@ -11,6 +12,7 @@ if message := missing_packages(("tyro",)):
 
 from bdkd.cli.table import results_table
 from bdkd.cli.train import Arguments, continue_launch, parse_command, resolve_run
+from bdkd.device import is_out_of_memory
 from bdkd.distributed.context import DistributedContext
 from bdkd.distributed.launch import (
     init_distributed,
@@ -18,9 +20,9 @@ from bdkd.distributed.launch import (
     only_rank0_prints,
     redirect_output,
 )
-from bdkd.engine.components import build_components
+from bdkd.engine.components import Components, build_components
+from bdkd.runs import plan
 from bdkd.runs.folder import RunFolder
-from bdkd.runs.plan import plan
 from bdkd.runs.weights import check_initial_weights, check_pretrained, load_initial_weights
 from bdkd.trainer import Trainer
 
@@ -44,12 +46,51 @@ def main(given: list[str]) -> None:
                 redirect_output(folder.logs, context.rank)
             train(arguments, folder, context)
         elif context.is_rank0:
-            check_pretrained(arguments.config)
-            components = build_components(arguments.config)
-            check_initial_weights(components)
-            print(plan(components, arguments.images_per_second))
+            print(describe_plan(arguments, context.world_size))
     if quiet and context.is_rank0:
         print(arguments.config.run_dir)
+
+
+def describe_plan(arguments: Arguments, ranks: int) -> str:
+    """Return the plan of a run, with the speed of a few real steps. Nothing is written."""
+    from bdkd.probe import check_memory
+
+    check_pretrained(arguments.config)
+    components = build_components(arguments.config)
+    check_initial_weights(components)
+    each, memory, available, warning = check_memory(components, ranks)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if arguments.images_per_second is not None:
+        rows = [plan.assumed_row(components, arguments.images_per_second)]
+    elif reason := _why_not_measured(arguments, ranks, warning is None):
+        rows = [("time", [f"not measured: {reason}"])]
+    else:
+        rows = _measured_rows(components)
+    return plan.describe(components, ranks, each, plan.memory_row(memory, available, ranks), rows)
+
+
+def _why_not_measured(arguments: Arguments, ranks: int, enough: bool) -> str | None:
+    if arguments.no_probe:
+        return "--no-probe (--images-per-second N estimates it)"
+    if ranks > 1:
+        return "rank 0 plans alone (without torchrun it times steps)"
+    return None if enough else "there is not enough memory"
+
+
+def _measured_rows(components: Components) -> list[plan.Row]:
+    from bdkd.probe import measure
+
+    where = f"timing steps on {components.device}"
+    print(f"{where}; --no-probe skips this", file=sys.stderr, flush=True)
+    try:
+        return plan.measured_rows(components, *measure(components))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    remedy = plan.memory_remedy(components.recipe)
+    print(f"warning: out of memory while timing steps: {remedy}", file=sys.stderr, flush=True)
+    return [("time", ["not measured: the steps ran out of memory"])]
 
 
 def train(arguments: Arguments, folder: RunFolder, context: DistributedContext) -> None:

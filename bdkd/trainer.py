@@ -25,6 +25,7 @@ from bdkd.plugins import plugin_arguments
 from bdkd.runs.checkpointer import Checkpointer
 from bdkd.runs.folder import RunFolder
 from bdkd.runs.log import MetricsLogger, check_sinks
+from bdkd.runs.plan import banner
 from bdkd.runs.profile import StepProfiler
 from bdkd.runs.resume import resume as resume_run
 from bdkd.runs.signals import StopRequest
@@ -158,6 +159,8 @@ class Trainer:
                 resume_run(self.state, found)
             remaining = self.state.remaining_steps()
             self.last_step = self.state.progress.step + remaining
+            if remaining and self.context.is_rank0:
+                print(banner(self.components, folder.path, self.state.progress.step), flush=True)
             self.logger = stack.enter_context(
                 MetricsLogger(self.state, folder, self.last_step, progress_bar)
             )

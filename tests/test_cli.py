@@ -121,10 +121,11 @@ def test_train_prints_plain_lines_in_a_pipe(tmp_path):
 
 def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["train", "digits", "--dry-run", "--train.accumulate", "2", "--max-steps", "100"])
+    options = ["--train.accumulate", "2", "--max-steps", "100", "--no-probe"]
+    main(["train", "digits", "--dry-run", *options])
     plan = capsys.readouterr().out
     for fact in ("1,222 train, 216 val, 359 test", "691,386 parameters", "77,754 parameters",
-                 "19 per epoch", "stopping after 100", "in 2 parts", "MiB"):  # fmt: skip
+                 "30 epochs of 19 steps", "stopping after 100", "in 2 micro-batches"):  # fmt: skip
         assert fact in plan
     assert not list(tmp_path.iterdir())
 

@@ -95,6 +95,8 @@ def parse_bdkd(arguments: list[str]) -> None:
         default = module.Arguments(recipe=name, config=recipe)
         for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
             parse_objective(method, recipe)
+    elif command == "benchmark":
+        module.parse(rest)
     elif command == "data":
         action = getattr(module, rest[0].capitalize())
         tyro.cli(action, prog=f"bdkd data {rest[0]}", args=rest[1:])

@@ -5,11 +5,14 @@ import re
 import pytest
 
 from bdkd.cli import main
+from bdkd.cli.benchmark import HELP as BENCHMARK
+from bdkd.cli.compare import HELP as COMPARE
 from bdkd.cli.completion import command_flags
 from bdkd.cli.help import COMMON
 from bdkd.cli.shortcuts import SHORTCUTS
 
-WITH_RECIPE = ["train", "compare"]
+WITH_RECIPE = ["train", "compare", "benchmark"]
+OMITTED = {"train": set(), "compare": set(COMPARE.omitted), "benchmark": set(BENCHMARK.omitted)}
 
 
 def help_of(capsys, *arguments: str) -> str:
@@ -34,8 +37,8 @@ def test_every_option_of_the_short_help_exists(command, capsys):
     shown = {flag.replace("NAME", "student") for flag in re.findall(r"^  (--\S+)", text, re.M)}
     assert shown <= command_flags(command).keys()
     assert len(shown) >= 20
-    omitted = {"--objective", "--seed", "--run-dir"} if command == "compare" else set()
-    assert shown >= {n.replace("NAME", "student") for n in [*COMMON, *SHORTCUTS]} - omitted
+    expected = {*COMMON, *SHORTCUTS} - OMITTED[command]
+    assert shown >= {name.replace("NAME", "student") for name in expected}
 
 
 def test_the_short_help_shows_choices_and_the_values_of_the_recipe(capsys):

@@ -49,9 +49,12 @@ class Arguments:
     resume: Resume = "never"
     """Resume the run in the folder. auto: if the folder contains one. Without a value: require."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved plan (data, networks, operations, steps, memory, hours) and stop."""
+    """Print the plan (data, networks, operations, steps, memory, hours) and stop. Times a few real
+    steps on this machine for it."""
+    no_probe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --dry-run: do not time steps."""
     images_per_second: float | None = None
-    """With --dry-run: speed for the estimate of hours. Default: 1,000 images/s."""
+    """With --dry-run: estimate the hours at this speed, of another machine, and time no steps."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Profile this number of steps after the first ten. Write a trace to the run's profile/, and
     print a table of the time of each phase. Without a value: 8."""
@@ -96,11 +99,13 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     The option that selects another objective, data source or optimizer also changes which options
     there are; see :func:`bdkd.config.select`. Raises ``UsageError`` if an option is wrong.
     """
-    _check_network_names(given, default)
+    check_network_names(given, default)
     arguments = parse_options(
         Arguments, "bdkd train", _expand_profile(given), Arguments(recipe=given[0], config=default)
     )
     rate = arguments.images_per_second
+    if arguments.no_probe and not arguments.dry_run:
+        raise UsageError("--no-probe needs --dry-run: give --dry-run too")
     if rate is not None and not arguments.dry_run:
         raise UsageError("--images-per-second needs --dry-run: give --dry-run too")
     if rate is not None and not 0 < rate < math.inf:
@@ -111,7 +116,7 @@ def parse(given: list[str], default: Recipe) -> Arguments:
     return arguments
 
 
-def _check_network_names(given: list[str], default: Recipe) -> None:
+def check_network_names(given: list[str], default: Recipe) -> None:
     """Raise ``UsageError`` for unknown networks, which tyro's message does not name."""
     known = {name.replace("_", "-") for name in default.networks}
     for option in given:

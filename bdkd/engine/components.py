@@ -1,5 +1,6 @@
 """The parts of a run, built from its recipe. Training, evaluation and export share them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,18 @@ class Components:
 
 
 def build_components(
-    recipe: Recipe, context: DistributedContext = SINGLE_PROCESS, *, training: bool = True
+    recipe: Recipe,
+    context: DistributedContext = SINGLE_PROCESS,
+    *,
+    training: bool = True,
+    create: Callable[..., DataSource] = create_source,
 ) -> Components:
     """Build device, objective, data source and networks, and set the flags of torch.
 
     Args:
         context: the processes that work together.
         training: check first, before any data is read, that a training step can run here.
+        create: creates the data source. Called like :func:`bdkd.data.create_source`.
 
     Raises:
         UsageError: a value of the recipe does not fit, or names something that does not exist.
@@ -57,7 +63,7 @@ def build_components(
         check_requirements(recipe, device, context, objective)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     dtype = AUTOCAST[recipe.train.precision] or torch.float32
-    source = create_source(recipe.data, recipe.seed, device, layout, dtype)
+    source = create(recipe.data, recipe.seed, device, layout, dtype)
     images, batch_size = source.info.counts["train"], recipe.train.batch_size
     if images < batch_size:
         raise UsageError(

@@ -1,17 +1,19 @@
-"""The cost of a step by its shapes alone: floating-point operations, and bytes kept for the
-backward pass. Computed on the meta device, so that nothing is allocated."""
+"""The cost of a step by its shapes alone: floating-point operations and memory. Computed on the
+meta device, so that nothing is allocated."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bdkd.device import AUTOCAST
+from bdkd.data import InMemory
+from bdkd.device import AUTOCAST, process_memory
 from bdkd.engine.components import Components
 from bdkd.engine.networks import build_networks
+from bdkd.engine.optim import optimizer_entry
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Cost:
     forward: int  # FLOPs per image
     step: int  # FLOPs per image, forward and backward; of a frozen network the forward pass alone
     kept: int  # bytes per image that autograd keeps from the forward for the backward pass
+    largest: int  # bytes per image of the largest output of a layer
 
 
 def costs(components: Components, image_size: tuple[int, int] | None = None) -> dict[str, Cost]:
@@ -60,7 +63,39 @@ def cost_of(
     """
     parameters = sum(p.numel() for p in network.parameters())
     network = network.to("meta", dtype).train(trains)
-    images = torch.empty(2, *shape, device="meta", dtype=dtype)  # 2: batch norm refuses one value
+    # 2 images at least, because batch norm refuses one value. The difference of two batches leaves
+    # out what does not depend on the images, such as the transposed weights of a linear layer.
+    images, more = (torch.empty(n, *shape, device="meta", dtype=dtype) for n in (2, 4))
+    kept = _bytes_kept(network, more, trains) - _bytes_kept(network, images, trains)
+    largest = 0
+
+    def measure(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    for module in network.modules():
+        module.register_forward_hook(measure)
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward},
+    )
+    with counter, torch.set_grad_enabled(trains):
+        logits = network(images)
+        forward = counter.get_total_flops()
+        if trains:
+            logits.sum().backward()
+    return Cost(
+        parameters,
+        forward // len(images),
+        counter.get_total_flops() // len(images),
+        kept // len(images),
+        largest // len(images),
+    )
+
+
+def _bytes_kept(network: nn.Module, images: Tensor, trains: bool) -> int:
+    """Return the bytes that autograd keeps from a forward pass, besides the parameters."""
     own = {id(p) for p in network.parameters()}
     kept: dict[int, Tensor] = {}  # an id is unique only while its tensor lives
 
@@ -69,22 +104,12 @@ def cost_of(
             kept[id(tensor)] = tensor
         return tensor
 
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward},
-    )
-    with counter, torch.set_grad_enabled(trains):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits = network(images)
-        forward = counter.get_total_flops()
-        if trains:
-            logits.sum().backward()
-    return Cost(
-        parameters,
-        forward // len(images),
-        counter.get_total_flops() // len(images),
-        sum(tensor.numel() * tensor.element_size() for tensor in kept.values()) // len(images),
-    )
+    with (
+        torch.set_grad_enabled(trains),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        network(images)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def _convolution_backward(
@@ -106,3 +131,72 @@ def _convolution_backward(
     groups, which makes a step of MobileNetV1 3.5 times too large."""
     once = 2 * math.prod(images if transposed else grad_out) * math.prod(weight[1:])
     return once * sum(output_mask[:2])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The estimated peak memory of a run on one rank, in bytes."""
+
+    process: int  # Python, torch and other code; 0 on a GPU
+    data: int  # the images of a source that keeps them in memory
+    weights: int
+    gradients: (
+        int  # gradients, state of the optimizer, averages of students, casts to low precision
+    )
+    activations: int  # kept for the backward pass of a micro-batch
+    workspace: int  # a batch, and what operators need for a moment
+
+    @property
+    def total(self) -> int:
+        return self.process + self.data + self.weights + self.to_come
+
+    @property
+    def to_come(self) -> int:
+        """Memory that is allocated after the data set and the networks were built."""
+        return self.gradients + self.activations + self.workspace
+
+
+# Besides the activations that are kept, operators hold several at a time: a convolution's
+# workspace, an input and its gradient, and the gradient of a shortcut. In units of the largest one,
+# fitted to the peaks of seven pairs of networks on a CPU (tests/training/test_memory.py).
+HELD_IN_TRAINING, HELD_IN_EVALUATION = 4, 3
+# Code and tables that torch and oneDNN load in the first step of a CPU.
+FIRST_STEP = 28 * 2**20
+
+
+def estimate_memory(components: Components, each: Mapping[str, Cost], ranks: int = 1) -> Memory:
+    """Estimate the memory of a run whose data set and networks were built and not trained yet.
+
+    Args:
+        each: the :func:`costs` of its networks.
+        ranks: number of ranks that share a batch.
+    """
+    recipe, info, source = components.recipe, components.source.info, components.source
+    train, trained = recipe.train, components.networks.trained()
+    moments = optimizer_entry(recipe.optimizer).moments(recipe.optimizer)
+    on_gpu = components.device.type == "cuda"
+    images = math.ceil(train.batch_size / ranks)
+    micro_batch = math.ceil(images / train.accumulate)
+    weights = gradients = kept = 0
+    for name, cost in each.items():
+        config, values = recipe.networks[name], cost.parameters
+        share = ranks if config.shard else 1
+        weights += 4 * values // share
+        if train.precision != "fp32":
+            gradients += 2 * values  # autocast keeps the casts of the weights
+        if name in trained:
+            averaged = train.ema_decay is not None and config.role == "student"
+            gradients += 4 * values * (1 + moments + averaged) // share
+            kept += cost.kept * micro_batch
+    largest = max(cost.largest for cost in each.values())
+    batch = 2 * components.objective.views * images * 4 * info.channels * math.prod(info.image_size)
+    # An evaluation keeps nothing, but its batch is not divided into micro-batches.
+    evaluation = HELD_IN_EVALUATION * largest * images - kept
+    workspace = max(HELD_IN_TRAINING * largest * micro_batch, evaluation) + batch
+    data = 0
+    if isinstance(source, InMemory):
+        data = sum(x.nbytes for images in source.splits.values() for x in images)
+    process = 0 if on_gpu else max(0, process_memory() - data - weights)
+    return Memory(
+        process, data, weights, gradients, kept, workspace + (0 if on_gpu else FIRST_STEP)
+    )

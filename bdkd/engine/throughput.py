@@ -1,12 +1,76 @@
-"""How well a log interval used the machine: the wait for data, memory, utilisation."""
+"""The speed of training: time of single steps, and for each log interval the wait for data, memory
+and utilisation."""
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
 
 from bdkd.data import Batch
 from bdkd.device import peak_flops, peak_memory_mib
 from bdkd.engine.components import Components
 from bdkd.engine.ranges import named_range
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The times of some consecutive steps."""
+
+    seconds: tuple[float, ...]  # of each step, with the wait for its batch
+    images: int  # of a step, over all ranks
+    data_wait: float  # share of the time in which the loop waited for its next batch
+    memory_mib: float  # peak of the process so far; see peak_memory_mib()
+
+    @property
+    def mean(self) -> float:
+        return sum(self.seconds) / len(self.seconds)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.mean
+
+    def percentile(self, share: float) -> float:
+        """Return the time in seconds that this percentage of the steps do not exceed."""
+        return float(np.percentile(self.seconds, share))
+
+
+class StepClock:
+    """Measures the time between marks. On a GPU the marks are events of its stream, so that the
+    host can prepare the next step while the GPU computes this one, as it does in training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []  # seconds on a CPU, events on a GPU
+
+    def restart(self) -> None:
+        """Wait for the device, forget all marks, and set the first one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.marks = []
+        self.mark()
+
+    def mark(self) -> None:
+        """Set a mark. The host gets ahead of a GPU by at most one mark."""
+        if self.device.type != "cuda":
+            self.marks.append(time.monotonic())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.marks.append(event)
+        if len(self.marks) > 1:
+            self.marks[-2].synchronize()
+
+    def seconds(self) -> tuple[float, ...]:
+        """Return the times between the marks. Waits for the device."""
+        pairs = pairwise(self.marks)
+        if self.device.type != "cuda":
+            return tuple(end - begin for begin, end in pairs)
+        torch.cuda.synchronize(self.device)
+        return tuple(begin.elapsed_time(end) / 1000 for begin, end in pairs)
 
 
 class ThroughputMeter:

@@ -1,65 +1,288 @@
-"""Describe the plan of a run for ``--dry-run``."""
+"""Describe a run before it begins: the lines of ``--dry-run`` and those that training prints."""
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bdkd.config import RANDOM, NetworkConfig, Recipe
 from bdkd.engine.components import Components
-from bdkd.engine.cost import costs
-from bdkd.engine.optim import optimizer_entry
+from bdkd.engine.progress import Progress
+from bdkd.engine.throughput import StepTimes
+
+if TYPE_CHECKING:
+    from bdkd.engine.cost import Cost, Memory  # a quarter of a second to import
+
+WIDTH = 80
+Row = tuple[str, list[str]]  # a label, and pieces of text between which a line may break
+
+_Costs = Mapping[str, "Cost"]
 
 
-def plan(components: Components, images_per_second: float | None = None) -> str:
-    """Return the data, networks, operations and steps, and estimate memory and, at
-    ``images_per_second`` (default: 1,000), hours, as text."""
+def banner(components: Components, folder: Path, step: int = 0) -> str:
+    """Return the lines that training prints before its first step.
+
+    Args:
+        step: the step from which the run continues.
+    """
+    return format_rows(run_rows(components, components.context.world_size, folder, step))
+
+
+def summary_of_run(components: Components) -> str:
+    """Return the lines of a run's banner that affect the speed of its steps."""
+    rows = run_rows(components, components.context.world_size, Path(), 0)
+    return format_rows([row for row in rows if row[0] not in ("optimizer", "steps", "folder")])
+
+
+def describe(
+    components: Components, ranks: int, each: _Costs, memory: Row, time: Sequence[Row]
+) -> str:
+    """Return the lines of ``--dry-run``.
+
+    Args:
+        ranks: number of ranks of the run.
+        each: the costs of the networks.
+        memory: from :func:`memory_row`.
+        time: from :func:`measured_rows` or :func:`assumed_row`.
+    """
+    step = sum(cost.step for cost in each.values())
+    batch = components.recipe.train.batch_size
+    operations = [
+        f"{flops(step)} per image forward and backward", f"{flops(step * batch)} per step",
+        "of convolutions and matrix products", "a multiply-add counts as 2",
+    ]  # fmt: skip
+    folder = Path(str(components.recipe.run_dir))
+    *rows, last = run_rows(components, ranks, folder, 0, each)
+    return format_rows([*rows, ("operations", operations), memory, *time, last])
+
+
+def run_rows(
+    components: Components, ranks: int, folder: Path, step: int, each: _Costs | None = None
+) -> list[Row]:
+    """Return the rows that the plan and the banner of training share. The last one is the folder.
+
+    Args:
+        each: the costs of the networks. None: show none.
+    """
     recipe, info = components.recipe, components.source.info
-    t, o, s = recipe.train, recipe.optimizer, recipe.schedule
-    steps = info.counts["train"] // t.batch_size
-    total = steps * t.epochs
-    height, width = info.image_size
-    counts = ", ".join(f"{n:,} {split}" for split, n in info.counts.items())
-    lines = [
-        f"recipe     {recipe.name}, objective {recipe.objective.name}, seed {recipe.seed}, "
-        f"on {components.device}",
-        f"data       {info.source}: {counts} images of {info.channels}x{height}x{width}, "
-        f"{info.num_classes} classes",
-    ]
-    micro_batch = t.batch_size // t.accumulate
-    moments = optimizer_entry(o).moments(o)
-    memory = operations = 0
-    for name, cost in costs(components).items():
-        config, frozen = recipe.networks[name], name in components.networks.frozen
-        averaged = t.ema_decay is not None and config.role == "student"
-        copies = 1 if frozen else 1 + 1 + moments + averaged  # weights, gradients, moments, average
-        kept = cost.kept * micro_batch
-        memory += 4 * cost.parameters * copies + kept
-        operations += cost.step
-        lines.append(
-            f"network    {name} ({config.role}{', frozen' * frozen}): {config.model}, "
-            f"{cost.parameters:,} parameters, {_flops(cost.forward)} per image forward, "
-            f"{mebibytes(kept)} of activations"
-        )
-    stop = "" if recipe.max_steps is None else f", stopping after {min(total, recipe.max_steps):,}"
-    images = t.batch_size * min(total, recipe.max_steps or total)
-    rate = images_per_second or 1000.0
-    lines += [
-        f"operations {_flops(operations)} per image forward and backward, "
-        f"{_flops(operations * t.batch_size)} per step (convolutions and matrix products; a "
-        "multiply-add counts as 2)",
-        f"steps      {steps:,} per epoch, {t.epochs} epochs, {total:,} in all{stop}; batch "
-        f"{t.batch_size} in {t.accumulate} part{'s' * (t.accumulate > 1)}, {t.precision}",
-        f"time       {images / rate / 3600:,.2f} hours at {rate:,.0f} images/s, without the "
-        "evaluations",
-        f"optimizer  {o.name}, peak learning rate {o.learning_rate}, {s.name} schedule, "
-        f"warm-up {s.warmup:g} {s.unit}",
-        f"memory     about {mebibytes(memory)}: weights, gradients, optimizer state, and "
-        f"activations kept for the backward pass in {t.precision}",
-        f"folder     {recipe.run_dir}",
-    ]
+    o, s = recipe.optimizer, recipe.schedule
+    counts = [f"{n:,} {split}" for split, n in info.counts.items() if n]
+    counts[-1] += f" images of {'x'.join(map(str, (info.channels, *info.image_size)))}"
+    return [
+        ("recipe", [recipe.name, f"objective {recipe.objective.name}", f"seed {recipe.seed}"]),
+        ("device", _device(components.device)),
+        ("data", [info.source, *counts, f"{info.num_classes:,} classes"]),
+        *_networks(components, ranks, step, each),
+        ("optimizer", [
+            o.name, f"peak learning rate {o.learning_rate:g}", f"{s.name} schedule",
+            f"warm-up {s.warmup:g} {s.unit}",
+        ]),
+        ("batch", _batch(recipe, ranks)),
+        ("precision", _precision(recipe, components.device)),
+        ("steps", _steps(recipe, info.counts["train"], step)),
+        ("folder", [str(folder)]),
+    ]  # fmt: skip
+
+
+def _device(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return [str(device), torch.cuda.get_device_name(device)]
+    threads = torch.get_num_threads()
+    return [str(device), f"{threads} thread{'s' * (threads > 1)}"]
+
+
+def _networks(components: Components, ranks: int, step: int, each: _Costs | None) -> Iterator[Row]:
+    label, train = "networks", components.recipe.train
+    images = math.ceil(math.ceil(train.batch_size / ranks) / train.accumulate)
+    for name, network in components.networks.members.items():
+        config, frozen = components.recipe.networks[name], name in components.networks.frozen
+        role = config.role if config.role != name else ""
+        notes = ", ".join(filter(None, (role, "frozen" * frozen)))
+        parameters = sum(p.numel() for p in network.parameters())
+        pieces = [
+            f"{name}{f' ({notes})' * bool(notes)}: {config.model}", f"{parameters:,} parameters",
+            "weights of the checkpoint" if step else _weights(config),
+        ]  # fmt: skip
+        if each is not None:
+            forward = f"{flops(each[name].forward)} per image forward"
+            pieces += [forward, f"{binary_size(each[name].kept * images)} of activations"]
+        yield label, pieces
+        label = ""
+
+
+def _weights(config: NetworkConfig) -> str:
+    if config.weights not in (None, RANDOM):
+        return f"weights of {config.weights}"
+    return "pretrained weights" if config.options.get("pretrained") else "random weights"
+
+
+def _batch(recipe: Recipe, ranks: int) -> list[str]:
+    size, parts = recipe.train.batch_size, recipe.train.accumulate
+    pieces = [f"{size:,} images"]
+    if ranks > 1:
+        pieces.append(f"{math.ceil(size / ranks):,} on each of {ranks} ranks")
+    if parts > 1:
+        pieces.append(f"in {parts} micro-batches (train.accumulate)")
+    return pieces
+
+
+def _precision(recipe: Recipe, device: torch.device) -> list[str]:
+    train = recipe.train
+    on = {
+        "TF32": train.tf32 and train.precision == "fp32" and device.type == "cuda",
+        "compiled": train.compile,
+        "CUDA graph": train.cuda_graph,
+        "networks overlap": train.overlap,
+        "deterministic": train.deterministic,
+    }
+    return [train.precision, *(name for name, applies in on.items() if applies)]
+
+
+def _steps(recipe: Recipe, train_images: int, step: int) -> list[str]:
+    per_epoch = train_images // recipe.train.batch_size
+    total = per_epoch * recipe.train.epochs
+    pieces = [f"{total:,}: {recipe.train.epochs:,} epochs of {per_epoch:,} steps"]
+    if recipe.max_steps is not None:
+        pieces.append(f"stopping after {min(total, recipe.max_steps):,} (max_steps)")
+    return [*pieces, f"continuing from step {step:,}"] if step else pieces
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def memory_row(memory: "Memory", available: int | None, ranks: int) -> Row:
+    """Return the estimate of a rank's memory, its parts, and what is available."""
+    parts = {
+        "Python and torch": memory.process,
+        "images in memory": memory.data,
+        "weights": memory.weights,
+        "gradients and optimizer state": memory.gradients,
+        "activations": memory.activations,
+        "batches and workspace": memory.workspace,
+    }
+    first = f"about {binary_size(memory.total)}{' on each rank' * (ranks > 1)}, estimated"
+    pieces = [f"{binary_size(size)} {name}" for name, size in parts.items() if size]
+    if available is not None:
+        pieces.append(f"{binary_size(available)} more is free here")
+    return "memory", [f"{first}: {pieces[0]}", *pieces[1:]]
+
+
+def memory_warning(memory: "Memory", available: int | None, recipe: Recipe) -> str | None:
+    """Return a line if the estimated memory is not available, else None."""
+    if available is None or memory.to_come <= available:
+        return None
+    return (
+        f"not enough memory: training needs about {binary_size(memory.to_come)} more, "
+        f"and {binary_size(available)} is free: {memory_remedy(recipe)}"
+    )
+
+
+def memory_remedy(recipe: Recipe) -> str:
+    """Return what saves memory."""
+    remedies = ["raise train.accumulate", "lower train.batch_size or data.image_size"]
+    if recipe.train.precision == "fp32":
+        remedies.append("set train.precision to bf16")
+    return ", or ".join([", ".join(remedies[:-1]), remedies[-1]])
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def measured_rows(components: Components, steps: StepTimes, evaluation: float) -> list[Row]:
+    """Return the measured speed and memory, and the time of the whole run.
+
+    Args:
+        steps: the times of some steps.
+        evaluation: seconds of an evaluation for each image.
+    """
+    recipe, counts = components.recipe, components.source.info.counts
+    train_images = counts["train"]
+    total = Progress().remaining_steps(recipe, train_images)
+    evaluations = count_evaluations(recipe, train_images)
+    # At the end, the validation images once more for the temperatures, and the test images.
+    val = (evaluations + 1) * counts["val"]
+    test = (evaluations * recipe.watch_test + 1) * counts["test"]
+    training, evaluating = total * steps.mean, (val + test) * evaluation
+    passes = evaluations * ((counts["val"] > 0) + recipe.watch_test) + (counts["val"] > 0) + 1
+    plural = "s" * (passes > 1)
+    # Steps are timed at the largest size of the images (data.progressive).
+    bound = "at most " * (len(recipe.data.training_sizes()) > 1)
+    what = "tensors on the GPU" if components.device.type == "cuda" else "the whole process"
+    return [
+        ("measured", [
+            f"{rate(steps.images_per_second)} images/s", f"{1000 * steps.mean:,.1f} ms a step",
+            f"{steps.data_wait:.0%} of it waiting for data",
+            f"peak memory {binary_size(round(steps.memory_mib * 2**20))} ({what})",
+            f"mean of {len(steps.seconds)} steps",
+        ]),
+        ("time", [
+            f"{bound}{duration(training + evaluating)} on this machine",
+            f"{duration(training)} for {total:,} steps",
+            f"{duration(evaluating)} for {passes:,} evaluation{plural}",
+            "without checkpoints" + " and compilation" * recipe.train.compile,
+        ]),
+    ]  # fmt: skip
+
+
+def assumed_row(components: Components, images_per_second: float) -> Row:
+    """Return the time of the training steps at a given speed."""
+    recipe, train_images = components.recipe, components.source.info.counts["train"]
+    images = Progress().remaining_steps(recipe, train_images) * recipe.train.batch_size
+    time = duration(images / images_per_second)
+    return "time", [f"{time} at {images_per_second:,.6g} images/s", "without the evaluations"]
+
+
+def count_evaluations(recipe: Recipe, train_images: int) -> int:
+    """Return how often a run is evaluated while it trains: after every ``evaluate_every`` epochs,
+    and after the last step."""
+    total = Progress().remaining_steps(recipe, train_images)
+    between = recipe.evaluate_every * (train_images // recipe.train.batch_size)
+    return math.ceil(total / between)
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """Return aligned lines of at most ``WIDTH`` columns, if every piece fits into one."""
+    indent = max(len(label) for label, _ in rows) + 2
+    lines = []
+    for label, pieces in rows:
+        line = label.ljust(indent)
+        for number, piece in enumerate(pieces, 1):
+            text = piece + "," * (number < len(pieces))
+            separator = "" if number == 1 else " "
+            if number > 1 and len(line) + len(separator) + len(text) > WIDTH:
+                lines.append(line)
+                line, separator = " " * indent, ""
+            line += separator + text
+        lines.append(line)
     return "\n".join(lines)
 
 
-def _flops(count: int) -> str:
-    units = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
+def duration(seconds: float) -> str:
+    """Return hours, or minutes or seconds if there are few of them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+def rate(value: float) -> str:
+    """Return a number of images per second with at least three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def flops(count: float) -> str:
+    """Return a number of floating-point operations with its unit."""
+    units = {1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
     size = next((size for size in units if count >= size), 1e3)
     return f"{count / size:,.3g} {units.get(size, 'kFLOP')}"
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def binary_size(count: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    if count >= 2**30:
+        return f"{count / 2**30:,.1f} GiB"
+    return f"{count / 2**20:,.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:,.1f} MiB"

@@ -55,6 +55,20 @@ def shown_step(line: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def torchrun(
+    ranks: int, *arguments: str, cwd: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess:
+    """The command line on several ranks of this machine."""
+    return subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+            "--standalone", "-m", "--", "bdkd", *arguments,
+        ],
+        capture_output=True, text=True, cwd=cwd, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, str]:
     """Start ``bdkd train`` and send a signal once it has said that it did a step.
 

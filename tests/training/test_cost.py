@@ -28,6 +28,7 @@ def test_operations_are_those_counted_by_hand():
     # backward: each layer's weights, and each one's input but the images
     assert cost.step == cost.forward + first + 2 * second + 2 * last
     assert cost.parameters == 8 * 27 + 8 + 4 * 8 + 4 + 2560 + 10
+    assert cost.largest == 4 * 8 * 64  # the output of the first convolution
 
 
 def test_a_depthwise_convolution_is_counted_by_its_groups():
@@ -84,6 +85,14 @@ def test_the_memory_is_what_a_real_forward_pass_keeps(dtype):
     assert cost.kept == pytest.approx(real, rel=0.15)
 
 
+def test_the_memory_of_an_image_holds_no_weights():
+    """A linear layer keeps its transposed weights, which do not grow with the batch."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 100_000, bias=False), nn.Tanh())
+    cost = cost_of(network, (1, 2, 2), trains=True)
+    assert cost.kept == 4 * (4 + 100_000)  # the input of the layer and the output of tanh
+    assert cost.largest == 4 * 100_000
+
+
 def test_counting_leaves_the_networks_and_the_random_state_alone():
     components = components_of(load_recipe("digits"))
     before, state = copy.deepcopy(components.networks.state_dict()), torch.get_rng_state()
@@ -102,9 +111,9 @@ def test_the_plan_tells_operations_and_hours(capsys, tmp_path, monkeypatch):
     text = capsys.readouterr().out
     assert "12.6 MFLOP per image forward" in text
     assert "42.4 MFLOP per image forward and backward, 2.71 GFLOP per step" in text
-    assert f"{570 * 64 / 10 / 3600:.2f} hours at 10 images/s" in text
-    main(["train", "digits", "--dry-run", "--max-steps", "100"])
-    assert f"{100 * 64 / 1000 / 3600:.2f} hours at 1,000 images/s" in capsys.readouterr().out
+    assert f"{570 * 64 / 10 / 60:.0f} minutes at 10 images/s" in text
+    main(["train", "digits", "--dry-run", "--max-steps", "100", "--images-per-second", "0.5"])
+    assert f"{100 * 64 / 0.5 / 3600:.1f} hours at 0.5 images/s" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
