@@ -572,23 +572,18 @@ def break_image(folder: Path) -> Path:
     return file
 
 
-def empty_class(folder: Path) -> Path:
+def empty_class(folder: Path) -> str:
     for file in (folder / "train" / "dark").iterdir():
         file.unlink()
-    return folder / "train" / "dark"
-
-
-def drop_test(folder: Path) -> Path:
-    (folder / "test").rename(folder / "tset")
-    return folder / "test"
+    return f"the class dark in {folder / 'train'} holds 0 images"
 
 
 def drop_class(folder: Path) -> str:
     (folder / "test" / "dark").rename(folder / "test" / "drak")
-    return "['dark', 'drak']"
+    return "must hold the same classes"
 
 
-@pytest.mark.parametrize("damage", [break_image, empty_class, drop_test, drop_class])
+@pytest.mark.parametrize("damage", [break_image, empty_class, drop_class])
 def test_broken_data_ends_in_one_line_that_names_it(damage, folder, capsys):
     named = damage(folder)
     code, message = fail(capsys, *folder_arguments(folder))

@@ -39,6 +39,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "log_every": COUNT,
     "data.image_size": ([8, 4096], [7, 4097]),
     "data.validation": OPEN_1,
+    "data.test_share": ([ABOVE_0, BELOW_1], [0.0, 1.0]),
     "data.train_images": ([2], [1]),
     "data.label_noise": SHARE,
     "data.pixel_noise": SHARE,
@@ -88,6 +89,7 @@ OF_THE_LOSS = {f"objective.{name}" for name in (
 # The recipe digits has these; an option of another source or optimizer needs that one.
 NEEDED = {
     "data.images": ("data", "synthetic"), "data.classes": ("data", "synthetic"),
+    "data.test_share": ("data", "images"),
     "optimizer.betas": ("optimizer", "adamw"),
     **{f"data.{field.name}": ("data", "imagenet") for field in dataclasses.fields(ImageNetConfig)
        if not hasattr(InMemoryConfig, field.name)},

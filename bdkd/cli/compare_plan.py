@@ -106,6 +106,7 @@ def plan_runs(
         UsageError: an objective, option or value is invalid, or the networks do not fit.
         RunError: a folder contains a run with other options.
     """
+    from bdkd.engine.image_size import with_image_size_of
     from bdkd.engine.networks import with_model_options
     from bdkd.objectives import create_objective
     from bdkd.runs.folder import RunFolder
@@ -134,8 +135,9 @@ def plan_runs(
     for planned in runs:
         if (stored := RunFolder(planned.path)).config.exists():
             weights = {f"networks.{name}.weights" for name in planned.teachers}
-            recipes = with_model_options(stored.read_config()), with_model_options(planned.recipe)
-            changed = set(differing_keys(*recipes))
+            before = with_model_options(stored.read_config())
+            now = with_image_size_of(with_model_options(planned.recipe), before)
+            changed = set(differing_keys(before, now))
             if changed := changed - weights - {"run_dir"}:
                 found = f"{planned.path} contains a run with other {', '.join(sorted(changed))}"
                 raise RunError(f"{found}: choose another --folder, or remove the run")

@@ -1,20 +1,35 @@
-"""``bdkd data``: download a data set, or check one."""
+"""``bdkd data``: list the data sources, download a data set, or check one."""
 
+import json as jsonlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from bdkd.bounds import Count
+from bdkd.cli.flags import parse
 from bdkd.config import nearest
 from bdkd.errors import RunError, UsageError
 from bdkd.text import expand_user
 
 ACTIONS = {
+    "list": "show every data source, whether it is ready here, and the command that trains on it",
     "fetch": "download a data set, check its hash and unpack it",
-    "check": "count the images of an ImageNet-like data set, and list those that cannot be decoded",
+    "check": "count the images of a data set, and list those that cannot be decoded",
 }
 SHOWN = 10  # number of bad files to print; the list contains all of them
+
+
+@dataclass(frozen=True)
+class List:
+    """Show every data source: what it reads, whether it is ready here, and the command that trains
+    on it."""
+
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")] = Path("data")
+    """Folder to look for data sets in."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print a JSON array with an object for each source."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +47,24 @@ class Fetch:
 class Check:
     """Count classes and images, and decode every image, in parallel. Write a list of the images
     that cannot be decoded. --data.exclude leaves them out of training. Exit with 1 if there are
-    such images, or if a class has too few images."""
+    such images, or if a class has too few images.
 
-    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
-    """Folder of the data set: the data.root of a recipe."""
-    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
+    ROOT is what data.root of the source images can be: a folder with train/CLASS/*.jpg and
+    test/CLASS/*.jpg (or val/), a flat folder with CLASS/*.jpg, a folder of webdataset shards or
+    TFRecords, a .parquet file or a folder of them, or hf:NAME."""
+
+    root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
+    """The data set: the data.root of a recipe."""
+    format: Literal["auto", "folder", "webdataset", "tfrecord", "hf"] = "auto"
     """Format of the data set: the data.format of a recipe."""
-    workers: int | None = None
+    workers: Count | None = None
     """Number of decoding processes. Default: one for each processor."""
     to: Path = Path("bad-files.txt")
     """File to write the list to."""
+    image_column: str | None = None
+    """Column of the images of a Hugging Face data set, if several fit."""
+    label_column: str | None = None
+    """Column of the labels of a Hugging Face data set, if several fit."""
 
 
 def run(given: list[str]) -> None:
@@ -53,12 +76,29 @@ def run(given: list[str]) -> None:
     action, *rest = given
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}: {nearest(action, list(ACTIONS))}")
-    {"fetch": fetch, "check": check}[action](rest)
+    {"list": list_sources, "fetch": fetch, "check": check}[action](rest)
+
+
+def list_sources(given: list[str]) -> None:
+    """``bdkd data list [ROOT]``."""
+    arguments = parse(List, "bdkd data list", given)
+
+    from bdkd.data.catalog import listed_sources
+
+    sources = listed_sources(expand_user(arguments.root, "ROOT"))
+    if arguments.json:
+        print(jsonlib.dumps([source._asdict() for source in sources], indent=2))
+        return
+    for source in sources:
+        size = "" if source.download_bytes is None else f" ({source.download_bytes / 1e9:.1f} GB)"
+        print(f"{source.name}: {source.reads or 'a source of a plugin'}{size}")
+        print(f"    {'ready' if source.ready else 'not ready: ' + source.missing}")
+        print(f"    {source.command}")
 
 
 def fetch(given: list[str]) -> None:
     """``bdkd data fetch NAME --to DIR``."""
-    arguments = tyro.cli(Fetch, prog="bdkd data fetch", args=given)
+    arguments = parse(Fetch, "bdkd data fetch", given)
 
     from bdkd.data import fetch as fetching
 
@@ -68,17 +108,18 @@ def fetch(given: list[str]) -> None:
 
 def check(given: list[str]) -> None:
     """``bdkd data check ROOT``."""
-    arguments = tyro.cli(Check, prog="bdkd data check", args=given)
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {arguments.workers}")
+    arguments = parse(Check, "bdkd data check", given)
 
-    from bdkd.data.imagenet import check as checking
+    from bdkd.data.images import check as checking
 
-    root, to = expand_user(arguments.root, "ROOT"), expand_user(arguments.to, "--to")
-    report = checking.check(root, arguments.format, arguments.workers)
+    to = expand_user(arguments.to, "--to")
+    report = checking.check(
+        arguments.root, arguments.format, arguments.workers, arguments.image_column,
+        arguments.label_column,
+    )  # fmt: skip
     for split, counts in report.counts.items():
         span = f"{counts.min():,} to {counts.max():,} in a class"
-        print(f"{split:5}  {counts.sum():,} images of {(counts > 0).sum():,} classes, {span}")
+        print(f"{split:6} {counts.sum():,} images of {(counts > 0).sum():,} classes, {span}")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.most_common())
     print(f"kinds  {kinds or 'none'}")
     for identity, reason in report.bad[:SHOWN]:
@@ -87,7 +128,7 @@ def check(given: list[str]) -> None:
     if len(report.bad) > SHOWN:
         print(f"bad    and {len(report.bad) - SHOWN:,} more")
     if report.bad or to.exists():  # replace an outdated list
-        checking.write_list(report, root, to)
+        checking.write_list(report, arguments.root, to)
     problems = []
     if report.bad:
         found = f"{len(report.bad):,} of {report.images:,} images cannot be decoded, listed in {to}"
@@ -95,7 +136,7 @@ def check(given: list[str]) -> None:
     if lacking := report.lacking:
         named = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         have = "class has" if len(lacking) == 1 else "classes have"
-        problem = f"{have} fewer than 2 training images or none in val"
+        problem = f"{have} {report.too_few}"
         problems.append(f"{len(lacking):,} {problem} ({named})")
     if problems:
         raise RunError("; ".join(problems))

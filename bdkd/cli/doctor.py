@@ -22,6 +22,7 @@ from bdkd.extras import TRAINER_PACKAGES, bdkd_version
 OPTIONAL = {
     "train": {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "tensorboard": "tensorboard"},
     "imagenet": {"pillow": "PIL", "timm": "timm"},
+    "hf": {"datasets": "datasets"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "profile": {"torch-tb-profiler": "torch_tb_profiler"},
 }

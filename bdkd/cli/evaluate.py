@@ -71,7 +71,7 @@ def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str
         return path, *load_checkpoint(path)
 
     path, text, saved = context.broadcast_from_rank0(load)
-    recipe = parse_recipe(text, source=str(path))
+    recipe = parse_recipe(text, source=str(path), of_run=True)
     recipe = relocate(recipe, arguments.device, arguments.data_root)
     components = build_components(recipe, context, training=False)
     networks = load_networks(components, path, saved)
@@ -87,7 +87,8 @@ def measure_exported(arguments: Arguments, context: "DistributedContext") -> dic
 
     exported = read_exported(arguments.path)
     facts = exported.facts
-    recipe = without_others(parse_recipe(facts.recipe, source=str(arguments.path)), facts.network)
+    recipe = parse_recipe(facts.recipe, source=str(arguments.path), of_run=True)
+    recipe = without_others(recipe, facts.network)
     recipe = relocate(recipe, arguments.device, arguments.data_root)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision="fp32"))
     components = build_components(recipe, context, training=False)

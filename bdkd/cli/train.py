@@ -177,6 +177,7 @@ def _fitting_batch(config: Recipe) -> int:
 def resolve_run(command: Command) -> Arguments:
     """Choose the run's folder. A resumed run takes its options from the folder, overridden by the
     command line. Raise ``RunError`` if the folder contains a run of another recipe."""
+    from bdkd.engine.image_size import with_image_size_of
     from bdkd.engine.networks import with_model_options
     from bdkd.runs.folder import RunFolder, default_run_dir
 
@@ -194,9 +195,12 @@ def resolve_run(command: Command) -> Arguments:
         if changed := [key for key in differing_keys(stored, config) if key != "run_dir"]:
             print(f"resuming with changed {', '.join(changed)}")
         if name:
-            recipe = with_model_options(load_recipe(name))
+            recipe, asked = (
+                with_image_size_of(with_model_options(each), stored)
+                for each in (load_recipe(name), arguments.config)
+            )
             ignored = set(differing_keys(stored, recipe)) - {"run_dir"}
-            overridden = set(differing_keys(with_model_options(arguments.config), recipe))
+            overridden = set(differing_keys(asked, recipe))
             if edited := sorted(ignored - overridden - set(changed)):
                 print(f"kept from {folder.config}, unlike {name}: {', '.join(edited)}")
     config = dataclasses.replace(config, run_dir=str(run_dir))

@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli_w
 
 from bdkd.config.convert import EXAMPLE, convert
-from bdkd.config.migration import migrate
+from bdkd.config.migration import migrate, migrate_of_run
 from bdkd.config.options import NetworkConfig, Recipe
 from bdkd.config.toml import MAX_CHARACTERS, parse_toml
 from bdkd.errors import RunError, UsageError, shown
@@ -57,8 +57,12 @@ def load_recipe(name_or_path: str) -> Recipe:
     return parse_recipe(text, source=str(path))
 
 
-def parse_recipe(text: str, source: str) -> Recipe:
-    """Return the recipe in a TOML text. ``source`` names the text in error messages.
+def parse_recipe(text: str, source: str, of_run: bool = False) -> Recipe:
+    """Return the recipe in a TOML text.
+
+    Args:
+        source: names the text in error messages.
+        of_run: a run wrote the text, perhaps one of an older version.
 
     Raises:
         UsageError: a key is unknown, a value is invalid, or a plugin is missing.
@@ -68,7 +72,8 @@ def parse_recipe(text: str, source: str) -> Recipe:
     except ValueError as error:
         raise UsageError(f"{source} is not valid TOML: {error}") from error
     try:
-        return _to_recipe(migrate(values))
+        values = migrate(values)
+        return _to_recipe(migrate_of_run(values) if of_run else values)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
     except RecursionError as error:

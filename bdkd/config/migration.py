@@ -35,4 +35,17 @@ def migrate(recipe: Table) -> Table:
     return recipe
 
 
+def migrate_of_run(recipe: Table) -> Table:
+    """Return the tables of a recipe that a run wrote. Only in these, a missing option has the value
+    that it had when the run was started.
+
+    The source folder had images of 32x32 pixels by default, which runs did not store, and did not
+    read ``val`` next to ``test``.
+    """
+    data = recipe.get("data")
+    if not isinstance(data, dict) or data.get("source") != "folder" or "image_size" in data:
+        return recipe
+    return {**recipe, "data": {**data, "image_size": 32, "use_val_split": False}}
+
+
 _USED = object()

@@ -41,8 +41,9 @@ class DataConfig(Options):
     root: str | None = None
     """Folder of the data set, for sources that read one."""
     image_size: Side | None = None
-    """Side in pixels, for sources that resize. Default: the side of the source (folder and
-    synthetic: 32, tiny-imagenet: 64, imagenet: 224)."""
+    """Side in pixels, for sources that resize. Default for images and folder: the size that the
+    networks were made for (the teacher's first), or the pictures' own, at most 224. Default for
+    others: synthetic 32, tiny-imagenet 64, imagenet 224."""
     validation: Rate = 0.1
     """Share of the training images held out to select the best checkpoint. 0: train on all images,
     which requires train.select = last."""
@@ -50,6 +51,11 @@ class DataConfig(Options):
     def training_sizes(self) -> set[int | None]:
         """Return the sides of the training images in pixels. None is the side of the source."""
         return {self.image_size}
+
+    def image_size_from_networks(self) -> bool:
+        """Return whether image_size, if it is not set, is the size that the networks were made
+        for."""
+        return False
 
 
 # Values of networks.NAME.weights

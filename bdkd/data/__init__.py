@@ -8,7 +8,15 @@ if message := missing_packages(("msgspec", "numpy", "tomli-w", "tqdm")):
 import torch
 
 from bdkd.config import DataConfig
-from bdkd.data import cifar, digits, folder, imagenet, synthetic, tiny_imagenet  # noqa: F401
+from bdkd.data import (  # noqa: F401
+    cifar,
+    digits,
+    folder,
+    imagenet,
+    images,
+    synthetic,
+    tiny_imagenet,
+)
 from bdkd.data.base import (
     WHOLE,
     Batch,
@@ -19,6 +27,7 @@ from bdkd.data.base import (
     Split,
     register_source,
 )
+from bdkd.data.data_option import data_options
 from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
 from bdkd.data.splits import in_memory_source
 from bdkd.errors import UsageError
@@ -26,7 +35,8 @@ from bdkd.registry import SOURCES
 
 __all__ = [
     "WHOLE", "Batch", "DataInfo", "DataSource", "Images", "InMemory", "InMemoryConfig", "Shard",
-    "SourceContext", "Split", "create_source", "in_memory_source", "register_source",
+    "SourceContext", "Split", "create_source", "data_options", "in_memory_source",
+    "register_source",
 ]  # fmt: skip
 
 

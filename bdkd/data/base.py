@@ -7,6 +7,7 @@ epoch and the image count, and the number of workers may change.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bdkd.config import Bounds, DataConfig, Share
-from bdkd.registry import SOURCES
+from bdkd.registry import SOURCES, Entry
 
 Split = Literal["train", "val", "test"]
 
@@ -152,9 +153,26 @@ class DataSource(Protocol):
 
 
 Load = TypeVar("Load", bound=Callable[..., DataSource])
+Missing = Callable[[Path], str]
 
 
-def register_source(name: str, config: type[DataConfig]) -> Callable[[Load], Load]:
+def nothing_missing(root: Path) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class SourceEntry(Entry):
+    """A registered data source, and what ``bdkd data list`` shows of it."""
+
+    reads: str = ""
+    needs_root: bool = False
+    missing: Missing = nothing_missing
+
+
+def register_source(
+    name: str, config: type[DataConfig], *, reads: str = "", needs_root: bool = False,
+    missing: Missing = nothing_missing,
+) -> Callable[[Load], Load]:  # fmt: skip
     """Return a decorator that registers a data source.
 
     It decorates a function (or class) of a ``config`` and a :class:`SourceContext`, which returns a
@@ -164,9 +182,13 @@ def register_source(name: str, config: type[DataConfig]) -> Callable[[Load], Loa
         name: the value of ``data.source``.
         config: a frozen dataclass with the options of the source, a subclass of
             :class:`bdkd.config.DataConfig`.
+        reads: what the source reads, for ``bdkd data list``.
+        needs_root: whether ``data.root`` must be set.
+        missing: returns what is missing to use the source with a folder as ``data.root``, with the
+            remedy, or an empty string.
     """
-
-    return SOURCES.decorator(name, config, DataConfig)
+    facts = {"reads": reads, "needs_root": needs_root, "missing": missing}
+    return SOURCES.decorator(name, config, DataConfig, SourceEntry, **facts)
 
 
 def mix_seed(*numbers: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from bdkd.data import plain_pickle
 from bdkd.data.base import SourceContext, register_source
-from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
+from bdkd.data.fetch import ARCHIVES, missing_archive, required_root, where_to_get
 from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
 from bdkd.data.splits import in_memory_source
 from bdkd.errors import RunError, reason_of
@@ -44,8 +44,17 @@ CIFAR10 = Layout(
 CIFAR100 = Layout("cifar100", ("train",), "test", "meta", "fine_labels", "fine_label_names")
 
 
-@register_source("cifar10", InMemoryConfig)
-@register_source("cifar100", InMemoryConfig)
+@register_source(
+    "cifar10",
+    InMemoryConfig,
+    reads="the original Python files: 60,000 images, 10 classes",
+    needs_root=True,
+    missing=missing_archive("cifar10"),
+)
+@register_source(
+    "cifar100", InMemoryConfig, reads="the original Python files: 60,000 images, 100 classes",
+    needs_root=True, missing=missing_archive("cifar100"),
+)  # fmt: skip
 def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load 50,000 training and 10,000 test images, with 10 or 100 (fine) classes."""
     layout = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.source]

@@ -3,6 +3,9 @@
 Source: E. Alpaydin and C. Kaynak, UCI Optical Recognition of Handwritten Digits, test set.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 
 from bdkd.data.base import SourceContext, register_source, stratified_split
@@ -12,17 +15,23 @@ from bdkd.errors import RunError
 
 TEST_SHARE = 0.2
 LARGEST_PIXEL = 16
+INSTALL = "pip install 'bdkd[train]'"
 
 
-@register_source("digits", InMemoryConfig)
+def _missing(root: Path) -> str:
+    return "" if find_spec("sklearn") else f"scikit-learn is not installed: {INSTALL}"
+
+
+@register_source(
+    "digits", InMemoryConfig, reads="scikit-learn's 1,797 handwritten digits of 8x8 pixels",
+    missing=_missing,
+)  # fmt: skip
 def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load the digits. A fixed fifth of the images is the test set."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise RunError(
-            "the data source 'digits' needs scikit-learn: pip install 'bdkd[train]'"
-        ) from error
+        raise RunError(f"the data source 'digits' needs scikit-learn: {INSTALL}") from error
     data = load_digits()
     pixels = torch.from_numpy(data.images).to(torch.uint8)[:, None]
     labels = torch.from_numpy(data.target).to(torch.int64)

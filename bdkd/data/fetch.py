@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -70,6 +70,18 @@ def where_to_get(source: str, root: Path | None = None) -> str:
     """Return the end of an error message: the command that downloads a data set."""
     place = "DIR" if root is None else shlex.quote(str(root))
     return f"bdkd data fetch {source} --to {place} downloads it"
+
+
+def missing_archive(source: str) -> Callable[[Path], str]:
+    """Return the function ``missing`` of a source that :func:`fetch` downloads."""
+
+    def missing(root: Path) -> str:
+        archive = ARCHIVES[source]
+        if any((root / name).exists() for name in (archive.folder, archive.file)):
+            return ""
+        return f"no {archive.folder} in {root}: {where_to_get(source, root)}"
+
+    return missing
 
 
 def required_root(config: DataConfig) -> Path:

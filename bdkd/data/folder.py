@@ -1,50 +1,62 @@
-"""Images in folders, ``ROOT/train/<class>/*`` and ``ROOT/test/<class>/*`` (or ``val``).
+"""A folder of images, in the layouts of the source ``images``, resized to one size and kept in
+memory."""
 
-All images are resized to one size and kept in memory.
-"""
-
+import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bdkd.data.base import SourceContext, register_source
-from bdkd.data.decode import read_images
+from bdkd.data.decode import read_images, require_pillow
 from bdkd.data.digest import Digest, digest_names
 from bdkd.data.fetch import required_root
+from bdkd.data.folder_splits import find_folders, missing_images
+from bdkd.data.imagenet.index import Index
 from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
-from bdkd.data.listing import IMAGE_SUFFIXES, class_folders, image_files
+from bdkd.data.own_splits import OwnSplitsConfig, typical_side
 from bdkd.data.splits import in_memory_source
-from bdkd.errors import RunError
-from bdkd.text import unicode_hint, unicode_hint_of_path
 
 
-@register_source("folder", InMemoryConfig)
-def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
-    """Load every image as RGB, resized to ``data.image_size`` (by default 32).
+@dataclass(frozen=True)
+class FolderConfig(InMemoryConfig, OwnSplitsConfig):
+    """Options of the source folder."""
+
+
+@register_source(
+    "folder", FolderConfig, needs_root=True, missing=missing_images,
+    reads="your images in <class>/* or train/<class>/*, kept in memory",
+)  # fmt: skip
+def load(config: FolderConfig, context: SourceContext) -> InMemory:
+    """Load every image as RGB, resized to ``data.image_size``.
 
     Raises:
         UsageError: ``data.root`` is not set, or an option does not apply.
-        RunError: a folder is missing or holds too few images, or the classes of both folders
-            differ.
+        RunError: a folder is missing or holds too few images, or the layout is another one.
     """
     root = required_root(config)
-    size = config.image_size or 32
-    train, held_out = _folder(root, "train"), _folder(root, "test", "val")
-    classes = _classes(train)
-    if unlike := set(classes).symmetric_difference(_classes(held_out)):
-        hint = unicode_hint(unlike, unlike)
-        raise RunError(f"{train} and {held_out} must hold the same classes: {sorted(unlike)}{hint}")
+    require_pillow()
+    found = find_folders(root)
+    splits = found.splits(config)
+    found.check(splits, config)
+    side = config.image_size or typical_side(splits.train)
     (training, train_digest), (test, test_digest) = (
-        read_labelled(root, _labelled(folder, classes), classes, size)
-        for folder in (train, held_out)
+        read_labelled(root, _labelled(index), splits.classes, side)
+        for index in (splits.training, splits.test)
     )
+    own = None if splits.val is None else np.arange(len(splits.train), len(training.labels))
     return in_memory_source(
-        training, test, classes, config, context,
-        digests={"train": train_digest, "test": test_digest},
+        training, test, splits.classes, dataclasses.replace(config, image_size=side), context,
+        digests={"train": train_digest, "test": test_digest}, own_validation=own,
     )  # fmt: skip
+
+
+def _labelled(index: Index) -> list[tuple[Path, int]]:
+    labels = index.labels.tolist()
+    return [(Path(index.item(i).path), label) for i, label in enumerate(labels)]
 
 
 def read_labelled(
@@ -56,34 +68,3 @@ def read_labelled(
     names = [os.fsencode(path.relative_to(root)) for path in paths]
     container = np.zeros(len(names), np.int64)
     return images, digest_names(classes, images.labels.numpy(), [""], container, names)
-
-
-def _folder(root: Path, *names: str) -> Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    if not root.is_dir():
-        hint = unicode_hint_of_path(root)
-        raise RunError(f"no data set at {root}: data.root must name an existing folder{hint}")
-    expected = " or ".join(str(root / name) for name in names)
-    raise RunError(f"no folder {expected}: images belong in {root / names[0]}/<class>/")
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    classes = class_folders(folder)
-    if len(classes) < 2:
-        raise RunError(f"{folder} must hold a folder for each of at least 2 classes, got {classes}")
-    return classes
-
-
-def _labelled(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    labelled: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        found = image_files(folder / name)
-        if len(found) < 2:
-            raise RunError(
-                f"the class folder {folder / name} holds {len(found)} images: it needs at least 2 "
-                f"({', '.join(IMAGE_SUFFIXES)}), or remove it"
-            )
-        labelled += [(folder / name / file, label) for file in found]
-    return labelled

@@ -50,8 +50,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     found = []
     for entry in _entries(folder):
         if _is_folder(entry):
-            inside = _entries(Path(entry.path), hidden=True)
-            if not inside or not all(is_hidden(each.name) for each in inside):
+            if not _holds_only_hidden(Path(entry.path)):
                 found.append(entry.name)
         elif entry.is_symlink() and not is_image(entry.name) and not os.path.exists(entry.path):
             raise RunError(
@@ -95,10 +94,21 @@ def read_lines(
         raise RunError(f"cannot read {label}{path}: {error.strerror}") from error
 
 
-def _entries(folder: Path, hidden: bool = False) -> list[os.DirEntry[str]]:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if hidden or not is_hidden(entry.name)]
+            return [entry for entry in entries if not is_hidden(entry.name)]
+    except OSError as error:
+        raise RunError(f"cannot list the folder {folder}: {error.strerror}") from error
+
+
+def _holds_only_hidden(folder: Path) -> bool:
+    """Return whether a folder is not empty, and all its entries are hidden. This stops at the first
+    entry that is not hidden, because a class may hold thousands of images."""
+    try:
+        with os.scandir(folder) as entries:
+            hidden = (is_hidden(entry.name) for entry in entries)
+            return next(hidden, False) and all(hidden)
     except OSError as error:
         raise RunError(f"cannot list the folder {folder}: {error.strerror}") from error
 

@@ -27,23 +27,28 @@ SPLIT_SEED = 0
 
 
 def split_training(
-    labels: np.ndarray, config: ImagesConfig
+    labels: np.ndarray, config: ImagesConfig, own_validation: np.ndarray | None = None
 ) -> tuple[np.ndarray, Tensor, np.ndarray]:
     """Return the indices and labels (with label noise) of ``train``, and the indices of ``val``.
 
     Args:
         labels: ``(N,)`` int64, of all training images.
+        own_validation: ``(M,)`` indices of the data set's own validation images. None: hold out
+            ``data.validation`` of each class.
 
     Raises:
         UsageError: ``data.train_images`` is more than there are, or fewer than the classes.
     """
-    inner, validation = stratified_split(labels, config.validation, SPLIT_SEED)
+    if own_validation is None:
+        inner, validation = stratified_split(labels, config.validation, SPLIT_SEED)
+    else:
+        inner, validation = np.delete(np.arange(len(labels)), own_validation), own_validation
     classes = int(labels.max()) + 1
     if config.train_images is not None:
         if not classes <= config.train_images <= len(inner):
             raise UsageError(
                 f"data.train_images must be between {classes} (the classes) and {len(inner)} (the "
-                f"training images without data.validation), got {config.train_images}"
+                f"training images without those for validation), got {config.train_images}"
             )
         inner = inner[stratified_subset(labels[inner], config.train_images, SPLIT_SEED)]
     noisy = with_label_noise(torch.from_numpy(labels[inner]), config.label_noise, classes)
@@ -51,8 +56,9 @@ def split_training(
 
 
 def make_splits(
-    config: InMemoryConfig, training: Images, test: Images, largest_pixel: int = 255
-) -> dict[Split, Images]:
+    config: InMemoryConfig, training: Images, test: Images, largest_pixel: int = 255,
+    own_validation: np.ndarray | None = None,
+) -> dict[Split, Images]:  # fmt: skip
     """Return the three splits of a data set in memory.
 
     ``data.validation``, ``train_images``, ``label_noise`` and ``pixel_noise`` are applied. The
@@ -61,7 +67,7 @@ def make_splits(
     Raises:
         UsageError: ``data.train_images`` is more than there are, or fewer than the classes.
     """
-    inner, labels, validation = split_training(training.labels.numpy(), config)
+    inner, labels, validation = split_training(training.labels.numpy(), config, own_validation)
     splits: dict[Split, Images] = {
         "train": Images(training.pixels[inner], labels),
         "val": Images(training.pixels[validation], training.labels[validation]),
@@ -101,6 +107,7 @@ def with_pixel_noise(pixels: Tensor, deviation: float, largest: int, salt: int) 
 def in_memory_source(
     training: Images, test: Images, classes: Sequence[str], config: InMemoryConfig,
     context: SourceContext, *, largest_pixel: int = 255, digests: Digests | None = None,
+    own_validation: np.ndarray | None = None,
 ) -> InMemory:  # fmt: skip
     """Return the source of a data set in memory, with all options of :class:`InMemoryConfig`.
 
@@ -109,6 +116,8 @@ def in_memory_source(
         test: the test images.
         classes: names in the order of the labels.
         digests: identity of the data set. Default: of its pixels and labels.
+        own_validation: ``(M,)`` indices of validation images in ``training``. Default: hold out
+            ``data.validation`` of each class.
 
     Raises:
         UsageError: ``data.image_size`` is not the size of the images; pixels or labels are not what
@@ -131,7 +140,7 @@ def in_memory_source(
         )
     if digests is None:
         digests = {"train": digest_pixels(*training), "test": digest_pixels(*test)}
-    splits = make_splits(config, training, test, largest_pixel)
+    splits = make_splits(config, training, test, largest_pixel, own_validation)
     return InMemory(splits, tuple(classes), config, context, scale=largest_pixel, digests=digests)
 
 

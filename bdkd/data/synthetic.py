@@ -37,7 +37,7 @@ class SyntheticConfig(InMemoryConfig):
             )
 
 
-@register_source("synthetic", SyntheticConfig)
+@register_source("synthetic", SyntheticConfig, reads="nothing: random images, to time training")
 def load(config: SyntheticConfig, context: SourceContext) -> InMemory:
     """Generate ``data.images`` training images and a fifth as many test images.
 

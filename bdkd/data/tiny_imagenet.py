@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdkd.data.base import SourceContext, register_source
-from bdkd.data.fetch import ARCHIVES, required_root, where_to_get
+from bdkd.data.fetch import ARCHIVES, missing_archive, required_root, where_to_get
 from bdkd.data.folder import read_labelled
 from bdkd.data.in_memory import InMemory, InMemoryConfig
 from bdkd.data.listing import class_folders, image_files, read_lines
@@ -19,7 +19,10 @@ SOURCE = "tiny-imagenet"
 SIDE = 64
 
 
-@register_source(SOURCE, InMemoryConfig)
+@register_source(
+    SOURCE, InMemoryConfig, reads="the downloaded layout: 110,000 images, 200 classes",
+    needs_root=True, missing=missing_archive(SOURCE),
+)  # fmt: skip
 def load(config: InMemoryConfig, context: SourceContext) -> InMemory:
     """Load 100,000 training and 10,000 test images at 64x64, or at ``data.image_size``."""
     root = _set_folder(required_root(config))

@@ -10,6 +10,7 @@ from bdkd.data import DataSource, create_source
 from bdkd.device import AUTOCAST, choose_device, set_flags
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.distributed.launch import local_rank
+from bdkd.engine.image_size import check_image_size, with_image_size
 from bdkd.engine.networks import Networks, build_networks, with_model_options
 from bdkd.engine.requirements import check_requirements
 from bdkd.errors import UsageError
@@ -54,16 +55,19 @@ def build_components(
         RunError: data are missing or cannot be read, or a package is missing.
     """
     device = choose_device(recipe.device, local_rank())
-    recipe = with_model_options(recipe)  # the files of a run contain every option that was used
+    # The files of a run contain every option that was used.
+    recipe = with_image_size(with_model_options(recipe))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     set_flags(device, recipe.train)
     objective = create_objective(recipe.objective, recipe.networks)
     if training:
         check_requirements(recipe, device, context, objective)
+        check_image_size(recipe)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     dtype = AUTOCAST[recipe.train.precision] or torch.float32
     source = create(recipe.data, recipe.seed, device, layout, dtype)
+    recipe = with_image_size(recipe, source.info.image_size[0])
     images, batch_size = source.info.counts["train"], recipe.train.batch_size
     if images < batch_size:
         raise UsageError(

@@ -15,7 +15,7 @@ MARK = "library_name: bdkd"  # a line of every card that bdkd wrote
 
 def model_card(facts: Facts, file: str) -> str:
     """Return the card of the weights in ``file``, a file in the same folder."""
-    recipe = parse_recipe(facts.recipe, source=file)
+    recipe = parse_recipe(facts.recipe, source=file, of_run=True)
     options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
     arguments = [repr(facts.model), str(len(facts.classes)), str(facts.channels)]
     arguments += [f"{key}={value!r}" for key, value in options.items()]

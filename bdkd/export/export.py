@@ -56,7 +56,7 @@ def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> 
         RunError: the checkpoint or the data set cannot be read.
     """
     text, saved = load_checkpoint(checkpoint)
-    recipe = parse_recipe(text, source=str(checkpoint))
+    recipe = parse_recipe(text, source=str(checkpoint), of_run=True)
     name = choose_network(recipe, list(saved["ema"]), asked)
     alone = relocate(without_others(recipe, name), "cpu", data_root)
     train = dataclasses.replace(recipe.train, channels_last=False)

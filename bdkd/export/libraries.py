@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bdkd.config import parse_recipe
+from bdkd.data.imagenet.options import DecodedImagesConfig
 from bdkd.errors import RunError, UsageError
 from bdkd.export.export import Trained, Written, refuse_existing, same_logits, write_files
 from bdkd.export.facts import Facts
@@ -75,7 +76,7 @@ def check_library_output(library: Library, output: Path, force: bool) -> None:
 def _build(facts: Facts, library: Library, name: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return the library's network, and the options that it was built with."""
     module = import_library(library)
-    recipe = parse_recipe(facts.recipe, source=facts.network)
+    recipe = parse_recipe(facts.recipe, source=facts.network, of_run=True)
     options: dict[str, Any] = {}
     if ":" in facts.model:  # options of the library's function
         options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
@@ -109,12 +110,12 @@ def _decode(library: Library, content: bytes) -> dict[str, Tensor]:
 
 def _timm_config(facts: Facts, name: str, network: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return what timm.create_model("local-dir:FOLDER", pretrained=True) reads."""
-    recipe = parse_recipe(facts.recipe, source=facts.network)
+    recipe = parse_recipe(facts.recipe, source=facts.network, of_run=True)
     pretrained: dict[str, Any] = {
         "num_classes": len(facts.classes), "input_size": facts.input_shape,
         "interpolation": "bilinear", "crop_mode": "center",
-        # Evaluation on ImageNet resizes to 256/224 of the crop; other sources do not crop.
-        "crop_pct": 0.875 if recipe.data.source == "imagenet" else 1.0,
+        # Evaluation resizes to 256/224 of the crop; sources in memory do not crop.
+        "crop_pct": 0.875 if isinstance(recipe.data, DecodedImagesConfig) else 1.0,
         "fixed_input_size": bool(network.pretrained_cfg.get("fixed_input_size")),
         "classifier": network.pretrained_cfg.get("classifier"),
     }  # fmt: skip

@@ -189,6 +189,14 @@ def image_size_of(library: str, name: str, options: Mapping[str, object]) -> int
     return None if known is None else int(known.input_size[-1])
 
 
+def fixed_image_size_of(library: str, name: str, options: Mapping[str, object]) -> int | None:
+    """Return the only side in pixels that a network of a library takes, or None if it takes others
+    or the name is unknown."""
+    known = import_library("timm").models.get_pretrained_cfg(name) if library == "timm" else None
+    fixed = known is not None and known.fixed_input_size
+    return image_size_of(library, name, options) if fixed else None
+
+
 def _build(shown: str, build: Callable[..., nn.Module], /, *args: Any, **options: Any) -> nn.Module:
     try:
         return build(*args, **options)

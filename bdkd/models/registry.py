@@ -168,6 +168,15 @@ def image_size_of(name: str, options: Mapping[str, object]) -> int | None:
     return 224 if _normalised(name).startswith(_IMAGENET) else None
 
 
+def fixed_image_size_of(name: str, options: Mapping[str, object]) -> int | None:
+    """Return the only side in pixels of the images that a model takes, such as that of a vision
+    transformer, or None if it takes others. The arguments are those of :func:`image_size_of`."""
+    library, colon, library_name = name.partition(":")
+    if colon and library.lower() in LIBRARIES:
+        return bridge.fixed_image_size_of(library.lower(), library_name, options)
+    return None
+
+
 def create_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:
     """Build a network with new weights.
 

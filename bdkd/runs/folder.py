@@ -134,7 +134,7 @@ class RunFolder:
         write_atomically(self.config, to_toml(recipe).encode())
 
     def read_config(self) -> Recipe:
-        return parse_recipe(self._config_text(), source=str(self.config))
+        return parse_recipe(self._config_text(), source=str(self.config), of_run=True)
 
     def selects_best(self) -> bool:
         """Return whether ``train.select`` is ``best``. This needs no plugin of the run."""

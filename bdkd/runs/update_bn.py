@@ -41,7 +41,7 @@ def update_bn(
             not the one of the run.
     """
     text, saved = load_checkpoint(checkpoint)
-    recipe = relocate(parse_recipe(text, source=str(checkpoint)), device, data_root)
+    recipe = relocate(parse_recipe(text, source=str(checkpoint), of_run=True), device, data_root)
     components = build_components(recipe, training=False)
     source, train = components.source, recipe.train
     loaded = load_networks(components, checkpoint, {**saved, "ema_copied_until": None})

@@ -185,4 +185,5 @@ def test_a_sparse_member_of_a_shard_is_refused_by_name(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "train-0.tar is refused: 0.jpg is a sparse file: pack it again" in line
-    assert max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 2_000_000  # KiB
+    # In KiB, the largest child so far: those of other tests may have been larger.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 2_000_000)

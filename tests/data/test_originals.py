@@ -241,7 +241,7 @@ def test_an_image_folder_is_read_at_its_size(tmp_path):
     data = source("folder", tmp_path, validation=0.25)
     assert data.info.classes == ("blue", "red")
     assert data.info.counts == {"train": 6, "val": 2, "test": 4}
-    assert data.info.image_size == (32, 32)
+    assert data.info.image_size == (30, 30)  # the shorter side
     assert source("folder", tmp_path, image_size=24).info.image_size == (24, 24)
     assert (data.splits["test"].pixels[data.splits["test"].labels == 1, 0] == 255).all()
     (tmp_path / "train" / "red" / "2.png").write_bytes(b"")
@@ -270,10 +270,9 @@ def test_the_folder_test_is_the_test_set_before_val(tmp_path):
 
 
 @pytest.mark.parametrize(("splits", "message"), [
-    ({"train": "cat dog emu", "val": "cat dog"}, r"must hold the same classes: \['emu'\]"),
-    ({"train": "cat dog", "val": "cat dog emu"}, r"must hold the same classes: \['emu'\]"),
+    ({"train": "cat dog emu", "val": "cat dog"}, r"class emu in .*/val holds 0 images"),
+    ({"train": "cat dog", "val": "cat dog emu"}, r"must hold the same classes: .* not hold emu"),
     ({"train": "cat", "val": "cat"}, "each of at least 2 classes"),
-    ({"train": "cat dog"}, r"no folder .*test or .*val"),
 ])  # fmt: skip
 def test_folders_of_other_classes_are_refused(splits, message, tmp_path):
     make_folders(tmp_path, **splits)
@@ -284,7 +283,7 @@ def test_folders_of_other_classes_are_refused(splits, message, tmp_path):
 def test_a_class_folder_with_one_image_is_refused(tmp_path):
     make_folders(tmp_path, train="cat dog", val="cat dog")
     (tmp_path / "train" / "dog" / "1.png").unlink()
-    with pytest.raises(RunError, match=r"dog holds 1 images: it needs at least 2"):
+    with pytest.raises(RunError, match=r"dog in .*/train holds 1 image: it needs at least 2"):
         source("folder", tmp_path)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,8 +92,9 @@ def _index(kind: str, root: Path, archives: list[Path]) -> Index:
     containers = tuple(str(path.relative_to(root)) for path in archives)
     container = np.repeat(np.arange(len(found), dtype=np.int32), [len(images) for images in found])
     names, offsets, sizes, labels = zip(*flat, strict=True)
-    columns = (np.asarray(column, np.int64) for column in (labels, offsets, sizes))
-    return Index(root, containers, container, names_array(names), *columns)
+    numbers = {"labels": labels, "offsets": offsets, "sizes": sizes}
+    columns: dict[str, Any] = {name: np.asarray(n, np.int64) for name, n in numbers.items()}
+    return Index(root, containers, container, names_array(names), **columns)
 
 
 def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:

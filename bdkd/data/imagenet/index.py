@@ -7,7 +7,7 @@ import os
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,12 +64,18 @@ class Index:
     labels: np.ndarray  # (N,) int64
     offsets: np.ndarray | None = None  # (N,) int64; None: image files
     sizes: np.ndarray | None = None  # (N,) int64
+    # For the rows of tables: the files that hold the containers. A container is then the name of a
+    # split, and a name is the number of a row. An image of the size WHOLE_FILE is a file itself.
+    files: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def item(self, i: int) -> Item:
         container, name = self._place(i)
+        if self.files is not None and self.offsets is not None and self.sizes is not None:
+            place = int(self.offsets[i]), int(self.sizes[i])
+            return Item(self.files[self.container[i]], f"{container}, row {name}", *place)
         path = os.path.join(self.root, container)
         if self.offsets is None or self.sizes is None:
             return Item(os.path.join(path, name), "", 0, WHOLE_FILE)
@@ -85,8 +91,11 @@ class Index:
         return self.containers[self.container[i]], os.fsdecode(bytes(self.names[i]))
 
     def digest(self, classes: Sequence[str]) -> Digest:
-        """Return the digest of the images; labels are indices into ``classes``."""
+        """Return the digest of the images; labels are indices into ``classes``. For rows of tables,
+        it covers the sizes of the images, because their names are numbers."""
         names = self.names.tolist()
+        if self.files is not None and self.sizes is not None:
+            names = [b"%b %d" % row for row in zip(names, self.sizes.tolist(), strict=True)]
         return digest_names(classes, self.labels, self.containers, self.container, names)
 
     def take(self, chosen: np.ndarray, labels: np.ndarray | None = None) -> "Index":
@@ -98,6 +107,23 @@ class Index:
             labels=self.labels[chosen] if labels is None else labels,
             offsets=None if self.offsets is None else self.offsets[chosen],
             sizes=None if self.sizes is None else self.sizes[chosen],
+        )
+
+    def join(self, other: "Index") -> "Index":
+        """Return these images followed by those of an index of the same kind."""
+
+        def joined(column: str) -> Any:
+            parts = [getattr(index, column) for index in (self, other)]
+            return None if parts[0] is None else np.concatenate(parts)
+
+        columns = {name: joined(name) for name in ("names", "labels", "offsets", "sizes")}
+        moved = other.container + len(self.containers)
+        return replace(
+            self,
+            containers=self.containers + other.containers,
+            container=np.concatenate([self.container, moved]),
+            files=None if self.files is None else self.files + (other.files or ()),
+            **columns,
         )
 
     def find(self, identities: Container[str]) -> np.ndarray:

@@ -5,6 +5,7 @@ validation images are held out of ``train``.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -81,47 +82,76 @@ def _folders(root: Path) -> Layout:
             f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
             f"{unicode_hint(unknown, classes)}"
         )
-    train, val = _scan(root, "train", classes, classes), _scan(root, "val", in_val, classes)
+    train, val = (
+        index_folders(root, split, folders, classes)
+        for split, folders in (("train", classes), ("val", in_val))
+    )
     return Layout(classes, train, val)
 
 
-def _scan(root: Path, split: str, folders: tuple[str, ...], classes: tuple[str, ...]) -> Index:
-    """Index every image file in the folders, sorted by name."""
+def index_folders(
+    root: Path, split: str, folders: tuple[str, ...], classes: tuple[str, ...]
+) -> Index:
+    """Return the index of every image file in the class folders of a split, sorted by name.
+
+    Args:
+        split: folder below the root; empty if the class folders are in the root itself.
+        folders: the class folders, which are some of the ``classes``.
+    """
     number = {name: label for label, name in enumerate(classes)}
     found = [listing.image_files(root / split / folder) for folder in folders]
     container = np.repeat(np.arange(len(folders), dtype=np.int32), [len(names) for names in found])
     labels = np.asarray([number[folder] for folder in folders], np.int64)[container]
-    containers = tuple(f"{split}/{folder}" for folder in folders)
+    containers = tuple(f"{split}/{folder}" if split else folder for folder in folders)
     return Index(root, containers, container, names_array([n for names in found for n in names]),
                  labels)  # fmt: skip
 
 
 def _archived(root: Path, kind: str, fresh: bool) -> Layout:
-    """Index archives. Class names are the lines of ``classes.txt``, or numbers without the file."""
-    train, val = (
-        index_archives(kind, root, _archives(root, split, kind), fresh)
-        for split in ("train", "val")
-    )
-    lowest, where = min(map(_lowest, (train, val)))
+    archives = {split: _archives(root, split, kind) for split in ("train", "val")}
+    classes, indices = index_splits(root, kind, archives, fresh)
+    return Layout(classes, indices["train"], indices["val"])
+
+
+def index_splits(
+    root: Path, kind: str, archives: Mapping[str, list[Path]], fresh: bool = False
+) -> tuple[tuple[str, ...], dict[str, Index]]:
+    """Return the classes and the index of each split's archives. Class names are the lines of
+    ``classes.txt``, or numbers without the file.
+
+    Args:
+        kind: ``tar`` or ``tfrecord``.
+        archives: by split; ``train`` is one of the splits.
+        fresh: see :func:`find`.
+
+    Raises:
+        RunError: an archive is damaged, or a label does not fit.
+    """
+    indices = {s: index_archives(kind, root, files, fresh) for s, files in archives.items()}
+    lowest, where = min(map(_lowest, indices.values()))
     if kind == "tfrecord" and lowest == 1:
         # Common TFRecords of ImageNet number classes from 1 and reserve 0 for the background.
-        train, val = (replace(index, labels=index.labels - 1) for index in (train, val))
+        indices = {s: replace(index, labels=index.labels - 1) for s, index in indices.items()}
         lowest = 0
     if lowest < 0:
         raise RunError(
             f"{where} has the negative label {lowest}: labels are numbers from 0; write it again"
         )
-    count = int(max(train.labels.max(), val.labels.max())) + 1
-    if count > len(train):
-        last = max(train, val, key=lambda index: index.labels.max())
+    last = max(indices.values(), key=lambda index: index.labels.max())
+    count, images = int(last.labels.max()) + 1, len(indices["train"])
+    if count > images:
         where = str(last.item(int(last.labels.argmax())))
         raise RunError(
-            f"the archives in {root} hold {len(train)} training images and labels up to "
-            f"{count - 1} ({where}): every class needs at least 2 images"
+            f"the archives in {root} hold {images} training images and labels up to {count - 1} "
+            f"({where}): every class needs at least 2 images"
         )
+    return _class_names(root, count), indices
+
+
+def _class_names(root: Path, count: int) -> tuple[str, ...]:
     listed = root / "classes.txt"
     if not os.path.lexists(listed):  # a broken link raises an error when it is read
-        return Layout(tuple(map(str, range(count))), train, val)
+        return tuple(map(str, range(count)))
     classes = tuple(line.strip() for line in listing.read_lines(listed))
     if "" in classes:
         raise RunError(f"{listed}, line {classes.index('') + 1} is empty: it must name a class")
@@ -130,7 +160,7 @@ def _archived(root: Path, kind: str, fresh: bool) -> Layout:
             f"{listed} names {len(classes)} classes, the labels go to {count - 1}: add a line for "
             "each class"
         )
-    return Layout(classes, train, val)
+    return classes
 
 
 def _lowest(index: Index) -> tuple[int, str]:
@@ -140,6 +170,16 @@ def _lowest(index: Index) -> tuple[int, str]:
 
 
 def _archives(root: Path, split: str, kind: str) -> list[Path]:
+    found = archives_of(root, split, kind)
+    if not found:
+        raise RunError(
+            f"no archives {split}*{'.tar' if kind == 'tar' else ''} in {root} or in {root}/{split}"
+            f"{_other_format(root)}"
+        )
+    return found
+
+
+def archives_of(root: Path, split: str, kind: str) -> list[Path]:
     """Return ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` also matches ``validation``."""
     named = [path for path in sorted(root.iterdir()) if split in path.name]
     entries = [path for path in named if not listing.is_hidden(path.name)]
@@ -147,11 +187,6 @@ def _archives(root: Path, split: str, kind: str) -> list[Path]:
     found += [path for path in entries if path.is_file() or not path.exists()]
     tars = [file for file in found if file.suffix.lower() == ".tar"]
     found = tars if kind == "tar" else listing.record_files(found)
-    if not found:
-        raise RunError(
-            f"no archives {split}*{'.tar' if kind == 'tar' else ''} in {root} or in {root}/{split}"
-            f"{_other_format(root)}"
-        )
     for file in found:
         if not file.exists():
             raise RunError(

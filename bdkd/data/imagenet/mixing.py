@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdkd.data.base import mix_seed
-from bdkd.data.imagenet.options import ImageNetConfig
+from bdkd.data.imagenet.options import DecodedImagesConfig
 from bdkd.errors import UsageError
 
 AREA = (0.02, 1 / 3)  # of the erased rectangle, as a fraction of the image
@@ -40,7 +40,7 @@ def check_neighbours(batch_size: int, mine: slice) -> None:
 
 
 def draw_mix(
-    config: ImageNetConfig, seed: int, epoch: int, position: int, batch_size: int, side: int
+    config: DecodedImagesConfig, seed: int, epoch: int, position: int, batch_size: int, side: int
 ) -> Mix:
     """Draw the mixing of the global batch at ``position``.
 

@@ -1,4 +1,4 @@
-"""Options of the data source imagenet."""
+"""Options of the data sources imagenet and images, which decode each batch when it is needed."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,11 +9,9 @@ from bdkd.errors import UsageError
 
 
 @dataclass(frozen=True)
-class ImageNetConfig(ImagesConfig):
-    """Options of the source imagenet, whose images do not fit into memory."""
+class DecodedImagesConfig(ImagesConfig):
+    """Options of the sources whose images are decoded batch by batch."""
 
-    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
-    """Image files in folders (train/<wnid>), webdataset tar shards, or TFRecords."""
     loader: Literal["auto", "dali", "pillow"] = "auto"
     """Decode with NVIDIA DALI or with Pillow. auto: DALI if it is installed."""
     workers: NotNegative[int] | None = None
@@ -54,3 +52,11 @@ class ImageNetConfig(ImagesConfig):
 
     def training_sizes(self) -> set[int | None]:
         return {self.image_size} | {side for _, side in self.progressive}
+
+
+@dataclass(frozen=True)
+class ImageNetConfig(DecodedImagesConfig):
+    """Options of the source imagenet."""
+
+    format: Literal["folder", "webdataset", "tfrecord"] = "folder"
+    """Image files in folders (train/<wnid>), webdataset tar shards, or TFRecords."""

@@ -23,7 +23,7 @@ from bdkd.data.imagenet.counter_rng import uniform_draws
 from bdkd.data.imagenet.crops import NUM_DRAWS
 from bdkd.data.imagenet.index import Index
 from bdkd.data.imagenet.loader import Loader, Request
-from bdkd.data.imagenet.options import ImageNetConfig
+from bdkd.data.imagenet.options import DecodedImagesConfig
 from bdkd.data.imagenet.rand_augment import draw_operations, rand_augment
 
 SIDE = 224
@@ -49,7 +49,7 @@ class ImageNet:
     """
 
     def __init__(
-        self, splits: dict[Split, Index], classes: tuple[str, ...], config: ImageNetConfig,
+        self, splits: dict[Split, Index], classes: tuple[str, ...], config: DecodedImagesConfig,
         context: SourceContext, make_loader: MakeLoader, digests: Digests,
     ) -> None:  # fmt: skip
         self.splits, self.config = splits, config

@@ -14,10 +14,10 @@ from imagenet_trees import checksum, example, labelled, record
 from bdkd.cli import main
 from bdkd.data.imagenet import archives
 from bdkd.data.imagenet.archives import masked_crc32c
-from bdkd.data.imagenet.check import check
 from bdkd.data.imagenet.index import Index, names_array
 from bdkd.data.imagenet.index_cache import cached_index
 from bdkd.data.imagenet.layout import find
+from bdkd.data.images.check import check
 from bdkd.errors import RunError
 
 COLUMNS = ("container", "names", "labels", "offsets", "sizes")

@@ -8,7 +8,7 @@ from imagenet_trees import encoded, labelled, wnid
 from PIL import Image
 
 from bdkd.cli import main
-from bdkd.data.imagenet.check import Report
+from bdkd.data.images.check import Report
 
 
 def run(capfd, *arguments):

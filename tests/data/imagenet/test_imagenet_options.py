@@ -93,7 +93,9 @@ def test_too_few_training_images_are_refused(tree):
     ("erasing", 0.1), ("mixup", 0.2), ("cutmix", 1.0),
 ])  # fmt: skip
 def test_other_sources_refuse_options_of_this_one(key, value):
-    expected = rf"data\.{key} is an option of imagenet: remove it for the data source 'synthetic'"
+    expected = (
+        rf"data\.{key} is an option of imagenet, images: remove it for the data source 'synthetic'"
+    )
     with pytest.raises(UsageError, match=expected):
         parse_recipe(as_toml("synthetic", key, value), "a recipe")
 
@@ -127,7 +129,9 @@ def test_an_empty_validation_folder_is_refused(copy):
 def test_dali_decodes_where_it_is_installed(tree, monkeypatch):
     assert isinstance(imagenet(tree, loader="auto").training, dali.Dali)
     # Another package's "nvidia" has no "dali" in it.
-    monkeypatch.setattr("bdkd.data.imagenet.find_spec", lambda name: name == "nvidia" or None)
+    monkeypatch.setattr(
+        "bdkd.data.imagenet.assemble.find_spec", lambda name: name == "nvidia" or None
+    )
     assert isinstance(imagenet(tree, loader="auto").training, Pillow)
 
 

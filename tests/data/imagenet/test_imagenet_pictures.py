@@ -9,11 +9,11 @@ from odd_images import GREY16, RGB16, SIDE, readable, refused
 from PIL import Image
 
 from bdkd.data.decode import read_images
-from bdkd.data.imagenet.check import examine
 from bdkd.data.imagenet.dali import Dali
 from bdkd.data.imagenet.index import WHOLE_FILE, Item
 from bdkd.data.imagenet.loader import Request
 from bdkd.data.imagenet.pillow import Pillow
+from bdkd.data.images.check import examine
 from bdkd.errors import RunError
 
 # For a square of 28 pixels an image of 32 is not resized: what is compared is decoded pixels.

@@ -16,9 +16,9 @@ from bdkd.data.decode import UndecodableError, decode_rgb, open_image, require_p
 from bdkd.data.image_warnings import shown
 from bdkd.data.imagenet.archives import damaged_records
 from bdkd.data.imagenet.index import Index, Item
-from bdkd.data.imagenet.layout import find
 from bdkd.data.imagenet.loader import processors
 from bdkd.data.imagenet.pillow import leave_signals_to_the_parent, worker_context
+from bdkd.data.images.formats import find_images
 from bdkd.errors import RunError
 
 CHUNK = 32  # images per task
@@ -30,6 +30,8 @@ class Report:
 
     classes: tuple[str, ...]
     counts: dict[str, np.ndarray]  # images per class, (classes,), by split
+    train: str = "train"  # name of the split of training images
+    test: str | None = "val"  # None: test images are held out of the training images
     kinds: Counter[str] = field(default_factory=Counter)  # readable images by format and mode
     bad: list[tuple[str, str]] = field(default_factory=list)  # identity for data.exclude, reason
 
@@ -38,33 +40,47 @@ class Report:
         return int(sum(counts.sum() for counts in self.counts.values()))
 
     @property
+    def too_few(self) -> str:
+        """Return what the classes of :attr:`lacking` have too few of."""
+        if self.test is None:
+            return "fewer than 3 images (1 to train, 1 for validation, 1 to test)"
+        return f"fewer than 2 training images or none in {self.test}"
+
+    @property
     def lacking(self) -> list[str]:
-        """Return the classes with fewer than two training images or without validation images."""
-        few = (self.counts["train"] < 2) | (self.counts["val"] < 1)
+        """Return the classes with too few images to train, validate and test."""
+        few = self.counts[self.train] < (3 if self.test is None else 2)
+        if self.test is not None:
+            few |= self.counts[self.test] < 1
         return [self.classes[label] for label in np.flatnonzero(few)]
 
 
-def check(root: Path, format: str, workers: int | None = None) -> Report:
+def check(
+    root: str | Path, format: str = "auto", workers: int | None = None,
+    image_column: str | None = None, label_column: str | None = None,
+) -> Report:  # fmt: skip
     """Decode every image, with a progress bar if standard error is a terminal.
 
     Args:
+        root: see :func:`bdkd.data.images.formats.find_images`, as for the other arguments.
         workers: number of processes; by default, one for each processor.
 
     Raises:
         RunError: there is no data set, Pillow is missing, or a process was killed.
     """
     require_pillow()
-    found = find(root, format, fresh=True)
-    splits = {"train": found.train, "val": found.val}
+    found = find_images(str(root), format, image_column, label_column, fresh=True)
+    names = found.names
+    splits = {names[role]: index for role, index in found.indices.items()}
     classes = len(found.classes)
     counts = {name: np.bincount(i.labels, minlength=classes) for name, i in splits.items()}
-    report = Report(found.classes, counts)
+    report = Report(found.classes, counts, names["train"], names.get("test"))
     workers = workers or processors()
     with tqdm(
         total=report.images, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
     ) as bar:
         for index in splits.values():
-            for identity, kind, reason in _examined(index, workers, format == "tfrecord"):
+            for identity, kind, reason in _examined(index, workers, found.records):
                 bar.update()
                 if reason:
                     report.bad.append((identity, reason))
@@ -124,7 +140,7 @@ def examine(items: Sequence[Item]) -> list[tuple[str, str]]:
     return answers
 
 
-def write_list(report: Report, root: Path, to: Path) -> None:
+def write_list(report: Report, root: str | Path, to: Path) -> None:
     """Write the bad images in the format of ``data.exclude``, one per line. The file is replaced
     atomically."""
     lines = [f"# bdkd data check {root}: {len(report.bad)} of {report.images} images"]

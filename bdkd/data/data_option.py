@@ -1,0 +1,50 @@
+"""Map the value of ``--data`` to options of a recipe."""
+
+from pathlib import Path
+
+from bdkd.data.fetch import ARCHIVES
+from bdkd.errors import UsageError
+from bdkd.registry import SOURCES, nearest
+from bdkd.text import expand_user, unicode_hint_of_path
+
+FORMS = "a data source, a folder of images, a .parquet file, or hf:NAME"
+
+
+def data_options(text: str) -> dict[str, str]:
+    """Return the options ``source`` and ``root`` of ``[data]`` for the name of a data source, a
+    path, or ``hf:NAME``.
+
+    A folder that holds CIFAR or Tiny-ImageNet as downloaded is read by the source of that name,
+    and every other folder by the source ``images``. A name comes before a folder of that name.
+
+    Raises:
+        UsageError: the text is none of them, or the folder holds several downloaded data sets.
+    """
+    if text in SOURCES:
+        return {"source": text}
+    if text.startswith("hf:") and len(text) > len("hf:"):
+        return {"source": "images", "root": text}
+    path = expand_user(text, "--data")
+    downloaded = _downloaded(path)
+    if len(downloaded) > 1:
+        folders = ", ".join(str(path / ARCHIVES[source].folder) for source in downloaded)
+        raise UsageError(f"--data {text} holds several data sets: pass one of {folders}")
+    if downloaded:
+        return {"source": downloaded[0], "root": text}
+    if text and (path.is_dir() or (path.is_file() and path.suffix.lower() == ".parquet")):
+        return {"source": "images", "root": text}
+    if path.is_file():
+        raise UsageError(f"--data must be {FORMS}, got the file {text}: pass its folder")
+    hint = unicode_hint_of_path(path) or f"; {nearest(text, list(SOURCES))}"
+    raise UsageError(f"--data must be {FORMS}, got {text!r}, and there is no such path{hint}")
+
+
+def _downloaded(path: Path) -> list[str]:
+    """Return the sources whose downloaded folder or archive is at a path or in it."""
+    return [
+        source
+        for source, archive in ARCHIVES.items()
+        if (path.resolve().name in (archive.folder, archive.file) and path.exists())
+        or (path / archive.folder).is_dir()
+        or (path / archive.file).is_file()
+    ]
