@@ -25,6 +25,7 @@ from bdkd.registry import NAME
 Resume = Literal["never", "auto", "require"]
 
 OWN_IMAGES = "images"  # the shipped recipe of command lines without a recipe
+FINE_TUNING_RATE = 3e-4  # of AdamW, with --pretrained; the recipe's rate is for new networks
 HELP = Help(
     "bdkd train [RECIPE] [options]",
     "Train a teacher and a student together. RECIPE is a shipped recipe (bdkd recipes) or a TOML "
@@ -148,16 +149,22 @@ def _without_recipe(given: list[str]) -> Arguments:
 
 
 def _own_images(given: list[str]) -> Arguments:
-    """Parse a command line that describes a run with ``--data``. The run is named after the data,
-    and has smaller batches if there are few images."""
+    """Parse a command line that describes a run with ``--data``. The run is named after the data.
+    It has smaller batches if there are few images, and a lower learning rate with
+    ``--pretrained``, unless the command line sets them."""
     recipe = load_recipe(OWN_IMAGES)
     data = str(value_of(given, "--data"))
     words = NAME.findall(data.removeprefix("hf:").rstrip("/").rpartition("/")[2])
     name = words[0].removesuffix(".parquet") if words else OWN_IMAGES
-    arguments = parse([OWN_IMAGES, *given], replace_unchecked(recipe, name=name))
-    config = arguments.config
-    if {"--batch-size", "--train.batch-size"} & {word.partition("=")[0] for word in given}:
+    config = replace_unchecked(recipe, name=name)
+    flags = {word.partition("=")[0].replace("_", "-") for word in given}
+    if "--pretrained" in flags and "--optimizer.name" not in flags:
+        rate = dataclasses.replace(recipe.optimizer, learning_rate=FINE_TUNING_RATE)
+        config = replace_unchecked(config, optimizer=rate)
+    arguments = parse([OWN_IMAGES, *given], config)
+    if flags & {"--batch-size", "--train.batch-size"}:
         return arguments
+    config = arguments.config
     batch_size = min(config.train.batch_size, _fitting_batch(config))
     train = dataclasses.replace(config.train, batch_size=batch_size)
     return dataclasses.replace(arguments, config=dataclasses.replace(config, train=train))

@@ -92,7 +92,7 @@ def test_every_source_is_listed_with_what_is_missing(here, capsys, monkeypatch):
     assert (cifar["ready"], cifar["needs_root"]) == (False, True)
     assert "bdkd data fetch cifar10 --to data" in cifar["missing"]
     assert cifar["command"] == "bdkd train RECIPE --data.source cifar10 --data.root data"
-    assert rows["images"]["command"].== "bdkd train --data FOLDER"
+    assert rows["images"]["command"] == "bdkd train --data FOLDER"
     assert rows["hf"]["ready"]
     write_files(here / "data", cifar_files("cifar10"))
     assert listed(capsys)["cifar10"]["ready"]
