@@ -67,7 +67,7 @@ def expand(given: list[str], recipe: Recipe, flags: dict[str, Flag]) -> list[str
             check_values(argument, [value], flags[key])
             expanded.append(f"{key}={value}")
         else:
-            expanded += _data_flags(value)
+            expanded += _data_flags(value, recipe, given)
     if pretrained:
         expanded += _pretrained_flags(expanded, recipe)
     return expanded
@@ -94,10 +94,14 @@ def _key(argument: str, shortcut: Shortcut, recipe: Recipe) -> str:
     return f"--{shortcut.key.format(**{role: names[0].replace('_', '-')})}"
 
 
-def _data_flags(text: str) -> list[str]:
+def _data_flags(text: str, recipe: Recipe, given: list[str]) -> list[str]:
     from bdkd.data import data_options
 
-    return [f"--data.{key.replace('_', '-')}={value}" for key, value in data_options(text).items()]
+    options = data_options(text)
+    roots = any(word.partition("=")[0] == "--data.root" for word in given)
+    if options["source"] != recipe.data.source and not roots:
+        options = {"root": "None", **options}  # the recipe's folder is of another source
+    return [f"--data.{key}={value}" for key, value in options.items()]
 
 
 def _pretrained_flags(expanded: list[str], recipe: Recipe) -> list[str]:

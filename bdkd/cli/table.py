@@ -1,5 +1,6 @@
 """Format plain tables for a terminal."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,9 +32,9 @@ def results_table(summary: Mapping[str, Any]) -> str:
     header = ["network", "parameters", "top-1", "NLL", "ECE", "ECE if calibrated",
               *(metric.label for metric in registered)]  # fmt: skip
     images = summary["images"]
-    return (
-        table(header, rows)
-        + f'\n\n{images} {summary["split"]} images. ECE: 15 bins, without recalibration. "ECE if '
-        'calibrated" is the\nexpected ECE of a perfectly calibrated network with these '
+    caption = (
+        f"{images} {summary['split']} images. ECE: 15 bins, without recalibration. "
+        '"ECE if calibrated" is the expected ECE of a perfectly calibrated network with these '
         f"confidences on {images} images."
     )
+    return f"{table(header, rows)}\n\n{textwrap.fill(caption, 80)}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +90,8 @@ def parse_command(given: list[str]) -> Command:
     if asks_for_help(given):
         recipe = load_recipe(name or OWN_IMAGES)
         exit_with_help(given, "bdkd train", HELP, Arguments(recipe=recipe.name, config=recipe))
+    if name is not None and os.path.isdir(name):
+        raise UsageError(f"{name} is a folder, not a recipe: --data {name} trains on its images")
     given = _expand_resume(given)
     arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
     return Command(arguments, given, name)
@@ -133,7 +136,7 @@ def _without_recipe(given: list[str]) -> Arguments:
     """Parse a command line without a recipe: ``--resume`` uses the recipe in the run's folder, and
     other runs start from the shipped recipe for the user's own images."""
     run_dir = value_of(given, "--run-dir")
-    if value_of(given, "--data") is not None:
+    if any(word.partition("=")[0] == "--data" for word in given):
         return _own_images(given)
     if "--resume" in given and run_dir is not None:
         from bdkd.runs.folder import RunFolder
@@ -153,7 +156,7 @@ def _own_images(given: list[str]) -> Arguments:
     It has smaller batches if there are few images, and a lower learning rate with
     ``--pretrained``, unless the command line sets them."""
     recipe = load_recipe(OWN_IMAGES)
-    data = str(value_of(given, "--data"))
+    data = value_of(given, "--data") or ""
     words = NAME.findall(data.removeprefix("hf:").rstrip("/").rpartition("/")[2])
     name = words[0].removesuffix(".parquet") if words else OWN_IMAGES
     config = replace_unchecked(recipe, name=name)

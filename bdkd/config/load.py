@@ -52,7 +52,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     except OSError as error:
         raise RunError(
             f"cannot read the recipe {path}: {error.strerror}: give the path of a TOML file, or "
-            f"the name of a shipped recipe (bdkd train lists them){unicode_hint_of_path(path)}"
+            f"the name of a shipped recipe (bdkd recipes lists them){unicode_hint_of_path(path)}"
         ) from error
     return parse_recipe(text, source=str(path))
 

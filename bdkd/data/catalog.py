@@ -43,11 +43,12 @@ def _listed(name: str, root: Path) -> ListedSource:
     entry, archive = SOURCES[name], ARCHIVES.get(name)
     assert isinstance(entry, SourceEntry)
     missing = entry.missing(root)
+    known = archive is not None or not missing
+    place = shlex.quote(str(root)) if known else "FOLDER"
     command = f"bdkd train RECIPE --data.source {name}"
     if name == "images":
-        command = "bdkd train --data FOLDER"
+        command = f"bdkd train --data {place}"
     elif entry.needs_root:
-        known = archive is not None or not missing
-        command += f" --data.root {shlex.quote(str(root)) if known else 'FOLDER'}"
+        command += f" --data.root {place}"
     size = None if archive is None else archive.size
     return ListedSource(name, entry.reads, entry.needs_root, size, not missing, missing, command)

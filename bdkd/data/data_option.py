@@ -1,5 +1,6 @@
 """Map the value of ``--data`` to options of a recipe."""
 
+import os
 from pathlib import Path
 
 from bdkd.data.fetch import ARCHIVES
@@ -15,13 +16,20 @@ def data_options(text: str) -> dict[str, str]:
     path, or ``hf:NAME``.
 
     A folder that holds CIFAR or Tiny-ImageNet as downloaded is read by the source of that name,
-    and every other folder by the source ``images``. A name comes before a folder of that name.
+    and every other folder by the source ``images``. A folder with the name of a source that needs a
+    folder is that folder.
 
     Raises:
-        UsageError: the text is none of them, or the folder holds several downloaded data sets.
+        UsageError: the text is none of them, is a folder and a source without a folder, or the
+            folder holds several downloaded data sets.
     """
-    if text in SOURCES:
+    if text in SOURCES and not os.path.isdir(text):
         return {"source": text}
+    if text in SOURCES and not SOURCES[text].needs_root:
+        raise UsageError(
+            f"--data {text} is a data source and a folder: pass ./{text} for the folder, or "
+            f"--data.source {text}"
+        )
     if text.startswith("hf:") and len(text) > len("hf:"):
         return {"source": "images", "root": text}
     path = expand_user(text, "--data")

@@ -28,9 +28,13 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_source_is_taken_by_its_name(here):
-    (here / "digits").mkdir()
     for name in ("digits", "cifar10", "synthetic", "images"):
         assert data_options(name) == {"source": name}
+    (here / "digits").mkdir()
+    with pytest.raises(UsageError, match=r"is a data source and a folder: pass \./digits"):
+        data_options("digits")
+    (here / "images").mkdir()
+    assert data_options("images") == {"source": "images", "root": "images"}
     assert data_options("./digits") == {"source": "images", "root": "./digits"}
 
 
@@ -99,7 +103,7 @@ def test_every_source_is_listed_with_what_is_missing(here, capsys, monkeypatch):
     photos = make_photos(here / "my photos", cat=1, dog=1)
     images = listed(capsys, photos)["images"]
     assert (images["ready"], images["missing"]) == (True, "")
-    assert images["command"].endswith(f"--data.root '{photos}'")
+    assert images["command"].endswith(f"--data '{photos}'")
     monkeypatch.setattr("bdkd.data.images.hub.find_spec", lambda name: None)
     assert listed(capsys)["hf"]["missing"] == "datasets is not installed: pip install 'bdkd[hf]'"
 

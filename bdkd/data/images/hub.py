@@ -4,6 +4,7 @@
 the labels are read into memory here.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -221,7 +222,8 @@ def _open_hub(name: str, config: str, where: str) -> Any:
             try:
                 return load()
             except Exception as missing:
-                reason = " ".join(str(error).split())[:80] or type(error).__name__
+                text = " ".join(str(error).split())[:80] or type(error).__name__
+                reason = re.sub(r"^\[Errno -?\d+\] ", "", text)
                 raise RunError(
                     f"cannot reach the Hugging Face Hub ({reason}) and {name} is not in the cache: "
                     f"run hf download {name} --repo-type dataset --local-dir DIR where there is a "
