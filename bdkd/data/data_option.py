@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from bdkd.data.base import SourceEntry
 from bdkd.data.fetch import ARCHIVES
 from bdkd.errors import UsageError
 from bdkd.registry import SOURCES, nearest
@@ -25,7 +26,8 @@ def data_options(text: str) -> dict[str, str]:
     """
     if text in SOURCES and not os.path.isdir(text):
         return {"source": text}
-    if text in SOURCES and not SOURCES[text].needs_root:
+    entry = SOURCES.get(text)
+    if isinstance(entry, SourceEntry) and not entry.needs_root:
         raise UsageError(
             f"--data {text} is a data source and a folder: pass ./{text} for the folder, or "
             f"--data.source {text}"

@@ -35,6 +35,8 @@ class PublishedWeights(NamedTuple):
     url: str | None = None
     repository: str | None = None  # of the Hub
     revision: str | None = None
+    mean: tuple[float, ...] = ()  # of pixel values in [0, 1] in training, for each channel
+    std: tuple[float, ...] = ()
 
     def path(self) -> Path | None:
         """Return the file in the local caches, or None if it is not on this machine."""
@@ -95,14 +97,16 @@ def timm_weights(name: str, options: Mapping[str, object]) -> PublishedWeights |
         return None
     arch = name.partition(".")[0]
     model = f"timm:{arch}.{known.tag}" if known.tag else f"timm:{arch}"
+    mean, std = tuple(known.mean), tuple(known.std)
     if known.hf_hub_id:
         repository, _, revision = known.hf_hub_id.partition("@")
         files = (known.hf_hub_filename,) if known.hf_hub_filename else _HUB_FILES
         return PublishedWeights(
-            model, known.num_classes, files, repository=repository, revision=revision or None
+            model, known.num_classes, files, None, repository, revision or None, mean, std
         )
     url, file = known.url if isinstance(known.url, tuple) else (known.url, None)
-    return PublishedWeights(model, known.num_classes, (file or _file_of(url),), url)
+    files = (file or _file_of(url),)
+    return PublishedWeights(model, known.num_classes, files, url, mean=mean, std=std)
 
 
 def torchvision_weights(name: str) -> PublishedWeights | None:
@@ -118,8 +122,11 @@ def torchvision_weights(name: str) -> PublishedWeights | None:
     default = getattr(models.get_model_weights(name), "DEFAULT", None)
     if default is None:
         return None
-    classes = len(default.meta["categories"])
-    return PublishedWeights(f"torchvision:{name}", classes, (_file_of(default.url),), default.url)
+    classes, preset = len(default.meta["categories"]), default.transforms()
+    return PublishedWeights(
+        f"torchvision:{name}", classes, (_file_of(default.url),), default.url,
+        mean=tuple(preset.mean), std=tuple(preset.std),
+    )  # fmt: skip
 
 
 def _file_of(url: str) -> str:

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bdkd.config import PRETRAINED, RANDOM, NetworkConfig, Recipe
+from bdkd.data import DataInfo
 from bdkd.engine.components import Components
 from bdkd.engine.state import EMA_SUFFIX
 from bdkd.errors import RunError, UsageError, first_line
@@ -98,6 +100,8 @@ def load_initial_weights(components: Components) -> None:
             loaded = load_weights(network, name, config)
         if context.is_rank0:
             print(f"{name}: {loaded.text}")
+            if config.weights == PRETRAINED and (warning := _other_pixels(name, config, info)):
+                print(f"warning: {warning}")
         if name not in components.objective.frozen or loaded.classes is None:
             continue
         if differs := class_difference(loaded.classes, info.classes):
@@ -106,6 +110,27 @@ def load_initial_weights(components: Components) -> None:
                 f"those of this data set: {differs}; give a teacher of this data set, or let "
                 f"{name} train"
             )
+
+
+def _other_pixels(name: str, config: NetworkConfig, info: DataInfo) -> str | None:
+    """Return a warning if the pretrained weights of a network were trained on images with another
+    normalisation than those of the data set."""
+    published = published_weights(config.model, config.options)
+    if published is None or info.normalisation is None or info.channels != len(published.mean):
+        return None
+    scale = info.normalisation.largest
+    own = [tuple(x / scale for x in values) for values in
+           (info.normalisation.mean, info.normalisation.std)]  # fmt: skip
+    theirs = [published.mean, published.std]
+    if np.allclose(own, theirs, atol=0.02):
+        return None
+    (mean, std), (needed_mean, needed_std) = (
+        [" ".join(f"{x:.3f}" for x in values) for values in each] for each in (own, theirs)
+    )
+    return (
+        f"the pretrained weights of {name} expect images with mean {needed_mean} and std "
+        f"{needed_std}, and those of this data set have {mean} and {std}: it starts less accurate"
+    )
 
 
 def load_networks(

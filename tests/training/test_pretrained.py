@@ -20,6 +20,7 @@ from small_runs import TINY_RUN, bdkd, components_of, tiny_recipe
 from vision import mended_torchvision
 
 from bdkd.config import PRETRAINED, NetworkConfig, load_recipe
+from bdkd.data.base import Normalisation
 from bdkd.errors import RunError, UsageError
 from bdkd.models import create_model, published
 from bdkd.models.pretrained import has_published_weights, published_weights
@@ -118,6 +119,21 @@ def test_timms_weights_without_the_classifier_of_other_classes(caches, capsys):
     assert said + head in capsys.readouterr().out
 
 
+def test_images_that_are_normalised_otherwise_than_the_weights_expect_are_a_warning(
+    caches, capsys, monkeypatch
+):
+    cached_timm(caches)
+    loaded(recipe(f"timm:{RESNET}"))
+    said = capsys.readouterr().out
+    assert "warning: the pretrained weights of teacher expect images with mean 0.500 0.500" in said
+    components = components_of(recipe(f"timm:{RESNET}"), begins=False)
+    pixels = Normalisation((127.5,) * 3, (127.5,) * 3, 255.0)
+    info = dataclasses.replace(components.source.info, normalisation=pixels)
+    monkeypatch.setattr(components.source, "info", info)
+    load_initial_weights(components)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_classifier_of_the_same_classes_is_loaded_unless_it_is_reset(caches):
     network, _ = cached_timm(caches)
     theirs = network.state_dict()["fc.weight"]
@@ -141,7 +157,9 @@ def test_timm_adapts_images_of_one_channel_and_another_size(caches):
 
     vit = timm_network(name="test_vit")
     save_file(vit.state_dict(), hub_file(caches, repository="timm/test_vit.r160_in1k"))
-    weights, _ = loaded(recipe("timm:test_vit", options={"img_size": 32}))
+    small = recipe("timm:test_vit", options={"img_size": 32})
+    small = dataclasses.replace(small, data=dataclasses.replace(small.data, image_size=32))
+    weights, _ = loaded(small)
     assert torch.equal(weights["network.blocks.0.attn.qkv.weight"], vit.blocks[0].attn.qkv.weight)
     assert weights["network.pos_embed"].shape[1] < vit.pos_embed.shape[1]
 
