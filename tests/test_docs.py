@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,10 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def parse_bdkd(arguments: list[str]) -> None:
-    """Whether a command line of ours is one; a wrong option exits."""
+    """Whether a command line of ours is one; a wrong option exits. Data that it names exist."""
+    for option, place in pairwise(arguments):
+        if option == "--data" and place.endswith((".parquet", "/")) and not Path(place).exists():
+            Path(place).touch() if place.endswith(".parquet") else Path(place).mkdir(parents=True)
     command, *rest = take_plugins(arguments)
     if command in ("--version", "--help") or "--help" in rest:
         return

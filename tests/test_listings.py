@@ -35,8 +35,8 @@ def refused(capsys, *arguments: str) -> str:
 def test_without_a_pattern_the_networks_of_bdkd_and_how_to_list_the_others(capsys):
     lines = output(capsys, "models").splitlines()
     assert lines[0].split() == ["name", "parameters", "image", "size", "pretrained"]
-    assert [line.split()[0] for line in lines[2:-3]] == list_models()
-    cells = {cells[0]: cells[1:] for cells in map(str.split, lines[2:-3])}
+    assert [line.split()[0] for line in lines[2:-4]] == list_models()
+    cells = {cells[0]: cells[1:] for cells in map(str.split, lines[2:-4])}
     assert cells["resnet20"] == ["278,324", "any", "-"]  # with 100 classes
     assert cells["imagenet_resnet50"] == ["25,557,032", "224", "yes"]  # with 1,000
     for line, library in zip(lines[-2:], ("timm", "torchvision"), strict=True):
@@ -70,7 +70,7 @@ def test_a_long_list_has_no_parameters_and_says_so(capsys):
     pytest.importorskip("timm")
     text = output(capsys, "models", "timm:*resnet*")
     assert "give a narrower pattern" in text
-    assert all(line.split()[1] == "-" for line in text.splitlines()[2:-2])
+    assert all(line.split()[1] == "-" for line in text.splitlines()[2:-3])
 
 
 def test_weights_on_this_machine_are_marked(capsys, monkeypatch, tmp_path):

@@ -19,8 +19,8 @@ from bdkd.engine.state import TrainingState
 from bdkd.errors import UsageError
 from bdkd.registry import OBJECTIVES, OPTIMIZERS, SOURCES
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10}
-SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10, "images": 10}
+SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "images": 64}
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

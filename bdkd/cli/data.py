@@ -113,6 +113,7 @@ def check(given: list[str]) -> None:
     from bdkd.data.images import check as checking
 
     to = expand_user(arguments.to, "--to")
+    expand_user(Path(arguments.root.removeprefix("hf:")), "ROOT")  # so that a message names it
     report = checking.check(
         arguments.root, arguments.format, arguments.workers, arguments.image_column,
         arguments.label_column,

@@ -31,7 +31,8 @@ SHAPES = {
     "tiny-imagenet": Shape(200, 3, tiny_imagenet.SIDE),
     "imagenet": Shape(1000, 3, imagenet.SIDE),
     "synthetic": Shape(None, synthetic.CHANNELS, synthetic.SIDE),
-    "folder": Shape(None, 3, 32),
+    "folder": Shape(None, 3, None),
+    "images": Shape(None, 3, None),
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bdkd.config import RANDOM, NetworkConfig, Recipe
+from bdkd.config import PRETRAINED, RANDOM, NetworkConfig, Recipe
 from bdkd.engine.components import Components
 from bdkd.engine.progress import Progress
 from bdkd.engine.throughput import StepTimes
@@ -77,7 +77,7 @@ def run_rows(
         *_networks(components, ranks, step, each),
         ("optimizer", [
             o.name, f"peak learning rate {o.learning_rate:g}", f"{s.name} schedule",
-            f"warm-up {s.warmup:g} {s.unit}",
+            f"warm-up of {s.warmup:g} {s.unit.removesuffix('s') if s.warmup == 1 else s.unit}",
         ]),
         ("batch", _batch(recipe, ranks)),
         ("precision", _precision(recipe, components.device)),
@@ -113,9 +113,10 @@ def _networks(components: Components, ranks: int, step: int, each: _Costs | None
 
 
 def _weights(config: NetworkConfig) -> str:
-    if config.weights not in (None, RANDOM):
-        return f"weights of {config.weights}"
-    return "pretrained weights" if config.options.get("pretrained") else "random weights"
+    if config.weights == PRETRAINED or config.options.get("pretrained"):
+        return "pretrained weights"
+    known = config.weights not in (None, RANDOM)
+    return f"weights of {config.weights}" if known else "random weights"
 
 
 def _batch(recipe: Recipe, ranks: int) -> list[str]:

@@ -157,7 +157,7 @@ def test_a_run_stores_the_size_and_resumes_with_it(tmp_path, capsys):
 
 
 def test_timm_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("bdkd.models.bridge.import_module", missing_timm)
+    monkeypatch.setattr("bdkd.models.libraries.import_module", missing_timm)
     with pytest.raises(RunError, match="timm is not installed: pip install"):
         resolved("images", "timm:resnet50", "resnet8")
 

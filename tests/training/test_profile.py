@@ -297,7 +297,7 @@ def test_a_short_run_records_training_steps_alone(steps, tmp_path):
         (["--profile", "--dry-run"], "--profile must be a number of steps"),
         (["--images-per-second", "100"], "give --dry-run"),
         (["--dry-run", "--images-per-second", "0"], "above 0"),
-        (["--dry-run", "--images-per-second", "inf"], "above 0"),
+        (["--dry-run", "--images-per-second", "inf"], "must be finite, got inf"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
