@@ -106,7 +106,8 @@ def test_times_are_minutes_and_hours():
 @pytest.mark.parametrize("command", [
     ["bench/data_imagenet.py", "--index", "200"],
     ["bench/checkpoint_stall.py", "--every", "1", "--checkpoints", "3"],
-    ["bench/compare_commits.py", str(ROOT), "--cases", "clip", "--steps", "1"],
+    pytest.param(["bench/compare_commits.py", str(ROOT), "--cases", "clip", "--steps", "1"],
+                 marks=pytest.mark.soak),
 ])  # fmt: skip
 def test_the_long_scripts_say_how_far_they_are(command, tmp_path):
     """With a line for every update instead of one every 10 s."""

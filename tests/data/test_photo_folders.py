@@ -324,7 +324,7 @@ def losses(run):
     }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_flat_folder_trains_and_resumes_to_the_bit(ranks, tmp_path):
     """The size is that of the pictures, because the networks take any; the run stores it."""
     root = make_photos(tmp_path / "photos", size=(36, 24), cat=15, dog=15)
