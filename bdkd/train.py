@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shlex
 import sys
 from pathlib import Path
 
@@ -114,3 +115,4 @@ def train(arguments: Arguments, folder: RunFolder, context: DistributedContext) 
         print(f"\n{results_table(summary)}\n")
         print(f"run folder           {folder.path}")
         print(f"reliability diagram  {folder.figures / 'reliability.png'}")
+        print(f"export the student   bdkd export {shlex.quote(str(folder.path))} --to onnx")

@@ -342,7 +342,11 @@ def main(arguments: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)  # refused now, not after minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grid = [Cell(*x) for x in itertools.product(DTYPES, RELATIONS, SPREADS, CLASSES, TEMPERATURES)]
-    if options.quick:
+    if not options.quick:
+        print(
+            f"{len(grid):,} cells; --quick measures a few in seconds", file=sys.stderr, flush=True
+        )
+    else:
         grid = [
             c for c in grid if c.spread in (0.1, 10.0) and c.classes == 10 and c.temperature > 1
         ]

@@ -96,7 +96,7 @@ def test_without_the_libraries_a_note_and_an_error_where_they_are_asked_for(caps
         text = output(capsys, "models", *arguments)
         assert "imagenet_resnet18" in text
         for library in ("timm", "torchvision"):
-            assert f"{library} is not installed: pip install 'bdkd[imagenet]'" in text
+            assert f"{library} is not installed: pip install 'bdkd[imagenet]' torch==" in text
     assert "timm is not installed" in refused(capsys, "models", "timm:resnet18")
     assert "torchvision is not installed" in refused(capsys, "models", "torchvision:*")
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from data.photo_folders import make_photos
+from small_runs import bdkd
 from test_one_line import failure
 
 from bdkd.cli import main
@@ -12,6 +13,7 @@ from bdkd.cli.flags import flags_of
 from bdkd.cli.shortcuts import expand
 from bdkd.cli.train import FINE_TUNING_RATE, Arguments, parse_command
 from bdkd.config import load_recipe, parse_recipe
+from bdkd.engine.image_size import mistaken_models
 from bdkd.errors import UsageError
 
 DIGITS = load_recipe("digits")
@@ -180,3 +182,21 @@ def test_an_unknown_network_is_one_line(photos, capsys):
         ["train", "--data", str(photos), *PAIR[:2], "--student", "rsnet8"], capsys
     )
     assert (code, "'resnet8'" in message) == (2, True)
+
+
+def test_a_network_for_small_images_on_large_ones_is_a_warning(photos, monkeypatch):
+    line = ["--data", str(photos), "--student", "resnet8", "--batch-size", "4"]
+    for teacher, side, count in (("resnet18", 160, 1), ("resnet18", 32, 0), ("resnet8", 160, 0)):
+        given = [*line, "--teacher", teacher, "--data.image-size", str(side)]
+        config = parse_command(given).arguments.config
+        found = mistaken_models(config, side)
+        assert len(found) == count
+        assert all("there is imagenet_resnet18" in warning for warning in found)
+    done = bdkd("train", *line, "--teacher", "resnet18", "--data.image-size", "160", "--dry-run",
+                "--no-probe", cwd=photos.parent)  # fmt: skip
+    assert done.stderr.count("warning: networks.teacher: resnet18 is a network for small") == 1
+
+
+def test_the_folder_of_a_run_after_resume_is_explained(photos, capsys):
+    code, message = failure(["train", "--resume", str(photos)], capsys)
+    assert (code, f"pass --resume --run-dir {photos}" in message) == (2, True)

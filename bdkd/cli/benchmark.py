@@ -98,6 +98,8 @@ def parse(given: list[str]) -> Arguments:
         exit_with_help(given, "bdkd benchmark", HELP, Arguments(recipe=recipe.name, config=recipe))
     if name is None:
         known = f"{', '.join(shipped_recipes())} or a TOML file"
+        if any(word.partition("=")[0] == "--data" for word in given):
+            known = "bdkd benchmark images --data ... starts from the recipe for your own images"
         raise UsageError(f"benchmark needs a recipe as its first argument: {known}")
     recipe = load_recipe(name)
     check_network_names(given, recipe)

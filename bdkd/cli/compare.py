@@ -62,6 +62,8 @@ def run(given: list[str]) -> None:
         exit_with_help(given, "bdkd compare", HELP, Arguments(recipe=recipe.name, config=recipe))
     if name is None:
         known = f"{', '.join(shipped_recipes())} or a TOML file"
+        if any(word.partition("=")[0] == "--data" for word in given):
+            known = "bdkd compare images --data ... starts from the recipe for your own images"
         raise UsageError(f"compare needs a recipe as its first argument: {known}")
     default = Arguments(recipe=name, config=load_recipe(name))
     arguments = parse_options(Arguments, "bdkd compare", given, default)

@@ -56,7 +56,9 @@ def run(given: list[str]) -> None:
         if arguments.json:
             print(to_json(summary, indent=2))
         else:
-            print(f"{summary['checkpoint']}, step {summary['step']}\n\n{results_table(summary)}")
+            images = {"val": "validation images", "test": "test images"}[summary["split"]]
+            title = f"{summary['checkpoint']}, step {summary['step']}, {images}"
+            print(f"{title}\n\n{results_table(summary)}")
 
 
 def measure_run(arguments: Arguments, context: "DistributedContext") -> dict[str, Any]:

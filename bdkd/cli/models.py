@@ -14,7 +14,7 @@ from bdkd.cli.flags import parse
 from bdkd.cli.table import table
 from bdkd.errors import RunError, UsageError
 from bdkd.models import create_model, list_models
-from bdkd.models.libraries import import_library, is_installed
+from bdkd.models.libraries import INSTALL, import_library, is_installed
 from bdkd.models.pretrained import published_weights
 from bdkd.models.registry import image_size_of
 from bdkd.registry import nearest
@@ -81,7 +81,7 @@ def _others() -> list[str]:
     lines = []
     for library, list_names in _LIBRARIES.items():
         if not is_installed(library):
-            lines.append(f"{library} is not installed: pip install 'bdkd[imagenet]'")
+            lines.append(f"{library} is not installed: {INSTALL}")
             continue
         try:
             count = len([*list_names("")])
@@ -110,7 +110,7 @@ def _matching(pattern: str) -> tuple[list[str], list[str]]:
         try:
             names += [f"{library}:{name}" for name in list_names(pattern)]
         except RunError as error:
-            missing = f"{library} is not installed: pip install 'bdkd[imagenet]'"
+            missing = f"{library} is not installed: {INSTALL}"
             notes.append(str(error) if is_installed(library) else missing)
     found = [name for name in names if matches(name)]
     if not found:

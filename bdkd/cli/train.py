@@ -242,6 +242,8 @@ def _expand_resume(given: list[str]) -> list[str]:
             if following and not following.startswith("-"):
                 needed = f"{', '.join(values)} or have no value (require)"
                 hint = f"got {following!r} (put the recipe first)"
+                if os.path.isdir(following):
+                    hint = f"got the folder {following!r}: pass --resume --run-dir {following}"
                 raise UsageError(f"--resume must be {needed}, {hint}")
             expanded.append("require")
     return expanded

@@ -1,5 +1,6 @@
 """The parts of a run, built from its recipe. Training, evaluation and export share them."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from bdkd.data import DataSource, create_source
 from bdkd.device import AUTOCAST, choose_device, set_flags
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.distributed.launch import local_rank
-from bdkd.engine.image_size import check_image_size, with_image_size
+from bdkd.engine.image_size import check_image_size, mistaken_models, with_image_size
 from bdkd.engine.networks import Networks, build_networks, with_model_options
 from bdkd.engine.requirements import check_requirements
 from bdkd.errors import UsageError
@@ -68,6 +69,9 @@ def build_components(
     dtype = AUTOCAST[recipe.train.precision] or torch.float32
     source = create(recipe.data, recipe.seed, device, layout, dtype)
     recipe = with_image_size(recipe, source.info.image_size[0])
+    if training and context.is_rank0:
+        for warning in mistaken_models(recipe, source.info.image_size[0]):
+            print(f"warning: {warning}", file=sys.stderr)
     images, batch_size = source.info.counts["train"], recipe.train.batch_size
     if images < batch_size:
         raise UsageError(

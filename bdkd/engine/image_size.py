@@ -4,7 +4,9 @@ import dataclasses
 
 from bdkd.config import Recipe
 from bdkd.errors import UsageError
-from bdkd.models.registry import fixed_image_size_of, image_size_of
+from bdkd.models.registry import fixed_image_size_of, image_size_of, list_models
+
+LARGEST_SMALL_IMAGE = 112  # pixels; the networks for small images do not reduce them at first
 
 
 def with_image_size(recipe: Recipe, side: int | None = None) -> Recipe:
@@ -28,6 +30,21 @@ def with_image_size(recipe: Recipe, side: int | None = None) -> Recipe:
     if side is None:
         return recipe
     return dataclasses.replace(recipe, data=dataclasses.replace(data, image_size=side))
+
+
+def mistaken_models(recipe: Recipe, side: int) -> list[str]:
+    """Return a warning for each network for small images that sees large ones, if there is a
+    network of the same name for large images.
+
+    Args:
+        side: of the images, in pixels.
+    """
+    return [
+        f"networks.{name}: {network.model} is a network for small images, as in CIFAR, and these "
+        f"have {side} pixels: for large images there is imagenet_{network.model}"
+        for name, network in recipe.networks.items()
+        if side > LARGEST_SMALL_IMAGE and f"imagenet_{network.model}" in list_models()
+    ]
 
 
 def with_image_size_of(recipe: Recipe, stored: Recipe) -> Recipe:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bdkd.errors import RunError, first_line
 
-from .libraries import described, import_library
+from .libraries import described, import_library, is_installed
 from .published import locate, timm_weights
 
 
@@ -175,6 +175,17 @@ def create_torchvision(
 
 
 LIBRARIES = {"timm": create_timm, "torchvision": create_torchvision}
+
+
+def in_timm(name: str) -> str:
+    """Return a hint if timm has a model of this name, or an empty string."""
+    if not is_installed("timm"):
+        return ""
+    try:
+        found = import_library("timm").is_model(name)
+    except RunError:
+        return ""
+    return f"timm has one: 'timm:{name}'" if found else ""
 
 
 def image_size_of(library: str, name: str, options: Mapping[str, object]) -> int | None:

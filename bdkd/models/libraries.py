@@ -19,6 +19,9 @@ _NO_OPERATORS = "operator torchvision::nms does not exist"
 _placeholders: list[torch.library.Library] = []  # an operator lives as long as its library
 _warned: list[str] = []
 
+# timm requires torchvision, whose newest version would replace the installed torch.
+INSTALL = f"pip install 'bdkd[imagenet]' torch=={torch.__version__}"
+
 
 def import_library(library: str) -> ModuleType:
     """Return the module ``timm`` or ``torchvision``.
@@ -42,9 +45,7 @@ def import_library(library: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != library:
             raise RunError(f"{library} needs {error.name}: pip install {error.name}") from error
-        raise RunError(
-            f"{library} is not installed: pip install 'bdkd[imagenet]' ({_ALTERNATIVE})"
-        ) from error
+        raise RunError(f"{library} is not installed: {INSTALL} ({_ALTERNATIVE})") from error
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         # The usual cause is a torchvision for another torch version, which timm imports too.
         raise RunError(

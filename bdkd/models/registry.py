@@ -209,9 +209,8 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
         return LIBRARIES[library.lower()](library_name, num_classes, in_channels, **options)
     entry, known = _find(name), _normalised(name)
     if entry is None:
-        raise ValueError(
-            f"there is no model named {name!r}; the nearest name is {_nearest(known)!r}"
-        )
+        nearest = bridge.in_timm(name) or f"the nearest name is {_nearest(known)!r}"
+        raise ValueError(f"there is no model named {name!r}; {nearest}")
     if unknown := [option for option in options if option not in entry.options]:
         takes = ", ".join(entry.options) or "no option"
         raise ValueError(f"model {known!r} has no option {unknown[0]!r}; it takes {takes}")
