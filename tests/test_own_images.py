@@ -200,3 +200,38 @@ def test_a_network_for_small_images_on_large_ones_is_a_warning(photos, monkeypat
 def test_the_folder_of_a_run_after_resume_is_explained(photos, capsys):
     code, message = failure(["train", "--resume", str(photos)], capsys)
     assert (code, f"pass --resume --run-dir {photos}" in message) == (2, True)
+
+
+def test_images_of_other_formats_are_left_out_with_a_note(photos, capsys):
+    for number in range(3):
+        (photos / "cat" / f"{number}.gif").write_bytes(b"")
+    (photos / "dog" / "a.JFIF").write_bytes(b"")
+    main(["train", "--data", str(photos), *PAIR, "--dry-run", "--no-probe"])
+    out, err = capsys.readouterr()
+    assert "36 train" in out
+    assert err.count("4 images in") == 1
+    assert "are not used: 3 .gif, 1 .jfif; convert them to JPEG or PNG" in err
+
+
+@pytest.mark.parametrize("name", ["synthetic_photos", "two\nlines", "a b, c"])
+def test_benchmarks_take_folders_with_any_name(name, photos, capsys):
+    photos.rename(photos.parent / name)
+    line = ["benchmark", "images", "--data", name, *PAIR, "--batch-size", "4", "--steps", "1"]
+    main([*line, "--warmup", "0", "--data.workers", "0", "--data.image-size", "16"])
+    assert "training step" in capsys.readouterr().out
+
+
+def test_one_data_set_is_given_once(photos, capsys):
+    for more in (["--data.source", "digits"], ["--data.root", "x"], ["--data", "digits"]):
+        code, message = failure(["train", "--data", str(photos), *PAIR, *more], capsys)
+        assert code == 2
+        assert "give one" in message
+
+
+def test_a_comparison_that_failed_before_its_first_step_takes_other_options(photos, capsys):
+    line = ["compare", "digits", "--data", str(photos), *PAIR, "--epochs", "1", "--seeds", "1",
+            "--methods", "independent", "--folder", "here", "--data.image-size", "16"]  # fmt: skip
+    code, message = failure(line, capsys, quiet=False)
+    assert (code, "pass a smaller --batch-size" in message) == (2, True)
+    main([*line, "--batch-size", "8"])
+    assert "independent" in capsys.readouterr().out

@@ -112,8 +112,15 @@ def parse(given: list[str]) -> Arguments:
 
 def _expand_synthetic(given: list[str]) -> list[str]:
     """Replace ``--data synthetic``, which for ``bdkd train`` is the data source of this name."""
-    text = "\n".join(given).replace("--data=synthetic", "--data\nsynthetic")
-    return text.replace("--data\nsynthetic", "--synthetic").split("\n")
+    expanded: list[str] = []
+    for argument, before in zip(given, ["", *given], strict=False):
+        if argument == "--data=synthetic":
+            expanded.append("--synthetic")
+        elif (before, argument) == ("--data", "synthetic"):
+            expanded[-1] = "--synthetic"
+        else:
+            expanded.append(argument)
+    return expanded
 
 
 def measure(arguments: Arguments, context: "DistributedContext") -> tuple[str, dict[str, Any]]:
@@ -140,6 +147,7 @@ def _announce(arguments: Arguments, components: "Components") -> None:
     """Say what comes, and warn of too little memory. Without it a GPU reports an error, but the
     system kills a process on a CPU, so raise ``RunError`` there."""
     from bdkd.probe import check_memory
+    from bdkd.runs.plan import plural
 
     warning = check_memory(components, components.context.world_size).warning
     if warning is not None and components.device.type == "cpu":
@@ -147,7 +155,8 @@ def _announce(arguments: Arguments, components: "Components") -> None:
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     count = arguments.warmup + arguments.steps
-    print(f"timing {count:,} steps on {components.device}", file=sys.stderr, flush=True)
+    steps = plural(count, "step")
+    print(f"timing {steps} on {components.device}", file=sys.stderr, flush=True)
 
 
 def _create_random_images(arguments: Arguments, config: DataConfig, *context: Any) -> "DataSource":

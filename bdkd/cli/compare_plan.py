@@ -133,7 +133,8 @@ def plan_runs(
             resolved = dataclasses.replace(recipe, objective=objective, seed=seed, run_dir=run_dir)
             runs.append(PlannedRun(method, seed, resolved, frozen[method], teachers[method]))
     for planned in runs:
-        if (stored := RunFolder(planned.path)).config.exists():
+        # A run that failed before its first step may be repeated with other options.
+        if (stored := RunFolder(planned.path)).config.exists() and stored.has_begun():
             weights = {f"networks.{name}.weights" for name in planned.teachers}
             before = with_model_options(stored.read_config())
             now = with_image_size_of(with_model_options(planned.recipe), before)

@@ -111,9 +111,9 @@ class _Session:
 
 
 def prepare(run: PlannedRun, folder: Path) -> list[str]:
-    """Write the run's ``config.toml`` if there is none. Return the command that trains it."""
+    """Write the run's ``config.toml`` unless it has begun. Return the command that trains it."""
     stored = RunFolder(run.path)
-    if not stored.config.exists():
+    if not stored.config.exists() or not stored.has_begun():
         teachers = folder / run_name(TEACHERS, run.seed)
         networks = dict(run.recipe.networks)
         for name in run.teachers:

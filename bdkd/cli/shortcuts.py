@@ -98,8 +98,13 @@ def _data_flags(text: str, recipe: Recipe, given: list[str]) -> list[str]:
     from bdkd.data import data_options
 
     options = data_options(text)
-    roots = any(word.partition("=")[0] == "--data.root" for word in given)
-    if options["source"] != recipe.data.source and not roots:
+    flags = [word.partition("=")[0].replace("_", "-") for word in given]
+    for flag in ("--data.source", "--data.root"):
+        if flag in flags and flag.removeprefix("--data.") in options:
+            raise UsageError(f"--data {text} and {flag} both choose the data set: give one of them")
+    if flags.count("--data") > 1:
+        raise UsageError("--data is given more than once: give one data set")
+    if options["source"] != recipe.data.source and "--data.root" not in flags:
         options = {"root": "None", **options}  # the recipe's folder is of another source
     return [f"--data.{key}={value}" for key, value in options.items()]
 

@@ -138,7 +138,7 @@ def _without_recipe(given: list[str]) -> Arguments:
     run_dir = value_of(given, "--run-dir")
     if any(word.partition("=")[0] == "--data" for word in given):
         return _own_images(given)
-    if "--resume" in given and run_dir is not None:
+    if run_dir is not None and any(word.partition("=")[0] == "--resume" for word in given):
         from bdkd.runs.folder import RunFolder
 
         stored = RunFolder(Path(run_dir)).read_config()

@@ -5,6 +5,7 @@ import datetime
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -16,7 +17,7 @@ EXAMPLE = "; see the config.toml of any run for a complete recipe"
 _ONE = {
     bool: "true or false", int: "an integer", float: "a number", str: "a string",
     list: "an array", tuple: "an array", dict: "a table", datetime.date: "a date",
-    datetime.datetime: "a date", datetime.time: "a time",
+    datetime.datetime: "a date", datetime.time: "a time", Path: "a path",
 }  # fmt: skip
 _MANY = {bool: "true or false", int: "integers", float: "numbers", str: "strings"}
 

@@ -1,6 +1,8 @@
 """Find the classes and splits of a folder of images: ``train/<class>/*`` and other splits, or a
 flat folder ``<class>/*``."""
 
+from collections import Counter
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -9,7 +11,7 @@ import numpy as np
 
 from bdkd.data.imagenet.index import Index
 from bdkd.data.imagenet.layout import index_folders
-from bdkd.data.listing import class_folders, image_files
+from bdkd.data.listing import class_folders, image_files, unlisted_images
 from bdkd.data.notes import note
 from bdkd.data.own_splits import ALL_SPLIT_NAMES, FoundImages, Role, split_roles, val_as_test
 from bdkd.errors import RunError
@@ -88,6 +90,7 @@ def _split_folders(root: Path, roles: dict[Role, str]) -> FoundImages:
             )
         indices[role] = index_folders(root, name, present, classes)
     _check_nested(train, classes, indices["train"])
+    _note_unlisted(root, [root / name / label for name in roles.values() for label in classes])
     return FoundImages(str(root), classes, indices, roles, "{where}/{name}", all_classes=True)
 
 
@@ -106,9 +109,25 @@ def _flat_folder(root: Path, folders: tuple[str, ...]) -> FoundImages:
     index = index_folders(root, "", folders, folders)
     _check_nested(root, folders, index)
     _check_classes(root, folders)
+    _note_unlisted(root, [root / label for label in folders])
     return FoundImages(
         str(root), folders, {"train": index}, {"train": "images"}, "{where}", all_classes=True
     )
+
+
+def _note_unlisted(root: Path, folders: Iterable[Path]) -> None:
+    """Print a note if images are left out because of their suffix."""
+    counts = Counter(
+        Path(name).suffix.lower()
+        for folder in folders
+        if folder.is_dir()
+        for name in unlisted_images(folder)
+    )
+    if counts:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
+        note(
+            f"{counts.total():,} images in {root} are not used: {kinds}; convert them to JPEG or PNG"
+        )
 
 
 def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:

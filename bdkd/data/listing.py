@@ -20,6 +20,10 @@ from bdkd.text import read_text, text_lines, unicode_hint
 
 # The suffixes of torchvision.datasets.ImageFolder.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Of images that no source reads. They are left out with a note.
+OTHER_IMAGE_SUFFIXES = (
+    ".gif", ".jfif", ".jpe", ".jp2", ".heic", ".heif", ".avif", ".tga", ".ico", ".svg", ".dng",
+)  # fmt: skip
 # Common names of TFRecord files: "train-00000-of-01024" (the TPU scripts),
 # "imagenet2012-train.tfrecord-00000-of-01024" (TensorFlow Datasets), "train.tfrecord".
 RECORDS = re.compile(r"-\d+-of-\d+$|\.(tfrecords?|tfrec|records?)$", re.IGNORECASE)
@@ -69,6 +73,12 @@ def image_files(folder: Path) -> list[str]:
     """Return the sorted names of the images in ``folder``, without opening them."""
     # On nearly every file system scandir returns the type, so no file needs a stat.
     return sorted(e.name for e in _entries(folder) if is_image(e.name) and _is_file_or_broken(e))
+
+
+def unlisted_images(folder: Path) -> list[str]:
+    """Return the sorted names of the files in ``folder`` that are images by their suffix, but not
+    with one of :data:`IMAGE_SUFFIXES`."""
+    return sorted(e.name for e in _entries(folder) if e.name.lower().endswith(OTHER_IMAGE_SUFFIXES))
 
 
 def archive_files(folder: Path) -> list[Path]:

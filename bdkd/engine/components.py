@@ -75,7 +75,8 @@ def build_components(
     images, batch_size = source.info.counts["train"], recipe.train.batch_size
     if images < batch_size:
         raise UsageError(
-            f"train.batch_size must be at most the {images} training images, got {batch_size}"
+            f"train.batch_size must be at most the {images} training images, got {batch_size}: "
+            "pass a smaller --batch-size"
         )
     info = source.info
     if training and OBJECTIVES.is_foreign(recipe.objective.name):

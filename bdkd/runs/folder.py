@@ -96,6 +96,11 @@ class RunFolder:
         continues = self.open_for_training(resume, identity)
         return continues, self.newest_state(warn=print) if continues else None
 
+    def has_begun(self) -> bool:
+        """Return whether a run has written metrics, a checkpoint or results. Before, only its
+        ``config.toml`` is here."""
+        return self.metrics.exists() or self.summary.exists() or bool(self.resumable_paths())
+
     def _holds_run(self) -> bool:
         """Return whether a run has started here. Raise ``RunError`` if ``config.toml`` is gone."""
         with explain_oserror(f"cannot read {self.path}"):

@@ -141,10 +141,15 @@ def _precision(recipe: Recipe, device: torch.device) -> list[str]:
     return [train.precision, *(name for name, applies in on.items() if applies)]
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 epoch" and "2 epochs"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def _steps(recipe: Recipe, train_images: int, step: int) -> list[str]:
     per_epoch = train_images // recipe.train.batch_size
     total = per_epoch * recipe.train.epochs
-    pieces = [f"{total:,}: {recipe.train.epochs:,} epochs of {per_epoch:,} steps"]
+    pieces = [f"{total:,}: {plural(recipe.train.epochs, 'epoch')} of {plural(per_epoch, 'step')}"]
     if recipe.max_steps is not None:
         pieces.append(f"stopping after {min(total, recipe.max_steps):,} (max_steps)")
     return [*pieces, f"continuing from step {step:,}"] if step else pieces
@@ -207,7 +212,6 @@ def measured_rows(components: Components, steps: StepTimes, evaluation: float) -
     test = (evaluations * recipe.watch_test + 1) * counts["test"]
     training, evaluating = total * steps.mean, (val + test) * evaluation
     passes = evaluations * ((counts["val"] > 0) + recipe.watch_test) + (counts["val"] > 0) + 1
-    plural = "s" * (passes > 1)
     # Steps are timed at the largest size of the images (data.progressive).
     bound = "at most " * (len(recipe.data.training_sizes()) > 1)
     what = "tensors on the GPU" if components.device.type == "cuda" else "the whole process"
@@ -221,7 +225,7 @@ def measured_rows(components: Components, steps: StepTimes, evaluation: float) -
         ("time", [
             f"{bound}{duration(training + evaluating)} on this machine",
             f"{duration(training)} for {total:,} steps",
-            f"{duration(evaluating)} for {passes:,} evaluation{plural}",
+            f"{duration(evaluating)} for {plural(passes, 'evaluation')}",
             "without checkpoints" + " and compilation" * recipe.train.compile,
         ]),
     ]  # fmt: skip

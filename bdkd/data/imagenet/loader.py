@@ -61,8 +61,8 @@ def decoded(item: Item) -> "Image.Image":
 def bad_image(item: Item, reason: str) -> RunError:
     """Return an error that names the image and the remedy."""
     return RunError(
-        f"cannot decode the image {item}: {reason}; run bdkd data check to list all such files, "
-        "and pass the list as data.exclude"
+        f"cannot decode the image {item}: {reason}; replace it with a readable image, or run bdkd "
+        "data check to list all such files, and pass the list as data.exclude to a new run"
     )
 
 

@@ -137,7 +137,7 @@ def _open(name: str, where: str) -> dict[str, Any]:
     except ImportError as error:
         raise RunError(f"{where} needs the package datasets: {INSTALL}") from error
     path, config = _path_and_config(name)
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says what failed
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
