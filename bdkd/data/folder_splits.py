@@ -125,9 +125,8 @@ def _note_unlisted(root: Path, folders: Iterable[Path]) -> None:
     )
     if counts:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
-        note(
-            f"{counts.total():,} images in {root} are not used: {kinds}; convert them to JPEG or PNG"
-        )
+        found = f"{counts.total():,} images in {root} are not used: {kinds}"
+        note(f"{found}; convert them to JPEG or PNG")
 
 
 def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
