@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from bdkd.cli.help import Help, asks_for_help, exit_with_help
+from bdkd.cli.help import Help, with_recipe
 from bdkd.cli.options import parse_options
 from bdkd.cli.table import table
 from bdkd.cli.train import check_network_names
@@ -20,8 +20,6 @@ from bdkd.config import (
     DataConfig,
     NotNegative,
     Recipe,
-    load_recipe,
-    shipped_recipes,
 )
 from bdkd.errors import RunError, UsageError
 
@@ -92,18 +90,8 @@ def parse(given: list[str]) -> Arguments:
     Raises:
         UsageError: there is no recipe, or an option is wrong.
     """
-    name = given[0] if given and not given[0].startswith("-") else None
-    if asks_for_help(given):
-        recipe = load_recipe(name or "digits")
-        exit_with_help(given, "bdkd benchmark", HELP, Arguments(recipe=recipe.name, config=recipe))
-    if name is None:
-        known = f"{', '.join(shipped_recipes())} or a TOML file"
-        if any(word.partition("=")[0] == "--data" for word in given):
-            known = "bdkd benchmark images --data ... starts from the recipe for your own images"
-        raise UsageError(f"benchmark needs a recipe as its first argument: {known}")
-    recipe = load_recipe(name)
-    check_network_names(given, recipe)
-    default = Arguments(recipe=name, config=recipe)
+    default = with_recipe(Arguments, given, "bdkd benchmark", HELP, "digits")
+    check_network_names(given, default.config)
     arguments = parse_options(Arguments, "bdkd benchmark", _expand_synthetic(given), default)
     if arguments.classes is not None and not arguments.synthetic:
         raise UsageError("--classes needs --data synthetic: give both, or neither")

@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from bdkd.cli.compare_plan import chosen_methods, chosen_seeds, plan_runs, room_for
-from bdkd.cli.help import Help, asks_for_help, exit_with_help
+from bdkd.cli.help import Help, with_recipe
 from bdkd.cli.options import parse_options
-from bdkd.config import Recipe, load_recipe, shipped_recipes
+from bdkd.config import Recipe
 from bdkd.errors import RunError, UsageError
 from bdkd.plugins import plugin_arguments
 
@@ -56,16 +56,7 @@ class Arguments:
 
 def run(given: list[str]) -> None:
     """Train the runs that are not finished, then write and print the tables."""
-    name = given[0] if given and not given[0].startswith("-") else None
-    if asks_for_help(given):
-        recipe = load_recipe(name or "digits-hard")
-        exit_with_help(given, "bdkd compare", HELP, Arguments(recipe=recipe.name, config=recipe))
-    if name is None:
-        known = f"{', '.join(shipped_recipes())} or a TOML file"
-        if any(word.partition("=")[0] == "--data" for word in given):
-            known = "bdkd compare images --data ... starts from the recipe for your own images"
-        raise UsageError(f"compare needs a recipe as its first argument: {known}")
-    default = Arguments(recipe=name, config=load_recipe(name))
+    default = with_recipe(Arguments, given, "bdkd compare", HELP, "digits-hard")
     arguments = parse_options(Arguments, "bdkd compare", given, default)
     for key, remedy in (("seed", "--seeds"), ("run_dir", "--folder")):
         if getattr(arguments.config, key) != getattr(default.config, key):

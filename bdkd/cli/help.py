@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, NoReturn
 from bdkd.cli.flags import Flag, flags_of
 from bdkd.cli.options import parse_options
 from bdkd.cli.shortcuts import SHORTCUTS
+from bdkd.config import load_recipe, shipped_recipes
+from bdkd.errors import UsageError
 
 WIDTH, COLUMN = 80, 29
 
@@ -69,6 +71,30 @@ def exit_with_help(given: list[str], prog: str, help: Help, default: Any) -> NoR
     if "--help-all" in given:
         parse_options(type(default), prog, [default.config.name, "--help"], default)
     raise SystemExit(0)
+
+
+def with_recipe(kind: type, given: list[str], prog: str, help: Help, example: str) -> Any:
+    """Return the default arguments of a command whose first argument is a recipe.
+
+    Args:
+        kind: class of the arguments.
+        example: recipe whose values the help shows if the command line names none.
+
+    Raises:
+        UsageError: the recipe is missing or wrong.
+        SystemExit: the help was printed.
+    """
+    name = given[0] if given and not given[0].startswith("-") else None
+    if asks_for_help(given):
+        recipe = load_recipe(name or example)
+        exit_with_help(given, prog, help, kind(recipe=recipe.name, config=recipe))
+    if name is not None:
+        return kind(recipe=name, config=load_recipe(name))
+    known = f"{', '.join(shipped_recipes())} or a TOML file"
+    if any(word.partition("=")[0] == "--data" for word in given):
+        known = f"{prog} images --data ... starts from the recipe for your own images"
+    command = prog.removeprefix("bdkd ")
+    raise UsageError(f"{command} needs a recipe as its first argument: {known}")
 
 
 def asks_for_help(given: list[str]) -> bool:

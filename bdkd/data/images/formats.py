@@ -24,7 +24,7 @@ def find_images(
         root: a folder, a ``.parquet`` file, or ``hf:NAME``.
         format: a value of ``data.format``.
         image_column: see :class:`bdkd.data.images.OwnImagesConfig`.
-        label_column: likewise.
+        label_column: name of the column of labels. None: choose it in the same way.
         fresh: do not read the index of archives from the cache.
 
     Raises:
