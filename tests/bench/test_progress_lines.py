@@ -105,7 +105,8 @@ def test_times_are_minutes_and_hours():
 
 @pytest.mark.parametrize("command", [
     ["bench/data_imagenet.py", "--index", "200"],
-    ["bench/checkpoint_stall.py", "--every", "1", "--checkpoints", "3"],
+    pytest.param(["bench/checkpoint_stall.py", "--every", "1", "--checkpoints", "3"],
+                 marks=pytest.mark.soak),
     pytest.param(["bench/compare_commits.py", str(ROOT), "--cases", "clip", "--steps", "1"],
                  marks=pytest.mark.soak),
 ])  # fmt: skip

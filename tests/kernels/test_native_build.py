@@ -81,6 +81,7 @@ def test_importing_it_imports_no_triton():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.soak  # make sanitize runs it too
 def test_clean_under_sanitizers(tmp_path):
     """The short form of ``make sanitize``: the portable kernel, built and run under ASan, UBSan."""
     if not native.CHECKOUT_SOURCES.is_dir():

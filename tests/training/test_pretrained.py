@@ -378,7 +378,7 @@ def test_a_file_at_a_url_is_downloaded_once_and_verified(caches, capfd):
             assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_run_downloads_once_and_then_needs_no_file(ranks, caches, monkeypatch):
     """From the Hub, whose repository has no safetensors; on one rank and on two. Resuming and
     evaluating read no published weights."""
