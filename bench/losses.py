@@ -255,7 +255,7 @@ def cases(
 def _case(
     work: str, size: Size, device: str, cache: int, modes: tuple[str, ...], sweep: bool
 ) -> Case:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
     race = Race(size, work, device, cache, sweep)

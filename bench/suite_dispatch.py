@@ -24,7 +24,7 @@ def cases(device: str, quick: bool) -> list[MakeCase]:
 
 
 def _case(size: Size, device: str) -> Case:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     race = Race(size, "both", device, cache=0)
     found = [
         Contender("bdkd_loss, no gradients", _no_gradients(race), "ours"),

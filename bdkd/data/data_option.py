@@ -21,8 +21,8 @@ def data_options(text: str) -> dict[str, str]:
     folder is that folder.
 
     Raises:
-        UsageError: the text is none of them, is a folder and a source without a folder, or the
-            folder holds several downloaded data sets.
+        UsageError: the text is none of these; it names both a folder and a source that reads no
+            folder; or the folder contains several downloaded data sets.
     """
     if text in SOURCES and not os.path.isdir(text):
         return {"source": text}

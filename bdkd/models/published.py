@@ -70,7 +70,7 @@ class PublishedWeights(NamedTuple):
         return urlsplit(constants.ENDPOINT).netloc
 
     def remedy(self) -> str:
-        """Return the commands that bring the file to a machine without a network."""
+        """Return the commands that copy the file to a machine without a network."""
         if self.repository is None:
             return f"download {self.url} on another machine and copy it into {self.folder()}"
         revision = f" --revision {self.revision}" if self.revision else ""

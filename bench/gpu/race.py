@@ -150,7 +150,7 @@ def compile_ahead(size: Size, folder: Path, machine: Machine) -> None:
     race.inputs = [race.inputs[0]._replace(into=(torch.empty(0), torch.empty(0)))]
     for mode in MODES:
         try:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             step = race.step(compiled(mode, machine))
             step(0)
             machine.synchronize()
@@ -300,7 +300,7 @@ def losses_and_grad(*arguments: Any, **options: Any) -> Any:
 
 
 def compile_pass(stage: Stage, size: Size, mode: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     mine, truth = field(stage, size), ours(TAU, "reference")
     begin = time.monotonic()
     contender = Contender(f"torch.compile {mode}", mine.race.step(compiled(mode, stage.machine)),
@@ -308,7 +308,7 @@ def compile_pass(stage: Stage, size: Size, mode: str) -> None:
     mine.measure(contender, truth, note="the eager loss, compiled; its graphs are its own"
                  if mode == "reduce-overhead" else "the eager loss, compiled")  # fmt: skip
     print(f"  {time.monotonic() - begin:.1f} s for {contender.name} at {size}", flush=True)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def peers_pass(stage: Stage, size: Size) -> None:

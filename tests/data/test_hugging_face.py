@@ -287,7 +287,7 @@ class Hub:
 
 
 def test_a_set_of_the_hub_without_a_network(tmp_path, monkeypatch, capfd):
-    """One request, one line, and how to bring the data; or the copy in the cache."""
+    """There is one request and one line, which says how to copy the data; a cached copy is used."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", asked := Hub(OSError("no route to the host")))

@@ -1,4 +1,4 @@
-"""timm and torchvision import beside a torch for which torchvision was not built.
+"""timm and torchvision can be imported with a torchvision that was built for another torch.
 
 The packages here are small stand-ins: their import fails where that of the real ones fails, also on
 a machine whose torchvision fits.

@@ -35,7 +35,7 @@ ONE_GRAPH = hasattr(torch._dynamo.config, "trace_autograd_ops")
 @pytest.fixture(autouse=True)
 def fresh():
     """Dynamo counts the graphs of a function over the whole process."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_only_errors_of_the_compiler_have_a_reason():
     def broken(graph, inputs):
         raise ValueError("no such operator\nand more")
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with pytest.raises(Exception) as raised:
         torch.compile(lambda x: x + 1, backend=broken)(torch.ones(2))
     assert compat.compile_error(raised.value) == "ValueError: no such operator"
