@@ -15,9 +15,19 @@ from bdkd.data.base import Normalisation
 from bdkd.errors import RunError
 
 Format = Literal["onnx", "export", "safetensors"]
+Precision = Literal["fp32", "int8"]
 
 VERSION = 1
 FACTS, DIGEST = "bdkd", "bdkd_sha256"  # keys of a file's metadata
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How an int8 file was made from an fp32 file."""
+
+    calibration_images: int  # validation images that gave the ranges of the activations
+    baseline: str  # name of the fp32 file
+    baseline_weights: str  # its ``Exported.weights``
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,12 @@ class Facts:
     images: int  # number of images for the metrics
     metrics: dict[str, float | None]
     versions: dict[str, str]  # of bdkd and torch, and the commit if it is known
+    temperature: float = 1.0  # that the last layer was divided by
+    quantization: Quantization | None = None  # of an int8 file
+
+    @property
+    def precision(self) -> Precision:
+        return "int8" if self.quantization else "fp32"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -54,6 +70,8 @@ class Exported(NamedTuple):
     format: Format
     content: bytes
     facts: Facts
+    weights: str
+    """SHA-256 of the content without the facts."""
 
 
 Digest = Callable[[str], str]

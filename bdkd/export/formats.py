@@ -120,7 +120,7 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
         raise RunError(f"{path} has facts of version {facts.version}, but {reads}")
     if min(facts.input_shape) < 1 or math.prod(facts.input_shape) > MAX_PIXELS:
         raise corrupt(path, f"its images have the shape {facts.input_shape}")
-    return Exported(path, kind, content, facts)
+    return Exported(path, kind, content, facts, digest(""))
 
 
 def _check_recipe(recipe: str) -> None:

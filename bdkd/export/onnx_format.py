@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
 from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
+from bdkd.export.onnx_session import create_session, explain_failure, require
 from bdkd.export.onnx_trust import refusal
 
 
 def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        _require(package)
+        require(package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about internals of the exporter
         program = torch.onnx.export(
@@ -52,7 +53,7 @@ def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:
 def _parse_onnx(path: Path, content: bytes):
     """Return the ``onnx.ModelProto`` in a file. Raise ``RunError`` if it is corrupt, nested too
     deeply (protobuf's limit is 100 messages), or refused by :func:`refusal`."""
-    onnx = _require("onnx")
+    onnx = require("onnx")
     decode_error = import_module("google.protobuf.message").DecodeError
     try:
         model = onnx.ModelProto.FromString(content)
@@ -69,59 +70,29 @@ def _parse_onnx(path: Path, content: bytes):
 
 
 def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
-    runtime = _require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # errors are raised as exceptions
-    # Do not let onnxruntime guess the format: some valid ONNX files are also valid files in
-    # onnxruntime's format, which is not checked here.
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    # A small file can create huge tensors, for example with ConstantOfShape. Exceeding this limit
-    # raises an error; exceeding the machine's memory would kill the process.
-    allocator = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
-    memory = runtime.OrtMemoryInfo("Cpu", allocator, 0, runtime.OrtMemType.DEFAULT)
-    arena = runtime.OrtArenaCfg(shared.memory_limit(), -1, -1, -1)
-    runtime.create_and_register_allocator(memory, arena)
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    available = runtime.get_available_providers()
-    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-    providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
-
-    def failed(error: Exception) -> RunError:
-        return RunError(f"onnxruntime cannot run {exported.path}: {first_line(error)}")
-
-    # Remove the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime reads options from it.
-    checked = _without_metadata(_parse_onnx(exported.path, exported.content))
-    try:
-        session = runtime.InferenceSession(
-            checked, options, providers=providers,
-            disabled_optimizers=["ConstantFolding"],  # allocates outside of the arena
-        )  # fmt: skip
-    except Exception as error:  # onnxruntime has one exception type for each error code
-        raise failed(error) from error
+    session = create_session(
+        checked_model(exported), exported.path, torch.get_num_threads(), device
+    )
 
     def logits(images: Tensor) -> Tensor:
         pixels = images.float().contiguous().cpu().numpy()
-        try:
+        with explain_failure(exported.path):
             [result] = session.run(["logits"], {"images": pixels})
-        except Exception as error:
-            raise failed(error) from error
         return torch.from_numpy(result).to(images.device)
 
     return Function(logits)
+
+
+def checked_model(exported: Exported) -> bytes:
+    """Return the model of a file for onnxruntime, after all checks."""
+    # Remove the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime reads options from it.
+    return _without_metadata(_parse_onnx(exported.path, exported.content))
 
 
 def _without_metadata(model) -> bytes:
     """Remove ``metadata_props`` from a model, and return the rest as bytes."""
     del model.metadata_props[:]
     return model.SerializeToString(deterministic=True)
-
-
-def _require(package: str):
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise RunError(f"ONNX files need {package}: pip install 'bdkd[export]'") from error
 
 
 # The size limit is protobuf's.
