@@ -144,6 +144,14 @@ def test_a_folder_named_like_a_source_is_never_confused_with_it(photos, capsys):
     assert "data.root must name the folder of the data set 'cifar10'" in message
 
 
+@pytest.mark.parametrize("name", ["digits", "images"])
+def test_a_folder_named_like_a_recipe_does_not_hide_it(name, tmp_path, monkeypatch):
+    """``bdkd compare digits --folder digits`` makes such a folder."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse_command([name]).arguments.config.name == name
+
+
 def test_recipes_take_the_short_data_option_too(photos, capsys):
     main(["train", "digits", "--data", str(photos), "--dry-run", "--no-probe", "--batch-size", "4"])
     assert "images, " in capsys.readouterr().out

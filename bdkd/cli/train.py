@@ -90,7 +90,7 @@ def parse_command(given: list[str]) -> Command:
     if asks_for_help(given):
         recipe = load_recipe(name or OWN_IMAGES)
         exit_with_help(given, "bdkd train", HELP, Arguments(recipe=recipe.name, config=recipe))
-    if name is not None and os.path.isdir(name):
+    if name is not None and name not in shipped_recipes() and os.path.isdir(name):
         raise UsageError(f"{name} is a folder, not a recipe: --data {name} trains on its images")
     given = _expand_resume(given)
     arguments = _without_recipe(given) if name is None else parse(given, load_recipe(name))
