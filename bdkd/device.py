@@ -3,11 +3,13 @@ peak that utilisation is measured against."""
 
 import contextlib
 import os
+import platform
 import re
 import resource
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -113,6 +115,30 @@ def peak_of(name: str, train: TrainConfig) -> float | None:
                 return half * 1e12
             return (tf32 if train.tf32 and tf32 is not None else single) * 1e12
     return None
+
+
+class Processor(NamedTuple):
+    """The CPU of this machine."""
+
+    name: str
+    vnni: bool | None
+    """Whether it multiplies 8-bit integers without saturation. None: not x86, or not known.
+
+    Without VNNI, onnxruntime multiplies uint8 activations and int8 weights with VPMADDUBSW, which
+    adds two products in 16 bits: the sum of large products is cut to 32,767."""
+
+
+def processor(information: Path = Path("/proc/cpuinfo")) -> Processor:
+    """Return the CPU of this machine. ``information`` is a parameter for tests."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):  # not Linux
+        for line in information.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine() or "unknown CPU"
+    # "flags" is x86's; ARM has "Features".
+    flags = fields["flags"].split() if "flags" in fields else None
+    return Processor(name, None if flags is None else bool({"avx512_vnni", "avx_vnni"} & {*flags}))
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -17,12 +17,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
 def results_table(summary: Mapping[str, Any]) -> str:
     """Return a table with the metrics of a run's networks on one split."""
     registered = registered_metrics()
     rows = [
         [
-            f"{name} ({network['model']})", f"{network['parameters']:,}",
+            f"{name} ({network['model']})", _count(network["parameters"]),
             f"{100 * network['top1']:.2f}%", f"{network['nll']:.4f}",
             f"{100 * network['ece']:.2f}%", f"{100 * network['ece_if_calibrated']:.2f}%",
             *(metric.show(network.get(metric.key)) for metric in registered),

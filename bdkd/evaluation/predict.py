@@ -32,6 +32,13 @@ HALF_MAX = torch.finfo(torch.float16).max
 _COLUMNS = ("confidence", "entropy", "predicted")
 
 
+class Collected(NamedTuple):
+    """The logits of networks on all images of a split, on the CPU and in the order of the split."""
+
+    logits: Mapping[str, Tensor]  # by network, (N, C)
+    target: Tensor  # (N,)
+
+
 class Evaluator(NamedTuple):
     """Evaluate networks on the splits of a data source."""
 
@@ -96,6 +103,44 @@ class Evaluator(NamedTuple):
                 result.update(images, target, logits)
         return result
 
+    def collect(self, split: Split) -> Collected | None:
+        """Return the logits of every network on rank 0, and None on the other ranks. All logits are
+        kept in memory: 4 bytes for each image and class.
+
+        Raises:
+            RunError: the split has no images.
+        """
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.networks}
+        targets: list[Tensor] = []
+        with self._forward(split) as batches:
+            for _, target, logits in batches:
+                targets.append(target.cpu())
+                for name, x in logits.items():
+                    parts[name].append(x.float().cpu())
+        shares = self.context.gather_objects(
+            ({name: _to_numpy(x) for name, x in parts.items()}, _to_numpy(targets))
+        )
+        if shares is None:
+            return None
+        logits = {
+            name: torch.from_numpy(_interleave([own[name] for own, _ in shares]))
+            for name in self.networks
+        }
+        return Collected(logits, torch.from_numpy(_interleave([target for _, target in shares])))
+
+    def measure(
+        self, split: Split, collected: Collected, temperatures: Mapping[str, float | None]
+    ) -> "SplitPass":
+        """Return what :meth:`run` returns, from collected logits, on one rank."""
+        result = SplitPass(self._replace(context=SINGLE_PROCESS), split, temperatures, False)
+        size = max(1, 2**22 // self.source.info.num_classes)
+        target = collected.target
+        for start in range(0, len(target), size):
+            rows = slice(start, start + size)
+            logits = {name: x[rows] for name, x in collected.logits.items()}
+            result.update(torch.empty(0), target[rows], logits)
+        return result
+
     @contextmanager
     def _forward(self, split: Split) -> Iterator[Iterator[tuple[Tensor, Tensor, dict]]]:
         """Yield the images, targets and logits of this rank's batches, in evaluation mode."""
@@ -119,6 +164,8 @@ class Evaluator(NamedTuple):
         context, info = self.context, self.source.info
         size = math.ceil(self.batch_size / context.world_size)
         done = 0
+        # Of an extra image, see below. The networks of exported files have no parameters.
+        like = next((p for n in self.networks.values() for p in n.parameters()), torch.empty(0))
         for batch in self.source.eval_batches(split, size, context.shard):
             done += 1
             images = batch.views[0]
@@ -129,7 +176,6 @@ class Evaluator(NamedTuple):
         # once more, with an image that does not count.
         most = math.ceil(math.ceil(info.counts[split] / context.world_size) / size)
         for _ in range(most - done if context.is_distributed else 0):
-            like = next(next(iter(self.networks.values())).parameters())
             shape = (1, info.channels, *info.image_size)
             images = torch.zeros(shape, dtype=like.dtype, device=like.device)
             logits = {name: network(images)[:0] for name, network in self.networks.items()}

@@ -84,14 +84,35 @@ def _sums(logits: Tensor, target: Tensor, inverse: float) -> Tensor:
     for x, y in zip(logits.split(rows), target.split(rows), strict=True):
         if not len(x):
             break
-        x = x.double()  # (B, C)
-        x = x - x.amax(-1, keepdim=True)  # NaN if there is NaN or +inf
-        p = (inverse * x).softmax(-1)  # (B, C)
-        unmasked = x.masked_fill(x == -torch.inf, 0)  # p is 0 there
-        mean = (p * unmasked).sum(-1)  # (B,)
-        variance = (p * (unmasked - mean.unsqueeze(-1)).square()).sum(-1)  # (B,)
-        label = x.gather(-1, y.long().unsqueeze(-1)).squeeze(-1)  # (B,), -inf if it is masked
-        largest = unmasked.abs().amax(-1)  # (B,)
+        mean, variance, label, largest = _terms(x, y, inverse)
         terms = (torch.ones_like(mean), mean - label, variance, largest)
         sums += torch.stack([term.sum() for term in terms])
     return sums
+
+
+@torch.no_grad()
+def newton_terms(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Return (N, 2) float64: the first and the second derivative of each sample's NLL with respect
+    to ``log T`` at a temperature.
+
+    One Newton step, ``log T - sum(first) / sum(second)``, gives approximately the temperature that
+    fits a resample of the samples, if ``temperature`` fits all of them.
+    """
+    inverse, rows, parts = 1 / temperature, max(1, _ROWS // max(1, logits.shape[1])), []
+    for x, y in zip(logits.split(rows), target.split(rows), strict=True):
+        mean, variance, label, _ = _terms(x, y, inverse)
+        first = -inverse * (mean - label)
+        parts.append(torch.stack((first, inverse**2 * variance - first), -1))
+    return torch.cat(parts)
+
+
+def _terms(x: Tensor, y: Tensor, inverse: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (B,) float64 each: ``E_p[x]``, ``Var_p[x]``, ``x_y`` and ``max |x|``."""
+    x = x.double()  # (B, C)
+    x = x - x.amax(-1, keepdim=True)  # NaN if there is NaN or +inf
+    p = (inverse * x).softmax(-1)  # (B, C)
+    unmasked = x.masked_fill(x == -torch.inf, 0)  # p is 0 there
+    mean = (p * unmasked).sum(-1)  # (B,)
+    variance = (p * (unmasked - mean.unsqueeze(-1)).square()).sum(-1)  # (B,)
+    label = x.gather(-1, y.long().unsqueeze(-1)).squeeze(-1)  # (B,), -inf if it is masked
+    return mean, variance, label, unmasked.abs().amax(-1)

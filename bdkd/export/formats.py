@@ -55,6 +55,20 @@ def built_without_weights(config: NetworkConfig) -> dict[str, bool | int | float
     return {key: value for key, value in config.options.items() if key not in _WEIGHT_OPTIONS}
 
 
+class ForeignFile(RunError):
+    """A file of a known format that ``bdkd export`` did not write. Its content passed the checks
+    for untrusted files."""
+
+    def __init__(self, path: Path, kind: Format, content: bytes) -> None:
+        message = (
+            f"{path} was not written by bdkd export: it has no recipe and no description of its "
+            "images"
+        )
+        remedy = "; --recipe RECIPE names the data to evaluate it on" if kind == "onnx" else ""
+        super().__init__(f"{message}{remedy}")
+        self.path, self.kind, self.content = path, kind, content
+
+
 def is_exported(path: Path) -> bool:
     """Return whether a path has the suffix of an exported file. The content is not checked."""
     return path.suffix in [known.suffix for known in FORMATS.values()]
@@ -75,8 +89,8 @@ def encode(kind: Format, network: nn.Module, facts: Facts) -> bytes:
 
 
 def read_exported(path: Path) -> Exported:
-    """Read a file and its facts. Raise ``RunError`` if the file is missing, too large, corrupt,
-    changed since it was written, or not written by ``bdkd export``."""
+    """Read a file and its facts. Raise ``RunError`` if the file is missing, too large, corrupt, or
+    changed since it was written, and ``ForeignFile`` if ``bdkd export`` did not write it."""
     kind = next(kind for kind, known in FORMATS.items() if known.suffix == path.suffix)
     try:
         with open_regular(path) as file:
@@ -98,11 +112,10 @@ def read_exported(path: Path) -> Exported:
 def decode(path: Path, kind: Format, content: bytes) -> Exported:
     """Decode the content of a file, as :func:`read_exported` does. ``path`` is for messages."""
     metadata, digest = FORMATS[kind].decode(path, content)
+    if FACTS not in metadata and DIGEST not in metadata:
+        raise ForeignFile(path, kind, content)
     if FACTS not in metadata or DIGEST not in metadata:
-        raise RunError(
-            f"{path} was not written by bdkd export: it has no recipe and no description of its "
-            "images"
-        )
+        raise corrupt(path, "a part of bdkd's metadata is missing")
     if len(metadata[FACTS]) > MAX_FACTS_BYTES:
         raise corrupt(path, f"its facts have {len(metadata[FACTS]):,} characters")
     if metadata[DIGEST] != digest(metadata[FACTS]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
 from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
-from bdkd.export.onnx_session import create_session, explain_failure, require
+from bdkd.export.onnx_session import create_session, interface_of, require, run
 from bdkd.export.onnx_trust import refusal
 
 
@@ -74,10 +74,12 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
         checked_model(exported), exported.path, torch.get_num_threads(), device
     )
 
+    facts = exported.facts
+    interface = interface_of(session, exported.path, facts.input_shape, len(facts.classes))
+
     def logits(images: Tensor) -> Tensor:
         pixels = images.float().contiguous().cpu().numpy()
-        with explain_failure(exported.path):
-            [result] = session.run(["logits"], {"images": pixels})
+        result = run(session, interface, exported.path, pixels)
         return torch.from_numpy(result).to(images.device)
 
     return Function(logits)

@@ -1,14 +1,15 @@
 """Run an ONNX model with onnxruntime, with limits, because the file may be untrusted."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from bdkd.errors import RunError, first_line
+from bdkd.errors import RunError, first_line, shown
 from bdkd.export.facts import memory_limit
 
 CPU = torch.device("cpu")
@@ -71,3 +72,89 @@ def create_session(
             model, options, providers=providers,
             disabled_optimizers=["ConstantFolding"],  # allocates outside of the arena
         )  # fmt: skip
+
+
+class Interface(NamedTuple):
+    """The input and output of a network in an ONNX model."""
+
+    images: str  # name of the input, (N, C, H, W) float32
+    logits: str  # name of the output, (N, classes)
+    single: bool  # takes one image at a time
+    classes: int
+
+
+def interface_of(session: Any, path: Path, input_shape: tuple[int, ...], classes: int) -> Interface:
+    """Return the names of the input and output of a classifier. Sizes that the model leaves open
+    are checked by :func:`run`.
+
+    Args:
+        session: an ``onnxruntime.InferenceSession``.
+        input_shape: (C, H, W) of the images.
+        classes: number of classes of the data set.
+
+    Raises:
+        RunError: the model is not a function from such images to such logits.
+    """
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise RunError(
+            f"{path} must have one input (images) and one output (logits), and has {len(inputs)} "
+            f"and {len(outputs)}"
+        )
+    [images], [logits] = inputs, outputs
+    if images.type != "tensor(float)" or len(images.shape) != 4:
+        raise RunError(
+            f"the input of {path} must be float32 images of the shape (N, C, H, W), and is "
+            f"{_described(images)}"
+        )
+    if not _fits(images.shape[1:], input_shape):
+        raise RunError(
+            f"{path} takes images of the shape {_sizes(images.shape[1:])} (channels, height, "
+            f"width), and those of the data set have {input_shape}"
+        )
+    batch = images.shape[0]
+    if isinstance(batch, int) and batch != 1:
+        raise RunError(
+            f"{path} takes batches of {batch} images only: export it with a batch dimension that "
+            "is free, or 1"
+        )
+    if logits.type not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+        raise RunError(f"the output of {path} must be logits (N, C), and is {_described(logits)}")
+    if logits.shape and (len(logits.shape) != 2 or not _fits(logits.shape[1:], (classes,))):
+        raise _other_logits(path, logits.shape, classes)
+    return Interface(images.name, logits.name, batch == 1, classes)
+
+
+def run(session: Any, interface: Interface, path: Path, images: np.ndarray) -> np.ndarray:
+    """Return the logits (N, classes) float32 of images (N, C, H, W) float32. Raise ``RunError`` if
+    onnxruntime cannot run the model, or its output has another shape."""
+    parts = np.split(images, len(images)) if interface.single and len(images) else [images]
+    results = []
+    for part in parts:
+        with explain_failure(path):
+            [result] = session.run([interface.logits], {interface.images: part})
+        if result.shape != (len(part), interface.classes):
+            raise _other_logits(path, result.shape, interface.classes)
+        results.append(result.astype(np.float32))
+    return np.concatenate(results)
+
+
+def _other_logits(path: Path, shape: Sequence[Any], classes: int) -> RunError:
+    if len(shape) == 2 and isinstance(shape[1], int) and shape[1] != classes:
+        return RunError(f"{path} has {shape[1]} classes, and the data set has {classes}")
+    needed = f"(N, {classes})"
+    return RunError(f"the output of {path} must be logits {needed}, and has {_sizes(shape)}")
+
+
+def _fits(shape: Sequence[Any], needed: Sequence[int]) -> bool:
+    """Return whether the fixed sizes of a shape are those that are needed."""
+    return all(not isinstance(n, int) or n == m for n, m in zip(shape, needed, strict=True))
+
+
+def _described(tensor: Any) -> str:
+    return f"{tensor.type} of the shape {_sizes(tensor.shape)}"
+
+
+def _sizes(shape: Sequence[Any]) -> str:
+    """Return a shape whose names come from an untrusted file, as text of limited length."""
+    return shown(tuple(n if isinstance(n, int) else "any" for n in shape)).replace("'", "")

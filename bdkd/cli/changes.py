@@ -1,0 +1,91 @@
+"""Describe the changes between two networks that were measured on the same images."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from bdkd.cli.table import table
+from bdkd.metrics import METRICS
+
+_WIDTH = 80
+Change = Mapping[str, float | None]
+
+
+def describe_comparison(summary: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs about the comparison of a file with another one."""
+    compared = summary["comparison"]
+    [network] = summary["networks"].values()
+    names = compared["precision"], network["precision"]
+    if names[0] == names[1]:
+        names = "before", "after"
+    changes, count = compared["changes"], compared["validation_images"]
+    agreement = compared["agreement"]
+    agree = "Predictions cannot be compared: the logits are not finite."
+    if agreement["value"] is not None:
+        low, high = (f"{100 * agreement[end]:.2f}%" for end in ("low", "high"))
+        agree = (
+            f"The predictions agree on {100 * agreement['value']:.2f}% of the images (95% interval "
+            f"{low} to {high})."
+        )
+    sizes, ratio = (compared["bytes"], network["bytes"]), compared["bytes"] / network["bytes"]
+    factor = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
+    factor = "the same" if ratio == 1 else factor
+    fitted = (
+        f"T: the temperature that fits the {count:,} validation images, refitted for each network. "
+        if count else "There are no validation images to fit a temperature on. "
+    )  # fmt: skip
+    caption = (
+        f"Intervals of 95% by paired bootstrap: {compared['draws']:,} resamples of the same images "
+        f"for both networks. {fitted}"
+    )
+    return [
+        f"Changes from {compared['file']} ({compared['precision']}) on the same "
+        f"{compared['images']:,} images:",
+        _changes_table(changes, names),
+        _paragraph(f"{agree} Sizes: {sizes[0]:,} and {sizes[1]:,} bytes: {factor}."),
+        _paragraph(_conclusion(changes["ece"], *names)),
+        _paragraph(caption),
+    ]
+
+
+def describe_temperature_gain(summary: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs about the temperature in the last layer of a file."""
+    gain = summary["temperature_gain"]
+    names = "without", "with"
+    return [
+        f"Gain of the temperature {gain['temperature']:.4g} in the last layer:",
+        _changes_table(gain["changes"], names),
+        _paragraph(_conclusion(gain["changes"]["ece"], "the network without it", "the network")),
+    ]
+
+
+def _changes_table(changes: Mapping[str, Change], names: tuple[str, str]) -> str:
+    rows = []
+    for key, change in changes.items():
+        metric = METRICS[key]._replace(digits=METRICS[key].digits + (key == "temperature"))
+        low, high = (metric.show(change[end], "+") for end in ("low", "high"))
+        rows.append([
+            metric.label, metric.show(change["before"]), metric.show(change["after"]),
+            metric.show(change["difference"], "+"),
+            "–" if change["low"] is None else f"{low} to {high}",
+        ])  # fmt: skip
+    return table(["metric", *names, "difference", "95% interval"], rows)
+
+
+def _conclusion(ece: Change, before: str, after: str) -> str:
+    """Return a sentence about the interval of a change of the ECE."""
+    low, high = ece["low"], ece["high"]
+    if low is None or high is None:
+        return "The change of ECE cannot be computed: the logits are not finite."
+    if low == high == 0:
+        return "ECE does not change: the confidences of both networks are equal."
+    if low > 0 or high < 0:
+        found = f"{after} is {'worse' if low > 0 else 'better'} calibrated than {before}"
+    else:
+        found = "no change found"
+    ends = [METRICS["ece"].show(end, "+") for end in (low, high)]
+    return f"ECE changes by {ends[0]} to {ends[1]} points (95% interval): {found}."
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text.strip(), _WIDTH)
