@@ -21,8 +21,8 @@ from small_runs import SMALL
 from bdkd.cli import main
 from bdkd.config import load_recipe
 from bdkd.errors import RunError, UsageError
-from bdkd.export.export import choose_network
 from bdkd.export.program_format import _difference
+from bdkd.export.trained import choose_network
 from bdkd.runs.checkpoint import load_checkpoint
 from bdkd.runs.weights import network_weights
 
@@ -374,11 +374,40 @@ def test_what_is_there_stays(run, tmp_path, capsys):
     assert (code, "--force" in message) == (1, True)
     assert exported(run, "onnx").read_bytes() == before
     main([*here, "safetensors", "--force"])
-    (tmp_path / "README.md").write_text("# My project\n")
-    target = str(tmp_path / "a.safetensors")
-    code, message = fail(capsys, *here, "safetensors", "--output", target, "--force")
-    assert (code, "not a model card of bdkd" in message) == (1, True)
-    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_card_that_somebody_wrote_stays(run, tmp_path, capsys):
+    """The README of a project, a card that was edited, and the card of another network."""
+    card, target = tmp_path / "README.md", tmp_path / "a.safetensors"
+    here = ["export", str(run), "--to", "safetensors", "--output", str(target)]
+    card.write_text("# My project\n")
+    main([*here, "--force"])
+    assert f"{card} is not a model card of bdkd: it was left as it is" in capsys.readouterr().out
+    assert card.read_text() == "# My project\n"
+    card.unlink()
+    main([*here, "--force"])
+    written = card.read_text()
+    main([*here, "--force"])
+    assert card.read_text() == written
+    target.unlink()
+    card.write_text(written.replace("## Load", "## How to load it"))
+    main(here)
+    assert "was edited: it was left as it is (--force" in capsys.readouterr().out
+    assert "## How to load it" in card.read_text()
+    main([*here, "--force"])
+    assert card.read_text() == written
+    other = ["--network", "teacher", "--output", str(tmp_path / "t.safetensors")]
+    main(["export", str(run), "--to", "safetensors", *other])
+    assert "describes another network: it was left as it is" in capsys.readouterr().out
+    assert card.read_text() == written
+
+
+def test_a_card_lists_all_files_of_its_network(run):
+    text = (run / "export" / "student" / "README.md").read_text()
+    for name in FILES.values():
+        assert (
+            f"| `{name}` | fp32 | {(run / 'export' / 'student' / name).stat().st_size:,} |" in text
+        )
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,24 @@ VERSION = 1
 FACTS, DIGEST = "bdkd", "bdkd_sha256"  # keys of a file's metadata
 
 
+class Interval(TypedDict):
+    """A value with its 95% interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Change(TypedDict):
+    """A metric before and after a change of a network, and the 95% interval of the difference."""
+
+    before: float | None
+    after: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How an int8 file was made from an fp32 file."""
@@ -28,6 +46,8 @@ class Quantization:
     calibration_images: int  # validation images that gave the ranges of the activations
     baseline: str  # name of the fp32 file
     baseline_weights: str  # its ``Exported.weights``
+    changes: Mapping[str, Change] = field(default_factory=dict)  # from the baseline, by metric
+    agreement: Interval | None = None  # share of the images with equal predictions
 
 
 @dataclass(frozen=True)

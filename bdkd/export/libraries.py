@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from bdkd.config import parse_recipe
 from bdkd.data.imagenet.options import DecodedImagesConfig
 from bdkd.errors import RunError, UsageError
-from bdkd.export.export import Trained, Written, refuse_existing, same_logits, write_files
+from bdkd.export.export import (
+    PLAIN,
+    Options,
+    Written,
+    check_validation_images,
+    refuse_existing,
+    same_logits,
+    with_temperature,
+    write_files,
+)
 from bdkd.export.facts import Facts
 from bdkd.export.formats import built_without_weights
+from bdkd.export.trained import Trained
 from bdkd.models.key_names import counterpart, layouts
 from bdkd.models.libraries import import_library
 
@@ -22,13 +32,16 @@ FILES = {"timm": "model.safetensors", "torchvision": "model.pth"}
 CONFIG = "config.json"  # timm reads it in the folder of the weights
 
 
-def export_to_library(trained: Trained, library: Library, output: Path, force: bool) -> Written:
+def export_to_library(
+    trained: Trained, library: Library, output: Path, force: bool, options: Options = PLAIN
+) -> Written:
     """Write a network as weights of the same network in a library. The file is read back into the
     library's network, and its logits are compared.
 
     Args:
         output: path of the file. timm's ``config.json`` is written next to it.
         force: replace existing files.
+        options: only ``fit_temperature``.
 
     Raises:
         UsageError: the library has no network that computes the same function, or the file name
@@ -44,13 +57,16 @@ def export_to_library(trained: Trained, library: Library, output: Path, force: b
             f"--to {library} needs a network that {library} has too, got {facts.model}: use --to "
             "safetensors, onnx or export"
         )
-    theirs, options = _build(facts, library, name)
+    if options.fit_temperature:
+        check_validation_images(trained, options)
+        trained = with_temperature(trained, trained.network)
+    theirs, built_with = _build(facts, library, name)
     state = trained.network.state_dict()
     names = layouts(trained.network, facts.model)[library]
     tensors = {names[key]: value.detach().clone().contiguous() for key, value in state.items()}
     contents = {output: _encode(library, tensors)}
     if library == "timm":
-        config = json.dumps(_timm_config(facts, name, theirs, options), indent=2)
+        config = json.dumps(_timm_config(facts, name, theirs, built_with), indent=2)
         contents[output.with_name(CONFIG)] = config.encode()
     try:
         theirs.load_state_dict(_decode(library, contents[output]))
@@ -60,7 +76,7 @@ def export_to_library(trained: Trained, library: Library, output: Path, force: b
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     difference, largest = same_logits(trained, library, theirs.eval())
-    return Written(write_files(contents), difference, largest)
+    return Written(write_files(contents), difference, largest, trained.facts)
 
 
 def check_library_output(library: Library, output: Path, force: bool) -> None:

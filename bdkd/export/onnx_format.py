@@ -7,13 +7,15 @@ import contextlib
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
-from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, FileFormat, Function, corrupt
+from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, Facts, FileFormat, Function, corrupt
 from bdkd.export.onnx_session import create_session, interface_of, require, run
 from bdkd.export.onnx_trust import refusal
 
@@ -34,10 +36,24 @@ def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> byt
         del node.metadata_props[:]  # stack traces with paths of this machine
     if model.ByteSize() >= 2**31:
         raise RunError("ONNX files are limited to 2 GiB: use --to safetensors or export")
+    return _with_metadata(model, facts)
+
+
+def with_facts(model: Any, facts: Facts) -> bytes:
+    """Return the file of an ``onnx.ModelProto`` with other facts."""
+    return _with_metadata(model, msgspec.json.encode(facts).decode())
+
+
+def replace_facts(exported: Exported, facts: Facts) -> bytes:
+    """Return the content of an ONNX file with other facts."""
+    return with_facts(_parse_onnx(exported.path, exported.content), facts)
+
+
+def _with_metadata(model: Any, facts: str) -> bytes:
     digest = shared.digest_of_bytes(_without_metadata(model))(facts)
     for key, value in ((FACTS, facts), (DIGEST, digest)):
         model.metadata_props.add(key=key, value=value)
-    return model.SerializeToString()
+    return model.SerializeToString(deterministic=True)
 
 
 def _decode(path: Path, content: bytes) -> tuple[dict[str, str], Digest]:

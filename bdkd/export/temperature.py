@@ -1,0 +1,66 @@
+"""Fold the temperature of temperature scaling into the last layer of a network.
+
+The logits ``W x + b`` divided by ``T`` are ``(W / T) x + b / T``. The softmax of the new logits is
+calibrated without further steps, and the predictions do not change.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from bdkd.errors import RunError
+from bdkd.evaluation.temperature import HIGHEST, LOWEST
+from bdkd.models.key_names import head_keys
+
+TOLERANCE = 1e-4  # relative to the largest logit
+
+
+def check_fit(temperature: float | None, name: str) -> float:
+    """Return a temperature that was fitted on the validation images. Raise ``RunError`` if the fit
+    has no minimum."""
+    without = "export it without --temperature"
+    if temperature is None:
+        raise RunError(
+            f"no temperature fits {name}: its validation logits are not finite; {without}"
+        )
+    if temperature == LOWEST:
+        raise RunError(
+            f"no temperature fits {name}: it classifies every validation image correctly, so the "
+            f"NLL falls for ever as T falls; hold out more images (data.validation), or {without}"
+        )
+    if temperature == HIGHEST:
+        raise RunError(
+            f"no temperature fits {name}: its validation logits are worse than chance; {without}"
+        )
+    return temperature
+
+
+@torch.no_grad()  # not inference_mode(), whose tensors torch.export refuses
+def fold_temperature(
+    network: nn.Module, temperature: float, images: Tensor, name: str
+) -> nn.Module:
+    """Return a copy of a network whose logits are divided by a temperature.
+
+    Args:
+        network: in evaluation mode.
+        images: (B, C, H, W), to check the logits of the copy.
+        name: of the network, for messages.
+
+    Raises:
+        RunError: the network does not end with a linear layer, or its weights have another use.
+    """
+    folded = copy.deepcopy(network)
+    keys = head_keys(folded)
+    for key, value in folded.state_dict().items():
+        if key in keys and value.is_floating_point():
+            value.div_(temperature)
+    expected = network(images) / temperature
+    error = (folded(images) - expected).abs().max().item()
+    if not error <= TOLERANCE * expected.abs().max().item():  # also refuses NaN
+        layer = ", ".join(sorted({key.rpartition(".")[0] for key in keys})) or "no linear layer"
+        raise RunError(
+            f"the temperature cannot be folded into {name}: its logits are not the output of one "
+            f"linear layer (found: {layer}); export it without --temperature"
+        )
+    return folded
