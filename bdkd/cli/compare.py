@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,6 +24,7 @@ HELP = Help(
         "--seeds": ("N ...", "one number: that many seeds; several: the seeds"),
         "--jobs": ("N", "concurrent runs (default: what the machine has room for)"),
         "--folder": ("DIR", "of the runs and tables (default: runs/compare-RECIPE)"),
+        "--quantize": ("", "also compare the students in int8 (ONNX)"),
         "--json": ("", "print comparison.json instead of tables"),
     },
     ("--objective", "--seed", "--run-dir"),
@@ -50,6 +51,9 @@ class Arguments:
     """Number of concurrent runs. Default: one on a GPU, else as many as the CPU has cores for."""
     folder: Path | None = None
     """Folder of the runs and tables. Default: runs/compare-<recipe>."""
+    quantize: Literal["int8"] | None = None
+    """Also export each student to ONNX in fp32 and int8, as bdkd export --quantize does, and
+    compare the methods in int8."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print comparison.json instead of tables."""
 
@@ -70,17 +74,25 @@ def run(given: list[str]) -> None:
         raise UsageError(f"--jobs must be at least 1, got {jobs}")
     command = shlex.join(["bdkd", "compare", *given, *plugin_arguments()])
 
+    from bdkd.cli.compare_quantize import check_quantizable, quantize_all
     from bdkd.cli.compare_report import report
     from bdkd.cli.compare_train import locked, train_all
 
+    quantize = arguments.quantize is not None
+    if quantize:
+        check_quantizable(arguments.config)
+    stream = sys.stderr if arguments.json else None
     with locked(folder):
-        outcomes = train_all(runs, jobs, folder, command, sys.stderr if arguments.json else None)
+        outcomes = train_all(runs, jobs, folder, command, stream)
         failed = {name: outcome for name, outcome in outcomes.items() if outcome.code}
         listed = [run for run in runs if run.method in methods and run.name not in failed]
+        exports = quantize_all(listed, jobs, command, stream) if quantize else {}
         if listed:
-            report(listed, methods, folder, command, failed, arguments.json)
+            report(listed, methods, folder, command, failed, arguments.json, quantize)
+        failed |= {name: outcome for name, outcome in exports.items() if outcome.code}
         if failed:
             first, *others = failed
-            found = f"{len(failed)} of {len(runs)} runs failed; {first}: {failed[first].message}"
+            all_of_them = f"{len(runs)} runs" + (f" and {len(exports)} exports" if exports else "")
+            found = f"{len(failed)} of {all_of_them} failed; {first}: {failed[first].message}"
             found += f" (the others: {', '.join(others)})" if others else ""
             raise RunError(f"{found}; fix the cause and run the same command again")

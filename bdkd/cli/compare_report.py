@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary
+from bdkd.cli.compare_quantize import read_students
 from bdkd.cli.processes import Outcome
 from bdkd.cli.table import table
-from bdkd.evaluation import comparison
+from bdkd.evaluation import comparison, quantized
 from bdkd.evaluation.comparison_figure import comparison_figure
+from bdkd.evaluation.quantized import QuantizedRun
 from bdkd.identity import refuse_other_data
 from bdkd.runs.checkpoint import explain_oserror, write_atomically
 from bdkd.runs.folder import to_json
@@ -18,9 +20,13 @@ from bdkd.runs.folder import to_json
 
 def report(
     planned: Sequence[PlannedRun], methods: Sequence[str], folder: Path, command: str,
-    failed: Mapping[str, Outcome], as_json: bool,
+    failed: Mapping[str, Outcome], as_json: bool, quantize: bool = False,
 ) -> None:  # fmt: skip
-    """Write ``comparison.json``, ``.csv``, ``.md`` and ``.png``; print the tables or the JSON."""
+    """Write ``comparison.json``, ``.csv``, ``.md`` and ``.png``; print the tables or the JSON.
+
+    Args:
+        quantize: also compare the int8 files of the students.
+    """
     runs = [comparison.Run(run.method, run.seed, read_summary(run), run.frozen) for run in planned]
     pairs = list(zip(runs, planned, strict=True))
     refuse_other_data([(str(plan.path), run.summary.get("data")) for run, plan in pairs])
@@ -44,11 +50,20 @@ def report(
             for run, plan in pairs
         ],
     }  # fmt: skip
-    text = to_json(content, indent=2)
     plain, marked = _tables(rows, methods[0])
+    rows_of_csv = rows
+    if quantize:
+        files = [QuantizedRun(run, read_students(plan)) for run, plan in pairs]
+        more_plain, more_marked = _quantized_tables(files, methods)
+        plain, marked = plain + more_plain, marked + more_marked
+        int8_rows = quantized.labelled(files, methods)
+        content["quantized"] = [dataclasses.asdict(row) for row in int8_rows]
+        rows_of_csv = [*rows, *int8_rows]
+        notes += quantized.notes(files, methods)
+    text = to_json(content, indent=2)
     marked = [f"# {some['recipe']}: {', '.join(methods)}", f"`{command}`", *marked, *notes]
     marked += [f"torch {some['torch']}, {some['device']}.", "![seeds and means](comparison.png)"]
-    texts = {"json": text, "csv": comparison.to_csv(rows), "md": "\n\n".join(marked)}
+    texts = {"json": text, "csv": comparison.to_csv(rows_of_csv), "md": "\n\n".join(marked)}
     again = "run the same command again"
     for suffix, written in texts.items():
         write_atomically(folder / f"comparison.{suffix}", f"{written.rstrip()}\n".encode(), again)
@@ -63,6 +78,26 @@ def report(
     for note in notes:
         print(textwrap.fill(note, 100))
     print(f"\ntables and figure    {folder}/comparison.md, .csv, .json, .png")
+
+
+def _quantized_tables(
+    files: Sequence[QuantizedRun], methods: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the tables of all int8 students as plain text and as Markdown."""
+    plain, marked = [], []
+    for network in dict.fromkeys(student.network for file in files for student in file.students):
+        for head, (header, lines) in (
+            (f"{network}, fp32 and int8", quantized.changes(files, methods, network)),
+            (
+                f"changes of {network} (int8 - fp32) against those of {methods[0]}",
+                quantized.differences(files, methods, network),
+            ),
+        ):
+            if lines:
+                plain.append(f"{head}\n\n{table(header, lines)}")
+                marked.append(f"## {head}")
+                marked.append(comparison.to_markdown(header, lines))
+    return plain, marked
 
 
 def _tables(rows: Sequence[comparison.Row], first: str) -> tuple[list[str], list[str]]:

@@ -1,0 +1,124 @@
+"""Export and quantise the students of the runs of ``bdkd compare``."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from bdkd.cli.compare_plan import PlannedRun, read_summary
+from bdkd.cli.processes import Job, Outcome, run_jobs
+from bdkd.config import Recipe
+from bdkd.errors import Interrupted, RunError, UsageError
+from bdkd.evaluation.quantized import FILE, Quantized, read_quantized
+from bdkd.plugins import plugin_arguments
+from bdkd.runs.console import Console
+from bdkd.runs.signals import StopRequest
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_quantizable(recipe: Recipe) -> None:
+    """Check before the training that students can be quantised after it.
+
+    Raises:
+        UsageError: the recipe holds out no validation images.
+        RunError: a package is missing.
+    """
+    own_split = getattr(recipe.data, "use_val_split", False)
+    if recipe.data.validation == 0 and not own_split:
+        raise UsageError(
+            "--quantize needs validation images for the ranges of the activations, and "
+            "data.validation is 0: pass --data.validation 0.1"
+        )
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise RunError(f"ONNX files need {', '.join(missing)}: pip install 'bdkd[export]'")
+
+
+def quantize_all(
+    runs: Sequence[PlannedRun], at_once: int, command: str, stream: IO[str] | None
+) -> dict[str, Outcome]:
+    """Export the students of finished runs to int8, ``at_once`` of them concurrently. Students that
+    are exported already are left out. Return the outcomes of the exports by name.
+
+    Args:
+        command: the command line, printed if a signal stops the exports.
+        stream: where to print. Default: standard output.
+
+    Raises:
+        Interrupted: a signal was received.
+    """
+    jobs = list(_jobs(runs))
+    if not jobs:
+        return {}
+    outcomes: dict[str, Outcome] = {}
+    console = Console(len(jobs), 0, unit="file", stream=stream)
+
+    def done(job: Job, outcome: Outcome) -> None:
+        outcomes[job.name] = outcome
+        console.step()
+        if not outcome.code or stop.signal is None:
+            found = f"failed: {outcome.message}" if outcome.code else "quantised"
+            console.line(f"[{len(outcomes)}/{len(jobs)}] {job.name}  {found}")
+
+    try:
+        with StopRequest() as stop:
+            console.line(f"{len(jobs)} students to quantise to int8, {at_once} at a time")
+            run_jobs(jobs, at_once, done, lambda: stop.signal is not None)
+    finally:
+        console.close()
+    if stop.signal is not None:
+        state = f"{len(jobs) - len(outcomes)} students are not quantised yet"
+        raise Interrupted(
+            stop.signal, f"stopped; {state}; continue with the same command: {command}"
+        )
+    return outcomes
+
+
+def read_students(run: PlannedRun) -> list[Quantized]:
+    """Return the comparisons of the int8 files of a run that belong to its summary."""
+    summary = read_summary(run)
+    found = [_current(run, name, summary) for name in exported_networks(summary)]
+    return [quantized for quantized in found if quantized is not None]
+
+
+def exported_networks(summary: Mapping[str, Any]) -> list[str]:
+    """Return the students of a run, and the average of a student in its place."""
+    networks = summary["networks"]
+    return [
+        name for name, network in networks.items()
+        if network["role"] == "student" and f"{name}_ema" not in networks
+    ]  # fmt: skip
+
+
+def _jobs(runs: Sequence[PlannedRun]) -> Iterator[Job]:
+    for run in runs:
+        summary = read_summary(run)
+        for name in exported_networks(summary):
+            if _current(run, name, summary) is None:
+                job = f"{run.name} {name}"
+                yield Job(job, partial(_arguments, run, name), run.path / "export.log")
+
+
+def _arguments(run: PlannedRun, network: str) -> list[str]:
+    return [
+        "export", str(run.path), *plugin_arguments(), "--to", "onnx", "--quantize", "int8",
+        "--network", network, "--force",
+    ]  # fmt: skip
+
+
+def _path(run: PlannedRun, network: str) -> Path:
+    return run.path / "export" / network / FILE
+
+
+def _current(run: PlannedRun, network: str, summary: Mapping[str, Any]) -> Quantized | None:
+    """Return the comparison of a network's int8 file, or None if there is none of these weights."""
+    path = _path(run, network)
+    try:
+        quantized = read_quantized(path)
+    except (OSError, ValueError):  # missing or damaged: it is made again
+        return None
+    same = (quantized.network, quantized.step, quantized.images)
+    wanted = (network, summary["selected_step"], summary["images"])
+    there = path.with_name("model-int8.onnx").exists()
+    return quantized if same == wanted and there else None

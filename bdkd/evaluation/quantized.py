@@ -1,0 +1,217 @@
+"""Compare fp32 and int8 students over methods and seeds.
+
+``bdkd export --quantize int8`` writes ``model-int8.json``, the comparison of the int8 file of one
+student with its fp32 file. Here these comparisons become rows of ``bdkd compare``: one for the int8
+student and one for its change from fp32, for each method.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bdkd.errors import RunError
+from bdkd.evaluation import comparison
+from bdkd.evaluation.comparison import Row, Table
+from bdkd.evaluation.paired import paired_test
+from bdkd.metrics import METRICS
+from bdkd.text import read_text
+
+FILE = "model-int8.json"
+MAX_BYTES = 2**24
+SHOWN = ("top1", "ece", "nll", "brier")
+
+
+class _Change(msgspec.Struct):
+    before: float | None
+    after: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+class _Agreement(msgspec.Struct):
+    value: float | None
+
+
+class _Comparison(msgspec.Struct):
+    bytes: int
+    agreement: _Agreement
+    changes: dict[str, _Change]
+
+
+class _Network(msgspec.Struct):
+    model: str
+    role: str
+    bytes: int
+
+
+class _File(msgspec.Struct):
+    step: int
+    split: str
+    images: int
+    networks: dict[str, _Network]
+    comparison: _Comparison
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The int8 file of one student, compared with its fp32 file on the test images."""
+
+    network: str
+    model: str
+    step: int
+    images: int
+    bytes: tuple[int, int]  # of the fp32 file and of the int8 file
+    agreement: float | None  # share of the images with equal predictions
+    changes: Mapping[str, Mapping[str, float | None]]
+    """By metric: ``before`` (fp32), ``after`` (int8), ``difference``, and ``low`` and ``high``, the
+    95% interval over images."""
+
+    def value(self, metric: str, when: str) -> float:
+        """Return a number of ``changes``, or NaN if it is missing."""
+        found = self.changes.get(metric, {}).get(when)
+        return math.nan if found is None else found
+
+
+def read_quantized(path: Path) -> Quantized:
+    """Read a ``model-int8.json``.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is not the comparison of one int8 network on the test images.
+    """
+    try:
+        content = msgspec.json.decode(read_text(path, limit=MAX_BYTES), type=_File)
+    except (RunError, RecursionError, msgspec.DecodeError) as error:
+        raise ValueError(f"{path.name} is no comparison of an int8 file: {error}") from error
+    if len(content.networks) != 1 or content.split != "test":
+        raise ValueError(f"{path.name} is no comparison of one network on the test images")
+    [(name, network)] = content.networks.items()
+    compared = content.comparison
+    return Quantized(
+        name, network.model, content.step, content.images, (compared.bytes, network.bytes),
+        compared.agreement.value,
+        {key: msgspec.to_builtins(change) for key, change in compared.changes.items()},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizedRun:
+    """One run and the int8 files of its students."""
+
+    run: comparison.Run
+    students: Sequence[Quantized]
+
+
+def quantized_rows(runs: Sequence[QuantizedRun], methods: Sequence[str], when: str) -> list[Row]:
+    """Return the rows of the students' values ``before`` (fp32) or ``after`` (int8), or of their
+    ``difference``. Tests of differences compare the changes of two methods."""
+    selected = []
+    for quantized in runs:
+        run = quantized.run
+        networks: dict[str, Any] = {}
+        for student in quantized.students:
+            values = {key: student.value(key, when) for key in student.changes}
+            networks[student.network] = {"role": "student", "model": student.model, **values}
+        if networks:
+            summary = {"wall_seconds": run.summary["wall_seconds"], "networks": networks}
+            selected.append(replace(run, summary=summary))
+    return comparison.compare(selected, methods)
+
+
+def labelled(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[Row]:
+    """Return the rows of ``comparison.csv``: the int8 networks, and their changes from fp32."""
+    rows = []
+    for when, label in (("after", "int8"), ("difference", "int8 - fp32")):
+        for row in quantized_rows(runs, methods, when):
+            rows.append(replace(row, network=f"{row.network} ({label})"))
+    return rows
+
+
+def changes(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> Table:
+    """Return the table of one network: fp32, int8 and the mean change over seeds with its interval,
+    for each method and metric."""
+    header = ["method", "metric", "fp32", "int8", "int8 - fp32", "95% interval", "seeds"]
+    found = {
+        when: {row.method: row for row in quantized_rows(runs, methods, when)
+               if row.network == network}
+        for when in ("before", "after", "difference")
+    }  # fmt: skip
+    lines = []
+    for method, row in found["difference"].items():
+        for key in SHOWN:
+            metric, cell = METRICS[key], row.cells[key]
+            ends = [found[when][method].cells[key] for when in ("before", "after")]
+            shown = [
+                metric.show(end.mean) + ("" if end.std is None else f" ± {metric.show(end.std)}")
+                for end in ends
+            ]
+            low = high = None
+            if cell.values:
+                test = paired_test(list(cell.values.values()))
+                low, high = test.low, test.high
+            interval = f"{metric.show(low, '+')} to {metric.show(high, '+')}"
+            lines.append([
+                method, metric.label, *shown, metric.show(cell.mean, "+"),
+                "–" if low is None else interval, str(len(cell.values)),
+            ])  # fmt: skip
+    return header, lines
+
+
+def differences(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> Table:
+    """Return the table of tests whether the changes of a method differ from those of the first."""
+    header, lines = comparison.differences(quantized_rows(runs, methods, "difference"), network)
+    labels = {METRICS[key].label for key in SHOWN}
+    return header, [line for line in lines if line[1] in labels]
+
+
+def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
+    """Return paragraphs that explain the tables."""
+    students = [student for run in runs for student in run.students]
+    text = [
+        "fp32 and int8: the exported ONNX files on the same test images. The interval is that of "
+        "the t-test over seeds, without correction: the change is found in the mean over seeds if "
+        "it does not contain 0. The tests compare the change of each method, seed by seed, with "
+        f"the change of {methods[0]}."
+    ]
+    if without := [f"{r.run.method} seed {r.run.seed}" for r in runs if not r.students]:
+        text.append(f"Without the int8 files of {', '.join(without)}.")
+    if not students:
+        return text[1:]
+    excluded = sum(
+        student.value("ece", "low") > 0 or student.value("ece", "high") < 0 for student in students
+    )
+    ratios = [student.bytes[0] / student.bytes[1] for student in students]
+    sizes = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
+    text.append(
+        f"In {excluded} of {len(students)} files the interval over images of the change of ECE "
+        f"does not contain 0. int8 files are {sizes} times smaller."
+    )
+    for network in dict.fromkeys(student.network for student in students):
+        text += _findings(runs, methods, network)
+    return text
+
+
+def _findings(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> list[str]:
+    """Return a sentence for each metric that says which methods change otherwise than the first."""
+    rows = [row for row in quantized_rows(runs, methods, "difference") if row.network == network]
+    found = []
+    for key in SHOWN:
+        tested = {row.method: row.cells[key].p_t for row in rows if row.cells[key].p_t is not None}
+        if not tested:
+            continue
+        label = METRICS[key].label.removesuffix(" %")
+        differing = [f"{m} (p {p:.2g})" for m, p in tested.items() if p is not None and p < 0.05]
+        smallest = min(p for p in tested.values() if p is not None)
+        if differing:
+            which = f"the change of {', '.join(differing)} differs from that of {methods[0]}"
+        else:
+            which = (
+                f"no method's change differs from that of {methods[0]} (smallest p {smallest:.2g})"
+            )
+        found.append(f"{network}, {label}: {which}.")
+    return found
