@@ -16,7 +16,7 @@ from bdkd.interrupts import exit_now, is_interrupted, remember_interrupt
 
 COMMANDS = {
     "train": "train the networks of a recipe together",
-    "benchmark": "measure the speed and the memory of a recipe's training steps",
+    "benchmark": "measure the speed and memory of training steps, or of exported files",
     "evaluate": "evaluate the networks of a run, or an exported network",
     "compare": "compare several objectives and seeds on one recipe",
     "report": "write one HTML page about runs: results, curves, diagrams",

@@ -1,4 +1,4 @@
-"""``bdkd benchmark``: measure the training steps of a recipe."""
+"""``bdkd benchmark``: measure the training steps of a recipe, or exported files."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -33,7 +34,8 @@ HELP = Help(
     "bdkd benchmark RECIPE [options]",
     "Measure the training steps of a recipe: time, images/s, memory, and the loader's share. "
     "--data synthetic replaces the data set with random images of the same size on the device, so "
-    "that no files are needed. Nothing is written.",
+    "that no files are needed. Nothing is written. bdkd benchmark FILE... measures exported files "
+    "(bdkd benchmark model.onnx --help).",
     {
         "--steps": ("N", "steps to measure"),
         "--warmup": ("N", "steps before them that are not measured"),
@@ -67,6 +69,11 @@ class Arguments:
 
 def run(given: list[str]) -> None:
     """Measure on all ranks that torchrun started, and print the results on rank 0."""
+    if names_file(given):
+        from bdkd.cli import benchmark_files
+
+        return benchmark_files.run(given)
+
     from bdkd.distributed.launch import init_distributed, only_rank0_prints
 
     with only_rank0_prints():
@@ -82,6 +89,16 @@ def run(given: list[str]) -> None:
         if context.is_rank0:
             text = to_json(results, indent=2) if arguments.json else describe(results)
             print(text if arguments.json else f"{title}\n\n{text}")
+
+
+def names_file(given: list[str]) -> bool:
+    """Return whether a command line names exported files, and no recipe, which would have to be the
+    first argument."""
+    from bdkd.export.formats import is_exported
+
+    if given and given[0].startswith("-"):
+        return any(is_exported(Path(word)) for word in given if not word.startswith("-"))
+    return bool(given) and is_exported(Path(given[0]))
 
 
 def parse(given: list[str]) -> Arguments:

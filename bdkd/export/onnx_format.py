@@ -103,8 +103,13 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
 
 def checked_model(exported: Exported) -> bytes:
     """Return the model of a file for onnxruntime, after all checks."""
+    return check_model(exported.path, exported.content)
+
+
+def check_model(path: Path, content: bytes) -> bytes:
+    """Return the model in the content of a file for onnxruntime, after all checks."""
     # Remove the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime reads options from it.
-    return _without_metadata(_parse_onnx(exported.path, exported.content))
+    return _without_metadata(_parse_onnx(path, content))
 
 
 def _without_metadata(model) -> bytes:

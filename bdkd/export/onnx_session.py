@@ -11,6 +11,7 @@ import torch
 
 from bdkd.errors import RunError, first_line, shown
 from bdkd.export.facts import memory_limit
+from bdkd.export.inference_process import limited_session
 
 CPU = torch.device("cpu")
 
@@ -48,30 +49,11 @@ def create_session(
         RunError: onnxruntime is not installed, or cannot load the model.
     """
     runtime = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised as exceptions
-    # Do not let onnxruntime guess the format: some valid ONNX files are also valid files in
-    # onnxruntime's format, which is not checked here.
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    # A small file can create huge tensors, for example with ConstantOfShape. Exceeding this limit
-    # raises an error; exceeding the machine's memory would kill the process.
-    allocator = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
-    memory = runtime.OrtMemoryInfo("Cpu", allocator, 0, runtime.OrtMemType.DEFAULT)
-    arena = runtime.OrtArenaCfg(memory_limit(), -1, -1, -1)
-    runtime.create_and_register_allocator(memory, arena)
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
     available = runtime.get_available_providers()
     wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
     with explain_failure(path):
-        return runtime.InferenceSession(
-            model, options, providers=providers,
-            disabled_optimizers=["ConstantFolding"],  # allocates outside of the arena
-        )  # fmt: skip
+        return limited_session(model, threads, memory_limit(), providers, profile)
 
 
 class Interface(NamedTuple):

@@ -62,6 +62,18 @@ def _check(path: Path, file: BinaryIO) -> None:
 
 
 def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
+    program = torch.export.load(io.BytesIO(checked_program(exported, network)))
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    graph = program.module()
+    return Function(lambda images: graph(images))
+
+
+def checked_program(exported: Exported, network: nn.Module) -> bytes:
+    """Return the program of a file for ``torch.export.load``: ours, with the weights of the file.
+    ``network`` is the one of the file's recipe, with any weights."""
     facts = exported.facts
     plain = network.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     ours = _encode(plain.eval(), msgspec.json.encode(facts).decode(), facts.input_shape)
@@ -76,13 +88,7 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
             f"({difference}), and an unknown program could run code, so it is not loaded: "
             "export it again"
         )
-    program = torch.export.load(io.BytesIO(_with_weights(ours, exported.content)))
-    if device.type != "cpu":
-        from torch.export.passes import move_to_device_pass
-
-        program = move_to_device_pass(program, device)
-    graph = program.module()
-    return Function(lambda images: graph(images))
+    return _with_weights(ours, exported.content)
 
 
 def _difference(ours: bytes, theirs: bytes) -> str:
