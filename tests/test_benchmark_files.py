@@ -472,6 +472,16 @@ def test_a_foreign_file_may_list_its_weights_as_inputs(folder, capsys):
     assert file["image_shape"] == [4]
 
 
+def test_a_name_that_is_not_text_is_one_line(folder, tmp_path, capsys):
+    content = onnx.load(folder / "foreign.onnx")
+    content.graph.input[0].name = content.graph.node[0].input[0] = "name"
+    path = tmp_path / "name.onnx"
+    path.write_bytes(content.SerializeToString().replace(b"name", b"\xff\xfe\xfd\xfc"))
+    code, line = fail(capsys, path)
+    assert code == 1
+    assert f"cannot read {path}: it is corrupt" in line
+
+
 def test_a_file_with_a_fixed_batch_takes_that_batch(folder, capsys):
     code, line = fail(capsys, folder / "batch4.onnx", "--batch", 4, 1)
     assert code == 2

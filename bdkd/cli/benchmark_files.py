@@ -165,7 +165,7 @@ def warn_of_load(machine: Mapping[str, Any], threads: Sequence[int]) -> None:
     # A command that has just ended still counts.
     elif load > max(cores - most, 0.5):
         found = f"the load average is {load:.1f}, and the files need {most} of {cores} cores"
-        remedy = "other programs slow them down; wait until these have ended"
+        remedy = "other programs may slow them down; repeat this on an idle machine"
         print(f"warning: {found}: {remedy}", file=sys.stderr)
 
 
@@ -273,7 +273,9 @@ def _time(value: float) -> str:
 def _size(count: int) -> str:
     from bdkd.runs.plan import binary_size
 
-    return binary_size(count) if count >= 2**20 else f"{count / 1024:,.0f} KiB"
+    if count >= 2**20:
+        return binary_size(count)
+    return f"{count / 1024:,.0f} KiB" if count >= 1024 else f"{count} B"
 
 
 def short_names(paths: Sequence[str], width: int) -> list[str]:

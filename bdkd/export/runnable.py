@@ -8,8 +8,8 @@ from torch import nn
 
 from bdkd.config import parse_recipe
 from bdkd.engine.networks import build_networks, with_model_options
-from bdkd.errors import RunError
-from bdkd.export.facts import Exported, Facts, Format, Precision
+from bdkd.errors import RunError, first_line
+from bdkd.export.facts import Exported, Facts, Format, Precision, corrupt
 from bdkd.export.formats import (
     MAX_PIXELS,
     ForeignFile,
@@ -89,11 +89,16 @@ def _runnable_onnx(path: Path, content: bytes, facts: Facts | None) -> Runnable:
 def _input_of(path: Path, graph: Any) -> tuple[str, int | None, tuple[int, ...]]:
     """Return the name, the batch size (None if it is free) and the shape of one image of the only
     input of an ONNX model."""
-    weights = {tensor.name for tensor in graph.initializer}  # old models list them as inputs
-    inputs = [entry for entry in graph.input if entry.name not in weights]
+    try:
+        weights = {tensor.name for tensor in graph.initializer}  # old models list them as inputs
+        inputs = [entry for entry in graph.input if entry.name not in weights]
+    except UnicodeDecodeError as error:
+        raise corrupt(path, first_line(error)) from error
     if len(inputs) != 1:
         raise RunError(f"cannot time {path}: it has {len(inputs)} inputs, and must have one")
-    [tensor] = [entry.type.tensor_type for entry in inputs]
+    name, tensor = inputs[0].name, inputs[0].type.tensor_type
+    if not isinstance(name, str):  # bytes that are not UTF-8, with some versions of protobuf
+        raise corrupt(path, "the name of its input is not text")
     batch, *shape = [size.dim_value for size in tensor.shape.dim] or [0]  # 0: free
     if tensor.elem_type != 1:  # onnx.TensorProto.FLOAT
         raise RunError(f"cannot time {path}: its input must be float32 images")
@@ -103,7 +108,7 @@ def _input_of(path: Path, graph: Any) -> tuple[str, int | None, tuple[int, ...]]
         raise RunError(f"cannot time {path}: its input has the shape ({sizes}), and {needed}")
     if math.prod(shape) > MAX_PIXELS:
         raise RunError(f"cannot time {path}: its images have more than {MAX_PIXELS:,} values")
-    return inputs[0].name, batch or None, tuple(shape)
+    return name, batch or None, tuple(shape)
 
 
 def build_network(exported: Exported) -> nn.Module:
