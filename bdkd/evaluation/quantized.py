@@ -49,12 +49,18 @@ class _Network(msgspec.Struct):
     bytes: int
 
 
+class _Gain(msgspec.Struct):
+    temperature: float
+    changes: dict[str, _Change]
+
+
 class _File(msgspec.Struct):
     step: int
     split: str
     images: int
     networks: dict[str, _Network]
     comparison: _Comparison
+    temperature_gain: _Gain | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Quantized:
     changes: Mapping[str, Mapping[str, float | None]]
     """By metric: ``before`` (fp32), ``after`` (int8), ``difference``, and ``low`` and ``high``, the
     95% interval over images."""
+    temperature: float = 1.0
+    """That is folded into the last layer of the int8 file."""
+    ece_without: float = math.nan
+    """ECE of the int8 file without the temperature. NaN if there is none."""
 
     def value(self, metric: str, when: str) -> float:
         """Return a number of ``changes``, or NaN if it is missing."""
@@ -96,7 +106,15 @@ def read_quantized(path: Path) -> Quantized:
         name, network.model, content.step, content.images, (compared.bytes, network.bytes),
         compared.agreement.value,
         {key: msgspec.to_builtins(change) for key, change in compared.changes.items()},
+        *_gain_of(content.temperature_gain),
     )  # fmt: skip
+
+
+def _gain_of(gain: _Gain | None) -> tuple[float, float]:
+    """Return the temperature of a file and its ECE without it."""
+    if gain is None or (ece := gain.changes.get("ece")) is None or ece.before is None:
+        return 1.0, math.nan
+    return gain.temperature, ece.before
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,12 @@ _RESULTS = (
     ("nll", "NLL", three_decimals),
     ("brier", "Brier", three_decimals),
 )
+_QUANTIZED = (
+    ("top1", percent),
+    ("ece", percent),
+    ("nll", three_decimals),
+    ("brier", three_decimals),
+)
 _NO_SKLEARN = "features are not drawn without scikit-learn: pip install 'bdkd[train]'"
 
 
@@ -50,6 +56,7 @@ def render(
         recipes=sorted({str(run.config.get("name") or "") for run in runs} - {""}),
         runs=runs,
         results=_results(groups),
+        quantized=_quantized(groups),
         comparisons=[(f.resolve().name, list(_blocks(markdown))) for f, markdown in comparisons],
         groups=groups,
         registered=_registered(),
@@ -113,6 +120,47 @@ def _results(groups: Sequence[Group]) -> dict[str, Any]:
         for row, cell in zip([head, *rows], ["seeds", *seeds], strict=True):
             row.insert(4, cell)  # type: ignore[attr-defined]
     return {"caption": caption, "head": head, "rows": rows}
+
+
+def _quantized(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """Return caption, head and rows of the table of int8 students, or None if there are none."""
+    rows: list[list[object]] = []
+    for style, group in enumerate(groups):
+        files = [file for run in group.runs for file in run.quantized]
+        for name in dict.fromkeys(file.network for file in files):
+            of_network = [file for file in files if file.network == name]
+            cells: list[object] = []
+            for key, fmt in _QUANTIZED:
+                cells += [
+                    figures.spread(_finite([file.value(key, when) for file in of_network]), fmt)
+                    for when in ("before", "after")
+                ]
+            agreements = [np.nan if f.agreement is None else f.agreement for f in of_network]
+            ratios = [file.bytes[0] / max(1, file.bytes[1]) for file in of_network]
+            rows.append([
+                charts.swatch(style) + printable(group.label), name, *cells,
+                figures.spread(np.array([file.temperature for file in of_network]), number),
+                figures.spread(_finite([file.ece_without for file in of_network]), percent),
+                figures.spread(_finite(agreements), percent), f"{np.mean(ratios):.1f}",
+                len(of_network),
+            ])  # fmt: skip
+    if not rows:
+        return None
+    labels = [label for key, label, _ in _RESULTS if key in dict(_QUANTIZED)]
+    head: list[object] = ["method", "network"]
+    head += [f"{label} {precision}" for label in labels for precision in ("fp32", "int8")]
+    head += ["T", "ECE int8 without T", "equal predictions", "times smaller", "files"]
+    every = [file for group in groups for run in group.runs for file in run.quantized]
+    if all(file.temperature == 1 for file in every):
+        for row in (head, *rows):
+            del row[-5:-3]
+    caption = "Students in fp32 and int8, on the test images"
+    return {"caption": caption, "head": head, "rows": rows}
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    array = np.array(values, float)
+    return array[np.isfinite(array)]
 
 
 def _agreement(group: Group, name: str) -> str:

@@ -17,12 +17,15 @@ from bdkd.config.toml import parse_toml
 from bdkd.errors import RunError
 from bdkd.evaluation.metric_lines import LineReader, as_number
 from bdkd.evaluation.predictions import Predictions, read_predictions
+from bdkd.evaluation.quantized import FILE as QUANTIZED
+from bdkd.evaluation.quantized import Quantized, read_quantized
 from bdkd.metrics import METRICS, STEP_CHARTED
 from bdkd.models.registry import default_options
 from bdkd.plugins import missing_plugins
 from bdkd.text import open_regular, read_text
 
 MAX_FILE_BYTES = 2**28  # of a summary or a profile
+MAX_QUANTIZED = 64  # networks of a run
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Run:
     predictions: Predictions | None
     profile: dict[str, Any]
     notes: list[str]
+    quantized: list[Quantized] = field(default_factory=list)
+    """The int8 files of its students."""
 
     @property
     def networks(self) -> list[str]:
@@ -151,8 +156,26 @@ def read_run(path: Path) -> Run:
         config_text = ""
     return Run(
         path, path.resolve().name, config, config_text, summary, series, steps_per_epoch,
-        predictions, profile, notes,
+        predictions, profile, notes, _read_quantized(path, summary, notes),
     )  # fmt: skip
+
+
+def _read_quantized(path: Path, summary: Mapping[str, Any], notes: list[str]) -> list[Quantized]:
+    """Return the comparisons of the run's int8 files with their fp32 files."""
+    found = []
+    for file in sorted(path.glob(f"export/*/{QUANTIZED}"))[:MAX_QUANTIZED]:
+        try:
+            quantized = read_quantized(file)
+        except (OSError, ValueError) as error:
+            notes.append(_one_line(error))
+            continue
+        if quantized.step != summary.get("selected_step"):
+            notes.append(
+                f"{file.relative_to(path)} is left out: it has the weights of another step"
+            )
+        else:
+            found.append(quantized)
+    return found
 
 
 def _read(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:

@@ -1,0 +1,290 @@
+"""``bdkd compare --quantize int8`` and the table of ``bdkd report``: int8 students over methods and
+seeds, recomputed from the files of the exports."""
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_compare import TINY, fail
+from test_one_line import failure
+
+from bdkd.cli import main
+from bdkd.cli.compare_plan import plan_runs
+from bdkd.cli.compare_quantize import _jobs, exported_networks
+from bdkd.config import load_recipe
+from bdkd.evaluation import comparison, quantized
+from bdkd.evaluation.quantized import Quantized, QuantizedRun, read_quantized
+
+METHODS = ["bdkd", "independent"]
+COMMAND = [*TINY, "--max-steps", "12", "--train.ema-decay", "0.5", "--methods", *METHODS,
+           "--seeds", "2", "--quantize", "int8"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """The folder of a finished comparison with int8 files."""
+    folder = tmp_path_factory.mktemp("compare") / "q"
+    main(["compare", *COMMAND, "--folder", str(folder)])
+    return folder
+
+
+def files(folder: Path) -> dict:
+    """The comparisons of the int8 files by method and seed."""
+    return {
+        (method, seed): json.loads(
+            (folder / f"{method}-seed{seed}/export/student_ema/model-int8.json").read_text()
+        )
+        for method in METHODS
+        for seed in (0, 1)
+    }
+
+
+def test_the_averages_are_quantised(compared):
+    assert {"student_ema"} == {
+        path.parent.name for path in compared.glob("*/export/*/model-int8.onnx")
+    }
+    summary = json.loads((compared / "bdkd-seed0" / "summary.json").read_text())
+    assert exported_networks(summary) == ["student_ema"]
+
+
+def test_the_table_is_what_numpy_and_scipy_find(compared):
+    written = (compared / "comparison.md").read_text()
+    table = written.partition("## student_ema, fp32 and int8")[2].partition("##")[0]
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line[:1] == "|"][2:]
+    assert [row[:2] for row in rows] == [
+        [method, label] for method in METHODS for label in ("top-1 %", "ECE %", "NLL", "Brier")
+    ]
+    keys = {
+        "top-1 %": ("top1", 100),
+        "ECE %": ("ece", 100),
+        "NLL": ("nll", 1),
+        "Brier": ("brier", 1),
+    }
+    for method, label, fp32, int8, change, interval, seeds in rows:
+        key, factor = keys[label]
+        found = [files(compared)[method, seed]["comparison"]["changes"][key] for seed in (0, 1)]
+        before, after, difference = (
+            factor * np.array([change[when] for change in found])
+            for when in ("before", "after", "difference")
+        )
+        for text, values in ((fp32, before), (int8, after)):
+            mean, std = map(float, text.split(" ± "))
+            assert mean == pytest.approx(values.mean(), abs=0.006)
+            assert std == pytest.approx(values.std(ddof=1), abs=0.006)
+        assert float(change) == pytest.approx(difference.mean(), abs=0.006)
+        if np.ptp(difference) > 1e-9:
+            low, high = map(float, interval.split(" to "))
+            expected = stats.t.interval(0.95, 1, difference.mean(), stats.sem(difference))
+            assert [low, high] == pytest.approx(expected, abs=0.006)
+        assert seeds == "2"
+
+
+def test_the_csv_has_the_int8_networks_and_their_changes(compared):
+    lines = list(csv.DictReader((compared / "comparison.csv").open()))
+    networks = {line["network"] for line in lines}
+    assert {"student_ema (int8)", "student_ema (int8 - fp32)"} < networks
+    [line] = [
+        line for line in lines
+        if (line["method"], line["network"], line["metric"])
+        == ("independent", "student_ema (int8 - fp32)", "nll")
+    ]  # fmt: skip
+    found = files(compared)
+    change = {
+        key: value["comparison"]["changes"]["nll"]["difference"] for key, value in found.items()
+    }
+    pairs = [change["independent", seed] - change["bdkd", seed] for seed in (0, 1)]
+    assert float(line["difference"]) == pytest.approx(np.mean(pairs), rel=1e-9)
+    assert float(line["p_t_holm"]) == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue, rel=1e-6)
+
+
+def test_a_second_time_nothing_is_exported(compared, capsys):
+    before = {path: path.stat().st_mtime_ns for path in compared.glob("*/export/*/*")}
+    capsys.readouterr()
+    main(["compare", *COMMAND, "--folder", str(compared), "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert {row["network"] for row in content["quantized"]} == {
+        "student_ema (int8)", "student_ema (int8 - fp32)",
+    }  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("damage", ["step", "broken", "no file"])
+def test_files_of_other_weights_are_made_again(damage, compared, tmp_path):
+    folder = shutil.copytree(compared, tmp_path / "q")
+    runs = plan_runs(load_recipe("digits"), METHODS, [0, 1], tmp_path / "none")
+    runs = [
+        run.__class__(run.method, run.seed, _with_folder(run.recipe, folder / run.name),
+                      run.frozen, run.teachers)
+        for run in runs
+    ]  # fmt: skip
+    assert list(_jobs(runs)) == []
+    path = folder / "bdkd-seed1/export/student_ema/model-int8.json"
+    if damage == "step":
+        path.write_text(path.read_text().replace('"step": 12', '"step": 6'))
+    elif damage == "broken":
+        path.write_text("{")
+    else:
+        path.with_name("model-int8.onnx").unlink()
+    [job] = _jobs(runs)
+    assert job.name == "bdkd-seed1 student_ema"
+    assert job.arguments()[:2] == ["export", str(folder / "bdkd-seed1")]
+    assert "--force" in job.arguments()
+
+
+def _with_folder(recipe, folder):
+    import dataclasses
+
+    return dataclasses.replace(recipe, run_dir=str(folder))
+
+
+def test_a_failed_export_does_not_stop_the_others(compared, tmp_path, capsys):
+    folder = shutil.copytree(compared, tmp_path / "q")
+    for run in ("bdkd-seed0", "bdkd-seed1"):
+        shutil.rmtree(folder / run / "export")
+    (folder / "bdkd-seed0" / "export").write_text("in the way")
+    code, message = fail(capsys, *COMMAND, "--folder", str(folder))
+    last = message.splitlines()[-1]
+    assert (code, "bdkd-seed0 student_ema: " in last) == (1, True), message
+    assert "run the same command again" in last
+    assert (folder / "bdkd-seed1/export/student_ema/model-int8.onnx").exists()
+    assert "Without the int8 files of bdkd seed 0." in (folder / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--quantize", "int4"], 2, ["--quantize", "int8", "int4"]),
+        (["--quantize", "int8", "--data.validation", "0", "--train.select", "last"], 2,
+         ["--quantize needs validation images", "data.validation"]),
+    ],
+    ids=["int4", "no validation"],
+)  # fmt: skip
+def test_what_cannot_be_quantised_is_refused_before_the_training(
+    arguments, code, words, tmp_path, capsys
+):
+    folder = tmp_path / "q"
+    came, message = failure(["compare", *TINY, *arguments, "--folder", str(folder)], capsys)
+    assert came == code
+    assert all(word in message for word in words), message
+    assert not folder.exists()
+
+
+def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "bdkd.cli.compare_quantize.find_spec", lambda name: None if name == "onnxscript" else 1
+    )
+    folder = tmp_path / "q"
+    code, message = failure(["compare", *COMMAND, "--folder", str(folder)], capsys)
+    assert (code, "onnxscript: pip install 'bdkd[export]'" in message) == (1, True)
+    assert not folder.exists()
+
+
+# --- the findings --------------------------------------------------------------------------------
+
+
+def runs_with(changes: dict[str, list[float]]) -> list[QuantizedRun]:
+    """Runs of methods whose ECE changes by given amounts, one for each seed."""
+    made = []
+    for method, values in changes.items():
+        for seed, value in enumerate(values):
+            change = {"before": 0.1, "after": 0.1 + value, "difference": value,
+                      "low": value - 0.01, "high": value + 0.01}  # fmt: skip
+            student = Quantized("student", "m", 1, 9, (300, 100), 1.0, {"ece": change})
+            run = comparison.Run(method, seed, {"wall_seconds": 1.0}, frozenset())
+            made.append(QuantizedRun(run, [student]))
+    return made
+
+
+def test_a_method_that_loses_calibration_is_found():
+    noise = [0.001, -0.002, 0.0015, -0.0005, 0.0]
+    runs = runs_with({"a": noise, "b": [0.05 + x for x in noise[::-1]], "c": noise[1:] + noise[:1]})
+    text = " ".join(quantized.notes(runs, ["a", "b", "c"]))
+    assert "In 5 of 15 files the interval over images of the change of ECE" in text
+    assert re.search(r"student, ECE: the change of b \(p [\d.e-]+\) differs from that of a\.", text)
+    assert "int8 files are 3.0 times smaller" in text
+    same = " ".join(quantized.notes([run for run in runs if run.run.method != "b"], ["a", "c"]))
+    assert "student, ECE: no method's change differs from that of a" in same
+    _, lines = quantized.differences(runs, ["a", "b", "c"], "student")
+    assert [(line[0], line[1], line[2]) for line in lines] == [
+        ("b", "ECE %", "+5.00"), ("c", "ECE %", "0.00"),
+    ]  # fmt: skip
+
+
+def test_runs_without_files_are_no_error():
+    [run] = runs_with({"a": [0.0]})
+    empty = QuantizedRun(run.run, [])
+    assert quantized.notes([empty], ["a"]) == ["Without the int8 files of a seed 0."]
+    assert quantized.labelled([empty], ["a"]) == []
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def report(folder: Path, output: Path) -> str:
+    main(["report", str(folder), "--no-tsne", "--output", str(output)])
+    return output.read_text()
+
+
+def test_the_report_shows_both_precisions(compared, tmp_path):
+    page = report(compared, tmp_path / "r.html")
+    table = page.partition("Students in fp32 and int8, on the test images")[2]
+    table = table.partition("</table>")[0]
+    head = re.findall(r'<th scope="col">(.*?)</th>', table)
+    assert head[:4] == ["method", "network", "top-1 fp32", "top-1 int8"]
+    assert "T" not in head
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in table.split("<tr>")[2:]]
+    assert len(rows) == 2
+    for method, row in zip(METHODS, rows, strict=True):
+        found = [files(compared)[method, seed]["comparison"] for seed in (0, 1)]
+        ece = np.array([compared_["changes"]["ece"]["after"] for compared_ in found])
+        cell = dict(zip(head, row, strict=True))["ECE int8"]
+        assert cell == f"{100 * ece.mean():.2f} ± {100 * ece.std(ddof=1):.2f}%"
+
+
+def test_the_report_shows_what_a_temperature_gains(compared, tmp_path):
+    folder = shutil.copytree(compared, tmp_path / "q")
+    for path in folder.glob("*/export/*/model-int8.json"):
+        content = json.loads(path.read_text())
+        change = {"before": 0.25, "after": 0.1, "difference": -0.15, "low": -0.2, "high": -0.1}
+        content["temperature_gain"] = {"temperature": 0.5, "changes": {"ece": change}}
+        path.write_text(json.dumps(content))
+    page = report(folder, tmp_path / "r.html")
+    assert '<th scope="col">ECE int8 without T</th>' in page
+    assert "25.00 ± 0.00%" in page
+
+
+def test_broken_files_are_notes(compared, tmp_path, capsys):
+    folder = shutil.copytree(compared, tmp_path / "q")
+    paths = sorted(folder.glob("*/export/*/model-int8.json"))
+    good = paths[0].read_text()
+    texts = ("{", "[]", good.replace('"step": 12', '"step": 6'), '{"a": 1}')
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    page = report(folder, tmp_path / "r.html")
+    assert "Students in fp32 and int8" not in page
+    errors = capsys.readouterr().err
+    assert errors.count("is no comparison of an int8 file") == 3
+    assert "weights of another step" in errors
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": "val"}, {"networks": {}}, {"comparison": None}, {"step": "12"},
+        {"networks": {"a": {"model": "m", "role": "r", "bytes": None}}},
+    ],
+)  # fmt: skip
+def test_other_content_is_refused(change, compared, tmp_path):
+    path = next(iter(sorted(compared.glob("*/export/*/model-int8.json"))))
+    assert math.isfinite(read_quantized(path).value("ece", "after"))
+    assert math.isnan(read_quantized(path).value("none", "after"))
+    other = tmp_path / "model-int8.json"
+    other.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="is no comparison"):
+        read_quantized(other)
