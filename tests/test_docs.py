@@ -25,7 +25,7 @@ import pytest
 import torch
 import tyro
 
-from bdkd.cli import COMMANDS, main, take_plugins
+from bdkd.cli import COMMANDS, benchmark_files, main, take_plugins
 from bdkd.cli.compare_plan import parse_objective
 from bdkd.config import load_recipe, shipped_recipes
 
@@ -99,6 +99,8 @@ def parse_bdkd(arguments: list[str]) -> None:
         default = module.Arguments(recipe=name, config=recipe)
         for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
             parse_objective(method, recipe)
+    elif command == "benchmark" and module.names_file(rest):
+        tyro.cli(benchmark_files.Arguments, prog="bdkd benchmark", args=rest)
     elif command == "benchmark":
         module.parse(rest)
     elif command == "data":
