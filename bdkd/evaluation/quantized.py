@@ -11,6 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bdkd.extras import missing_packages
+
+if message := missing_packages(("msgspec",)):
+    raise ImportError(message)
+
 import msgspec
 
 from bdkd.errors import RunError
