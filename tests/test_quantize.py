@@ -2,7 +2,6 @@
 every time, and that a network is calibrated after it."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
@@ -126,19 +125,17 @@ def test_the_batch_size_does_not_change_a_bit(batch, run, images):
 
 
 def test_it_is_the_same_file_every_time(run, tmp_path):
-    """With other hash seeds and numbers of threads."""
-    digests = set()
-    for seed in ("1", "2"):
-        target = tmp_path / seed / "model-int8.onnx"
-        done = subprocess.run(
-            [sys.executable, "-m", "bdkd", "export", str(run), "--to", "onnx", "--quantize", "int8",
-             "--output", str(target)],
-            env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        digests.add(hashlib.sha256(target.read_bytes()).hexdigest())
-    assert len(digests) == 1
+    """With another hash seed and number of threads."""
+    target = tmp_path / "model-int8.onnx"
+    done = subprocess.run(
+        [sys.executable, "-m", "bdkd", "export", str(run), "--to", "onnx", "--quantize", "int8",
+         "--output", str(target)],
+        env=os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes() == exported(run, "model-int8.onnx").read_bytes()
+    assert target.with_name("model.onnx").read_bytes() == exported(run, "model.onnx").read_bytes()
 
 
 def test_calibration_reads_validation_images_only(run, tmp_path, monkeypatch):

@@ -157,6 +157,8 @@ def test_a_hanging_rank_is_named_with_the_place(tmp_path):
     ) as launch:
         launch.until_step(6)
         launch.signal(1, signal.SIGSTOP)
+        launch.until(lambda: "continue with --resume" in launch.text())
+        launch.signal(1, signal.SIGKILL)  # torchrun would wait 30 s for the rank
         assert launch.end() == 1, launch.text()
     said = re.search(
         r"^bdkd: rank 1 on .*: ended, or no answer for 8 s .* while rank 0 was at step (\d+); "
