@@ -20,7 +20,7 @@ def test_every_table_row_was_written_by_compare():
 
 def test_every_command_is_the_one_that_wrote_a_table():
     commands = re.findall(r"^bdkd compare .*$", PAGE, re.M)
-    assert len(commands) == 3
+    assert len(commands) == 4
     written = " ".join((kept / "comparison.md").read_text() for kept in KEPT)
     for command in commands:
         assert f"`{command}`" in written
