@@ -43,7 +43,9 @@ def describe_comparison(summary: Mapping[str, Any]) -> list[str]:
         f"{compared['images']:,} images:",
         _changes_table(changes, names),
         _paragraph(f"{agree} Sizes: {sizes[0]:,} and {sizes[1]:,} bytes: {factor}."),
-        _paragraph(_conclusion(changes["ece"], *names)),
+        "\n".join(
+            _paragraph(_conclusion(metric, changes[metric], *names)) for metric in ("top1", "ece")
+        ),
         _paragraph(caption),
     ]
 
@@ -55,7 +57,9 @@ def describe_temperature_gain(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"Gain of the temperature {gain['temperature']:.4g} in the last layer:",
         _changes_table(gain["changes"], names),
-        _paragraph(_conclusion(gain["changes"]["ece"], "the network without it", "the network")),
+        _paragraph(
+            _conclusion("ece", gain["changes"]["ece"], "the network without it", "the network")
+        ),
     ]
 
 
@@ -72,19 +76,28 @@ def _changes_table(changes: Mapping[str, Change], names: tuple[str, str]) -> str
     return table(["metric", *names, "difference", "95% interval"], rows)
 
 
-def _conclusion(ece: Change, before: str, after: str) -> str:
-    """Return a sentence about the interval of a change of the ECE."""
-    low, high = ece["low"], ece["high"]
+def _conclusion(metric: str, change: Change, before: str, after: str) -> str:
+    """Return a sentence about the interval of a change of top-1 or of the ECE."""
+    name = METRICS[metric].label.removesuffix(" %")
+    low, high = change["low"], change["high"]
     if low is None or high is None:
-        return "The change of ECE cannot be computed: the logits are not finite."
+        return f"The change of {name} cannot be computed: the logits are not finite."
     if low == high == 0:
-        return "ECE does not change: the confidences of both networks are equal."
+        return f"{name} does not change."
+    improves = high < 0 if metric == "ece" else low > 0
+    what = "calibrated" if metric == "ece" else "accurate"
+    found = "no change found"
     if low > 0 or high < 0:
-        found = f"{after} is {'worse' if low > 0 else 'better'} calibrated than {before}"
-    else:
-        found = "no change found"
-    ends = [METRICS["ece"].show(end, "+") for end in (low, high)]
-    return f"ECE changes by {ends[0]} to {ends[1]} points (95% interval): {found}."
+        how = (
+            ("better" if improves else "worse")
+            if metric == "ece"
+            else "more"
+            if improves
+            else "less"
+        )
+        found = f"{after} is {how} {what} than {before}"
+    ends = [METRICS[metric].show(end, "+") for end in (low, high)]
+    return f"{name} changes by {ends[0]} to {ends[1]} points (95% interval): {found}."
 
 
 def _paragraph(text: str) -> str:
