@@ -4,8 +4,10 @@ seeds, recomputed from the files of the exports."""
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from test_one_line import failure
 
 from bdkd.cli import main
 from bdkd.cli.compare_plan import plan_runs
-from bdkd.cli.compare_quantize import _jobs, exported_networks
+from bdkd.cli.compare_quantize import _jobs, exported_networks, quantize_all
+from bdkd.cli.processes import Outcome
 from bdkd.config import load_recipe
+from bdkd.errors import Interrupted
 from bdkd.evaluation import comparison, quantized
 from bdkd.evaluation.quantized import Quantized, QuantizedRun, read_quantized
 
@@ -85,10 +89,20 @@ def test_the_table_is_what_numpy_and_scipy_find(compared):
         assert seeds == "2"
 
 
+def test_the_changes_of_all_metrics_are_tested_in_the_table(compared):
+    written = (compared / "comparison.md").read_text()
+    head = "## changes of student_ema (int8 - fp32) against those of bdkd"
+    table = written.partition(head)[2].partition("\n\nMean")[0]
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line[:1] == "|"][2:]
+    assert [row[:2] for row in rows] == [
+        ["independent", label] for label in ("top-1 %", "ECE %", "NLL", "Brier")
+    ]
+
+
 def test_the_csv_has_the_int8_networks_and_their_changes(compared):
     lines = list(csv.DictReader((compared / "comparison.csv").open()))
     networks = {line["network"] for line in lines}
-    assert {"student_ema (int8)", "student_ema (int8 - fp32)"} < networks
+    assert networks > {f"student_ema ({label})" for label in ("fp32", "int8", "int8 - fp32")}
     [line] = [
         line for line in lines
         if (line["method"], line["network"], line["metric"])
@@ -99,6 +113,10 @@ def test_the_csv_has_the_int8_networks_and_their_changes(compared):
         key: value["comparison"]["changes"]["nll"]["difference"] for key, value in found.items()
     }
     pairs = [change["independent", seed] - change["bdkd", seed] for seed in (0, 1)]
+    of_method = [change["independent", seed] for seed in (0, 1)]
+    interval = stats.t.interval(0.95, 1, np.mean(of_method), stats.sem(of_method))
+    assert float(line["mean"]) == pytest.approx(np.mean(of_method), rel=1e-9)
+    assert [float(line["mean_low"]), float(line["mean_high"])] == pytest.approx(interval)
     assert float(line["difference"]) == pytest.approx(np.mean(pairs), rel=1e-9)
     assert float(line["p_t_holm"]) == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue, rel=1e-6)
 
@@ -109,12 +127,16 @@ def test_a_second_time_nothing_is_exported(compared, capsys):
     main(["compare", *COMMAND, "--folder", str(compared), "--json"])
     content = json.loads(capsys.readouterr().out)
     assert {row["network"] for row in content["quantized"]} == {
-        "student_ema (int8)", "student_ema (int8 - fp32)",
+        "student_ema (fp32)", "student_ema (int8)", "student_ema (int8 - fp32)",
     }  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("damage", ["step", "broken", "no file"])
+GAIN = {"before": 0.25, "after": 0.1, "difference": -0.15, "low": -0.2, "high": -0.1}
+SCALED = {"temperature_gain": {"temperature": 0.5, "changes": {"ece": GAIN}}}
+
+
+@pytest.mark.parametrize("damage", ["step", "broken", "no file", "temperature", "other file"])
 def test_files_of_other_weights_are_made_again(damage, compared, tmp_path):
     folder = shutil.copytree(compared, tmp_path / "q")
     runs = plan_runs(load_recipe("digits"), METHODS, [0, 1], tmp_path / "none")
@@ -129,6 +151,11 @@ def test_files_of_other_weights_are_made_again(damage, compared, tmp_path):
         path.write_text(path.read_text().replace('"step": 12', '"step": 6'))
     elif damage == "broken":
         path.write_text("{")
+    elif damage == "temperature":  # a scaled student must not be averaged with the others
+        path.write_text(json.dumps(json.loads(path.read_text()) | SCALED))
+    elif damage == "other file":  # bdkd export --no-evaluate --force leaves the old comparison
+        file = path.with_name("model-int8.onnx")
+        file.write_bytes(file.read_bytes() + b"\0")
     else:
         path.with_name("model-int8.onnx").unlink()
     [job] = _jobs(runs)
@@ -143,6 +170,26 @@ def _with_folder(recipe, folder):
     return dataclasses.replace(recipe, run_dir=str(folder))
 
 
+def test_a_signal_says_how_many_students_are_quantised(compared, tmp_path, monkeypatch):
+    """The export that was running gets a signal too, and does not count."""
+    folder = shutil.copytree(compared, tmp_path / "q")
+    runs = []
+    for run in plan_runs(load_recipe("digits"), METHODS, [0, 1], tmp_path / "none"):
+        shutil.rmtree(folder / run.name / "export")
+        recipe = _with_folder(run.recipe, folder / run.name)
+        runs.append(run.__class__(run.method, run.seed, recipe, run.frozen, run.teachers))
+
+    def one_and_a_half(jobs, at_once, done, stop):
+        done(jobs[0], Outcome(0))
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        done(jobs[1], Outcome(130, "stopped"))
+
+    monkeypatch.setattr("bdkd.cli.compare_quantize.run_jobs", one_and_a_half)
+    with pytest.raises(Interrupted, match="1 of 4 students are quantised; continue with the same"):
+        quantize_all(runs, 1, "the command", None)
+
+
 def test_a_failed_export_does_not_stop_the_others(compared, tmp_path, capsys):
     folder = shutil.copytree(compared, tmp_path / "q")
     for run in ("bdkd-seed0", "bdkd-seed1"):
@@ -153,7 +200,12 @@ def test_a_failed_export_does_not_stop_the_others(compared, tmp_path, capsys):
     assert (code, "bdkd-seed0 student_ema: " in last) == (1, True), message
     assert "run the same command again" in last
     assert (folder / "bdkd-seed1/export/student_ema/model-int8.onnx").exists()
-    assert "Without the int8 files of bdkd seed 0." in (folder / "comparison.md").read_text()
+    written = (folder / "comparison.md").read_text()
+    assert "Without the int8 files of bdkd seed 0 student_ema." in written
+    assert "Without the runs" not in written
+    content = json.loads((folder / "comparison.json").read_text())
+    assert list(content["failed"]) == ["bdkd-seed0 student_ema"]
+    assert "cannot write" in content["failed"]["bdkd-seed0 student_ema"]
 
 
 @pytest.mark.parametrize(
@@ -206,21 +258,40 @@ def test_a_method_that_loses_calibration_is_found():
     runs = runs_with({"a": noise, "b": [0.05 + x for x in noise[::-1]], "c": noise[1:] + noise[:1]})
     text = " ".join(quantized.notes(runs, ["a", "b", "c"]))
     assert "In 5 of 15 files the interval over images of the change of ECE" in text
-    assert re.search(r"student, ECE: the change of b \(p [\d.e-]+\) differs from that of a\.", text)
+    found = r"student, ECE: the change of b \(t-test p <0\.0001\) differs from that of a\."
+    assert re.search(found, text), text
     assert "int8 files are 3.0 times smaller" in text
     same = " ".join(quantized.notes([run for run in runs if run.run.method != "b"], ["a", "c"]))
-    assert "student, ECE: no method's change differs from that of a" in same
+    assert "ECE: no test finds that the change of a method differs from that of a (smallest" in same
     _, lines = quantized.differences(runs, ["a", "b", "c"], "student")
     assert [(line[0], line[1], line[2]) for line in lines] == [
         ("b", "ECE %", "+5.00"), ("c", "ECE %", "0.00"),
     ]  # fmt: skip
 
 
+def test_what_only_wilcoxons_test_finds_is_said():
+    """One outlier hides a change of all seeds from the t-test."""
+    change = [0.01, 0.012, 0.009, 0.011, 0.013, 0.008, 0.014, 0.3]
+    runs = runs_with({"a": [0.0] * 8, "b": change})
+    t, w = stats.ttest_1samp(change, 0).pvalue, stats.wilcoxon(change, method="exact").pvalue
+    assert w < 0.05 < t
+    assert quantized.notes(runs, ["a", "b"])[-1] == (
+        f"student, ECE: the change of b (t-test p {t:.3f}, Wilcoxon p {w:.3f}) differs from that "
+        "of a."
+    )
+
+
 def test_runs_without_files_are_no_error():
     [run] = runs_with({"a": [0.0]})
-    empty = QuantizedRun(run.run, [])
-    assert quantized.notes([empty], ["a"]) == ["Without the int8 files of a seed 0."]
+    empty = QuantizedRun(run.run, [], ["student"])
+    assert quantized.notes([empty], ["a"]) == ["Without the int8 files of a seed 0 student."]
     assert quantized.labelled([empty], ["a"]) == []
+
+
+def test_a_student_without_a_file_is_named_though_another_student_has_one():
+    [run] = runs_with({"a": [0.0]})
+    text = quantized.notes([QuantizedRun(run.run, run.students, ["student2"])], ["a"])
+    assert "Without the int8 files of a seed 0 student2." in text
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -250,10 +321,7 @@ def test_the_report_shows_both_precisions(compared, tmp_path):
 def test_the_report_shows_what_a_temperature_gains(compared, tmp_path):
     folder = shutil.copytree(compared, tmp_path / "q")
     for path in folder.glob("*/export/*/model-int8.json"):
-        content = json.loads(path.read_text())
-        change = {"before": 0.25, "after": 0.1, "difference": -0.15, "low": -0.2, "high": -0.1}
-        content["temperature_gain"] = {"temperature": 0.5, "changes": {"ece": change}}
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(json.loads(path.read_text()) | SCALED))
     page = report(folder, tmp_path / "r.html")
     assert '<th scope="col">ECE int8 without T</th>' in page
     assert "25.00 ± 0.00%" in page
@@ -271,6 +339,46 @@ def test_broken_files_are_notes(compared, tmp_path, capsys):
     errors = capsys.readouterr().err
     assert errors.count("is no comparison of an int8 file") == 3
     assert "weights of another step" in errors
+
+
+def test_a_file_in_another_folder_does_not_count_twice(compared, tmp_path, capsys):
+    folder = shutil.copytree(compared, tmp_path / "q")
+    before = report(folder, tmp_path / "before.html")
+    exported = folder / "bdkd-seed0" / "export"
+    shutil.copytree(exported / "student_ema", exported / "scaled")
+    capsys.readouterr()
+    page = report(folder, tmp_path / "after.html")
+    table = "Students in fp32 and int8, on the test images"
+    assert (
+        page.partition(table)[2].partition("</table>")[0]
+        == (before.partition(table)[2].partition("</table>")[0])
+    )
+    left_out = "export/scaled/model-int8.json is left out: it belongs in the folder 'student_ema'"
+    assert capsys.readouterr().err.count(left_out) == 1
+
+
+VALUE = {"before": 0.1, "after": 0.1, "difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": 0}, {"step": 10**400}, {"step": -1},
+        {"networks": {"a": {"model": "m", "role": "r", "bytes": 0}}},
+        {"comparison": {"bytes": 10**400, "agreement": {"value": 1.0}, "changes": {}}},
+        {"comparison": {"bytes": 9, "agreement": {"value": 5.0}, "changes": {}}},
+        {"comparison": {"bytes": 9, "agreement": {"value": 1.0},
+                        "changes": {"ece": VALUE | {"after": 1e308}}}},
+        {"temperature_gain": {"temperature": 0.0, "changes": {}}},
+    ],
+)  # fmt: skip
+def test_numbers_that_no_export_writes_are_refused(change, compared, tmp_path):
+    """A report of untrusted folders would divide by them or overflow."""
+    path = sorted(compared.glob("*/export/*/model-int8.json"))[0]
+    other = tmp_path / "model-int8.json"
+    other.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="is no comparison"):
+        read_quantized(other)
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,11 @@ def run(given: list[str]) -> None:
         failed = {name: outcome for name, outcome in outcomes.items() if outcome.code}
         listed = [run for run in runs if run.method in methods and run.name not in failed]
         exports = quantize_all(listed, jobs, command, stream) if quantize else {}
+        unquantized = {name: outcome for name, outcome in exports.items() if outcome.code}
         if listed:
-            report(listed, methods, folder, command, failed, arguments.json, quantize)
-        failed |= {name: outcome for name, outcome in exports.items() if outcome.code}
+            compared = unquantized if quantize else None
+            report(listed, methods, folder, command, failed, arguments.json, compared)
+        failed |= unquantized
         if failed:
             first, *others = failed
             all_of_them = f"{len(runs)} runs" + (f" and {len(exports)} exports" if exports else "")

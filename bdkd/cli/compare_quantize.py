@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import IO, Any
 
 from bdkd.cli.compare_plan import PlannedRun, read_summary
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.config import Recipe
 from bdkd.errors import Interrupted, RunError, UsageError
-from bdkd.evaluation.quantized import FILE, Quantized, read_quantized
+from bdkd.evaluation import comparison
+from bdkd.evaluation.quantized import FILE, Quantized, QuantizedRun, read_quantized
 from bdkd.plugins import plugin_arguments
 from bdkd.runs.console import Console
 from bdkd.runs.signals import StopRequest
@@ -68,18 +68,20 @@ def quantize_all(
     finally:
         console.close()
     if stop.signal is not None:
-        state = f"{len(jobs) - len(outcomes)} students are not quantised yet"
+        quantised = sum(not outcome.code for outcome in outcomes.values())
+        state = f"{quantised} of {len(jobs)} students are quantised"
         raise Interrupted(
             stop.signal, f"stopped; {state}; continue with the same command: {command}"
         )
     return outcomes
 
 
-def read_students(run: PlannedRun) -> list[Quantized]:
-    """Return the comparisons of the int8 files of a run that belong to its summary."""
-    summary = read_summary(run)
-    found = [_current(run, name, summary) for name in exported_networks(summary)]
-    return [quantized for quantized in found if quantized is not None]
+def read_students(planned: PlannedRun, run: comparison.Run) -> QuantizedRun:
+    """Return a run with the comparisons of its int8 files that belong to its summary."""
+    names = exported_networks(run.summary)
+    found = {name: _current(planned, name, run.summary) for name in names}
+    students = [quantized for quantized in found.values() if quantized is not None]
+    return QuantizedRun(run, students, [name for name in names if found[name] is None])
 
 
 def exported_networks(summary: Mapping[str, Any]) -> list[str]:
@@ -107,18 +109,16 @@ def _arguments(run: PlannedRun, network: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _path(run: PlannedRun, network: str) -> Path:
-    return run.path / "export" / network / FILE
-
-
 def _current(run: PlannedRun, network: str, summary: Mapping[str, Any]) -> Quantized | None:
-    """Return the comparison of a network's int8 file, or None if there is none of these weights."""
-    path = _path(run, network)
+    """Return the comparison of a network's int8 file. Return None if the file must be made again:
+    it is missing or damaged, has other weights or a folded temperature, or was replaced without a
+    comparison (``bdkd export --no-evaluate``)."""
+    path = run.path / "export" / network / FILE
     try:
         quantized = read_quantized(path)
-    except (OSError, ValueError):  # missing or damaged: it is made again
+        size = path.with_suffix(".onnx").stat().st_size
+    except (OSError, ValueError):
         return None
-    same = (quantized.network, quantized.step, quantized.images)
-    wanted = (network, summary["selected_step"], summary["images"])
-    there = path.with_name("model-int8.onnx").exists()
-    return quantized if same == wanted and there else None
+    found = (quantized.network, quantized.step, quantized.images, quantized.bytes[1])
+    needed = (network, summary["selected_step"], summary["images"], size)
+    return quantized if found == needed and quantized.temperature == 1 else None

@@ -20,12 +20,12 @@ from bdkd.runs.folder import to_json
 
 def report(
     planned: Sequence[PlannedRun], methods: Sequence[str], folder: Path, command: str,
-    failed: Mapping[str, Outcome], as_json: bool, quantize: bool = False,
+    failed: Mapping[str, Outcome], as_json: bool, exports: Mapping[str, Outcome] | None = None,
 ) -> None:  # fmt: skip
     """Write ``comparison.json``, ``.csv``, ``.md`` and ``.png``; print the tables or the JSON.
 
     Args:
-        quantize: also compare the int8 files of the students.
+        exports: failed exports of students to int8. None: do not compare int8 files.
     """
     runs = [comparison.Run(run.method, run.seed, read_summary(run), run.frozen) for run in planned]
     pairs = list(zip(runs, planned, strict=True))
@@ -43,7 +43,7 @@ def report(
     content: dict[str, Any] = {
         "command": command, "recipe": some["recipe"], "methods": list(methods),
         "torch": some["torch"], "device": some["device"], "notes": notes,
-        "failed": {name: outcome.message for name, outcome in failed.items()},
+        "failed": {name: bad.message for name, bad in {**failed, **(exports or {})}.items()},
         "rows": [dataclasses.asdict(row) for row in rows],
         "runs": [
             {"method": run.method, "seed": run.seed, "folder": plan.path.name, **run.summary}
@@ -52,8 +52,8 @@ def report(
     }  # fmt: skip
     plain, marked = _tables(rows, methods[0])
     rows_of_csv = rows
-    if quantize:
-        files = [QuantizedRun(run, read_students(plan)) for run, plan in pairs]
+    if exports is not None:
+        files = [read_students(plan, run) for run, plan in pairs]
         more_plain, more_marked = _quantized_tables(files, methods)
         plain, marked = plain + more_plain, marked + more_marked
         int8_rows = quantized.labelled(files, methods)

@@ -12,6 +12,7 @@ from bdkd.evaluation.paired import (
     PairedTest,
     describe_power,
     holm,
+    mean_interval,
     paired_test,
     wilcoxon_can_reach,
 )
@@ -38,6 +39,7 @@ class Cell:
     values: Mapping[int, float]  # by seed, without the seeds that have no finite value
     mean: float | None
     std: float | None  # sample standard deviation over seeds, None for fewer than two
+    interval: tuple[float, float] | None  # of the mean, see :func:`mean_interval`
     test: PairedTest | None  # against the first method, on the seeds of both
     p_t: float | None  # corrected by Holm for the number of methods
     p_wilcoxon: float | None  # the same; None if it cannot be below 0.05 for so few seeds
@@ -123,6 +125,7 @@ def _cells(
             by_seed,
             statistics.fmean(by_seed.values()) if by_seed else None,
             statistics.stdev(by_seed.values()) if len(by_seed) > 1 else None,
+            mean_interval(list(by_seed.values())),
             tests.get(method), p_t.get(method), p_wilcoxon.get(method),
         )
         for method, by_seed in values.items()
@@ -144,21 +147,25 @@ def results(rows: Sequence[Row], network: str) -> Table:
     return header, lines
 
 
-def differences(rows: Sequence[Row], network: str) -> Table:
+def differences(
+    rows: Sequence[Row], network: str, metrics: Sequence[Metric] | None = None
+) -> Table:
     """Return the table of tests of one network: a line for every method except the first and every
-    headline metric."""
+    metric. Default: the headline metrics."""
+    if metrics is None:
+        metrics = [metric for metric in compared_metrics() if metric.headline]
     header = ["method", "metric", "difference", "95% interval", "p (t)", "p (Wilcoxon)", "seeds"]
     lines = []
     for row in rows:
-        for metric in compared_metrics():
+        for metric in metrics:
             cell = row.cells[metric.key]
-            if row.network != network or cell.test is None or not metric.headline:
+            if row.network != network or cell.test is None:
                 continue
             mean, low, high = (
                 metric.show(v, "+") for v in (cell.test.mean, cell.test.low, cell.test.high)
             )
             interval = "–" if cell.test.low is None else f"{low} to {high}"
-            p_values = _show_p(cell.p_t), _show_p(cell.p_wilcoxon)
+            p_values = show_p(cell.p_t), show_p(cell.p_wilcoxon)
             lines.append([row.method, metric.label, mean, interval, *p_values, str(cell.test.n)])
     return header, lines
 
@@ -214,16 +221,17 @@ def to_csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
-        ["method", "network", "role", "model", "metric", "seeds", "mean", "std", "difference",
-         "difference_low", "difference_high", "paired_seeds", "p_t_holm", "p_wilcoxon_holm",
-         "train_seconds"]
+        ["method", "network", "role", "model", "metric", "seeds", "mean", "std", "mean_low",
+         "mean_high", "difference", "difference_low", "difference_high", "paired_seeds",
+         "p_t_holm", "p_wilcoxon_holm", "train_seconds"]
     )  # fmt: skip
     for row in rows:
         for key, cell in row.cells.items():
             t = cell.test
             writer.writerow(
                 [row.method, row.network, row.role, row.model, key, len(cell.values), cell.mean,
-                 cell.std, *((t.mean, t.low, t.high, t.n) if t else (None,) * 4), cell.p_t,
+                 cell.std, *(cell.interval or (None, None)),
+                 *((t.mean, t.low, t.high, t.n) if t else (None,) * 4), cell.p_t,
                  cell.p_wilcoxon, round(row.train_seconds, 3)]
             )  # fmt: skip
     return file.getvalue()
@@ -236,7 +244,8 @@ def to_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def _show_p(p: float | None) -> str:
+def show_p(p: float | None) -> str:
+    """Return a p-value as text for a table."""
     if p is None:
         return "–"
     return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.001 else f"{p:.3f}"

@@ -44,17 +44,41 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
     n = len(differences)
     if n == 0 or not all(math.isfinite(d) for d in differences):
         raise ValueError(f"a paired test needs finite differences, got {list(differences)}")
-    mean = math.fsum(differences) / n
+    mean, error = _mean_and_error(differences)
     p_wilcoxon = wilcoxon(differences) if wilcoxon_can_reach(n) else None
-    std = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / max(1, n - 1))
-    # Equal differences of rounded numbers can differ by the rounding.
-    if n < 2 or std <= 1e-12 * max(abs(d) for d in differences):
+    if error is None:
         p_t = 1.0 if n > 1 and mean == 0 else None
         return PairedTest(n, mean, None, None, p_t, p_wilcoxon)
-    error = std / math.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
+    low, high = _interval(mean, error, n)
     p_t = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return PairedTest(n, mean, mean - half, mean + half, p_t, p_wilcoxon)
+    return PairedTest(n, mean, low, high, p_t, p_wilcoxon)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95% interval of Student's t for the mean of finite values. Return None if there
+    are fewer than two values or all are equal."""
+    if len(values) < 2:
+        return None
+    mean, error = _mean_and_error(values)
+    return None if error is None else _interval(mean, error, len(values))
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error, which is None for a single value and equal values."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1))
+    # Equal differences of rounded numbers can differ by the rounding.
+    if n < 2 or std <= 1e-12 * max(abs(value) for value in values):
+        return mean, None
+    return mean, std / math.sqrt(n)
+
+
+def _interval(mean: float, error: float, n: int) -> tuple[float, float]:
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return mean - half, mean + half
 
 
 def wilcoxon(differences: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bdkd.extras import missing_packages
 
@@ -17,11 +17,12 @@ if message := missing_packages(("msgspec",)):
     raise ImportError(message)
 
 import msgspec
+from msgspec import Meta
 
 from bdkd.errors import RunError
 from bdkd.evaluation import comparison
-from bdkd.evaluation.comparison import Row, Table
-from bdkd.evaluation.paired import paired_test
+from bdkd.evaluation.comparison import Cell, Row, Table, show_p
+from bdkd.evaluation.paired import LEVEL
 from bdkd.metrics import METRICS
 from bdkd.text import read_text
 
@@ -29,21 +30,25 @@ FILE = "model-int8.json"
 MAX_BYTES = 2**24
 SHOWN = ("top1", "ece", "nll", "brier")
 
+# The file may be untrusted: larger numbers would overflow in means and ratios.
+_Value = Annotated[float, Meta(ge=-1e30, le=1e30)] | None
+_Count = Annotated[int, Meta(ge=1, le=2**53)]
+
 
 class _Change(msgspec.Struct):
-    before: float | None
-    after: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
+    before: _Value
+    after: _Value
+    difference: _Value
+    low: _Value
+    high: _Value
 
 
 class _Agreement(msgspec.Struct):
-    value: float | None
+    value: Annotated[float, Meta(ge=0, le=1)] | None
 
 
 class _Comparison(msgspec.Struct):
-    bytes: int
+    bytes: _Count
     agreement: _Agreement
     changes: dict[str, _Change]
 
@@ -51,18 +56,18 @@ class _Comparison(msgspec.Struct):
 class _Network(msgspec.Struct):
     model: str
     role: str
-    bytes: int
+    bytes: _Count
 
 
 class _Gain(msgspec.Struct):
-    temperature: float
+    temperature: Annotated[float, Meta(gt=0, le=1e30)]
     changes: dict[str, _Change]
 
 
 class _File(msgspec.Struct):
-    step: int
+    step: Annotated[int, Meta(ge=0, le=2**53)]
     split: str
-    images: int
+    images: _Count
     networks: dict[str, _Network]
     comparison: _Comparison
     temperature_gain: _Gain | None = None
@@ -117,9 +122,10 @@ def read_quantized(path: Path) -> Quantized:
 
 def _gain_of(gain: _Gain | None) -> tuple[float, float]:
     """Return the temperature of a file and its ECE without it."""
-    if gain is None or (ece := gain.changes.get("ece")) is None or ece.before is None:
+    if gain is None:
         return 1.0, math.nan
-    return gain.temperature, ece.before
+    ece = gain.changes.get("ece")
+    return gain.temperature, math.nan if ece is None or ece.before is None else ece.before
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ class QuantizedRun:
 
     run: comparison.Run
     students: Sequence[Quantized]
+    missing: Sequence[str] = ()  # students that have no int8 file
 
 
 def quantized_rows(runs: Sequence[QuantizedRun], methods: Sequence[str], when: str) -> list[Row]:
@@ -147,9 +154,10 @@ def quantized_rows(runs: Sequence[QuantizedRun], methods: Sequence[str], when: s
 
 
 def labelled(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[Row]:
-    """Return the rows of ``comparison.csv``: the int8 networks, and their changes from fp32."""
+    """Return the rows of ``comparison.csv``: the exported networks in fp32 and in int8, and the
+    changes."""
     rows = []
-    for when, label in (("after", "int8"), ("difference", "int8 - fp32")):
+    for when, label in (("before", "fp32"), ("after", "int8"), ("difference", "int8 - fp32")):
         for row in quantized_rows(runs, methods, when):
             rows.append(replace(row, network=f"{row.network} ({label})"))
     return rows
@@ -173,23 +181,18 @@ def changes(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) 
                 metric.show(end.mean) + ("" if end.std is None else f" ± {metric.show(end.std)}")
                 for end in ends
             ]
-            low = high = None
-            if cell.values:
-                test = paired_test(list(cell.values.values()))
-                low, high = test.low, test.high
-            interval = f"{metric.show(low, '+')} to {metric.show(high, '+')}"
+            ends_of_interval = [metric.show(end, "+") for end in cell.interval or ()]
             lines.append([
                 method, metric.label, *shown, metric.show(cell.mean, "+"),
-                "–" if low is None else interval, str(len(cell.values)),
+                " to ".join(ends_of_interval) or "–", str(len(cell.values)),
             ])  # fmt: skip
     return header, lines
 
 
 def differences(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> Table:
     """Return the table of tests whether the changes of a method differ from those of the first."""
-    header, lines = comparison.differences(quantized_rows(runs, methods, "difference"), network)
-    labels = {METRICS[key].label for key in SHOWN}
-    return header, [line for line in lines if line[1] in labels]
+    rows = quantized_rows(runs, methods, "difference")
+    return comparison.differences(rows, network, [METRICS[key] for key in SHOWN])
 
 
 def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
@@ -201,7 +204,7 @@ def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
         "it does not contain 0. The tests compare the change of each method, seed by seed, with "
         f"the change of {methods[0]}."
     ]
-    if without := [f"{r.run.method} seed {r.run.seed}" for r in runs if not r.students]:
+    if without := [f"{r.run.method} seed {r.run.seed} {n}" for r in runs for n in r.missing]:
         text.append(f"Without the int8 files of {', '.join(without)}.")
     if not students:
         return text[1:]
@@ -220,21 +223,32 @@ def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
 
 
 def _findings(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> list[str]:
-    """Return a sentence for each metric that says which methods change otherwise than the first."""
+    """Return a sentence for each metric that says which changes differ from the first method's in
+    at least one of the two tests."""
     rows = [row for row in quantized_rows(runs, methods, "difference") if row.network == network]
     found = []
     for key in SHOWN:
-        tested = {row.method: row.cells[key].p_t for row in rows if row.cells[key].p_t is not None}
-        if not tested:
+        p_values = {row.method: _p_values(row.cells[key]) for row in rows}
+        if not (every := [p for of_method in p_values.values() for p in of_method.values()]):
             continue
+        differing = [
+            f"{method} ({', '.join(f'{test} p {show_p(p)}' for test, p in of_method.items())})"
+            for method, of_method in p_values.items()
+            if min(of_method.values(), default=1.0) < LEVEL
+        ]
         label = METRICS[key].label.removesuffix(" %")
-        differing = [f"{m} (p {p:.2g})" for m, p in tested.items() if p is not None and p < 0.05]
-        smallest = min(p for p in tested.values() if p is not None)
         if differing:
             which = f"the change of {', '.join(differing)} differs from that of {methods[0]}"
         else:
             which = (
-                f"no method's change differs from that of {methods[0]} (smallest p {smallest:.2g})"
+                f"no test finds that the change of a method differs from that of {methods[0]} "
+                f"(smallest p {show_p(min(every))})"
             )
         found.append(f"{network}, {label}: {which}.")
     return found
+
+
+def _p_values(cell: Cell) -> dict[str, float]:
+    """Return the corrected p-values of the tests of a cell by the name of the test."""
+    of_tests = {"t-test": cell.p_t, "Wilcoxon": cell.p_wilcoxon}
+    return {test: p for test, p in of_tests.items() if p is not None}

@@ -22,7 +22,7 @@ from bdkd.evaluation.comparison import (
     to_markdown,
 )
 from bdkd.evaluation.comparison_figure import comparison_figure
-from bdkd.evaluation.paired import holm, paired_test, wilcoxon
+from bdkd.evaluation.paired import holm, mean_interval, paired_test, wilcoxon
 
 # --- tests ---------------------------------------------------------------------------------------
 
@@ -37,6 +37,7 @@ def test_students_t_is_scipys(n, shift):
     assert came.mean == pytest.approx(values.mean(), rel=1e-12)
     assert came.p_t == pytest.approx(expected.pvalue, rel=1e-9)
     assert (came.low, came.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert mean_interval(values.tolist()) == (came.low, came.high)
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 10, 25])
@@ -92,6 +93,7 @@ def test_what_no_test_can_tell_is_none():
     assert same.p_wilcoxon is None
     none = paired_test([0.0] * 6)
     assert (none.p_t, none.p_wilcoxon) == (1.0, 1.0)
+    assert [mean_interval(few) for few in ([], [0.1], [0.3 - 0.2, 0.1], [0.0, 0.0])] == [None] * 4
     for bad in ([], [math.nan, 1.0]):
         with pytest.raises(ValueError, match="finite differences"):
             paired_test(bad)

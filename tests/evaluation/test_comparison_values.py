@@ -81,6 +81,9 @@ def test_the_csv_is_what_plain_loops_and_scipy_find():
         assert int(line["seeds"]) == len(values)
         assert float(line["mean"]) == pytest.approx(np.mean(values), rel=1e-12)
         assert float(line["std"]) == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+        interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        ends = [float(line["mean_low"]), float(line["mean_high"])]
+        assert ends == pytest.approx([*interval], rel=1e-9)
         seconds = [100 * told_apart(method, seed) for seed in SEEDS_OF[method]]
         assert line["train_seconds"] == f"{round(np.mean(seconds), 3)}"
         columns = ("difference", "difference_low", "difference_high", "paired_seeds", "p_t_holm",

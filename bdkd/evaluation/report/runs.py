@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bdkd.config.migration import migrate
 from bdkd.config.toml import parse_toml
-from bdkd.errors import RunError
+from bdkd.errors import RunError, shown
 from bdkd.evaluation.metric_lines import LineReader, as_number
 from bdkd.evaluation.predictions import Predictions, read_predictions
 from bdkd.evaluation.quantized import FILE as QUANTIZED
@@ -169,10 +169,11 @@ def _read_quantized(path: Path, summary: Mapping[str, Any], notes: list[str]) ->
         except (OSError, ValueError) as error:
             notes.append(_one_line(error))
             continue
-        if quantized.step != summary.get("selected_step"):
-            notes.append(
-                f"{file.relative_to(path)} is left out: it has the weights of another step"
-            )
+        left_out = f"{file.relative_to(path)} is left out: it"
+        if quantized.network != file.parent.name:  # would count twice
+            notes.append(f"{left_out} belongs in the folder {shown(quantized.network)}")
+        elif quantized.step != summary.get("selected_step"):
+            notes.append(f"{left_out} has the weights of another step")
         else:
             found.append(quantized)
     return found
