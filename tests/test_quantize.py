@@ -300,6 +300,20 @@ def test_an_fp32_file_that_is_there_is_kept(run, tmp_path):
     assert read_exported(tmp_path / "small.onnx").facts.quantization.baseline == "small-fp32.onnx"
 
 
+def test_a_comparison_of_a_file_that_is_replaced_goes(run, tmp_path):
+    """Not a file of somebody else."""
+    command = ["export", str(run), "--to", "onnx", "--quantize", "int8", "--force", "--output",
+               str(tmp_path / "a-int8.onnx")]  # fmt: skip
+    comparison = tmp_path / "a-int8.json"
+    main(command)
+    assert comparison.exists()
+    main([*command, "--no-evaluate"])
+    assert not comparison.exists()
+    comparison.write_text('{"mine": 1}')
+    main([*command, "--no-evaluate"])
+    assert comparison.read_text() == '{"mine": 1}'
+
+
 # --- temperature ---------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from bdkd.data import Shard
 from bdkd.errors import RunError, UsageError
+from bdkd.evaluation.quantized import read_quantized
 from bdkd.export.card import CARD, card_of_folder
 from bdkd.export.facts import Exported, Facts, Format, Quantization
 from bdkd.export.formats import FORMATS, decode, encode, open_network, read_exported
@@ -117,6 +118,8 @@ def export(
     if summary is not None:
         _set_sizes(summary, contents, file.exported, baseline and baseline.exported)
         contents[output.with_suffix(".json")] = f"{to_json(summary, indent=2)}\n".encode()
+    elif options.quantize:
+        _remove_comparison(output.with_suffix(".json"))  # of the file that is replaced
     files = write_files(contents)
     card, note = card_of_folder(file.exported, force)
     if card is not None:
@@ -214,11 +217,15 @@ def _check_int8(file: _File, images: np.ndarray) -> tuple[str, ...]:
         )
     notes = []
     if operators := float_operators(file.exported, images[:PROFILED_IMAGES]):
-        named = ", ".join(f"{name} ({share:.0%})" for name, share in operators.items())
+        named = ", ".join(f"{name} ({_percent(share)})" for name, share in operators.items())
         notes.append(f"operators that stay in float, with their share of the time here: {named}")
     if warning := saturation_warning(file.exported):
         notes.append(warning)
     return tuple(notes)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def _evaluated(file: _File, baseline: _File | None) -> tuple[_File, dict[str, Any]]:
@@ -241,6 +248,13 @@ def _evaluated(file: _File, baseline: _File | None) -> tuple[_File, dict[str, An
         )
         facts = dataclasses.replace(facts, quantization=made)
     return _File(with_other_facts(exported, facts, trained.network), trained), summary
+
+
+def _remove_comparison(path: Path) -> None:
+    """Remove the comparison of another int8 file. Other files with this name stay."""
+    with contextlib.suppress(OSError, ValueError):
+        read_quantized(path)
+        path.unlink()
 
 
 def _set_sizes(

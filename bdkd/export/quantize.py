@@ -122,9 +122,9 @@ def float_operators(exported: Exported, images: np.ndarray) -> dict[str, float]:
 
 
 def _computes_in_float(arguments: dict[str, Any]) -> bool:
-    """Return whether a profiled operator reads or writes floating-point activations, apart from
-    conversions between floating point and integers."""
-    if arguments["op_name"] in ("QuantizeLinear", "DequantizeLinear"):
+    """Return whether a profiled operator computes on floating-point numbers. The first input of
+    some integer operators (``QLinearConcat``) is a scale."""
+    name = arguments["op_name"]
+    if name.startswith(("Q", "DequantizeLinear")) or name == "Shape":
         return False
-    first_input = arguments["input_type_shape"][:1]
-    return any("float" in kinds for kinds in first_input)
+    return any("float" in kinds for kinds in arguments["input_type_shape"][:1])
