@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from bdkd.errors import RunError, first_line
 from bdkd.export import facts as shared
 from bdkd.export.facts import DIGEST, FACTS, Digest, Exported, Facts, FileFormat, Function, corrupt
-from bdkd.export.onnx_session import create_session, interface_of, require, run
+from bdkd.export.onnx_session import create_session, interface_of, require, run, without_log
 from bdkd.export.onnx_trust import refusal
 
 
 def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> bytes:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_log():
         warnings.simplefilter("ignore")  # about internals of the exporter
         program = torch.onnx.export(
             network, (torch.zeros(2, *input_shape),), dynamo=True, verbose=False,

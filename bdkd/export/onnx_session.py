@@ -1,6 +1,7 @@
 """Run an ONNX model with onnxruntime, with limits, because the file may be untrusted."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,19 @@ def require(package: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise RunError(f"ONNX files need {package}: pip install 'bdkd[export]'") from error
+
+
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Silence what torch and onnxruntime log: that torchvision is not installed, and the advice to
+    preprocess a model before it is quantised. Models of ``torch.onnx.export`` need no
+    preprocessing: their shapes are known and batch norm is folded."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

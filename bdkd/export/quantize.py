@@ -9,11 +9,8 @@ loads the file.
 """
 
 import json
-import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ import numpy as np
 from bdkd.errors import RunError, first_line
 from bdkd.export.facts import Exported, Facts
 from bdkd.export.onnx_format import checked_model, with_facts
-from bdkd.export.onnx_session import create_session, require
+from bdkd.export.onnx_session import create_session, require, without_log
 
 BATCH = 32  # calibration images at a time
 PROFILED_RUNS = 20
@@ -66,7 +63,7 @@ def _quantize_static(model: Any, images: np.ndarray, name: str) -> Any:
             return None if start is None else {"images": images[start : start + BATCH]}
 
     try:
-        with tempfile.TemporaryDirectory(prefix="bdkd-quantize-") as folder, _without_log():
+        with tempfile.TemporaryDirectory(prefix="bdkd-quantize-") as folder, without_log():
             target = Path(folder) / "model.onnx"
             library.quantize_static(
                 model, target, Reader(), quant_format=library.QuantFormat.QDQ, per_channel=True,
@@ -83,18 +80,6 @@ def _quantize_static(model: Any, images: np.ndarray, name: str) -> Any:
         reason = f"{first_line(error)} (--debug shows where)"
         raise RunError(f"onnxruntime cannot quantise {name}: {reason}") from error
     return quantized
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Silence the advice that onnxruntime logs for models that were not preprocessed. Models of
-    ``torch.onnx.export`` need no preprocessing: their shapes are known and batch norm is folded."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def float_operators(exported: Exported, images: np.ndarray) -> dict[str, float]:
