@@ -25,6 +25,8 @@ LINES = [
     (["train", "digits", "--objective.name", "d"], {"dml"}),
     (["compare", "digits", "--seed"], {"--seeds"}),
     (["evaluate", "runs/mine", "--split", ""], {"val", "test"}),
+    (["export", "runs/mine", "--quantize", ""], {"int8"}),
+    (["benchmark", "model.onnx", "--roun"], {"--rounds"}),
     (["export", "runs/mine", "--to", "o"], {"onnx"}),
     (["data", "f"], {"fetch"}),
     (["completion", "f"], {"fish"}),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from bdkd.cli import benchmark_files
 from bdkd.cli.flags import Flag, flags_of, parse
 from bdkd.cli.shortcuts import SHORTCUTS
 from bdkd.config import load_recipe, shipped_recipes
@@ -119,7 +120,8 @@ def command_flags(command: str) -> dict[str, Flag]:
             name: Flag(str if shortcut.metavar else bool, None, shortcut.help)
             for name, shortcut in SHORTCUTS.items()
         }
-        return {**short, **flags_of(default)}
+        of_files = flags_of(benchmark_files.Arguments) if command == "benchmark" else {}
+        return {**short, **flags_of(default), **of_files}
     kinds = [  # one, or one for each action
         kind
         for kind in vars(module).values()
