@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from onnxruntime import quantization
 from small_runs import SMALL
+from test_export import fail
 from torch import nn
 
 from bdkd.cli import main
@@ -391,16 +392,6 @@ def test_fits_without_a_minimum_are_refused():
 
 
 # --- bad input -----------------------------------------------------------------------------------
-
-
-def fail(capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and the one line of a command that must fail."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1, message
-    return exit_.value.code, message
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,10 @@ def export(
     file = _encoded(trained, kind, path)
     error, largest = same_logits(trained, kind, file.network())
     baseline: _File | None = None
+    keep_baseline = False
     notes: tuple[str, ...] = ()
     if options.quantize:
+        keep_baseline = _is_written(file.exported, force)
         images = _calibration_images(trained, options)
         baseline, file = file, _quantized(file, images, output)
         if options.fit_temperature:
@@ -113,7 +115,7 @@ def export(
             baseline, _ = _evaluated(baseline, None)
         file, summary = _evaluated(file, baseline)
     contents = {file.exported.path: file.exported.content}
-    if baseline is not None and not _is_written(baseline.exported, force):
+    if baseline is not None and not keep_baseline:
         contents = {baseline.exported.path: baseline.exported.content} | contents
     if summary is not None:
         _set_sizes(summary, contents, file.exported, baseline and baseline.exported)
