@@ -75,7 +75,7 @@ _BUILT_IN = (
     Metric("classwise_ece", "class-wise ECE %", "ECE class by class", "classwise_ece",
            percent=True, digits=2),
     Metric("ece_if_calibrated", "ECE % if calibrated",
-           "ECE of a perfectly calibrated network, so many images", "ece_if_calibrated",
+           "expected ECE if perfectly calibrated, on as many images", "ece_if_calibrated",
            percent=True, digits=2),
     # After temperature scaling on the validation images
     Metric("ece_scaled", "ECE % at T", "ECE after temperature scaling", measured=False,

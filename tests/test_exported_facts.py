@@ -144,7 +144,7 @@ ON_CARD = {
     "top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy"),
     "nll": ("nll", "negative log likelihood"), "brier": ("brier_score", "Brier"),
     "ece": ("expected_calibration_error", "(ECE)"),
-    "ece_if_calibrated": ("ece_if_calibrated", "perfectly calibrated"),
+    "ece_if_calibrated": ("ece_if_calibrated", "if perfectly calibrated"),
     "mce": ("maximum_calibration_error", "(MCE)"), "adaptive_ece": ("adaptive_ece", "equal count"),
     "classwise_ece": ("classwise_ece", "class by class"), "entropy": ("entropy", "mean entropy"),
 }  # fmt: skip

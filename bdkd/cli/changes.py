@@ -35,17 +35,18 @@ def describe_comparison(summary: Mapping[str, Any]) -> list[str]:
         if count else "There are no validation images to fit a temperature on. "
     )  # fmt: skip
     caption = (
-        f"Intervals of 95% by paired bootstrap: {compared['draws']:,} resamples of the same images "
-        f"for both networks. {fitted}"
+        f"95% intervals by paired bootstrap: {compared['draws']:,} resamples of the images, the "
+        "same for both networks (top-1: Bonett-Price). They do not include the variation between "
+        "training seeds or the error of fitting T. The interval of ECE is pivotal, need not "
+        "contain the difference, and understates changes above one point: look at NLL and T too. "
+        f"{fitted}"
     )
     return [
         f"Changes from {compared['file']} ({compared['precision']}) on the same "
         f"{compared['images']:,} images:",
         _changes_table(changes, names),
         _paragraph(f"{agree} Sizes: {sizes[0]:,} and {sizes[1]:,} bytes: {factor}."),
-        "\n".join(
-            _paragraph(_conclusion(metric, changes[metric], *names)) for metric in ("top1", "ece")
-        ),
+        "\n".join(_paragraph(_conclusion(key, changes[key])) for key in ("top1", "nll", "ece")),
         _paragraph(caption),
     ]
 
@@ -57,9 +58,7 @@ def describe_temperature_gain(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"Gain of the temperature {gain['temperature']:.4g} in the last layer:",
         _changes_table(gain["changes"], names),
-        _paragraph(
-            _conclusion("ece", gain["changes"]["ece"], "the network without it", "the network")
-        ),
+        _paragraph(_conclusion("ece", gain["changes"]["ece"])),
     ]
 
 
@@ -76,28 +75,20 @@ def _changes_table(changes: Mapping[str, Change], names: tuple[str, str]) -> str
     return table(["metric", *names, "difference", "95% interval"], rows)
 
 
-def _conclusion(metric: str, change: Change, before: str, after: str) -> str:
-    """Return a sentence about the interval of a change of top-1 or of the ECE."""
-    name = METRICS[metric].label.removesuffix(" %")
+def _conclusion(metric: str, change: Change) -> str:
+    """Return a sentence about the interval of a change."""
+    shown = METRICS[metric]
+    name, unit = shown.label.removesuffix(" %"), " points" if shown.percent else ""
     low, high = change["low"], change["high"]
     if low is None or high is None:
-        return f"The change of {name} cannot be computed: the logits are not finite."
-    if low == high == 0:
-        return f"{name} does not change."
-    improves = high < 0 if metric == "ece" else low > 0
-    what = "calibrated" if metric == "ece" else "accurate"
-    found = "no change found"
+        return f"The change of {name} cannot be computed."
+    ends = [shown.show(end, "+") for end in (low, high)]
+    if set(ends) == {shown.show(0.0, "+")}:
+        return f"{name} is equal to {shown.digits} decimals."
+    found = "no change is found, and none in this interval is excluded"
     if low > 0 or high < 0:
-        how = (
-            ("better" if improves else "worse")
-            if metric == "ece"
-            else "more"
-            if improves
-            else "less"
-        )
-        found = f"{after} is {how} {what} than {before}"
-    ends = [METRICS[metric].show(end, "+") for end in (low, high)]
-    return f"{name} changes by {ends[0]} to {ends[1]} points (95% interval): {found}."
+        found = f"{name} {'rises' if low > 0 else 'falls'}"
+    return f"{name} changes by {ends[0]} to {ends[1]}{unit} (95% interval): {found}."
 
 
 def _paragraph(text: str) -> str:

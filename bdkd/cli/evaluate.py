@@ -80,6 +80,13 @@ def described(summary: dict[str, Any]) -> str:
     if summary["step"] is not None:
         title += [f"step {summary['step']}"]
     parts = [", ".join([*title, images]), results_table(summary)]
+    if summary["split"] == "val" and (
+        network.get("precision") == "int8" or "temperature_gain" in summary
+    ):
+        parts += [
+            "The validation images gave the ranges of the activations or the temperature of this "
+            "file:\npass --split test for a fair result."
+        ]
     if "comparison" in summary:
         parts += describe_comparison(summary)
     if "temperature_gain" in summary:

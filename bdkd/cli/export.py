@@ -1,5 +1,6 @@
 """``bdkd export``: write one network of a run as files for deployment."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -33,7 +34,7 @@ class Arguments:
     Default: 512, or all if there are fewer."""
     temperature: Literal["fitted"] | None = None
     """Divide the last layer by the temperature that fits the validation images, so that the softmax
-    of the logits is calibrated."""
+    of the logits is better calibrated."""
     evaluate: bool = True
     """With --quantize or --temperature: measure the files on the test images."""
     network: str | None = None
@@ -132,3 +133,7 @@ def _print(written: "Written", checkpoint: Path, images: int) -> None:
         print(note)
     for file in written.files:
         print(f"written  {file}")
+    if facts.quantization is not None:
+        names = (facts.quantization.baseline, written.output.name)
+        paths = [shlex.quote(str(written.output.with_name(name))) for name in names]
+        print(f"measure the latency    bdkd benchmark {' '.join(paths)}")

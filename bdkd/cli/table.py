@@ -36,8 +36,15 @@ def results_table(summary: Mapping[str, Any]) -> str:
     header = ["network", "parameters", "top-1", "NLL", "ECE", "ECE if calibrated",
               *(metric.label for metric in registered)]  # fmt: skip
     images = summary["images"]
+    split = {"val": "validation", "test": "test"}[summary["split"]]
+    gain = summary.get("temperature_gain")
+    how = (
+        f"with the temperature {gain['temperature']:.4g} in the last layer"
+        if gain
+        else ("of the logits as they are")
+    )
     caption = (
-        f"{images} {summary['split']} images. ECE: 15 bins, without recalibration. "
+        f"{images} {split} images. ECE: 15 bins, {how}. "
         '"ECE if calibrated" is the expected ECE of a perfectly calibrated network with these '
         f"confidences on {images} images."
     )

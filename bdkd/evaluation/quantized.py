@@ -200,9 +200,10 @@ def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
     students = [student for run in runs for student in run.students]
     text = [
         "fp32 and int8: the exported ONNX files on the same test images. The interval is that of "
-        "the t-test over seeds, without correction: the change is found in the mean over seeds if "
-        "it does not contain 0. The tests compare the change of each method, seed by seed, with "
-        f"the change of {methods[0]}."
+        "the t-test over seeds, without correction: a mean change is significant at 5% if its "
+        "interval does not contain 0, and about one of 20 intervals does not by chance. The tests "
+        "compare the change of each method, seed by seed, with the change of "
+        f"{methods[0]}, with Holm's correction for each metric and test."
     ]
     if without := [f"{r.run.method} seed {r.run.seed} {n}" for r in runs for n in r.missing]:
         text.append(f"Without the int8 files of {', '.join(without)}.")
@@ -215,7 +216,8 @@ def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
     sizes = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
     text.append(
         f"In {excluded} of {len(students)} files the interval over images of the change of ECE "
-        f"does not contain 0. int8 files are {sizes} times smaller."
+        "does not contain 0 (by chance alone, expect 5 to 10%). int8 files are "
+        f"{sizes} times smaller."
     )
     for network in dict.fromkeys(student.network for student in students):
         text += _findings(runs, methods, network)

@@ -99,7 +99,7 @@ def _row(file: Exported) -> str:
     precision: str = facts.precision
     if facts.quantization is not None:
         precision += (
-            ": int8 weights with a scale for each channel, uint8 activations, calibrated on "
+            ": int8 weights with a scale for each channel, uint8 activations with ranges from "
             f"{facts.quantization.calibration_images:,} validation images"
         )
     if facts.temperature != 1:
@@ -136,14 +136,13 @@ def _front_matter(variants: dict[str, Facts], recipe: Recipe) -> list[str]:
     ]  # fmt: skip
     if variants:
         source = json.dumps(recipe.data.source)
-        lines += ["model-index:"]
+        network = next(iter(variants.values())).network
+        lines += ["model-index:", f"- name: {json.dumps(f'{recipe.name}-{network}')}", "  results:"]
     for label, facts in variants.items():
-        name = f"{recipe.name}-{facts.network}" + ("" if label == "fp32" else f" ({label})")
         lines += [
-            f"- name: {json.dumps(name)}",
-            "  results:",
             "  - task: {type: image-classification}",
-            f"    dataset: {{type: {source}, name: {source}, split: {facts.measured_on}}}",
+            f"    dataset: {{type: {source}, name: {source}, split: {facts.measured_on}, "
+            f"args: {{precision: {json.dumps(label)}}}}}",
             "    metrics:",
             *(
                 f"    - {{type: {metric.hub or metric.key}, value: {value}}}"
@@ -159,17 +158,17 @@ def _loads(files: Sequence[Exported], recipe: Recipe) -> list[str]:
     sections = ["## Load"]
     if name := by_format.get("onnx"):
         names = " or ".join(f"`{file.path.name}`" for file in files if file.format == "onnx")
-        sections += [
-            f"{names} with onnxruntime:",
-            "\n".join([
-                "```python", "import onnxruntime", "",
-                f"session = onnxruntime.InferenceSession({json.dumps(name)})",
-                '# [logits] = session.run(["logits"], {"images": images})  # float32', "```",
-            ]),
-        ]  # fmt: skip
+        load = f"session = onnxruntime.InferenceSession({json.dumps(name)})"
+        images, run = _random_images(files[0].facts), 'session.run(["logits"], {"images": images})'
+        code = ["import numpy as np", "import onnxruntime", "", *images, load, f"[logits] = {run}"]
+        sections += [f"{names} with onnxruntime:", "\n".join(["```python", *code, "```"])]
     if name := by_format.get("export"):
         program = f"program = torch.export.load({json.dumps(name)}).module()"
-        sections.append("\n".join(["```python", "import torch", "", program, "```"]))
+        sections += [
+            f"`{name}` with PyTorch. `torch.export.load` unpickles, so load only files that you "
+            "trust.",
+            "\n".join(["```python", "import torch", "", program, "```"]),
+        ]
     if name := by_format.get("safetensors"):
         facts = files[0].facts
         options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
@@ -198,7 +197,24 @@ def _images(facts: Facts) -> list[str]:
     return [
         f"{shape}, pixel values 0 to {norm.largest:g}, normalised by `(value - mean) / std`:",
         "", "```python", f"mean, std = {mean}, {std}", "```",
+        "", "with one value for each channel.",
     ]  # fmt: skip
+
+
+def _random_images(facts: Facts) -> list[str]:
+    """Return lines of Python that make a batch of normalised random images."""
+    shape, norm = (4, *facts.input_shape), facts.normalisation
+    random = f"np.random.default_rng(0).random({shape}, np.float32)"
+    if norm is None:
+        return [f"images = {random}  # your images"]
+    mean, std = (
+        f"np.array({[float(f'{x:.9g}') for x in values]}, np.float32).reshape(1, -1, 1, 1)"
+        for values in (norm.mean, norm.std)
+    )
+    return [
+        f"pixels = {norm.largest:g} * {random}  # your images",
+        f"images = (pixels - {mean}) / {std}",
+    ]
 
 
 def _results(files: Sequence[Exported], recipe: Recipe) -> list[str]:
@@ -208,8 +224,11 @@ def _results(files: Sequence[Exported], recipe: Recipe) -> list[str]:
     first = next(iter(variants.values()))
     where = {"test": "the test images", "val": "the validation images"}.get(first.measured_on, "")
     count = f"{first.images:,} images" if first.images else "images"
+    unmeasured = [file.path.name for file in files if not file.facts.metrics]
+    missing = f" Not measured: {', '.join(unmeasured)}." if unmeasured else ""
     paragraphs = [
-        f"On {where} ({count}). Fractions are in [0, 1] unless noted.",
+        f"On {where} ({count}) of {recipe.data.source}. Accuracies and calibration errors are "
+        f"fractions.{missing}",
         "\n".join([
             f"| metric | {' | '.join(variants)} |", f"| --- |{' ---: |' * len(variants)}",
             *(_metric_row(metric, variants) for metric, _ in _shown(first)),
@@ -217,6 +236,7 @@ def _results(files: Sequence[Exported], recipe: Recipe) -> list[str]:
     ]  # fmt: skip
     for facts in variants.values():
         paragraphs += _changes(facts)
+    name = next((f.path.name for f in files if f.facts.precision == "int8"), name)
     command = ["bdkd", "evaluate", name]
     command += [] if first.measured_on in ("", "val") else ["--split", first.measured_on]
     command += [argument for plugin in recipe.plugins for argument in ("--plugin", plugin)]
@@ -240,9 +260,12 @@ def _changes(facts: Facts) -> list[str]:
         if key in METRICS and None not in values:
             difference, low, high = (f"{value:+.4g}" for value in values)
             rows.append(f"| {METRICS[key].description} | {difference} | {low} to {high} |")
-    text = f"Changes of int8 from `{made.baseline}`, with intervals by bootstrap over the images"
-    agreement = made.agreement or {"value": None}
-    if (share := agreement["value"]) is not None:
-        text += f". The predictions of {share:.2%} of the images are equal"
+    text = f"Changes of int8 from `{made.baseline}`, with intervals over the images"
+    agreement = made.agreement
+    if agreement is not None and agreement["value"] is not None:
+        shown = [f"{agreement[key] or 0:.2%}" for key in ("value", "low", "high")]
+        text += ". The predictions of {} of the images are equal (95% interval {} to {})".format(
+            *shown
+        )
     header = ["| metric | int8 - fp32 | 95% interval |", "| --- | ---: | ---: |"]
     return [f"{text}.", "\n".join([*header, *rows])]

@@ -54,10 +54,11 @@ PLAIN = Options()
 class Written(NamedTuple):
     """The result of an export."""
 
+    output: Path  # the file that was asked for
     files: list[Path]
     error: float  # largest difference between the logits of the network and of the fp32 file
     largest: float  # largest absolute logit
-    facts: Facts  # of the file that was asked for
+    facts: Facts  # of ``output``
     summary: dict[str, Any] | None = None  # what ``bdkd evaluate`` prints of that file
     notes: tuple[str, ...] = ()
 
@@ -127,7 +128,7 @@ def export(
     if card is not None:
         files += write_files({output.with_name(CARD): card.encode()})
     notes += (note,) if note else ()
-    return Written(files, error, largest, file.exported.facts, summary, notes)
+    return Written(output, files, error, largest, file.exported.facts, summary, notes)
 
 
 def baseline_of(output: Path) -> Path:
@@ -220,7 +221,7 @@ def _check_int8(file: _File, images: np.ndarray) -> tuple[str, ...]:
     notes = []
     if operators := float_operators(file.exported, images[:PROFILED_IMAGES]):
         named = ", ".join(f"{name} ({_percent(share)})" for name, share in operators.items())
-        notes.append(f"operators that stay in float, with their share of the time here: {named}")
+        notes.append(f"operators computed in float (share of the time on this machine): {named}")
     if warning := saturation_warning(file.exported):
         notes.append(warning)
     return tuple(notes)

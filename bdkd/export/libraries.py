@@ -76,7 +76,7 @@ def export_to_library(
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     difference, largest = same_logits(trained, library, theirs.eval())
-    return Written(write_files(contents), difference, largest, trained.facts)
+    return Written(output, write_files(contents), difference, largest, trained.facts)
 
 
 def check_library_output(library: Library, output: Path, force: bool) -> None:

@@ -246,7 +246,8 @@ def _temperature_gain(exported: Exported, collected: Collected) -> dict[str, Any
     if not (temperature > 0 and math.isfinite(temperature)):
         raise corrupt(exported.path, f"its temperature is {temperature}")
     before = logits.to(torch.float64) * temperature
-    changes = compare_on_images(Logits(before, logits, collected.target)).changes
+    changes = dict(compare_on_images(Logits(before, logits, collected.target)).changes)
+    changes["top1"] = changes["top1"]._replace(low=0.0, high=0.0)  # no prediction changes
     return {
         "temperature": temperature,
         "changes": _as_dicts({metric: changes[metric] for metric in _GAINED}),

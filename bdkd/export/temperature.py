@@ -1,7 +1,7 @@
 """Fold the temperature of temperature scaling into the last layer of a network.
 
 The logits ``W x + b`` divided by ``T`` are ``(W / T) x + b / T``. The softmax of the new logits is
-calibrated without further steps, and the predictions do not change.
+better calibrated without further steps, and the predictions do not change.
 """
 
 import copy
@@ -26,8 +26,9 @@ def check_fit(temperature: float | None, name: str) -> float:
         )
     if temperature == LOWEST:
         raise RunError(
-            f"no temperature fits {name}: it classifies every validation image correctly, so the "
-            f"NLL falls for ever as T falls; hold out more images (data.validation), or {without}"
+            f"no temperature fits {name}: it classifies every validation image correctly, so "
+            "the NLL decreases without bound as T decreases; "
+            f"hold out more images (data.validation), or {without}"
         )
     if temperature == HIGHEST:
         raise RunError(

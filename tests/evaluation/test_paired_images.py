@@ -173,6 +173,9 @@ def test_equal_networks_do_not_differ(networks):
             assert metric == "temperature"
             assert change.before in (LOWEST, HIGHEST)
             assert change.difference == 0
+        elif metric == "top1":  # with more images, some prediction might differ
+            assert change.difference == 0
+            assert change.low == -change.high < 0
         else:
             assert change[2:] == (0, 0, 0), metric
     assert came.agreement.value == came.agreement.high == 1
@@ -247,6 +250,38 @@ def test_the_interval_of_the_ece_of_a_large_change_is_the_better_one():
     pivotal, percentile = coverage((1.0, 1.3), 0.1, 2000)
     assert pivotal >= 40
     assert percentile <= 20
+
+
+def networks_with(gained: int, lost: int, count: int) -> Logits:
+    """Two networks of two classes, of which the second gains and loses some images."""
+    before, after = torch.zeros(count, 2), torch.zeros(count, 2)
+    right = torch.arange(count) >= gained
+    before[right, 0], before[~right, 1] = 1.0, 1.0
+    right = torch.arange(count) < count - lost
+    after[right, 0], after[~right, 1] = 1.0, 1.0
+    return Logits(before, after, torch.zeros(count, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(0, 0, 359), (3, 1, 359), (40, 90, 2000)])
+def test_the_interval_of_top1_is_that_of_bonett_and_price(gained, lost, count):
+    change = compare_on_images(networks_with(gained, lost, count), draws=1).changes["top1"]
+    assert change.difference == pytest.approx((gained - lost) / count)
+    more = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * (count - gained - lost))
+    half = 1.959964 * more.std() / math.sqrt(count + 2)
+    assert (change.low, change.high) == pytest.approx((more.mean() - half, more.mean() + half))
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.0, 1.0), (2.5, 2.5), (0.5, 8.0)])
+def test_the_interval_of_top1_covers_the_truth_if_few_images_change(gained, lost):
+    """Expected numbers of 359 images. The bootstrap covered 63% of the first case."""
+    generator = np.random.default_rng(0)
+    share = np.array([gained, lost, 359 - gained - lost]) / 359
+    covered = 0
+    for _ in range(200):
+        up, down, _same = generator.multinomial(359, share)
+        change = compare_on_images(networks_with(up, down, 359), draws=1).changes["top1"]
+        covered += change.low <= share[0] - share[1] <= change.high
+    assert covered >= 183  # at a coverage of 95%, fewer have a probability of 1%
 
 
 # --- values that cannot be computed --------------------------------------------------------------

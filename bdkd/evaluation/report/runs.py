@@ -174,6 +174,10 @@ def _read_quantized(path: Path, summary: Mapping[str, Any], notes: list[str]) ->
             notes.append(f"{left_out} belongs in the folder {shown(quantized.network)}")
         elif quantized.step != summary.get("selected_step"):
             notes.append(f"{left_out} has the weights of another step")
+        elif (onnx := file.with_suffix(".onnx")).is_file() and (
+            onnx.stat().st_size != quantized.bytes[1]
+        ):
+            notes.append(f"{left_out} is the comparison of another {onnx.name}")
         else:
             found.append(quantized)
     return found
