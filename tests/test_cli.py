@@ -102,7 +102,7 @@ def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run, capsys):
     assert (code, "no device cuda:9" in message) == (1, True)
     main(["evaluate", str(best_of(run))])
     out = capsys.readouterr().out
-    assert "216 val images" in out
+    assert "216 validation images" in out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     [validated] = [line for line in lines if line["split"] == "val"]
     for name in ("teacher", "student"):  # which was evaluated at the same step

@@ -179,12 +179,12 @@ def _loads(files: Sequence[Exported], recipe: Recipe) -> list[str]:
             if name.endswith(".py") else f"import {name}  # a plugin"
             for name in recipe.plugins
         ]  # fmt: skip
-        load = [
+        code = [
             "from safetensors.torch import load_file", "from bdkd import create_model", *plugins,
             "", f"network = create_model({', '.join(arguments)}).eval()",
             f"network.load_state_dict(load_file({json.dumps(name)}))",
         ]  # fmt: skip
-        sections.append("\n".join(["```python", *load, "```"]))
+        sections.append("\n".join(["```python", *code, "```"]))
     return sections
 
 
