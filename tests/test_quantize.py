@@ -301,7 +301,7 @@ def test_an_fp32_file_that_is_there_is_kept(run, tmp_path):
     assert read_exported(tmp_path / "small.onnx").facts.quantization.baseline == "small-fp32.onnx"
 
 
-def test_a_comparison_of_a_file_that_is_replaced_goes(run, tmp_path):
+def test_a_comparison_of_a_file_that_is_replaced_goes(run, tmp_path, capsys):
     """Not a file of somebody else."""
     command = ["export", str(run), "--to", "onnx", "--quantize", "int8", "--force", "--output",
                str(tmp_path / "a-int8.onnx")]  # fmt: skip
@@ -310,6 +310,10 @@ def test_a_comparison_of_a_file_that_is_replaced_goes(run, tmp_path):
     assert comparison.exists()
     main([*command, "--no-evaluate"])
     assert not comparison.exists()
+    main(command)
+    (tmp_path / "a-int8.onnx").unlink()
+    code, message = fail(capsys, *[a for a in command if a != "--force"], "--no-evaluate")
+    assert (code, "a-int8.json exists: --force" in message) == (1, True)
     comparison.write_text('{"mine": 1}')
     main([*command, "--no-evaluate"])
     assert comparison.read_text() == '{"mine": 1}'
@@ -402,6 +406,7 @@ def test_fits_without_a_minimum_are_refused():
         (["--to", "onnx", "--calibration-images", "8"], 2, "needs --quantize int8"),
         (["--to", "onnx", "--no-evaluate"], 2, "needs --quantize or --temperature"),
         (["--to", "onnx", "--temperature", "2"], 2, "fitted"),
+        (["--to", "onnx", "--quantize", "int8", "--output", "./-int8.onnx"], 2, "needs a name"),
         (["--to", "onnx", "--quantize", "int8", "--calibration-images", "100000"], 2, "at most"),
         (["--to", "onnx", "--quantize", "int8", "--calibration-images", "0"], 2, "at least 1"),
     ],

@@ -13,7 +13,7 @@ import tyro
 
 from bdkd.cli.flags import parse
 from bdkd.cli.help import asks_for_help
-from bdkd.cli.table import table
+from bdkd.cli.table import printable, table
 from bdkd.config import Bounds
 from bdkd.errors import RunError, UsageError
 
@@ -283,7 +283,7 @@ def short_names(paths: Sequence[str], width: int) -> list[str]:
     names above ``width`` characters is left out, if possible not of the file's own name."""
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    names = [os.path.relpath(path, common) for path in absolute]
+    names = [printable(os.path.relpath(path, common)) for path in absolute]
     short = [_shortened(name, width) for name in names]
     if len(set(short)) == len(short):
         return short

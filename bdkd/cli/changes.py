@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from bdkd.cli.table import table
+from bdkd.cli.table import printable, table
 from bdkd.metrics import METRICS
 
 _WIDTH = 80
@@ -42,7 +42,7 @@ def describe_comparison(summary: Mapping[str, Any]) -> list[str]:
         f"{fitted}"
     )
     return [
-        f"Changes from {compared['file']} ({compared['precision']}) on the same "
+        f"Changes from {printable(compared['file'])} ({compared['precision']}) on the same "
         f"{compared['images']:,} images:",
         _changes_table(changes, names),
         _paragraph(f"{agree} Sizes: {sizes[0]:,} and {sizes[1]:,} bytes: {factor}."),

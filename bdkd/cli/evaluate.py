@@ -9,7 +9,7 @@ import tyro
 
 from bdkd.cli.changes import describe_comparison, describe_temperature_gain
 from bdkd.cli.flags import parse
-from bdkd.cli.table import results_table
+from bdkd.cli.table import printable, results_table
 from bdkd.config import parse_recipe
 from bdkd.errors import UsageError
 
@@ -73,7 +73,7 @@ def run(given: list[str]) -> None:
 def described(summary: dict[str, Any]) -> str:
     """Return a summary as text for a terminal."""
     images = {"val": "validation images", "test": "test images"}[summary["split"]]
-    title = [summary["checkpoint"]]
+    title = [printable(summary["checkpoint"])]
     [*_, network] = summary["networks"].values()
     if "precision" in network:
         title += [network["precision"], f"{network['bytes']:,} bytes"]

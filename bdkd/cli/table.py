@@ -21,12 +21,17 @@ def _count(number: int | None) -> str:
     return "–" if number is None else f"{number:,}"
 
 
+def printable(text: str) -> str:
+    """Escape the control characters in a text that comes from a file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def results_table(summary: Mapping[str, Any]) -> str:
     """Return a table with the metrics of a run's networks on one split."""
     registered = registered_metrics()
     rows = [
         [
-            f"{name} ({network['model']})", _count(network["parameters"]),
+            printable(f"{name} ({network['model']})"), _count(network["parameters"]),
             f"{100 * network['top1']:.2f}%", f"{network['nll']:.4f}",
             f"{100 * network['ece']:.2f}%", f"{100 * network['ece_if_calibrated']:.2f}%",
             *(metric.show(network.get(metric.key)) for metric in registered),

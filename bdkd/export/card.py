@@ -44,7 +44,8 @@ def card_of_folder(exported: Exported, force: bool) -> tuple[str | None, str]:
                 sibling = read_exported(path)
             except RunError:  # another file, or a damaged one
                 continue
-            if describe(sibling.facts) == describe(exported.facts):
+            same = describe(sibling.facts) == describe(exported.facts)
+            if same and sibling.facts.recipe == exported.facts.recipe:
                 files.append(sibling)
     order = list(FORMATS)
     files.sort(key=lambda f: (order.index(f.format), f.facts.precision, f.path.name))
@@ -235,7 +236,8 @@ def _results(files: Sequence[Exported], recipe: Recipe) -> list[str]:
         ]),
     ]  # fmt: skip
     for facts in variants.values():
-        paragraphs += _changes(facts)
+        if facts.quantization and facts.quantization.baseline in [f.path.name for f in files]:
+            paragraphs += _changes(facts)
     name = next((f.path.name for f in files if f.facts.precision == "int8"), name)
     command = ["bdkd", "evaluate", name]
     command += [] if first.measured_on in ("", "val") else ["--split", first.measured_on]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,9 +122,9 @@ def export(
     if summary is not None:
         _set_sizes(summary, contents, file.exported, baseline and baseline.exported)
         contents[output.with_suffix(".json")] = f"{to_json(summary, indent=2)}\n".encode()
-    elif options.quantize:
-        _remove_comparison(output.with_suffix(".json"))  # of the file that is replaced
     files = write_files(contents)
+    if options.quantize and summary is None:
+        _remove_comparison(output.with_suffix(".json"))  # of the file that was replaced
     card, note = card_of_folder(file.exported, force)
     if card is not None:
         files += write_files({output.with_name(CARD): card.encode()})
@@ -313,7 +314,9 @@ def check_output(kind: Format, output: Path, force: bool, options: Options = PLA
     if output.suffix != (suffix := FORMATS[kind].suffix) or output.is_dir():
         raise UsageError(f"--output must be a file named *{suffix} with --to {kind}, got {output}")
     refuse_existing(output, force)
-    if options.evaluate and (options.quantize or options.fit_temperature):
+    if output.stem == INT8:
+        raise UsageError(f"--output needs a name before {INT8}, such as model{INT8}, got {output}")
+    if options.quantize or options.fit_temperature:
         refuse_existing(output.with_suffix(".json"), force)
 
 
@@ -326,6 +329,11 @@ def same_logits(trained: Trained, kind: str, read_back: nn.Module) -> tuple[floa
     expected = torch.cat([network(images) for images in inputs])
     error = (expected - torch.cat([read_back(images) for images in inputs])).abs().max().item()
     largest = expected.abs().max().item()
+    if not math.isfinite(largest):
+        raise RunError(
+            f"the logits of {trained.facts.network} are not finite, because its weights contain "
+            "NaN or infinity: export another checkpoint; nothing was written"
+        )
     if not error <= TOLERANCE * max(1.0, largest):  # also refuses NaN
         raise RunError(
             f"{kind} gives other logits than {trained.facts.network}: off by {error:.2g} where "

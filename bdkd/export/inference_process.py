@@ -9,8 +9,10 @@ nothing of bdkd at its top.
 import gc
 import io
 import json
+import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -80,6 +82,7 @@ def serve(connection: Connection, kind: str) -> None:
     Messages are JSON, except the content of the file. The first answer is the peak memory before
     the network is loaded.
     """
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     preload(kind)
     answer(connection, peak=peak_memory())
     request = json.loads(connection.recv_bytes())
@@ -97,6 +100,13 @@ def serve(connection: Connection, kind: str) -> None:
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         answer(connection, error=text.splitlines()[0][:200])
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process within a second after its parent, also during a long inference."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def answer(connection: Connection, **values: Any) -> None:

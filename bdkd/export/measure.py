@@ -1,7 +1,6 @@
 """Measure an exported file, and compare it with another one, in one pass over the images."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -243,7 +242,7 @@ def _comparison(
 
 def _temperature_gain(exported: Exported, collected: Collected) -> dict[str, Any]:
     temperature, logits = exported.facts.temperature, collected.logits[_AFTER]
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 1e-3 <= temperature <= 1e4:  # a fit is between 0.05 and 100
         raise corrupt(exported.path, f"its temperature is {temperature}")
     before = logits.to(torch.float64) * temperature
     changes = dict(compare_on_images(Logits(before, logits, collected.target)).changes)

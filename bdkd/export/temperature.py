@@ -24,15 +24,14 @@ def check_fit(temperature: float | None, name: str) -> float:
         raise RunError(
             f"no temperature fits {name}: its validation logits are not finite; {without}"
         )
-    if temperature == LOWEST:
+    reasons = {
+        LOWEST: "as for networks that classify every validation image correctly",
+        HIGHEST: "as for networks that are worse than chance",
+    }
+    if temperature in reasons:
         raise RunError(
-            f"no temperature fits {name}: it classifies every validation image correctly, so "
-            "the NLL decreases without bound as T decreases; "
-            f"hold out more images (data.validation), or {without}"
-        )
-    if temperature == HIGHEST:
-        raise RunError(
-            f"no temperature fits {name}: its validation logits are worse than chance; {without}"
+            f"no temperature fits {name}: the fit ended at its bound {temperature:g}, "
+            f"{reasons[temperature]}; hold out more images (data.validation), or {without}"
         )
     return temperature
 
