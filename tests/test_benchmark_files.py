@@ -407,9 +407,15 @@ def test_a_file_that_fails_in_one_start_has_no_values_and_does_not_stop_the_othe
 def test_ctrl_c_ends_in_one_line_and_leaves_no_process(folder):
     command = [sys.executable, "-m", "bdkd", "benchmark", str(folder / "foreign.onnx"),
                str(folder / "model.onnx"), "--rounds", "100000"]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # A background job of a shell ignores SIGINT, and so would the process that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     started: list[psutil.Process] = []
