@@ -14,7 +14,6 @@ from bdkd.data import Split
 from bdkd.device import processor
 from bdkd.distributed.context import SINGLE_PROCESS, DistributedContext
 from bdkd.engine.components import Components, build_components
-from bdkd.engine.networks import build_networks, with_model_options
 from bdkd.errors import RunError, UsageError, shown
 from bdkd.evaluation.paired_images import Change, Logits, compare_on_images
 from bdkd.evaluation.predict import Collected, Evaluator
@@ -28,6 +27,7 @@ from bdkd.export.formats import (
     read_exported,
     without_others,
 )
+from bdkd.export.runnable import build_network
 from bdkd.identity import class_difference
 from bdkd.metrics import values_of
 from bdkd.runs.weights import relocate
@@ -184,18 +184,8 @@ def measure(
 
 
 def _network_of(exported: Exported, components: Components) -> nn.Module:
-    facts = exported.facts
-    network = nn.Module()  # an ONNX file contains its graph
-    if exported.format != "onnx":
-        recipe = parse_recipe(facts.recipe, source=str(exported.path), of_run=True)
-        recipe = with_model_options(without_others(recipe, facts.network))
-        try:
-            networks = build_networks(
-                recipe.networks, frozenset(), len(facts.classes), facts.channels
-            )
-        except ValueError as error:  # an unknown model or option
-            raise UsageError(f"{exported.path}: {error}") from error
-        [network] = networks.members.values()
+    # An ONNX file contains its graph.
+    network = nn.Module() if exported.format == "onnx" else build_network(exported)
     return open_network(exported, network, components.device)
 
 
