@@ -69,6 +69,7 @@ class Trainer:
             batch: this rank's part of the batch.
         """
         self.state.set_learning_rate()
+        self.objective.advance(self.state.epochs_done(), self.state.device)
         self.compute_step(batch)
         self.state.progress.advance(self.batch_size, self.state.train_images)
 

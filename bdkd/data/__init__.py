@@ -11,7 +11,9 @@ from bdkd.config import DataConfig
 from bdkd.data import (  # noqa: F401
     cifar,
     digits,
+    fashion_mnist,
     folder,
+    glyphs,
     imagenet,
     images,
     synthetic,

@@ -98,6 +98,10 @@ class TrainingState:
         changed the batch size."""
         return self.span.step(self.progress.epoch, self.progress.seen, self.train_images)
 
+    def epochs_done(self) -> float:
+        """Return the number of completed epochs, with the completed share of this one."""
+        return self.progress.epoch + self.progress.seen / self.train_images
+
     def set_learning_rate(self) -> None:
         """Set the learning rates of the next step."""
         factor = self.span.factor(self.recipe.schedule, self.schedule_step(), self.train_images)

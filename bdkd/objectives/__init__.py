@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
-from bdkd.objectives import bdkd, dml, independent, kd, kdcl, switokd  # noqa: F401
+from bdkd.objectives import (  # noqa: F401
+    bdkd,
+    dkd,
+    dml,
+    independent,
+    kd,
+    kdcl,
+    lskd,
+    switokd,
+)
 from bdkd.objectives.base import Objective, ObjectiveOutput, register_objective
 from bdkd.objectives.check import check_objective
 from bdkd.registry import OBJECTIVES

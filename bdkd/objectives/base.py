@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from bdkd.config import NetworkConfig, ObjectiveConfig
@@ -93,6 +94,32 @@ class Objective(ABC):
     def active(self, means: Tensor) -> frozenset[str]:
         """Return the networks that train on a batch with these means ``(k,)``, on the CPU."""
         raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
+
+    def advance(self, epochs: float, device: torch.device) -> None:  # noqa: B027 - optional
+        """Prepare the next step. The trainer calls this before each step.
+
+        Override it to change weights during the training. Change tensors in place, because a
+        compiled or captured step reads them.
+
+        Args:
+            epochs: number of completed epochs, with the completed share of this one.
+            device: of the logits.
+        """
+
+    def need_frozen_teachers(self, networks: Mapping[str, NetworkConfig]) -> None:
+        """Freeze every teacher. Raise ``UsageError`` if there is no teacher, or a teacher has no
+        trained weights."""
+        named = f"objective.name = {self.config.name!r}"
+        if not self.teachers:
+            raise UsageError(f"{named} needs a teacher, got none: set networks.NAME.role")
+        for name in self.teachers:
+            if networks[name].weights is None and not networks[name].options.get("pretrained"):
+                raise UsageError(
+                    f"{named} learns from a trained teacher: set networks.{name}.weights to its "
+                    "file or to the folder of the run that trained it (for example, a run with "
+                    "objective.name = 'independent')"
+                )
+        self.frozen |= frozenset(self.teachers)
 
     def need_pair(self) -> None:
         """Raise ``UsageError`` unless there is one student and one teacher."""

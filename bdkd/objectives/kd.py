@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bdkd.config import NetworkConfig
-from bdkd.errors import UsageError
 from bdkd.objectives.base import Logits, register_objective
 from bdkd.objectives.one_sided import OneSided, OneSidedObjective
 from bdkd.objectives.options import FusedConfig
@@ -35,17 +34,7 @@ class KD(OneSidedObjective):
 
     def __init__(self, config: KDConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
-        if not self.teachers:
-            needed = "needs a teacher, got none: set networks.NAME.role"
-            raise UsageError(f"objective.name = 'kd' {needed}")
-        for name in self.teachers:
-            if networks[name].weights is None and not networks[name].options.get("pretrained"):
-                raise UsageError(
-                    f"objective.name = 'kd' learns from a trained teacher: set networks.{name}."
-                    "weights to its file or to the folder of the run that trained it (for example, "
-                    "a run with objective.name = 'independent')"
-                )
-        self.frozen |= frozenset(self.teachers)
+        self.need_frozen_teachers(networks)
         loss = OneSided(config, config.student_ce, config.student_kd)
         self.losses = dict.fromkeys(self.students, loss)
 

@@ -1,0 +1,98 @@
+"""Characters drawn by the fonts of this machine: kanji as classes, faces as the examples.
+
+A face belongs to one split, so a network is tested on faces that it has never seen. No image is
+shipped. The pixels depend on the versions of the fonts, of Pillow and of FreeType, and so does the
+digest of the data set.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from bdkd.bounds import Bounds
+from bdkd.data.base import SourceContext, register_source
+from bdkd.data.decode import require_pillow
+from bdkd.data.glyphs.manifest import (
+    Face,
+    Manifest,
+    find_fonts,
+    font_folders,
+    read_manifest,
+)
+from bdkd.data.glyphs.render import glyph_images
+from bdkd.data.in_memory import Images, InMemory, InMemoryConfig
+from bdkd.data.splits import SPLIT_SEED, in_memory_source
+from bdkd.errors import RunError, UsageError
+from bdkd.text import expand_user
+
+SIDE = 32  # pixels
+
+
+@dataclass(frozen=True)
+class GlyphsConfig(InMemoryConfig):
+    """Options of the source glyphs."""
+
+    manifest: str | None = None
+    """A TOML file with the characters, the faces and their splits. Default: JIS level 1 kanji in 19
+    faces that Debian packages."""
+    characters: Annotated[int, Bounds(ge=2)] | None = None
+    """Number of characters of the manifest to use as classes, chosen at random, independent of the
+    seed. A smaller number is part of a larger one. Default: all."""
+
+
+def _missing(root: Path) -> str:
+    try:
+        require_pillow()
+        find_fonts(read_manifest(None).face, font_folders())
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+@register_source(
+    "glyphs", GlyphsConfig, reads="2,964 kanji drawn by installed fonts of Debian's packages",
+    missing=_missing,
+)  # fmt: skip
+def load(config: GlyphsConfig, context: SourceContext) -> InMemory:
+    """Draw every character with every face. If the manifest has faces with ``split = "val"``, they
+    are the validation images. Otherwise ``data.validation`` of the training images are."""
+    require_pillow()
+    manifest = read_manifest(config.manifest)
+    characters = _chosen(manifest, config.characters)
+    folders = font_folders()
+    if config.root is not None:
+        folders = [expand_user(config.root, "data.root")]
+    fonts = find_fonts(manifest.face, folders)
+    side = config.image_size or SIDE
+
+    def draw(faces: list[Face]) -> Images:
+        images = [glyph_images(face, fonts[face], characters, side) for face in faces]
+        pixels = torch.from_numpy(np.concatenate(images))[:, None]  # (faces * characters, 1, H, W)
+        return Images(pixels, torch.arange(len(characters)).repeat(len(faces)))
+
+    train, val = manifest.of_split("train"), manifest.of_split("val")
+    own_validation = None
+    if val:
+        first = len(train) * len(characters)
+        own_validation = np.arange(first, first + len(val) * len(characters))
+    return in_memory_source(
+        draw(train + val), draw(manifest.of_split("test")), tuple(characters), config, context,
+        own_validation=own_validation,
+    )  # fmt: skip
+
+
+def _chosen(manifest: Manifest, count: int | None) -> str:
+    """Return ``count`` characters in the order of the manifest."""
+    alphabet = manifest.alphabet()
+    if count is None:
+        return alphabet
+    if count > len(alphabet):
+        raise UsageError(
+            f"data.characters must be at most {len(alphabet):,}, the characters of the manifest, "
+            f"got {count:,}"
+        )
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(alphabet))
+    return "".join(alphabet[position] for position in sorted(order[:count]))

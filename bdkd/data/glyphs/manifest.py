@@ -1,0 +1,151 @@
+"""The manifest of a set of glyphs: which characters, drawn by which faces, in which split."""
+
+import os
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from bdkd.config.toml import parse_toml
+from bdkd.errors import RunError, UsageError, reason_of
+from bdkd.text import expand_user, read_text
+
+SHIPPED = "japanese.toml"
+JIS_LEVEL_1 = "jis-level-1"
+SPLITS = ("train", "val", "test")
+LARGEST = 1_000_000  # bytes of a manifest
+
+
+class Face(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A font face that draws every character once."""
+
+    name: str
+    file: str
+    """Name of the font file, without a folder."""
+    lineage: str
+    """Name of the design. Faces with equal or scaled outlines have the same lineage."""
+    split: Literal["train", "val", "test"]
+    package: str = ""
+    """Debian package that holds the file."""
+    index: int = 0
+    """Number of the face in a collection (.ttc)."""
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Characters, and the faces that draw them."""
+
+    characters: str
+    """The characters, or ``jis-level-1``."""
+    face: tuple[Face, ...]
+    without: str = ""
+    """Characters to leave out, because a face does not have them."""
+
+    def of_split(self, split: str) -> list[Face]:
+        return [face for face in self.face if face.split == split]
+
+    def alphabet(self) -> str:
+        """Return all characters."""
+        named = jis_level_1() if self.characters == JIS_LEVEL_1 else self.characters
+        return "".join(letter for letter in named if letter not in self.without)
+
+
+def jis_level_1() -> str:
+    """Return the 2,965 kanji of JIS X 0208 level 1, rows 16 to 47, in the order of the standard."""
+    return "".join(
+        bytes((row, cell)).decode("euc_jp", "ignore")
+        for row in range(0xB0, 0xD0)
+        for cell in range(0xA1, 0xFF)
+    )
+
+
+def read_manifest(path: str | None) -> Manifest:
+    """Read and check a manifest. None: the shipped manifest of Japanese faces.
+
+    Raises:
+        UsageError: it is not a valid manifest.
+        RunError: it cannot be read.
+    """
+    if path is None:
+        name, text = SHIPPED, (files("bdkd.data.glyphs") / SHIPPED).read_text("utf-8")
+    else:
+        name, given = path, expand_user(path, "data.manifest")
+        try:
+            text = read_text(given, limit=LARGEST)
+        except OSError as error:
+            raise RunError(f"cannot read the manifest {path}: {reason_of(error)}") from error
+    try:
+        manifest = msgspec.convert(parse_toml(text), Manifest)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise UsageError(f"{name} is not a manifest of glyphs: {error}") from error
+    if problem := _problem(manifest):
+        raise UsageError(f"{name}: {problem}")
+    return manifest
+
+
+def _problem(manifest: Manifest) -> str:
+    """Return what is wrong with a manifest, or an empty text."""
+    alphabet = manifest.alphabet()
+    doubled = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
+    if len(alphabet) < 2 or doubled:
+        found = f"{doubled[0]!r} twice" if doubled else f"{len(alphabet)}"
+        return f"characters must be at least two different characters, got {found}"
+    for split in ("train", "test"):
+        if not manifest.of_split(split):
+            return f"at least one face must have split = {split!r}, got none"
+    splits: dict[str, str] = {}
+    for face in manifest.face:
+        if Path(face.file).name != face.file or not face.file:
+            return f"file must be the name of a font file without a folder, got {face.file!r}"
+        if face.index < 0:
+            return f"index must be at least 0, got {face.index} ({face.name})"
+        if splits.setdefault(face.lineage, face.split) != face.split:
+            return (
+                f"the lineage {face.lineage!r} has faces in {splits[face.lineage]} and in "
+                f"{face.split}: one design must be in one split"
+            )
+    return ""
+
+
+def font_folders() -> list[Path]:
+    """Return the folders in which systems and users install fonts."""
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    own = [Path(data, "fonts"), Path(os.path.expanduser("~/.fonts"))]
+    return [*own, Path("/usr/local/share/fonts"), Path("/usr/share/fonts")]
+
+
+def find_fonts(faces: Sequence[Face], folders: Sequence[Path]) -> dict[Face, Path]:
+    """Return the font file of each face.
+
+    Raises:
+        RunError: a file is not installed. The message names the packages to install.
+    """
+    wanted = {face.file for face in faces}
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in _files(folder):
+            if path.name in wanted:
+                found.setdefault(path.name, path)
+    if absent := [face for face in faces if face.file not in found]:
+        raise RunError(missing_fonts(absent, folders))
+    return {face: found[face.file] for face in faces}
+
+
+def missing_fonts(absent: Sequence[Face], folders: Sequence[Path]) -> str:
+    """Return one line about faces that are not installed."""
+    names = ", ".join(dict.fromkeys(face.file for face in absent))
+    packages = sorted({face.package for face in absent if face.package})
+    where = ", ".join(map(str, folders))
+    remedy = (
+        f"apt install --no-install-recommends {' '.join(packages)}"
+        if packages
+        else "put them there, or pass their folder with --data.root"
+    )
+    return f"no font files {names} in {where}: {remedy}"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names))
