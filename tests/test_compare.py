@@ -16,8 +16,8 @@ from bdkd.cli import main
 from bdkd.cli.compare_plan import (
     chosen_methods,
     chosen_seeds,
-    parse_objective,
     plan_runs,
+    recipe_of_method,
     room_for,
     run_name,
 )
@@ -340,9 +340,9 @@ def test_the_recipes_objective_is_for_its_own_method(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("label_smoothing = 0.0", "label_smoothing = 0.1"))
     recipe = load_recipe(str(path))
-    own = parse_objective("bdkd:temperature=2", recipe)
+    own = recipe_of_method("bdkd:temperature=2", recipe).objective
     assert (own.gamma, own.temperature, own.label_smoothing) == (3, 2, 0.1)
-    other = parse_objective("kd", recipe)
+    other = recipe_of_method("kd", recipe).objective
     assert other.temperature == 4
     assert other.label_smoothing == 0.1  # of the labels, which all methods learn from
 

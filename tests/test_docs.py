@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from bdkd.cli import COMMANDS, benchmark_files, main, take_plugins
-from bdkd.cli.compare_plan import parse_objective
+from bdkd.cli.compare_plan import recipe_of_method
 from bdkd.config import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def parse_bdkd(arguments: list[str]) -> None:
     elif command == "compare":
         default = module.Arguments(recipe=name, config=recipe)
         for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
-            parse_objective(method, recipe)
+            recipe_of_method(method, recipe)
     elif command == "benchmark" and module.names_file(rest):
         tyro.cli(benchmark_files.Arguments, prog="bdkd benchmark", args=rest)
     elif command == "benchmark":

@@ -19,6 +19,7 @@ COMMANDS = {
     "benchmark": "measure the speed and memory of training steps, or of exported files",
     "evaluate": "evaluate the networks of a run, or an exported network",
     "compare": "compare several objectives and seeds on one recipe",
+    "tune": "choose options of objectives on the validation images, with one budget for all",
     "report": "write one HTML page about runs: results, curves, diagrams",
     "update-bn": "recompute the batch norm statistics of a run's networks",
     "export": "export one network of a run as ONNX, torch.export or safetensors",

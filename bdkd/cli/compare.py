@@ -42,9 +42,10 @@ class Arguments:
     """A shipped recipe's name or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     methods: tuple[str, ...] = ()
-    """Objectives to compare. The others are tested against the first one. Options follow a colon
-    (bdkd:gamma=1,temperature=2). The [objective] table of the recipe applies to its objective only.
-    Default: independent, then all other objectives."""
+    """Objectives to compare. The others are tested against the first one. Options follow a colon:
+    those of the objective, and keys of [optimizer], [schedule] and [train], as in
+    bdkd:gamma=1,optimizer.learning_rate=0.05. The [objective] table of the recipe applies to its
+    objective only. Default: independent, then all other objectives."""
     seeds: tuple[int, ...] = (3,)
     """One number N means the seeds 0 to N-1. Several numbers are the seeds."""
     jobs: int | None = None

@@ -3,19 +3,30 @@
 import dataclasses
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import tomli_w
 
-from bdkd.config import ObjectiveConfig, Recipe, differing_keys, nearest, select
+from bdkd.config import (
+    ObjectiveConfig,
+    Recipe,
+    differing_keys,
+    nearest,
+    parse_recipe,
+    select,
+    to_toml,
+)
 from bdkd.config.convert import needed_for
+from bdkd.config.toml import parse_toml
 from bdkd.errors import RunError, UsageError, shown
 from bdkd.registry import OBJECTIVES
 
 MAX_SEEDS = 10_000
+SECTIONS = ("optimizer", "schedule", "train")  # whose keys a method may set
 
 TEACHERS = "independent"  # the objective that trains the teachers of kd
 
@@ -64,21 +75,45 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
     return seeds
 
 
-def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
-    """Return the objective of a text like ``kd:temperature=2``, with every option set."""
+def recipe_of_method(label: str, recipe: Recipe) -> Recipe:
+    """Return the recipe of a method like ``kd:temperature=2,optimizer.learning_rate=0.05``.
+
+    An option without a dot is one of the objective.
+
+    Raises:
+        UsageError: the objective or an option does not exist, or a value does not fit.
+    """
+    name, given = split_label(label)
+    own = {key: value for key, value in given.items() if "." not in key}
+    others = {key: value for key, value in given.items() if "." in key}
+    selected = select(recipe, "objective", name)
+    objective = _with_options(selected.objective, label, own)
+    changed = dataclasses.replace(selected, objective=objective)
+    return _with_keys(changed, label, others) if others else changed
+
+
+def split_label(label: str) -> tuple[str, dict[str, str]]:
+    """Return the objective's name and the options of a label as texts."""
     name, _, text = label.partition(":")
-    config = select(recipe, "objective", name).objective
-    values = dataclasses.asdict(config)
-    known = sorted(values.keys() - {"name"})
     options: dict[str, str] = {}
     for option in filter(None, text.split(",")):
         key, equals, value = option.partition("=")
+        if not equals:
+            raise UsageError(f"--methods {shown(label)}: {key!r} needs a value: write {key}=1")
+        options[key] = value
+    return name, options
+
+
+def _with_options(
+    config: ObjectiveConfig, label: str, options: Mapping[str, str]
+) -> ObjectiveConfig:
+    """Return an objective with options given as texts."""
+    name, values = config.name, dataclasses.asdict(config)
+    known = sorted(values.keys() - {"name"})
+    for key in options:
         if key not in known:
             hint = nearest(key, known)
             raise UsageError(f"--methods {label}: {name} has no option {key!r}: {hint}")
-        if not equals:
-            raise UsageError(f"--methods {label}: {key!r} needs a value: write {key}=1")
-        options[key] = value
     try:
         given = msgspec.convert({**values, **options}, type(config), strict=False)
     except msgspec.ValidationError as error:
@@ -96,6 +131,28 @@ def parse_objective(label: str, recipe: Recipe) -> ObjectiveConfig:
     return dataclasses.replace(config, **{key: getattr(given, key) for key in options})
 
 
+def _with_keys(recipe: Recipe, label: str, options: Mapping[str, str]) -> Recipe:
+    """Return a recipe with dotted keys set to values given as texts."""
+    tables = parse_toml(to_toml(recipe))
+    for key, value in options.items():
+        section, _, option = key.partition(".")
+        if section not in SECTIONS:
+            raise UsageError(
+                f"--methods {shown(label)}: {key!r} must be an option of the objective, or a key "
+                f"of {', '.join(SECTIONS)}"
+            )
+        tables[section][option] = _toml_value(value)
+    return parse_recipe(tomli_w.dumps(tables), f"--methods {shown(label)}")
+
+
+def _toml_value(text: str) -> object:
+    """Return a TOML value, or the text itself: ``name=step`` needs no quotes."""
+    try:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
 def plan_runs(
     recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> list[PlannedRun]:
@@ -111,12 +168,12 @@ def plan_runs(
     from bdkd.objectives import create_objective
     from bdkd.runs.folder import RunFolder
 
-    objectives = {method: parse_objective(method, recipe) for method in methods}
+    recipes = {method: recipe_of_method(method, recipe) for method in methods}
     filled = {
         name: dataclasses.replace(network, weights=network.weights or "to be trained")
         for name, network in recipe.networks.items()
     }
-    frozen = {m: create_objective(config, filled).frozen for m, config in objectives.items()}
+    frozen = {m: create_objective(own.objective, filled).frozen for m, own in recipes.items()}
     trained = {
         name
         for name, network in recipe.networks.items()
@@ -124,13 +181,13 @@ def plan_runs(
     }
     teachers = {method: tuple(names - trained) for method, names in frozen.items()}
     if any(teachers.values()) and TEACHERS not in methods:
-        objectives = {TEACHERS: parse_objective(TEACHERS, recipe), **objectives}
+        recipes = {TEACHERS: recipe_of_method(TEACHERS, recipe), **recipes}
         frozen[TEACHERS], teachers[TEACHERS] = frozenset(), ()
     runs = []
     for seed in seeds:
-        for method, objective in objectives.items():
+        for method, own in recipes.items():
             run_dir = str(folder / run_name(method, seed))
-            resolved = dataclasses.replace(recipe, objective=objective, seed=seed, run_dir=run_dir)
+            resolved = dataclasses.replace(own, seed=seed, run_dir=run_dir)
             runs.append(PlannedRun(method, seed, resolved, frozen[method], teachers[method]))
     for planned in runs:
         # A run that failed before its first step may be repeated with other options.

@@ -1,0 +1,139 @@
+"""``bdkd tune``: choose options of objectives on the validation images, with one budget for all."""
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bdkd.cli.compare_plan import chosen_seeds, room_for
+from bdkd.cli.help import Help, with_recipe
+from bdkd.cli.options import parse_options
+from bdkd.cli.table import table
+from bdkd.cli.tune_search import Found, Trainer, parse_searches, search_all
+from bdkd.config import Recipe
+from bdkd.errors import RunError, UsageError
+from bdkd.evaluation.comparison import to_markdown
+from bdkd.metrics import METRICS
+from bdkd.plugins import plugin_arguments
+from bdkd.runs.checkpoint import write_atomically
+from bdkd.runs.folder import to_json
+
+HELP = Help(
+    "bdkd tune RECIPE --methods NAME:OPTION=A/B/C ... [options]",
+    "Choose options of objectives by the students' top-1 accuracy on the validation images. The "
+    "test images choose nothing. Repeat the same command to continue a search that was stopped.",
+    {
+        "--methods": ("NAME:OPTION=A/B/C ...", "objectives, and the values to try of each option"),
+        "--seeds": ("N ...", "one number: that many seeds; several: the seeds"),
+        "--jobs": ("N", "concurrent runs (default: what the machine has room for)"),
+        "--folder": ("DIR", "of the runs and tables (default: runs/tune-RECIPE)"),
+        "--json": ("", "print tuning.json instead of tables"),
+    },
+    ("--objective", "--seed", "--run-dir"),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Choose options of objectives on the validation images.
+
+    The options of a method are searched one after the other, in the given order: all values of the
+    first option with the other options at their defaults, then all values of the second option with
+    the best value of the first, and so on."""
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """A shipped recipe's name or a TOML file."""
+    config: Annotated[Recipe, tyro.conf.arg(name="")]
+    methods: tuple[str, ...] = ()
+    """Objectives and the values to try, separated by slashes:
+    kd:optimizer.learning_rate=0.05/0.1/0.2,student_kd=0.45/0.9/1.8. An option with one value has
+    that value in all runs."""
+    seeds: tuple[int, ...] = (1000, 1001)
+    """One number N means the seeds 0 to N-1. Several numbers are the seeds. Use other seeds than
+    for the comparison."""
+    jobs: int | None = None
+    """Number of concurrent runs. Default: one on a GPU, else as many as the CPU has cores for."""
+    folder: Path | None = None
+    """Folder of the runs and tables. Default: runs/tune-<recipe>."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print tuning.json instead of tables."""
+
+
+def run(given: list[str]) -> None:
+    """Search stage by stage, then write and print the tables."""
+    default = with_recipe(Arguments, given, "bdkd tune", HELP, "digits-hard")
+    arguments = parse_options(Arguments, "bdkd tune", given, default)
+    for key, remedy in (("seed", "--seeds"), ("run_dir", "--folder")):
+        if getattr(arguments.config, key) != getattr(default.config, key):
+            raise UsageError(f"tune has no option --{key.replace('_', '-')}: use {remedy}")
+    searches = parse_searches(arguments.methods, arguments.config)
+    seeds = chosen_seeds(arguments.seeds)
+    folder = arguments.folder or Path("runs") / f"tune-{arguments.config.name}"
+    jobs = arguments.jobs if arguments.jobs is not None else room_for(arguments.config)
+    if jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {jobs}")
+    command = shlex.join(["bdkd", "tune", *given, *plugin_arguments()])
+
+    from bdkd.cli.compare_train import locked
+
+    trainer = Trainer(arguments.config, seeds, folder, jobs, command, arguments.json)
+    with locked(folder):
+        found = search_all(searches, trainer)
+        _report(arguments, found, trainer, seeds)
+    if lost := [one.label for one in found if not _usable(one)]:
+        first, message = next(iter(trainer.failed.items()))
+        raise RunError(f"every candidate of {', '.join(lost)} failed; {first}: {message}")
+
+
+def _usable(found: Found) -> bool:
+    return any(result.seeds for result in found.results)
+
+
+def _report(
+    arguments: Arguments, found: Sequence[Found], trainer: Trainer, seeds: Sequence[int]
+) -> None:
+    """Write ``tuning.json`` and ``tuning.md``; print the table or the JSON."""
+    chosen = [one.label for one in found]
+    header = ["candidate", "top-1 %", "NLL", "ECE %", "chosen"]
+    lines = [
+        [
+            result.method,
+            *(
+                METRICS[key].show(getattr(result, key)) if result.seeds else "failed"
+                for key in ("top1", "nll", "ece")
+            ),
+            "yes" if result.method == one.label else "",
+        ]
+        for one in found
+        for result in one.results
+    ]
+    compare = shlex.join(["bdkd", "compare", arguments.recipe, "--methods", *chosen])
+    note = (
+        f"Means over the seeds {', '.join(map(str, seeds))}, of the students on the validation "
+        "images. The most accurate candidate of each method is chosen."
+    )
+    content = {
+        "command": trainer.command, "recipe": arguments.config.name, "seeds": list(seeds),
+        "chosen": chosen, "failed": trainer.failed,
+        "methods": [
+            {"chosen": one.label, "candidates": [asdict(r) for r in one.results if r.seeds]}
+            for one in found
+        ],
+    }  # fmt: skip
+    text = to_json(content, indent=2)
+    title = f"# {arguments.config.name}: tuning on the validation images"
+    marked = [title, f"`{trainer.command}`", to_markdown(header, lines), note, f"`{compare}`"]
+    again = "run the same command again"
+    for suffix, written in {"json": text, "md": "\n\n".join(marked)}.items():
+        path = trainer.folder / f"tuning.{suffix}"
+        write_atomically(path, f"{written.rstrip()}\n".encode(), again)
+    if arguments.json:
+        print(text)
+        return
+    print(f"\n{table(header, lines)}\n\n{textwrap.fill(note, 80)}\n")
+    print(f"compare them    {compare}")
+    print(f"tables          {trainer.folder}/tuning.md, .json")
