@@ -382,3 +382,29 @@ def test_runs_at_a_time_leave_each_its_threads():
     assert room_for(cpu) == cores
     assert room_for(dataclasses.replace(cpu, threads=2 * cores)) == 1
     assert room_for(dataclasses.replace(recipe, device="cuda")) == 1
+
+
+def test_a_method_may_set_keys_of_the_recipe():
+    recipe = load_recipe("digits")
+    label = "bdkd:gamma=3,optimizer.learning_rate=0.02,schedule.name=step,schedule.milestones=[1,2]"
+    own = recipe_of_method(label, recipe)
+    assert (own.objective.gamma, own.optimizer.learning_rate) == (3, 0.02)
+    assert (own.schedule.name, own.schedule.milestones) == ("step", (1.0, 2.0))
+    assert recipe_of_method("bdkd:gamma=3", recipe).optimizer == recipe.optimizer
+    for label, message in (
+        ("kd:optimizer.lr=1", "unknown key optimizer.lr"),
+        ("kd:optimizer.learning_rate=fast", "must be a number, got 'fast'"),
+        ("kd:train.epochs=-1", "train.epochs must be at least 1"),
+        ("kd:data.crop=1", "must be an option of the objective, or a key of optimizer"),
+        ("kd:optimizer.learning_rate", "needs a value"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            recipe_of_method(label, recipe)
+
+
+def test_runs_have_the_options_of_their_method(tmp_path):
+    label = "kd:optimizer.learning_rate=0.02"
+    runs = plan_runs(load_recipe("digits"), [label], [0], tmp_path)
+    assert {run.method: run.recipe.optimizer.learning_rate for run in runs} == {
+        "independent": 0.1, label: 0.02,
+    }  # fmt: skip

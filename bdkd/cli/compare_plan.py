@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def split_label(label: str) -> tuple[str, dict[str, str]]:
     """Return the objective's name and the options of a label as texts."""
     name, _, text = label.partition(":")
     options: dict[str, str] = {}
-    for option in filter(None, text.split(",")):
+    for option in filter(None, re.split(r",(?![^\[]*\])", text)):  # not within an array
         key, equals, value = option.partition("=")
         if not equals:
             raise UsageError(f"--methods {shown(label)}: {key!r} needs a value: write {key}=1")

@@ -1,0 +1,173 @@
+"""``bdkd tune``: what it tries, that validation images alone choose, and that it can be stopped."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bdkd.cli import main
+from bdkd.cli.tune_search import Search, parse_searches, shortest_label
+from bdkd.config import load_recipe
+from bdkd.errors import UsageError
+
+TINY = [
+    "digits", "--networks.teacher.model", "resnet8", "--max-steps", "4", "--train.batch-size", "32",
+    "--seeds", "5", "7", "--jobs", "2", "--log",
+]  # fmt: skip
+METHODS = [
+    "independent:optimizer.learning_rate=0.02/0.1,label_smoothing=0/0.5",
+    "kd:temperature=2,student_kd=0.9/2",
+]
+RATE = "optimizer.learning_rate"
+
+
+def tune(folder: Path, *methods: str) -> None:
+    main(["tune", *TINY, "--methods", *methods, "--folder", str(folder)])
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tune") / "t"
+    tune(folder, *METHODS)
+    return folder
+
+
+def validation_top1(run: Path) -> float:
+    """The student's last validation accuracy, read without the code under test."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("split") == "val"][-1]["student"]["top1"]
+
+
+def test_the_candidate_with_the_highest_validation_accuracy_is_chosen(tuned):
+    content = json.loads((tuned / "tuning.json").read_text())
+    assert content["seeds"] == [5, 7]
+    for method, chosen in zip(content["methods"], content["chosen"], strict=True):
+        means = {}
+        for candidate in method["candidates"]:
+            name = candidate["method"].replace(":", "-").replace(",", "-")
+            found = [validation_top1(tuned / f"{name}-seed{seed}") for seed in (5, 7)]
+            means[candidate["method"]] = statistics.fmean(found)
+            assert candidate["top1"] == pytest.approx(means[candidate["method"]])
+        assert means[chosen] == max(means.values())
+        assert method["chosen"] == chosen
+
+
+def test_each_option_is_searched_after_the_one_before_it(tuned):
+    """Two values of the first, then the other value of the second with the better of the first."""
+    independent, kd = json.loads((tuned / "tuning.json").read_text())["methods"]
+    tried = [candidate["method"] for candidate in independent["candidates"]]
+    assert tried[:2] == [f"independent:{RATE}=0.02", "independent"]  # 0.1 is the recipe's
+    first = {c["method"]: (c["top1"], -c["nll"]) for c in independent["candidates"][:2]}
+    better = max(first, key=first.get)
+    smoothed = "label_smoothing=0.5"
+    assert tried[2:] == [f"{better},{smoothed}" if ":" in better else f"{better}:{smoothed}"]
+    assert [c["method"] for c in kd["candidates"]] == [
+        "kd:temperature=2", "kd:temperature=2,student_kd=2",
+    ]  # fmt: skip
+
+
+def test_the_command_that_it_prints_is_one_that_compare_takes(tuned):
+    text = (tuned / "tuning.md").read_text()
+    chosen = json.loads((tuned / "tuning.json").read_text())["chosen"]
+    assert f"`bdkd compare digits --methods {' '.join(chosen)}`" in text
+
+
+def test_again_it_trains_nothing_and_chooses_the_same(tuned, capsys):
+    before = (tuned / "tuning.json").read_text()
+    runs = {path: path.stat().st_mtime_ns for path in tuned.glob("*/summary.json")}
+    tune(tuned, *METHODS)
+    assert {path: path.stat().st_mtime_ns for path in tuned.glob("*/summary.json")} == runs
+    assert json.loads((tuned / "tuning.json").read_text()) == json.loads(before)
+    assert "chosen" in capsys.readouterr().out
+
+
+def test_a_candidate_that_fails_is_not_chosen(tmp_path, capsys):
+    """An infinite loss in a row of steps ends a run."""
+    labels = ["independent:optimizer.learning_rate=0.1/1e30"]
+    arguments = ["--train.max-skipped", "1", "--max-steps", "6"]
+    main(["tune", *TINY, *arguments, "--methods", *labels, "--folder", str(tmp_path)])
+    content = json.loads((tmp_path / "tuning.json").read_text())
+    assert content["chosen"] == ["independent"]
+    assert content["failed"]
+    assert "failed" in capsys.readouterr().out
+    labels = ["independent:optimizer.learning_rate=1e29/1e30"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["tune", *TINY, *arguments, "--methods", *labels, "--folder", str(tmp_path)])
+    assert exit_.value.code == 1
+    assert "every candidate of independent:" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_the_runs_and_names_the_command(tmp_path):
+    """The command is printed, and finishes the search when it is run again."""
+    command = [
+        sys.executable, "-m", "bdkd", "tune", *TINY, "--methods", f"independent:{RATE}=0.1/0.2",
+        "--folder", str(tmp_path / "t"), "--max-steps", "400", "--train.epochs", "20",
+        "--jobs", "1",
+    ]  # fmt: skip
+    code = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE,"
+        " text=True)\n"
+        "child.stdout.readline(); __import__('time').sleep(6); child.send_signal(signal.SIGINT)\n"
+        "out, err = child.communicate(); print(err); sys.exit(child.returncode % 256)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "continue with the same command: bdkd tune digits" in done.stdout
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "kd": "has nothing to choose",
+    "kd:temperature=2": "has nothing to choose",
+    f"kd:{RATE}=0.1/0.1": "has a value more than once",
+    f"kd:{RATE}=0.1/x": "must be a number",
+    f"kd:{RATE}=0.1/-1": "must be above 0",
+    "kd:optimizer.rate=1/2": "unknown key optimizer.rate",
+    "kd:data.crop=1/2": "must be an option of the objective, or a key of",
+    "kd:gamma=1/2": "kd has no option 'gamma'",
+    "kb:gamma=1/2": "kb",
+}
+
+
+@pytest.mark.parametrize("label", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_trains(label):
+    with pytest.raises(UsageError, match=REFUSED[label]):
+        parse_searches([label], load_recipe("digits"))
+
+
+def test_it_needs_methods_and_validation_images(tmp_path, capsys):
+    for arguments, message in (
+        ([], "--methods is missing"),
+        (["--methods", METHODS[0], METHODS[0]], "more than once"),
+        (["--methods", METHODS[0], "--data.validation", "0", "--train.select", "last"],
+         "needs validation images"),
+        (["--methods", METHODS[0], "--seed", "3"], "use --seeds"),
+        (["--methods", METHODS[0], "--jobs", "0"], "--jobs must be at least 1"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as exit_:
+            main(["tune", "digits", *arguments, "--folder", str(tmp_path)])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_recipes_have_one_name():
+    recipe = load_recipe("digits")  # its learning rate is 0.1
+    assert shortest_label("kd", {}, recipe) == "kd"
+    assert shortest_label("kd", {RATE: "0.1", "student_kd": "0.9"}, recipe) == "kd"
+    assert shortest_label("kd", {RATE: "0.05", "student_kd": "0.90"}, recipe) == f"kd:{RATE}=0.05"
+
+
+def test_stages_beyond_the_last_option_have_no_candidates():
+    search = Search("", "kd", {RATE: ("0.1", "0.2"), "temperature": ("2",)})
+    assert search.stages == 1
+    assert search.candidates({}, 0) == [
+        {"temperature": "2", RATE: "0.1"}, {"temperature": "2", RATE: "0.2"},
+    ]  # fmt: skip
+    assert search.candidates({RATE: "0.1"}, 1) == []
