@@ -69,7 +69,7 @@ _BUILT_IN = (
     Metric("mce", "MCE %", "largest gap of a bin (MCE)", "maximum_calibration_error",
            validated=True, percent=True, digits=2),
     Metric("brier", "Brier", "Brier score", "brier_score", validated=True, compared=True,
-           tested=True),
+           tested=True, headline=True),
     Metric("adaptive_ece", "adaptive ECE %", "ECE over 15 bins of equal count", "adaptive_ece",
            percent=True, digits=2),
     Metric("classwise_ece", "class-wise ECE %", "ECE class by class", "classwise_ece",

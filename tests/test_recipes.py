@@ -19,8 +19,14 @@ from bdkd.engine.state import TrainingState
 from bdkd.errors import UsageError
 from bdkd.registry import OBJECTIVES, OPTIMIZERS, SOURCES
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10, "images": 10}
-SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "images": 64}
+CLASSES = {
+    "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "digits": 10, "images": 10,
+    "fashion-mnist": 10, "glyphs": 500,
+}  # fmt: skip
+SIZES = {
+    "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "images": 64, "fashion-mnist": 28,
+    "glyphs": 32,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -38,7 +44,9 @@ def test_a_pair_of_the_paper_trains(name):
     if data.source in SIZES:
         size, classes = SIZES[data.source], CLASSES[data.source]
         data = select(recipe, "data", "synthetic").data
-        data = dataclasses.replace(data, image_size=size, classes=classes, images=10 * classes)
+        data = dataclasses.replace(
+            data, image_size=size, classes=classes, images=10 * classes, train_images=None
+        )
     recipe = dataclasses.replace(
         recipe, data=data, threads=1, train=dataclasses.replace(recipe.train, batch_size=4)
     )

@@ -237,7 +237,7 @@ def test_the_tables(runs):
     header, lines = differences(rows, "student")
     assert lines[0][:3] == ["both", "top-1 %", "+3.00"]
     assert lines[0][3] == "+1.04 to +4.96"
-    assert {line[1] for line in lines} == {"top-1 %", "ECE %", "NLL", "ECE % at T"}
+    assert {line[1] for line in lines} == {"top-1 %", "ECE %", "NLL", "Brier", "ECE % at T"}
     # a difference that rounds to nothing has no sign
     nll = next(line for line in lines if line[1] == "NLL")
     assert nll[2] == "0.0000"

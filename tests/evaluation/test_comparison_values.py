@@ -102,7 +102,8 @@ def test_the_tables_are_what_plain_loops_and_scipy_find():
     rows = compare(runs, [*SEEDS_OF])
     shown = {"top1": (100, 2), "ece": (100, 2), "nll": (1, 4), "brier": (1, 4),
              "ece_scaled": (100, 2), "nll_scaled": (1, 4), "temperature": (1, 2)}  # fmt: skip
-    names = {"top1": "top-1 %", "ece": "ECE %", "nll": "NLL", "ece_scaled": "ECE % at T"}
+    names = {"top1": "top-1 %", "ece": "ECE %", "nll": "NLL", "brier": "Brier",
+             "ece_scaled": "ECE % at T"}  # fmt: skip
     for network in NETWORKS:
         found = {key: expected_tests(runs, network, key) for key in shown}
         header, lines = results(rows, network)
@@ -140,13 +141,14 @@ def test_the_figure_has_a_dot_for_every_seed_and_a_line_at_every_mean(tmp_path, 
     runs, methods = full_runs(), [*SEEDS_OF]
     comparison_figure(compare(runs, methods), tmp_path / "c.png", "a title")
     [figure] = saved
-    labels = {"top1": "top-1 %", "ece": "ECE %", "nll": "NLL", "ece_scaled": "ECE % at T"}
+    labels = {"top1": "top-1 %", "ece": "ECE %", "nll": "NLL", "brier": "Brier",
+              "ece_scaled": "ECE % at T"}  # fmt: skip
     heads = {"s1": "s1 (student)", "s2": "s2 (student)", "big": "big (teacher)",
              "fixed": "fixed (teacher)"}  # fmt: skip
     panels = iter(figure.axes)
     for network, head in heads.items():
         for metric, label in labels.items():
-            axes, scale = next(panels), 1 if metric == "nll" else 100
+            axes, scale = next(panels), 1 if metric in ("nll", "brier") else 100
             assert axes.get_title(loc="left") == f"{head}: {label}"
             assert [t.get_text() for t in axes.get_xticklabels()] == methods
             assert list(axes.get_xticks()) == [0, 1, 2]
