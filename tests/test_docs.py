@@ -27,6 +27,7 @@ import tyro
 
 from bdkd.cli import COMMANDS, benchmark_files, main, take_plugins
 from bdkd.cli.compare_plan import recipe_of_method
+from bdkd.cli.tune_search import parse_searches
 from bdkd.config import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,7 @@ def parse_bdkd(arguments: list[str]) -> None:
         return
     assert command in COMMANDS, f"bdkd has no command {command!r}"
     module = import_module(f"bdkd.cli.{command.replace('-', '_')}")
-    if command in ("train", "compare"):
+    if command in ("train", "compare", "tune"):
         name = rest[0] if rest and not rest[0].startswith("-") else "digits"
         known = name in shipped_recipes() or Path(name).exists()
         recipe = load_recipe(name if known else "digits")
@@ -99,6 +100,9 @@ def parse_bdkd(arguments: list[str]) -> None:
         default = module.Arguments(recipe=name, config=recipe)
         for method in tyro.cli(module.Arguments, args=rest, default=default).methods:
             recipe_of_method(method, recipe)
+    elif command == "tune":
+        default = module.Arguments(recipe=name, config=recipe)
+        parse_searches(tyro.cli(module.Arguments, args=rest, default=default).methods, recipe)
     elif command == "benchmark" and module.names_file(rest):
         tyro.cli(benchmark_files.Arguments, prog="bdkd benchmark", args=rest)
     elif command == "benchmark":
@@ -112,7 +116,7 @@ def parse_bdkd(arguments: list[str]) -> None:
 
 def run_bdkd(arguments: list[str]) -> None:
     parse_bdkd(arguments)
-    if arguments[0] == "compare":
+    if arguments[0] in ("compare", "tune"):
         return  # many trainings in processes of their own: its tests run it
     trains = arguments[0] == "train" and not {"--dry-run", "--help"}.intersection(arguments)
     code = exit_code([*arguments, *(FEW_STEPS if trains else [])])
