@@ -13,13 +13,15 @@ pytest.importorskip(
 )
 
 
-def run_by_itself(name: str, workers: str, interpreted: str) -> None:
+def run_by_itself(name: str, workers: str, interpreted: str, **variables: str) -> None:
     """A file of tests whose process must begin in its own way."""
     file = Path(__file__).with_name(name)
     command = [
         sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", str(file),
     ]  # fmt: skip
-    environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1", **variables,
+    }  # fmt: skip
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -28,6 +30,12 @@ def run_by_itself(name: str, workers: str, interpreted: str) -> None:
 @pytest.mark.timeout(1800)
 def test_interpreted_grid():
     run_by_itself("triton_grid.py", workers="2", interpreted="1")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_larger_interpreted_grid():
+    run_by_itself("triton_grid.py", workers="2", interpreted="1", BDKD_SOAK="1")
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler for Triton's launcher: the grid runs")

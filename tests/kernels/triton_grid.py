@@ -8,6 +8,7 @@ blocks, so that every regime and every boundary between blocks is crossed.
 import contextlib
 import functools
 import math
+import os
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from bdkd_kernels.options import LossOptions
 from bdkd_kernels.triton import arguments, launch_table
 from bdkd_kernels.triton import backend as triton_backend
 from bdkd_kernels.types import LossInputs, Pair
-from cases import BF16, FP32, FP64, SHORT, Case, judge, sample
+from cases import BF16, FP32, FP64, Case, judge, sample, short_sample
 from edges import EDGES
 from triton import language
 from triton.runtime.interpreter import InterpretedFunction
@@ -25,11 +26,14 @@ from triton.runtime.interpreter import InterpretedFunction
 # Masked classes are -inf - -inf until a row is found to have them: see row_math.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
+# make soak runs twice as many calls.
+SCALE = 0.2 if os.environ.get("BDKD_SOAK") else 0.1
+SHORT = short_sample(SCALE)
 # Other calls than the tile kernel's, of rows that fill a few small blocks. (One class is never
 # looped over.)
 LOOPED = [
     case
-    for case in sample(0.12, "loop")
+    for case in sample(0.6 * SCALE, "loop")
     if math.prod(case.shape) <= 4000 and case.shape[-1] > 1 and math.prod(case.shape[:-1]) <= 33
 ]
 
