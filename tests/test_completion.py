@@ -29,6 +29,8 @@ LINES = [
     (["benchmark", "model.onnx", "--roun"], {"--rounds"}),
     (["export", "runs/mine", "--to", "o"], {"onnx"}),
     (["data", "f"], {"fetch"}),
+    (["data", "fetch", "f"], {"fashion-mnist"}),
+    (["train", "digits", "--data.source", "g"], {"glyphs"}),
     (["completion", "f"], {"fish"}),
 ]
 
@@ -66,6 +68,7 @@ def test_the_other_shells_read_their_scripts_where_they_are_installed(scripts):
     """zsh runs the script of bash. The commands and options of fish's are compared in any case."""
     text = (scripts / "fish").read_text()
     assert all(f"-a {command} -d" in text for command in COMMANDS)
+    assert "__fish_seen_subcommand_from fetch' -a 'cifar10 cifar100" in text
     assert "-l train.precision -x -a 'fp32 bf16 fp16'" in text
     assert (scripts / "zsh").read_text().endswith((scripts / "bash").read_text())
     if shutil.which("fish"):

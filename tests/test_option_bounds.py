@@ -57,6 +57,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "data.cutmix": NOT_NEGATIVE,
     "data.images": ([100], [99]),  # ten of each of 10 classes
     "data.classes": ([2], [1]),
+    "data.characters": ([2], [1]),
     "networks.student.learning_rate": POSITIVE,
     "objective.label_smoothing": SHARE,
     "optimizer.learning_rate": POSITIVE,
@@ -89,7 +90,7 @@ OF_THE_LOSS = {f"objective.{name}" for name in (
 # The recipe digits has these; an option of another source or optimizer needs that one.
 NEEDED = {
     "data.images": ("data", "synthetic"), "data.classes": ("data", "synthetic"),
-    "data.test_share": ("data", "images"),
+    "data.test_share": ("data", "images"), "data.characters": ("data", "glyphs"),
     "optimizer.betas": ("optimizer", "adamw"),
     **{f"data.{field.name}": ("data", "imagenet") for field in dataclasses.fields(ImageNetConfig)
        if not hasattr(InMemoryConfig, field.name)},

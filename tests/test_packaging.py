@@ -92,7 +92,8 @@ def test_a_wheel_in_a_clean_environment(builder, sdist, tmp_path):
     wheel = build(builder, sdist, tmp_path / "wheels", "wheel")
     assert wheel.name.endswith("-py3-none-any.whl") != HAS_COMPILER, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("bdkd/recipes/digits.toml", "bdkd/py.typed", "bdkd_kernels/py.typed"):
+    for needed in ("bdkd/recipes/digits.toml", "bdkd/data/glyphs/japanese.toml", "bdkd/py.typed",
+                   "bdkd_kernels/py.typed"):  # fmt: skip
         assert needed in names
     assert ("bdkd_kernels/libbdkd_native.so" in names) == HAS_COMPILER
     strangers = ("tests", "bench", "kernels", "build", "examples", "docs")

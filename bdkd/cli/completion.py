@@ -12,6 +12,7 @@ from bdkd.cli import benchmark_files
 from bdkd.cli.flags import Flag, flags_of, parse
 from bdkd.cli.shortcuts import SHORTCUTS
 from bdkd.config import load_recipe, shipped_recipes
+from bdkd.data.fetch import DATA_SETS
 from bdkd.models import list_models
 from bdkd.registry import SELECTIONS
 
@@ -76,6 +77,7 @@ def bash_script() -> str:
         for command, flags in known.items()
         for name, flag in flags.items()
     }
+    values["data fetch"] = list(DATA_SETS)
     return BASH % {
         "commands": " ".join([*COMMANDS, "--help", "--version"]),
         "flags": _cases(known),
@@ -108,6 +110,8 @@ def fish_script() -> str:
             takes = "" if flag.takes_no_value else takes
             text = flag.help.split(". ")[0][:70]
             lines.append(f"{seen} -l {name.removeprefix('--')}{takes} -d {shlex.quote(text)}")
+    fetch = "complete -c bdkd -n '__fish_seen_subcommand_from fetch'"
+    lines.append(f"{fetch} -a {shlex.quote(' '.join(DATA_SETS))}")
     return "\n".join(lines) + "\n"
 
 

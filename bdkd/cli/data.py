@@ -15,7 +15,7 @@ from bdkd.text import expand_user
 
 ACTIONS = {
     "list": "show every data source, whether it is ready here, and the command that trains on it",
-    "fetch": "download a data set, check its hash and unpack it",
+    "fetch": "download a data set and check its hash",
     "check": "count the images of a data set, and list those that cannot be decoded",
 }
 SHOWN = 10  # number of bad files to print; the list contains all of them
@@ -34,11 +34,11 @@ class List:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Download a data set from its original host, check its SHA-256 and unpack it. An interrupted
-    download is resumed."""
+    """Download a data set from its original host, check its SHA-256 and unpack it if it is an
+    archive. An interrupted download is resumed."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """cifar10 (0.2 GB), cifar100 (0.2 GB) or tiny-imagenet (0.2 GB)."""
+    """cifar10 (0.2 GB), cifar100 (0.2 GB), tiny-imagenet (0.2 GB) or fashion-mnist (0.03 GB)."""
     to: Path
     """Folder of the data set: the data.root of a recipe."""
 
@@ -90,7 +90,7 @@ def list_sources(given: list[str]) -> None:
         print(jsonlib.dumps([source._asdict() for source in sources], indent=2))
         return
     for source in sources:
-        size = "" if source.download_bytes is None else f" ({source.download_bytes / 1e9:.1f} GB)"
+        size = "" if source.download_bytes is None else f" ({source.download_bytes / 1e9:.1g} GB)"
         print(f"{source.name}: {source.reads or 'a source of a plugin'}{size}")
         print(f"    {'ready' if source.ready else 'not ready: ' + source.missing}")
         print(f"    {source.command}")
@@ -103,7 +103,8 @@ def fetch(given: list[str]) -> None:
     from bdkd.data import fetch as fetching
 
     folder = fetching.fetch(arguments.name, expand_user(arguments.to, "--to"))
-    print(f"{arguments.name} is in {folder}: train with --data.root {arguments.to}")
+    options = f"--data.source {arguments.name} --data.root {arguments.to}"
+    print(f"{arguments.name} is in {folder}: train with {options}")
 
 
 def check(given: list[str]) -> None:

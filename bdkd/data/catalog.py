@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bdkd.data.base import SourceEntry
-from bdkd.data.fetch import ARCHIVES
+from bdkd.data.fetch import DATA_SETS
 from bdkd.data.images.hub import missing_datasets
 from bdkd.registry import SOURCES
 
@@ -20,7 +20,7 @@ class ListedSource(NamedTuple):
     needs_root: bool
     """Whether ``data.root`` must be set."""
     download_bytes: int | None
-    """Size of the file that ``bdkd data fetch`` downloads. None: it does not know the data set."""
+    """Size of what ``bdkd data fetch`` downloads. None: it does not know the data set."""
     ready: bool
     """Whether the source can be used here."""
     missing: str
@@ -40,15 +40,15 @@ def listed_sources(root: Path) -> list[ListedSource]:
 
 
 def _listed(name: str, root: Path) -> ListedSource:
-    entry, archive = SOURCES[name], ARCHIVES.get(name)
+    entry, fetched = SOURCES[name], DATA_SETS.get(name)
     assert isinstance(entry, SourceEntry)
     missing = entry.missing(root)
-    known = archive is not None or not missing
+    known = fetched is not None or not missing
     place = shlex.quote(str(root)) if known else "FOLDER"
     command = f"bdkd train RECIPE --data.source {name}"
     if name == "images":
         command = f"bdkd train --data {place}"
-    elif entry.needs_root:
+    elif entry.needs_root or (fetched is not None and (root / fetched.folder).is_dir()):
         command += f" --data.root {place}"
-    size = None if archive is None else archive.size
+    size = None if fetched is None else fetched.size
     return ListedSource(name, entry.reads, entry.needs_root, size, not missing, missing, command)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from bdkd.data.base import SourceEntry
-from bdkd.data.fetch import ARCHIVES
+from bdkd.data.fetch import ARCHIVES, DATA_SETS, FILE_SETS
 from bdkd.errors import UsageError
 from bdkd.registry import SOURCES, nearest
 from bdkd.text import expand_user, unicode_hint_of_path
@@ -16,9 +16,9 @@ def data_options(text: str) -> dict[str, str]:
     """Return the options ``source`` and ``root`` of ``[data]`` for the name of a data source, a
     path, or ``hf:NAME``.
 
-    A folder that holds CIFAR or Tiny-ImageNet as downloaded is read by the source of that name,
-    and every other folder by the source ``images``. A folder with the name of a source that needs a
-    folder is that folder.
+    A folder that holds CIFAR, Fashion-MNIST or Tiny-ImageNet as downloaded is read by the source of
+    that name, and every other folder by the source ``images``. A folder with the name of a source
+    that needs a folder is that folder.
 
     Raises:
         UsageError: the text is none of these; it names both a folder and a source that reads no
@@ -37,7 +37,7 @@ def data_options(text: str) -> dict[str, str]:
     path = expand_user(text, "--data")
     downloaded = _downloaded(path)
     if len(downloaded) > 1:
-        folders = ", ".join(str(path / ARCHIVES[source].folder) for source in downloaded)
+        folders = ", ".join(str(path / DATA_SETS[source].folder) for source in downloaded)
         raise UsageError(f"--data {text} holds several data sets: pass one of {folders}")
     if downloaded:
         return {"source": downloaded[0], "root": text}
@@ -51,10 +51,18 @@ def data_options(text: str) -> dict[str, str]:
 
 def _downloaded(path: Path) -> list[str]:
     """Return the sources whose downloaded folder or archive is at a path or in it."""
-    return [
+    archives = [
         source
         for source, archive in ARCHIVES.items()
         if (path.resolve().name in (archive.folder, archive.file) and path.exists())
         or (path / archive.folder).is_dir()
         or (path / archive.file).is_file()
     ]
+    # The files of a set may have the names of another set's, so the folder must have its name too.
+    sets = [
+        source
+        for source, known in FILE_SETS.items()
+        for folder in (path.resolve(), path / known.folder)
+        if folder.name == known.folder and any((folder / f.file).is_file() for f in known.files)
+    ]
+    return archives + sets

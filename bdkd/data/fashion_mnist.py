@@ -32,8 +32,11 @@ REMEDY = (
 
 
 def _missing(root: Path) -> str:
-    found = _folder_with_files(root) or _folder_with_files(PACKAGE_FOLDER)
-    return "" if found else f"no {_names('train')[0]} in {root} or {PACKAGE_FOLDER}: {REMEDY}"
+    folder = _folder_with_files(root) or _folder_with_files(PACKAGE_FOLDER)
+    if folder is None:
+        return f"no {_names('train')[0]} in {root} or {PACKAGE_FOLDER}: {REMEDY}"
+    absent = [name for split in PARTS for name in _names(split) if not _is_there(folder, name)]
+    return f"no {absent[0]} in {folder}: {REMEDY}" if absent else ""
 
 
 @register_source(
@@ -56,11 +59,14 @@ def _names(split: str) -> tuple[str, str]:
     return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
 
 
+def _is_there(folder: Path, name: str) -> bool:
+    """Return whether a folder holds a file, packed or unpacked."""
+    return any((folder / (name + suffix)).is_file() for suffix in ("", ".gz"))
+
+
 def _folder_with_files(root: Path) -> Path | None:
-    """Return the folder that holds the files, packed or unpacked."""
-    name = _names("train")[0]
     for folder in (root, root / SOURCE):
-        if any((folder / (name + suffix)).is_file() for suffix in ("", ".gz")):
+        if _is_there(folder, _names("train")[0]):
             return folder
     return None
 
@@ -73,6 +79,11 @@ def _images(folder: Path, split: str) -> Images:
     if classes.max() >= len(CLASSES):
         found = f"a label {classes.max()}, and the classes are 0 to {len(CLASSES) - 1}"
         raise RunError(f"{folder / labels} holds {found}: {REMEDY}")
+    sizes, needed = np.bincount(classes, minlength=len(CLASSES)), count // len(CLASSES)
+    if (sizes != needed).any():  # MNIST's files have the same names and shapes
+        odd = int(np.argmax(sizes != needed))
+        found = f"{sizes[odd]:,} labels {odd}, and Fashion-MNIST has {needed:,} of each"
+        raise RunError(f"{folder / labels} holds {found} (is it MNIST?): {REMEDY}")
     return Images(torch.from_numpy(pixels)[:, None], torch.from_numpy(classes).long())
 
 

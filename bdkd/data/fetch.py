@@ -1,10 +1,12 @@
 """Download data sets from their original hosts for ``bdkd data fetch``. Training never downloads.
 
-Archives are verified against a known SHA-256 before they are unpacked.
+A data set is an archive, which is unpacked, or several compressed files, which are kept as they
+are. Both are verified against a known SHA-256 first.
 """
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import os
 import shlex
@@ -16,6 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -26,7 +29,7 @@ from tqdm import tqdm
 
 from bdkd.config import DataConfig, nearest
 from bdkd.errors import RunError, UsageError, reason_of
-from bdkd.text import expand_user
+from bdkd.text import expand_user, open_regular
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without data
@@ -46,6 +49,63 @@ class Archive:
     def file(self) -> str:
         return self.url.rsplit("/", 1)[1]
 
+    @property
+    def needed(self) -> int:
+        """Bytes on the disk."""
+        return self.size + self.unpacked
+
+    def sha256_of(self, path: Path) -> str:
+        """Return the SHA-256 to compare with ``self.sha256``."""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class GzipFile:
+    """A compressed file to download, which is kept compressed.
+
+    The SHA-256 is of the content, because compressed files with the same content differ: those of
+    Debian's packages have no file names in their headers.
+    """
+
+    url: str
+    sha256: str  # of the content
+    size: int  # bytes of the compressed file
+    unpacked: int  # bytes of the content
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the disk."""
+        return self.size
+
+    def sha256_of(self, path: Path) -> str:
+        """Return the SHA-256 to compare with ``self.sha256``, or that of the file as it is if it
+        cannot be unpacked. At most one byte more than the known length is unpacked."""
+        with open(path, "rb") as file:
+            try:
+                with gzip.open(file) as content:
+                    return hashlib.sha256(content.read(self.unpacked + 1)).hexdigest()
+            except (EOFError, zlib.error, gzip.BadGzipFile):
+                file.seek(0)
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files of a data set, and the folder in which they are kept."""
+
+    files: tuple[GzipFile, ...]
+    folder: str
+
+    @property
+    def size(self) -> int:
+        """Bytes to download."""
+        return sum(file.size for file in self.files)
+
 
 ARCHIVES = {
     "cifar10": Archive(
@@ -64,6 +124,33 @@ ARCHIVES = {
         248_100_043, 500_000_000, "tiny-imagenet-200",
     ),
 }  # fmt: skip
+FASHION_MNIST = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+# The SHA-256 are of the unpacked files of Debian's package dataset-fashion-mnist 0.0~git20200523.
+FILE_SETS = {
+    "fashion-mnist": FileSet((
+        GzipFile(
+            f"{FASHION_MNIST}/train-images-idx3-ubyte.gz",
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            26_421_880, 47_040_016,
+        ),
+        GzipFile(
+            f"{FASHION_MNIST}/train-labels-idx1-ubyte.gz",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            29_515, 60_008,
+        ),
+        GzipFile(
+            f"{FASHION_MNIST}/t10k-images-idx3-ubyte.gz",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            4_422_102, 7_840_016,
+        ),
+        GzipFile(
+            f"{FASHION_MNIST}/t10k-labels-idx1-ubyte.gz",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+            5_148, 10_008,
+        ),
+    ), "fashion-mnist"),
+}  # fmt: skip
+DATA_SETS: dict[str, Archive | FileSet] = {**ARCHIVES, **FILE_SETS}
 
 
 def where_to_get(source: str, root: Path | None = None) -> str:
@@ -89,48 +176,78 @@ def required_root(config: DataConfig) -> Path:
     if config.root is None:
         raise UsageError(
             f"data.root must name the folder of the data set {config.source!r}"
-            + (f" ({where_to_get(config.source)})" if config.source in ARCHIVES else "")
+            + (f" ({where_to_get(config.source)})" if config.source in DATA_SETS else "")
         )
     return expand_user(config.root, "data.root")
 
 
-def fetch(name: str, to: Path, archives: Mapping[str, Archive] = ARCHIVES) -> Path:
-    """Download, verify and unpack a data set unless it exists, and return its folder in ``to``.
+def fetch(name: str, to: Path, known: Mapping[str, Archive | FileSet] = DATA_SETS) -> Path:
+    """Download and verify a data set unless it exists, and return its folder in ``to``.
 
-    An interrupted download is continued, and an archive that already exists in ``to`` is used. The
-    folder is created atomically. Then the archive is removed.
+    An interrupted download is continued, and an archive or file that already exists is used.
 
     Raises:
         UsageError: the data set is unknown.
         RunError: there is no network or no space, the hash is wrong, or another fetch is running.
     """
-    if name not in archives:
-        raise UsageError(f"unknown data set {name!r}: {nearest(name, list(archives))}")
-    archive = archives[name]
-    folder, packed = to / archive.folder, to / archive.file
-    if folder.exists():
-        return folder
+    if name not in known:
+        raise UsageError(f"unknown data set {name!r}: {nearest(name, list(known))}")
+    data_set = known[name]
     try:
-        to.mkdir(parents=True, exist_ok=True)
-        if not packed.exists():
-            _download(archive, packed)
-        _unpack(archive, packed, folder)
-        packed.unlink()
+        if isinstance(data_set, Archive):
+            _fetch_archive(data_set, to)
+        else:
+            _fetch_files(data_set, to / data_set.folder)
     except OSError as error:  # not of the network, whose errors are RunErrors here
         reason = reason_of(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; make room and run it again to continue the download"
         raise RunError(f"cannot write in {to}: {reason}") from error
-    return folder
+    return to / data_set.folder
 
 
-def _download(archive: Archive, packed: Path) -> None:
+def _fetch_archive(archive: Archive, to: Path) -> None:
+    """Create the folder of the archive atomically, and remove the archive."""
+    folder, packed = to / archive.folder, to / archive.file
+    if folder.exists():
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    if not packed.exists():
+        _download(archive, packed)
+    _verify(archive, packed, "nothing was unpacked: remove it")
+    _unpack(archive, packed, folder)
+    packed.unlink()
+
+
+def _fetch_files(data_set: FileSet, folder: Path) -> None:
+    """Create each file atomically. A user may have put some of them there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in data_set.files:
+        path = folder / file.file
+        if path.exists():
+            _verify(file, path, "remove it")
+        else:
+            _download(file, path)
+
+
+def _verify(file: Archive | GzipFile, path: Path, remedy: str) -> None:
+    with open_regular(path) as opened:  # a pipe would never end
+        size = os.fstat(opened.fileno()).st_size
+    if (found := file.sha256_of(path)) != file.sha256:
+        raise RunError(
+            f"{path} ({size:,} bytes) is not the known file: its SHA-256 is {found}, not "
+            f"{file.sha256}; {remedy}, and run this again"
+        )
+
+
+def _download(archive: Archive | GzipFile, packed: Path) -> None:
     """Start or continue a download. The file gets its final name after it is verified."""
-    free, needed = shutil.disk_usage(packed.parent).free, archive.size + archive.unpacked
+    free, needed = shutil.disk_usage(packed.parent).free, archive.needed
     if free < needed:
         raise RunError(
-            f"{packed.parent} has {free / 1e9:.2f} GB free, and {archive.file} with its unpacked "
-            f"files needs {needed / 1e9:.2f} GB: make room, or pass another folder with --to"
+            f"{packed.parent} has {free / 1e9:.2f} GB free, and {archive.file} needs "
+            f"{needed / 1e9:.2f} GB for itself and what is unpacked: make room, or pass another "
+            "folder with --to"
         )
     part = packed.with_name(packed.name + ".part")
     with open(part, "ab") as file:
@@ -145,7 +262,7 @@ def _download(archive: Archive, packed: Path) -> None:
             file.flush()
             if not file.tell():  # nothing was received
                 part.unlink()
-    found = _sha256(part)
+    found = archive.sha256_of(part)
     if found != archive.sha256:
         part.unlink()
         raise RunError(
@@ -156,7 +273,7 @@ def _download(archive: Archive, packed: Path) -> None:
     part.rename(packed)
 
 
-def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
+def _append(archive: Archive | GzipFile, part: Path, file: BinaryIO) -> None:
     host = urllib.parse.urlsplit(archive.url).netloc
     have = file.tell()
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"})
@@ -203,18 +320,8 @@ def _append(archive: Archive, part: Path, file: BinaryIO) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _unpack(archive: Archive, packed: Path, folder: Path) -> None:
-    """Verify the archive, unpack it into a temporary folder and rename that folder."""
-    if (found := _sha256(packed)) != archive.sha256:
-        raise RunError(
-            f"{packed} ({packed.stat().st_size:,} bytes) is not the known file: its SHA-256 is "
-            f"{found}, not {archive.sha256}; nothing was unpacked: remove it, and run this again"
-        )
+    """Unpack the archive into a temporary folder and rename that folder."""
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=packed.parent) as temporary:
         declared = 0
         for name, size, stream in _files(packed):

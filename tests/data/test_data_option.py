@@ -10,6 +10,7 @@ from photo_folders import make_photos, open_source
 from bdkd.cli import main
 from bdkd.data import data_options, register_source
 from bdkd.data.base import DataConfig
+from bdkd.data.fetch import FILE_SETS
 from bdkd.errors import UsageError
 from bdkd.registry import SOURCES
 
@@ -67,6 +68,24 @@ def test_downloaded_sets_are_recognised(here):
         data_options("data")
 
 
+def test_fashion_mnist_is_recognised_by_its_files_in_a_folder_of_its_name(here):
+    """MNIST's files have the same names, and images in class folders may have the same folder."""
+    folder = here / "data" / "fashion-mnist"
+    make_photos(folder, coat=1, dress=1)
+    assert data_options("data/fashion-mnist") == {"source": "images", "root": "data/fashion-mnist"}
+    for file in FILE_SETS["fashion-mnist"].files:
+        (folder / file.file).touch()
+    for root in ("data", "data/fashion-mnist"):
+        assert data_options(root) == {"source": "fashion-mnist", "root": root}
+    folder.rename(here / "data" / "mnist")
+    assert data_options("data/mnist") == {"source": "images", "root": "data/mnist"}
+    assert data_options("fashion-mnist") == {"source": "fashion-mnist"}
+    (here / "fashion-mnist").mkdir()
+    with pytest.raises(UsageError, match=r"is a data source and a folder: pass \./fashion-mnist"):
+        data_options("fashion-mnist")
+    assert data_options("glyphs") == {"source": "glyphs"}
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("digist", ["got 'digist'", "did you mean 'digits'?"]),
     ("", ["got ''"]), ("hf:", ["got 'hf:'", "hf:NAME"]),
@@ -106,6 +125,23 @@ def test_every_source_is_listed_with_what_is_missing(here, capsys, monkeypatch):
     assert images["command"].endswith(f"--data '{photos}'")
     monkeypatch.setattr("bdkd.data.images.hub.find_spec", lambda name: None)
     assert listed(capsys)["hf"]["missing"] == "datasets is not installed: pip install 'bdkd[hf]'"
+
+
+def test_fashion_mnist_is_listed_with_the_folder_that_has_it(here, capsys, monkeypatch):
+    monkeypatch.setattr("bdkd.data.fashion_mnist.PACKAGE_FOLDER", here / "package")
+    row = listed(capsys)["fashion-mnist"]
+    assert (row["download_bytes"], row["needs_root"]) == (30_878_645, False)
+    assert "bdkd data fetch fashion-mnist --to DIR" in row["missing"]
+    command = "bdkd train RECIPE --data.source fashion-mnist"
+    for folder, root in (
+        (here / "package", ""),
+        (here / "data/fashion-mnist", " --data.root data"),
+    ):
+        folder.mkdir(parents=True)
+        for file in FILE_SETS["fashion-mnist"].files:
+            (folder / file.file).touch()
+        row = listed(capsys)["fashion-mnist"]
+        assert (row["ready"], row["command"]) == (True, command + root)
 
 
 def test_the_list_is_text_without_json(here, capsys):

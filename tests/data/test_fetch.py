@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import hashlib
 import io
+import os
 import re
 import tarfile
 import threading
@@ -20,7 +21,7 @@ from fake_sets import cifar_files, tar_gz, tiny_imagenet_files
 from bdkd.cli import data as command
 from bdkd.data import create_source
 from bdkd.data import fetch as fetching
-from bdkd.data.fetch import ARCHIVES, Archive, fetch
+from bdkd.data.fetch import ARCHIVES, DATA_SETS, FILE_SETS, Archive, FileSet, GzipFile, fetch
 from bdkd.errors import RunError, UsageError
 from bdkd.registry import SOURCES
 
@@ -213,8 +214,10 @@ def test_a_host_that_sends_more_than_the_archive_is_not_read_to_its_end(tmp_path
     host.announces_no_length = True
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        sha256 = fetching._sha256
-        patch.setattr(fetching, "_sha256", lambda p: kept.append(p.stat().st_size) or sha256(p))
+        sha256 = Archive.sha256_of
+        patch.setattr(
+            Archive, "sha256_of", lambda self, p: kept.append(p.stat().st_size) or sha256(self, p)
+        )
         with pytest.raises(RunError, match="is not the known file"):
             fetch("cifar10", tmp_path, table)
     assert kept[0] <= len(CIFAR) + fetching.CHUNK
@@ -301,16 +304,163 @@ def test_an_archive_cannot_write_elsewhere(tmp_path, host, content, message):
 
 
 def test_the_command(tmp_path, table, monkeypatch, capsys):
-    monkeypatch.setattr(fetching, "ARCHIVES", table)
     monkeypatch.setattr(fetching.fetch, "__defaults__", (table,))
     command.run(["fetch", "cifar10", "--to", str(tmp_path)])
-    assert f"train with --data.root {tmp_path}" in capsys.readouterr().out
+    options = f"--data.source cifar10 --data.root {tmp_path}"
+    assert f"train with {options}" in capsys.readouterr().out
     with pytest.raises(UsageError, match="unknown data set 'cifar1': did you mean 'cifar10'"):
         command.run(["fetch", "cifar1", "--to", str(tmp_path)])
     with pytest.raises(UsageError, match="unknown action 'fletch': did you mean 'fetch'"):
         command.run(["fletch"])
     command.run([])
     assert "fetch" in capsys.readouterr().out
+
+
+CONTENTS = {"images.gz": bytes(range(256)) * 90, "labels.gz": b"labels" * 500}
+
+
+@pytest.fixture
+def files(host) -> dict[str, FileSet]:
+    """A table with a data set of two files, as the host packs them."""
+    known = []
+    for name, content in CONTENTS.items():
+        packed = host.files[f"/{name}"] = gzip.compress(content)
+        url = f"http://127.0.0.1:{host.server.server_port}/{name}"
+        sha256 = hashlib.sha256(content).hexdigest()
+        known.append(GzipFile(url, sha256, len(packed), len(content)))
+    return {"clothes": FileSet(tuple(known), "clothes")}
+
+
+def test_files_are_kept_as_they_are_and_not_fetched_again(tmp_path, host, files):
+    to = tmp_path / "new" / "data"
+    assert fetch("clothes", to, files) == to / "clothes"
+    assert hidden(to) == ["clothes"]
+    assert hidden(to / "clothes") == ["images.gz", "labels.gz"]
+    for name in CONTENTS:
+        assert (to / "clothes" / name).read_bytes() == host.files[f"/{name}"]
+    fetch("clothes", to, files)
+    assert host.asked == ["bytes=0-"] * 2
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_of_files_goes_on_where_it_stopped(tmp_path, host, files, ranges):
+    host.breaks_after = 100
+    with pytest.raises(RunError, match=r"of images.gz broke off after 100 of .* run it again"):
+        fetch("clothes", tmp_path, files)
+    assert hidden(tmp_path / "clothes") == ["images.gz.part"]
+    host.ranges = ranges
+    del host.files["/labels.gz"]
+    with pytest.raises(RunError, match=r"answered 404 Not Found to http://127.*labels.gz"):
+        fetch("clothes", tmp_path, files)
+    assert hidden(tmp_path / "clothes") == ["images.gz"]  # complete, and kept
+    host.files["/labels.gz"] = gzip.compress(CONTENTS["labels.gz"])
+    fetch("clothes", tmp_path, files)
+    assert host.asked == ["bytes=0-", "bytes=100-", "bytes=0-", "bytes=0-"]
+    assert hidden(tmp_path / "clothes") == ["images.gz", "labels.gz"]
+
+
+def test_a_file_that_a_user_packed_again_is_as_good(tmp_path, host, files):
+    """As Debian's packages do, without a file name in the header."""
+    (tmp_path / "clothes").mkdir()
+    for name, content in CONTENTS.items():
+        (tmp_path / "clothes" / name).write_bytes(gzip.compress(content, 1))
+    fetch("clothes", tmp_path, files)
+    assert host.asked == []
+
+
+@pytest.mark.parametrize("content", [
+    gzip.compress(b"other" * 600), gzip.compress(CONTENTS["labels.gz"])[:-9], b"<html>", b"",
+    gzip.compress(CONTENTS["labels.gz"] + b"x"), gzip.compress(bytes(1 << 26)),
+], ids=["other", "cut", "login page", "empty", "longer", "bomb"])  # fmt: skip
+def test_a_file_of_a_user_is_checked_and_left(tmp_path, host, files, content):
+    (tmp_path / "clothes").mkdir()
+    file = tmp_path / "clothes" / "labels.gz"
+    file.write_bytes(content)
+    with pytest.raises(RunError) as raised:
+        fetch("clothes", tmp_path, files)
+    message = str(raised.value)
+    assert f"{file} ({len(content):,} bytes) is not the known file: its SHA-256 is " in message
+    assert message.endswith("; remove it, and run this again")
+    assert file.read_bytes() == content
+
+
+def test_no_more_is_unpacked_than_the_known_size(tmp_path, files, monkeypatch):
+    (tmp_path / "clothes").mkdir()
+    (tmp_path / "clothes" / "images.gz").write_bytes(gzip.compress(bytes(1 << 26)))
+    asked = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(
+        gzip.GzipFile, "read", lambda self, size=-1: asked.append(size) or read(self, size)
+    )
+    with pytest.raises(RunError, match="is not the known file"):
+        fetch("clothes", tmp_path, files)
+    assert asked == [len(CONTENTS["images.gz"]) + 1]
+
+
+@pytest.mark.parametrize("content", ["other", "damaged"])
+def test_another_file_of_the_host_is_removed(tmp_path, host, files, content):
+    packed = bytearray(host.files["/images.gz"])
+    packed[-5 if content == "other" else 200] ^= 255  # the checksum, or the compressed data
+    host.files["/images.gz"] = bytes(packed)
+    with pytest.raises(RunError, match=r"from http.*images.gz is not the known file: its SHA-256"):
+        fetch("clothes", tmp_path, files)
+    assert hidden(tmp_path / "clothes") == []
+
+
+def test_two_fetches_of_files_do_not_write_one_file(tmp_path, host, files):
+    (tmp_path / "clothes").mkdir()
+    with open(tmp_path / "clothes" / "images.gz.part", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=r"another bdkd data fetch is downloading .*images.gz"):
+            fetch("clothes", tmp_path, files)
+    assert host.asked == []
+
+
+def test_files_that_cannot_be_fetched_say_where_to_put_them(tmp_path, host, files, monkeypatch):
+    usage = SimpleNamespace(free=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(RunError, match=r"GB free, and images.gz needs .* make room"):
+            fetch("clothes", tmp_path, files)
+    host.server.shutdown()
+    host.server.server_close()
+    with pytest.raises(RunError, match=rf"put it into {tmp_path}/clothes, and run this again"):
+        fetch("clothes", tmp_path, files)
+    (tmp_path / "clothes").rmdir()
+    (tmp_path / "clothes").touch()
+    with pytest.raises(RunError, match=rf"cannot write in {tmp_path}: File exists"):
+        fetch("clothes", tmp_path, files)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, files):
+    (tmp_path / "clothes").mkdir()
+    os.mkfifo(tmp_path / "clothes" / "images.gz")
+    with pytest.raises(RunError, match=r"images.gz: it is not a regular file"):
+        fetch("clothes", tmp_path, files)
+
+
+def test_the_help_names_every_known_set(capsys):
+    with pytest.raises(SystemExit):
+        command.run(["fetch", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, known in DATA_SETS.items():
+        assert f"{name} ({known.size / 1e9:.1g} GB)" in text
+
+
+def test_fashion_mnist_is_four_files_that_its_source_reads():
+    from bdkd.data.fashion_mnist import PARTS, SOURCE, _names
+
+    known = FILE_SETS[SOURCE]
+    assert [file.file for file in known.files] == [
+        f"{name}.gz" for split in PARTS for name in _names(split)
+    ]
+    assert known.folder == SOURCE
+    assert known.size == 30_878_645
+    for file in known.files:
+        assert re.fullmatch(r"[0-9a-f]{64}", file.sha256)
+    assert [file.unpacked for file in known.files] == [
+        16 + 60_000 * 784, 8 + 60_000, 16 + 10_000 * 784, 8 + 10_000
+    ]  # fmt: skip
 
 
 def test_the_known_archives_are_whole_entries():

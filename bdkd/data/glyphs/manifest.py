@@ -1,6 +1,7 @@
 """The manifest of a set of glyphs: which characters, drawn by which faces, in which split."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ SHIPPED = "japanese.toml"
 JIS_LEVEL_1 = "jis-level-1"
 SPLITS = ("train", "val", "test")
 LARGEST = 1_000_000  # bytes of a manifest
+MOST_FACES = 1 << 16  # in a collection; FreeType has 16 bits for them
 
 
 class Face(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -48,7 +50,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     def alphabet(self) -> str:
         """Return all characters."""
         named = jis_level_1() if self.characters == JIS_LEVEL_1 else self.characters
-        return "".join(letter for letter in named if letter not in self.without)
+        without = set(self.without)
+        return "".join(letter for letter in named if letter not in without)
 
 
 def jis_level_1() -> str:
@@ -87,7 +90,7 @@ def read_manifest(path: str | None) -> Manifest:
 def _problem(manifest: Manifest) -> str:
     """Return what is wrong with a manifest, or an empty text."""
     alphabet = manifest.alphabet()
-    doubled = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
+    doubled = [letter for letter, count in Counter(alphabet).items() if count > 1]
     if len(alphabet) < 2 or doubled:
         found = f"{doubled[0]!r} twice" if doubled else f"{len(alphabet)}"
         return f"characters must be at least two different characters, got {found}"
@@ -95,11 +98,15 @@ def _problem(manifest: Manifest) -> str:
         if not manifest.of_split(split):
             return f"at least one face must have split = {split!r}, got none"
     splits: dict[str, str] = {}
+    seen: set[tuple[str, int]] = set()
     for face in manifest.face:
         if Path(face.file).name != face.file or not face.file:
             return f"file must be the name of a font file without a folder, got {face.file!r}"
-        if face.index < 0:
-            return f"index must be at least 0, got {face.index} ({face.name})"
+        if not 0 <= face.index < MOST_FACES:
+            return f"index must be from 0 to {MOST_FACES - 1}, got {face.index} ({face.name})"
+        if (face.file, face.index) in seen:
+            return f"every face must be listed once, got the face {face.index} of {face.file} twice"
+        seen.add((face.file, face.index))
         if splits.setdefault(face.lineage, face.split) != face.split:
             return (
                 f"the lineage {face.lineage!r} has faces in {splits[face.lineage]} and in "
@@ -115,37 +122,44 @@ def font_folders() -> list[Path]:
     return [*own, Path("/usr/local/share/fonts"), Path("/usr/share/fonts")]
 
 
-def find_fonts(faces: Sequence[Face], folders: Sequence[Path]) -> dict[Face, Path]:
-    """Return the font file of each face.
+def find_fonts(faces: Sequence[Face], root: Path | None = None) -> dict[Face, Path]:
+    """Return the font file of each face, in a folder or in those of the system and the user.
 
     Raises:
         RunError: a file is not installed. The message names the packages to install.
     """
     wanted = {face.file for face in faces}
     found: dict[str, Path] = {}
-    for folder in folders:
+    for folder in font_folders() if root is None else [root]:
         for path in _files(folder):
-            if path.name in wanted:
+            if path.name in wanted and path.is_file():
                 found.setdefault(path.name, path)
     if absent := [face for face in faces if face.file not in found]:
-        raise RunError(missing_fonts(absent, folders))
+        raise RunError(_missing_fonts(absent, root))
     return {face: found[face.file] for face in faces}
 
 
-def missing_fonts(absent: Sequence[Face], folders: Sequence[Path]) -> str:
+def _missing_fonts(absent: Sequence[Face], root: Path | None) -> str:
     """Return one line about faces that are not installed."""
     names = ", ".join(dict.fromkeys(face.file for face in absent))
+    where = ", ".join(map(str, font_folders() if root is None else [root]))
     packages = sorted({face.package for face in absent if face.package})
-    where = ", ".join(map(str, folders))
-    remedy = (
-        f"apt install --no-install-recommends {' '.join(packages)}"
-        if packages
-        else "put them there, or pass their folder with --data.root"
-    )
+    remedy = "put them there" + ("" if root else ", or pass their folder with --data.root")
+    if packages:
+        install = f"apt install --no-install-recommends {' '.join(packages)}"
+        remedy = f"{remedy}, or leave out data.root and run {install}" if root else install
     return f"no font files {names} in {where}: {remedy}"
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """Iterate over the files at every level. Each folder is visited once, because links may lead
+    in a circle."""
+    visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         folders.sort()
         yield from (Path(parent, name) for name in sorted(names))

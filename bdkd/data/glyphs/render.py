@@ -6,6 +6,7 @@ written, each run draws the characters again.
 """
 
 import hashlib
+import io
 import os
 import zipfile
 from contextlib import suppress
@@ -15,6 +16,7 @@ import numpy as np
 
 from bdkd.data.glyphs.manifest import Face
 from bdkd.errors import RunError, reason_of
+from bdkd.text import open_regular
 
 RULES = "1"  # increase this when the same font is drawn differently
 EM = 0.9  # of the side of an image
@@ -28,32 +30,35 @@ def glyph_images(face: Face, path: Path, characters: str, side: int) -> np.ndarr
         RunError: the font cannot be read, or does not have all characters.
     """
     try:
-        content = path.read_bytes()
+        with open_regular(path) as opened:
+            content = opened.read()
     except OSError as error:
         raise RunError(f"cannot read the font {path}: {reason_of(error)}") from error
     file = _cache_file(face, content, characters, side)
     shape = (len(characters), side, side)
     if file is not None and (cached := _load(file, shape)) is not None:
         return cached
-    images = _draw(face, path, characters, side)
+    images = _draw(face, path, content, characters, side)
     if file is not None:
         _save(file, images)
     return images
 
 
-def _draw(face: Face, path: Path, characters: str, side: int) -> np.ndarray:
+def _draw(face: Face, path: Path, content: bytes, characters: str, side: int) -> np.ndarray:
     from PIL import Image, ImageDraw, ImageFont
 
     try:
         font = ImageFont.truetype(
-            str(path), round(EM * side), face.index, layout_engine=ImageFont.Layout.BASIC
-        )
+            io.BytesIO(content), round(EM * side), face.index,
+            layout_engine=ImageFont.Layout.BASIC,
+        )  # fmt: skip
         unknown = bytes(font.getmask(NO_CHARACTER))
         images = np.zeros((len(characters), side, side), np.uint8)
         lacking = []
         for image, character in zip(images, characters, strict=True):
             left, top, right, bottom = font.getbbox(character)
-            # The ink is in the centre, so that the position says nothing about the face.
+            # Pillow's box is in the centre: the ink and the advance, and the ink and the baseline.
+            # So the position says little about the face.
             place = ((side - right - left) // 2, (side - bottom - top) // 2)
             canvas = Image.new("L", (side, side))
             ImageDraw.Draw(canvas).text(place, character, fill=255, font=font)
@@ -61,7 +66,9 @@ def _draw(face: Face, path: Path, characters: str, side: int) -> np.ndarray:
             if not image.any() or bytes(font.getmask(character)) == unknown:
                 lacking.append(character)
     except OSError as error:  # FreeType's errors too
-        raise RunError(f"cannot read the font {path} (face {face.index}): {error}") from error
+        raise RunError(
+            f"cannot read the font {path} (face {face.index}): {error}; install it again"
+        ) from error
     if lacking:
         raise RunError(
             f"the font {path} (face {face.index}) does not draw {len(lacking):,} of the "
@@ -90,8 +97,8 @@ def _load(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
             if any(member.compress_type for member in found.zip.infolist()):
                 return None
             images, digest = found["images"], str(found["digest"])
-    # The file is missing, unreadable, truncated or of another version.
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    # The file is missing, unreadable, truncated, of another version, or no archive of arrays.
+    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile):
         return None
     valid = images.shape == shape and images.dtype == np.uint8 and _digest(images) == digest
     return images if valid else None
