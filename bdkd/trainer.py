@@ -122,6 +122,7 @@ class Trainer:
         target = torch.zeros(count, dtype=torch.int64, device=device)
         batch = Batch((images,) * self.objective.views, target)
         *_, (micro_batch, _) = batch.micro_batches(self.accumulate)
+        self.objective.advance(self.state.epochs_done(), self.state.device)
         warm_up(self.state, self.forward_backward, micro_batch)
 
     # -- a run -------------------------------------------------------------------------------------

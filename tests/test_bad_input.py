@@ -289,6 +289,13 @@ COMMAND_LINES = [
     ("train digits --pretrained", 2, ["--pretrained", "no weights are published for", "timm"]),
     ("train digits --pretrained=teacher", 2, ["--pretrained takes no value", "'teacher'"]),
     ("train digits --objective bdk", 2, ["unknown objective 'bdk'", "'bdkd'"]),
+    ("train digits --objective lskd", 2, ["'lskd'", "networks.teacher.weights", "'independent'"]),
+    ("train digits --objective dkd", 2, ["'dkd'", "networks.teacher.weights", "'independent'"]),
+    ("train digits --objective dkd --objective.warmup -1", 2, ["warmup", "at least 0", "-1"]),
+    ("train digits --objective dkd --objective.temperature 0", 2, ["temperature", "[0.0001, "]),
+    ("train digits --objective dkd --objective.student-kd 1", 2, ["student_kd", "'dkd'"]),
+    ("train digits --objective dkd --objective.student-ce 0 --objective.target-kd 0 "
+     "--objective.other-kd 0", 2, ["student_ce, target_kd and other_kd must not all be 0"]),
     ("train digits --data nowhere/", 2, ["'nowhere/'"]),
     ("train --epochs 3 digits", 2, ["needs its recipe first", "bdkd train digits"]),
     ("train digits --device cuda:9", 1, ["no device cuda:9", "--device cpu"]),

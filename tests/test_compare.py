@@ -23,6 +23,7 @@ from bdkd.cli.compare_plan import (
 )
 from bdkd.config import load_recipe, to_toml
 from bdkd.errors import RunError, UsageError
+from bdkd.registry import OBJECTIVES
 from bdkd.runs.checkpoint import load_checkpoint
 
 TINY = [
@@ -332,7 +333,16 @@ def test_one_number_of_seeds_is_how_many_and_several_are_which():
 def test_without_methods_all_are_compared_with_independent():
     methods = chosen_methods([])
     assert methods[0] == "independent"
-    assert {"bdkd", "kd", "dml", "kdcl", "switokd"} < set(methods)
+    ours = ["bdkd", "dkd", "dml", "kd", "kdcl", "lskd", "switokd"]
+    assert [method for method in methods[1:] if not OBJECTIVES.is_foreign(method)] == ours
+
+
+def test_all_methods_that_need_a_trained_teacher_get_that_of_independent(tmp_path):
+    runs = plan_runs(load_recipe("digits"), ["kd", "lskd", "dkd", "dml"], [0], tmp_path)
+    teachers = {run.method: run.teachers for run in runs}
+    trained = dict.fromkeys(["kd", "lskd", "dkd"], ("teacher",))
+    assert teachers == {"independent": (), **trained, "dml": ()}
+    assert all(run.frozen == set(run.teachers) for run in runs)
 
 
 def test_the_recipes_objective_is_for_its_own_method(tmp_path):

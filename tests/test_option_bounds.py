@@ -60,6 +60,9 @@ EDGES: dict[str, tuple[list, list]] = {
     "data.characters": ([2], [1]),
     "networks.student.learning_rate": POSITIVE,
     "objective.label_smoothing": SHARE,
+    "objective.target_kd": ([0.0, 1e9], [BELOW_0, 1.1e9]),
+    "objective.other_kd": ([0.0, 1e9], [BELOW_0, 1.1e9]),
+    "objective.warmup": NOT_NEGATIVE,
     "optimizer.learning_rate": POSITIVE,
     "optimizer.momentum": OPEN_1,
     "optimizer.betas": (
@@ -92,6 +95,7 @@ NEEDED = {
     "data.images": ("data", "synthetic"), "data.classes": ("data", "synthetic"),
     "data.test_share": ("data", "images"), "data.characters": ("data", "glyphs"),
     "optimizer.betas": ("optimizer", "adamw"),
+    **{f"objective.{name}": ("objective", "dkd") for name in ("target_kd", "other_kd", "warmup")},
     **{f"data.{field.name}": ("data", "imagenet") for field in dataclasses.fields(ImageNetConfig)
        if not hasattr(InMemoryConfig, field.name)},
 }  # fmt: skip
@@ -130,6 +134,17 @@ def test_an_option_is_accepted_up_to_its_edge_and_refused_beyond(option):
             recipe_with(option, value)
         assert str(raised.value).startswith(f"{option} must be "), value
         assert str(raised.value).endswith(f", got {value}"), value
+
+
+@pytest.mark.parametrize(
+    ("option", "refused"),
+    [("temperature", 0.9e-4), ("temperature", 1.1e4), ("student_ce", -0.1), ("student_ce", 1.1e9)],
+)
+def test_dkd_has_the_bounds_of_the_fused_loss(option, refused):
+    """It does not use the fused loss, which checks these options of the other objectives."""
+    recipe = select(load_recipe("digits"), "objective", "dkd")
+    with pytest.raises(UsageError, match=rf"^objective\.{option} must be in \["):
+        changed(recipe, ["objective", option], refused)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)

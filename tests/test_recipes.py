@@ -126,6 +126,8 @@ def test_another_method_keeps_what_a_recipe_says_of_all_methods():
     recipe = dataclasses.replace(load_recipe("digits"), objective=config)
     for name, kept in (
         ("dml", {"label_smoothing": 0.1, "backend": "native"}),
+        ("lskd", {"label_smoothing": 0.1, "backend": "native"}),
+        ("dkd", {"label_smoothing": 0.1}),
         ("independent", {"label_smoothing": 0.1}),
     ):
         selected = select(recipe, "objective", name)

@@ -96,7 +96,8 @@ class Objective(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
 
     def advance(self, epochs: float, device: torch.device) -> None:  # noqa: B027 - optional
-        """Prepare the next step. The trainer calls this before each step.
+        """Prepare the next step. The trainer calls this before each step, and before the passes
+        that warm up DDP.
 
         Override it to change weights during the training. Change tensors in place, because a
         compiled or captured step reads them.

@@ -30,6 +30,7 @@ def check_objective(
     target = (torch.arange(samples) % classes).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
+            objective.advance(0.0, device)
             active = None
             if objective.has_dynamic_active_set:
                 active = objective.active((objective.measure(logits, target) / samples).cpu())

@@ -4,14 +4,16 @@ Source: Zhao, Cui, Song, Qiu, Liang, *Decoupled Knowledge Distillation*, CVPR 20
 2203.08679, equation 7, with the weights and the warm-up of mdistiller.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdkd.bounds import NotNegative, Positive, Share
+from bdkd.bounds import Bounds, NotNegative, Share
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
 from bdkd.objectives.base import (
@@ -25,19 +27,20 @@ from bdkd.objectives.base import (
 from bdkd.objectives.ramp import Ramp
 
 IGNORED = -100  # the label of samples that do not count, as in F.cross_entropy
+Weight = Annotated[float, Bounds(ge=0, le=1e9)]
 
 
 @dataclass(frozen=True)
 class DKDConfig(ObjectiveConfig):
     """Options of dkd."""
 
-    temperature: Positive = 4.0
+    temperature: Annotated[float, Bounds(ge=1e-4, le=1e4)] = 4.0
     """Temperature of the divergences."""
-    student_ce: NotNegative[float] = 1.0
+    student_ce: Weight = 1.0
     """Weight of the cross entropy."""
-    target_kd: NotNegative[float] = 1.0
+    target_kd: Weight = 1.0
     """Weight of the divergence of the target class (alpha)."""
-    other_kd: NotNegative[float] = 8.0
+    other_kd: Weight = 8.0
     """Weight of the divergence among the other classes (beta)."""
     warmup: NotNegative[float] = 20.0
     """Number of epochs in which the weights of both divergences grow linearly from 0."""
@@ -117,5 +120,7 @@ def decoupled(
     of_target, of_others = (
         F.kl_div(s, t, reduction="none", log_target=True) for s, t in (binary, without)
     )
-    scale = counted * temperature**2
-    return (of_target * scale).sum(), (of_others * scale).sum()
+    # A class to which the teacher assigns no probability adds 0, also where kl_div returns NaN.
+    of_target = torch.where(counted & (binary[1] != -math.inf), of_target, 0.0)
+    of_others = torch.where(counted & (without[1] != -math.inf), of_others, 0.0)
+    return (of_target * temperature**2).sum(), (of_others * temperature**2).sum()

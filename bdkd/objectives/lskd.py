@@ -53,21 +53,22 @@ class LSKD(Objective):
         self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,
         active: Active = None,
     ) -> ObjectiveOutput:  # fmt: skip
-        teachers = [standardised(logits[name].detach()) for name in self.teachers]
+        teachers = [standardised(logits[name]) for name in self.teachers]
         losses = {}
         for name in self.students:
             x = logits[name]
             # The cross entropy ignores the partners, but the kernel needs one.
             partners = [logits[teacher] for teacher in self.teachers]
             loss = self.cross_entropy(x, partners[:1], target, normaliser, grad_scale)
+            # The divergence needs the labels to leave out samples that do not count.
             losses[name] = loss + self.divergence(
-                standardised(x), teachers, None, normaliser, grad_scale
+                standardised(x), teachers, target, normaliser, grad_scale
             )
         return ObjectiveOutput(losses)
 
 
 def standardised(logits: Tensor) -> Tensor:
     """Return logits ``(B, C)`` with mean 0 and standard deviation 1 in every row, float32 or wider.
-    The deviation has the divisor C - 1."""
+    The deviation has the divisor C - 1. A row that is not finite becomes NaN."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPSILON)

@@ -1,7 +1,8 @@
 """The methods a second time, in plain float64 PyTorch, from their papers and nothing of ours.
 
 Sources: BD-KD arXiv 2212.12965 (with several partners: their mean); KD arXiv 1503.02531; DML
-arXiv 1706.00384; KDCL, CVPR 2020; SwitOKD arXiv 2209.04996.
+arXiv 1706.00384; KDCL, CVPR 2020; SwitOKD arXiv 2209.04996; logit standardisation arXiv 2403.01427;
+DKD arXiv 2203.08679.
 """
 
 import math
@@ -21,9 +22,14 @@ DEFAULTS = {
         "student_divergence": "both", "weighting": "entropy",
     },
     "dml": _ONLINE,
+    "dkd": {
+        "temperature": 4.0, "student_ce": 1.0, "target_kd": 1.0, "other_kd": 8.0, "warmup": 20.0,
+        "label_smoothing": 0.0,
+    },
     "independent": {"label_smoothing": 0.0},
     "kd": {"temperature": 4.0, "label_smoothing": 0.0, "student_ce": 0.1, "student_kd": 0.9},
     "kdcl": {**_ONLINE, "ensemble": "minlogit"},
+    "lskd": {"temperature": 2.0, "label_smoothing": 0.0, "student_ce": 0.1, "student_kd": 9.0},
     "switokd": _ONLINE,
 }  # fmt: skip
 
@@ -104,6 +110,55 @@ def kd(x: Logits, target: Tensor, o: dict) -> Logits:
     return {name: learns_from(name, teachers, x, target, o) for name in x if name[0] == "s"}
 
 
+def standardised(x: Tensor) -> Tensor:
+    """The z-score of each row."""
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    return centred / (variance.sqrt() + 1e-7)
+
+
+def lskd(x: Logits, target: Tensor, o: dict) -> Logits:
+    teachers = [standardised(logits.detach()) for name, logits in x.items() if name[0] == "t"]
+    losses = {}
+    for name in (name for name in x if name[0] == "s"):
+        rows = [kl(teacher, standardised(x[name]), o["temperature"]) for teacher in teachers]
+        hard = cross_entropy(x[name], target, o["label_smoothing"])
+        soft = o["temperature"] ** 2 * torch.stack(rows).mean(0)
+        losses[name] = o["student_ce"] * hard + o["student_kd"] * soft
+    return losses
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL of two distributions (K,)."""
+    return (p * (p / q).log()).sum()
+
+
+def decoupled(s: Tensor, t: Tensor, label: int, tau: float) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD of one sample with logits (C,): equations 1 to 6 of DKD."""
+    p_s, p_t = F.softmax(s / tau, -1), F.softmax(t / tau, -1)
+    others = [c for c in range(len(s)) if c != label]
+    b_s, b_t = (torch.stack([p[label], p[others].sum()]) for p in (p_s, p_t))
+    q_s, q_t = (p[others] / p[others].sum() for p in (p_s, p_t))
+    return divergence(b_t, b_s), divergence(q_t, q_s)
+
+
+def dkd(x: Logits, target: Tensor, o: dict) -> Logits:
+    """After the warm-up."""
+    teachers = [logits.detach() for name, logits in x.items() if name[0] == "t"]
+    labels = (target.argmax(-1) if target.ndim == 2 else target).tolist()
+    losses = {}
+    for name in (name for name in x if name[0] == "s"):
+        rows = []
+        for t in teachers:
+            pairs = zip(x[name], t, labels, strict=True)
+            parts = [decoupled(s, own, label, o["temperature"]) for s, own, label in pairs]
+            rows.append(torch.stack([o["target_kd"] * a + o["other_kd"] * b for a, b in parts]))
+        hard = cross_entropy(x[name], target, o["label_smoothing"])
+        soft = o["temperature"] ** 2 * torch.stack(rows).mean(0)
+        losses[name] = o["student_ce"] * hard + soft
+    return losses
+
+
 def dml(x: Logits, target: Tensor, o: dict) -> Logits:
     return {
         name: learns_from(name, [x[peer] for peer in x if peer != name], x, target, o) for name in x
@@ -142,6 +197,7 @@ def switokd_teacher_pauses(a: float, b: float, g: float) -> bool:
 
 
 METHODS: dict[str, Callable[[Logits, Tensor, dict], Logits]] = {
-    "bdkd": bdkd, "dml": dml, "independent": independent, "kd": kd, "kdcl": kdcl,
+    "bdkd": bdkd, "dkd": dkd, "dml": dml, "independent": independent, "kd": kd, "kdcl": kdcl,
+    "lskd": lskd,
     "switokd": dml,  # of two networks, each learns from the other, but for the pauses
 }  # fmt: skip

@@ -22,8 +22,11 @@ SOFT_LABELS[:5] = F.one_hot(LABELS[:5], CLASSES).double()
 TUNED = {
     "temperature": 3.0, "gamma": 2.5, "student_ce": 0.7, "student_kd": 1.3, "teacher_ce": 0.6,
     "teacher_kd": 0.4, "label_smoothing": 0.1, "teacher_divergence": "forward",
-    "soften_entropy": False,
+    "soften_entropy": False, "target_kd": 1.7, "other_kd": 2.2,
 }  # fmt: skip
+
+
+LEARN_FROM_TRAINED = {"dkd", "kd", "lskd"}
 
 
 def cohort(names: str, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -48,7 +51,7 @@ def objective(method: str, names: str, frozen: str = "", **options):
     networks = {
         name: NetworkConfig(
             "x", roles[name[0]], frozen=name in frozen.split(),
-            weights="file" if method == "kd" and name[0] == "t" else None,
+            weights="file" if method in LEARN_FROM_TRAINED and name[0] == "t" else None,
         )
         for name in names.split()
     }  # fmt: skip
@@ -78,6 +81,11 @@ CASES = {
         "bdkd", "s0 s1 s2", "",
         tuned("bdkd", weighting="swapped", student_divergence="forward", soften_entropy=True),
     ),
+    "dkd": ("dkd", "t0 s0", "t0", {}),
+    "dkd tuned": ("dkd", "t0 t1 t2 s0 s1", "t0 t1 t2", tuned("dkd")),
+    "dkd no labels": ("dkd", "t0 s0", "t0", tuned("dkd", student_ce=0.0)),
+    "dkd target class": ("dkd", "t0 s0", "t0", tuned("dkd", student_ce=0.0, other_kd=0.0)),
+    "dkd other classes": ("dkd", "t0 s0", "t0", tuned("dkd", student_ce=0.0, target_kd=0.0)),
     "dml": ("dml", "t0 s0", "", {}),
     "dml tuned": ("dml", "t0 s0 s1", "", tuned("dml")),
     "dml frozen": ("dml", "t0 t1 s0", "t0", tuned("dml")),
@@ -89,6 +97,10 @@ CASES = {
     "kdcl tuned": ("kdcl", "t0 s0 s1", "", tuned("kdcl")),
     "kdcl naive": ("kdcl", "t0 s0 s1", "", tuned("kdcl", ensemble="naive")),
     "kdcl frozen": ("kdcl", "t0 t1 s0", "t1", tuned("kdcl")),
+    "lskd": ("lskd", "t0 s0", "t0", {}),
+    "lskd tuned": ("lskd", "t0 t1 t2 s0 s1", "t0 t1 t2", tuned("lskd")),
+    "lskd no labels": ("lskd", "t0 s0", "t0", tuned("lskd", student_ce=0.0)),
+    "lskd labels": ("lskd", "t0 s0", "t0", tuned("lskd", student_kd=0.0)),
     "switokd": ("switokd", "t0 s0", "", {}),
     "switokd tuned": ("switokd", "t0 s0", "", tuned("switokd")),
 }  # fmt: skip
@@ -211,7 +223,7 @@ def test_logits_of_half_precision_are_computed_in_single(method):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [(method, {}) for method in OBJECTIVES if method != "independent"]
+    [(method, {}) for method in OBJECTIVES if hasattr(OBJECTIVES.configure(method), "backend")]
     + [("bdkd", {"weighting": "swapped"})],
 )
 def test_the_named_backend_computes(method, options):
@@ -241,7 +253,7 @@ def test_what_the_trainer_asks_of_a_method(method):
     needs = objective(method, names)
     assert needs.views == (2 if method == "kdcl" else 1)  # KDCL: an image is seen by each network
     assert needs.has_dynamic_active_set == (method == "switokd")  # only its teacher pauses
-    assert needs.frozen == ({"t0"} if method == "kd" else set())
+    assert needs.frozen == ({"t0"} if method in LEARN_FROM_TRAINED else set())
     assert (needs.students, needs.teachers) == (["s0"], ["t0"])
     if method != "switokd":
         for call in (lambda: needs.measure(cohort(names), LABELS), lambda: needs.active(None)):

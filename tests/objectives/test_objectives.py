@@ -17,7 +17,7 @@ PAIR = {"t": TEACHER, "s": STUDENT}
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_option_that_is_left_out_has_the_methods_default(name):
-    backend = {} if name == "independent" else {"backend": "auto"}
+    backend = {} if name in ("dkd", "independent") else {"backend": "auto"}
     read = dataclasses.asdict(OBJECTIVES.configure(name))
     assert read == {"name": name, **plain.DEFAULTS[name], **backend}
 
@@ -33,6 +33,13 @@ def test_an_option_that_is_left_out_has_the_methods_default(name):
         # A trained teacher: from a file, or from timm.
         ({"name": "kd"}, PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")}),
         ({"name": "kd"}, PAIR | {"t": NetworkConfig("x", "teacher", options={"pretrained": True})}),
+        ({"name": "lskd"}, PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")}),
+        ({"name": "dkd"}, PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")}),
+        # One term is enough.
+        (
+            {"name": "dkd", "student_ce": 0.0, "target_kd": 0.0},
+            PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")},
+        ),
         ({"name": "independent"}, {"s": STUDENT}),
         ({"name": "dml"}, {"r": STUDENT, "s": STUDENT}),
         ({"name": "kdcl"}, PAIR),
@@ -51,6 +58,13 @@ def test_what_suits_a_method_is_taken(config, networks):
         ({"name": "kdcl"}, {"s": STUDENT}, "at least two networks, got s"),
         ({"name": "kd"}, {"s": STUDENT}, r"needs a teacher, got none: set networks\.NAME\.role"),
         ({"name": "kd"}, PAIR, r"trained teacher: set networks\.t\.weights"),
+        ({"name": "lskd"}, PAIR, r"'lskd' learns from a trained teacher: set networks\.t\.weights"),
+        ({"name": "lskd"}, {"s": STUDENT}, "'lskd' needs a teacher, got none"),
+        ({"name": "dkd"}, PAIR, r"'dkd' learns from a trained teacher: set networks\.t\.weights"),
+        ({"name": "dkd"}, {"s": STUDENT}, "'dkd' needs a teacher, got none"),
+        ({"name": "dkd", "student_ce": 0.0, "target_kd": 0.0, "other_kd": 0.0}, PAIR,
+         "student_ce, target_kd and other_kd must not all be 0"),
+        ({"name": "lskd", "student_ce": 0.0, "student_kd": 0.0}, PAIR, "must not both be 0"),
         ({"name": "switokd"}, PAIR | {"u": STUDENT}, r"needs one student, got 2 \(s, u\)"),
         ({"name": "switokd"}, PAIR | {"u": TEACHER}, r"needs one teacher, got 2 \(t, u\)"),
         ({"name": "switokd"}, PAIR | {"t": FROZEN}, r"networks\.t\.frozen must be false"),
