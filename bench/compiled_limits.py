@@ -20,8 +20,8 @@ from progress import Progress
 _FILE = Path(__file__).with_name("compiled_limits.json")
 _SCRIPT = Path(__file__).with_name("compiled.py")
 
-# Every shape of the launch table without options of the loss, as arguments of compiled.py. 21841 classes align with nothing,
-# 262144 are a power of two, so that nothing is padded.
+# Every shape of the launch table, as arguments of compiled.py; MORE has the variants of the loss.
+# 21841 classes align with nothing, 262144 are a power of two, so that nothing is padded.
 ALWAYS = (
     "--targets sm_90 --dtypes bf16 --classes 11 100 500",
     "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 262144",

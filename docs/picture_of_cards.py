@@ -1,6 +1,6 @@
 """A picture of some figures of ``bdkd report``, for the documentation.
 
-    python docs/picture_of_cards.py docs/evidence/fashion-5k/entropy.png "Entropy H" RUN_OR_FOLDER ...
+    python docs/picture_of_cards.py docs/images/entropy.png "Entropy H" RUN_OR_FOLDER ...
 
 The first argument is the picture and the second a regular expression of the figures' titles. The
 height of the picture is that of the figures. Needs Chromium, or Google Chrome, and Pillow.

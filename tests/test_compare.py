@@ -308,7 +308,7 @@ def test_two_at_once_do_not_share_a_folder(compared, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, errors = fail(capsys, *TINY, *TWO, "--folder", str(compared))
     assert code == 1
-    assert "another bdkd compare works in" in errors
+    assert "another bdkd compare or tune works in" in errors
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):

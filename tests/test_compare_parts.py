@@ -1,5 +1,6 @@
 """The parts of ``bdkd compare``: the teacher of a seed, the order of its jobs, its tables."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from bdkd.cli.compare_train import headline, prepare
 from bdkd.cli.processes import Job, Outcome, run_jobs
 from bdkd.cli.table import table
 from bdkd.config import load_recipe
+from bdkd.errors import RunError
 from bdkd.runs.folder import RunFolder
 
 
@@ -38,6 +40,15 @@ def test_the_teacher_of_a_seed_is_that_seeds_run(tmp_path):
         assert config.networks["student"].weights is None
         assert (config.objective.name, config.seed) == ("kd", seed)
     plan_runs(recipe, ["kd"], [0, 1], tmp_path)  # its weights make it no other run
+    # but those of another teacher do
+    planned = runs["kd-seed0"]
+    stored = RunFolder(planned.path)
+    networks = dict(planned.recipe.networks)
+    networks["teacher"] = dataclasses.replace(networks["teacher"], weights="runs/good")
+    stored.write_config(dataclasses.replace(planned.recipe, networks=networks))
+    (planned.path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+    with pytest.raises(RunError, match=r"contains a run with other networks.teacher.weights"):
+        plan_runs(recipe, ["kd"], [0, 1], tmp_path)
 
 
 NAMES = ("independent", "kd")

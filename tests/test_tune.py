@@ -1,6 +1,8 @@
 """``bdkd tune``: what it tries, that validation images alone choose, and that it can be stopped."""
 
 import json
+import math
+import shlex
 import statistics
 import subprocess
 import sys
@@ -9,18 +11,25 @@ from pathlib import Path
 import pytest
 
 from bdkd.cli import main
-from bdkd.cli.tune_search import Search, parse_searches, shortest_label
+from bdkd.cli.compare_plan import plan_runs, refuse_equal, run_name
+from bdkd.cli.tune import _compare_command
+from bdkd.cli.tune_search import (
+    Found,
+    Result,
+    Search,
+    parse_searches,
+    shortest_label,
+    validation_of,
+)
 from bdkd.config import load_recipe
 from bdkd.errors import UsageError
+from bdkd.runs.folder import RunFolder
 
 TINY = [
     "digits", "--networks.teacher.model", "resnet8", "--max-steps", "4", "--train.batch-size", "32",
     "--seeds", "5", "7", "--jobs", "2", "--log",
 ]  # fmt: skip
-METHODS = [
-    "independent:optimizer.learning_rate=0.02/0.1,label_smoothing=0/0.5",
-    "kd:temperature=2,student_kd=0.9/2",
-]
+METHODS = ["independent:optimizer.learning_rate=0.02/0.1,label_smoothing=0/0.5"]
 RATE = "optimizer.learning_rate"
 
 
@@ -57,22 +66,20 @@ def test_the_candidate_with_the_highest_validation_accuracy_is_chosen(tuned):
 
 def test_each_option_is_searched_after_the_one_before_it(tuned):
     """Two values of the first, then the other value of the second with the better of the first."""
-    independent, kd = json.loads((tuned / "tuning.json").read_text())["methods"]
+    [independent] = json.loads((tuned / "tuning.json").read_text())["methods"]
     tried = [candidate["method"] for candidate in independent["candidates"]]
     assert tried[:2] == [f"independent:{RATE}=0.02", "independent"]  # 0.1 is the recipe's
     first = {c["method"]: (c["top1"], -c["nll"]) for c in independent["candidates"][:2]}
     better = max(first, key=first.get)
     smoothed = "label_smoothing=0.5"
     assert tried[2:] == [f"{better},{smoothed}" if ":" in better else f"{better}:{smoothed}"]
-    assert [c["method"] for c in kd["candidates"]] == [
-        "kd:temperature=2", "kd:temperature=2,student_kd=2",
-    ]  # fmt: skip
 
 
 def test_the_command_that_it_prints_is_one_that_compare_takes(tuned):
     text = (tuned / "tuning.md").read_text()
     chosen = json.loads((tuned / "tuning.json").read_text())["chosen"]
-    assert f"`bdkd compare digits --methods {' '.join(chosen)}`" in text
+    kept = shlex.join([*TINY[:7], "--log"])  # without the seeds and jobs of the search
+    assert f"`bdkd compare {kept} --methods {' '.join(chosen)}`" in text
 
 
 def test_again_it_trains_nothing_and_chooses_the_same(tuned, capsys):
@@ -87,7 +94,7 @@ def test_again_it_trains_nothing_and_chooses_the_same(tuned, capsys):
 def test_a_candidate_that_fails_is_not_chosen(tmp_path, capsys):
     """An infinite loss in a row of steps ends a run."""
     labels = ["independent:optimizer.learning_rate=0.1/1e30"]
-    arguments = ["--train.max-skipped", "1", "--max-steps", "6"]
+    arguments = ["--train.max-skipped", "1", "--max-steps", "6", "--seeds", "5"]
     main(["tune", *TINY, *arguments, "--methods", *labels, "--folder", str(tmp_path)])
     content = json.loads((tmp_path / "tuning.json").read_text())
     assert content["chosen"] == ["independent"]
@@ -97,7 +104,65 @@ def test_a_candidate_that_fails_is_not_chosen(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["tune", *TINY, *arguments, "--methods", *labels, "--folder", str(tmp_path)])
     assert exit_.value.code == 1
-    assert "every candidate of independent:" in capsys.readouterr().err
+    assert "no candidate of independent:optimizer.learning_rate=1e29/1e30" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_later_stage_replaces_the_choice_only_by_a_better_candidate():
+    """The values of the second option need not include the default."""
+    found = Found(Search("", "kd", {}))
+    found.add(Result("kd", 0.5, 1.0, 0.1, 2), {"first": "1"})
+    found.add(Result("kd:a=1", 0.4, 0.5, 0.1, 2), {"first": "2"})
+    found.add(Result("kd:a=2", 0.5, 1.5, 0.1, 2), {"first": "3"})
+    found.add(Result("kd:a=3", math.inf, 0.0, 0.1, 0), {"first": "4"})  # failed
+    assert found.best == Result("kd", 0.5, 1.0, 0.1, 2)
+    assert found.options == {"first": "1"}
+    found.add(Result("kd:a=4", 0.5, 0.9, 0.1, 2), {"first": "5"})
+    assert found.options == {"first": "5"}
+
+
+def test_a_diverged_run_is_a_line_and_a_failed_candidate(tmp_path, capsys):
+    """Its NLL is not finite, although no step was skipped often enough to end it."""
+    label = "independent:optimizer.learning_rate=0.1/1e30"
+    main(["tune", *TINY, "--seeds", "5", "--methods", label, "--folder", str(tmp_path)])
+    content = json.loads((tmp_path / "tuning.json").read_text())
+    assert content["chosen"] == ["independent"]
+    assert [c["method"] for c in content["methods"][0]["candidates"]] == ["independent"]
+    out = capsys.readouterr().out
+    assert "validation top-1 %" in out
+    assert "failed" in out
+
+
+def test_with_a_moving_average_its_metrics_count(tmp_path):
+    """And those of the selected step."""
+    [run] = plan_runs(load_recipe("digits"), ["independent"], [0], tmp_path)
+    folder = RunFolder(run.path)
+    folder.path.mkdir()
+    networks = {"student": {}}
+    folder.write_summary({"selected_step": 20, "networks": networks, "wall_seconds": 1.0})
+    values = {"top1": 0.5, "nll": 1.0, "ece": 0.25}
+    other = dict.fromkeys(values, 0.0)
+    lines = [
+        {"step": 10, "split": "val", "student": other, "student_ema": other, "teacher": other},
+        {"step": 20, "split": "train", "student": other, "student_ema": other, "teacher": other},
+        {"step": 20, "split": "val", "student": other, "student_ema": values, "teacher": other},
+        {"step": 30, "split": "val", "student": other, "student_ema": other, "teacher": other},
+    ]
+    folder.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert validation_of(run) == values
+
+
+def test_the_printed_command_keeps_the_options_of_the_recipe():
+    given = [
+        "my.toml", "--methods", "a", "b", "--seeds", "1", "2", "--train.epochs", "3", "--json",
+        "--folder=x", "--data.crop", "0", "--log",
+    ]  # fmt: skip
+    found = Found(Search("", "kd", {}))
+    found.add(Result("kd:temperature=2", 0.5, 1.0, 0.1, 2), {})
+    assert _compare_command(given, [found]) == (
+        "bdkd compare my.toml --train.epochs 3 --data.crop 0 --log --methods kd:temperature=2"
+    )
 
 
 def test_ctrl_c_saves_the_runs_and_names_the_command(tmp_path):
@@ -125,7 +190,11 @@ def test_ctrl_c_saves_the_runs_and_names_the_command(tmp_path):
 REFUSED = {
     "kd": "has nothing to choose",
     "kd:temperature=2": "has nothing to choose",
-    f"kd:{RATE}=0.1/0.1": "has a value more than once",
+    f"kd:{RATE}=0.1/0.1": "more than once",
+    f"kd:{RATE}=0.1/1e-1": "has the value '1e-1' more than once",
+    "kd:temperature=1/2,temperature=3/4": "has 'temperature' more than once",
+    "kd:temperature=-1/2": "--methods 'kd:temperature=-1': objective.temperature must be",
+    f"kd:{RATE}=0.1/0.2 # best": "must be a number",
     f"kd:{RATE}=0.1/x": "must be a number",
     f"kd:{RATE}=0.1/-1": "must be above 0",
     "kd:optimizer.rate=1/2": "unknown key optimizer.rate",
@@ -155,6 +224,20 @@ def test_it_needs_methods_and_validation_images(tmp_path, capsys):
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_methods_that_are_equal_or_need_one_folder_are_refused(tmp_path):
+    recipe = load_recipe("digits")
+    for methods, message in (
+        (["kd", "kd:"], "are the same method"),
+        (["kd", "kd:temperature=4"], "are the same method"),
+        (["dkd:temperature=4." + "0" * 300], "is too long for the name of a folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan_runs(recipe, methods, [0], tmp_path)
+    with pytest.raises(UsageError, match="would have one folder"):
+        refuse_equal({"a:x=1/2": recipe, "a:x=1-2": load_recipe("digits-hard")})
+    assert run_name("a:path=../../x", 1) == "a-path=..-..-x-seed1"
 
 
 def test_equal_recipes_have_one_name():

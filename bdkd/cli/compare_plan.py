@@ -1,6 +1,7 @@
 """Plan the runs of ``bdkd compare``: objectives, seeds, recipes and teachers."""
 
 import dataclasses
+import itertools
 import os
 import re
 import typing
@@ -27,6 +28,7 @@ from bdkd.errors import RunError, UsageError, shown
 from bdkd.registry import OBJECTIVES
 
 MAX_SEEDS = 10_000
+LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files add a suffix
 SECTIONS = ("optimizer", "schedule", "train")  # whose keys a method may set
 
 TEACHERS = "independent"  # the objective that trains the teachers of kd
@@ -53,15 +55,35 @@ class PlannedRun:
 
 
 def run_name(method: str, seed: int) -> str:
-    return f"{method.replace(':', '-').replace(',', '-')}-seed{seed}"
+    """Return the name of a run's folder."""
+    return re.sub(r"[^\w.=+-]", "-", f"{method}-seed{seed}")
 
 
 def chosen_methods(given: Sequence[str]) -> list[str]:
     """Return the objectives to compare, by default all of them."""
     methods = list(given) or [TEACHERS, *(name for name in OBJECTIVES if name != TEACHERS)]
     if doubled := [method for method in methods if methods.count(method) > 1]:
-        raise UsageError(f"--methods has {doubled[0]!r} more than once")
+        raise UsageError(f"--methods has {shown(doubled[0])} more than once")
     return methods
+
+
+def refuse_equal(recipes: Mapping[str, Recipe]) -> None:
+    """Raise ``UsageError`` if two methods are the same, or their runs would have one folder."""
+    labels = list(recipes)
+    for label, other in itertools.combinations(labels, 2):
+        if recipes[label] == recipes[other]:
+            raise UsageError(f"--methods {shown(label)} and {shown(other)} are the same method")
+        if run_name(label, 0) == run_name(other, 0):
+            raise UsageError(
+                f"--methods {shown(label)} and {shown(other)} would have one folder: write the "
+                "values in another way"
+            )
+    for label in labels:
+        if len(os.fsencode(run_name(label, 0))) > LONGEST_NAME:
+            raise UsageError(
+                f"--methods {shown(label)} is too long for the name of a folder: put the options "
+                "into a recipe"
+            )
 
 
 def chosen_seeds(given: Sequence[int]) -> list[int]:
@@ -89,7 +111,10 @@ def recipe_of_method(label: str, recipe: Recipe) -> Recipe:
     others = {key: value for key, value in given.items() if "." in key}
     selected = select(recipe, "objective", name)
     objective = _with_options(selected.objective, label, own)
-    changed = dataclasses.replace(selected, objective=objective)
+    try:
+        changed = dataclasses.replace(selected, objective=objective)
+    except UsageError as error:
+        raise UsageError(f"--methods {shown(label)}: {error}") from error
     return _with_keys(changed, label, others) if others else changed
 
 
@@ -101,6 +126,8 @@ def split_label(label: str) -> tuple[str, dict[str, str]]:
         key, equals, value = option.partition("=")
         if not equals:
             raise UsageError(f"--methods {shown(label)}: {key!r} needs a value: write {key}=1")
+        if key in options:
+            raise UsageError(f"--methods {shown(label)} has {key!r} more than once")
         options[key] = value
     return name, options
 
@@ -148,6 +175,8 @@ def _with_keys(recipe: Recipe, label: str, options: Mapping[str, str]) -> Recipe
 
 def _toml_value(text: str) -> object:
     """Return a TOML value, or the text itself: ``name=step`` needs no quotes."""
+    if "#" in text or "\n" in text:  # TOML would ignore a comment
+        return text
     try:
         return parse_toml(f"value = {text}")["value"]
     except ValueError:
@@ -170,6 +199,7 @@ def plan_runs(
     from bdkd.runs.folder import RunFolder
 
     recipes = {method: recipe_of_method(method, recipe) for method in methods}
+    refuse_equal(recipes)
     filled = {
         name: dataclasses.replace(network, weights=network.weights or "to be trained")
         for name, network in recipe.networks.items()
@@ -193,14 +223,23 @@ def plan_runs(
     for planned in runs:
         # A run that failed before its first step may be repeated with other options.
         if (stored := RunFolder(planned.path)).config.exists() and stored.has_begun():
-            weights = {f"networks.{name}.weights" for name in planned.teachers}
             before = with_model_options(stored.read_config())
             now = with_image_size_of(with_model_options(planned.recipe), before)
+            taught = {
+                f"networks.{name}.weights"
+                for name in planned.teachers
+                if _is_of_run(before.networks[name].weights, run_name(TEACHERS, planned.seed))
+            }
             changed = set(differing_keys(before, now))
-            if changed := changed - weights - {"run_dir"}:
+            if changed := changed - taught - {"run_dir"}:
                 found = f"{planned.path} contains a run with other {', '.join(sorted(changed))}"
                 raise RunError(f"{found}: choose another --folder, or remove the run")
     return runs
+
+
+def _is_of_run(weights: str | None, name: str) -> bool:
+    """Return whether a path is a checkpoint of the run ``name``, whose folder may have moved."""
+    return weights is not None and Path(weights).parent.parent.name == name
 
 
 def room_for(recipe: Recipe) -> int:

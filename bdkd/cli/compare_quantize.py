@@ -25,8 +25,7 @@ def check_quantizable(recipe: Recipe) -> None:
         UsageError: the recipe holds out no validation images.
         RunError: a package is missing.
     """
-    own_split = getattr(recipe.data, "use_val_split", False)
-    if recipe.data.validation == 0 and not own_split:
+    if not recipe.data.has_validation():
         raise UsageError(
             "--quantize needs validation images for the ranges of the activations, and "
             "data.validation is 0: pass --data.validation 0.1"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fcntl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -29,26 +29,28 @@ def locked(folder: Path) -> IO[str]:
     except OSError as error:
         lock.close()
         remedy = "wait until it ends or choose another --folder"
-        raise RunError(f"another bdkd compare works in {folder}: {remedy}") from error
+        raise RunError(f"another bdkd compare or tune works in {folder}: {remedy}") from error
     return lock
 
 
 def train_all(
-    runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None
-) -> dict[str, Outcome]:
+    runs: Sequence[PlannedRun], at_once: int, folder: Path, command: str, stream: IO[str] | None,
+    describe: Callable[[PlannedRun], str] | None = None,
+) -> dict[str, Outcome]:  # fmt: skip
     """Train the runs that are not finished, ``at_once`` of them concurrently. Return the outcome of
     each run by name.
 
     Args:
         command: the command line, printed if a signal stops the comparison.
         stream: where to print. Default: standard output.
+        describe: returns the results of a finished run in one line. Default: on the test images.
 
     Raises:
         Interrupted: a signal was received. Every run is saved.
         UsageError: the recipe is invalid, so no run can succeed.
         RunError: the runs were trained on different data sets.
     """
-    session = _Session(runs, stream)
+    session = _Session(runs, stream, describe or (lambda run: headline(read_summary(run))))
     try:
         with StopRequest() as stop:
             before = f"{len(session.outcomes)} of them finished before"
@@ -72,7 +74,11 @@ class _Session:
 
     stop: StopRequest
 
-    def __init__(self, runs: Sequence[PlannedRun], stream: IO[str] | None) -> None:
+    def __init__(
+        self, runs: Sequence[PlannedRun], stream: IO[str] | None,
+        describe: Callable[[PlannedRun], str],
+    ) -> None:  # fmt: skip
+        self.describe = describe
         self.runs = {run.name: run for run in runs}
         finished = [run.name for run in runs if RunFolder(run.path).summary.exists()]
         self.outcomes = dict.fromkeys(finished, Outcome(0))
@@ -98,11 +104,11 @@ class _Session:
         self.console.step()
         count = f"[{len(self.outcomes)}/{len(self.runs)}] {job.name}"
         if outcome.code == 2:
-            self.error = self.error or UsageError(outcome.message)
+            self.error = self.error or UsageError(f"{job.name}: {outcome.message}")
         elif outcome.code and self.stop.signal is None:
             self.console.line(f"{count}  failed: {outcome.message}")
         elif not outcome.code:
-            self.console.line(f"{count}  {headline(read_summary(self.runs[job.name]))}")
+            self.console.line(f"{count}  {self.describe(self.runs[job.name])}")
             finished = [self.runs[n] for n, done in self.outcomes.items() if not done.code]
             try:
                 refuse_other_data([(str(r.path), read_summary(r).get("data")) for r in finished])
@@ -124,10 +130,17 @@ def prepare(run: PlannedRun, folder: Path) -> list[str]:
     return ["train", *plugin_arguments(), "--resume", "require", "--run-dir", str(run.path)]
 
 
+_HEADLINE = (("top1", "top-1"), ("ece", "ECE"))
+
+
+def _percent(label: str, value: float | None) -> str:
+    return f"{label} –" if value is None else f"{label} {100 * value:.2f}%"
+
+
 def headline(summary: Mapping[str, Any]) -> str:
-    """Return the results of a run in one line."""
+    """Return the results of a run in one line. A value that is not finite is a dash."""
     shown = [
-        f"{name} top-1 {100 * network['top1']:.2f}% ECE {100 * network['ece']:.2f}%"
+        f"{name} " + " ".join(_percent(label, network[key]) for key, label in _HEADLINE)
         for name, network in summary["networks"].items()
     ]
     return "  ".join([*shown, f"{summary['wall_seconds']:.0f} s"])

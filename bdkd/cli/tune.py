@@ -28,7 +28,7 @@ HELP = Help(
     "test images choose nothing. Repeat the same command to continue a search that was stopped.",
     {
         "--methods": ("NAME:OPTION=A/B/C ...", "objectives, and the values to try of each option"),
-        "--seeds": ("N ...", "one number: that many seeds; several: the seeds"),
+        "--seeds": ("N ...", "the seeds; use other seeds than for the comparison"),
         "--jobs": ("N", "concurrent runs (default: what the machine has room for)"),
         "--folder": ("DIR", "of the runs and tables (default: runs/tune-RECIPE)"),
         "--json": ("", "print tuning.json instead of tables"),
@@ -53,8 +53,8 @@ class Arguments:
     kd:optimizer.learning_rate=0.05/0.1/0.2,student_kd=0.45/0.9/1.8. An option with one value has
     that value in all runs."""
     seeds: tuple[int, ...] = (1000, 1001)
-    """One number N means the seeds 0 to N-1. Several numbers are the seeds. Use other seeds than
-    for the comparison."""
+    """The seeds of each candidate. Unlike for bdkd compare, one number is one seed. Use other seeds
+    than for the comparison."""
     jobs: int | None = None
     """Number of concurrent runs. Default: one on a GPU, else as many as the CPU has cores for."""
     folder: Path | None = None
@@ -71,7 +71,7 @@ def run(given: list[str]) -> None:
         if getattr(arguments.config, key) != getattr(default.config, key):
             raise UsageError(f"tune has no option --{key.replace('_', '-')}: use {remedy}")
     searches = parse_searches(arguments.methods, arguments.config)
-    seeds = chosen_seeds(arguments.seeds)
+    seeds = chosen_seeds(arguments.seeds) if len(arguments.seeds) != 1 else list(arguments.seeds)
     folder = arguments.folder or Path("runs") / f"tune-{arguments.config.name}"
     jobs = arguments.jobs if arguments.jobs is not None else room_for(arguments.config)
     if jobs < 1:
@@ -83,21 +83,30 @@ def run(given: list[str]) -> None:
     trainer = Trainer(arguments.config, seeds, folder, jobs, command, arguments.json)
     with locked(folder):
         found = search_all(searches, trainer)
-        _report(arguments, found, trainer, seeds)
-    if lost := [one.label for one in found if not _usable(one)]:
-        first, message = next(iter(trainer.failed.items()))
-        raise RunError(f"every candidate of {', '.join(lost)} failed; {first}: {message}")
+        _report(arguments, found, trainer, _compare_command(given, found))
+    if lost := [one.search.label for one in found if one.best is None]:
+        reason = next(iter(trainer.failed.items()), None)
+        because = f"; {reason[0]}: {reason[1]}" if reason else "; a metric was not finite"
+        raise RunError(f"no candidate of {', '.join(lost)} succeeded{because}")
 
 
-def _usable(found: Found) -> bool:
-    return any(result.seeds for result in found.results)
+def _compare_command(given: Sequence[str], found: Sequence[Found]) -> str:
+    """Return the command that compares what was chosen, with the same options of the recipe."""
+    own, kept, skipping = {"methods", "seeds", "jobs", "folder", "json"}, [], False
+    for argument in given:
+        if argument.startswith("--"):
+            skipping = argument.removeprefix("--").partition("=")[0] in own
+        if not skipping:
+            kept.append(argument)
+    chosen = [one.best.method for one in found if one.best is not None]
+    methods = ["--methods", *dict.fromkeys(chosen)]
+    return shlex.join(["bdkd", "compare", *kept, *methods, *plugin_arguments()])
 
 
 def _report(
-    arguments: Arguments, found: Sequence[Found], trainer: Trainer, seeds: Sequence[int]
-) -> None:
+    arguments: Arguments, found: Sequence[Found], trainer: Trainer, compare: str
+) -> None:  # fmt: skip
     """Write ``tuning.json`` and ``tuning.md``; print the table or the JSON."""
-    chosen = [one.label for one in found]
     header = ["candidate", "top-1 %", "NLL", "ECE %", "chosen"]
     lines = [
         [
@@ -106,27 +115,31 @@ def _report(
                 METRICS[key].show(getattr(result, key)) if result.seeds else "failed"
                 for key in ("top1", "nll", "ece")
             ),
-            "yes" if result.method == one.label else "",
+            "yes" if result == one.best else "",
         ]
         for one in found
         for result in one.results
     ]
-    compare = shlex.join(["bdkd", "compare", arguments.recipe, "--methods", *chosen])
-    note = (
-        f"Means over the seeds {', '.join(map(str, seeds))}, of the students on the validation "
-        "images. The most accurate candidate of each method is chosen."
-    )
+    notes = [
+        f"Means over the seeds {', '.join(map(str, trainer.seeds))}, of the students on the "
+        "validation images. The most accurate candidate of each method is chosen."
+    ]
+    notes += [f"{name} failed: {message}" for name, message in trainer.failed.items()]
     content = {
-        "command": trainer.command, "recipe": arguments.config.name, "seeds": list(seeds),
-        "chosen": chosen, "failed": trainer.failed,
+        "command": trainer.command, "recipe": arguments.config.name, "seeds": trainer.seeds,
+        "chosen": [one.best and one.best.method for one in found], "failed": trainer.failed,
+        "compare": compare,
         "methods": [
-            {"chosen": one.label, "candidates": [asdict(r) for r in one.results if r.seeds]}
+            {
+                "method": one.search.label, "chosen": one.best and one.best.method,
+                "candidates": [asdict(result) for result in one.results if result.seeds],
+            }
             for one in found
         ],
     }  # fmt: skip
     text = to_json(content, indent=2)
     title = f"# {arguments.config.name}: tuning on the validation images"
-    marked = [title, f"`{trainer.command}`", to_markdown(header, lines), note, f"`{compare}`"]
+    marked = [title, f"`{trainer.command}`", to_markdown(header, lines), *notes, f"`{compare}`"]
     again = "run the same command again"
     for suffix, written in {"json": text, "md": "\n\n".join(marked)}.items():
         path = trainer.folder / f"tuning.{suffix}"
@@ -134,6 +147,8 @@ def _report(
     if arguments.json:
         print(text)
         return
-    print(f"\n{table(header, lines)}\n\n{textwrap.fill(note, 80)}\n")
-    print(f"compare them    {compare}")
+    print(f"\n{table(header, lines)}\n")
+    for note in notes:
+        print(textwrap.fill(note, 80))
+    print(f"\ncompare them    {compare}")
     print(f"tables          {trainer.folder}/tuning.md, .json")

@@ -1,6 +1,5 @@
 """The search of ``bdkd tune``: candidates, their runs and their validation results."""
 
-import itertools
 import math
 import statistics
 import sys
@@ -18,6 +17,9 @@ from bdkd.cli.compare_plan import (
 )
 from bdkd.config import Recipe
 from bdkd.errors import RunError, UsageError, shown
+from bdkd.evaluation.metric_lines import as_number
+from bdkd.identity import refuse_other_data
+from bdkd.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,21 @@ class Result:
 
 @dataclass
 class Found:
-    """What a search has tried, and the options that it has chosen so far."""
+    """What a search has tried, and the candidate that it has chosen so far."""
 
-    label: str
+    search: Search
     results: list[Result] = field(default_factory=list)
-    options: dict[str, str] = field(default_factory=dict)
+    best: Result | None = None
+    options: dict[str, str] = field(default_factory=dict)  # of the best candidate
+
+    def add(self, result: Result, options: dict[str, str]) -> None:
+        """Add a candidate. Of equal accuracies, the lower NLL is better; of equal candidates, the
+        first."""
+        if result.method not in {known.method for known in self.results}:
+            self.results.append(result)
+        rank = (result.top1, -result.nll)
+        if result.seeds and (self.best is None or rank > (self.best.top1, -self.best.nll)):
+            self.best, self.options = result, options
 
 
 def parse_searches(labels: Sequence[str], recipe: Recipe) -> list[Search]:
@@ -74,11 +86,7 @@ def parse_searches(labels: Sequence[str], recipe: Recipe) -> list[Search]:
                 f"--methods {shown(label)} has nothing to choose: give an option several values, "
                 f"as in {objective}:optimizer.learning_rate=0.05/0.1/0.2"
             )
-        for key, tried in values.items():
-            if len(set(tried)) < len(tried):
-                raise UsageError(f"--methods {shown(label)}: {key} has a value more than once")
-        for given in itertools.product(*values.values()):
-            recipe_of_method(join_label(objective, dict(zip(values, given, strict=True))), recipe)
+        _check_values(search, recipe)
         searches.append(search)
     if not searches:
         raise UsageError(
@@ -87,12 +95,28 @@ def parse_searches(labels: Sequence[str], recipe: Recipe) -> list[Search]:
         )
     if len({search.label for search in searches}) < len(searches):
         raise UsageError("--methods has a method more than once")
-    if recipe.data.validation == 0 and not getattr(recipe.data, "use_val_split", False):
+    if not recipe.data.has_validation():
         raise UsageError(
             "bdkd tune needs validation images, and data.validation is 0: pass --data.validation "
             "0.1"
         )
     return searches
+
+
+def _check_values(search: Search, recipe: Recipe) -> None:
+    """Raise ``UsageError`` if a value does not fit, or two values of an option are equal. The other
+    options have their first values."""
+    first = {key: values[0] for key, values in search.options.items()}
+    for key, values in search.options.items():
+        recipes: list[Recipe] = []
+        for value in values:
+            resolved = recipe_of_method(
+                join_label(search.objective, {**first, key: value}), recipe
+            )  # fmt: skip
+            if resolved in recipes:
+                found = f"{key} has the value {shown(value)} more than once"
+                raise UsageError(f"--methods {shown(search.label)}: {found}")
+            recipes.append(resolved)
 
 
 def join_label(objective: str, options: Mapping[str, str]) -> str:
@@ -124,30 +148,42 @@ class Trainer:
         self.failed: dict[str, str] = {}
 
     def train(self, labels: Sequence[str]) -> None:
+        """Train the runs of candidates.
+
+        Raises:
+            RunError: the runs of the search were trained on different data sets.
+        """
         from bdkd.cli.compare_train import train_all
 
         methods = [label for label in dict.fromkeys(labels) if label not in self.runs]
         if not methods:
             return
         runs = plan_runs(self.recipe, methods, self.seeds, self.folder)
-        outcomes = train_all(runs, self.jobs, self.folder, self.command, self.stream)
+        outcomes = train_all(
+            runs, self.jobs, self.folder, self.command, self.stream, _validation_line
+        )
         self.failed |= {name: bad.message for name, bad in outcomes.items() if bad.code}
         for method in methods:
             self.runs[method] = [run for run in runs if run.method == method]
+        finished = [r for of in self.runs.values() for r in of if r.name not in self.failed]
+        refuse_other_data([(str(r.path), read_summary(r).get("data")) for r in finished])
 
     def result(self, label: str) -> Result:
-        """Return the result of a candidate. One with a failed run is worse than any other."""
+        """Return the result of a candidate. One with a failed run, or whose metrics are not finite,
+        has no seeds."""
         runs = self.runs[label]
-        if any(run.name in self.failed for run in runs):
-            return Result(label, -math.inf, math.inf, math.inf, 0)
-        found = [validation_of(run) for run in runs]
-        means = {key: statistics.fmean(one[key] for one in found) for key in found[0]}
-        return Result(label, means["top1"], means["nll"], means["ece"], len(runs))
+        if not any(run.name in self.failed for run in runs):
+            found = [validation_of(run) for run in runs]
+            means = {key: statistics.fmean(one[key] for one in found) for key in found[0]}
+            if all(map(math.isfinite, means.values())):
+                return Result(label, means["top1"], means["nll"], means["ece"], len(runs))
+        return Result(label, -math.inf, math.inf, math.inf, 0)
 
 
 def validation_of(run: PlannedRun) -> dict[str, float]:
     """Return top-1, NLL and ECE of a finished run's selected weights on the validation images, as
-    means over the students."""
+    means over the students, or over their moving averages if the run has them."""
+    from bdkd.engine.state import EMA_SUFFIX
     from bdkd.runs.folder import RunFolder
 
     step = read_summary(run)["selected_step"]
@@ -161,35 +197,38 @@ def validation_of(run: PlannedRun) -> dict[str, float]:
             f"{run.path / 'metrics.jsonl'} has no validation results of step {step}: remove the "
             "run and run the same command again"
         )
-    students: list[dict[str, Any]] = [
-        lines[-1][name] for name, net in run.recipe.networks.items() if net.role == "student"
+    students = [name for name, net in run.recipe.networks.items() if net.role == "student"]
+    found: list[Mapping[str, Any]] = [
+        lines[-1].get(name + EMA_SUFFIX) or lines[-1][name] for name in students
     ]
-    return {key: statistics.fmean(s[key] for s in students) for key in ("top1", "nll", "ece")}
+    return {
+        key: statistics.fmean(as_number(network[key]) for network in found)
+        for key in ("top1", "nll", "ece")
+    }
+
+
+def _validation_line(run: PlannedRun) -> str:
+    """Return the results of a run in one line. The test images are not shown while values are
+    chosen."""
+    found = validation_of(run)
+    return "validation " + "  ".join(
+        f"{METRICS[key].label} {METRICS[key].show(value)}" for key, value in found.items()
+    )
 
 
 def search_all(searches: Sequence[Search], trainer: Trainer) -> list[Found]:
     """Run every search, stage by stage. Candidates of a stage train together."""
-    found = [Found(shortest_label(s.objective, {}, trainer.recipe)) for s in searches]
+    found = [Found(search) for search in searches]
     for stage in range(max(search.stages for search in searches)):
         asked = [
             [
-                (options, shortest_label(search.objective, options, trainer.recipe))
-                for options in search.candidates(so_far.options, stage)
+                (options, shortest_label(one.search.objective, options, trainer.recipe))
+                for options in one.search.candidates(one.options, stage)
             ]
-            for search, so_far in zip(searches, found, strict=True)
+            for one in found
         ]
         trainer.train([label for pairs in asked for _, label in pairs])
-        for so_far, pairs in zip(found, asked, strict=True):
-            for _, label in pairs:
-                if label not in {result.method for result in so_far.results}:
-                    so_far.results.append(trainer.result(label))
-            if pairs:
-                so_far.options, so_far.label = max(
-                    pairs, key=lambda pair: _rank(trainer.result(pair[1]))
-                )
+        for one, pairs in zip(found, asked, strict=True):
+            for options, label in pairs:
+                one.add(trainer.result(label), options)
     return found
-
-
-def _rank(result: Result) -> tuple[float, float]:
-    """Of equal accuracies, the lower NLL is better; of equal candidates, the first."""
-    return result.top1, -result.nll

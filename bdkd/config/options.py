@@ -52,6 +52,10 @@ class DataConfig(Options):
         """Return the sides of the training images in pixels. None is the side of the source."""
         return {self.image_size}
 
+    def has_validation(self) -> bool:
+        """Return whether the data set may have validation images."""
+        return self.validation > 0
+
     def image_size_from_networks(self) -> bool:
         """Return whether image_size, if it is not set, is the size that the networks were made
         for."""

@@ -42,6 +42,9 @@ class OwnSplitsConfig(ImagesConfig):
     """If the data set has a test split and a validation split, use the latter as validation images.
     false: do not read it, and hold out data.validation of the training images."""
 
+    def has_validation(self) -> bool:
+        return self.use_val_split or super().has_validation()
+
     def image_size_from_networks(self) -> bool:
         return True
 

@@ -57,6 +57,8 @@ class Objective(ABC):
         """Networks that never train."""
         self.views = 1
         """Augmentations of each image that the objective needs: 1, or one for each network."""
+        self.warmup = 0.0
+        """Number of epochs after which all weights have their full values; see :meth:`advance`."""
         if not self.students:
             key = f"networks.{(self.teachers or ['NAME'])[0]}.role"
             remedy = f"set {key}, or add a network with role = 'student'"

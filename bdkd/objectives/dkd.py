@@ -68,6 +68,7 @@ class DKD(Objective):
     def __init__(self, config: DKDConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
         self.need_frozen_teachers(networks)
+        self.warmup = config.warmup
         self.ramp = Ramp(config.warmup)
 
     def advance(self, epochs: float, device: torch.device) -> None:

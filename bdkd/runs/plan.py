@@ -71,7 +71,7 @@ def run_rows(
     counts = [f"{n:,} {split}" for split, n in info.counts.items() if n]
     counts[-1] += f" images of {'x'.join(map(str, (info.channels, *info.image_size)))}"
     return [
-        ("recipe", [recipe.name, f"objective {recipe.objective.name}", f"seed {recipe.seed}"]),
+        ("recipe", [recipe.name, *_objective(components), f"seed {recipe.seed}"]),
         ("device", _device(components.device)),
         ("data", [info.source, *counts, f"{info.num_classes:,} classes"]),
         *_networks(components, ranks, step, each),
@@ -84,6 +84,18 @@ def run_rows(
         ("steps", _steps(recipe, info.counts["train"], step)),
         ("folder", [str(folder)]),
     ]  # fmt: skip
+
+
+def _objective(components: Components) -> Iterator[str]:
+    recipe, warmup = components.recipe, components.objective.warmup
+    yield f"objective {recipe.objective.name}"
+    if warmup > recipe.train.epochs:
+        yield (
+            f"warning: its warm-up of {warmup:g} epochs is longer than the {recipe.train.epochs} "
+            "epochs of the run"
+        )
+    elif warmup:
+        yield f"its warm-up of {warmup:g} epochs"
 
 
 def _device(device: torch.device) -> list[str]:

@@ -39,6 +39,9 @@ class GlyphsConfig(InMemoryConfig):
     """Number of characters of the manifest to use as classes, chosen at random, independent of the
     seed. A smaller number is part of a larger one. Default: all."""
 
+    def has_validation(self) -> bool:
+        return super().has_validation() or bool(read_manifest(self.manifest).of_split("val"))
+
 
 def _missing(root: Path) -> str:
     try:
