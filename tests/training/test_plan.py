@@ -55,6 +55,14 @@ def test_the_rows_of_a_run_by_hand():
     assert "steps       36: 3 epochs of 12 steps\n" in text
 
 
+def test_a_warm_up_that_the_run_does_not_complete_is_a_warning():
+    options = ["--objective.name", "dkd", "--networks.teacher.weights", "x.pt"]
+    text = planned(*options)  # 3 epochs
+    assert "dkd, warning: its warm-up of 20 epochs is longer than the 3 epochs of the run" in text
+    assert "dkd, its warm-up of 1.5 epochs" in planned(*options, "--objective.warmup", "1.5")
+    assert "warm-up of" not in planned(*options, "--objective.warmup", "0").split("optimizer")[0]
+
+
 def test_a_frozen_network_and_one_whose_name_is_no_role_say_so():
     recipe = load_recipe(*TINY_RUN)
     teacher = dataclasses.replace(recipe.networks["teacher"], frozen=True, weights="random")
