@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bdkd.config import DataConfig
-from bdkd.data import cifar, synthetic, tiny_imagenet
+from bdkd.data import cifar, fashion_mnist, glyphs, synthetic, tiny_imagenet
 from bdkd.data.base import WHOLE, Batch, DataInfo, Shard, SourceContext, Split
 from bdkd.data.imagenet import source as imagenet
 from bdkd.errors import UsageError
@@ -30,6 +30,8 @@ SHAPES = {
     "cifar100": Shape(100, 3, cifar.SIDE),
     "tiny-imagenet": Shape(200, 3, tiny_imagenet.SIDE),
     "imagenet": Shape(1000, 3, imagenet.SIDE),
+    "fashion-mnist": Shape(10, 1, fashion_mnist.SIDE),
+    "glyphs": Shape(None, 1, glyphs.SIDE),
     "synthetic": Shape(None, synthetic.CHANNELS, synthetic.SIDE),
     "folder": Shape(None, 3, None),
     "images": Shape(None, 3, None),
@@ -50,7 +52,8 @@ def create_random_images(
     """
     options: Any = config
     shape = SHAPES.get(config.source, Shape(None, 3, None))
-    classes = classes or shape.classes or getattr(options, "classes", None)
+    named = [getattr(options, option, None) for option in ("classes", "characters")]
+    classes = classes or shape.classes or next(filter(None, named), None)
     if not isinstance(classes, int):
         raise UsageError(
             f"the number of classes of the data source {config.source!r} is unknown without its "
