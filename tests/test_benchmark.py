@@ -147,8 +147,10 @@ def test_every_shipped_recipe_can_be_measured_without_its_data(name, tmp_path, m
     results = measured(capsys, name, "--data", "synthetic", *SMALL_NETWORKS, *small,
                        "--train.batch-size", "4")  # fmt: skip
     shape = SHAPES[recipe.data.source]
-    assert results["classes"] == (shape.classes or 7)
-    assert results["image_size"] == [32, 32] if small else [shape.side, shape.side]
+    characters = getattr(recipe.data, "characters", None)  # of glyphs
+    assert results["classes"] == (shape.classes or characters or 7)
+    side = 32 if small else recipe.data.image_size or shape.side
+    assert results["image_size"] == [side, side]
     assert results["data"] == "random images"
 
 

@@ -103,9 +103,7 @@ def _compare_command(given: Sequence[str], found: Sequence[Found]) -> str:
     return shlex.join(["bdkd", "compare", *kept, *methods, *plugin_arguments()])
 
 
-def _report(
-    arguments: Arguments, found: Sequence[Found], trainer: Trainer, compare: str
-) -> None:  # fmt: skip
+def _report(arguments: Arguments, found: Sequence[Found], trainer: Trainer, compare: str) -> None:
     """Write ``tuning.json`` and ``tuning.md``; print the table or the JSON."""
     header = ["candidate", "top-1 %", "NLL", "ECE %", "chosen"]
     lines = [

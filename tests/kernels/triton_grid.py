@@ -26,8 +26,8 @@ from triton.runtime.interpreter import InterpretedFunction
 # Masked classes are -inf - -inf until a row is found to have them: see row_math.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
-# make soak runs twice as many calls.
-SCALE = 0.2 if os.environ.get("BDKD_SOAK") else 0.1
+# make soak runs four times as many calls.
+SCALE = 0.2 if os.environ.get("BDKD_SOAK") else 0.05
 SHORT = short_sample(SCALE)
 # Other calls than the tile kernel's, of rows that fill a few small blocks. (One class is never
 # looped over.)

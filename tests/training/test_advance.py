@@ -174,7 +174,8 @@ def teacher(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("step", [8, pytest.param(17, marks=pytest.mark.soak)])
+@pytest.mark.soak  # test_resume.py kills runs in every suite
+@pytest.mark.parametrize("step", [8, 17])
 def test_a_killed_run_resumes_in_the_middle_of_the_warm_up(step, teacher, tmp_path):
     """Of two epochs of 12 steps, with a checkpoint every 5 steps."""
     options = [*TINY_RUN, "--objective.name", "dkd", "--objective.warmup", "2", "--log",
