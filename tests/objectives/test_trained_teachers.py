@@ -37,7 +37,7 @@ def with_student(x: dict, s: torch.Tensor) -> dict:
     return x | {"s0": s.detach().requires_grad_()}
 
 
-# Two classes have one class beside the target class; 1,000 are ImageNet's.
+# With two classes, one class is not the target class; 1,000 are ImageNet's.
 @pytest.mark.parametrize("shape", [(5, 2), (7, 3), (3, 1000), (1, 10)])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("method", METHODS)
@@ -151,7 +151,7 @@ def test_without_divergences_the_loss_is_the_cross_entropy(off):
 @pytest.mark.parametrize("who", ["t0", "s0"])
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 30.0), (1e4, 0.0), (0.01, -7.0)])
 def test_lskd_does_not_depend_on_the_shift_and_scale_of_logits(who, factor, shift):
-    """Of each network and each sample, except for the constant 1e-7 beside the deviation."""
+    """Of each network and each sample, except for the 1e-7 that is added to the deviation."""
     x, target = logits((6, 5)), labels((6, 5))
     rows = torch.linspace(0.5, 2, 6, dtype=torch.float64)[:, None]  # another one for each sample
     changed = x | {who: (x[who].detach() * factor * rows + shift * rows).requires_grad_()}
