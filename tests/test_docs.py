@@ -253,19 +253,19 @@ def test_no_code_hides_from_the_test(page):
 
 
 def test_every_example_is_shown():
-    page = (DOCS / "in-your-trainer.md").read_text("utf-8")
+    page = (DOCS / "how-to" / "your-trainer.md").read_text("utf-8")
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert set(re.findall(r"{literalinclude} \.\./examples/(\S+)", page)) == examples
+    assert set(re.findall(r"{literalinclude} \.\./\.\./examples/(\S+)", page)) == examples
 
 
 def test_every_data_source_and_method_is_in_its_table():
     from bdkd.registry import OBJECTIVES, SOURCES
 
-    for page, names in (("data.md", SOURCES), ("objectives.md", OBJECTIVES)):
-        text = (DOCS / page).read_text("utf-8")
+    for page, names in (("data-sources.md", SOURCES), ("objectives.md", OBJECTIVES)):
+        text = (DOCS / "reference" / page).read_text("utf-8")
         rows = " ".join(re.findall(r"^\|([^|]*)\|", text, re.M))
         missing = [name for name in names if f"`{name}`" not in rows]
-        assert not missing, f"docs/{page} does not tell of {missing}"
+        assert not missing, f"docs/reference/{page} does not tell of {missing}"
 
 
 # --- messages ------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def messages_in_the_code() -> list[str]:
 
 
 def test_every_message_that_is_explained_exists():
-    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    text = (DOCS / "reference" / "messages.md").read_text("utf-8")
     explained = re.findall(r"^#+ `(.+)`$", text, re.M)
     assert len(explained) >= 30
     known = messages_in_the_code()
@@ -315,5 +315,5 @@ def test_the_documentation_builds_without_a_warning_and_needs_nothing_from_elsew
             assert "//" not in address, (page.name, address)
     for style in (tmp_path / "html" / "_static").rglob("*.css"):
         assert not re.search(r"@import|url\(['\"]?(https?:)?//", style.read_text("utf-8")), style
-    mathematics = (tmp_path / "html" / "mathematics.html").read_text("utf-8")
+    mathematics = (tmp_path / "html" / "explanation" / "mathematics.html").read_text("utf-8")
     assert mathematics.count("<math") > 10

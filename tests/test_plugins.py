@@ -23,7 +23,7 @@ SMALL = ["--train.batch-size", "32", "--checkpoint.every-steps", "1", "--log", "
 def written(tmp_path_factory) -> Path:
     """A folder with ``mine.toml`` and ``my-plugin/``."""
     folder = tmp_path_factory.mktemp("outside")
-    for block in blocks(DOCS / "extending.md"):
+    for block in blocks(DOCS / "how-to" / "extend.md"):
         write_file(block.body, folder)
     return folder
 

@@ -31,7 +31,7 @@ def test_a_later_run_is_compared_as_the_page_says():
     command = [sys.executable, "bench/gpu/figure.py", str(RUN), "--compare",
                str(RUN / "stage1-1ebbab2.jsonl")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    page = " ".join((ROOT / "docs" / "triton-kernel.md").read_text("utf-8").split())
+    page = " ".join((ROOT / "docs" / "explanation" / "triton-kernel.md").read_text("utf-8").split())
     assert f"{done.stdout.strip()} the times of the table" in page
 
 
@@ -44,5 +44,5 @@ def test_the_tables_are_the_run_s():
     )
     command = [sys.executable, "-c", code, str(RUN)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for page in ("README.md", "docs/triton-kernel.md"):
+    for page in ("README.md", "docs/explanation/triton-kernel.md"):
         assert done.stdout.strip() in (ROOT / page).read_text("utf-8"), page

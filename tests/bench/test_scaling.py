@@ -13,7 +13,7 @@ from scaling import Machine, Pair, all_reduce, best_interval, projection, step  
 
 
 def test_the_page_holds_what_the_command_prints():
-    assert projection() in (ROOT / "docs" / "scaling.md").read_text("utf-8")
+    assert projection() in (ROOT / "docs" / "explanation" / "scaling.md").read_text("utf-8")
 
 
 def test_all_reduce_is_its_formula():

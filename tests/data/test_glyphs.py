@@ -579,7 +579,7 @@ def test_the_shipped_faces_are_no_copies_of_each_other_where_they_are_installed(
 
 
 def test_the_documented_packages_and_manifest_are_valid(tmp_path):
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "data-sources.md").read_text("utf-8")
     command = text.split("apt install --no-install-recommends ")[1].split("```")[0]
     packages = {face.package for face in read_manifest(None).face}
     assert command.replace("\\", " ").split() == sorted(packages)
