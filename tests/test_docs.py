@@ -38,7 +38,7 @@ BLOCK = re.compile(
     r"^(?P<fence>`{3,})(?P<language>[^\n]*)\n(?P<body>.*?)^(?P=fence)\s*$",
     re.M | re.S,
 )
-SHOWN = {"", "text", "json", "html"}  # output, not code
+SHOWN = {"", "text", "json", "html", "diff"}  # output, not code
 FEW_STEPS = ["--max-steps", "3", "--log"]
 
 
