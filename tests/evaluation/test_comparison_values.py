@@ -10,6 +10,7 @@ import pytest
 from report_runs import told_apart
 from scipy import stats
 
+from bdkd.evaluation import comparison_figure as comparison_figure_module
 from bdkd.evaluation.comparison import Run, compare, compared_metrics, differences, results, to_csv
 from bdkd.evaluation.comparison_figure import comparison_figure
 
@@ -150,22 +151,50 @@ def test_the_figure_has_a_dot_for_every_seed_and_a_line_at_every_mean(tmp_path, 
         for metric, label in labels.items():
             axes, scale = next(panels), 1 if metric in ("nll", "brier") else 100
             assert axes.get_title(loc="left") == f"{head}: {label}"
-            assert [t.get_text() for t in axes.get_xticklabels()] == methods
-            assert list(axes.get_xticks()) == [0, 1, 2]
+            assert list(axes.get_yticks()) == [0, 1, 2]
+            assert axes.yaxis_inverted()  # the first method is at the top
+            if metric == "top1":
+                assert [t.get_text() for t in axes.get_yticklabels()] == methods
             values = expected_tests(runs, network, metric)["values"]
             colours = set()
             for k, method in enumerate(methods):
                 dots, line = axes.lines[2 * k : 2 * k + 2]
                 of_seeds = [scale * values[method][s] for s in sorted(values[method])]
-                np.testing.assert_allclose(dots.get_ydata(), of_seeds)
-                x = np.array(dots.get_xdata())
-                assert np.abs(x - k).max() < 0.3
-                assert (np.diff(x) > 0).all()
-                assert x.mean() == pytest.approx(k)
-                np.testing.assert_allclose(line.get_ydata(), [np.mean(of_seeds)] * 2)
-                assert np.mean(line.get_xdata()) == pytest.approx(k)
+                np.testing.assert_allclose(dots.get_xdata(), of_seeds)
+                y = np.array(dots.get_ydata())
+                assert np.abs(y - k).max() < 0.3
+                assert (np.diff(y) > 0).all()
+                assert y.mean() == pytest.approx(k)
+                np.testing.assert_allclose(line.get_xdata(), [np.mean(of_seeds)] * 2)
+                assert np.mean(line.get_ydata()) == pytest.approx(k)
                 colours.add(dots.get_color())
             assert len(colours) == 3
     assert next(panels, None) is None
     assert figure.get_suptitle() == "a title"
     assert "one seed of up to 6" in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_method_far_from_the_others_is_a_number_at_the_edge(sign):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    near = {0: [1.0, 1.2], 1: [1.1, 1.3], 3: [0.9, 1.0]}
+    comparison_figure_module._draw(axes, {**near, 2: [sign * 50.0, sign * 51.0]})
+    low, high = axes.get_xlim()
+    assert 0.8 < low < 0.9 < 1.3 < high < 1.4
+    assert len(axes.lines) == 2 * len(near)
+    [text] = axes.texts
+    assert text.get_text() == ("50.5 \N{RIGHTWARDS ARROW}" if sign > 0
+                               else "\N{LEFTWARDS ARROW} -50.5")  # fmt: skip
+    assert text.get_position() == ((high if sign > 0 else low), 2)
+
+
+@pytest.mark.parametrize("values", [
+    [[1.0, 1.2], [1.1, 1.3], [2.0, 2.1]],  # not far
+    [[1.0, 1.2], [50.0, 51.0]],  # of two methods, neither is the odd one
+    [[1.0], [1.0], [2.0]],  # no range to compare with
+    [[1.0, 1.2], [1.1, math.nan], [50.0, 51.0]],
+])  # fmt: skip
+def test_otherwise_every_method_is_drawn(values):
+    assert comparison_figure_module._shown_range(values) is None
