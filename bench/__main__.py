@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 if not torch.cuda.is_available():
-    # Compile in this process: workers that wait beside it would count as somebody else's work.
+    # Compile in this process: compile workers would count as load from other processes.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import comparison
@@ -26,7 +26,7 @@ from suites import SUITES, Settings, cannot_run, clock_of, device_of
 def run(names: list[str], trials: int, seconds: float, budget: float, threads: int, quick: bool,
         out: Path) -> None:  # fmt: skip
     """Measure suites. Writes ``out/SUITE.json``, ``.csv`` and ``.txt`` after every case."""
-    out.mkdir(parents=True, exist_ok=True)  # refused now, not after minutes
+    out.mkdir(parents=True, exist_ok=True)  # an error here is reported before minutes of work
     torch.set_num_threads(threads)
     until = time.monotonic() + budget
     for name in names:
@@ -53,7 +53,7 @@ def run(names: list[str], trials: int, seconds: float, budget: float, threads: i
                 if time.monotonic() > until:
                     break
                 progress.start("making its inputs")
-                # Not kept in a variable: the next case is made after this one's memory is free.
+                # No variable holds the case, so its memory is free before the next case is made.
                 measured = _race(make(), clock, trials, seconds, progress)
                 result["cases"].append(measured)
                 result["others_share"] = neighbours.share()
@@ -61,14 +61,14 @@ def run(names: list[str], trials: int, seconds: float, budget: float, threads: i
                 progress.print(f"\n{text[-1]}")
                 _leave(out, name, result, text)
         if left := len(makers) - len(result["cases"]):
-            text.append(f"time ran out: {left} of {len(makers)} cases were not run")
+            text.append(f"--budget is used up: {left} of {len(makers)} cases were not run")
         if warning := results.busy_warning(result):
             text.append(warning)
         for line in text[len(result["cases"]) + 1 :]:
             print(f"\n{line}", flush=True)
         _leave(out, name, result, text)
     files = ", ".join(f"{name}.json" for name in names)
-    print(f"\n{files} in {out}, and the same as .csv and .txt")
+    print(f"\n{files} are in {out}, with the same results as .csv and .txt")
 
 
 def _race(case: Case, clock: Clock, trials: int, seconds: float, progress: Progress) -> dict:
@@ -95,12 +95,12 @@ def main(arguments: list[str]) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench: interrupted; the cases that were done are kept", file=sys.stderr)
+        print("bench: interrupted; the results of finished cases are kept", file=sys.stderr)
         return 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """Argument parser that prints an error as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"bench: {message}; see python bench --help\n")
@@ -108,9 +108,9 @@ class Parser(argparse.ArgumentParser):
 
 USAGE = """\
 python bench [SUITE ...] [options]         measure; all suites by default
-       python bench compare A B                   what changed from A to B
-       python bench plot FOLDER [--out FOLDER]    time, bandwidth, memory as PNG
-       python bench history FOLDER ... --out PNG  our times over commits"""
+       python bench compare A B                   compare two results
+       python bench plot FOLDER [--out FOLDER]    draw the results as PNG files
+       python bench history FOLDER ... --out PNG  draw our times over commits"""
 
 
 def _help() -> str:
@@ -125,19 +125,21 @@ def _run(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("suites", nargs="*", help=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--trials", type=_positive(int), default=20, metavar="N", help="rounds a case (20)")
+    add("--trials", type=_positive(int), default=20, metavar="N",
+        help="rounds per case (default: 20)")  # fmt: skip
     add("--seconds", type=_positive(float), default=4.0, metavar="S",
-        help="limit of a case's rounds after five; hot: half (4)")  # fmt: skip
+        help="time limit of a case after 5 rounds; hot: half (default: 4)")  # fmt: skip
     add("--budget", type=_positive(float), default=1e9, metavar="S",
-        help="begin no case after so many seconds (none)")  # fmt: skip
+        help="start no further case after S seconds (default: no limit)")  # fmt: skip
     add("--threads", type=_positive(int), default=torch.get_num_threads(), metavar="N",
-        help="of torch, for every contender (torch's choice)")  # fmt: skip
-    add("--quick", action="store_true", help="every kind of case once, at a small size")
-    add("--out", type=Path, metavar="FOLDER", help="of results (.benchmarks/DATE-COMMIT)")
+        help="torch threads of every contender (default: torch's default)")  # fmt: skip
+    add("--quick", action="store_true", help="run each kind of case once, at a small size")
+    add("--out", type=Path, metavar="FOLDER",
+        help="folder for the results (default: .benchmarks/DATE-COMMIT)")  # fmt: skip
     options = parser.parse_args(arguments)
     for name in options.suites:
         if name not in SUITES:
-            parser.error(f"no suite is named {name!r}: give some of {', '.join(SUITES)}")
+            parser.error(f"no suite is named {name!r}: use {', '.join(SUITES)}")
         if reason := cannot_run(name):
             print(f"bench: {name} cannot run: {reason}", file=sys.stderr)
             return 1
@@ -145,7 +147,7 @@ def _run(arguments: list[str]) -> int:
     if not names:
         names = [name for name in SUITES if not cannot_run(name)]
         for name in SUITES.keys() - set(names):
-            print(f"{name} is left out: {cannot_run(name)}")
+            print(f"{name} is skipped: {cannot_run(name)}")
     commit = machine.commit()
     dirty = "-changed" if commit["dirty"] else ""
     default = machine.ROOT / ".benchmarks" / f"{machine.now()[:10]}-{commit['id']}{dirty}"
@@ -166,9 +168,9 @@ def _compare(arguments: list[str]) -> int:
 def _plot(arguments: list[str]) -> int:
     import figures
 
-    parser = Parser(prog="python bench plot", description="Pictures of results.")
+    parser = Parser(prog="python bench plot", description="Draw results as PNG files.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of results")
-    parser.add_argument("--out", type=Path, help="folder of the pictures (FOLDER)")
+    parser.add_argument("--out", type=Path, help="folder for the pictures (default: FOLDER)")
     options = parser.parse_args(arguments)
     for path in figures.draw_all(results.read_all(options.folder), options.out or options.folder):
         print(path)
@@ -178,7 +180,7 @@ def _plot(arguments: list[str]) -> int:
 def _history(arguments: list[str]) -> int:
     import figures
 
-    parser = Parser(prog="python bench history", description="Over commits.")
+    parser = Parser(prog="python bench history", description="Draw our times over commits.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="the picture, a PNG")
     options = parser.parse_args(arguments)
@@ -191,7 +193,7 @@ def _positive(kind: type):
     def parse(text: str):
         value = kind(text)
         if value <= 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+            raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
         return value
 
     parse.__name__ = kind.__name__

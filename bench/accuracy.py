@@ -1,16 +1,16 @@
-"""Measure how far every implementation of the loss is from float64, over all kinds of logits.
+"""Measure the error of every implementation of the loss against float64, over all kinds of logits.
 
     python bench/accuracy.py [--out FOLDER] [--verbose] [--interpret] [--quick]
 
 The logits range from flat to extremely peaked, and the two networks from nearly equal to disjoint,
 in every storage type. Both losses of every sample and both gradients are compared. An error is
-given in units of the error that the kernels' tests allow there: 1 is the limit. The exit code is 1
-unless ours is everywhere within the limit, or at most twice as far off as the best other
-implementation.
+divided by the error that the kernels' tests allow for the same inputs, so the limit is 1. The exit
+code is 0 if every error of our implementations is at most 1, or at most twice the error of the best
+other implementation, and 1 if not.
 
-gamma is 1: if two entropies differ by less than rounding, implementations may weight a sample
-differently, and that is not an error. ``--interpret`` runs the Triton kernel in its interpreter if
-there is no GPU. It is slow, so it runs on few classes.
+gamma is 1, because implementations may weight a sample differently if its two entropies differ by
+less than rounding, which is not an error. If there is no GPU, ``--interpret`` runs the Triton
+kernel in Triton's interpreter. The interpreter is slow, so it runs on few classes.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Cell(NamedTuple):
 
 
 def draw(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of student and teacher, rounded to the storage type, and labels."""
+    """Return logits of student and teacher, rounded to the storage type, and labels."""
     rows = max(4, min(32, 2**15 // cell.classes))
     rng = torch.Generator().manual_seed(hash(cell[2:]) % 2**31)
     a, b = torch.randn(2, rows, cell.classes, generator=rng, dtype=torch.float64)
@@ -72,7 +72,7 @@ def draw(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
         t = 0.5 * a + b
     elif cell.relation == "independent":
         t = b
-    else:  # each has its mass where the other has none
+    else:  # the two networks give probability to different classes
         half = torch.arange(cell.classes) < cell.classes // 2
         a, t = a + 3.0 * half, b + 3.0 * ~half
     dtype = DTYPES[cell.dtype]
@@ -109,10 +109,10 @@ def implementations(device: str) -> dict[str, Rows]:
 
 def runs(name: str, cell: Cell, interpreted: bool) -> bool:
     if cell.dtype == "fp64" and name in ("eager PyTorch", "torch.compile"):
-        return False  # they work in float32
+        return False  # these two compute in float32
     if cell.dtype == "fp64" and name == "eager, our reference":
-        return False  # it is the truth
-    if name == "torch.compile":  # seconds for every new size and type
+        return False  # the errors are relative to this implementation
+    if name == "torch.compile":  # compiling takes seconds for every new size and type
         return cell.classes == 1000 and cell.temperature == 4.0
     if name == "bdkd, triton" and interpreted:
         return cell.classes == 10
@@ -120,7 +120,7 @@ def runs(name: str, cell: Cell, interpreted: bool) -> bool:
 
 
 class Errors(NamedTuple):
-    """The worst of a cell, in units of what is allowed there."""
+    """The largest errors of a cell, divided by the allowed errors."""
 
     loss: float
     gradient: float
@@ -152,7 +152,8 @@ def measure(rows: Rows, cell: Cell, s: Tensor, t: Tensor, y: Tensor) -> Errors:
 
 
 def _worst(got: Tensor, right: Tensor, allowed: Tensor) -> float:
-    """The largest error over what is allowed; NaN, and infinities where there are none, are inf."""
+    """Return the largest ratio of an error to the allowed error. A NaN, or an infinity where the
+    right value is finite, gives inf."""
     ratio = (got.detach().double() - right).abs() / allowed
     return ratio.nan_to_num(torch.inf, torch.inf).max().item()
 
@@ -173,7 +174,7 @@ def sweep(cells: list[Cell], device: str, interpreted: bool) -> list[dict[str, A
 
 
 class Judged(NamedTuple):
-    """One error of one implementation in one cell, and what is allowed there."""
+    """One error of one implementation in one cell, with its bound."""
 
     name: str
     kind: str  # "loss" or "gradient"
@@ -189,13 +190,14 @@ class Judged(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.kind} {self.error:.2g} times what is allowed, the best other "
-            f"{self.best_other:.2g}: {self.cell}"
+            f"{self.name}: {self.kind} error {self.error:.2g} times the allowed error (best other: "
+            f"{self.best_other:.2g}): {self.cell}"
         )
 
 
 def judge_all(measured: list[dict[str, Any]]) -> list[Judged]:
-    """Return every error with its bound: 1, for ours also twice the best of the others."""
+    """Return every error with its bound. The bound is 1. For our implementations it is twice the
+    error of the best other implementation, if that is larger."""
     found = []
     key = Cell._fields
     for values, group in itertools.groupby(measured, key=lambda row: [row[k] for k in key]):
@@ -211,7 +213,7 @@ def judge_all(measured: list[dict[str, Any]]) -> list[Judged]:
 
 
 def failures(judged: list[Judged]) -> list[Judged]:
-    """Return the errors of ours that are outside their bounds."""
+    """Return the errors of our implementations that exceed their bounds."""
     return [each for each in judged if each.ours and not each.passed]
 
 
@@ -219,8 +221,8 @@ def verdict(judged: list[Judged]) -> str:
     """Return the worst error of every implementation, in at most 24 lines of 80 columns."""
     row = "{:20} {:4} {:>7} {:>5} {:4} {:4} {:13} {:>6} {:>5} {:>3}"
     lines = [
-        "Worst errors and where they are. The bound is 1; for ours also twice the best",
-        "of the others.",
+        "Worst errors and where they occur. The bound is 1. For ours it is twice the",
+        "error of the best other implementation, if that is larger.",
         row.format("", "", "error", "bound", "", "type", "networks", "spread", "C", "tau"),
     ]
     for name, kind in itertools.product(
@@ -228,7 +230,7 @@ def verdict(judged: list[Judged]) -> str:
     ):
         mine = [each for each in judged if (each.name, each.kind) == (name, kind)]
         worst = max(mine, key=lambda each: (not each.passed, each.error))
-        # An implementation of others that is outside is named; only ours decides the exit code.
+        # A foreign implementation that exceeds its bound is marked. Only ours set the exit code.
         word = "pass" if worst.passed else "FAIL" if worst.ours else "over"
         numbers = (f"{worst.error:.2g}", f"{worst.bound:.2g}")
         dtype, relation, spread, classes, tau = worst.cell
@@ -236,7 +238,7 @@ def verdict(judged: list[Judged]) -> str:
                                 f"{spread:g}", classes, f"{tau:g}"))  # fmt: skip
     failed = len(failures(judged))
     lines.append(
-        f"FAIL: errors of ours outside their bounds: {failed}; --verbose lists them"
+        f"FAIL: errors of ours that exceed their bounds: {failed}; --verbose lists them"
         if failed
         else "pass: every error of ours is within its bound"
     )
@@ -244,7 +246,7 @@ def verdict(judged: list[Judged]) -> str:
 
 
 def worst(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over classes and temperatures."""
+    """Return the worst errors over classes and temperatures."""
     found: dict[tuple, dict[str, Any]] = {}
     for row in measured:
         key = {k: row[k] for k in ("name", "dtype", "relation", "spread")}
@@ -255,7 +257,7 @@ def worst(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """The worst over spreads, classes and temperatures, in units of what is allowed."""
+    """Return the worst errors over spreads, classes and temperatures as a table."""
     names = list(dict.fromkeys(row["name"] for row in measured))
     lines = []
     for dtype, relation in itertools.product(DTYPES, RELATIONS):
@@ -270,8 +272,8 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 
 def draw_figure(measured: list[dict[str, Any]], path: Path, caption: str) -> None:
-    """Worst error over the spread of the logits: a column a storage type, losses above, gradients
-    below; the dashed line is what is allowed."""
+    """Draw the worst error over the spread of the logits. Each storage type has a column, with
+    losses above and gradients below. The dashed line is the allowed error."""
     import figures
     from matplotlib.figure import Figure
 
@@ -320,7 +322,7 @@ def report(measured: list[dict[str, Any]], judged: list[Judged], caption: str) -
     failed = failures(judged)
     lines = [
         caption,
-        "Errors in units of what is allowed (loss, gradient), worst over spreads "
+        "Errors divided by the allowed error (loss, gradient), worst over spreads "
         f"{SPREADS[0]:g} to {SPREADS[-1]:g},\nclasses and temperatures",
         table(measured),
         *map(str, failed[:100]),
@@ -334,12 +336,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path,
                         help="folder for accuracy.json, accuracy.txt and accuracy.png")  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="print the long tables too")
-    parser.add_argument("--interpret", action="store_true", help="Triton in its interpreter")
-    parser.add_argument("--quick", action="store_true", help="a few cells of every kind")
+    parser.add_argument("--verbose", action="store_true", help="also print the long tables")
+    parser.add_argument(
+        "--interpret", action="store_true", help="run the Triton kernel in its interpreter"
+    )
+    parser.add_argument("--quick", action="store_true", help="measure a few cells of every kind")
     options = parser.parse_args(arguments)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)  # refused now, not after minutes
+        options.out.mkdir(parents=True, exist_ok=True)  # an error here is reported at once
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grid = [Cell(*x) for x in itertools.product(DTYPES, RELATIONS, SPREADS, CLASSES, TEMPERATURES)]
     if not options.quick:

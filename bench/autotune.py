@@ -1,11 +1,12 @@
-"""Times every sensible launch on a GPU, and prints the launch table with its measurements.
+"""Time candidate launches on a GPU, and print the launch table with its measurements.
 
     python bench/autotune.py [--classes 1000 32000] [--dtypes bf16 fp32] [--seconds 60]
                              [--json FILE] [--out FOLDER]
 
-Copy the winners into ``launch_table.py`` by hand, with the printed line: no call ever tunes. Times
-are GPU times by graph replay. Candidates are compiled in other processes beforehand, into Triton's
-cache. ``--out`` writes each measurement to ``FOLDER/measurements.jsonl`` as well.
+Copy the fastest launches into ``launch_table.py`` by hand, each with its printed line, because no
+call tunes at run time. Times are GPU times of CUDA graph replays. Other processes compile the
+candidates beforehand, into Triton's cache. ``--out`` also writes each measurement to
+``FOLDER/measurements.jsonl``.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from measurements import Log
 from prepare import compile_only
 
 CLASSES = (10, 100, 256, 500, 1000, 2048, 4096, 8192, 16384, 21841, 32000, 65536, 128256)
-MOST = 40  # candidates of a class count
+MOST = 40  # candidates per number of classes
 COPY = "copy of both logits"
 Launch = Tile | Loop
 
@@ -49,7 +50,7 @@ def candidates(classes: int, itemsize: int, vector: int) -> list[Launch]:
     block = max(16, launch_table.block_of(classes))
     if classes <= 16384:
         for warps in (1, 2, 4, 8, 16):
-            for pairs in (4, 8, 16, 32):  # a thread
+            for pairs in (4, 8, 16, 32):  # class pairs per thread
                 rows, rest = divmod(32 * warps * pairs, block)
                 if rest == 0 and rows >= 1 and (rows == 1 or block <= 512) and rows <= 32:
                     inner = min(block, block // pairs * vector) if rows > 1 else block
@@ -97,13 +98,13 @@ def short(launch: Launch) -> str:
 
 
 def chosen(launch: Launch) -> Any:
-    """Let every call take one launch."""
+    """Make every call use one launch."""
     triton_backend._plans.clear()
     return mock.patch.object(launch_table, "choose", mock.Mock(return_value=launch))
 
 
 def compile_launch(size: Size, launch: Launch) -> None:
-    """Compile one candidate into Triton's cache, in a process of its own."""
+    """Compile one candidate into Triton's cache. Runs in a separate process."""
     dtype = DTYPES[size.dtype]
     s, t, ds, dt = (torch.empty((size.rows, size.classes), dtype=dtype) for _ in range(4))
     y = torch.zeros(size.rows, dtype=torch.int64)
@@ -112,7 +113,7 @@ def compile_launch(size: Size, launch: Launch) -> None:
 
 
 class Search:
-    """The candidates of some sizes, compiled ahead in the order in which they are timed."""
+    """The candidates of some sizes. Other processes compile them in the order of their timing."""
 
     def __init__(self, sizes: list[Size], device: str, backend: str, processes: int) -> None:
         self.device, self.backend = device, backend
@@ -133,7 +134,7 @@ class Search:
             process.kill()
 
     def time(self, size: Size, until: float) -> list[tuple[float, float, Launch]]:
-        """Return the seconds of each launch, and its share of the copy in the same rounds."""
+        """Return each launch with its seconds and its share of the copy's bandwidth."""
         race = Race(size, "both", self.device, machine.last_level_cache(self.device))
         clock: Any = DeviceClock() if self.device == "cuda" else WallClock(shortest=1e-4)
         copied = clock.sampler(Contender(COPY, race.copy), len(race.inputs))
@@ -176,7 +177,9 @@ def main(options: argparse.Namespace) -> int:
     until = time.monotonic() + options.seconds
     device, backend = ("cpu", "reference") if options.dry_run else ("cuda", "triton")
     if not options.dry_run and not available_backends()["triton"]:
-        print(f"no Triton kernel here: {available_backends()['triton']}", file=sys.stderr)
+        print(
+            f"no Triton kernel on this machine: {available_backends()['triton']}", file=sys.stderr
+        )
         return 1
     sizes = [size_of(classes, dtype) for dtype in options.dtypes for classes in options.classes]
     if options.dry_run:
@@ -226,8 +229,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="time that it may take")
-    parser.add_argument("--json", type=Path, help="file for every measurement")
-    parser.add_argument("--out", type=Path, help="folder of measurements.jsonl")
-    parser.add_argument("--dry-run", action="store_true", help="one tiny size on the CPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument("--out", type=Path, help="folder for measurements.jsonl")
+    parser.add_argument("--dry-run", action="store_true", help="time one tiny size on the CPU")
     sys.exit(main(parser.parse_args()))

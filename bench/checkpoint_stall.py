@@ -1,11 +1,11 @@
-"""How long a checkpoint keeps the training loop from its steps.
+"""Measure how long a checkpoint stops or slows the training loop.
 
     python bench/checkpoint_stall.py [--every 50] [--checkpoints 6] [--recipe digits]
 
-A run in one process with its checkpoints on, in a folder of its own. *Stall* is the time that the
-loop spends in taking a snapshot, and in waiting for the file before where it is not written yet;
-*slower* is how much longer the median step takes while a file is being written beside it. Both are
-given as shares of the time between two checkpoints.
+Trains a recipe in one process, in a temporary folder. The *stall* is the time that the loop spends
+on taking a snapshot, and on waiting for the previous file if it is still being written. The second
+number is the extra time of steps during which a file is being written. Both are also given as
+shares of the time between two checkpoints.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=6)
     arguments = parser.parse_args()
 
-    stalls: list[tuple[float, float]] = []  # when a save ended, and how long it held the loop
+    stalls: list[tuple[float, float]] = []  # when a save ended, and how long it stopped the loop
     steps: list[tuple[float, bool]] = []  # seconds of a step, and whether a file was being written
     save, step = Checkpointer.save, Trainer.train_step
     current: list[Checkpointer] = []
@@ -48,7 +48,7 @@ def main() -> None:
         stalls.append((time.perf_counter(), time.perf_counter() - began))
 
     def timed_step(self: Trainer, batch: Batch) -> None:
-        progress.start()  # outside of the time that is measured
+        progress.start()  # before the measured time
         writing = bool(current) and current[0].writer.busy()
         began = time.perf_counter()
         step(self, batch)
@@ -78,8 +78,8 @@ def main() -> None:
         f"{len(regular)} checkpoints of {size / 1e6:.1f} MB, {arguments.every} steps apart\n"
         f"  time between them       {1e3 * between:9.1f} ms  (step {1e3 * quiet:.1f} ms)\n"
         f"  stall of the loop       {1e3 * stall:9.2f} ms  {stall / between:8.2%}\n"
-        f"  steps beside a write    {1e3 * slower:9.2f} ms  {slower / between:8.2%}  "
-        f"({len(busy) / len(regular):.1f} a checkpoint)"
+        f"  slower steps in a write {1e3 * slower:9.2f} ms  {slower / between:8.2%}  "
+        f"({len(busy) / len(regular):.1f} steps per checkpoint)"
     )
 
 

@@ -6,11 +6,11 @@
 Each worktree's native kernel is built if it is missing. A case trains some steps in each worktree,
 in a process that has the worktree first in PYTHONPATH, and writes a checkpoint and a line of
 metrics after every step. Weights, buffers, moments, averages, the loss scale, random states,
-learning rates and metrics are compared bit for bit. The exit code is 1 if they differ in more than
-the changes that ``DELIBERATE`` lists.
+learning rates and metrics are compared bit for bit. The exit code is 1 if there is a difference
+that ``DELIBERATE`` does not list.
 
-The networks are the recipes' own. Batches are of 8 images and the data sets are made here, because
-a step of the real size takes minutes on a CPU.
+Cases use the networks of the recipes. Batches have 8 images, and the data sets are small generated
+ones, because a step of the real size takes minutes on a CPU.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from progress import Progress  # noqa: E402
 from bdkd.evaluation.metric_lines import LineReader  # noqa: E402
 from bdkd.models import create_model  # noqa: E402
 
-BOUNDARY = 4  # steps of the warm-up in the case that crosses its end
+BOUNDARY = 4  # warm-up steps of the case in which the warm-up ends
 
-# What is compared of a checkpoint's state, part by part; the rest is bookkeeping of a format.
+# The parts of a checkpoint's state that are compared. The other parts describe the format.
 WHOLE_PARTS = ("networks", "ema", "scaler", "skipped")
 POSITION = ("step", "epoch")
 BEST = ("step", "top1")
@@ -53,16 +53,16 @@ CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu", "seconds"}
 
 
 class Case(NamedTuple):
-    """A training that is compared."""
+    """A training run that is compared."""
 
     arguments: tuple[str, ...]
-    steps: int | None = None  # fewer than --steps, where a checkpoint is large
+    steps: int | None = None  # fewer than --steps if a checkpoint is large
     ranks: int = 1
     note: str = ""
 
 
 class Deliberate(NamedTuple):
-    """A change that is meant: where it may be seen, and why it was made."""
+    """An intended change: the values that it affects, and its reason."""
 
     name: str
     covers: Callable[[str, int, str], bool]  # case, step, key
@@ -83,7 +83,7 @@ DELIBERATE = (
     ),
     Deliberate(
         "the last warm-up step has the peak rate",
-        # The rate differs in the last step of the warm-up alone; what it trained, from there on.
+        # The rate differs only in the last warm-up step. The weights differ from there on.
         lambda case, step, key: (
             case == "warm-up ends"
             and step >= BOUNDARY
@@ -95,11 +95,11 @@ DELIBERATE = (
     Deliberate(
         "the evaluation crop of ImageNet is torchvision's",
         lambda case, step, key: (
-            case.startswith(("imagenet", "mixup", "randaugment"))  # whose images are ImageNet's
+            case.startswith(("imagenet", "mixup", "randaugment"))  # cases with ImageNet images
             and key.startswith(("metrics.val.", "best."))
         ),
-        "halves of a pixel are rounded to even numbers, as torchvision does it: the crop moves by "
-        "one pixel at some sizes; training does not change",
+        "half pixels are rounded to even numbers, as in torchvision: the crop moves by one pixel "
+        "at some sizes; training does not change",
     ),
     Deliberate(
         "the test images are watched",
@@ -107,7 +107,7 @@ DELIBERATE = (
         "watch_test writes lines of metrics that older commits did not write; nothing else changes",
     ),
     Deliberate(
-        "the best step is kept only where it is selected",
+        "the best step is kept only if the recipe selects it",
         lambda case, step, key: (
             case.startswith(("digits-hard", "imagenet-smoke", "mixup", "randaugment"))
             and key.split(".")[0] == "best"
@@ -127,7 +127,7 @@ SMOKE = ("imagenet-smoke", "--networks.student.options", "width", "0.25", *IMAGE
 
 
 def recipe_cases(tree: Path, steps: int) -> dict[str, Case]:
-    """Every recipe that a worktree ships."""
+    """Return a case for every recipe that a worktree ships."""
     cases = {}
     for path in sorted((tree / "bdkd" / "recipes").glob("*.toml")):
         recipe = tomllib.loads(path.read_text())
@@ -136,11 +136,11 @@ def recipe_cases(tree: Path, steps: int) -> dict[str, Case]:
             changes += ["--train.batch-size", "8"]
         if source == "imagenet":
             changes += IMAGENET
-            few = 2  # 270 MB a checkpoint
+            few = 2  # a checkpoint has 270 MB
         elif "wrn_16_8" in path.name.replace("wrn16-8", "wrn_16_8"):
-            few = 2  # 90 MB
+            few = 2  # a checkpoint has 90 MB
         if recipe.get("schedule", {}).get("warmup"):
-            changes += ["--schedule.warmup", str(steps + 1)]  # its end has a case of its own
+            changes += ["--schedule.warmup", str(steps + 1)]  # another case tests its end
         note = "batch 8" * ("--train.batch-size" in changes)
         note += ", 64x64 pixels" * (source == "imagenet")
         cases[path.stem] = Case((path.stem, *changes), few, note=note)
@@ -208,7 +208,7 @@ VARIANTS = {
 
 
 def make_data(root: Path) -> None:
-    """Write the data sets where the recipes look for them."""
+    """Write the data sets to the folders in which the recipes look for them."""
     for name, files in (
         ("cifar10", cifar_files("cifar10", 20)),
         ("cifar100", cifar_files("cifar100", 1)),
@@ -221,7 +221,7 @@ def make_data(root: Path) -> None:
 
 
 def build_kernel(tree: Path) -> None:
-    """Build a worktree's native kernel, unless it is there (its import keeps it up to date)."""
+    """Build a worktree's native kernel if it is missing. Importing it rebuilds an outdated one."""
     library, build = "libbdkd_native.so", tree / "build" / "native"
     if (tree / "kernels" / "bdkd_kernels" / library).exists():
         return
@@ -232,7 +232,8 @@ def build_kernel(tree: Path) -> None:
     shutil.copy(build / library, tree / "kernels" / "bdkd_kernels")
 
 
-# One process a worktree: importing torch and the rest takes longer than a small case.
+# Each worktree has one process for all cases, because importing torch takes longer than a small
+# case.
 WORKER = """
 import contextlib, io, json, os, sys
 answers = os.fdopen(os.dup(1), "w")
@@ -255,7 +256,7 @@ for line in sys.stdin:
 
 
 class Tree:
-    """A worktree whose code trains cases, each in a folder of its own."""
+    """A worktree whose code trains cases, each case in a separate folder."""
 
     def __init__(self, path: Path) -> None:
         build_kernel(path)
@@ -269,10 +270,10 @@ class Tree:
         assert self.worker.stdout is not None
         imported = json.loads(self.worker.stdout.readline())
         if not all(Path(file).is_relative_to(path) for file in imported):
-            raise SystemExit(f"{path} is not what Python imports there: {', '.join(imported)}")
+            raise SystemExit(f"Python does not import bdkd from {path}, but {', '.join(imported)}")
 
     def train(self, work: Path, case: Case, steps: int) -> str:
-        """Train a case in ``work/run``. Returns what failed, or nothing."""
+        """Train a case in ``work/run``. Return the error, or an empty string."""
         arguments = [
             "train", *case.arguments, "--run-dir", "run", "--max-steps", str(steps),
             "--checkpoint.every-steps", "1", "--checkpoint.keep", "999", "--log-every", "1",
@@ -292,7 +293,7 @@ class Tree:
         assert self.worker.stdout is not None
         print(json.dumps([arguments, str(work)]), file=self.worker.stdin, flush=True)
         answer = self.worker.stdout.readline()
-        return json.loads(answer) if answer else "its process has died"
+        return json.loads(answer) if answer else "its process ended unexpectedly"
 
     def close(self) -> None:
         assert self.worker.stdin is not None
@@ -304,10 +305,10 @@ class Tree:
 
 
 def values(run: Path, step: int) -> dict[str, Any]:
-    """Return everything that is compared after a step, by a dotted key."""
+    """Return all values that are compared after a step. The keys are dotted names."""
     found: dict[str, Any] = {}
     path = run / "checkpoints" / f"step-{step:08d}.pt"
-    if path.exists():  # none is written after a skipped step
+    if path.exists():  # no checkpoint is written after a skipped step
         state = torch.load(path, map_location="cpu", weights_only=True)["state"]
         groups = state["optimizer"]["param_groups"]
         compared = {
@@ -343,7 +344,8 @@ def _flat(key: str, value: Any) -> dict[str, Any]:
 
 
 def difference(old: Any, new: Any) -> float:
-    """Return the largest difference over the largest magnitude; infinity if it has no size."""
+    """Return the largest difference divided by the largest magnitude. Return infinity for values
+    that cannot be subtracted."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         if old.dtype != new.dtype or old.shape != new.shape:
             return math.inf
@@ -368,8 +370,8 @@ class Found(NamedTuple):
 
 
 def compare(name: str, old: Path, new: Path, steps: int) -> tuple[list[Found], dict[str, Found]]:
-    """Return what differs, and of each deliberate change where it is first seen, with the size of
-    its largest difference."""
+    """Return the unexpected differences, and for each deliberate change the first value that it
+    changes, with the size of its largest difference."""
     unexpected: list[Found] = []
     meant: dict[str, Found] = {}
     for step in range(1, steps + 1):
@@ -395,13 +397,15 @@ def run_case(
     name: str, case: Case, trees: tuple[Tree, Tree], data: Path, steps: int, pool: Executor,
     progress: Progress,
 ) -> bool:  # fmt: skip
-    """Train a case in both trees, compare, print a row. Returns whether nothing else differs."""
+    """Train a case in both trees, compare the values and print a row. Return True if there is no
+    unexpected difference."""
     done = min(steps, case.steps or steps)
     progress.start(name)
     with tempfile.TemporaryDirectory() as scratch:
         works = [Path(scratch) / side for side in ("old", "new")]
         for work in works:
-            # One copy for each case: a source may write an index next to its files.
+            # Each case gets a copy of the data, because a source may write an index next to its
+            # files.
             shutil.copytree(data / "data", work / "data")
         failures = progress.results(
             [
@@ -411,7 +415,7 @@ def run_case(
             f"{done} steps in both trees",
         )
         if any(failures):
-            failed = f"FAILED  old: {failures[0] or 'no'}; new: {failures[1] or 'no'}"
+            failed = f"FAILED  old: {failures[0] or 'ok'}; new: {failures[1] or 'ok'}"
             progress.print(row(name, done, failed))
             return False
         progress.update("comparing")
@@ -425,8 +429,8 @@ def run_case(
     if unexpected:
         first, largest = unexpected[0], max(unexpected, key=lambda found: found.size)
         result = (
-            f"DIFFERENT from step {first.step}, {first.key} ({first.size:.1e}); in "
-            f"{len(unexpected)} values, most in step {largest.step}, {largest.key} "
+            f"DIFFERENT from step {first.step}, {first.key} ({first.size:.1e}); "
+            f"{len(unexpected)} values differ, most in step {largest.step}, {largest.key} "
             f"({largest.size:.1e})"
         )
     progress.print(row(name, done, result + f"  [{case.note}]" * bool(case.note)))
@@ -445,16 +449,20 @@ def commit_of(tree: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, help="worktree of the older commit")
-    parser.add_argument("--new", type=Path, default=HERE, help="the other worktree; this one")
-    parser.add_argument("--cases", "--recipes", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps a case (6)")
-    parser.add_argument("--at-once", action="store_true", help="train in both trees at a time")
+    parser.add_argument(
+        "--new", type=Path, default=HERE, help="worktree of the newer commit (default: this one)"
+    )
+    parser.add_argument(
+        "--cases", "--recipes", nargs="+", metavar="NAME", help="run only these cases"
+    )
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps per case")
+    parser.add_argument("--at-once", action="store_true", help="train in both trees in parallel")
     given = parser.parse_args()
     paths = (given.old.resolve(), given.new.resolve())
     cases = {**recipe_cases(paths[1], given.steps), **VARIANTS}
     for name in given.cases or ():
         if name not in cases:
-            parser.error(f"no case {name!r}; there are: {', '.join(cases)}")
+            parser.error(f"no case is named {name!r}: use {', '.join(cases)}")
     trees = (Tree(paths[0]), Tree(paths[1]))
     print(f"old {commit_of(paths[0])}, new {commit_of(paths[1])}, torch {torch.__version__}, CPU")
     print(f"\n{'case':36} {'steps':>5}  result", flush=True)

@@ -1,4 +1,4 @@
-"""What changed between two results, each of which is a SUITE.json or a folder of them."""
+"""Compare two results. Each is a SUITE.json file or a folder of such files."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ class Change(NamedTuple):
     cache: str  # "cold", "hot" or unknown
     kind: str
     ratio: float  # B's time over A's
-    by_share: bool  # of the times relative to the copy, because the machines differ
-    apart: int  # -1: B is faster beyond both spreads; 1: slower; 0: neither
-    cells: list[str]  # of the table
+    by_share: bool  # whether ``ratio`` is of times relative to the copy, for different machines
+    apart: int  # -1: B is faster and the spreads do not overlap; 1: B is slower; 0: they overlap
+    cells: list[str]  # cells of the table
 
     def __str__(self) -> str:
         cache = f" ({self.cache})" if self.cache else ""
@@ -29,14 +29,15 @@ class Change(NamedTuple):
 
 
 def compare(a: Mapping[str, Result], b: Mapping[str, Result]) -> str:
-    """Return what changed from A to B: the largest gain and loss, then every row that both have.
+    """Return a report of the changes from A to B: the largest gain and loss, then every row that
+    both results contain.
 
     Raises:
-        ResultsError: If nothing can be compared. The message is one line that says why.
+        ResultsError: nothing can be compared. The message is one line with the reason.
     """
     if a == b:
         origin = _origin(next(iter(a.values())))
-        raise ResultsError(f"A and B are the same results ({origin}): give two different runs")
+        raise ResultsError(f"A and B are the same results ({origin}): pass two different runs")
     common = [suite for suite in a if suite in b]
     if not common:
         raise ResultsError(
@@ -62,7 +63,7 @@ def compare(a: Mapping[str, Result], b: Mapping[str, Result]) -> str:
 
 
 def _changes(suite: str, a: Result, b: Result) -> list[Change] | str:
-    """Return the rows that both have, or why there are none."""
+    """Return the changes of the rows that both results contain, or the reason for no such rows."""
     different = _different(a, b, MACHINE)
     before = {(case, row["name"]): row for case, row in rows_of(a)}
     cases_a, cases_b = ([case["case"] for case in x["cases"]] for x in (a, b))
@@ -90,7 +91,7 @@ def _changes(suite: str, a: Result, b: Result) -> list[Change] | str:
     if not pairs:
         return f"{suite} has no contender in common"
     if not changes:
-        return f"{suite} is of two machines, and no row has a share of the copy: {different}"
+        return f"{suite} was measured on two machines, without a share of the copy: {different}"
     return changes
 
 
@@ -109,7 +110,7 @@ def _change(
         if not all(shares):
             return None
         ratio = shares[0] / shares[1]  # type: ignore[operator]
-        apart = (ratio > 1.05) - (ratio < 0.95)  # the spread of a share is not stored
+        apart = (ratio > 1.05) - (ratio < 0.95)  # results do not store the spread of a share
     cells = [
         time_text(old["median"]), time_text(new["median"]), f"{new['median'] / old['median']:.2f}",
         ("faster", "", "slower")[apart + 1], *(f"{x:.0%}" if x else "" for x in shares),
@@ -125,7 +126,7 @@ def _verdict(changes: list[Change]) -> list[str]:
     for name, sign, word in (("largest gain", -1, "faster"), ("largest loss", 1, "slower")):
         found = [change for change in ours or changes if change.apart == sign]
         if not found:
-            lines.append(f"{name}: none, no {whose} is {word} beyond its spread")
+            lines.append(f"{name}: none (no {whose} is {word} by more than its spread)")
             continue
         worst = max(found, key=lambda change: sign * change.ratio)
         times = f"{worst.cells[0]} -> {worst.cells[1]}"
@@ -151,7 +152,8 @@ def _part(suite: str, a: Result, b: Result, changes: list[Change]) -> list[str]:
 
 
 def _different(a: Result, b: Result, keys: tuple[str, ...]) -> str:
-    """Return which of some facts about the machines differ, or nothing."""
+    """Return a description of the given facts that differ between the machines, or an empty
+    string."""
     facts = [{key: x["machine"][key] for key in keys} for x in (a, b)]
     for each in facts:
         if isinstance(each.get("gpu"), dict):

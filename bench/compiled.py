@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels for GPUs that are not there, and prints what came out.
+"""Compile the Triton kernels for GPUs that this machine does not have, and print their resources.
 
-    python bench/compiled.py            # a table: registers, spills, issue slots a class pair
-    python bench/compiled.py --json     # the same, a JSON object a line
+    python bench/compiled.py            # a table: registers, spills, issue slots per class pair
+    python bench/compiled.py --json     # the same values, one JSON object per line
 
-The calls are the backend's own, on tensors without memory, so that what is compiled is what a GPU
-would be sent: the same arguments, specialised in the same way. Issue slots: see issue_slots.py.
-Do not set TRITON_INTERPRET=1: nothing compiles then.
+The calls are those of the backend, on meta tensors. The compiler therefore gets the same arguments,
+specialised in the same way, as on a GPU. See issue_slots.py for issue slots. Do not set
+TRITON_INTERPRET=1, because the interpreter compiles nothing.
 """
 
 import argparse
@@ -40,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 
 class _Absent(NamedTuple):
-    """What the compiler asks a driver, answered for a GPU that is not there."""
+    """A driver that answers the compiler's questions for a GPU that this machine does not have."""
 
     target: GPUTarget
 
@@ -56,7 +56,8 @@ class _Absent(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target. A stack that is not 0 means spills. Slots are counted on sm_90."""
+    """One kernel compiled for one target. A stack above 0 means that registers are spilled. Issue
+    slots are counted for sm_90 only."""
 
     target: str
     dtype: str
@@ -65,13 +66,13 @@ class Compiled:
     warps: int
     registers: int | None = None
     stack: int | None = None
-    shared: int | None = None  # bytes of dynamic shared memory a program
-    slots: float | None = None  # a class pair, on the hot path
+    shared: int | None = None  # bytes of dynamic shared memory per program
+    slots: float | None = None  # issue slots per class pair, on the hot path
     spills_in_loops: int | None = None  # instructions that access spilled registers
     variant: str = ""
 
 
-# Options that compile to code of their own, by name, beside the defaults at temperature 4.
+# Options that compile to different code, by name. The defaults (temperature 4) are not listed.
 VARIANTS: dict[str, dict] = {
     "tau 1": {"temperature": 1.0},
     "tau 3, entropies at 1": {"temperature": 3.0, "soften_entropy": False},
@@ -85,7 +86,7 @@ VARIANTS: dict[str, dict] = {
 
 
 def compile_kernels(target: str, call) -> dict[str, object]:
-    """The kernels that ``call`` launches, compiled, by name."""
+    """Compile the kernels that ``call`` launches. Return them by name."""
     kernels = {}
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -95,7 +96,7 @@ def compile_kernels(target: str, call) -> dict[str, object]:
 
     run = JITFunction.run
     for function in KERNELS:
-        function.device_caches.clear()  # by device number: another target has the same
+        function.device_caches.clear()  # keyed by device number, which is equal for all targets
     driver.set_active(_Absent(TARGETS[target]))
     platform = arguments.Platform(interpreted=False, amd=TARGETS[target].backend == "hip")
     with (
@@ -109,7 +110,7 @@ def compile_kernels(target: str, call) -> dict[str, object]:
 
 
 def problem(dtype: str, classes: int, soft: bool = False, **options) -> LossInputs:
-    """A call of 64 rows, without memory."""
+    """Return the inputs of a call with 64 rows, as meta tensors."""
     logits = torch.empty((64, classes), dtype=DTYPES[dtype], device="meta")
     target = torch.empty(64, dtype=torch.int64, device="meta")
     if soft:
@@ -120,7 +121,7 @@ def problem(dtype: str, classes: int, soft: bool = False, **options) -> LossInpu
 def compile_forward(
     target: str, dtype: str, classes: int, gradients: bool = True, **kwargs
 ) -> Compiled:
-    """The row kernel that the launch table chooses."""
+    """Compile the row kernel that the launch table chooses."""
     call = problem(dtype, classes, **{"temperature": 4.0, **kwargs})
     ds = torch.empty_like(call.student) if gradients else None
     dt = torch.empty_like(call.teacher) if gradients else None
@@ -164,13 +165,13 @@ def _described(target, dtype, classes, name, kernel, call, ds, dt) -> Compiled:
 
 
 def float32_constants() -> list[str]:
-    """Return the constants of kernels that compute in float64 that were rounded to float32.
+    """Return the constants that were rounded to float32 in kernels that compute in float64.
 
-    Each is an option that lost digits. Some are still float32 in the kernel; others were widened
-    again: float64 constants whose last 29 bits are 0, which no option of this call has.
+    Each is an option that lost digits. Some constants are float32 in the kernel. Others were
+    converted back to float64, so their last 29 bits are 0. No option of this call has such a value.
     """
     found = set()
-    for classes in (10, 21841):  # the tile kernel, the loop kernel
+    for classes in (10, 21841):  # sizes of the tile kernel and of the loop kernel
         for variant in ({}, VARIANTS["smoothed"], VARIANTS["soft labels"]):
             options = {"temperature": 1.7, "gamma": 1.7, "student_ce": 0.3, **variant}
             call = problem("fp64", classes, **options)
@@ -192,27 +193,30 @@ def float32_constants() -> list[str]:
 
 
 def _was_rounded(value: float, bits: str) -> bool:
-    """Whether a constant has float32's digits and no fewer: 12 bits or less are exact anyway."""
+    """Return whether a constant has exactly the digits of float32. Constants of 12 bits or less do
+    not count, because float32 represents them exactly."""
     if bits == "32":
         return value not in (0.0, 1.0)
     low = struct.unpack("<Q", struct.pack("<d", value))[0]
     return low % 2**29 == 0 and low % 2**40 != 0
 
 
-# A class count for every shape of the launch table, and one that aligns with nothing.
+# A number of classes for every shape of the launch table, and an odd one for unaligned rows.
 CLASSES = (10, 100, 1000, 2048, 4096, 21841, 32000, 128256, 262144)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--targets", nargs="+", default=["sm_90"], choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
-    parser.add_argument("--backward", action="store_true", help="the recomputing backward too")
-    parser.add_argument("--variants", action="store_true", help="other options of the loss instead")
+    parser.add_argument(
+        "--backward", action="store_true", help="also compile the recomputing backward"
+    )
+    parser.add_argument("--variants", action="store_true", help="compile other options of the loss")
     parser.add_argument("--constants", action="store_true",
-                        help="float32 constants in kernels of float64, instead")  # fmt: skip
+                        help="only print float32 constants in float64 kernels")  # fmt: skip
     options = parser.parse_args()
     if options.constants:
         print(f"float32 constants in float64 kernels: {', '.join(float32_constants()) or 'none'}")

@@ -1,10 +1,10 @@
-"""The recorded registers, spills and issue slots of the compiled kernels, for each triton version.
+"""Record the registers, spills and issue slots of the compiled kernels, for each triton version.
 
     python bench/compiled_limits.py  # compile with the installed triton, record its limits
     python bench/compiled_limits.py "--targets sm_90 --dtypes fp32 --classes 1000"  # some kernels
 
 The records are in ``compiled_limits.json``. ``tests/kernels/test_triton_aot.py`` compiles the
-kernels of ``ALWAYS`` and fails if one needs more than its record; ``make soak`` adds ``MORE``.
+kernels of ``ALWAYS`` and fails if a kernel exceeds its record. ``make soak`` adds ``MORE``.
 """
 
 import json
@@ -20,8 +20,8 @@ from progress import Progress
 _FILE = Path(__file__).with_name("compiled_limits.json")
 _SCRIPT = Path(__file__).with_name("compiled.py")
 
-# Every shape of the launch table, as arguments of compiled.py; MORE has the variants of the loss.
-# 21841 classes align with nothing, 262144 are a power of two, so that nothing is padded.
+# Arguments of compiled.py. ALWAYS has every shape of the launch table, MORE has the variants of the
+# loss. 21841 is odd, so rows are unaligned. 262144 is a power of two, so nothing is padded.
 ALWAYS = (
     "--targets sm_90 --dtypes bf16 --classes 11 100 500",
     "--targets sm_90 --dtypes bf16 --classes 1000 4096 8192 21841 262144",
@@ -43,8 +43,8 @@ FIELDS = ("registers", "stack", "slots")
 
 
 def compile_ahead(runs: tuple[str, ...], cache: Path | None = None) -> list[dict]:
-    """Run compiled.py with each of the arguments, two at a time; return the kernels."""
-    # Nothing compiles under the interpreter.
+    """Run compiled.py with each of the arguments, two runs at a time. Return the kernels."""
+    # The interpreter compiles nothing.
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     if cache is not None:
@@ -75,7 +75,7 @@ def key(kernel: dict) -> str:
 
 
 def exceeded(kernels: list[dict]) -> list[str]:
-    """Return a line for each kernel that needs more than its record, or has none."""
+    """Return a line for each kernel that exceeds its record or has no record."""
     records = json.loads(_FILE.read_text()).get(minor_version(), {})
     lines = []
     for kernel in kernels:

@@ -1,11 +1,13 @@
-"""Images a second and core that the ImageNet loaders decode and augment on the CPU, DALI and Pillow
-in turn: ``python bench/data_imagenet.py [--images 256] [--rounds 5]``. And what a start costs, for
-which it must be known where each image lies: ``python bench/data_imagenet.py --index 40000``.
+"""Measure the speed of the ImageNet loaders, or the time to index the images at the start of a run.
 
-500x375 JPEGs of quality 90 made of scikit-learn's photographs, read from a file each: a random
-resized crop to 224, mirrored, normalised, channels-last float32. One thread decodes in either
-loader; processor time of the whole process is counted, so that neighbours on the machine matter
-less, and wall time is printed beside it.
+    python bench/data_imagenet.py [--images 256] [--rounds 5]   # images per second and CPU core
+    python bench/data_imagenet.py --index 40000                 # seconds to index 40,000 images
+
+The first command decodes and augments with DALI and with Pillow in turn. The images are 500x375
+JPEGs of quality 90, made of scikit-learn's photographs, one per file. Each gets a random resized
+crop to 224, a random flip and normalisation, as channels-last float32. Each loader decodes in one
+thread. The main result is processor time of the whole process, because other processes affect it
+less than wall time. Wall time is printed too.
 """
 
 import argparse
@@ -37,7 +39,7 @@ SHARDS = 8
 
 
 def epoch(source: DataSource, number: int) -> tuple[float, float]:
-    """Images a second of processor time, and of wall time."""
+    """Return images per second of processor time, and of wall time."""
     processor, wall, images = time.process_time(), time.perf_counter(), 0
     for batch in source.train_batches(number, 0, BATCH, 1):
         images += len(batch.target)
@@ -52,7 +54,7 @@ def decoding(images: int, rounds: int) -> None:
     ):
         write_jpegs(Path(folder), images)
         sources = {
-            # Pillow in this process, so that its time is counted too.
+            # Pillow decodes in this process, so that its processor time is counted too.
             loader: create_source(
                 SOURCES.configure(
                     "imagenet", root=folder, loader=loader, flip=True, validation=0.0,
@@ -66,23 +68,24 @@ def decoding(images: int, rounds: int) -> None:
             for loader, source in sources.items():
                 progress.start(f"{images} images by {loader}" + ", warm-up" * (number < 0))
                 found = epoch(source, max(number, 0))
-                if number >= 0:  # the first one warms up
+                if number >= 0:  # the first epoch is a warm-up
                     rates[loader].append(found)
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {rounds} rounds of "
           f"{images // BATCH * BATCH} images of {WIDTH}x{HEIGHT}")  # fmt: skip
-    print("loader  images/s a core: median (least, most)   images/s of wall time")
+    print("loader  images/s/core: median (min, max)        images/s of wall time")
     for loader, found in rates.items():
         core, wall = zip(*found, strict=True)
         print(f"{loader:6}  {statistics.median(core):21.0f} ({min(core):.0f}, {max(core):.0f})"
               f"   {statistics.median(wall):21.0f}")  # fmt: skip
     ratio = statistics.median(a[0] / b[0] for a, b in zip(*rates.values(), strict=True))
-    print(f"dali / pillow, a core: {ratio:.2f}")
+    print(f"dali / pillow, per core: {ratio:.2f}")
 
 
 def indexing(images: int) -> None:
-    """Names alone count: the images are of a few bytes."""
-    print(f"{images:,} training images, headers and names in the machine's memory")
-    print(f"{'':12}    us an image, first   again   seconds for ImageNet's {IMAGENET:,}")
+    """Measure the time to index images in each format. Only names are read, so the images have a
+    few bytes."""
+    print(f"{images:,} training images, with their headers and names in the page cache")
+    print(f"{'':12}   us per image, first   again   seconds for ImageNet's {IMAGENET:,}")
     formats = (("folder", _folders), ("webdataset", _tars), ("tfrecord", _records))
     progress = Progress("data_imagenet: format", len(formats))
     for format, write in formats:
@@ -155,9 +158,9 @@ def _records(root: Path, split: str, images: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=256, help="JPEGs (256)")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader (5)")
-    parser.add_argument("--index", type=int, metavar="IMAGES", help="time the index of so many")
+    parser.add_argument("--images", type=int, default=256, help="number of JPEGs")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader")
+    parser.add_argument("--index", type=int, metavar="IMAGES", help="index this many images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.index:

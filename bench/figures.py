@@ -1,7 +1,7 @@
-"""Pictures of stored results: time, bandwidth and memory over classes; one suite over commits.
+"""Draw stored results: time, bandwidth and memory over classes, and one suite over commits.
 
-Drawn on ``matplotlib.figure.Figure``, without pyplot. Colours are those of Okabe and Ito, told
-apart by colour-blind readers too; every line has a marker of its own besides.
+Pictures use ``matplotlib.figure.Figure`` without pyplot. The colours are those of Okabe and Ito,
+which colour-blind readers can distinguish. Every line also has a different marker.
 """
 
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, FAINT = "#222222", "#666666", "#E4E4E4"
-# (name of the contender, what the picture calls it, colour, marker)
+# (name of the contender, name in the picture, colour, marker)
 LINES = (
     ("bdkd_loss, backward", "bdkd_loss", "#0072B2", "o"),
     ("torch.compile default", "torch.compile", "#E69F00", "s"),
@@ -28,7 +28,7 @@ COPY: dict[str, Any] = {"color": INK, "linestyle": (0, (5, 3)), "linewidth": 1.3
 
 
 def draw_all(by_suite: Mapping[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """Every picture that these results hold data for, as PNGs in ``folder``."""
+    """Draw every picture for which there are results, as PNGs in ``folder``. Return their paths."""
     drawn = []
     for suite in ("loss_cpu", "loss_gpu"):
         if suite in by_suite and _sweep(by_suite[suite]):
@@ -36,21 +36,22 @@ def draw_all(by_suite: Mapping[str, dict[str, Any]], folder: Path) -> list[Path]
             draw_sweep(by_suite[suite], path)
             drawn.append(path)
     if not drawn:
-        raise ResultsError("no sweep over classes among these results: run loss_cpu or loss_gpu")
+        raise ResultsError("these results have no sweep over classes: run loss_cpu or loss_gpu")
     return drawn
 
 
 def _sweep(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cases of the sweep, by number of classes."""
+    """Return the cases of the sweep, sorted by number of classes."""
     found = [case for case in result["cases"] if case["parameters"].get("sweep")]
     return sorted(found, key=lambda case: case["parameters"]["classes"])
 
 
 def draw_sweep(result: dict[str, Any], path: Path) -> None:
-    """Time, bandwidth and extra memory of one amount of work over the number of classes.
+    """Draw time, bandwidth and extra memory over the number of classes, at a fixed number of class
+    pairs.
 
-    Lines are medians, bands reach from the 20th to the 80th percentile, the dashed line is a copy
-    of both logits measured in the same rounds.
+    Lines are medians, and bands reach from the 20th to the 80th percentile. The dashed line is a
+    copy of both logits that was measured in the same rounds.
     """
     from matplotlib.figure import Figure
 
@@ -61,7 +62,7 @@ def draw_sweep(result: dict[str, Any], path: Path) -> None:
     axes = [figure.add_axes((left, 0.23, 0.265, 0.53)) for left in (0.055, 0.38, 0.705)]
     panels: list[tuple[str, str, Callable[[dict, str], float | None]]] = [
         ("time for a million class pairs, ms", "time", lambda row, key: row["seconds"][key]),
-        ("GB/s of the work's least traffic", "bandwidth",
+        ("GB/s of the least traffic of the loss", "bandwidth",
          lambda row, key: row["bytes"] / row["seconds"][key] / 1e9),
         ("extra memory, in sizes of both logits", "memory",
          lambda row, key: row["peak_bytes"] / (row["bytes"] / 2)),
@@ -72,7 +73,7 @@ def draw_sweep(result: dict[str, Any], path: Path) -> None:
             rows = [_row(case, name) for case in cases]
             if not all(rows):
                 continue
-            scale = [1e9 / n if kind == "time" else 1.0 for n in pairs]  # ms a million: 1e3 * 1e6
+            scale = [1e9 / n if kind == "time" else 1.0 for n in pairs]  # to ms per million pairs
 
             def at(key: str, rows=rows, scale=scale, value=value) -> list[float]:
                 values = [value(row, key) for row in rows if row]
@@ -114,7 +115,7 @@ def _caption(result: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     where = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]
     trials = min(row["trials"] for case in cases for row in case["rows"] if "trials" in row)
     share = result["others_share"]
-    busy = f"; others took {share:.0%} of the processors" if share and share > 0.05 else ""
+    busy = f"; other processes used {share:.0%} of the CPUs" if share and share > 0.05 else ""
     cold = (cases[0].get("caches") or {}).get("cold")
     inputs = f"; {cold}" if cold else ""
     threads = "" if machine["gpu"] else f", torch threads: {machine['threads']}"
@@ -126,11 +127,12 @@ def _caption(result: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_history(runs: Sequence[Mapping[str, dict[str, Any]]], path: Path) -> None:
-    """Our rows of the loss over commits, as a multiple of the copy in the same run: what the
-    machine's speed does not touch. A panel a suite, a line a case.
+    """Draw the times of our loss over commits, each divided by the time of the copy in the same
+    run. This ratio depends little on the speed of the machine. Each suite has a panel, and each
+    case a line.
 
     Raises:
-        ResultsError: no two runs hold a case in common.
+        ResultsError: no two runs have a case in common.
     """
     from matplotlib.figure import Figure
 
@@ -150,7 +152,7 @@ def draw_history(runs: Sequence[Mapping[str, dict[str, Any]]], path: Path) -> No
     }
     series = {suite: lines for suite, lines in series.items() if lines}
     if not series:
-        raise ResultsError("no case of the loss is in two of these results")
+        raise ResultsError("no two of these results have a case of the loss in common")
     figure = Figure(figsize=(10, 4.6 * len(series)), facecolor="white", layout="constrained")
     grid = figure.subplots(len(series), 1, squeeze=False).flatten()
     for axes, (suite, lines) in zip(grid, series.items(), strict=True):
@@ -164,7 +166,7 @@ def draw_history(runs: Sequence[Mapping[str, dict[str, Any]]], path: Path) -> No
             axes.plot([place[commit] for _, commit, _ in points], [y for *_, y in points],
                       color=colour, marker=marker, linestyle=style, label=name)  # fmt: skip
         axes.set_yscale("log")
-        axes.set_title(f"{suite}: our time over the copy's, by commit", fontsize=11, loc="left")
+        axes.set_title(f"{suite}: our time / time of the copy", fontsize=11, loc="left")
         axes.set_xticks(range(len(commits)), commits, rotation=20, ha="right")
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         quiet(axes)
@@ -172,7 +174,7 @@ def draw_history(runs: Sequence[Mapping[str, dict[str, Any]]], path: Path) -> No
 
 
 def _row(case: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The measured row of that name."""
+    """Return the row of a contender if it was measured, else None."""
     for row in case["rows"]:
         if row["name"] == name and "seconds" in row:
             return row
@@ -180,7 +182,7 @@ def _row(case: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def quiet(axes: "Axes") -> None:
-    """Little but the data: faint grid, no box."""
+    """Style axes with a faint grid and no box."""
     axes.set_axisbelow(True)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -195,7 +197,7 @@ def quiet(axes: "Axes") -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """As PNG, whole or not at all; the same data give the same bytes."""
+    """Write a figure as PNG, in full or not at all. The same data give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

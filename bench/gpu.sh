@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Run the GPU session: check, time and explain the loss and the training step on one GPU.
+# Check and measure the loss and the training step on one GPU.
 #
 #     bench/gpu.sh OUT [--stages 1 2 3 4 5] [--seconds N] [--dry-run]
 #
-# Stage 1 (smoke): correctness and times of the kernels; alone by default, at most 90 s.
-# Stage 2 (race):  against eager, torch.compile and other packages; device tests; compute-sanitizer.
-# Stage 3 (why):   hardware counters; a small search for launch parameters.
+# Stage 1 (smoke):   correctness and times of the kernels. The default stage, at most 90 s.
+# Stage 2 (race):    comparison with eager, torch.compile and other packages; the device tests;
+#                    compute-sanitizer.
+# Stage 3 (why):     hardware counters; a small search for launch parameters.
 # Stage 4 (trainer): the training step of two networks.
-# Stage 5 (suite): the trainer's tests; their runs use the GPU.
+# Stage 5 (suite):   the tests of the trainer, which train on the GPU.
 #
-# Stages run in order; a part that the remaining time does not allow is skipped. After every part OUT
-# holds summary.txt, measurements.jsonl, measurements.csv, results.json and logs.tar.gz.
-# Needs torch and triton; uses what bench/gpu/prepare.py left in .gpu. Nothing is downloaded.
-# Exit: 0 if no part failed, else 1.
+# Stages run in order. A part is skipped if too little time remains for it. After every part, OUT
+# contains summary.txt, measurements.jsonl, measurements.csv, results.json and logs.tar.gz.
+# Requires torch and triton. Uses the files that bench/gpu/prepare.py wrote to .gpu, if there are any.
+# Nothing is downloaded. The exit code is 0 if no part failed, else 1.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 
@@ -60,8 +61,9 @@ refresh() {
         "$results"/measurements.csv "$results"/results.json "$out" 2> /dev/null
 }
 
-# Run one part: its name, the seconds it needs at least and may take at most, its command. SECONDS
-# in the command stands for the time that it really has after its imports. Its output is shown at once.
+# Run one part. Arguments: its name, the least seconds that it needs, its time limit, its command. The
+# word SECONDS in the command is replaced by the time that the part has after its imports. The output
+# is shown immediately.
 part() {
     local name=$1 least=$2 limit=$3 left code pid log
     shift 3
@@ -84,13 +86,13 @@ part() {
         echo "== $name: exit code $code"
         failed+=" $name;"
         printf '{"stage": "%s", "what": "failed", "name": "%s", "value": "exit code %s%s", "unit": ""}\n' \
-            "${name%% *}" "$name" "$code" "$( ((code == 124 || code == 137)) && echo ", $limit s were over")" \
+            "${name%% *}" "$name" "$code" "$( ((code == 124 || code == 137)) && echo ", time limit of $limit s")" \
             >> "$results/measurements.jsonl"
     fi
     refresh
 }
 
-# The compiled kernels and the wheels that were carried.
+# Install the compiled kernels and the wheels that bench/gpu/prepare.py made.
 wheels=(.gpu/wheels/*.whl)
 if [ -e "${wheels[0]}" ]; then
     timeout 20 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
@@ -114,7 +116,7 @@ for stage in $stages; do
         2)
             stage_end=$((SECONDS + 330))
             part "2 race" 20 150 "$python" bench/gpu/race.py "$results" --seconds SECONDS "${dry[@]}"
-            # Neither times anything: compute-sanitizer and the device tests run at the same time.
+            # compute-sanitizer and the device tests run at the same time, because they measure no time.
             part "2 tests" 20 180 bash -c '
                 "$1" bench/gpu/sanitize.py "$2" --seconds "$3" "${@:5}" & sanitizer=$!
                 "$1" -m pytest -n "$4" -q --tb=short -p report_failures -p no:cacheprovider --noconftest -o addopts= \

@@ -1,17 +1,17 @@
-"""How everything here is measured: the contenders of a case race in one process, in turn.
+"""Measure the contenders of a case in one process, in turn.
 
-A *case* is a piece of work at one size; its *contenders* do it. Each is called with the number of
-a buffer set. Successive calls take successive sets, so many that no set is in the last-level cache
-when its turn comes again: *cold*. A case with ``"hot"`` in its ``caches`` is measured a second time
-with one set in every call.
+A *case* is a computation at one size. Its *contenders* are implementations of this computation. A
+contender is called with the number of a buffer set. Successive calls use successive sets. There are
+so many sets that no set is in the last-level cache when it is used again: the caches are *cold*. A
+case with ``"hot"`` in its ``caches`` is measured a second time, with the same set in every call.
 
 After a warm-up, a *round* times every contender once. The order changes from round to round, so
-that drift and busy periods affect all contenders alike. The result of a contender is the median of
-its rounds with the 20th and 80th percentile, and the same three of its ratio to the case's base
-*in the same round*.
+that drift and busy periods affect all contenders alike. The result of a contender is the median,
+the 20th and the 80th percentile of its times, and of the ratios of its times to the times of the
+case's base *in the same round*.
 
-A clock makes samplers: ``WallClock`` for the CPU, ``DeviceClock`` for a GPU (a replay of a CUDA
-graph between two events, or the calls between two events where no graph can be captured).
+A clock makes samplers. ``WallClock`` is for the CPU. ``DeviceClock`` is for a GPU: it times replays
+of a CUDA graph between two events, or the calls themselves if no graph can be captured.
 """
 
 import functools
@@ -31,41 +31,42 @@ import torch
 Call = Callable[[int], object]  # takes the number of a buffer set
 
 FEWEST_ROUNDS = 5
-HOT_SHARE = 0.5  # of the time of the cold rounds
-SHORTEST_SAMPLE = 2e-3  # seconds: a clock's granularity and a call to it vanish in that
+HOT_SHARE = 0.5  # time limit of the hot rounds, relative to the cold rounds
+SHORTEST_SAMPLE = 2e-3  # seconds; the resolution and overhead of the clock are negligible
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do a case's work."""
+    """An implementation of a case's computation."""
 
     name: str
     call: Call
     kind: Literal["ours", "peer", "limit"] = "peer"
-    bytes: int | None = None  # that the work has to read and write, at the least
-    note: str = ""  # what it leaves out of the case's work, or does on top of it
-    error: Callable[[], Mapping[str, float]] | None = None  # against float64
-    capturable: bool = True  # by a CUDA graph
-    images: int | None = None  # that a call trains on
-    lead: int = 0  # calls before a sample, untimed: they use up what was made ready meanwhile
+    bytes: int | None = None  # least number of bytes that the computation reads and writes
+    note: str = ""  # what it omits from the case's computation, or does in addition
+    error: Callable[[], Mapping[str, float]] | None = None  # errors against float64
+    capturable: bool = True  # whether a CUDA graph can capture it
+    images: int | None = None  # number of images that a call trains on
+    lead: int = 0  # untimed calls before a sample, which use up batches that a loader prefetched
 
 
 @dataclass(frozen=True)
 class Case:
-    """Work at one size; ratios are over the first contender of the kind "ours"."""
+    """A computation at one size. Ratios are relative to its base, the first contender of the kind
+    "ours"."""
 
     name: str
     parameters: Mapping[str, Any]
     contenders: tuple[Contender, ...]
     sets: int = 1
-    absent: Mapping[str, str] = field(default_factory=dict)  # peers that cannot run here: why
-    forget: Callable[[], object] = lambda: None  # drops what calls have left in the buffer sets
-    before: Callable[[], object] = lambda: None  # a sample: or it would pay for what others left
-    memory: bool = True  # whether peak memory means something here
-    patience: float = 1.0  # times as long as other cases may take
-    device: str = "cpu"  # where its memory lies
-    # The measurements by name and where their inputs are; the first one rotates through the sets.
-    # Empty where the state of the caches is not controlled.
+    absent: Mapping[str, str] = field(default_factory=dict)  # peers that cannot run, with reasons
+    forget: Callable[[], object] = lambda: None  # frees what calls have left in the buffer sets
+    before: Callable[[], object] = lambda: None  # called before a sample, to free others' leftovers
+    memory: bool = True  # whether to measure peak memory
+    patience: float = 1.0  # factor of the time limit
+    device: str = "cpu"  # device of its memory
+    # Names of the measurements, and where their inputs are. The first measurement rotates through
+    # the sets. Empty if the state of the caches is not controlled.
     caches: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -73,8 +74,8 @@ class Case:
         return next(c.name for c in self.contenders if c.kind == "ours")
 
 
-MakeCase = Callable[[], Case]  # allocates and compiles nothing before it is called
-Say = Callable[[str], object]  # takes a few words about what is being done
+MakeCase = Callable[[], Case]  # nothing is allocated or compiled before this call
+Say = Callable[[str], object]  # takes a short description of the current activity
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Sampler:
     """A warmed-up contender."""
 
     by: str
-    calls: int  # a sample's
-    sample: Callable[[], float]  # seconds a call, averaged over one sample's calls
+    calls: int  # number of calls in a sample
+    sample: Callable[[], float]  # returns seconds per call, averaged over one sample
 
 
 class Clock(Protocol):
@@ -91,7 +92,7 @@ class Clock(Protocol):
 
 
 class _Turns:
-    """The numbers of the buffer sets, round and round."""
+    """Call a contender with the numbers of the buffer sets in turn."""
 
     def __init__(self, sets: int) -> None:
         self.sets, self.next = sets, 0
@@ -103,7 +104,13 @@ class _Turns:
 
 
 class WallClock:
-    """Real time; ``now`` returns seconds, ``settle`` when the work that was asked for is done."""
+    """Measure wall time.
+
+    Args:
+        now: returns the time in seconds.
+        shortest: least duration of a sample, in seconds.
+        settle: waits until all submitted work is done.
+    """
 
     def __init__(
         self,
@@ -117,7 +124,7 @@ class WallClock:
         turns = _Turns(sets)
         turns.run(contender.call, 1)  # compiles
         self.settle()
-        # Caches and branch predictors: every set once, or a tenth of a second; once if it is slow.
+        # Warm up caches and branch predictors: every set once or for 0.1 s, at least one call.
         taken, begin = 0, self.now()
         while taken == 0 or (taken < max(3, sets) and self.now() - begin < 0.1):
             turns.run(contender.call, 1)
@@ -138,11 +145,11 @@ class WallClock:
 
 
 class DeviceClock:
-    """GPU time between two events."""
+    """Measure GPU time between two events."""
 
     def sampler(self, contender: Contender, sets: int) -> Sampler:
         turns = _Turns(sets)
-        # torch asks for a warm-up on a side stream before a capture.
+        # torch requires a warm-up on a side stream before a capture.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -155,7 +162,7 @@ class DeviceClock:
             try:
                 with torch.cuda.graph(graph):
                     turns.run(contender.call, sets)
-            except RuntimeError:  # it syncs, or allocates as no graph may: the row says "events"
+            except RuntimeError:  # a graph cannot capture its synchronization or allocations
                 torch.cuda.synchronize()
             else:
                 return self._of("graph", graph.replay, sets)
@@ -185,11 +192,11 @@ def race(
     seconds: float = 20.0,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure all contenders of a case. Returns a plain dict, as it is written to the JSON.
+    """Measure all contenders of a case. Return a dict for the JSON file.
 
     Stops after ``trials`` rounds, or after ``seconds`` once there are at least five rounds. The hot
-    rounds take at most half as long. A peer that fails is a row that says why; a failure of ours
-    is raised. ``say`` is called between samples.
+    rounds take at most half as long. If a peer fails, its row contains the reason. If one of our
+    contenders fails, the error is raised. ``say`` is called between samples.
     """
     rows: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Sampler] = {}
@@ -203,7 +210,7 @@ def race(
             row["error"] = dict(contender.error()) if contender.error else None
             row["peak_bytes"] = _peak_bytes(case, contender) if case.memory else None
             samplers[contender.name] = clock.sampler(contender, case.sets)
-        except Exception as error:  # whatever a foreign package raises is its row's content
+        except Exception as error:  # other packages may raise anything; the row shows the reason
             row = {"name": contender.name, "kind": contender.kind, "note": contender.note,
                    "not_run": _reason(error, case, contender)}  # fmt: skip
         rows[contender.name] = row
@@ -214,7 +221,7 @@ def race(
         rows[name] |= _statistics(case, samplers, times, name)
     if "hot" in [*case.caches][1:]:
         raced = [contender for contender in case.contenders if contender.name in samplers]
-        samplers.clear()  # frees the CUDA graphs, whose memory the next ones need
+        samplers.clear()  # frees the CUDA graphs: the next graphs need their memory
         _race_hot(case, raced, rows, clock, trials, HOT_SHARE * seconds, say)
     absent = [
         {"name": name, "kind": "peer", "note": "", "not_run": why}
@@ -234,7 +241,7 @@ def _race_hot(
     case: Case, contenders: list[Contender], rows: dict[str, dict[str, Any]], clock: Clock,
     trials: int, seconds: float, say: Say,
 ) -> None:  # fmt: skip
-    """Measure contenders with the first buffer set in every call. Adds ``hot`` to their rows."""
+    """Measure contenders with the first buffer set in every call. Add ``hot`` to their rows."""
     samplers: dict[str, Sampler] = {}
     for number, contender in enumerate(contenders, 1):
         say(f"preparing {contender.name}, hot ({number} of {len(contenders)})")
@@ -256,11 +263,11 @@ def _call_first(call: Call, i: int) -> object:
 
 
 def _reason(error: Exception, case: Case, contender: Contender) -> str:
-    """Why a peer was not run, in one line. Raises the error if the contender is ours."""
+    """Return why a peer was not run, in one line. Raise the error if the contender is ours."""
     if contender.kind != "peer":
         raise error
     if case.device == "cuda":
-        torch.cuda.empty_cache()  # what an allocation that failed had gathered
+        torch.cuda.empty_cache()  # frees blocks that were allocated before the allocation failed
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{type(error).__name__}: {reason}"[:200]
 
@@ -268,7 +275,7 @@ def _reason(error: Exception, case: Case, contender: Contender) -> str:
 def _statistics(
     case: Case, samplers: dict[str, Sampler], times: dict[str, list[float]], name: str
 ) -> dict[str, Any]:
-    """What the rounds say about a contender."""
+    """Return the statistics of a contender's rounds."""
     contenders = {contender.name: contender for contender in case.contenders}
     ratios = [a / b for a, b in zip(times[name], times[case.base], strict=True)]
     found = {
@@ -278,7 +285,7 @@ def _statistics(
     limit = next((c.name for c in case.contenders if c.kind == "limit" and c.name in times), None)
     useful = contenders[name].bytes
     if useful is not None and limit is not None:
-        # Useful bytes a second, as a share of those of the copy in the same rounds.
+        # Useful bytes per second, as a share of those of the copy in the same rounds.
         of_copy = useful / contenders[limit].bytes  # type: ignore[operator]
         found["of_copy"] = statistics.median(
             of_copy * copied / taken
@@ -301,7 +308,8 @@ def _rounds(
             if done >= FEWEST_ROUNDS and time.monotonic() > until:
                 break
             say(f"round {done + 1} of at most {trials}")
-            # Turned and, every other time, reversed: nobody always runs after the same neighbour.
+            # Rotate the order, and reverse it in every other round, so that no contender always
+            # runs after the same one.
             turn = done // 2 % len(names)
             order = names[turn:] + names[:turn]
             for name in reversed(order) if done % 2 else order:
@@ -314,7 +322,7 @@ def _rounds(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
+    """Return the median, the 20th and the 80th percentile."""
     if len(values) == 1:
         return {"median": values[0], "p20": values[0], "p80": values[0]}
     low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
@@ -322,7 +330,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _peak_bytes(case: Case, contender: Contender) -> int:
-    """Most bytes of tensors that a warmed-up call has alive at once, above what was there."""
+    """Return the peak bytes of tensors during a warmed-up call, above the bytes before it."""
     contender.call(0)
     case.forget()
     if case.device == "cuda":
@@ -339,17 +347,18 @@ def _peak_bytes(case: Case, contender: Contender) -> int:
 
 
 def cpu_peak_bytes(call: Callable[[], object]) -> int:
-    """The same on the CPU, from the profiler's record of torch's allocator.
+    """Return the peak bytes of CPU tensors during a call, from the profiler's record of torch's
+    allocator.
 
-    What a library allocates beside it is not seen (the native kernel's scratch: a row of
-    exponentials a thread).
+    Memory that a library allocates itself is not included, such as the scratch memory of the native
+    kernel: one row of exponentials per thread.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         _without_usdt_lines(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
-        result = call()  # kept alive: it is part of the peak
+        result = call()  # the result stays alive, because it is part of the peak
     del result
     results = profile.profiler.kineto_results if profile.profiler else None
     assert results is not None
@@ -363,7 +372,8 @@ def cpu_peak_bytes(call: Callable[[], object]) -> int:
 
 @contextmanager
 def _without_usdt_lines() -> Iterator[None]:
-    """torch 2.13's profiler writes "USDT:..." to the error stream at every start and stop."""
+    """Suppress the "USDT:..." lines that torch 2.13's profiler writes to stderr at every start and
+    stop."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:

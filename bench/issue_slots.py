@@ -1,9 +1,10 @@
-"""Issue slots of a compiled kernel's hot path, read off its SASS.
+"""Count the issue slots of a compiled kernel's hot path in its SASS.
 
-A multiprocessor of an H200 issues 4 warp instructions a clock, and a class pair in bf16 is 8 bytes
-of traffic: 61 slots a pair leave 90% of the memory's bandwidth, 74 leave 75%. So slots are counted,
-not guessed: every instruction on the shortest way through the control flow graph that computes
-exponentials and stores gradients. That way takes no branch for masked or tied rows.
+A multiprocessor of an H200 issues 4 warp instructions per clock, and a class pair in bf16 is 8
+bytes of traffic. At 61 slots per pair, the kernel reaches at most 90% of the memory bandwidth, and
+at 74 slots 75%. The count is the number of instructions on the shortest path through the control
+flow graph that computes exponentials and stores gradients. This path takes no branch for masked or
+tied rows.
 """
 
 import heapq
@@ -23,8 +24,8 @@ _TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
 
 class Resources(NamedTuple):
     registers: int
-    stack: int  # bytes a thread: not 0 means spills
-    shared: int  # bytes a program
+    stack: int  # bytes per thread; above 0 means that registers are spilled
+    shared: int  # bytes per program
 
 
 def resources(cubin: bytes) -> Resources:
@@ -34,7 +35,7 @@ def resources(cubin: bytes) -> Resources:
 
 
 def disassembly(cubin: bytes) -> list[tuple[int, str]]:
-    """Address and text of every instruction."""
+    """Return the address and the text of every instruction."""
     return [(int(at, 16), text) for at, text in _INSTRUCTION.findall(_cuobjdump("-sass", cubin))]
 
 
@@ -52,7 +53,8 @@ class Graph:
     def __init__(self, code: list[tuple[int, str]]) -> None:
         at = {address: i for i, (address, _) in enumerate(code)}
         starts = {0}
-        jumps: dict[int, tuple[list[int], bool]] = {}  # instruction -> targets, whether it falls on
+        # Instruction -> (targets, whether execution may continue with the next instruction).
+        jumps: dict[int, tuple[list[int], bool]] = {}
         for i, (_, text) in enumerate(code):
             if not _JUMP.search(text):
                 continue
@@ -81,8 +83,8 @@ class Graph:
         return any(re.search(pattern, text) for text in self.blocks[block])
 
     def shortest(self, start: int, ends: set[int], through: tuple[str, ...]) -> list[int]:
-        """Blocks of the way from ``start`` to one of ``ends`` with the fewest instructions among
-        those that meet every pattern; empty if there is none."""
+        """Return the blocks of the path from ``start`` to one of ``ends`` that has the fewest
+        instructions and contains every pattern. Return an empty list if there is no such path."""
 
         def seen(block: int, before: int) -> int:
             return before | sum(1 << i for i, p in enumerate(through) if self.holds(block, p))
@@ -109,7 +111,8 @@ class Graph:
         return sum(len(self.blocks[block]) for block in way)
 
     def loops(self) -> list[list[int]]:
-        """The shortest way round each loop, from its head to the jump back, inner loops once."""
+        """Return the shortest path through each loop, from its head to the jump back. Inner loops
+        are passed once."""
         ways = []
         for block, following in self.next.items():
             for head in following:
@@ -125,7 +128,8 @@ _SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
 def tile_slots(cubin: bytes) -> int:
-    """Instructions a thread of the tile kernel issues for a program's rows."""
+    """Return the number of instructions that a thread of the tile kernel issues for the rows of one
+    program."""
     graph = Graph(disassembly(cubin))
     way = graph.shortest(0, graph.exits, (_EXP, _STORE))
     return graph.length(way)
@@ -144,7 +148,8 @@ def _sweeps(graph: Graph) -> list[list[int]]:
 
 
 def loop_slots(cubin: bytes) -> tuple[int, int]:
-    """Instructions a thread of the loop kernel issues a block, in the first and second sweep."""
+    """Return the number of instructions that a thread of the loop kernel issues per block, in the
+    first and in the second sweep."""
     graph = Graph(disassembly(cubin))
     sweeps = _sweeps(graph)
     stores = [any(graph.holds(b, _STORE) for b in way) for way in sweeps]

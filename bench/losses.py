@@ -1,12 +1,13 @@
-"""The loss's work, its contenders and their truth, the same on CPU and GPU.
+"""The computations of the loss suites, their contenders and their float64 references.
 
-Five works, each with a row of ours that does just that work, as nearly as it can:
+They are the same on CPU and GPU. There are five computations. Each has a contender of ours that
+does only this computation, as nearly as it can:
 
-``both``      both losses, both gradients: BD-KD's training step
-``forward``   both losses, no gradient: validation
-``kd``        the student's divergence from a fixed teacher, one gradient: Liger's KLDiv and JSD
-``ce``        the cross entropies of both, both gradients: Quack, apex
-``heads``     ``both`` from hidden states through two linear heads: orda-kernel
+``both``      both losses and both gradients, as in a training step of BD-KD
+``forward``   both losses without gradients, as in validation
+``kd``        the student's divergence from a fixed teacher, one gradient, as in Liger's KLDiv, JSD
+``ce``        the cross entropies of both networks, both gradients, as in Quack and apex
+``heads``     ``both``, from hidden states through two linear heads, as in orda-kernel
 """
 
 import functools
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 WORKS = ("both", "forward", "kd", "ce", "heads")
-GAMMA = 2.0  # bdkd_loss's default
+GAMMA = 2.0  # the default of bdkd_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student, teacher, labels -> one number
 
@@ -41,19 +42,20 @@ class Size:
 
 
 class Inputs(NamedTuple):
-    student: Tensor  # (N, C), a leaf; likewise teacher
+    student: Tensor  # (N, C), a leaf tensor, as is the teacher
     teacher: Tensor
     labels: Tensor  # (N,)
     into: tuple[Tensor, Tensor]  # gradient buffers
 
 
 def buffer_sets(bytes_a_set: int, cache: int) -> int:
-    """So many that what a call touches was last touched two caches ago; at least two."""
+    """Return the number of buffer sets, so that all sets together have twice the size of the
+    last-level cache. At least 2 and at most 512."""
     return min(512, max(2, -(-2 * cache // bytes_a_set)))
 
 
 def draw(size: Size, device: str, seed: int, teacher_learns: bool) -> Inputs:
-    """Logits as networks have them in training: related, of a spread of 2."""
+    """Return inputs as in training: related logits of both networks with a spread of 2."""
     rng = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[size.dtype]
     shape = (size.rows, size.classes)
@@ -65,13 +67,13 @@ def draw(size: Size, device: str, seed: int, teacher_learns: bool) -> Inputs:
     return Inputs(s.requires_grad_(), t.requires_grad_(teacher_learns), y, buffers)
 
 
-# What a user writes: torch.nn.functional, as in any distillation repository.
+# Eager PyTorch with torch.nn.functional, as in other distillation repositories.
 
 
 def plain_rows(
     s: Tensor, t: Tensor, y: Tensor, temperature: float, gamma: float = GAMMA
 ) -> tuple[Tensor, Tensor]:
-    """BD-KD's two losses of every sample, eager."""
+    """Return BD-KD's two losses of every sample, in eager PyTorch."""
     s, t = s.float(), t.float()
     log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
     fixed_s, fixed_t = log_s.detach(), log_t.detach()
@@ -95,7 +97,7 @@ def plain(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 
 def plain_kl(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Hinton's term, KL(p_t || p_s), eager."""
+    """Return Hinton's term KL(p_t || p_s), in eager PyTorch."""
     log_s = F.log_softmax(s.float() / temperature, -1)
     log_t = F.log_softmax(t.float() / temperature, -1)
     kl = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -103,7 +105,7 @@ def plain_kl(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 
 def plain_jsd(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """The Jensen-Shannon divergence as Liger defines it (beta 0.5), eager."""
+    """Return the Jensen-Shannon divergence as Liger defines it (beta 0.5), in eager PyTorch."""
     log_s = F.log_softmax(s.float() if s.dtype != torch.float64 else s, -1)
     log_t = F.log_softmax(t.float() if t.dtype != torch.float64 else t, -1)
     log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0, device=s.device))
@@ -128,30 +130,31 @@ _NO_KD = {"student_kd": 0.0, "teacher_kd": 0.0}
 
 
 class Race:
-    """The contenders of one work at one size, over rotating buffer sets."""
+    """The contenders of one computation at one size, with rotating buffer sets."""
 
     def __init__(self, size: Size, work: str, device: str, cache: int, sweep: bool = False) -> None:
         self.size, self.work, self.device, self.sweep = size, work, device, sweep
         unit = size.rows * size.classes * DTYPES[size.dtype].itemsize
         self.unit = unit
         learns = work in ("both", "ce")
-        # A matrix product with its weights is no stream of memory: one set for the heads.
+        # One set for the heads: their time is dominated by matrix products, not memory traffic.
         count = 1 if work == "heads" else buffer_sets(4 * unit, cache)
         self.inputs = [draw(size, device, seed, learns) for seed in range(count)]
-        self.leaves: list[Tensor] = []  # others that gather gradients
+        self.leaves: list[Tensor] = []  # other leaf tensors that accumulate gradients
 
     def drop(self) -> None:
-        """The gradients that calls have left."""
+        """Drop the gradients that calls have left."""
         for x in (*(x for set_ in self.inputs for x in set_[:2]), *self.leaves):
             x.grad = None
 
     def forget(self) -> None:
-        """Those, and their memory: or its bytes would not be seen as the next call's."""
+        """Drop the gradients and return their memory to the device. Otherwise the next call would
+        reuse it, and its bytes would not be counted."""
         self.drop()
         buffers.release()
 
     def step(self, loss: Loss) -> Callable[[int], object]:
-        """The loss, ``backward()`` and fresh gradients on one buffer set."""
+        """Return a call that computes the loss and ``backward()`` with new gradients."""
 
         def call(i: int) -> Tensor:
             s, t, y, _ = self.inputs[i]
@@ -166,7 +169,7 @@ class Race:
         s, t, y, into = self.inputs[i]
         out, _ = bdkd_loss_and_grad(s, t, y, temperature=self.size.temperature, gamma=GAMMA,
                                     grads=into)  # fmt: skip
-        return out  # both losses stay apart: their sum would be a launch of its own
+        return out  # the losses are not added, because that would be one more launch
 
     def copy(self, i: int) -> None:
         s, t, _, into = self.inputs[i]
@@ -182,7 +185,8 @@ class Race:
         return call
 
     def error(self, call: Callable[[int], object], truth: Loss) -> Callable[[], Mapping]:
-        """Largest relative error of the loss and, over the largest entry, of a gradient."""
+        """Return a function that measures the relative error of the loss, and the largest error of
+        a gradient over its largest entry."""
 
         def measure() -> dict[str, float]:
             self.forget()
@@ -194,7 +198,7 @@ class Race:
             got = [x.student.grad, x.teacher.grad]
             if got == [None, None] and call == self.at_once:
                 got = list(x.into)
-            # In parts: what float64 and autograd need of a large batch fits nowhere.
+            # In parts, because float64 autograd of a large batch does not fit into memory.
             exact, worst = 0.0, [0.0, 0.0]
             largest = [0.0, 0.0]
             rows = max(1, 2**23 // self.size.classes)
@@ -241,9 +245,11 @@ def cases(
     modes: tuple[str, ...] = MODES[:1],
     sweep: bool = False,
 ) -> list[MakeCase]:
-    """Return a case for each work and size.
+    """Return a case for each computation and size.
 
-    ``modes`` are torch.compile's. A ``sweep`` over the number of classes is drawn as a picture.
+    Args:
+        modes: modes of torch.compile.
+        sweep: whether the cases are a sweep over the number of classes, to be drawn as a picture.
     """
     return [
         functools.partial(_case, work, size, device, cache, modes, sweep)
@@ -271,7 +277,7 @@ def _case(
 
 def caches(sets: int, set_bytes: int, cache: int) -> dict[str, str]:
     """Return the measurements of a case by name, and where each one's inputs are."""
-    if sets == 1:  # of "heads", whose weights are the same in every call
+    if sets == 1:  # "heads", which uses the same weights in every call
         return {"hot": "the same inputs and weights in every call"}
     from_memory = sets * set_bytes >= 2 * cache
     return {
@@ -287,7 +293,7 @@ def _compiled(loss: Loss, mode: str) -> Loss:
 
 
 def _compiles(race: Race, loss: Loss, truth: Loss, modes: tuple[str, ...], units: int = 4, note=""):
-    # A graph of its own cannot be captured into another; on a CPU there is none to make.
+    # A CUDA graph cannot be captured into another one, and a CPU has no CUDA graphs.
     return [
         race.contender(
             f"torch.compile {mode}",
@@ -315,7 +321,7 @@ def _both(race: Race, modes: tuple[str, ...]):
         race.contender("eager, our reference", ours(tau, "reference"), truth),
         *_compiles(race, eager, truth, modes, note=no_stats),
     ]  # fmt: skip
-    if race.size.dtype == "fp32" and not race.sweep:  # seconds of compilation for each
+    if race.size.dtype == "fp32" and not race.sweep:  # each compilation takes seconds
         compiled = _compiled(ours(tau, "reference"), "default")
         found.append(race.contender("torch.compile of our reference", compiled, truth))
     return found, {}
@@ -342,7 +348,7 @@ def _kd(race: Race, modes: tuple[str, ...]):
         race.limit(),
         race.contender("bdkd_loss, student's KD alone", ours(tau, **_NO_CE),
                        ours(tau, "reference", **_NO_CE), "ours", units=3,
-                       note="both divergences, weighted; the peers do one"),
+                       note="computes both divergences, weighted; the peers compute one"),
         race.contender("eager KL", eager, kl, units=3),
         *_compiles(race, eager, kl, modes, 3, "one divergence"),
     ]  # fmt: skip
@@ -365,7 +371,7 @@ def _kd(race: Race, modes: tuple[str, ...]):
             race.contender("Liger KLDiv", liger_kl, kl, units=3,
                            note="one divergence; torch's log-softmaxes before it"),
             race.contender("Liger JSD", liger_jsd, functools.partial(plain_jsd, temperature=1.0),
-                           units=3, capturable=False,  # it asks the device for values
+                           units=3, capturable=False,  # it reads values from the device
                            note="JSD at temperature 1; torch's log-softmaxes before it"),
         ]  # fmt: skip
     return found, absent
@@ -406,7 +412,7 @@ def _ce(race: Race, modes: tuple[str, ...]):
         from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
         def apex(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            # Without smoothing, no padding label (-1 is none), losses in float32.
+            # No label smoothing, no padding label (-1 disables it), losses in float32.
             return sum(
                 SoftmaxCrossEntropyLoss.apply(x, y, 0.0, -1, x.dtype != torch.float32).mean()
                 for x in (s, t)
@@ -417,18 +423,19 @@ def _ce(race: Race, modes: tuple[str, ...]):
 
 
 def _no_triton_peer(module: str, device: str) -> str | None:
-    """Why a package whose kernels need a GPU cannot run here; None if it can."""
+    """Return why a package with GPU kernels cannot run on this machine, or None if it can."""
     if device != "cuda":
         return "its kernels need a GPU"
     try:
         found = find_spec(module)
-    except ModuleNotFoundError:  # not even the package above it
+    except ModuleNotFoundError:  # its parent package is missing
         found = None
     return None if found else f"{module.split('.')[0]} is not installed"
 
 
 def _heads(race: Race, modes: tuple[str, ...]):
-    """From hidden states (N, H) through heads (C, H): gradients of four tensors."""
+    """Return contenders that compute gradients of the hidden states (N, H) and of the weights of
+    the heads (C, H) of both networks."""
     size, device = race.size, race.device
     tau, dtype = size.temperature, DTYPES[size.dtype]
     hidden = max(64, min(1024, size.classes // 4))

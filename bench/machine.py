@@ -1,4 +1,4 @@
-"""Where a measurement was made: machine, versions, commit, and whether anybody else was at work."""
+"""Describe a measurement: the machine, the versions, the commit and the load by other processes."""
 
 import contextlib
 import importlib.metadata
@@ -14,11 +14,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "orda-kernel", "quack-kernels", "apex",
             "torchmetrics", "netcal", "nvidia-dali-cuda130", "pillow", "timm")  # fmt: skip
-_NO_SYSFS = 32 * 2**20  # assumed of the last-level cache where the system does not tell
+_NO_SYSFS = 32 * 2**20  # assumed size of the last-level cache if the system does not report it
 
 
 def describe(threads: int, device: str) -> dict[str, Any]:
-    """What a reader needs to know about this machine, for the JSON and the table's head."""
+    """Return a description of this machine, for the JSON file and the header of the table."""
     from bdkd_kernels import available_backends
 
     backends = {
@@ -48,7 +48,7 @@ def describe(threads: int, device: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The model, with the widest vectors it has."""
+    """Return the model of the CPU and its widest vector instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -66,7 +66,7 @@ def cpu_name() -> str:
 
 
 def last_level_cache(device: str) -> int:
-    """Bytes."""
+    """Return the size of the last-level cache, in bytes."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [_NO_SYSFS] if platform.system() != "Linux" else []
@@ -85,7 +85,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The checked-out commit, its date and whether files differ from it; unknown outside git."""
+    """Return the checked-out commit, its date, and whether files differ from it. Outside a git
+    repository they are unknown."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -108,9 +109,10 @@ def now() -> str:
 
 
 class Neighbours:
-    """The share of this machine's processor time that others took since this was made.
+    """Measure the share of the processor time that other processes used since construction.
 
-    From /proc/stat, where a virtual machine's stolen time counts as others'; None without it.
+    Reads /proc/stat. Time that the hypervisor stole from a virtual machine counts as used by
+    others. The share is None on systems without /proc/stat.
     """
 
     def __init__(self) -> None:
@@ -136,14 +138,14 @@ class Neighbours:
 
 
 def _living_descendants() -> float:
-    """Processor seconds of this process's children, theirs, and so on (a loader's workers), which
-    ``os.times`` counts only once they have ended."""
+    """Return the processor seconds of all living descendants of this process, such as the workers
+    of a loader. ``os.times`` counts a child only after it has ended."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()  # a name may hold spaces
-        except OSError:  # it has just ended
+            fields = stat.read_text().rpartition(")")[2].split()  # a name may contain spaces
+        except OSError:  # the process has just ended
             continue
         pid = int(stat.parent.name)
         parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))

@@ -1,4 +1,4 @@
-"""Profile the native kernel: the share of each pass over the rows, in one thread.
+"""Profile the native kernel in one thread: print the share of time of each pass over the rows.
 
     python bench/native_profile.py [--seconds 2]
 
@@ -21,8 +21,8 @@ from progress import Progress
 
 SIZES = [(128, 100, "float32"), (1024, 1000, "float32"), (256, 21841, "float32"),
          (64, 128256, "float32"), (64, 128256, "bfloat16")]  # fmt: skip
-# Parts of the symbols, first match first. The compiler may inline the maxima into RowWorker. With
-# AVX-512 most of them are computed in the loop of the sums, and large gradients in that loop too.
+# Parts of symbol names; the first match counts. The compiler may inline the maxima into RowWorker.
+# With AVX-512, most maxima are computed in the loop of the sums, and so are large gradients.
 PASSES = {
     "::sums_and_gradients<": "fused",
     "row_max": "maxima",
@@ -68,11 +68,11 @@ def profile(perf: str, rows: int, classes: int, dtype: str, seconds: float) -> C
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per size")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per size")
     seconds = parser.parse_args().seconds
     perf = shutil.which("perf")
     if perf is None:
-        sys.exit("native_profile.py needs perf, which is not here: apt install linux-perf")
+        sys.exit("native_profile.py needs perf, which is not installed: apt install linux-perf")
     command = f"python bench/native_profile.py --seconds {seconds:g}"
     print(results.head({"machine": machine.describe(1, "cpu"), "commit": machine.commit(),
                         "date": machine.now(), "command": command}), end="\n\n")  # fmt: skip

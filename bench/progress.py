@@ -1,4 +1,4 @@
-"""Progress of a long command, on stderr: what it does, how far it is, and how long it takes."""
+"""Show the progress of a long command on stderr: its current part, elapsed and remaining time."""
 
 import shutil
 import sys
@@ -9,22 +9,22 @@ from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
-EVERY = 10.0  # seconds between two lines where stderr is not a terminal
-REDRAW = 0.1  # seconds between two versions of the line on a terminal
+EVERY = 10.0  # seconds between two lines if stderr is not a terminal
+REDRAW = 0.1  # seconds between two updates of the line on a terminal
 
 
 class Progress:
-    """Report that part ``k`` of ``total`` is being done.
+    """Report that part ``k`` of ``total`` is running.
 
-    On a terminal, one line is rewritten and disappears at the end. Elsewhere, such as in a log, a
+    On a terminal, one line is rewritten, and removed at the end. Elsewhere, such as in a log, a
     line is printed at most every 10 seconds, so a command that takes less prints none.
 
-    Nothing runs in the background, because that would disturb a measurement: the line is as old as
-    the last call.
+    Nothing runs in the background, because that would disturb a measurement. The line is updated
+    only by calls of the methods.
 
     Args:
-        what: What the parts are, such as ``"loss_cpu: case"``.
-        total: Number of parts; None if it is not known.
+        what: name of a part, such as ``"loss_cpu: case"``.
+        total: number of parts, or None if it is not known.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Progress:
         self.update()
 
     def update(self, detail: str = "") -> None:
-        """Show the line if it is due. ``detail`` says what is being done within the part."""
+        """Show the line if enough time has passed. ``detail`` describes the current activity."""
         now = self.now()
         if now - self.shown < (REDRAW if self.terminal else EVERY):
             return
@@ -69,7 +69,7 @@ class Progress:
         self.stream.flush()
 
     def results(self, futures: Sequence[Future[T]], detail: str = "") -> list[T]:
-        """Return the results of futures, and keep the line current until all are done."""
+        """Return the results of futures. Update the line until all are done."""
         while wait(futures, timeout=1.0).not_done:
             self.update(detail)
         return [future.result() for future in futures]

@@ -1,6 +1,6 @@
-"""Results as JSON, as CSV and as tables.
+"""Read and write results as JSON, as CSV and as tables.
 
-One JSON file for each suite::
+Each suite has one JSON file::
 
     {"schema": 1, "suite": ..., "title": ..., "date": ..., "command": ...,
      "commit": {"id": ..., "date": ..., "dirty": ...}, "machine": {...}, "others_share": ...,
@@ -15,10 +15,10 @@ One JSON file for each suite::
                  "of_copy": ...} or {"not_run": why}},
         or {"name": ..., "kind": ..., "note": ..., "not_run": why}]}]}
 
-``ratio`` is over the base in the same rounds; ``of_copy`` the share of the copy's bandwidth;
-``others_share`` the processor time that other processes took meanwhile. The first name of
-``caches`` describes ``seconds``; ``hot`` is a second measurement of the same contender. Older files
-have neither ``caches`` nor ``hot``.
+``ratio`` is the ratio to the base in the same rounds, ``of_copy`` the share of the copy's
+bandwidth, and ``others_share`` the share of the processor time that other processes used during
+the run. The first name of ``caches`` describes ``seconds``. ``hot`` is a second measurement of the
+same contender. Older files have neither ``caches`` nor ``hot``.
 """
 
 import csv
@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-QUIET = 0.05  # more than this share of the processors' time for others, and numbers are not kept
+QUIET = 0.05  # if other processes used more of the processor time, results are not for publishing
 
 
 class ResultsError(Exception):
-    """A file of results that is not one; the message is one line that names it."""
+    """A file cannot be read as results. The message is one line with its path."""
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file wholly or not at all."""
+    """Write a file in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,19 +58,19 @@ def read(path: Path) -> dict[str, Any]:
     """Return the result in a JSON file.
 
     Raises:
-        ResultsError: If there is no file, or it is not a result.
+        ResultsError: there is no file, or it is not a result.
     """
     result = _load(path)
     if not _is_result(result):
         raise ResultsError(
-            f"{path} is not a result of python bench (JSON of schema {SCHEMA}): give a SUITE.json "
+            f"{path} is not a result of python bench (JSON of schema {SCHEMA}): pass a SUITE.json "
             "or its folder"
         )
     return result
 
 
 def _is_result(result: dict[str, Any]) -> bool:
-    """Whether everything is there that is read without asking."""
+    """Return whether a result has all fields that other functions rely on."""
     if result.get("schema") != SCHEMA:
         return False
     try:
@@ -110,7 +110,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def read_all(path: Path) -> dict[str, dict[str, Any]]:
-    """Return results by suite: those of a file, or of all files of a folder.
+    """Return the results of a file, or of all files in a folder, by suite.
 
     Other JSON in a folder, such as ``accuracy.json``, is skipped.
     """
@@ -120,12 +120,12 @@ def read_all(path: Path) -> dict[str, dict[str, Any]]:
     files = [file for file in sorted(path.glob("*.json")) if "suite" in _load(file)]
     found = {result["suite"]: result for result in map(read, files)}
     if not found:
-        raise ResultsError(f"{path} holds no results: python bench --out FOLDER writes them")
+        raise ResultsError(f"{path} contains no results: python bench --out FOLDER writes them")
     return found
 
 
 def head(result: dict[str, Any]) -> str:
-    """Where and when, in two lines."""
+    """Return the machine, the versions, the date and the command, in two lines."""
     machine, commit = result["machine"], result["commit"]
     gpu = f"{machine['gpu']['name']}; " if machine["gpu"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -138,20 +138,17 @@ def head(result: dict[str, Any]) -> str:
 
 
 def busy_warning(result: dict[str, Any]) -> str | None:
-    """What to say of a machine that was not quiet."""
+    """Return a warning if other processes ran during the measurement, else None."""
     share = result["others_share"]
     if share is None:
-        return "whether other processes ran meanwhile is not known here"
+        return "it is not known whether other processes ran during the measurement"
     if share <= QUIET:
         return None
-    return (
-        f"OTHERS TOOK {share:.0%} OF THE PROCESSORS' TIME meanwhile: for judging a change at most, "
-        "not for publishing"
-    )
+    return f"OTHER PROCESSES USED {share:.0%} OF THE CPU TIME: do not publish these numbers"
 
 
 def case_table(case: dict[str, Any]) -> str:
-    """Return one case as a table: a line for each contender, notes below."""
+    """Return one case as a table, with a line for each contender and notes below."""
     kinds = list(dict.fromkeys(k for row in case["rows"] for k in row.get("error") or {}))
     caches = case.get("caches") or {}
     header = ["", next(iter(caches), "median"), "p20", "p80", "x ours", "[p20, p80]", "hot",
@@ -193,11 +190,11 @@ def _cells(
         hot_cells = [_time(hot["seconds"]["median"]), of_base]
     else:
         hot_cells = ["not run" if hot else "", ""]
-    predicted = ""  # from its bytes and the copy's bandwidth
+    predicted = ""  # time from its bytes and the copy's bandwidth
     if limit and row["bytes"] and row["kind"] == "ours":
         predicted = _time(limit["seconds"]["median"] * row["bytes"] / limit["bytes"])
     rate = _gb_per_second(row)
-    # A rate is for quoting, and those of a CPU are not.
+    # Images per second are shown only for a GPU. Those of a CPU are not meant to be quoted.
     images = row.get("images") if row["by"] != "wall" else None
     ratio, error = row["ratio"], row.get("error") or {}
     return [
@@ -219,7 +216,8 @@ def _gb_per_second(row: dict[str, Any]) -> float | None:
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first to the left and the others to the right; a short row runs on freely."""
+    """Return rows as a table. The first column is left-aligned, the others are right-aligned. The
+    last cell of a row with fewer cells may be longer than its column."""
     full = [header, *(row for row in rows if len(row) == len(header))]
     widths = [max(len(line[i]) for line in full) for i in range(len(header))]
     widths[0] = max([widths[0], *(len(row[0]) for row in rows)])
@@ -255,8 +253,8 @@ def _error(value: float | None) -> str:
 def csv_text(result: dict[str, Any]) -> str:
     """Return a result as CSV: one row for each contender and case, all columns flat.
 
-    A time is in the columns of its state of the caches: ``cold_``, ``hot_``, or neither of them if
-    the suite does not control it.
+    The names of time columns start with ``cold_`` or ``hot_``, or with neither if the suite does
+    not control the state of the caches.
     """
     parameters = list(dict.fromkeys(key for case in result["cases"] for key in case["parameters"]))
     machine, commit = result["machine"], result["commit"]
@@ -310,7 +308,7 @@ _TIMES = {
 
 
 def _times(measured: Mapping[str, Any], cache: str) -> dict[str, float]:
-    """Return the times of one measurement by column, in microseconds."""
+    """Return the times of one measurement in microseconds. The keys are names of columns."""
     if "seconds" not in measured:
         return {}
     values = [1e6 * measured["seconds"][key] for key in ("median", "p20", "p80")]
@@ -318,7 +316,7 @@ def _times(measured: Mapping[str, Any], cache: str) -> dict[str, float]:
 
 
 def rows_of(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every measured row with its case's name."""
+    """Yield every measured row with the name of its case."""
     for case in result["cases"]:
         for row in case["rows"]:
             if "seconds" in row:

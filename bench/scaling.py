@@ -1,11 +1,11 @@
-"""Where 8, 64, 512 and 4,096 GPUs would spend a step of ResNet-50 + MobileNetV1, and what of it two
-ranks on this machine show.
+"""Estimate the time of a training step of ResNet-50 and MobileNetV1 on 8, 64, 512 and 4,096 GPUs.
 
-    python bench/scaling.py             the projection, from bytes and published speeds: no torch
-    python bench/scaling.py --measure   two gloo ranks here: all-reduce, and how much the backward
-                                        pass hides of it
+    python bench/scaling.py             project from sizes and published speeds, without torch
+    python bench/scaling.py --measure   measure the all-reduce of two gloo ranks on this machine
+                                        and its overlap with the backward pass
 
-docs/scaling.md explains the formulas and holds the projection's output; a test keeps them the same.
+docs/explanation/scaling.md explains the formulas and contains the output of the projection. A test
+checks that this output is up to date.
 """
 
 import argparse
@@ -19,26 +19,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """A node of eight H100 GPUs. Speeds in bytes a second are what is published, times what NCCL
-    usually reaches of it."""
+    """A node of eight H100 GPUs. Speeds are in bytes per second. Those of the networks are the
+    published speeds times the fraction that NCCL usually reaches."""
 
     gpus: int = 8
-    resnet50_images: float = 7000  # images/s a GPU, MLPerf v3.0, 8 x H100, MXNet + DALI
-    pair_cost: float = 1.5  # of ResNet-50's time, with MobileNetV1 beside it: our assumption
+    resnet50_images: float = 7000  # images/s per GPU, MLPerf v3.0, 8 x H100, MXNet + DALI
+    pair_cost: float = 1.5  # time of both networks over the time of ResNet-50: our assumption
     step_floor: float = 0.010  # s, host time to launch a step of two networks: our assumption
-    nvlink: float = 450e9 * 0.8  # a GPU and direction
-    network: float = 50e9 * 0.8  # a GPU and direction: one 400 Gb/s port each
+    nvlink: float = 450e9 * 0.8  # per GPU and direction
+    network: float = 50e9 * 0.8  # per GPU and direction: each GPU has a 400 Gb/s port
     hop: float = 10e-6  # s, one message between nodes
     pcie: float = 25e9  # GPU to pinned memory
-    disk: float = 1e9  # one writer's file
-    core_jpegs: float = 280  # images/s a core, decode and crop: DALI on a CPU, as measured here
-    cores: int = 112  # of a node
-    interruptions: float = 419 / (54 * 86400 * 16384)  # a GPU and second: Llama 3's published count
+    disk: float = 1e9  # one process that writes one file
+    core_jpegs: float = 280  # images/s per core, decode and crop: measured with DALI on a CPU
+    cores: int = 112  # per node
+    interruptions: float = 419 / (54 * 86400 * 16384)  # per GPU and second: published for Llama 3
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is trained, and on what."""
+    """The networks and the data set."""
 
     parameters: int = 25_557_032 + 4_231_976  # ResNet-50 and MobileNetV1, 1,000 classes
     student: int = 4_231_976
@@ -51,14 +51,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step, and rates."""
+    """The times of one step in seconds, and its rates."""
 
     compute: float
     all_reduce: float
-    exposed: float  # of the all-reduce, after the backward pass has ended
-    images: float  # a second, all GPUs
-    read: float  # bytes a second, all GPUs
-    cores: float  # decoding cores a node needs
+    exposed: float  # part of the all-reduce after the end of the backward pass
+    images: float  # images per second, all GPUs
+    read: float  # bytes per second, all GPUs
+    cores: float  # decoding cores per node
 
     @property
     def seconds(self) -> float:
@@ -70,8 +70,8 @@ class Step:
 
 
 def all_reduce(size: float, gpus: int, m: Machine, messages: int = 1) -> float:
-    """Seconds for ``size`` bytes: reduce-scatter and all-gather within a node, and each GPU's share
-    of it among the nodes."""
+    """Return the seconds of an all-reduce of ``size`` bytes: reduce-scatter and all-gather within a
+    node, and an all-reduce of each GPU's share among the nodes."""
     inside, nodes = min(gpus, m.gpus), math.ceil(gpus / m.gpus)
     within = 2 * (inside - 1) / inside * size / m.nvlink
     between = 2 * (nodes - 1) / nodes * (size / inside) / m.network
@@ -79,10 +79,10 @@ def all_reduce(size: float, gpus: int, m: Machine, messages: int = 1) -> float:
 
 
 def step(gpus: int, batch: int, m: Machine = Machine(), p: Pair = Pair()) -> Step:
-    """A step of ``batch`` images over all GPUs.
+    """Return the times of a step with a global batch of ``batch`` images.
 
-    The backward pass is two thirds of the computing; a bucket is exchanged as soon as it is full,
-    so that at best only the last one is exposed.
+    The backward pass is two thirds of the computation. A bucket is reduced as soon as it is full,
+    so that at best only the all-reduce of the last bucket is exposed.
     """
     share = batch / gpus
     compute = max(m.step_floor, share * m.pair_cost / m.resnet50_images)
@@ -96,22 +96,25 @@ def step(gpus: int, batch: int, m: Machine = Machine(), p: Pair = Pair()) -> Ste
 
 
 def checkpoint_bytes(p: Pair = Pair()) -> float:
-    """Weights and momentum of both networks and the student's average, in float32."""
+    """Return the bytes of the float32 weights and momentum of both networks and of the student's
+    average."""
     return 4 * (2 * p.parameters + p.student)
 
 
 def best_interval(gpus: int, m: Machine = Machine(), p: Pair = Pair()) -> float:
-    """Seconds between checkpoints that lose least: sqrt(2 x stall x time between interruptions)
-    (Young 1974). Only the snapshot stalls; the file is written beside the training."""
+    """Return the interval between checkpoints, in seconds, that loses the least time:
+    sqrt(2 x stall x time between interruptions) (Young 1974). Only the snapshot stalls training,
+    because the file is written in the background."""
     stall = checkpoint_bytes(p) / m.pcie
     return math.sqrt(2 * stall / (m.interruptions * gpus))
 
 
 def table(weak: int | None, m: Machine = Machine(), p: Pair = Pair()) -> str:
-    """The projection: ``weak`` images a GPU, or a global batch of 4,096 kept."""
+    """Return the projection as a table, for ``weak`` images per GPU, or for a global batch of 4,096
+    if ``weak`` is None."""
     head = (
-        "| GPUs | batch | a GPU | compute ms | all-reduce ms | exposed ms | in bf16 | efficiency | "
-        "images/s | epoch s | read GB/s | cores a node | evaluate s |"
+        "| GPUs | batch | per GPU | compute ms | all-reduce ms | exposed ms | in bf16 | "
+        "efficiency | images/s | epoch s | read GB/s | cores per node | evaluate s |"
     )
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for gpus in (8, 64, 512, 4096):
@@ -129,13 +132,13 @@ def table(weak: int | None, m: Machine = Machine(), p: Pair = Pair()) -> str:
 
 
 def reliability(m: Machine = Machine(), p: Pair = Pair()) -> str:
-    """Interruptions and checkpoints."""
+    """Return the projection of interruptions and checkpoint intervals."""
     size = checkpoint_bytes(p)
     lines = [
         f"A checkpoint is {size / 1e6:.0f} MB: {1e3 * size / m.pcie:.0f} ms to pinned memory, "
-        f"{size / m.disk:.2f} s to write, beside the training.",
+        f"{size / m.disk:.2f} s to write, in the background.",
         "",
-        "| GPUs | hours between interruptions | best checkpoint.every_minutes | lost to it |",
+        "| GPUs | hours between interruptions | best checkpoint.every_minutes | lost time |",
         "| --- | --- | --- | --- |",
     ]
     for gpus in (8, 64, 512, 4096):
@@ -149,9 +152,9 @@ def reliability(m: Machine = Machine(), p: Pair = Pair()) -> str:
 def projection() -> str:
     return "\n\n".join(
         (
-            "256 images a GPU, the batch growing with the GPUs:",
+            "256 images per GPU; the batch grows with the number of GPUs:",
             table(256),
-            "A global batch of 4,096, whatever the GPUs:",
+            "A global batch of 4,096 for any number of GPUs:",
             table(None),
             reliability(),
         )
@@ -159,7 +162,7 @@ def projection() -> str:
 
 
 def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
-    """One of the measured ranks."""
+    """Run one of the measured ranks."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -206,11 +209,11 @@ def _rank(rank: int, world: int, folder: str, steps: int, width: int) -> None:
             f"{steps} steps\n"
             f"  forward and backward      {1e3 * computing:8.2f} ms\n"
             f"  all-reduce alone          {1e3 * exchanging:8.2f} ms  "
-            f"({2 * (world - 1) / world * size / exchanging / 1e9:.2f} GB/s a rank)\n"
-            f"  both, as DDP has them     {1e3 * together:8.2f} ms\n"
-            f"  of the all-reduce, hidden {hidden:8.0%}"
+            f"({2 * (world - 1) / world * size / exchanging / 1e9:.2f} GB/s per rank)\n"
+            f"  both, overlapped by DDP   {1e3 * together:8.2f} ms\n"
+            f"  hidden all-reduce time    {hidden:8.0%}"
         )
-    dist.barrier()  # nobody leaves while another still listens
+    dist.barrier()  # no rank may exit while another still communicates with it
     dist.destroy_process_group()
     exit_rank(0)
 
@@ -226,10 +229,12 @@ def measure(ranks: int, steps: int, width: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", action="store_true", help="two ranks on this machine")
+    parser.add_argument("--measure", action="store_true", help="measure two ranks on this machine")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--width", type=int, default=512, help="of the measured network's layers")
+    parser.add_argument(
+        "--width", type=int, default=512, help="width of the layers of the measured network"
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.ranks, arguments.steps, arguments.width)

@@ -1,7 +1,7 @@
-"""What a call costs the host: batches so small that little else is left of it, in warm caches.
+"""Measure the host time of a call, with small batches in warm caches.
 
-On a GPU the time from call to return, launches included: the device, which takes less, is waited
-for once a sample.
+On a GPU, this is the time from call to return, launches included. The device takes less time than
+the host. It is synchronized once per sample.
 """
 
 import functools
@@ -28,11 +28,11 @@ def _case(size: Size, device: str) -> Case:
     race = Race(size, "both", device, cache=0)
     found = [
         Contender("bdkd_loss, no gradients", _no_gradients(race), "ours"),
-        Contender("bdkd_loss", _forward(race), "ours", note="both gradients made; no backward"),
+        Contender("bdkd_loss", _forward(race), "ours", note="computes both gradients; no backward"),
         Contender("bdkd_loss, backward", race.step(ours(TEMPERATURE)), "ours"),
-        Contender("bdkd_loss_and_grad", race.at_once, "ours", note="into tensors it was given"),
+        Contender("bdkd_loss_and_grad", race.at_once, "ours", note="into given tensors"),
         Contender("autograd alone, backward", race.step(_nothing), "limit",
-                  note="two functions that hand over a gradient, an addition"),
+                  note="two functions that pass a stored gradient on, and one addition"),
         Contender("eager, backward", race.step(_eager), note="no statistics of the samples"),
         Contender("torch.compile, backward",
                   race.step(torch.compile(_eager, fullgraph=True, dynamic=False)),
@@ -69,7 +69,7 @@ def _eager(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 class _HandOver(torch.autograd.Function):
-    """The least that an autograd function in Python can be."""
+    """A minimal autograd function in Python."""
 
     @staticmethod
     def forward(ctx, logits: Tensor) -> Tensor:

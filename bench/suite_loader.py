@@ -1,5 +1,5 @@
-"""One batch from the data loader: images in memory, and JPEG files of ImageNet's layout; and what a
-training step takes with such files, beside the same step on a batch that is there already."""
+"""Time one batch of the data loader, from memory and from JPEG files in ImageNet's layout, and a
+training step on such files, compared with the same step on a batch in memory."""
 
 import atexit
 import os
@@ -25,18 +25,19 @@ from bdkd.data.imagenet import dali, pillow
 from bdkd.device import AUTOCAST
 from bdkd.registry import SOURCES
 
-MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of ImageNet's pixels
-WIDTH, HEIGHT = 500, 375  # ImageNet's commonest size
+MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # of the pixels of ImageNet
+WIDTH, HEIGHT = 500, 375  # the most common size in ImageNet
 QUALITY = 90
 JPEGS = f"JPEGs of {WIDTH} x {HEIGHT}" + ("" if find_spec("sklearn") else " (noise)")
 
 
 def cases(device: str, quick: bool) -> list[MakeCase]:
-    """What only a GPU can tell comes first there: the time on a borrowed one is short."""
+    """Return the cases. On a GPU, the cases that need it come first, because its time is short."""
     in_memory = partial(_in_memory, 32 if quick else 128, 400 if quick else 10_000)
     if not find_spec("PIL"):
         return [in_memory]
-    # Every file so often that an epoch has the steps of a real one, not a start every few.
+    # Each file occurs 40 times, so that an epoch has many steps. Short epochs would measure mostly
+    # the start of an epoch.
     root = cache(partial(_folder, 16 if quick else 256, 1 if quick else 40))
     batch, side = (4, 32) if quick else (32, 224)
     jpegs = partial(_jpegs, root, batch, side, "cpu")
@@ -52,7 +53,7 @@ def cases(device: str, quick: bool) -> list[MakeCase]:
 
 
 def _folder(images: int, repeats: int) -> Path:
-    """Write the JPEGs into a folder that lives as long as the process."""
+    """Write the JPEGs into a folder that is removed at the end of the process."""
     root = Path(tempfile.mkdtemp(prefix="bdkd-bench-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_jpegs(root, images, repeats)
@@ -60,7 +61,8 @@ def _folder(images: int, repeats: int) -> Path:
 
 
 def endless(epochs: Callable[[int], Iterable]) -> Call:
-    """A call takes the next batch; after an epoch's last comes the next epoch's first."""
+    """Return a call that takes the next batch. After the last batch of an epoch comes the first
+    batch of the next epoch."""
     state: dict = {"epoch": 0, "batches": iter(epochs(0))}
 
     def call(i: int) -> object:
@@ -75,7 +77,8 @@ def endless(epochs: Callable[[int], Iterable]) -> Call:
 
 
 def _in_memory(batch: int, images: int) -> Case:
-    """Crop with a padding of 4, flip, normalise: CIFAR's usual augmentation."""
+    """Return the case of images in memory with the usual augmentation of CIFAR: crop with a padding
+    of 4, flip, normalise."""
     config = SOURCES.configure("synthetic", images=images, crop=4,
                         flip=True, validation=0.0)  # fmt: skip
     source = create_source(config, 0, torch.device("cpu"), torch.channels_last)
@@ -98,15 +101,15 @@ def _in_memory(batch: int, images: int) -> Case:
         Contender("in memory", endless(lambda e: source.train_batches(e, 0, batch, 1)), "ours",
                   note="its order and crops are a function of (seed, epoch, index)"),
         Contender("DataLoader, image by image", endless(lambda e: loader),
-                  note="no workers, no order to resume from"),
+                  note="no workers, cannot resume within an epoch"),
     )  # fmt: skip
     name = f"{batch} of {images} images 3 x 32 x 32 in memory: crop, flip, normalise"
     return Case(name, {"batch": batch}, found)
 
 
 def write_jpegs(root: Path, count: int, repeats: int = 1) -> None:
-    """``count`` JPEGs in two classes to train on, each under ``repeats`` names, and two a class to
-    test on."""
+    """Write ``count`` training JPEGs in two classes, each under ``repeats`` names, and two test
+    JPEGs per class."""
     photographs = _photographs()
     rng = np.random.default_rng(0)
     for split, images in (("train", count), ("val", 4)):
@@ -123,8 +126,8 @@ def write_jpegs(root: Path, count: int, repeats: int = 1) -> None:
 
 
 def _photographs() -> list:
-    """Two of 640 x 427 pixels: scikit-learn's, or in its absence noise, coarse and fine, that makes
-    JPEGs of about as many bytes."""
+    """Return two images of 640 x 427 pixels: the photographs of scikit-learn, or, if it is not
+    installed, noise whose JPEGs have about the same size."""
     from PIL import Image
 
     if find_spec("sklearn"):
@@ -151,24 +154,26 @@ def _imagenet(
 
 
 def _workers(device: str) -> int:
-    """As ``data.workers`` has it without a number; a CPU also trains, on so many threads."""
+    """Return the default of ``data.workers`` on a GPU, and the number of torch threads on a CPU,
+    where training uses the same cores."""
     return len(os.sched_getaffinity(0)) if device == "cuda" else torch.get_num_threads()
 
 
 def _kinds(device: str) -> tuple[str, ...]:
-    """Processes that decode start slowly, and no GPU waits for them by choice."""
+    """Return the loaders to measure. If DALI is installed, Pillow is not measured on a GPU, because
+    its processes start slowly and are too slow for a GPU."""
     if not _dali_is_here():
         return ("pillow",)
     return ("dali",) if device == "cuda" else ("dali", "pillow")
 
 
 def _ready(kind: str, device: str) -> int:
-    """Batches that a loader may have ready."""
+    """Return the number of batches that a loader may have prefetched."""
     return dali.READ_AHEAD + 1 if kind == "dali" else pillow.PREFETCH * _workers(device) + 1
 
 
 def _dali_is_here() -> bool:
-    # Another package's "nvidia" may be there without this one.
+    # Another package may provide "nvidia" without "nvidia.dali".
     return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
 
 
@@ -193,7 +198,7 @@ def _training(root: Callable[[], Path], pair: Pair, device: str) -> Case:
             Contender(f"from JPEGs by {kind}", step(endless(_epochs(source, pair.batch))), "ours",
                       note=f"{_workers(device)} workers", lead=_ready(kind, device))
         )  # fmt: skip
-    note = f"x ours: images/s by {kinds[0]} over images/s from data that cost nothing"
+    note = f"x ours: images/s with {kinds[0]} over images/s without loading"
     found.append(Contender("from a batch that is there", step(lambda i: there), "ours", note=note))
     absent = {} if _dali_is_here() else {"from JPEGs by dali": "nvidia-dali is not installed"}
     name = f"training from {JPEGS}: {pair}"
@@ -213,13 +218,13 @@ def _jpegs(root: Callable[[], Path], batch: int, side: int, device: str) -> Case
         loader = DataLoader(_Pillow(paths, side), batch, shuffle=True, drop_last=True)
         found.append(
             Contender("DataLoader and Pillow", endless(lambda epoch: loader),
-                      note="no workers: what one thread of Python does")
+                      note="no workers, one Python thread")
         )  # fmt: skip
     absent = {}
     if _dali_is_here():
         found.append(
             Contender("DALI's own reader", endless(_dali(paths, batch, side, device)),
-                      note=f"as its documentation has it, {workers} threads",
+                      note=f"as in its documentation, {workers} threads",
                       lead=_ready("dali", device))
         )  # fmt: skip
     else:

@@ -1,4 +1,4 @@
-"""Calibration and accuracy of a validation set, batch by batch, beside torchmetrics and netcal."""
+"""Time calibration and accuracy of a validation set, compared with torchmetrics and netcal."""
 
 import functools
 import itertools
@@ -57,8 +57,8 @@ def _case(images: int, classes: int) -> Case:
     found = [
         contender("Calibration, draws=1", ours(1), "ours", everything),
         contender("Calibration", ours(1000), "ours",
-                  everything + ", and the ECE that chance alone would show (1000 draws)"),
-        contender("a loop over bins, torch", in_torch, note="ECE alone, float32"),
+                  everything + ", and the ECE of a calibrated network by chance (1000 draws)"),
+        contender("a loop over bins, torch", in_torch, note="only ECE, float32"),
     ]  # fmt: skip
     absent: dict[str, str] = {}
     for add in (_torchmetrics, _netcal):
@@ -66,13 +66,13 @@ def _case(images: int, classes: int) -> Case:
             found += [contender(*row) for row in add(batches, classes)]
         except ImportError as error:
             absent[add.__name__.strip("_")] = f"{error}"
-    # netcal works in numpy, whose memory torch's allocator does not see.
+    # netcal uses NumPy, and torch's allocator does not see the memory of NumPy.
     return Case(f"{images} images, {classes} classes", {"images": images, "classes": classes},
                 tuple(found), absent=absent, memory=False)  # fmt: skip
 
 
 def exact_ece(logits: Tensor, labels: Tensor) -> float:
-    """The ECE's definition in float64, bins (k/15, (k+1)/15]."""
+    """Return the ECE by its definition, in float64, with bins (k/15, (k+1)/15]."""
     p = logits.double().softmax(-1)
     confidence, predicted = p.max(-1)
     gaps = (predicted == labels).double() - confidence
@@ -85,12 +85,12 @@ def _error(call: Callable[[int], float], exact: float) -> Mapping[str, float]:
 
 
 def _mend_torchvision() -> None:
-    """torchmetrics imports torchvision, and that fails beside a torch it was not built for. With
-    the schemas of the operators it misses, it imports; nothing here calls them."""
+    """Make torchvision importable with a torch that it was not built for, because torchmetrics
+    imports it. Defining the schemas of the missing operators is enough; nothing calls them."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        pass  # torchmetrics does without
+        pass  # torchmetrics does not require torchvision
     except RuntimeError:
         _SCHEMAS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _SCHEMAS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -121,7 +121,7 @@ def _torchmetrics(batches: list[tuple[Tensor, Tensor]], classes: int):
 
     return [
         ("torchmetrics", lambda i: metrics(i, True), "peer", "top-1, top-5, ECE and MCE"),
-        ("torchmetrics, ECE", lambda i: metrics(i, False), "peer", "ECE alone"),
+        ("torchmetrics, ECE", lambda i: metrics(i, False), "peer", "only ECE"),
     ]
 
 
@@ -132,4 +132,4 @@ def _netcal(batches: list[tuple[Tensor, Tensor]], classes: int):
         p = torch.cat([x.softmax(-1) for x, _ in batches]).numpy()
         return float(ECE(BINS).measure(p, torch.cat([y for _, y in batches]).numpy()))
 
-    return [("netcal", ece, "peer", "ECE alone, of all probabilities at once")]
+    return [("netcal", ece, "peer", "only ECE, of all probabilities at once")]

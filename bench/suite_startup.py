@@ -1,4 +1,4 @@
-"""From nothing to an imported package, in a fresh interpreter."""
+"""Time the import of the packages in a new interpreter."""
 
 import functools
 import os

@@ -1,7 +1,8 @@
-"""A whole training step: of the pair, beside its networks alone; of more networks and edges.
+"""Time a whole training step of two networks, of each network alone, and of more networks.
 
-``bdkd.trainer.Trainer.train_step`` on one synthetic batch that stays on the device: forward passes,
-the loss, both backward passes, the check for non-finite values, the optimizer, the statistics.
+The step is ``bdkd.trainer.Trainer.train_step`` on one synthetic batch that stays on the device:
+forward passes, the loss, backward passes, the check for non-finite values, the optimizer and the
+statistics.
 """
 
 import copy
@@ -61,7 +62,8 @@ def cases(device: str, quick: bool) -> list[MakeCase]:
     if device == "cuda":
         imagenet = ("imagenet_resnet50", "imagenet_mobilenet_v1")
         small = Pair("wrn_16_2", "resnet20", 128, 32, 100, "bf16")
-        # A captured step keeps all its activations: one of them, and none of the largest batch.
+        # A captured step keeps all its activations in memory. ImageNet's networks therefore have
+        # one captured way at batch size 256, and none at 512.
         ways = ["overlapped", "overlapped and captured", "compiled"]
         return [
             partial(_pair, Pair(*imagenet, 256, 224, 1000, "bf16"), device, ways),
@@ -78,7 +80,7 @@ def cases(device: str, quick: bool) -> list[MakeCase]:
 
 
 class Run:
-    """``train_step`` of some networks, ready to be called, compiled, overlapped or captured."""
+    """The ``train_step`` of some networks, optionally compiled, overlapped or captured."""
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Run:
         overlaps: bool = False,
         captures: bool = False,
     ) -> None:
-        train = TrainConfig(  # so long that no measurement comes to its end
+        train = TrainConfig(  # longer than any measurement
             epochs=10**6, batch_size=pair.batch, precision=pair.precision,
             overlap=overlaps, cuda_graph=captures,
         )  # fmt: skip
@@ -119,7 +121,7 @@ class Run:
             recipe, SINGLE_PROCESS, where, objective, source, self.networks
         )
         self.trainer = Trainer(self.components)
-        if compiles:  # not by train.compile, which prints when it compiles
+        if compiles:  # not with train.compile, which prints messages
             self.trainer.forward_backward = compiled(self.trainer.state, objective)
 
     def step(self, i: int) -> None:
@@ -170,7 +172,7 @@ def _pair(pair: Pair, device: str, ways: Iterable[str]) -> Case:
                      images=pair.batch) for way in ways),
         _contender("teacher's step, then student's", by_step, "ours",
                    "each alone with its cross entropy, by the same step", pair.batch),
-        _contender("plain loops, each alone", by_loop, "peer", f"cross entropy alone; {bare}",
+        _contender("plain loops, each alone", by_loop, "peer", f"only cross entropy; {bare}",
                    pair.batch),
         _contender("a plain loop of the pair", both.step, "peer",
                    f"BD-KD in eager PyTorch; {bare}", pair.batch),
@@ -181,7 +183,8 @@ def _pair(pair: Pair, device: str, ways: Iterable[str]) -> Case:
 
 
 def _cohorts(model: str, batch: int, side: int, device: str) -> Case:
-    """The same network in every place, so that cost over networks and edges is plain to see."""
+    """Return a case in which all networks have the same model, which shows how the cost grows with
+    the number of networks and edges."""
     size = Pair(model, model, batch, side, 100)
     found = []
     for teachers, students in ((1, 1), (1, 2), (2, 1), (2, 2), (0, 3), (1, 4)):
@@ -193,23 +196,25 @@ def _cohorts(model: str, batch: int, side: int, device: str) -> Case:
             _contender(
                 f"{who}{students} student{'s' * (students != 1)}",
                 Run(networks, "bdkd", size, device).step, "ours",
-                f"{len(networks)} networks, {edges} edge{'s' * (edges != 1)}: by networks alone "
-                f"{len(networks) / 2:g} times the pair",
+                f"{len(networks)} networks, {edges} edge{'s' * (edges != 1)}: expected from the "
+                f"number of networks: {len(networks) / 2:g} times the pair",
             )
         )  # fmt: skip
     alone = Run({"student": NetworkConfig(model, "student")}, "independent", size, device)
-    found.append(_contender("one network alone", alone.step, "ours", "cross entropy: 0.5 times"))
+    found.append(
+        _contender("one network alone", alone.step, "ours", "cross entropy; expected: 0.5 times")
+    )
     name = f"networks and edges: {model} in every place, {batch} x 3 x {side} x {side}, 100 classes"
     return Case(name, {"batch": batch}, tuple(found), patience=4.0, device=device)
 
 
 def _contender(name: str, call: Call, kind, note: str = "", images: int | None = None) -> Contender:
-    # A step reads its learning rate on the host: timed between events, not as a graph.
+    # Not captured as a CUDA graph, because a step reads its learning rate on the host.
     return Contender(name, call, kind, note=note, images=images, capturable=False)
 
 
 class Loop:
-    """What a user writes for some networks: autocast, the loss, backward, a fused SGD each."""
+    """A plain training loop: autocast, the loss, backward, and a fused SGD for each network."""
 
     def __init__(self, networks: list[nn.Module], batch: Batch, pair: Pair) -> None:
         self.networks, self.batch, self.dtype = networks, batch, AUTOCAST[pair.precision]

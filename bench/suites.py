@@ -1,7 +1,8 @@
-"""The suites by name. Each returns functions that make its cases, so that the number of cases is
-known before the first one is made. A suite imports what it needs when it is called.
+"""The suites by name.
 
-``quick`` gives every kind of case once, at a size that takes a moment: for CI.
+A suite returns functions that make its cases, so that the number of cases is known before the first
+case is made. It imports its packages when it is called. With ``quick``, it returns each kind of
+case once, at a small size for CI.
 """
 
 from collections.abc import Callable
@@ -36,15 +37,15 @@ def loss_cpu(settings: Settings) -> list[MakeCase]:
     both += [Size(1024, 1000, "bf16"), Size(64, 128256, "bf16"), Size(1024, 1000, "fp32", 1.0)]
     imagenet = [Size(1024, 1000)]
     parts = [Size(1024, 1000), Size(64, 128256)]
-    # One amount of work over the number of classes, for the pictures.
+    # A fixed number of class pairs over the number of classes, for the pictures.
     sweep = [Size(2**21 // classes, classes) for classes in (10, 100, 1000, 10_000, 100_000)]
     works = {"forward": parts, "kd": parts, "ce": parts, "heads": imagenet}
     return [
         *cases({"both": both}, "cpu", settings.cache),
         *cases({"both": sweep}, "cpu", settings.cache, sweep=True),
         *cases(works, "cpu", settings.cache),
-        # On a CPU the other modes tune matrix products and make CUDA graphs: shown once to be the
-        # same.
+        # On a CPU, the modes of torch.compile do not differ for this loss: they tune matrix
+        # products and make CUDA graphs. One case shows this.
         *cases({"kd": [Size(1024, 1000, "bf16")]}, "cpu", settings.cache, MODES),
     ]
 
@@ -56,7 +57,7 @@ def loss_gpu(settings: Settings) -> list[MakeCase]:
         small = [Size(1024, 1000, "bf16")]
         works = dict.fromkeys(("both", "forward", "kd", "ce", "heads"), small)
         return cases(works, "cuda", settings.cache, MODES[:1])
-    # ImageNet's batches; rows that align with nothing; rows in L2; rows beyond it.
+    # Batches of ImageNet, unaligned rows, rows that fit into L2, and rows that do not.
     shapes = ((1024, 1000), (4096, 1000), (4096, 21841), (8192, 32000), (8192, 128256))
     both = {
         (dtype, tau): [Size(*shape, dtype, tau) for shape in shapes]
@@ -65,7 +66,7 @@ def loss_gpu(settings: Settings) -> list[MakeCase]:
     }
     sweep = [Size(2**25 // c, c, "bf16") for c in (10, 100, 1000, 10_000, 32_000, 100_000)]
     parts = [Size(4096, 1000, "bf16"), Size(8192, 32000, "bf16")]
-    # The most wanted first: a borrowed GPU's time may not last to the end.
+    # The most important cases first, because the GPU time may end before the last case.
     return [
         *cases({"both": both["bf16", 4.0][::2]}, "cuda", settings.cache, MODES),
         *cases({"both": both["bf16", 4.0][1::2]}, "cuda", settings.cache),
@@ -125,7 +126,7 @@ SUITES: dict[str, tuple[str, Callable[[Settings], list[MakeCase]]]] = {
 }
 
 
-# Modules of the extra bdkd[train] that a suite needs.
+# Modules of the extra bdkd[train] that a suite requires.
 _TRAINING = ("msgspec", "numpy", "tomli_w", "tqdm")
 _NEEDS = {
     "step_cpu": _TRAINING,
@@ -136,15 +137,15 @@ _NEEDS = {
 
 
 def cannot_run(suite: str) -> str | None:
-    """Why a suite cannot run on this machine; None if it can."""
+    """Return why a suite cannot run on this machine, or None if it can."""
     if suite.endswith("_gpu") and not torch.cuda.is_available():
-        return "there is no GPU here"
+        return "this machine has no GPU"
     missing = [module for module in _NEEDS.get(suite, ()) if find_spec(module) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def device_of(suite: str) -> str:
-    if suite in ("dispatch", "loader") and torch.cuda.is_available():  # where training happens
+    if suite in ("dispatch", "loader") and torch.cuda.is_available():  # the device of training
         return "cuda"
     return "cuda" if suite.endswith("_gpu") else "cpu"
 
@@ -152,8 +153,8 @@ def device_of(suite: str) -> str:
 def clock_of(suite: str, quick: bool) -> Clock:
     on_gpu = device_of(suite) == "cuda"
     if suite == "loader":
-        # Loaders decode ahead while others have their turns: a sample long enough to use that up.
-        # Half of the work is the host's, so it is real time on a GPU too.
+        # Samples are long, because loaders prefetch batches while other contenders run. Wall time
+        # on a GPU too, because half of the work is on the host.
         if on_gpu:
             return WallClock(shortest=0.5, settle=torch.cuda.synchronize)
         return WallClock() if quick else WallClock(shortest=1.0)

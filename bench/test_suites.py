@@ -1,9 +1,9 @@
-"""The suites under pytest-benchmark, whose own statistics and comparison then apply::
+"""Run the suites with the statistics and comparison of pytest-benchmark::
 
     pytest bench --benchmark-only [-k loss_cpu] [--benchmark-json FILE] [--benchmark-autosave]
     pytest-benchmark compare
 
-Every kind of case once, at its quick size; ``python bench`` races the real sizes.
+Each kind of case runs once, at its quick size. ``python bench`` measures the real sizes.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from suites import SUITES, Settings, cannot_run, device_of
 
 
 def _pairs(name: str):
-    """(case, contender) names are known only once a suite is asked for its cases."""
+    """Yield each case of a suite with each of its contenders."""
     device = device_of(name)
     settings = Settings(device, machine.last_level_cache(device), quick=True)
     for make in SUITES[name][1](settings):

@@ -6,13 +6,13 @@ import sys
 import pytest
 from hypothesis import settings
 
-# Shared machines are slow at random moments: a deadline would fail for the neighbour's work.
+# No deadline, because other work on a shared machine can slow down a test at any time.
 settings.register_profile("bdkd", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("bdkd")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long soaks run where they are asked for by name (``-m soak``) and not otherwise."""
+    """Deselect tests with the mark ``soak`` unless ``-m`` names it."""
     if "soak" in config.option.markexpr:
         return
     chosen = [item for item in items if item.get_closest_marker("soak") is None]
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module")
 def without_figures():
-    """Runs in this process draw no figures, which takes longer than training the tiny recipe."""
+    """Disable the figures of runs, because drawing takes longer than training a tiny recipe."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("reliability_diagram", "training_curves"):
             patch.setattr(f"bdkd.runs.summary.{name}", lambda *_: None)
@@ -31,7 +31,7 @@ def without_figures():
 
 @pytest.fixture
 def registries(monkeypatch):
-    """What a test registers is gone after it."""
+    """Remove everything that a test registers after the test."""
     from bdkd import plugins
     from bdkd.metrics import METRICS
     from bdkd.models.registry import MODELS

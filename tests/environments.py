@@ -1,4 +1,4 @@
-"""Virtual environments for the tests of packaging, made in a moment: packages are links."""
+"""Virtual environments for the tests of packaging. They are fast to make: packages are links."""
 
 import os
 import subprocess
@@ -27,17 +27,17 @@ def site_packages(environment: Path) -> Path:
 
 
 def link(environment: Path, packages: set[str]) -> None:
-    """Make packages of this environment importable in another one, and seen by its pip."""
+    """Link packages of this environment into another one, so that its Python and pip see them."""
     site = site_packages(environment)
     for package in map(distribution, packages):
         files = [path for path in package.files or [] if ".." not in path.parts]
         for name in {path.parts[0] for path in files} - {"__pycache__"}:
-            if not (site / name).exists():  # a namespace, as nvidia, belongs to many packages
+            if not (site / name).exists():  # several packages share a namespace such as nvidia
                 (site / name).symlink_to(package.locate_file(name))
 
 
 def requirement_closure(package: str) -> set[str]:
-    """Return a package, the packages that it requires here, those that they require, and so on."""
+    """Return a package and all its direct and indirect requirements on this machine."""
     found, open_ = set(), [Requirement(package)]
     while open_:
         needed = open_.pop()
@@ -50,22 +50,23 @@ def requirement_closure(package: str) -> set[str]:
 
 
 def applies(requirement: Requirement, extras: Iterable[str] = ("",)) -> bool:
-    """Return whether a requirement holds on this machine with any of these extras."""
+    """Return whether a requirement applies on this machine with any of these extras."""
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def torch_environment(folder: Path, wheel: Path) -> Path:
-    """Install the wheel where only torch and its requirements are; return that Python.
+    """Make an environment with only torch and its requirements, install the wheel in it, and return
+    its Python.
 
-    pip has no index to install from, so it fails if the wheel requires more than torch.
+    pip gets no package index, so it fails if the wheel requires more than torch.
     """
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     packages = requirement_closure("torch")
     link(folder, packages)
     python = folder / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python)
-    outside = ("PIP_", "PYTHON")  # PYTHONPATH may hold this source tree, which pip would count
+    outside = ("PIP_", "PYTHON")  # pip would find this source tree through PYTHONPATH
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
     environment["PIP_CONFIG_FILE"] = os.devnull
     run(*pip, "install", "--no-index", wheel, env=environment)
@@ -75,16 +76,16 @@ def torch_environment(folder: Path, wheel: Path) -> Path:
 
 
 def add_the_other_packages(environment: Path) -> None:
-    """Let an environment import everything that is installed here, except this source tree.
+    """Make an environment import all packages of this environment, except this source tree.
 
-    A folder named in a .pth file is searched, but its own .pth files, such as the one of the
-    editable install of this source tree, are not read.
+    Python searches a folder that a .pth file names, but does not read the .pth files in it. So the
+    editable install of this source tree has no effect.
     """
     (site_packages(environment) / "others.pth").write_text(sysconfig.get_path("purelib"))
 
 
 def requirements(wheel: Path) -> set[str]:
-    """Return the names that a wheel's metadata requires outside the extras."""
+    """Return the names of the packages that a wheel requires without extras."""
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     lines = message_from_bytes(archive.read(name)).get_all("Requires-Dist", [])

@@ -1,8 +1,8 @@
 """Run the two commands of the README with each installed Python: ``make pythons``.
 
 Each Python gets a fresh clone of this checkout in a temporary folder, with a new environment (5 GB
-with a CUDA build of torch), and runs ``make demo`` and ``make test`` there. One line per Python
-tells what passed. Needs the standard library only.
+with a CUDA build of torch), and runs ``make demo`` and ``make test`` there. It prints one line per
+Python with the results. Requires only the standard library.
 """
 
 import argparse
@@ -32,9 +32,10 @@ class Python(NamedTuple):
 
 
 def installed(environment: dict[str, str], system: Path = SYSTEM) -> list[Python]:
-    """Return the newest Python of each minor version, and the system's, in order of version.
+    """Return the newest Python of each minor version, and the Python of the system, sorted by
+    version.
 
-    Searches the system's folder, the folders on ``PATH`` and the versions of pyenv.
+    Searches the folder of the system, the folders on ``PATH`` and the versions of pyenv.
     """
     folders = [system.parent, *map(Path, environment.get("PATH", "").split(os.pathsep))]
     home = environment.get("HOME", "/")
@@ -56,7 +57,7 @@ def installed(environment: dict[str, str], system: Path = SYSTEM) -> list[Python
 
 
 def examine(path: str | Path) -> Python | None:
-    """Return a Python if it runs, is new enough and can make virtual environments."""
+    """Return a Python if it runs, is new enough and can make virtual environments, else None."""
     code = "import sys, venv, ensurepip; print(*sys.version_info[:3], sys.executable)"
     try:
         done = subprocess.run([path, "-I", "-c", code], capture_output=True, text=True, timeout=60)
@@ -73,7 +74,7 @@ def named(names: Iterable[str]) -> list[Python]:
     """Return the Pythons with these names or paths.
 
     Raises:
-        SystemExit: one does not run, is too old, or cannot make virtual environments.
+        SystemExit: a Python does not run, is too old, or cannot make virtual environments.
     """
     pythons = []
     for name in names:
@@ -81,7 +82,7 @@ def named(names: Iterable[str]) -> list[Python]:
         python = examine(path) if path is not None else None
         if python is None:
             raise SystemExit(
-                f"pythons: {name} is no Python {OLDEST[0]}.{OLDEST[1]} or newer with venv; name "
+                f"pythons: {name} is not a Python {OLDEST[0]}.{OLDEST[1]} or newer with venv: name "
                 "another in PYTHONS"
             )
         pythons.append(python)
@@ -94,7 +95,7 @@ def try_one(python: Python, root: Path, targets: Iterable[str], folder: Path) ->
     The clone is removed. The output stays in ``folder`` if a target failed.
     """
     clone, log = folder / f"python-{python}", folder / f"{python}.log"
-    # Settings of the make and of the environment that run this script must not reach the others.
+    # The environment and the make that run this script must not affect the make that is tested.
     private = ("MAKE", "MFLAGS", "VIRTUAL_ENV", "PYTHON", "PYENV_VERSION")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(private)}
     began = time.monotonic()
@@ -123,9 +124,9 @@ def try_one(python: Python, root: Path, targets: Iterable[str], folder: Path) ->
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("python", nargs="*", help="names or paths; without any, all that are found")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to clone")
-    parser.add_argument("--targets", nargs="+", default=TARGETS, help="what make runs")
+    parser.add_argument("python", nargs="*", help="names or paths (default: all that are found)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to clone")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="targets of make")
     options = parser.parse_args(arguments)
     pythons = named(options.python) if options.python else installed(dict(os.environ))
     if not pythons:
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         ["git", "-C", options.root, "status", "--porcelain"], capture_output=True, text=True
     ).stdout
     if changed:
-        print("pythons: changes that are not committed are left out", file=sys.stderr)
+        print("pythons: changes that are not committed are not tested", file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="bdkd-pythons-"))
     passed = [try_one(python, options.root, options.targets, folder) for python in pythons]
     if all(passed):

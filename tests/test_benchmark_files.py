@@ -368,12 +368,12 @@ def test_a_process_that_is_killed_or_hangs_is_a_failure_and_ends(folder, monkeyp
         os.kill(killed.process.pid, signal.SIGKILL)
         assert math.isnan(killed.run())
         expected = f"onnxruntime cannot run {file.path}: its process ended with SIGKILL"
-        assert killed.failure == f"{expected} (is there too little memory?)"
+        assert killed.failure == f"{expected} (possibly out of memory)"
         monkeypatch.setattr(latency, "ANSWER_SECONDS", 0.3)
         os.kill(stopped.process.pid, signal.SIGSTOP)
         assert math.isnan(stopped.run())
         assert stopped.failure is not None
-        assert stopped.failure.endswith("nothing came from its process for 0.3 s")
+        assert stopped.failure.endswith("its process did not answer for 0.3 s")
         assert stopped.process.wait(timeout=10) == -signal.SIGKILL
         assert healthy.run() > 0
     finally:

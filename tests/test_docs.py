@@ -1,11 +1,11 @@
-"""The documentation: every command and every line of Python in it works, every message it explains
-exists, and it builds without a warning.
+"""Every command and Python block of the documentation works, every message that it explains exists,
+and it builds without warnings.
 
-Blocks of a page run in order, in one folder and one process: Python in one namespace, ``bdkd``
-with a few steps instead of a training. A block that cannot run here stands under
-``<!-- not run: why -->`` and has its commands parsed all the same. A TOML block whose first line is
-``# name.toml`` is written to the page's folder under that name. So is a Python block that begins
-with ``# name.py``, which does not run by itself.
+The blocks of a page run in order, in one folder and one process. Python blocks share a namespace.
+``bdkd`` trains for a few steps only. Write ``<!-- not run: why -->`` before a block that cannot run
+in the test; its commands are still parsed. A TOML block whose first line is ``# name.toml`` is
+written to a file with this name in the page's folder. A Python block that begins with ``# name.py``
+is also written to a file, and does not run by itself.
 """
 
 import ast
@@ -48,7 +48,7 @@ class Block(NamedTuple):
     line: int
     language: str
     body: str
-    reason: str | None  # why it cannot run here
+    reason: str | None  # why the block cannot run in this test
 
 
 def blocks(page: Path) -> list[Block]:
@@ -68,7 +68,7 @@ def page_name(page: Path) -> str:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The words of each command; comments, prompts of variables and pipes left out."""
+    """Return the words of each command, without comments, variable assignments and pipes."""
     found = []
     for line in block.body.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -80,7 +80,8 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def parse_bdkd(arguments: list[str]) -> None:
-    """Whether a command line of ours is one; a wrong option exits. Data that it names exist."""
+    """Check that a ``bdkd`` command line is valid. A wrong option exits. Missing folders and
+    Parquet files after ``--data`` are created first."""
     for option, place in pairwise(arguments):
         if option == "--data" and place.endswith((".parquet", "/")) and not Path(place).exists():
             Path(place).touch() if place.endswith(".parquet") else Path(place).mkdir(parents=True)
@@ -117,7 +118,7 @@ def parse_bdkd(arguments: list[str]) -> None:
 def run_bdkd(arguments: list[str]) -> None:
     parse_bdkd(arguments)
     if arguments[0] in ("compare", "tune"):
-        return  # many trainings in processes of their own: its tests run it
+        return  # it trains many networks in subprocesses, and other tests run it
     trains = arguments[0] == "train" and not {"--dry-run", "--help"}.intersection(arguments)
     code = exit_code([*arguments, *(FEW_STEPS if trains else [])])
     assert code == 0, f"bdkd {shlex.join(arguments)} exits {code}"
@@ -138,7 +139,7 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """Extras that are named exist."""
+    """Check that extras in a pip command exist."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for argument in arguments:
         if match := re.fullmatch(r"(?:bdkd|\.)\[([\w,]+)\]", argument):
@@ -147,7 +148,7 @@ def check_pip(arguments: list[str]) -> None:
 
 
 def check_python(arguments: list[str]) -> None:
-    """A line of Python runs; a script or module is there and has the options."""
+    """Run a line of Python, or check that a script or module exists and has the options."""
     if arguments[0] == "-c":
         exec(compile(arguments[1], "python -c", "exec"), {})
         return
@@ -157,7 +158,7 @@ def check_python(arguments: list[str]) -> None:
         assert module in ("bdkd", "pytest") or (ROOT / module).is_dir() or module == "venv"
         return
     script = ROOT / arguments[0]
-    if not script.exists():  # one that the page wrote
+    if not script.exists():  # a file that the page wrote
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=120)
         return
     for option in (a for a in arguments[1:] if a.startswith("--")):
@@ -172,7 +173,7 @@ def check_paths(arguments: list[str]) -> None:
 
 
 def check_torchrun(arguments: list[str]) -> None:
-    """torchrun's own parser takes its part, ours takes the rest."""
+    """Parse the command with torchrun's parser, and the rest with the parser of bdkd."""
     from torch.distributed.run import get_args_parser
 
     parsed = get_args_parser().parse_args(arguments)
@@ -186,7 +187,7 @@ def check_srun(arguments: list[str]) -> None:
 
 
 def nothing(_: list[str]) -> None:
-    """A command of the system's that changes nothing of ours."""
+    """Accept a system command without running it."""
 
 
 RUNNERS = {
@@ -198,7 +199,7 @@ RUNNERS = {
 
 
 def write_file(body: str, folder: Path) -> bool:
-    """Write a block that begins with the name of a file."""
+    """Write a block that begins with a file name to this file. Return whether it was written."""
     name = re.match(r"# ([\w/-]+\.(?:toml|py))\n", body)
     if name is None:
         return False
@@ -209,7 +210,7 @@ def write_file(body: str, folder: Path) -> bool:
 
 
 def change_folder(arguments: list[str]) -> None:
-    if Path(arguments[0]).is_dir():  # one that the page wrote
+    if Path(arguments[0]).is_dir():  # a folder that the page made
         os.chdir(arguments[0])
 
 
@@ -245,8 +246,8 @@ def test_every_block_runs(page, tmp_path, monkeypatch, registries):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_no_code_hides_from_the_test(page):
-    """Indented blocks are code too, for Markdown: here all code is fenced."""
+def test_all_code_blocks_are_fenced(page):
+    """Markdown also treats indented blocks as code. These would not be tested."""
     outside = BLOCK.sub("", page.read_text("utf-8"))
     for paragraph in re.split(r"\n\s*\n", outside):
         assert not re.match(r"    \S", paragraph) or re.match(r"\s+[-*\d]", paragraph), paragraph
@@ -272,7 +273,7 @@ def test_every_data_source_and_method_is_in_its_table():
 
 
 def messages_in_the_code() -> list[str]:
-    """Every string of the packages, with ``…`` where a value is put in."""
+    """Return every string of the packages, with ``…`` in place of values."""
     found = []
     for folder in (ROOT / "bdkd", ROOT / "kernels" / "bdkd_kernels"):
         for path in folder.rglob("*.py"):

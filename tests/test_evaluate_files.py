@@ -310,7 +310,7 @@ def test_a_missing_or_other_fp32_file_is_one_line(here, capsys):
     came, line = warned(capsys, path)
     assert "comparison" not in came
     assert line.count("\n") == 1
-    assert "'model.onnx', the fp32 file that model-int8.onnx was made from, has changed" in line
+    assert "'model.onnx', the fp32 file that model-int8.onnx was made from, has been" in line
     assert "--against FILE" in line
     other.write_bytes(b"damaged")
     assert "cannot be used" in warned(capsys, path)[1]

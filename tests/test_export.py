@@ -1,5 +1,5 @@
-"""``bdkd export`` and ``bdkd evaluate`` on what it wrote: equal, complete, safe, and one line for
-each thing that can be wrong."""
+"""``bdkd export`` writes complete files that ``bdkd evaluate`` reads back, refuses damaged or
+untrusted files, and prints one line for every error."""
 
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ FILES = {"onnx": "model.onnx", "export": "model.pt2", "safetensors": "model.safe
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished short run without averages, and its student in all formats."""
+    """Return a finished short run without EMA, with its student exported in all formats."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["train", *SMALL, "--max-steps", "20", "--train.ema-decay", "None",
           "--run-dir", str(folder)])  # fmt: skip
@@ -42,7 +42,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def file(request, run, tmp_path) -> Path:
-    """A copy of one exported file, to be damaged."""
+    """Return a copy of one exported file, for tests that damage it."""
     name = FILES[request.param]
     return Path(shutil.copy(run / "export" / "student" / name, tmp_path / name))
 
@@ -51,7 +51,7 @@ each_format = pytest.mark.parametrize("file", FILES, indirect=True)
 
 
 def fail(capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and the one line of a command that must fail."""
+    """Run a command that must fail. Return its exit code and its line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -95,20 +95,20 @@ def test_no_path_of_this_machine_is_published(run):
         assert str(run).encode() not in content, written
 
 
-def test_the_same_program_whatever_the_hash_seed(run, monkeypatch):
-    """What makes a .pt2 safe to load is that it can be made again, to the byte."""
+def test_program_bytes_do_not_depend_on_the_hash_seed(run, monkeypatch):
+    """A .pt2 file is loaded only if bdkd can export the same program again, byte for byte."""
     from small_runs import bdkd
 
     target = run.parent / "again.pt2"
-    monkeypatch.setenv("PYTHONHASHSEED", "1")  # this process has another
+    monkeypatch.setenv("PYTHONHASHSEED", "1")  # this process has a different seed
     done = bdkd("export", str(run), "--to", "export", "--output", str(target))
     assert (done.returncode, done.stderr) == (0, "")
-    # Not the facts: the commit, say, may have changed in between.
+    # The facts are not compared. The commit, for example, may have changed in the meantime.
     assert _difference(target.read_bytes(), exported(run, "export").read_bytes()) == ""
 
 
-def test_onnx_stands_alone(run):
-    """What a user on another machine finds in the file, without bdkd."""
+def test_onnx_file_runs_without_bdkd(run):
+    """A user without bdkd finds shapes, classes and normalisation in the file, and can run it."""
     import numpy as np
     import onnxruntime
 
@@ -130,7 +130,7 @@ def test_torch_alone_loads_the_program(run):
         assert program.module()(torch.zeros(batch, 1, 8, 8)).shape == (batch, 10)
 
 
-def test_the_model_card_is_true_and_its_lines_run(run, monkeypatch):
+def test_the_model_card_is_correct_and_its_code_runs(run, monkeypatch):
     text = (run / "export" / "student" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     card = yaml.safe_load(front)
@@ -151,7 +151,7 @@ def test_the_model_card_is_true_and_its_lines_run(run, monkeypatch):
     assert len(names["mean"]) == len(names["std"]) == 1
 
 
-def test_any_network_by_name_of_any_checkpoint(run, tmp_path, capsys):
+def test_any_network_of_any_checkpoint_is_exported_by_name(run, tmp_path, capsys):
     checkpoint = sorted((run / "checkpoints").glob("step-*.pt"))[0]
     target = tmp_path / "new" / "t.safetensors"
     main(["export", str(checkpoint), "--to", "safetensors", "--network", "teacher",
@@ -175,7 +175,7 @@ def test_exported_weights_start_another_run(run, tmp_path):
             torch.testing.assert_close(began[key], value)
 
 
-def test_the_network_that_is_meant():
+def test_the_default_network_of_an_export():
     recipe = load_recipe("digits")
     student = recipe.networks["student"]
     one = recipe
@@ -192,8 +192,8 @@ def test_the_network_that_is_meant():
         choose_network(one, [], "studnet")
 
 
-def test_weights_of_a_file_replace_a_download():
-    """A teacher that began from timm's weights is built without them: no network is needed."""
+def test_a_network_is_built_without_downloading_weights():
+    """A teacher that was initialised from timm's weights is built without them, offline."""
     from bdkd.export.formats import without_others as alone
 
     recipe = load_recipe("digits")
@@ -215,10 +215,10 @@ def test_weights_of_a_file_replace_a_download():
 
 @each_format
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "directory"])
-def test_damage_is_seen(file, damage, capsys):
+def test_damaged_files_are_refused(file, damage, capsys):
     content = bytearray(file.read_bytes())
     if damage == "flip":
-        content[len(content) // 2] ^= 0x10  # in the weights
+        content[len(content) // 2] ^= 0x10  # this byte is part of the weights
         file.write_bytes(content)
     elif damage == "cut":
         file.write_bytes(content[: len(content) * 3 // 4])
@@ -235,7 +235,7 @@ def test_damage_is_seen(file, damage, capsys):
 
 
 @each_format
-def test_changed_facts_are_seen(file, capsys):
+def test_changed_facts_are_refused(file, capsys):
     content = file.read_bytes()
     if file.suffix == ".pt2":
         content = rewrite_zip(
@@ -250,7 +250,7 @@ def test_changed_facts_are_seen(file, capsys):
 
 
 def rewrite_zip(content: bytes, changes: dict) -> bytes:
-    """An archive with some members changed, its checksums right again."""
+    """Return an archive with some members changed and valid checksums."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
@@ -260,7 +260,7 @@ def rewrite_zip(content: bytes, changes: dict) -> bytes:
 
 
 class Evil:
-    """What unpickling would run."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -269,8 +269,8 @@ class Evil:
         return (os.system, (f"touch '{self.path}'",))
 
 
-def test_a_program_of_a_stranger_is_not_loaded(run, tmp_path, capsys):
-    """Each way in which torch.export.load would run code, in a file that is otherwise ours."""
+def test_an_untrusted_program_is_not_loaded(run, tmp_path, capsys):
+    """Each way in which torch.export.load would run code, in a file that is otherwise valid."""
     mark = tmp_path / "ran"
     content = exported(run, "export").read_bytes()
     evil = io.BytesIO()
@@ -296,13 +296,13 @@ def test_a_program_of_a_stranger_is_not_loaded(run, tmp_path, capsys):
     code, message = fail(capsys, "evaluate", str(twice))
     assert code == 1
     assert not mark.exists()
-    # The same file does run code where torch loads it: the test is no shadow-boxing.
+    # torch.export.load does run the code in this file, so the test is meaningful.
     with pytest.raises(Exception):  # noqa: B017
         torch.export.load(tmp_path / "example.pt2")
     assert mark.exists()
 
 
-def test_a_file_of_another_torch_says_so(run, tmp_path, capsys, monkeypatch):
+def test_a_program_of_another_torch_version_is_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.__version__", "9.9.9")
     monkeypatch.setattr("torch.torch_version.__version__", "9.9.9")
     file = tmp_path / "old.pt2"
@@ -313,7 +313,7 @@ def test_a_file_of_another_torch_says_so(run, tmp_path, capsys, monkeypatch):
         )
     )
     code, message = fail(capsys, "evaluate", str(file))
-    assert (code, "this is 9.9.9" in message) == (1, True)
+    assert (code, "this is torch 9.9.9" in message) == (1, True)
 
 
 def test_foreign_files_are_refused(tmp_path, capsys):
@@ -347,7 +347,7 @@ def test_weights_of_another_network_are_refused(run, tmp_path, capsys):
     file.write_bytes(encode("safetensors", other, facts))
     assert load(file.read_bytes()).keys() == {"weight", "bias"}
     code, message = fail(capsys, "evaluate", str(file))
-    assert (code, "is no resnet8: it lacks" in message) == (1, True)
+    assert (code, "does not match resnet8: it lacks" in message) == (1, True)
 
 
 def test_another_data_set_is_refused(run, tmp_path, capsys):
@@ -365,7 +365,7 @@ def test_another_data_set_is_refused(run, tmp_path, capsys):
     assert (code, "not the one of" in message, "--data-root" in message) == (1, True, True)
 
 
-def test_what_is_there_stays(run, tmp_path, capsys):
+def test_existing_files_are_kept_without_force(run, tmp_path, capsys):
     here = ["export", str(run), "--to"]
     before = exported(run, "onnx").read_bytes()
     code, message = fail(capsys, *here, "onnx")
@@ -376,8 +376,8 @@ def test_what_is_there_stays(run, tmp_path, capsys):
     main([*here, "safetensors", "--force"])
 
 
-def test_a_card_that_somebody_wrote_stays(run, tmp_path, capsys):
-    """The README of a project, a card that was edited, and the card of another network."""
+def test_an_edited_or_foreign_card_is_kept(run, tmp_path, capsys):
+    """The README of a project, an edited card, and the card of another network are kept."""
     card, target = tmp_path / "README.md", tmp_path / "a.safetensors"
     here = ["export", str(run), "--to", "safetensors", "--output", str(target)]
     card.write_text("# My project\n")
@@ -430,7 +430,7 @@ def test_wrong_arguments(arguments, code, needed, run, tmp_path, monkeypatch, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_to_export(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     code, message = fail(capsys, "export", str(tmp_path / "none"), "--to", "onnx")
     assert (code, "no run and no checkpoint" in message) == (1, True)
 
@@ -444,7 +444,7 @@ def test_a_missing_package_is_named(package, run, tmp_path, capsys, monkeypatch)
     assert not target.exists()
 
 
-def test_a_full_disk_leaves_the_file_before(run, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_keeps_the_previous_file(run, tmp_path, capsys, monkeypatch):
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"before")
 

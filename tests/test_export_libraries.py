@@ -1,4 +1,4 @@
-"""``bdkd export --to timm`` and ``--to torchvision``: the libraries load the file by themselves."""
+"""``bdkd export --to timm`` and ``--to torchvision`` write files that the libraries load."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ EXPORTS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one step, with networks of both libraries."""
+    """Return a run of one step with networks of both libraries."""
     folder = tmp_path_factory.mktemp("libraries")
     recipe = tiny_recipe(data={"image_size": 32}, train={"batch_size": 16})
     recipe = dataclasses.replace(recipe, networks=NETWORKS)
@@ -93,13 +93,15 @@ def test_the_files_start_another_run(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["--to", "timm", "--network", "small"], 2, "a network that timm has too, got resnet8"),
+        (["--to", "timm", "--network", "small"], 2, "a network that timm also has, got resnet8"),
         (["--to", "torchvision", "--network", "pupil"], 2, "got timm:mobilenetv3_small_050"),
-        (["--to", "timm", "--network", "narrow"], 1, "mobilenetv2_100 has other shapes"),
+        (["--to", "timm", "--network", "narrow"], 1, "mobilenetv2_100 has different weights"),
         (["--to", "torchvision", "--network", "teacher", "--output", "x.pt"], 2, "named *.pth"),
     ],
 )
-def test_what_the_library_cannot_load_is_refused(arguments, code, reason, run, capsys, tmp_path):
+def test_networks_missing_in_the_library_are_refused(
+    arguments, code, reason, run, capsys, tmp_path
+):
     with pytest.raises(SystemExit) as exit_:
         main(["export", str(run), *arguments])
     error = capsys.readouterr().err
@@ -107,7 +109,7 @@ def test_what_the_library_cannot_load_is_refused(arguments, code, reason, run, c
     assert reason in error
 
 
-def test_existing_files_stay(run, capsys):
+def test_existing_library_files_are_kept_without_force(run, capsys):
     main(["export", str(run), "--to", "timm", "--network", "teacher", "--force"])
     config = run / "export" / "teacher" / "timm" / "config.json"
     config.write_text("mine")

@@ -1,5 +1,4 @@
-"""What an exported network says of itself, in its facts and its model card, is what its run wrote
-down of that network at that step."""
+"""The facts and the model card of an exported network agree with the files of its run."""
 
 import dataclasses
 import json
@@ -33,8 +32,8 @@ NETWORKS = ("teacher", "student", "student_ema")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Three epochs of 12 steps, each validated and saved; the last one was measured on the test
-    images too. The teacher began from weights in another file."""
+    """Return a run of three epochs of 12 steps. Each epoch is validated and saved, and the last one
+    is also measured on the test images. The teacher starts from weights in another file."""
     folder = tmp_path_factory.mktemp("runs")
     weights = folder / "first.pt"
     torch.manual_seed(1)
@@ -46,7 +45,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def card_of(facts: Facts, name: str) -> str:
-    """The card of a folder with one file."""
+    """Return the card of a folder with one file."""
     return model_card([Exported(Path(name), "safetensors", b"", facts, "")])
 
 
@@ -55,7 +54,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def numbers(values: dict) -> dict:
-    """The metrics of a network, without its name and size, and the loss of a training step."""
+    """Return the metrics of a network, without its name and size and without the training loss."""
     return {k: v for k, v in values.items() if isinstance(v, float) and k != "loss"}
 
 
@@ -68,7 +67,7 @@ def trained(run) -> dict:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_facts_are_of_that_network_at_that_step(name, run, trained):
+def test_facts_describe_the_network_at_its_step(name, run, trained):
     summary = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert summary["selected_step"] == 36
@@ -88,7 +87,7 @@ def test_facts_are_of_that_network_at_that_step(name, run, trained):
         assert facts.classes == ("0", "1", "2")
         assert facts.input_shape == (3, 8, 8)
         assert facts.versions["torch"] == torch.__version__
-        # The recipe is the run's, but for the paths of this machine.
+        # The recipe is that of the run, without paths of this machine.
         published = parse_recipe(facts.recipe, source="the facts")
         assert published.seed == 5
         assert published.networks == recipe.networks
@@ -112,8 +111,8 @@ def test_the_network_has_the_weights_of_the_checkpoint(name, run, trained):
     assert any(not torch.equal(first[key], average[key]) for key in first)
 
 
-def test_images_that_it_is_checked_on_are_normalised_as_the_facts_say(trained):
-    """The data set's pixels, by channel ``(value - mean) / std``: whole numbers from 0 to 255."""
+def test_check_images_are_normalised_as_in_the_facts(trained):
+    """Reversing ``(value - mean) / std`` per channel gives whole numbers from 0 to 255."""
     came = trained["student", 24]
     norm = came.facts.normalisation
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (norm.mean, norm.std))
@@ -124,8 +123,8 @@ def test_images_that_it_is_checked_on_are_normalised_as_the_facts_say(trained):
     assert pixels.std() > 20
 
 
-def test_a_checkpoint_outside_of_its_run_was_not_measured(run, tmp_path):
-    """As ``bdkd update-bn`` writes it: with other statistics than those that were measured."""
+def test_a_checkpoint_outside_its_run_has_no_metrics(run, tmp_path):
+    """``bdkd update-bn`` writes such checkpoints. The run's metrics are for other statistics."""
     (tmp_path / "other").mkdir()
     other = shutil.copy(checkpoint(run, 36), tmp_path / "other" / "step-00000036.pt")
     for name in ("summary.json", "metrics.jsonl"):
@@ -139,7 +138,7 @@ def test_a_checkpoint_outside_of_its_run_was_not_measured(run, tmp_path):
 
 # --- the model card ------------------------------------------------------------------------------
 
-# The hub's names, and what a reader calls them.
+# Metric -> (name on the Hugging Face Hub, text in the card).
 ON_CARD = {
     "top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy"),
     "nll": ("nll", "negative log likelihood"), "brier": ("brier_score", "Brier"),
@@ -151,7 +150,7 @@ ON_CARD = {
 
 
 @pytest.mark.parametrize("step", [24, 36])
-def test_every_number_of_a_card_is_the_one_of_its_name(step, trained):
+def test_each_metric_of_a_card_has_its_value(step, trained):
     facts = trained["student_ema", step].facts
     _, front, body = card_of(facts, "model.safetensors").split("---\n", 2)
     [entry] = yaml.safe_load(front)["model-index"]
@@ -174,8 +173,8 @@ def test_every_number_of_a_card_is_the_one_of_its_name(step, trained):
     assert f"{facts.parameters:,} parameters, trained as student" in body
 
 
-def test_a_card_says_shape_pixels_and_classes_of_its_images(trained):
-    """Not square, with a mean that is no round number, and class names in no order."""
+def test_a_card_describes_shape_pixels_and_classes(trained):
+    """Images that are not square, a mean that is not a round number, and unsorted classes."""
     facts = dataclasses.replace(
         trained["student_ema", 36].facts, image_size=(6, 9), classes=("z", "a", "m"),
         normalisation=Normalisation((1 / 3, 2 / 7, 0.1), (1.5, 2.5, 1e-3), 16.0),
@@ -190,7 +189,7 @@ def test_a_card_says_shape_pixels_and_classes_of_its_images(trained):
     exec(line, names)
     assert names["mean"] == pytest.approx([1 / 3, 2 / 7, 0.1], rel=1e-7)
     assert names["std"] == pytest.approx([1.5, 2.5, 1e-3], rel=1e-7)
-    # A network that is always wrong was measured; a metric that is None was not.
+    # A top-1 accuracy of 0 was measured. A metric of None was not measured.
     assert "| top-1 accuracy | 0 |" in text
     assert "(ECE)" not in text
 
@@ -214,7 +213,7 @@ def test_a_card_builds_the_network_with_its_options(trained):
 # --- what is written -----------------------------------------------------------------------------
 
 
-def test_the_average_is_the_student_that_leaves(run, tmp_path, trained, capsys):
+def test_the_ema_student_is_exported_by_default(run, tmp_path, trained, capsys):
     file = tmp_path / "model.safetensors"
     main(["export", str(run), "--to", "safetensors", "--output", str(file)])
     assert "student_ema (resnet8)" in capsys.readouterr().out
@@ -227,7 +226,7 @@ def test_the_average_is_the_student_that_leaves(run, tmp_path, trained, capsys):
 
 
 class Shifted(nn.Module):
-    """A network whose logits are off in any batch but of one image, or in one image alone."""
+    """A network with wrong logits, either only for single images or only for larger batches."""
 
     def __init__(self, network: nn.Module, by: float, alone: bool) -> None:
         super().__init__()
@@ -240,13 +239,13 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("by", [3e-3, float("nan")])
-def test_a_file_whose_logits_are_off_is_not_written(by, alone, trained, tmp_path, monkeypatch):
-    """By a thousandth of the largest logit, of one image or of several."""
+def test_a_file_with_different_logits_is_not_written(by, alone, trained, tmp_path, monkeypatch):
+    """An error of a thousandth of the largest logit, for one image or for several, is found."""
     came, plain = trained["student", 36], FORMATS["safetensors"]
     shifted = plain._replace(open=lambda *given: Shifted(plain.open(*given), by, alone))
     monkeypatch.setitem(FORMATS, "safetensors", shifted)
     target = tmp_path / "a.safetensors"
-    with pytest.raises(RunError, match="other logits than student"):
+    with pytest.raises(RunError, match="different logits from student"):
         export(came, "safetensors", target, force=False)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
@@ -257,7 +256,7 @@ def test_a_file_whose_logits_are_off_is_not_written(by, alone, trained, tmp_path
         assert written.largest == came.network(came.images).abs().max()
 
 
-def test_the_commit_is_of_the_source_and_says_whether_it_was_changed(tmp_path):
+def test_the_commit_is_that_of_the_source_and_marks_changes(tmp_path):
     def git(*arguments: str) -> str:
         author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         done = subprocess.run(["git", "-C", str(tmp_path), *author, *arguments],
@@ -267,12 +266,12 @@ def test_the_commit_is_of_the_source_and_says_whether_it_was_changed(tmp_path):
     source, other = tmp_path / "source.py", tmp_path / "other.py"
     source.write_text("a = 1\n")
     other.write_text("b = 1\n")
-    assert _commit(source) is None  # no checkout
+    assert _commit(source) is None  # the folder is not a checkout
     git("init", "-q")
     git("add", "source.py")
     git("commit", "-qm", "first")
     git("tag", "-am", "v1", "v1")
     assert _commit(source) == git("rev-parse", "HEAD")
-    assert _commit(other) is None  # another project's checkout: the file is not in it
+    assert _commit(other) is None  # the file is not tracked in this checkout
     source.write_text("a = 2\n")
     assert _commit(source) == git("rev-parse", "HEAD") + "-dirty"

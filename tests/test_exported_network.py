@@ -1,5 +1,5 @@
-"""Exported files without a training run: what comes out of a file is the network that went in, and
-a file of which anything was changed is refused."""
+"""Exported files, without a training run: reading a file returns the network that was written, and
+a file with any change is refused."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 def a_network(seed: int) -> nn.Module:
-    """Block with random weights, and with statistics that are not those of a new batch norm."""
+    """Return a Block with random weights and random batch norm statistics."""
     torch.manual_seed(seed)
     network = Block()
     for _ in range(3):
@@ -65,7 +65,7 @@ def written() -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def files(written) -> dict[str, bytes]:
-    """Networks of the same weights, one in each format."""
+    """Return files of networks with the same weights, one in each format."""
     return {kind: encode(kind, network, FACTS) for kind, network in written.items()}
 
 
@@ -85,7 +85,7 @@ def test_a_file_gives_the_networks_logits_for_any_batch(kind, files):
             logits = opened(images)
             assert logits.dtype == torch.float32
             torch.testing.assert_close(logits, network(images), rtol=1e-5, atol=1e-5)
-            # A slice of a larger tensor is not contiguous; images may be float64.
+            # Images may be float64, or not contiguous, such as a slice of a larger tensor.
             wide = torch.stack((images, images), -1)[..., 0]
             torch.testing.assert_close(opened(wide), network(images), rtol=1e-5, atol=1e-5)
     if kind == "onnx":
@@ -94,20 +94,20 @@ def test_a_file_gives_the_networks_logits_for_any_batch(kind, files):
 
 
 @each_format
-def test_facts_come_back_as_they_were_given(kind, files):
+def test_facts_round_trip(kind, files):
     facts = decode(path_of(kind), kind, files[kind]).facts
     assert facts == FACTS
     assert facts.input_shape == SHAPE
 
 
 @each_format
-def test_writing_leaves_the_network_as_it_was(kind, written, files):
+def test_writing_does_not_change_the_network(kind, written, files):
     assert not written[kind].training
     for key, value in a_network(0).state_dict().items():
         assert torch.equal(written[kind].state_dict()[key], value), key
 
 
-def test_an_onnx_file_says_its_shapes_and_facts_to_any_user(files):
+def test_an_onnx_file_contains_its_shapes_and_facts(files):
     session = onnxruntime.InferenceSession(files["onnx"])
     [images] = session.get_inputs()
     assert images.shape == ["batch", *SHAPE]
@@ -126,7 +126,7 @@ def members(content: bytes) -> dict[str, bytes]:
 
 
 def archive_of(content: dict[str, bytes]) -> bytes:
-    """A zip file of these members, with valid checksums."""
+    """Return a zip file of these members, with valid checksums."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, data in content.items():
@@ -138,8 +138,8 @@ PROGRAM = "archive/models/model.json"
 
 
 def edits() -> dict[str, tuple[str, bytes, bytes]]:
-    """Texts of a file that are replaced by others of the same length: the result is a valid file of
-    another network. The two texts are exchanged, so that the names of two weights can be."""
+    """Return pairs of texts of the same length. Exchanging the two texts of a pair in a file gives
+    a valid file of another network, for example with two weights exchanged."""
     return {
         "onnx_operator": ("onnx", b"Relu", b"Tanh"),
         "safetensors_names": ("safetensors", b'"first.weight"', b'"again.weight"'),
@@ -166,11 +166,11 @@ def test_an_edit_of_the_same_length_is_refused(edit, files):
         content = archive_of(found | {PROGRAM: exchange(found[PROGRAM])})
     else:
         content = exchange(content)
-    with pytest.raises(RunError, match=r"changed since bdkd export wrote it|another program"):
+    with pytest.raises(RunError, match=r"changed since bdkd export wrote it|a different program"):
         open_network(decode(path_of(kind), kind, content), a_network(1), CPU)
 
 
-def test_weights_of_a_program_that_were_exchanged_are_refused(files):
+def test_exchanged_weights_of_a_program_are_refused(files):
     found = members(files["export"])
     names = [name for name in found if "/weights/weight_" in name]
     assert len(names) > 5
@@ -182,7 +182,7 @@ def test_weights_of_a_program_that_were_exchanged_are_refused(files):
     changed = archive_of(found | {a: found[b], b: found[a]})
     with pytest.raises(RunError, match="changed since bdkd export wrote it"):
         decode(path_of("export"), "export", changed)
-    # Each byte counts, the last too.
+    # A change of the last byte is found too.
     for name in names:
         changed = found[name][:-1] + bytes([found[name][-1] ^ 1])
         with pytest.raises(RunError, match="changed since bdkd export wrote it"):
@@ -190,8 +190,8 @@ def test_weights_of_a_program_that_were_exchanged_are_refused(files):
 
 
 def test_every_member_of_a_program_is_compared(files):
-    """By content: a member of the same length is another member. What a program is written with is
-    compared by no one: its facts and their checksum, which are checked first, and a serial id."""
+    """Members are compared by content, not only by length. The facts, their checksum and the
+    serial id are not compared. The checksum is verified before."""
     found, again = members(files["export"]), encode("export", a_network(1), FACTS)
     assert _difference(again, files["export"]) == ""
     free = {"archive/extra/bdkd", "archive/extra/bdkd_sha256", "archive/.data/serialization_id"}

@@ -1,7 +1,7 @@
-"""Without the extra ``bdkd[train]``: one line that says what to install, and no traceback.
+"""Without the extra ``bdkd[train]``, every command prints one line that says what to install.
 
-``find_spec`` is replaced here, because an environment without the packages takes seconds a command.
-``test_packaging.py`` runs two commands, and imports every module, in such an environment.
+These tests replace ``find_spec``, because a command in an environment without the packages takes
+seconds. ``test_packaging.py`` runs two commands, and imports every module, in such an environment.
 """
 
 import ast
@@ -22,7 +22,7 @@ PACKAGE = Path(bdkd.__file__).parent
 
 @pytest.fixture
 def hide(monkeypatch):
-    """Return a function that makes modules look as if they were not installed."""
+    """Return a function that makes modules appear as not installed."""
 
     def hide(*modules: str) -> None:
         monkeypatch.setattr(
@@ -59,11 +59,11 @@ def test_only_the_missing_packages_are_named(hide, capsys):
     assert missing_packages() is None
 
 
-def test_one_process_of_a_machine_says_it(hide, capsys, monkeypatch):
-    """torchrun starts a process a GPU; the line is the same in each."""
+def test_one_process_per_machine_prints_the_message(hide, capsys, monkeypatch):
+    """torchrun starts one process per GPU, which would all print the same line."""
     hide("tyro")
     for rank, lines in (("0", 1), ("3", 0)):
-        monkeypatch.setenv("RANK", f"1{rank}")  # of a second machine
+        monkeypatch.setenv("RANK", f"1{rank}")  # a rank of a second machine
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit, match="1"):
             main(["train", "digits"])
@@ -71,8 +71,8 @@ def test_one_process_of_a_machine_says_it(hide, capsys, monkeypatch):
 
 
 def imported_at_once(path: Path) -> set[str]:
-    """Return the packages of PyPI that a file imports when it is imported, except torch and its
-    dependencies jinja2 and markupsafe."""
+    """Return the packages of PyPI that importing a file imports, except torch and its dependencies
+    jinja2 and markupsafe."""
     found = set()
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.Import):
@@ -92,12 +92,12 @@ def asked_for(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_asks_for_what_it_imports():
-    """In its own file or in the ``__init__.py`` of a package that holds it."""
+def test_every_module_checks_the_packages_that_it_imports():
+    """The check is in the module's file or in the ``__init__.py`` of a package that contains it."""
     checked = 0
     for path in PACKAGE.rglob("*.py"):
         needed = imported_at_once(path)
-        if path.is_relative_to(PACKAGE / "cli"):  # main asks for all
+        if path.is_relative_to(PACKAGE / "cli"):  # main checks all packages
             assert needed <= set(TRAINER_PACKAGES.values()), path
             continue
         folders = [folder for folder in path.parents if folder.is_relative_to(PACKAGE)]

@@ -1,4 +1,4 @@
-"""Mutation testing itself (``make mutate``): which changes are made, and what is said of each."""
+"""Mutation testing (``make mutate``) makes the right changes and reports their results."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ TOOL = Path(__file__).parent / "mutation"
 
 @pytest.fixture
 def project(tmp_path):
-    """A repository of one module, whose test knows one of its two functions."""
+    """Return a repository with one module of two functions. The tests fully cover one of them."""
     shutil.copytree(
         TOOL, tmp_path / "tests/mutation", ignore=shutil.ignore_patterns("*.json", "*.md")
     )
@@ -52,8 +52,8 @@ def survivors(project: Path) -> list[str]:
 
 
 def test_a_session_from_its_start_to_its_end(project):
-    """Caught and missed changes are told apart; results are kept; a new test is taken into account;
-    a judgement removes a survivor from the list; the sample notices a test that was weakened."""
+    """Caught and missed changes are distinguished. Results are kept, and a new test is taken into
+    account. A judgement removes a survivor from the list. The sample notices a weakened test."""
     source = (project / "bdkd/models/sizes.py").read_text()
     mutation(project, "--foreground")
     edges = ["return size <= LIMIT", "LIMIT = 9", "LIMIT = 11"]
@@ -102,7 +102,7 @@ def test_changes_to_a_line(before, after, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL))
     import mutants
 
-    before += "\n"  # as in every file
+    before += "\n"  # every file ends with a newline
     (tmp_path / "line.py").write_text(before)
     found = {
         " ".join((mutants.mutated_source(before, m.operator, m.occurrence) or "none").split())

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel, with and without a compiler, and the loss from the README."""
+"""Build and install the wheel, with and without a compiler, and run the loss of the README."""
 
 import os
 import re
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The files that git would deliver, in a folder with a space in its name."""
+    """Return a copy of the files that git tracks, in a folder with a space in its name."""
     target = tmp_path_factory.mktemp("a source") / "bd kd"
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     for name in listed.stdout.splitlines():
@@ -43,9 +43,10 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory) -> Path:
-    """The Python of an environment that holds setuptools and nothing else: no torch, no pip.
+    """Return the Python of an environment that contains only setuptools, without torch and pip.
 
-    With cmake and ninja on the path that is what pip makes for a build, but here without a network.
+    Together with cmake and ninja on the path, it equals the environment that pip makes for a build,
+    but needs no network.
     """
     folder = tmp_path_factory.mktemp("builder")
     run(sys.executable, "-m", "venv", "--without-pip", folder)
@@ -54,7 +55,7 @@ def builder(tmp_path_factory) -> Path:
 
 
 def build(builder: Path, source: Path, target: Path, kind: str, **environment: str) -> Path:
-    """An sdist or a wheel, by the hook that pip calls (PEP 517)."""
+    """Build an sdist or a wheel with the hook that pip calls (PEP 517)."""
     shutil.rmtree(source / "build", ignore_errors=True)
     target.mkdir(exist_ok=True)
     hook = f"import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
@@ -67,10 +68,10 @@ def build(builder: Path, source: Path, target: Path, kind: str, **environment: s
 
 @pytest.fixture(scope="module")
 def sdist(builder, source, tmp_path_factory) -> Path:
-    """The source distribution, unpacked."""
+    """Return the unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sd ist")
     archive = build(builder, source, folder, "sdist")
-    # Python 3.11.2 and 3.11.3 have no filters, and newer versions warn without one.
+    # Python 3.11.2 and 3.11.3 have no extraction filters, and newer versions warn without one.
     options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     shutil.unpack_archive(archive, folder, **options)
     return folder / archive.name.removesuffix(".tar.gz")
@@ -81,14 +82,14 @@ def test_the_build_needs_no_torch():
     assert not [name for name in requires if "torch" in name]
 
 
-def test_the_native_kernel_is_there_where_a_compiler_is():
-    """Building it is optional, so a broken build would only show as skipped tests."""
+def test_the_native_kernel_is_built_if_there_is_a_compiler():
+    """Building it is optional, so without this test a broken build would only skip tests."""
     native = available_backends()["native"]
     assert bool(native) == HAS_COMPILER, native
 
 
 def test_a_wheel_in_a_clean_environment(builder, sdist, tmp_path):
-    """Built from the sdist, so that nothing is missing there either."""
+    """The wheel is built from the sdist, which shows that the sdist is complete."""
     wheel = build(builder, sdist, tmp_path / "wheels", "wheel")
     assert wheel.name.endswith("-py3-none-any.whl") != HAS_COMPILER, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
@@ -135,7 +136,7 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(builde
 
 
 def six_lines(python: Path, folder: Path, native: bool) -> bool:
-    """Run the README's first example, with no program on the path, a compiler least of all."""
+    """Run the first example of the README with an empty PATH, and so without a compiler."""
     says = (
         "\nimport bdkd; print(bdkd.__file__); print(bdkd.__version__)"
         "\nprint(bool(bdkd.available_backends()['native']), float(accuracy))"
@@ -162,7 +163,7 @@ def test_an_sdist_holds_what_a_build_and_a_reader_need(sdist):
 
 
 def extras(name: str) -> set[str]:
-    """Return an extra's packages, and those of the extras of bdkd that it names."""
+    """Return the packages of an extra, and of the extras of bdkd that it includes."""
     found = set()
     for needed in map(Requirement, project()["optional-dependencies"][name]):
         found |= (
@@ -180,7 +181,7 @@ def test_an_extra_that_needs_the_command_line_installs_it():
 
 
 def test_every_pin_fits_the_oldest_python():
-    """A pin for a later patch release than Debian's 3.11.2 sends pip into minutes of search."""
+    """If a pin requires a later patch release than Debian's 3.11.2, pip searches for minutes."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     oldest = f"{wanted.removeprefix('>=')}.0"
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -215,7 +216,7 @@ def test_a_source_tree_that_is_not_installed_has_an_unknown_version(monkeypatch,
 
 
 def test_wheels_are_made_for_both_linux_architectures():
-    """What cibuildwheel would build, by itself, and the workflow that lets it."""
+    """cibuildwheel plans one wheel for each architecture, and the workflow runs it."""
     command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers",
                "--platform", "linux", "--archs", "x86_64,aarch64", ROOT]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CIBW_")}
@@ -232,7 +233,7 @@ def test_wheels_are_made_for_both_linux_architectures():
 def test_the_citation_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["cff-version"] == "1.2.0"
-    assert {"message", "title", "authors"} <= citation.keys()  # what the format demands
+    assert {"message", "title", "authors"} <= citation.keys()  # required by the format
     assert citation["license"] == project()["license"]
     paper = citation["preferred-citation"]
     assert paper["title"] == "BD-KD: Balancing the Divergences for Online Knowledge Distillation"
@@ -253,7 +254,8 @@ def test_issue_templates_ask_for_the_doctor():
 
 
 def test_pre_commit_hooks_run_without_a_network(tmp_path):
-    """In a checkout of their own: a file that ruff refuses is refused, by the tools of .venv."""
+    """In a separate checkout, a commit of a file that ruff rejects fails. The hooks use the tools
+    of .venv."""
     for name in (".pre-commit-config.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
@@ -275,9 +277,10 @@ def test_pre_commit_hooks_run_without_a_network(tmp_path):
     assert "F401" in done.stdout
 
 
-def test_make_plans_nothing_where_everything_is_installed(source):
-    """A second `make` only runs the command; a first one in a folder with a space sets up."""
-    # The suite itself is run by make, whose flags must not reach this one.
+def test_make_installs_nothing_twice(source):
+    """The first `make` installs, also in a folder with a space in its name. A second `make` only
+    runs the command."""
+    # make may also run this suite. Its flags must not reach the make under test.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     first = run("make", "--dry-run", "demo", cwd=source, env=environment).stdout
     assert "venv .venv" in first
@@ -295,7 +298,7 @@ def test_make_plans_nothing_where_everything_is_installed(source):
 
 
 def git_folder(folder: Path, makefile: str) -> Path:
-    """A repository that holds a Makefile."""
+    """Make a repository that contains a Makefile."""
     folder.mkdir()
     (folder / "Makefile").write_text(makefile)
     run("git", "init", "--quiet", folder)
@@ -306,10 +309,10 @@ def git_folder(folder: Path, makefile: str) -> Path:
 
 
 def test_both_commands_are_tried_with_each_python(tmp_path, monkeypatch, capfd):
-    """``make pythons``, on a Makefile that takes no time: what passes, and what fails."""
+    """``make pythons`` prints which targets passed and failed, here with a trivial Makefile."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setenv("MAKEFLAGS", "--dry-run")  # of the make that runs the suite
+    monkeypatch.setenv("MAKEFLAGS", "--dry-run")  # as set by a make that runs this suite
     good = git_folder(tmp_path / "a checkout", "demo test:\n\t$(PYTHON) -c 'print(1)' > $@\n")
     number = ".".join(map(str, sys.version_info[:3]))
     assert pythons.main([sys.executable, "--root", str(good)]) == 0
@@ -359,7 +362,7 @@ def readme_blocks(language: str) -> list[str]:
 
 
 def test_the_readme_runs():
-    """Every Python block of the README, in order, as one program."""
+    """The Python blocks of the README run in order as one program."""
     blocks = readme_blocks("python")
     assert blocks
     run(sys.executable, "-c", "\n".join(blocks))

@@ -1,5 +1,5 @@
-"""``bdkd export --quantize int8 --temperature fitted``: what is in the file, that it is the same
-every time, and that a network is calibrated after it."""
+"""``bdkd export --quantize int8 --temperature fitted`` writes standard ONNX, the same file every
+time, and a calibrated network."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from bdkd.runs.folder import selected_checkpoint
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run whose student is wrong about some validation images."""
+    """Return a finished run whose student misclassifies some validation images."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["train", *SMALL, "--max-steps", "30", "--train.ema-decay", "None",
           "--run-dir", str(folder)])  # fmt: skip
@@ -46,12 +46,12 @@ def exported(run: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def images(run) -> np.ndarray:
-    """Normalised test images (359, 1, 8, 8)."""
+    """Return normalised test images (359, 1, 8, 8)."""
     return split(run, "test")[0]
 
 
 def split(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a split, as the run normalises them."""
+    """Return the images of a split, normalised as in the run, and the labels."""
     trained = open_trained(selected_checkpoint(run), None, None)
     batches = list(trained.components.source.eval_batches(name, 64))
     return (
@@ -61,7 +61,7 @@ def split(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logits(path: Path, images: np.ndarray, batch: int = 64) -> np.ndarray:
-    """The logits of a file with onnxruntime's own settings, without bdkd."""
+    """Return the logits of a file with the default settings of onnxruntime, without bdkd."""
     session = onnxruntime.InferenceSession(path)
     starts = range(0, len(images), batch)
     return np.concatenate([session.run(None, {"images": images[i : i + batch]})[0] for i in starts])
@@ -94,7 +94,7 @@ def test_the_graph_is_standard_onnx_in_int8(run):
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in arrays:
             weight, scale = arrays[node.input[0]], arrays[node.input[1]]
-            if weight.dtype == np.int32:  # a bias
+            if weight.dtype == np.int32:  # it is a bias
                 continue
             assert weight.dtype == np.int8
             [axis] = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
@@ -109,7 +109,7 @@ def test_the_graph_is_standard_onnx_in_int8(run):
     assert activations > layers
 
 
-def test_it_is_smaller_and_nearly_as_good(run):
+def test_int8_is_smaller_and_nearly_as_accurate(run):
     sizes = [exported(run, name).stat().st_size for name in ("model.onnx", "model-int8.onnx")]
     assert sizes[0] > 2.5 * sizes[1]
     fp32, int8 = (
@@ -120,13 +120,13 @@ def test_it_is_smaller_and_nearly_as_good(run):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 359])
-def test_the_batch_size_does_not_change_a_bit(batch, run, images):
+def test_int8_logits_do_not_depend_on_the_batch_size(batch, run, images):
     path = exported(run, "model-int8.onnx")
     assert np.array_equal(logits(path, images, batch), logits(path, images))
 
 
-def test_it_is_the_same_file_every_time(run, tmp_path):
-    """With another hash seed and number of threads."""
+def test_quantization_is_deterministic(run, tmp_path):
+    """A different hash seed and number of threads give the same bytes."""
     target = tmp_path / "model-int8.onnx"
     done = subprocess.run(
         [sys.executable, "-m", "bdkd", "export", str(run), "--to", "onnx", "--quantize", "int8",
@@ -157,7 +157,7 @@ def test_calibration_reads_validation_images_only(run, tmp_path, monkeypatch):
 
 
 def test_calibration_images_are_spread_over_the_split(run, tmp_path):
-    """Not the first ones: a split may be sorted by class."""
+    """A split may be sorted by class, so its first images would not represent all classes."""
     from bdkd.export.export import Options, _calibration_images
 
     trained = open_trained(selected_checkpoint(run), None, None)
@@ -190,7 +190,7 @@ class Depthwise(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
-def test_a_depthwise_network_survives_because_scales_are_per_channel(tmp_path):
+def test_per_channel_scales_keep_depthwise_networks_accurate(tmp_path):
     network = Depthwise()
     images = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(1)).numpy()
     fp32, facts = fp32_file(network, (3, 8, 8))
@@ -235,7 +235,7 @@ def test_operators_that_stay_in_float_are_named(tmp_path):
         assert sum(shares.values()) < 1
 
 
-def test_a_network_without_such_operators_is_refused():
+def test_a_network_without_quantisable_operators_is_refused():
     class Sine(nn.Module):
         def forward(self, x):
             return x.sin().flatten(1)
@@ -245,7 +245,7 @@ def test_a_network_without_such_operators_is_refused():
         quantize(fp32, np.ones((4, 1, 1, 2), np.float32), facts)
 
 
-# --- what bdkd says of it ------------------------------------------------------------------------
+# --- facts and model card ------------------------------------------------------------------------
 
 
 def test_facts_are_those_of_the_int8_network(run, images):
@@ -289,7 +289,7 @@ def test_the_json_is_what_evaluate_prints(run, capsys):
     assert printed["networks"] == written["networks"]
 
 
-def test_an_fp32_file_that_is_there_is_kept(run, tmp_path):
+def test_an_existing_fp32_file_is_kept(run, tmp_path):
     target = tmp_path / "model.onnx"
     main(["export", str(run), "--to", "onnx", "--output", str(target)])
     before = target.stat().st_mtime_ns
@@ -301,8 +301,8 @@ def test_an_fp32_file_that_is_there_is_kept(run, tmp_path):
     assert read_exported(tmp_path / "small.onnx").facts.quantization.baseline == "small-fp32.onnx"
 
 
-def test_a_comparison_of_a_file_that_is_replaced_goes(run, tmp_path, capsys):
-    """Not a file of somebody else."""
+def test_the_comparison_of_a_replaced_file_is_removed(run, tmp_path, capsys):
+    """A file with this name and other content is kept."""
     command = ["export", str(run), "--to", "onnx", "--quantize", "int8", "--force", "--output",
                str(tmp_path / "a-int8.onnx")]  # fmt: skip
     comparison = tmp_path / "a-int8.json"
@@ -324,7 +324,7 @@ def test_a_comparison_of_a_file_that_is_replaced_goes(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_fitted_file_is_calibrated_on_the_validation_images(precision, run, tmp_path, capsys):
-    """Its own best temperature is 1, and its logits are those of before, divided by T."""
+    """Fitting a temperature to the new file gives 1. Its logits are the old logits divided by T."""
     target = tmp_path / ("a-int8.onnx" if precision == "int8" else "a.onnx")
     quantized = ["--quantize", "int8"] if precision == "int8" else []
     main(["export", str(run), "--to", "onnx", "--temperature", "fitted", *quantized,
@@ -355,7 +355,7 @@ def test_a_fitted_file_is_calibrated_on_the_validation_images(precision, run, tm
 
 
 @pytest.mark.parametrize("kind", ["export", "safetensors"])
-def test_other_formats_hold_the_temperature_too(kind, run, tmp_path):
+def test_other_formats_also_contain_the_temperature(kind, run, tmp_path):
     suffix = {"export": "pt2", "safetensors": "safetensors"}[kind]
     target = tmp_path / f"a.{suffix}"
     main(["export", str(run), "--to", kind, "--temperature", "fitted", "--output", str(target)])
@@ -365,7 +365,7 @@ def test_other_formats_hold_the_temperature_too(kind, run, tmp_path):
 
 
 class TwoHeads(nn.Module):
-    """The logits are not the output of one layer."""
+    """A network whose logits are not the output of one layer."""
 
     def __init__(self) -> None:
         super().__init__()

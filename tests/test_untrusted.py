@@ -1,4 +1,4 @@
-"""Exported files that a stranger made: each is refused in one line, in seconds, in little memory.
+"""Untrusted exported files are refused with one line, within seconds, using little memory.
 
 The forged files have a valid checksum, so only the check under test can refuse them.
 """
@@ -33,7 +33,7 @@ SUFFIX = pytest.mark.parametrize("suffix", SUFFIXES.values())
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of exported files of a run of one step."""
+    """Return the folder of exported files of a run of one step."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["train", *SMALL, "--max-steps", "1", "--train.ema-decay", "None",
           "--run-dir", str(folder)])  # fmt: skip
@@ -44,7 +44,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, in which onnxruntime looks for files that a model in memory names."""
+    """Return the current folder. onnxruntime resolves file names in an in-memory model there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,7 +55,7 @@ def facts_of(run: Path) -> str:
 
 
 def forge(path: Path, model, facts: str, **metadata: str) -> Path:
-    """Write a model with facts and the checksum that ``bdkd export`` would give it."""
+    """Write a model with facts and with the checksum that ``bdkd export`` would write."""
     digest = digest_of_bytes(_without_metadata(model))(facts)
     helper.set_model_props(model, {"bdkd": facts, "bdkd_sha256": digest, **metadata})
     path.write_bytes(model.SerializeToString())
@@ -63,7 +63,7 @@ def forge(path: Path, model, facts: str, **metadata: str) -> Path:
 
 
 def model_of(nodes, initializers=(), **fields):
-    """A model from images ``(N, 1, 8, 8)`` to ``logits``."""
+    """Return a model from images ``(N, 1, 8, 8)`` to ``logits``."""
     graph = helper.make_graph(
         nodes, "g",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, 8, 8])],
@@ -75,7 +75,7 @@ def model_of(nodes, initializers=(), **fields):
 
 
 def scores(*inputs: str):
-    """Nodes that make logits of the sum of the images and of a vector of 10 values."""
+    """Return nodes that compute logits from the sum of the images and a vector of 10 values."""
     return [
         helper.make_node("ReduceSum", ["images", "axes"], ["sums"], keepdims=0),
         helper.make_node("Unsqueeze", ["sums", "one"], ["column"]),
@@ -95,7 +95,7 @@ def vector(name: str = "w"):
 
 
 def outside(name: str = "w", location: str = "secret.bin"):
-    """A tensor of 10 values that lie in another file."""
+    """Return a tensor of 10 values that are stored in another file."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[10])
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", "0"), ("length", "40")):
@@ -104,7 +104,7 @@ def outside(name: str = "w", location: str = "secret.bin"):
 
 
 def fail(capsys, path: Path) -> str:
-    """The one line in which ``bdkd evaluate`` refuses a file."""
+    """Run ``bdkd evaluate`` on a file that it must refuse. Return its line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", str(path)])
@@ -122,7 +122,7 @@ def branch(name: str, *nodes, initializers=()):
 
 
 def if_model(then_branch):
-    """A model whose vector comes from an If with a true condition."""
+    """Return a model whose vector comes from an If with a true condition."""
     otherwise = branch("b", helper.make_node("Constant", [], ["b"], value=vector("b")))
     choose = helper.make_node("If", ["yes"], ["w"], then_branch=then_branch, else_branch=otherwise)
     true = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
@@ -130,7 +130,7 @@ def if_model(then_branch):
 
 
 def external_models() -> dict:
-    """A model for each place of a file that can hold a tensor."""
+    """Return a model for each place of a file that can contain a tensor."""
     constant = helper.make_node("Constant", [], ["w"], value=outside())
     inner = branch("a", helper.make_node("Constant", [], ["a"], value=outside("a")))
     models = {
@@ -187,8 +187,8 @@ def test_no_tensor_comes_from_another_file(place, run, here, capsys):
 
 
 def test_the_forged_files_are_otherwise_good(run, here, capsys):
-    """Without the check, the tests above would prove nothing: the same models, with the tensor
-    inside the file, are evaluated, and onnxruntime does read the other file."""
+    """The test above is meaningful: the same models are accepted if the tensor is inside the file,
+    and onnxruntime does read the other file if it gets the forged model."""
     inner = branch("a", helper.make_node("Constant", [], ["a"], value=vector("a")))
     for model in (model_of(scores("w"), [vector(), *constants()]), if_model(inner)):
         path = forge(here / "model.onnx", model, facts_of(run), another="harmless")
@@ -217,7 +217,7 @@ def test_operators_of_other_domains(domain, run, here, capsys):
     assert f"the domain '{domain}'" in fail(capsys, forge(here / "b.onnx", model, facts_of(run)))
 
 
-def test_a_loop_without_end(run, here, capsys):
+def test_loops_are_refused(run, here, capsys):
     body = helper.make_graph(
         [helper.make_node("Identity", ["c"], ["d"])], "body",
         [helper.make_tensor_value_info("i", TensorProto.INT64, []),
@@ -230,7 +230,7 @@ def test_a_loop_without_end(run, here, capsys):
     assert "may never end" in fail(capsys, forge(here / "a.onnx", model, facts_of(run)))
 
 
-def test_shapes_that_are_larger_than_the_file(run, here, capsys):
+def test_shapes_larger_than_the_file_are_refused(run, here, capsys):
     for dims in ([2**40], [2**32, 2**32], [11 * 4]):
         tensor = vector()
         tensor.dims[:] = dims
@@ -244,8 +244,8 @@ def test_shapes_that_are_larger_than_the_file(run, here, capsys):
     assert "negative" in fail(capsys, forge(here / "a.onnx", model, facts_of(run)))
 
 
-def test_huge_tensors_are_an_error_and_not_the_end_of_the_machine(run, here, capsys):
-    """A file of 1 kB that asks for 4 TiB, when it is loaded and when it is run."""
+def test_huge_tensors_are_an_error(run, here, capsys):
+    """A file of 1 kB that needs 4 TiB, when it is loaded or when it is run."""
     size = helper.make_tensor("size", TensorProto.INT64, [1], [2**40])
     nodes = [
         helper.make_node("ConstantOfShape", ["size"], ["huge"]),
@@ -273,11 +273,10 @@ def test_the_limit_is_half_of_the_memory():
 @pytest.mark.parametrize(("constant", "limit", "status"), [
     (False, 2**26, 1), (True, 2**26, 1), (True, 2**30, 0),
 ])  # fmt: skip
-def test_tensors_are_held_to_the_limit_where_the_machine_has_more(
-    constant, limit, status, run, here
-):
-    """128 MiB, of the images or of constants, which onnxruntime would fold without a limit. In a
-    process each, for which the limit is set once."""
+def test_tensors_are_limited_even_if_memory_is_free(constant, limit, status, run, here):
+    """The tensors have 128 MiB. They depend on the images, or are constants, which onnxruntime
+    would fold without a limit. Each case runs in a separate process, because the limit is set only
+    once per process."""
     shape = [2**25 // 10, 10] if constant else [2**19, 1, 8, 8]
     size = helper.make_tensor("size", TensorProto.INT64, [len(shape)], shape)
     nodes = [
@@ -299,8 +298,8 @@ def test_tensors_are_held_to_the_limit_where_the_machine_has_more(
 
 
 def test_a_file_in_two_formats(run, here, capsys):
-    """The name of a producer turns the same bytes into a file of onnxruntime's own format. It is
-    read as the ONNX file that was checked."""
+    """With this producer name, the same bytes are also a file in onnxruntime's format. The file is
+    read as ONNX, which is the format that was checked."""
     model = model_of(scores("w"), [vector(), *constants()], producer_name="ORTM 1.0")
     path = forge(here / "a.onnx", model, facts_of(run))
     assert path.read_bytes()[4:8] == b"ORTM"
@@ -309,19 +308,19 @@ def test_a_file_in_two_formats(run, here, capsys):
 
 
 def test_metadata_sets_no_options_of_the_session(run, here, capsys, monkeypatch):
-    """Options in ``ort_config`` are read where the user has set this variable for other models."""
+    """onnxruntime reads options in ``ort_config`` if this environment variable is set."""
     monkeypatch.setenv("ORT_LOAD_CONFIG_FROM_MODEL", "1")
     model = model_of(scores("w"), [vector(), *constants()])
     options = {"session_options": {"intra_op_num_threads": "not a number"}}
     path = forge(here / "a.onnx", model, facts_of(run), ort_config=json.dumps(options))
-    with pytest.raises(Exception, match="in the model file"):  # what they would do
+    with pytest.raises(Exception, match="in the model file"):  # without our check
         onnxruntime.InferenceSession(path.read_bytes())
     main(["evaluate", str(path)])
     assert "student" in capsys.readouterr().out
 
 
 def delimited(field: int, content: bytes) -> bytes:
-    """A protobuf field of bytes."""
+    """Return a protobuf field of bytes."""
     length, size = len(content), b""
     while length > 127:
         size += bytes([length & 127 | 128])
@@ -331,7 +330,8 @@ def delimited(field: int, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("depth", [30, 34, 10_000])
 def test_deep_nesting(depth, here, capsys):
-    """Graphs in attributes of nodes of graphs; three messages each, of which protobuf takes 100."""
+    """Graphs are nested in attributes of nodes. Each level has three messages, and protobuf allows
+    100."""
     graph = b""
     for _ in range(depth):
         graph = delimited(1, delimited(5, delimited(6, graph)))
@@ -342,7 +342,7 @@ def test_deep_nesting(depth, here, capsys):
 
 
 def test_unknown_fields_do_not_reach_onnxruntime(run, here, capsys):
-    """A later version of ONNX may have fields in which the installed one sees no tensors."""
+    """A later version of ONNX may add fields with tensors that the installed version ignores."""
     model = model_of(scores("w"), [vector(), *constants()])
     path = forge(here / "a.onnx", model, facts_of(run))
     path.write_bytes(path.read_bytes() + delimited(15, b"x" * 10))
@@ -382,7 +382,7 @@ BAD_FACTS = {
     "negative_image": lambda facts: json.dumps(facts | {"image_size": [-8, -8]}),
     "huge_image": lambda facts: json.dumps(facts | {"image_size": [10**6, 10**6]}),
     "deep_recipe": recipe_line("a = " + "[" * 10_000),
-    "dotted_recipe": recipe_line("a." * 30_000 + "b = 1"),  # 4 GB in tomllib
+    "dotted_recipe": recipe_line("a." * 30_000 + "b = 1"),  # takes 4 GB in tomllib
     "long_recipe": recipe_line("# comment" * 10_000),
     "number_in_recipe": recipe_line("a = " + "9" * 5000),
     "no_recipe": lambda facts: facts | {"recipe": "\0"},
@@ -390,13 +390,13 @@ BAD_FACTS = {
 }
 
 
-# Facts are read in one place: two cases show that the facts of .pt2 files go through it.
+# All formats share the code that reads facts, so two cases are enough for .pt2 files.
 CASES = [(suffix, case) for suffix in (".onnx", ".safetensors") for case in BAD_FACTS]
 CASES += [(".pt2", "deep"), (".pt2", "dotted_recipe")]
 
 
 @pytest.mark.parametrize(("suffix", "case"), CASES)
-def test_facts_that_are_no_facts(suffix, case, run, here, capsys):
+def test_malformed_facts_are_refused(suffix, case, run, here, capsys):
     bad = BAD_FACTS[case](json.loads(facts_of(run)))
     text = bad if isinstance(bad, str) else json.dumps(bad)
     path = here / f"model{suffix}"
@@ -418,7 +418,7 @@ def test_facts_that_are_no_facts(suffix, case, run, here, capsys):
     assert "changed since" not in message, message
 
 
-def test_options_that_load_other_weights_are_not_taken():
+def test_options_that_load_other_weights_are_ignored():
     """timm unpickles the file that ``checkpoint_path`` names."""
     from bdkd.config import NetworkConfig
 
@@ -432,7 +432,7 @@ def test_options_that_load_other_weights_are_not_taken():
 
 
 @SUFFIX
-def test_what_is_no_file(suffix, here, capsys):
+def test_paths_that_are_not_regular_files_are_refused(suffix, here, capsys):
     os.mkfifo(here / f"fifo{suffix}")
     (here / f"zero{suffix}").symlink_to("/dev/zero")
     for name in ("fifo", "zero"):
@@ -444,13 +444,13 @@ def test_what_is_no_file(suffix, here, capsys):
 
 
 @SUFFIX
-def test_files_without_end(suffix, here, capsys):
+def test_files_that_are_too_large_are_refused(suffix, here, capsys):
     path = here / f"sparse{suffix}"
     with open(path, "wb") as file:
         file.truncate(20 * 2**30)
     assert "21,474,836,480 bytes" in fail(capsys, path)
     kind = next(kind for kind, known in SUFFIXES.items() if known == suffix)
-    with open(path, "wb") as file:  # the largest that would be read: the end or the head tell
+    with open(path, "wb") as file:  # the largest size that is read; its content is zeros
         file.truncate(min(FORMATS[kind].max_bytes, memory_limit()))
     if suffix != ".onnx":
         assert "corrupt" in fail(capsys, path)
@@ -490,7 +490,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
-def test_safetensors_that_lie(case, here, capsys):
+def test_malformed_safetensors_are_refused(case, here, capsys):
     content = SAFETENSORS[case]
     if isinstance(content, tuple):
         header, size = content
@@ -506,7 +506,7 @@ def test_safetensors_that_lie(case, here, capsys):
 
 
 def test_a_compressed_archive_is_refused_before_it_is_inflated(here, capsys):
-    """1 GB of zeros in 1 MB."""
+    """The archive has 1 MB and would inflate to 1 GB of zeros."""
     path = here / "bomb.pt2"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -527,7 +527,7 @@ EVALUATE = "import sys; from bdkd.cli import main; main(['evaluate', sys.argv[1]
 
 
 def test_every_kind_of_damage_to_an_archive_is_one_line(run, here, capsys):
-    """The checks themselves: tests/training/test_archive.py."""
+    """tests/training/test_archive.py tests the checks themselves."""
     content = (run / "model.pt2").read_bytes()
     path = here / "model.pt2"
     for damaged in (b"#!" + content, content + b"end", content.replace(b"PK\1\2", b"PK\1\3", 1)):

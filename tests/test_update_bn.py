@@ -1,4 +1,4 @@
-"""``bdkd update-bn``: statistics of batch norm recomputed on training images."""
+"""``bdkd update-bn`` recomputes the statistics of batch norm on training images."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ def networks(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_statistics_are_recomputed_and_nothing_else_changes(run, capsys):
-    """A statistic spoilt by hand comes out right; weights, moments and random states stay."""
+    """A wrong statistic is corrected. Weights, moments and random states do not change."""
     source = max((run / "checkpoints").glob("step-*.pt"))
     text, state = load_checkpoint(source)
     spoilt = run / "spoilt.pt"
@@ -63,7 +63,7 @@ def test_statistics_are_recomputed_and_nothing_else_changes(run, capsys):
     assert old["position"] == new["position"]
 
 
-def test_an_output_is_never_overwritten_unasked(run, capsys):
+def test_an_output_is_not_overwritten_without_force(run, capsys):
     main(["update-bn", str(run), "--images", "8"])
     [written] = (run / "update-bn").iterdir()
     content = written.read_bytes()
@@ -80,8 +80,8 @@ def test_an_output_is_never_overwritten_unasked(run, capsys):
     assert ended.value.code == 2
 
 
-def test_an_export_does_not_claim_what_was_measured_before(run, tmp_path):
-    """The run's summary is of the statistics that were replaced."""
+def test_an_export_does_not_contain_earlier_metrics(run, tmp_path):
+    """The metrics in the run's summary were measured with the replaced statistics."""
     main(["update-bn", str(run), "--images", "8", "--output", str(tmp_path / "new.pt")])
     for source, measured in ((run, True), (tmp_path / "new.pt", False)):
         output = tmp_path / f"{measured}" / "model.safetensors"
@@ -90,7 +90,7 @@ def test_an_export_does_not_claim_what_was_measured_before(run, tmp_path):
 
 
 def plain_statistics(network: nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The means over the batches of the mean and the unbiased variance that each norm sees."""
+    """Return the mean over batches of the mean and the unbiased variance of each norm's inputs."""
     found: dict[str, list[torch.Tensor]] = {}
 
     def watch(name: str, module: nn.Module) -> None:
@@ -113,7 +113,8 @@ def plain_statistics(network: nn.Module, batches: list[torch.Tensor]) -> dict[st
 
 @pytest.mark.parametrize(("images", "batches"), [(None, 12), (3, 1), (8, 2), (11, 2)])
 def test_the_statistics_are_the_means_over_whole_training_batches(run, tmp_path, images, batches):
-    """48 training images in batches of 4: an epoch, less than a batch, two batches and some."""
+    """There are 48 training images in batches of 4. The cases are an epoch, less than a batch, and
+    more than two batches."""
     source, output = max((run / "checkpoints").glob("step-*.pt")), tmp_path / "new.pt"
     done = update_bn(source, output, images, "cpu", None)
     assert (done.images, done.split) == (4 * batches, "val")
@@ -144,7 +145,7 @@ def test_a_frozen_network_keeps_its_statistics(run, tmp_path):
     teacher = frozen.networks["teacher"]
     teacher = dataclasses.replace(teacher, frozen=True, weights="random")
     frozen = dataclasses.replace(frozen, networks={**frozen.networks, "teacher": teacher})
-    # A frozen network has no moments: the optimizer's state is that of a run without it.
+    # A frozen network has no moments, so the optimizer state is that of a run without it.
     components = components_of(frozen)
     of_run = TrainingState(components)
     fresh = snapshot(of_run.state_dict())

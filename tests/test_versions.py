@@ -1,4 +1,4 @@
-"""``make versions``, with a pip that answers at once: which pairs it tries, and what it prints."""
+"""``make versions`` tries the right pairs and prints its table. A fake pip makes the tests fast."""
 
 import ast
 import json
@@ -37,7 +37,7 @@ def test_a_pair_is_what_the_wheel_of_torch_requires(monkeypatch):
     assert versions.pair_of("2.15.0").problem == "ERROR: Cannot install torch==2.15.0"
 
 
-def test_numpy_is_held_back_for_the_interpreter_of_triton_3_6_alone(tmp_path):
+def test_numpy_is_limited_only_for_the_interpreter_of_triton_3_6(tmp_path):
     for triton, held in (("==3.6.0", True), ("~=3.9.0", False), ("", False)):
         lines = versions.constraints(tmp_path, triton).read_text("utf-8").splitlines()
         assert ("numpy<2.4" in lines) == held
@@ -61,8 +61,8 @@ def imports(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_the_environments_have_what_the_tests_import():
-    """NumPy came as a dependency of ours once, and 8 tests failed when it was none any more."""
+def test_environments_contain_the_packages_that_tests_import():
+    """8 tests failed when NumPy was no longer a dependency of bdkd and was therefore missing."""
     paths = [ROOT / versions.KERNELS / file for suite in versions.SUITES for file in suite.files]
     seen, found = set(), {"pytest"}
     while paths:
@@ -92,7 +92,7 @@ def test_passed_and_failed_tests_are_counted(tmp_path):
     assert "no_such_module" in log.read_text()
 
 
-def test_one_line_a_pair_and_a_table(tmp_path, monkeypatch, capsys):
+def test_prints_a_line_per_pair_and_a_table(tmp_path, monkeypatch, capsys):
     pairs = {
         "2.8.0": Pair("2.8.0", "==3.4.0"),
         "2.14.1": Pair("2.14.1", "~=3.8.0"),

@@ -2,9 +2,9 @@
 
 The newest release of each minor version from torch 2.8 on gets a new environment in the cache
 folder, with the triton that its wheel requires (7 GB with a CUDA build of torch, removed
-afterwards). One line per pair tells what passed; at the end comes a Markdown table for the docs. A
-version that pip cannot install is listed as not available. Needs the standard library only, and the
-native kernel, which ``make`` builds.
+afterwards). Prints one line per pair with the results, and then a Markdown table for the docs. A
+version that pip cannot install is listed as not available. Requires only the standard library and
+the native kernel, which ``make`` builds.
 """
 
 import argparse
@@ -24,28 +24,28 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bdkd-versions"
 OLDEST_TORCH = (2, 8)
-OLDEST_TRITON = (3, 6)  # the kernel's; torch 2.10 requires it
-# What PyPI's wheels require. CPU builds of torch require no triton.
+OLDEST_TRITON = (3, 6)  # the oldest triton that the kernel supports; torch 2.10 requires it
+# The triton that PyPI's wheels of torch require. CPU builds of torch require no triton.
 TRITON_OF_CPU_BUILDS = {
     "2.8": "==3.4.0", "2.9": "==3.5.1", "2.10": "==3.6.0", "2.11": "==3.6.0", "2.12": "==3.7.1",
     "2.13": "==3.7.1", "2.14": "~=3.8.0", "2.15": "~=3.9.0",
 }  # fmt: skip
-# Of the tests. The loss itself needs torch only.
+# Packages of the tests. The loss itself requires only torch.
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "pytest-benchmark", "hypothesis", "packaging",
          "numpy"]  # fmt: skip
 
 KERNELS = "tests/kernels/"
-# The sanitizers' test compiles C++ for a minute, and no torch takes part in it.
+# The test with sanitizers compiles C++ for a minute and does not use torch.
 SANITIZERS = f"--deselect={KERNELS}test_native.py::test_clean_under_sanitizers"
 
 
 class Suite(NamedTuple):
-    """The tests of one column."""
+    """The tests of one column of the table."""
 
     name: str
-    files: tuple[str, ...]  # in tests/kernels
+    files: tuple[str, ...]  # relative to tests/kernels
     options: tuple[str, ...] = ()
-    triton: bool = False  # only with a triton that the kernel runs with
+    triton: bool = False  # run only with a triton that the kernel supports
     interpreted: bool = False
 
 
@@ -69,8 +69,8 @@ SUITES = (
 
 class Pair(NamedTuple):
     torch: str
-    triton: str  # a requirement such as "==3.6.0"; what was installed once it is
-    problem: str = ""  # why pip cannot install it
+    triton: str  # a requirement such as "==3.6.0", or the installed version
+    problem: str = ""  # why pip cannot install the pair
 
 
 class Result(NamedTuple):
@@ -82,7 +82,7 @@ class Result(NamedTuple):
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers of a release, without what follows them: 2.13.0+cpu is (2, 13, 0)."""
+    """Return the numbers of a release without its suffix: (2, 13, 0) for 2.13.0+cpu."""
     return tuple(int(part) for part in re.match(r"[\d.]+", version)[0].strip(".").split("."))
 
 
@@ -92,14 +92,14 @@ def pip(python: Path | str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def last_line(text: str) -> str:
-    """Return the most telling line of pip's output, the first error if there is one."""
+    """Return the first error in pip's output, or its last line if there is no error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
     return (errors or lines or ["pip printed nothing"])[0 if errors else -1]
 
 
 def newest_of_each_minor(versions: Iterable[str]) -> list[str]:
-    """Return the newest release of each minor version from the oldest supported one on."""
+    """Return the newest release of each supported minor version."""
     found: dict[tuple[int, ...], str] = {}
     for version in versions:
         release = re.fullmatch(r"(\d+(?:\.\d+)+)(?:\+\w+)?", version)  # no release candidates
@@ -112,10 +112,10 @@ def newest_of_each_minor(versions: Iterable[str]) -> list[str]:
 
 
 def releases() -> list[str]:
-    """Ask pip which releases of torch there are.
+    """Return the releases of torch that pip lists.
 
     Raises:
-        SystemExit: pip finds none, or knows no ``index versions``.
+        SystemExit: pip lists none, or does not support ``pip index versions``.
     """
     done = pip(sys.executable, "index", "versions", "torch")
     listed = re.search(r"^Available versions: (.+)$", done.stdout, re.M)
@@ -143,19 +143,19 @@ def pair_of(torch: str) -> Pair:
 
 
 def constraints(folder: Path, triton: str) -> Path:
-    """Write our constraints without the packages that depend on the versions tried here."""
+    """Write the constraints of this repository without the packages whose versions are tested."""
     free = re.compile(r"(torch|torchvision|triton|numpy|nvidia-.*)==")
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     kept = [line for line in lines if not free.match(line)]
     if triton and numbers(triton.lstrip("=~<>! ")) < (3, 7):
-        kept.append("numpy<2.4")  # the interpreter of triton 3.6 fails with newer ones
+        kept.append("numpy<2.4")  # the interpreter of triton 3.6 fails with newer versions
     path = folder / "constraints.txt"
     path.write_text("\n".join(kept) + "\n", "utf-8")
     return path
 
 
 def install(pair: Pair, folder: Path) -> Pair:
-    """Make an environment; return the pair with what was installed, or with the problem."""
+    """Make an environment. Return the pair with the installed versions, or with the problem."""
     python = folder / "bin" / "python"
     if not python.exists():
         made = subprocess.run([sys.executable, "-m", "venv", str(folder)],
@@ -182,14 +182,14 @@ def install(pair: Pair, folder: Path) -> Pair:
 
 
 def run(suite: Suite, python: Path, log: Path, workers: int) -> Result:
-    """Run the tests of one column, with this checkout's code."""
+    """Run the tests of one column with the code of this checkout."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON"))}
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
                     "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     if suite.interpreted:
         environment["TRITON_INTERPRET"] = "1"
     passed = failed = 0
-    # Each file in a process of its own: some must be the first to import triton.
+    # Each file runs in a separate process, because some must import triton before other tests do.
     for file in suite.files:
         report = log.with_suffix(".xml")
         report.unlink(missing_ok=True)
@@ -207,7 +207,7 @@ def run(suite: Suite, python: Path, log: Path, workers: int) -> Result:
 
 
 def counts(report: Path) -> tuple[int, int]:
-    """Return how many tests of a JUnit report passed and failed; none if there is no report."""
+    """Return the numbers of passed and failed tests in a JUnit report, (0, 0) without one."""
     if not report.exists():
         return 0, 0
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
@@ -218,7 +218,7 @@ def counts(report: Path) -> tuple[int, int]:
 
 
 def try_one(pair: Pair, options: argparse.Namespace) -> tuple[Pair, dict[str, Result]]:
-    """Install a pair, run every suite, print one line. The log stays if a test failed."""
+    """Install a pair, run every suite and print one line. The log is kept if a test failed."""
     folder, log = CACHE / f"torch-{pair.torch}", CACHE / f"torch-{pair.torch}.log"
     CACHE.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)

@@ -1,19 +1,22 @@
-"""torchvision for the tests, also where it was built for another torch."""
+"""Import torchvision in tests, even if it was built for another torch."""
 
 import functools
 
 import torch
 
 
-@functools.cache  # what it returns must live as long as the process
+@functools.cache  # the returned library must live as long as the process
 def mended_torchvision() -> torch.library.Library | None:
-    """Beside a CPU build of torch, PyPI's torchvision stops at operators that it cannot find, and
-    timm, torchmetrics, lightning and transformers import it. With their schemas defined it imports;
-    nothing here calls them."""
+    """Make torchvision importable with a CPU build of torch.
+
+    PyPI's torchvision fails to import with it, because operators are missing. timm, torchmetrics,
+    lightning and transformers import torchvision. Defining the schemas of these operators is
+    enough, because no test calls them.
+    """
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        return None  # not installed: nothing to mend
+        return None  # torchvision is not installed
     except RuntimeError as error:
         if "operator torchvision::nms does not exist" not in str(error):
             raise

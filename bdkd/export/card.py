@@ -17,7 +17,7 @@ _SEAL = "<!-- written by bdkd export; sha256 of the text above: "
 
 
 def card_of_folder(exported: Exported, force: bool) -> tuple[str | None, str]:
-    """Return the card of the folder of a file, or None and the reason to leave a card as it is.
+    """Return the new model card of a file's folder, or None and why the existing card is kept.
 
     The card describes all exported files of the same network in the folder.
 
@@ -42,7 +42,7 @@ def card_of_folder(exported: Exported, force: bool) -> tuple[str | None, str]:
         if path.suffix in (known.suffix for known in FORMATS.values()) and path != exported.path:
             try:
                 sibling = read_exported(path)
-            except RunError:  # another file, or a damaged one
+            except RunError:  # not written by bdkd export, or damaged
                 continue
             same = describe(sibling.facts) == describe(exported.facts)
             if same and sibling.facts.recipe == exported.facts.recipe:
@@ -58,7 +58,7 @@ def _digest(text: str) -> str:
 
 
 def _is_sealed(card: str) -> bool:
-    """Return whether a card is as ``bdkd export`` wrote it."""
+    """Return whether a card is unchanged since ``bdkd export`` wrote it."""
     text, seal, digest = card.rpartition(f"\n{_SEAL}")
     return bool(seal) and digest == f"{_digest(text)} -->\n"
 
@@ -109,8 +109,8 @@ def _row(file: Exported) -> str:
 
 
 def _variants(files: Sequence[Exported]) -> dict[str, Facts]:
-    """Return the facts of files by label, one for each precision and temperature that was
-    measured."""
+    """Return the facts of measured files, one for each precision and temperature. The keys are
+    labels such as ``int8, T = 1.5``."""
     found: dict[str, Facts] = {}
     for file in files:
         facts = file.facts

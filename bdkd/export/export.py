@@ -31,13 +31,13 @@ from bdkd.runs.summary import evaluator_of
 DEFAULT_CALIBRATION_IMAGES = 512
 PROFILED_IMAGES = 8
 # Relative to the largest logit. Kernels sum in another order and batch norm is folded into weights,
-# which gives errors of 1e-7 to 1e-5 in float32. A wrong graph has errors of whole logits.
+# which gives errors of 1e-7 to 1e-5 in float32. A wrong graph gives errors as large as the logits.
 TOLERANCE = 1e-4
 INT8 = "-int8"  # at the end of the name of an int8 file
 
 
 class Options(NamedTuple):
-    """What to do to a network before it is written."""
+    """Options of an export."""
 
     quantize: bool = False
     """Also write an int8 file. Only ONNX."""
@@ -55,7 +55,7 @@ PLAIN = Options()
 class Written(NamedTuple):
     """The result of an export."""
 
-    output: Path  # the file that was asked for
+    output: Path  # the requested file
     files: list[Path]
     error: float  # largest difference between the logits of the network and of the fp32 file
     largest: float  # largest absolute logit
@@ -81,15 +81,15 @@ def export(
     and on one image, and the logits are compared with those of the network.
 
     Args:
-        output: path of the file. A model card is written next to it, and with
-            ``options.quantize`` the fp32 file, with which the int8 file is compared.
+        output: path of the file. A model card is written next to it. ``options.quantize`` also
+            writes the fp32 file, and compares the int8 file with it.
         force: replace existing files.
 
     Raises:
         UsageError: the file name does not have the suffix of its format, or there are fewer
             validation images than ``options.calibration_images``.
-        RunError: a file exists, cannot be written, or gives other logits; the network cannot be
-            quantised, or no temperature can be fitted or folded.
+        RunError: a file exists, a file cannot be written, the file computes different logits, the
+            network cannot be quantised, or no temperature can be fitted or folded.
     """
     check_output(kind, output, force, options)
     if options.quantize or options.fit_temperature:
@@ -145,9 +145,9 @@ def check_validation_images(trained: Trained, options: Options) -> None:
     if there == 0:
         option = "--quantize" if options.quantize else "--temperature"
         raise RunError(
-            f"{option} needs validation images, and the run has none (data.validation is 0); it "
-            "uses neither training images, which the network knows, nor test images, which must "
-            "stay unseen: train with --data.validation 0.1"
+            f"{option} needs validation images, and the run has none (data.validation is 0): train "
+            "again with --data.validation 0.1 (training images would bias the result, and test "
+            "images must stay unseen)"
         )
     if asked is not None and asked > there:
         raise UsageError(
@@ -157,7 +157,7 @@ def check_validation_images(trained: Trained, options: Options) -> None:
 
 
 def _calibration_images(trained: Trained, options: Options) -> np.ndarray:
-    """Return validation images (N, C, H, W) at equal distances in the split."""
+    """Return evenly spaced images of the validation split, (N, C, H, W) float32."""
     source = trained.components.source
     there = source.info.counts["val"]
     count = options.calibration_images or min(there, DEFAULT_CALIBRATION_IMAGES)
@@ -173,8 +173,8 @@ def _calibration_images(trained: Trained, options: Options) -> np.ndarray:
 
 
 def with_temperature(trained: Trained, network: nn.Module) -> Trained:
-    """Fold the temperature that fits a network on the validation images into ``trained``, which
-    has the same classifier."""
+    """Fit the temperature of ``network`` on the validation images, and fold it into the last layer
+    of ``trained``. The two may differ, for example because ``network`` is the int8 file."""
     facts = trained.facts
     evaluator = evaluator_of(trained.components, {facts.network: network})
     fitted = evaluator.fit_temperatures()[facts.network]
@@ -233,7 +233,8 @@ def _percent(share: float) -> str:
 
 
 def _evaluated(file: _File, baseline: _File | None) -> tuple[_File, dict[str, Any]]:
-    """Measure a file on the test images. Return it with these metrics, and the summary."""
+    """Measure a file on the test images. Return the file with its metrics added, and the
+    summary."""
     exported, trained = file.exported, file.trained
     count = trained.components.source.info.counts["test"]
     print(
@@ -255,7 +256,8 @@ def _evaluated(file: _File, baseline: _File | None) -> tuple[_File, dict[str, An
 
 
 def _remove_comparison(path: Path) -> None:
-    """Remove the comparison of another int8 file. Other files with this name stay."""
+    """Remove the file at ``path`` if it is the comparison of an earlier int8 file. A file with
+    other content is kept."""
     with contextlib.suppress(OSError, ValueError):
         read_quantized(path)
         path.unlink()
@@ -265,8 +267,8 @@ def _set_sizes(
     summary: dict[str, Any], contents: Mapping[Path, bytes], exported: Exported,
     baseline: Exported | None,
 ) -> None:  # fmt: skip
-    """Replace the sizes of files in a summary, which were measured before the metrics were stored
-    in the files."""
+    """Set the sizes of files in a summary. The sizes in it are out of date, because storing the
+    metrics in the files changed them."""
     summary["networks"][exported.facts.network]["bytes"] = len(exported.content)
     if baseline is not None:
         written = contents.get(baseline.path)
@@ -284,8 +286,8 @@ def with_other_facts(exported: Exported, facts: Facts, network: nn.Module) -> Ex
 
 
 def _is_written(exported: Exported, force: bool) -> bool:
-    """Return whether an fp32 file with these weights exists already. Raise ``RunError`` if there is
-    another file that ``force`` does not replace."""
+    """Return whether an fp32 file with these weights exists already. Raise ``RunError`` if a
+    different file exists and ``force`` is False."""
     if not force:
         with contextlib.suppress(RunError):  # missing or damaged
             if read_exported(exported.path).weights == exported.weights:
@@ -304,7 +306,7 @@ def write_files(contents: Mapping[Path, bytes]) -> list[Path]:
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raise ``RunError`` if a file exists that ``force`` does not replace."""
+    """Raise ``RunError`` if a file exists and ``force`` is False."""
     if path.exists() and not force:
         raise RunError(f"{path} exists: --force replaces it, --output names another")
 
@@ -322,8 +324,8 @@ def check_output(kind: Format, output: Path, force: bool, options: Options = PLA
 
 @torch.inference_mode()
 def same_logits(trained: Trained, kind: str, read_back: nn.Module) -> tuple[float, float]:
-    """Return the largest difference of a logit between the network and the one that was read back,
-    and the largest logit. Raise ``RunError`` if they differ by more than rounding."""
+    """Return the largest difference between the logits of the network and of the file that was read
+    back, and the largest logit. Raise ``RunError`` if they differ by more than rounding."""
     network = trained.network
     inputs = (trained.images, trained.images[:1])
     expected = torch.cat([network(images) for images in inputs])
@@ -336,7 +338,7 @@ def same_logits(trained: Trained, kind: str, read_back: nn.Module) -> tuple[floa
         )
     if not error <= TOLERANCE * max(1.0, largest):  # also refuses NaN
         raise RunError(
-            f"{kind} gives other logits than {trained.facts.network}: off by {error:.2g} where "
-            f"the largest is {largest:.3g}; nothing was written"
+            f"the {kind} file gives different logits from {trained.facts.network}: they differ by "
+            f"{error:.2g} (largest {largest:.3g}); nothing was written"
         )
     return error, largest

@@ -1,4 +1,4 @@
-"""Define what all formats of exported files have in common: facts, digests and limits."""
+"""Metadata, digests and size limits that all formats of exported files share."""
 
 import contextlib
 import hashlib
@@ -54,7 +54,7 @@ class Quantization:
 class Facts:
     """Metadata of an exported network, stored with its weights."""
 
-    version: int  # of this class
+    version: int  # of the metadata format
     network: str  # the name in the run; ``NAME_ema`` for a student's average
     model: str
     role: str
@@ -71,8 +71,8 @@ class Facts:
     images: int  # number of images for the metrics
     metrics: dict[str, float | None]
     versions: dict[str, str]  # of bdkd and torch, and the commit if it is known
-    temperature: float = 1.0  # that the last layer was divided by
-    quantization: Quantization | None = None  # of an int8 file
+    temperature: float = 1.0  # the last layer was divided by it
+    quantization: Quantization | None = None  # None for fp32 files
 
     @property
     def precision(self) -> Precision:
@@ -106,15 +106,17 @@ class FileFormat(NamedTuple):
     """One kind of exported file."""
 
     suffix: str
-    max_bytes: int  # of a file that is read
+    max_bytes: int  # larger files are not read
     encode: Callable[[nn.Module, str, tuple[int, ...]], bytes]
-    """Return a file from a network in evaluation mode, facts as JSON, and an image's shape."""
+    """Return the content of a file. Arguments: a network in evaluation mode, its facts as JSON, and
+    the shape (C, H, W) of an image."""
     check: Callable[[Path, BinaryIO], None]
-    """Check sizes in an open file before the file is read into memory."""
+    """Check the sizes that an open file states, before the file is read into memory."""
     decode: Callable[[Path, bytes], tuple[dict[str, str], Digest]]
     """Return the metadata and the digest of a file."""
     open: Callable[[Exported, nn.Module, torch.device], nn.Module]
-    """Return the network in a file. The second argument is this network with any weights."""
+    """Return the network in a file. The second argument is the network of the file's recipe, with
+    any weights."""
 
 
 class Function(nn.Module):
@@ -130,12 +132,12 @@ class Function(nn.Module):
 
 def corrupt(path: Path, reason: str) -> RunError:
     """Return the error for a damaged file."""
-    return RunError(f"cannot read {path}: it is corrupt or cut off ({reason}); export it again")
+    return RunError(f"cannot read {path}: it is corrupt or truncated ({reason}); export it again")
 
 
 def memory_limit() -> int:
-    """Return half of the memory of this machine or of its control group (cgroup v2), in bytes. This
-    limits the size of files and of the tensors of an ONNX model."""
+    """Return the largest size of a file or of the tensors of an ONNX model, in bytes: half of the
+    memory of this machine, or of its control group (cgroup v2) if that is less."""
     limit = 2**40
     if hasattr(os, "sysconf"):
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

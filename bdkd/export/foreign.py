@@ -1,7 +1,7 @@
 """Evaluate ONNX files that ``bdkd export`` did not write, on the data of a recipe.
 
-They contain no facts about their images. The recipe says which images they are evaluated on, how
-the images are normalised, and which classes the logits belong to.
+Such a file does not describe its images. The recipe says which images it is evaluated on, how the
+images are normalised, and which classes the logits belong to.
 """
 
 import dataclasses
@@ -23,8 +23,14 @@ FOREIGN = "foreign"  # role of the network of a file that bdkd did not write
 
 
 def recipe_for_data(name_or_path: str) -> Recipe:
-    """Return the recipe of a shipped name, a TOML file or the folder of a run, with one of its
-    networks. Raise ``UsageError`` or ``RunError`` if there is none."""
+    """Load a recipe, and return it with only the first of its networks.
+
+    Args:
+        name_or_path: name of a shipped recipe, a TOML file, or the folder of a run.
+
+    Raises:
+        UsageError, RunError: there is no such recipe, or it cannot be read.
+    """
     folder = Path(name_or_path)
     if os.path.isfile(folder / "config.toml"):  # unlike Path.is_file(), never raises
         recipe = RunFolder(folder).read_config()
@@ -55,7 +61,8 @@ def describe_foreign(file: ForeignFile, recipe: Recipe, info: DataInfo) -> Expor
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
-    """Yield the nodes of a graph and of its subgraphs, which protobuf limits to a small depth."""
+    """Yield the nodes of a graph and of its subgraphs. protobuf limits the depth of subgraphs, so
+    the recursion is short."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

@@ -30,13 +30,13 @@ FORMATS: dict[Format, FileFormat] = {
 }  # fmt: skip
 
 MAX_FACTS_BYTES = 2**24  # 21,841 class names take 1 MB
-MAX_RECIPE_CHARACTERS, MAX_DOTS = 2**16, 1000  # of a line; recipes have about 2,000 characters
+MAX_RECIPE_CHARACTERS, MAX_DOTS = 2**16, 1000  # typical recipes have 2,000 characters
 MAX_PIXELS = 2**28  # of one image, all channels
 
 
 def without_others(recipe: Recipe, network: str) -> Recipe:
-    """Return a recipe with only one of its networks, as a student without a teacher. Raise
-    ``RunError`` if the recipe has no such network."""
+    """Return a recipe in which ``network`` is the only network, and a student. Raise ``RunError``
+    if the recipe has no such network."""
     name = network.removesuffix(EMA_SUFFIX)
     if (config := recipe.networks.get(name)) is None:
         raise RunError(f"the file contains {network!r}, but its recipe has no such network")
@@ -123,7 +123,7 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
     try:
         facts = msgspec.json.decode(metadata[FACTS], type=Facts)
         _check_recipe(facts.recipe)
-    except ValueError as error:  # of msgspec, and of tomllib
+    except ValueError as error:  # raised by msgspec and by tomllib
         remedy = f"export it again ({first_line(error)})"
         raise RunError(f"{path} was written by another version of bdkd: {remedy}") from error
     except RecursionError as error:
@@ -138,14 +138,22 @@ def decode(path: Path, kind: Format, content: bytes) -> Exported:
 
 def _check_recipe(recipe: str) -> None:
     """Raise ``ValueError`` or ``RecursionError`` unless a recipe is TOML of limited size."""
-    # The memory of tomllib is quadratic in the parts of a dotted key: 40 GB for 100,000 parts.
+    # tomllib's memory is quadratic in the number of parts of a dotted key: 40 GB for 100,000 parts.
     dots = max((line.count(".") for line in recipe.splitlines()), default=0)
     if len(recipe) > MAX_RECIPE_CHARACTERS or dots > MAX_DOTS:
-        raise ValueError(f"a recipe of {len(recipe):,} characters, {dots:,} dots in a line")
+        raise ValueError(
+            f"its recipe has {len(recipe):,} characters, and a line with {dots:,} dots"
+        )
     tomllib.loads(recipe)
 
 
 def open_network(exported: Exported, network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network in a file, as a function of images on ``device``. ``network`` is the one
-    of the file's recipe, with any weights. Raise ``RunError`` for another network or program."""
+    """Return the network in a file, as a function of images on ``device``.
+
+    Args:
+        network: the network of the file's recipe, with any weights.
+
+    Raises:
+        RunError: the file contains a different network or program.
+    """
     return FORMATS[exported.format].open(exported, network, device)

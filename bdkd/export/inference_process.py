@@ -20,11 +20,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# While other processes ran, the caches of the processor lost the data of this one. The first
+# Inferences at the start of a turn are not measured: at least this number, for at least this time.
+# Other processes ran before the turn and replaced the data in the processor's caches. The first
 # inference of a turn takes 1.5 to 3 times as long as the fifth (networks of 0.02 to 0.3 ms, on a
-# virtual AMD EPYC), so at least so many, for at least this time, are not measured.
+# virtual AMD EPYC).
 UNTIMED, UNTIMED_SECONDS = 2, 0.001
-# OpenMP's threads wait actively for about 3 ms after an inference, on the cores of other processes.
+# After an inference, OpenMP's threads wait actively for about 3 ms and occupy the cores that other
+# processes need.
 OPENMP_SECONDS = 0.005
 
 
@@ -47,7 +49,7 @@ def limited_session(
     # Do not let onnxruntime guess the format: some valid ONNX files are also valid files in
     # onnxruntime's format, which is not checked here.
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    # Threads that wait actively for the next inference would take the cores of other processes.
+    # Threads that wait actively for the next inference would occupy cores that others need.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # A small file can create huge tensors, for example with ConstantOfShape. Exceeding this limit
     # raises an error; exceeding the machine's memory would kill the process.
@@ -95,7 +97,7 @@ def serve(connection: Connection, kind: str) -> None:
             answer(connection, seconds=timed(infer), peak=peak_memory())
             time.sleep(pause)
             connection.recv_bytes()
-    except (EOFError, ConnectionError):  # the other process has finished, or has ended
+    except (EOFError, ConnectionError):  # the parent process closed the connection, or ended
         return
     except Exception as error:
         text = str(error).strip() or type(error).__name__
@@ -114,7 +116,7 @@ def answer(connection: Connection, **values: Any) -> None:
 
 
 def timed(infer: Callable[[], object]) -> float:
-    """Return the seconds of an inference, after some that are not measured."""
+    """Return the seconds of one inference, after warm-up inferences that are not measured."""
     began, count = time.perf_counter(), 0
     while count < UNTIMED or time.perf_counter() - began < UNTIMED_SECONDS:
         infer()
@@ -125,8 +127,8 @@ def timed(infer: Callable[[], object]) -> float:
 
 
 def preload(kind: str) -> None:
-    """Import what a file needs."""
-    import_module("numpy.random")  # NumPy does not import it
+    """Import the packages that a file needs, so that they count as memory of the runtime."""
+    import_module("numpy.random")  # "import numpy" does not import it
     import_module("onnxruntime" if kind == "onnx" else "torch")
     if kind == "safetensors":
         import_module("bdkd.export.runnable")

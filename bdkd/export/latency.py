@@ -1,8 +1,8 @@
 """Measure the latency and memory of exported files on the CPU.
 
-Each file runs in a separate process, which waits while another file has its turn. Turns are
-interleaved: in each round, every file is timed once, so that a change in the speed of the machine
-affects all files. The order is rotated from round to round. Processes are started several times.
+Each file runs in a separate process. Only one process runs at a time. In each round, every file is
+timed once, so that a change in the speed of the machine affects all files. The order of the files
+is rotated from round to round. Each process is started several times.
 """
 
 import contextlib
@@ -23,26 +23,31 @@ from bdkd.export.facts import memory_limit
 from bdkd.export.runnable import Runnable
 from bdkd.plugins import plugin_arguments
 
-ANSWER_SECONDS = 300.0  # within which a process must load a file, or run it a few times
+ANSWER_SECONDS = 300.0  # time limit of a process, to load a file or to answer one request
 WARMUP_ROUNDS = 5
-STARTS = 5  # of the process of each file
+STARTS = 5  # number of times that the process of each file is started
 STUDENT = 2.776  # the 97.5% quantile of Student's distribution with STARTS - 1 degrees of freedom
 
 
 class Measurement(NamedTuple):
-    """One file with one number of threads and one batch size. Values are None if it failed."""
+    """The result of one file for one number of threads and one batch size. The values are None
+    after a failure."""
 
     times: np.ndarray | None
     """Seconds of an inference, of shape (starts, rounds of each start)."""
     peak_bytes: int | None
     """Largest resident memory of a process."""
     runtime_bytes: int | None
-    """The same before it loaded the network."""
+    """Resident memory of the process before it loaded the network."""
     failure: str | None
 
 
 def measure(files: Sequence[Runnable], threads: int, batch: int, rounds: int) -> list[Measurement]:
-    """Measure files together. ``rounds`` is the number in each of :data:`STARTS` starts."""
+    """Measure files together.
+
+    Args:
+        rounds: number of rounds in each of the :data:`STARTS` starts.
+    """
     started: list[list[Inference]] = [[] for _ in files]
     for _ in range(STARTS):
         running = []
@@ -73,7 +78,7 @@ def time_rounds(runs: Sequence[Callable[[], float]], rounds: int) -> np.ndarray:
 
     Args:
         runs: each runs one file and returns the seconds of an inference.
-        rounds: number of rounds, after :data:`WARMUP_ROUNDS` others.
+        rounds: number of measured rounds. :data:`WARMUP_ROUNDS` rounds run before them.
 
     Returns:
         Seconds, of shape (rounds, files).
@@ -97,12 +102,16 @@ class Ratio(NamedTuple):
 
 
 def ratio_of(times: np.ndarray, reference: np.ndarray) -> Ratio:
-    """Return the ratio of two files' times, of shape (starts, rounds).
+    """Return the ratio of the latencies of two files, with an interval.
 
-    Each start gives the median of the ratios of two times in the same round. The value is the
-    geometric mean of the medians, and the interval is Student's over starts, of the logarithms:
-    the place of a process in memory changes its speed by 1 to 2%, so that the rounds of one start
-    are not independent.
+    For each start, take the median over rounds of the ratio of the two times. The value is the
+    geometric mean of these medians. The interval is Student's t-interval of their logarithms over
+    starts, because rounds of one start are not independent: where a process lies in memory changes
+    its speed by 1 to 2%.
+
+    Args:
+        times: seconds of a file, (starts, rounds).
+        reference: seconds of the file in the denominator, (starts, rounds).
     """
     medians = np.log(np.median(times / reference, axis=1))
     mean = medians.mean()
@@ -111,7 +120,7 @@ def ratio_of(times: np.ndarray, reference: np.ndarray) -> Ratio:
 
 
 class Inference:
-    """A file in a process that runs it on random images. After a failure, times are NaN."""
+    """A process that runs one file on random images. After a failure, the times are NaN."""
 
     def __init__(self, file: Runnable, threads: int, batch: int) -> None:
         self.file = file
@@ -128,8 +137,8 @@ class Inference:
         """Start the process and load the network."""
         self.connection, remote = Pipe()
         command = [sys.executable, "-P", inference_process.__file__, self.file.format]
-        # A terminal sends Ctrl-C to every process of a session. Only this one must handle it: the
-        # process ends when its connection does.
+        # A terminal sends Ctrl-C to every process of a session. The new process must not receive
+        # it, so it gets its own session. It ends when this process closes the connection.
         self.process = subprocess.Popen(
             command, stdin=remote.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -159,7 +168,7 @@ class Inference:
             for message in messages:
                 self.connection.send_bytes(message)
             if not self.connection.poll(ANSWER_SECONDS):
-                self._fail(f"nothing came from its process for {ANSWER_SECONDS:g} s")
+                self._fail(f"its process did not answer for {ANSWER_SECONDS:g} s")
                 return np.nan
             answer = json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
@@ -185,5 +194,5 @@ class Inference:
             return "its process closed the connection"
         if code >= 0:
             return f"its process ended with code {code}"
-        hint = " (is there too little memory?)" if -code == signal.SIGKILL else ""
+        hint = " (possibly out of memory)" if -code == signal.SIGKILL else ""
         return f"its process ended with {signal.Signals(-code).name}{hint}"

@@ -1,4 +1,4 @@
-"""Export a network to timm or torchvision: a file that these libraries load without bdkd."""
+"""Export a network to a file that timm or torchvision loads without bdkd."""
 
 import io
 import json
@@ -41,20 +41,20 @@ def export_to_library(
     Args:
         output: path of the file. timm's ``config.json`` is written next to it.
         force: replace existing files.
-        options: only ``fit_temperature``.
+        options: only ``fit_temperature`` is used.
 
     Raises:
         UsageError: the library has no network that computes the same function, or the file name
             does not have the suffix of its format.
-        RunError: a file exists, cannot be written, or gives other logits; or the library is not
-            installed.
+        RunError: a file exists, a file cannot be written, the library computes different logits, or
+            the library is not installed.
     """
     check_library_output(library, output, force)
     facts = trained.facts
     name = counterpart(facts.model, library)
     if name is None:
         raise UsageError(
-            f"--to {library} needs a network that {library} has too, got {facts.model}: use --to "
+            f"--to {library} needs a network that {library} also has, got {facts.model}: use --to "
             "safetensors, onnx or export"
         )
     if options.fit_temperature:
@@ -72,7 +72,7 @@ def export_to_library(
         theirs.load_state_dict(_decode(library, contents[output]))
     except RuntimeError as error:
         raise RunError(
-            f"{library}'s {name} has other shapes than {facts.network} ({facts.model}): "
+            f"{library}'s {name} has different weights from {facts.network} ({facts.model}): "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     difference, largest = same_logits(trained, library, theirs.eval())
@@ -94,7 +94,7 @@ def _build(facts: Facts, library: Library, name: str) -> tuple[nn.Module, dict[s
     module = import_library(library)
     recipe = parse_recipe(facts.recipe, source=facts.network, of_run=True)
     options: dict[str, Any] = {}
-    if ":" in facts.model:  # options of the library's function
+    if ":" in facts.model:  # the options are arguments of the library's function
         options = built_without_weights(recipe.networks[facts.network.removesuffix("_ema")])
     if library == "timm":
         if facts.channels != 3:
@@ -125,12 +125,13 @@ def _decode(library: Library, content: bytes) -> dict[str, Tensor]:
 
 
 def _timm_config(facts: Facts, name: str, network: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what timm.create_model("local-dir:FOLDER", pretrained=True) reads."""
+    """Return the content of the config.json that ``timm.create_model("local-dir:FOLDER",
+    pretrained=True)`` reads."""
     recipe = parse_recipe(facts.recipe, source=facts.network, of_run=True)
     pretrained: dict[str, Any] = {
         "num_classes": len(facts.classes), "input_size": facts.input_shape,
         "interpolation": "bilinear", "crop_mode": "center",
-        # Evaluation resizes to 256/224 of the crop; sources in memory do not crop.
+        # Evaluation resizes images to 256/224 of the crop. Data sources in memory do not crop.
         "crop_pct": 0.875 if isinstance(recipe.data, DecodedImagesConfig) else 1.0,
         "fixed_input_size": bool(network.pretrained_cfg.get("fixed_input_size")),
         "classifier": network.pretrained_cfg.get("classifier"),

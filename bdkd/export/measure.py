@@ -1,4 +1,4 @@
-"""Measure an exported file, and compare it with another one, in one pass over the images."""
+"""Measure an exported file, and compare it with another file, in one pass over the images."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ def components_of(
         data_root: folder of the data set. Default: that of the run.
 
     Raises:
-        RunError: the data set cannot be read, or is not the one of the file.
+        RunError: the data set cannot be read, or is not the data set of the file.
     """
     facts = exported.facts
     recipe = parse_recipe(facts.recipe, source=str(exported.path), of_run=True)
@@ -60,7 +60,7 @@ def components_of(
     if not differs and info.normalisation != facts.normalisation:
         differs = "its mean and standard deviation differ"
     if differs:
-        remedy = "pass the folder of the right one with --data-root"
+        remedy = "pass the folder of the file's data set with --data-root"
         raise RunError(f"the data set here is not the one of {exported.path}: {differs}; {remedy}")
     return components
 
@@ -68,7 +68,7 @@ def components_of(
 def components_for_files(
     recipe: Recipe, device: str, data_root: str | None, context: DistributedContext
 ) -> Components:
-    """Return the components of a recipe, in float32 for any precision of the training."""
+    """Return the components of a recipe, in float32 even if it trains in another precision."""
     recipe = relocate(recipe, device, data_root)
     train = dataclasses.replace(recipe.train, precision="fp32")
     recipe = dataclasses.replace(recipe, train=train)
@@ -76,8 +76,8 @@ def components_for_files(
 
 
 def find_baseline(exported: Exported) -> tuple[Exported | None, str]:
-    """Return the fp32 file that an int8 file was made from, or None and the reason why it cannot be
-    compared. Both are empty for a file that names none."""
+    """Return the fp32 file that an int8 file was made from, or None and why the int8 file cannot be
+    compared with it. Return None and an empty string for a file that names no fp32 file."""
     made = exported.facts.quantization
     if made is None or not made.baseline:
         return None, ""
@@ -86,14 +86,14 @@ def find_baseline(exported: Exported) -> tuple[Exported | None, str]:
     where = f"{shown(name)}, the fp32 file that {exported.path.name} was made from,"
     # The name comes from an untrusted file.
     if Path(name).name != name or not name.isprintable() or not is_exported(path):
-        return None, f"{where} is no file name: {remedy}"
+        return None, f"{where} is not the name of an exported file: {remedy}"
     try:
         baseline = read_exported(path)
     except RunError as error:
         there = f"cannot be used ({error})" if os.path.exists(path) else "is not in the same folder"
         return None, f"{where} {there}: {remedy}"
     if baseline.weights != made.baseline_weights:
-        return None, f"{where} has changed since, and is another network now: {remedy}"
+        return None, f"{where} has been replaced by a file with other weights: {remedy}"
     return baseline, ""
 
 
@@ -102,8 +102,8 @@ def read_against(path: Path, exported: Exported, components: Components) -> Expo
     is evaluated on the same data.
 
     Raises:
-        UsageError: it is no exported file.
-        RunError: it cannot be read, or has other classes or images.
+        UsageError: ``path`` is not an exported file.
+        RunError: the file cannot be read, or its classes or images are not those of ``exported``.
     """
     if not is_exported(path) or path.is_dir():
         needed = "an exported file (.onnx, .pt2, .safetensors)"
@@ -129,18 +129,19 @@ def saturation_warning(exported: Exported) -> str | None:
     if exported.facts.precision != "int8" or cpu.vnni is not False:
         return None
     return (
-        f"{cpu.name} has no VNNI instructions: onnxruntime may saturate sums of 8-bit products, so "
-        f"that the logits of {exported.path.name} are less accurate than on other processors"
+        f"{cpu.name} has no VNNI instructions: onnxruntime may saturate sums of 8-bit products, "
+        f"and the logits of {exported.path.name} may be less accurate than on other processors"
     )
 
 
 def measure(
     exported: Exported, components: Components, split: Split, against: Exported | None = None
 ) -> dict[str, Any]:
-    """Evaluate a file, and compare it with another one on the same images.
+    """Evaluate a file, and compare it with another file on the same images.
 
-    The result is what ``bdkd evaluate FILE --json`` prints. Values are fractions and nats. With
-    several ranks, all must call this function; the result is empty on all but rank 0.
+    Returns the object that ``bdkd evaluate FILE --json`` prints. Values are fractions and nats.
+    With several ranks, all ranks must call this function. It returns an empty dict on all ranks
+    except rank 0.
 
     Args:
         components: see :func:`components_of`. Their networks are not used.
@@ -184,14 +185,15 @@ def measure(
 
 
 def _network_of(exported: Exported, components: Components) -> nn.Module:
-    # An ONNX file contains its graph.
+    # An ONNX file contains its graph, so the network of the recipe is not needed.
     network = nn.Module() if exported.format == "onnx" else build_network(exported)
     return open_network(exported, network, components.device)
 
 
 def _refuse_probabilities(path: Path, logits: Tensor) -> None:
-    """Raise ``RunError`` if a foreign file returns probabilities. Their softmax would be measured,
-    with a high ECE. Sums of quantised probabilities differ from 1 by a few percent."""
+    """Raise ``RunError`` if a foreign file returns probabilities. They would be taken for logits,
+    and the softmax of probabilities has a high ECE. The tolerance is wide because sums of quantised
+    probabilities differ from 1 by a few percent."""
     if logits.shape[1] > 1 and (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 0.05).all():
         raise RunError(
             f"the output of {path} is probabilities, and logits are needed: export it without the "

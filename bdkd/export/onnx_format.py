@@ -24,7 +24,7 @@ def _encode(network: nn.Module, facts: str, input_shape: tuple[int, ...]) -> byt
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
     with warnings.catch_warnings(), without_log():
-        warnings.simplefilter("ignore")  # about internals of the exporter
+        warnings.simplefilter("ignore")  # they are about internals of the exporter
         program = torch.onnx.export(
             network, (torch.zeros(2, *input_shape),), dynamo=True, verbose=False,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
@@ -102,12 +102,12 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
 
 
 def checked_model(exported: Exported) -> bytes:
-    """Return the model of a file for onnxruntime, after all checks."""
+    """Check the model of a file, and return it for onnxruntime."""
     return check_model(exported.path, exported.content)
 
 
 def check_model(path: Path, content: bytes) -> bytes:
-    """Return the model in the content of a file for onnxruntime, after all checks."""
+    """Check the model in the content of a file, and return it for onnxruntime."""
     # Remove the metadata: with ORT_LOAD_CONFIG_FROM_MODEL=1, onnxruntime reads options from it.
     return _without_metadata(_parse_onnx(path, content))
 
@@ -118,5 +118,5 @@ def _without_metadata(model) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-# The size limit is protobuf's.
+# The size limit is the limit of protobuf.
 ONNX = FileFormat(".onnx", 2**31 - 1, _encode, lambda path, file: None, _decode, _open)

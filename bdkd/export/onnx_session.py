@@ -27,9 +27,9 @@ def require(package: str) -> Any:
 
 @contextlib.contextmanager
 def without_log() -> Iterator[None]:
-    """Silence what torch and onnxruntime log: that torchvision is not installed, and the advice to
-    preprocess a model before it is quantised. Models of ``torch.onnx.export`` need no
-    preprocessing: their shapes are known and batch norm is folded."""
+    """Silence two log messages: torch's that torchvision is not installed, and onnxruntime's advice
+    to preprocess a model before it is quantised. Models of ``torch.onnx.export`` need no
+    preprocessing, because their shapes are known and batch norm is folded."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -56,7 +56,7 @@ def create_session(
         model: an ONNX model that :func:`bdkd.export.onnx_format.checked_model` returned.
         path: the file of the model, for messages.
         threads: number of threads of one operator.
-        device: use CUDA if onnxruntime has it and this is a GPU.
+        device: if this is a GPU, use CUDA if onnxruntime supports it.
         profile: prefix of the file of ``end_profiling()``. Default: no profile.
 
     Raises:
@@ -75,13 +75,13 @@ class Interface(NamedTuple):
 
     images: str  # name of the input, (N, C, H, W) float32
     logits: str  # name of the output, (N, classes)
-    single: bool  # takes one image at a time
+    single: bool  # the model takes one image at a time
     classes: int
 
 
 def interface_of(session: Any, path: Path, input_shape: tuple[int, ...], classes: int) -> Interface:
-    """Return the names of the input and output of a classifier. Sizes that the model leaves open
-    are checked by :func:`run`.
+    """Return the names of the input and output of a classifier. :func:`run` checks the sizes that
+    the model does not fix.
 
     Args:
         session: an ``onnxruntime.InferenceSession``.
@@ -112,7 +112,7 @@ def interface_of(session: Any, path: Path, input_shape: tuple[int, ...], classes
     if isinstance(batch, int) and batch != 1:
         raise RunError(
             f"{path} takes batches of {batch} images only: export it with a batch dimension that "
-            "is free, or 1"
+            "is dynamic, or 1"
         )
     if logits.type not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
         raise RunError(f"the output of {path} must be logits (N, C), and is {_described(logits)}")
@@ -143,7 +143,7 @@ def _other_logits(path: Path, shape: Sequence[Any], classes: int) -> RunError:
 
 
 def _fits(shape: Sequence[Any], needed: Sequence[int]) -> bool:
-    """Return whether the fixed sizes of a shape are those that are needed."""
+    """Return whether the fixed sizes of a shape equal the needed sizes."""
     return all(not isinstance(n, int) or n == m for n, m in zip(shape, needed, strict=True))
 
 
@@ -152,5 +152,6 @@ def _described(tensor: Any) -> str:
 
 
 def _sizes(shape: Sequence[Any]) -> str:
-    """Return a shape whose names come from an untrusted file, as text of limited length."""
+    """Return a shape as text of limited length, because names of dimensions come from an untrusted
+    file."""
     return shown(tuple(n if isinstance(n, int) else "any" for n in shape)).replace("'", "")

@@ -17,7 +17,7 @@ _ELEMENTS_PER_BYTE = 4
 
 
 def refusal(model: Any) -> str | None:
-    """Return why a model must not be run, or None if it may be.
+    """Return why a model must not be run, or None if it may be run.
 
     All protobuf messages in the model are checked: initializers, attributes, subgraphs, functions,
     training information, and fields that a later version of ONNX may add.
@@ -42,7 +42,7 @@ def _messages(model: Any) -> Iterator[Any]:
 
 
 def _reason(message: Any) -> str | None:
-    """Return why a model with this message must not be run, or None if it may be."""
+    """Return why a model with this message must not be run, or None if it may be run."""
     match message.DESCRIPTOR.full_name:
         case "onnx.TensorProto":
             return _tensor_reason(message)

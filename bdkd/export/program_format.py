@@ -72,28 +72,35 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
 
 
 def checked_program(exported: Exported, network: nn.Module) -> bytes:
-    """Return the program of a file for ``torch.export.load``: ours, with the weights of the file.
-    ``network`` is the one of the file's recipe, with any weights."""
+    """Return a program for ``torch.export.load``: the program that this process exports, with the
+    weights of the file.
+
+    Args:
+        network: the network of the file's recipe, with any weights.
+
+    Raises:
+        RunError: the program in the file differs from the one that this process exports.
+    """
     facts = exported.facts
     plain = network.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     ours = _encode(plain.eval(), msgspec.json.encode(facts).decode(), facts.input_shape)
     if difference := _difference(ours, exported.content):
         if (written_by := facts.versions.get("torch")) != torch.__version__:
             raise RunError(
-                f"{exported.path} was written by torch {written_by}, this is {torch.__version__}: "
-                "export it again, or evaluate it with that version"
+                f"{exported.path} was written by torch {written_by}, and this is torch "
+                f"{torch.__version__}: export it again, or evaluate it with torch {written_by}"
             )
         raise RunError(
-            f"{exported.path} contains another program than this bdkd makes of {facts.model} "
-            f"({difference}), and an unknown program could run code, so it is not loaded: "
-            "export it again"
+            f"{exported.path} contains a different program from the one that this bdkd exports for "
+            f"{facts.model} ({difference}). It is not loaded, because an unknown program could run "
+            "code: export it again"
         )
     return _with_weights(ours, exported.content)
 
 
 def _difference(ours: bytes, theirs: bytes) -> str:
-    """Return the name of the first member that differs, ignoring the values of weights, or an empty
-    string."""
+    """Return the name of the first member of two archives that differs, or an empty string. The
+    values of weights are not compared."""
     with zipfile.ZipFile(io.BytesIO(ours)) as a, zipfile.ZipFile(io.BytesIO(theirs)) as b:
         names = [sorted(archive.namelist()) for archive in (a, b)]
         if names[0] != names[1]:  # lists, because a name may occur twice
@@ -109,8 +116,8 @@ def _difference(ours: bytes, theirs: bytes) -> str:
 
 
 def _with_weights(ours: bytes, theirs: bytes) -> bytes:
-    """Return our archive with their weights. torch never reads an untrusted archive, because its
-    zip reader could find other members than Python's."""
+    """Return the archive ``ours`` with the weights of ``theirs``. torch never reads an untrusted
+    archive, because its zip reader could find members that Python's zip reader does not find."""
     file = io.BytesIO()
     with (zipfile.ZipFile(io.BytesIO(ours)) as a, zipfile.ZipFile(io.BytesIO(theirs)) as b,
           zipfile.ZipFile(file, "w") as merged):  # fmt: skip

@@ -32,10 +32,11 @@ def quantize(exported: Exported, images: np.ndarray, facts: Facts) -> bytes:
     Args:
         exported: the fp32 file.
         images: (N, C, H, W) float32 calibration images, normalised.
-        facts: of the int8 file.
+        facts: the facts of the int8 file.
 
     Raises:
-        RunError: onnxruntime cannot quantise the network, or it has no operator to quantise.
+        RunError: onnxruntime cannot quantise the network, or the network has no operator that can
+            be quantised.
     """
     onnx = require("onnx")
     model = onnx.ModelProto.FromString(checked_model(exported))

@@ -31,14 +31,14 @@ class Runnable(NamedTuple):
     format: Format
     precision: Precision
     size: int
-    """Of the file, in bytes."""
+    """Size of the file, in bytes."""
     content: bytes
-    """What a process loads: an ONNX model without metadata, a program of torch.export that this
-    torch made, or the safetensors file."""
+    """The bytes that a process loads: an ONNX model without metadata, a program that torch.export
+    made in this process, or the safetensors file."""
     shape: tuple[int, ...]
     """Shape of one image."""
     batch: int | None
-    """The only batch size that the file takes. None: any."""
+    """The only batch size that the file takes, or None if it takes any batch size."""
     input: str
     """Name of the input of an ONNX model."""
     facts: Facts | None
@@ -99,7 +99,7 @@ def _input_of(path: Path, graph: Any) -> tuple[str, int | None, tuple[int, ...]]
     name, tensor = inputs[0].name, inputs[0].type.tensor_type
     if not isinstance(name, str):  # bytes that are not UTF-8, with some versions of protobuf
         raise corrupt(path, "the name of its input is not text")
-    batch, *shape = [size.dim_value for size in tensor.shape.dim] or [0]  # 0: free
+    batch, *shape = [size.dim_value for size in tensor.shape.dim] or [0]  # 0 means any size
     if tensor.elem_type != 1:  # onnx.TensorProto.FLOAT
         raise RunError(f"cannot time {path}: its input must be float32 images")
     if not shape or min(shape) < 1 or batch < 0:
@@ -112,7 +112,7 @@ def _input_of(path: Path, graph: Any) -> tuple[str, int | None, tuple[int, ...]]
 
 
 def build_network(exported: Exported) -> nn.Module:
-    """Return the network of a file's recipe, with random weights, without its data set."""
+    """Return the network of a file's recipe, with random weights. The data set is not needed."""
     facts = exported.facts
     recipe = parse_recipe(facts.recipe, source=str(exported.path), of_run=True)
     recipe = with_model_options(without_others(recipe, facts.network))
@@ -125,8 +125,8 @@ def build_network(exported: Exported) -> nn.Module:
 
 
 def load_weights(content: bytes, plugins: list[str]) -> nn.Module:
-    """Return the network of a safetensors file that :func:`read_runnable` has checked, in a process
-    that has not loaded the plugins."""
+    """Return the network of a safetensors file that :func:`read_runnable` has checked. The process
+    that calls this function has not loaded the plugins."""
     load_plugins(plugins)
     exported = decode(Path("model.safetensors"), "safetensors", content)
     return open_network(exported, build_network(exported), CPU)

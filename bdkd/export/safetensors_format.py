@@ -49,7 +49,7 @@ def _open(exported: Exported, network: nn.Module, device: torch.device) -> nn.Mo
 
     tensors = load(exported.content)
     if mismatch := mismatched_keys(network, tensors):
-        raise RunError(f"{exported.path} is no {exported.facts.model}: {mismatch}")
+        raise RunError(f"{exported.path} does not match {exported.facts.model}: {mismatch}")
     network.load_state_dict(tensors)
     return network.to(device).eval()
 

@@ -25,8 +25,8 @@ def check_fit(temperature: float | None, name: str) -> float:
             f"no temperature fits {name}: its validation logits are not finite; {without}"
         )
     reasons = {
-        LOWEST: "as for networks that classify every validation image correctly",
-        HIGHEST: "as for networks that are worse than chance",
+        LOWEST: "which happens if the network classifies every validation image correctly",
+        HIGHEST: "which happens if the network is worse than chance",
     }
     if temperature in reasons:
         raise RunError(
@@ -43,12 +43,13 @@ def fold_temperature(
     """Return a copy of a network whose logits are divided by a temperature.
 
     Args:
-        network: in evaluation mode.
+        network: must be in evaluation mode.
         images: (B, C, H, W), to check the logits of the copy.
-        name: of the network, for messages.
+        name: name of the network, for messages.
 
     Raises:
-        RunError: the network does not end with a linear layer, or its weights have another use.
+        RunError: the network does not end with a linear layer, or the weights of this layer are
+            also used elsewhere.
     """
     folded = copy.deepcopy(network)
     keys = head_keys(folded)

@@ -35,11 +35,15 @@ class Trained(NamedTuple):
 
 
 def open_trained(checkpoint: Path, asked: str | None, data_root: str | None) -> Trained:
-    """Load the network ``asked`` of a checkpoint, by default the only student, or its average if
-    there is one.
+    """Load one network of a checkpoint.
+
+    Args:
+        asked: name of the network. Default: the average of the only student, or the only student
+            if it has no average.
 
     Raises:
-        UsageError: there is no network of that name, or there are several students.
+        UsageError: there is no network of that name, or no name was given and there are several
+            students.
         RunError: the checkpoint or the data set cannot be read.
     """
     text, saved = load_checkpoint(checkpoint)
@@ -85,7 +89,7 @@ def choose_network(recipe: Recipe, averages: Sequence[str], asked: str | None) -
     candidates = list(averages) or students or names
     if len(candidates) > 1:
         choice = f"{', '.join(candidates)} (the run has {', '.join(names)})"
-        raise UsageError(f"--network must say which one to export: {choice}")
+        raise UsageError(f"--network must name the network to export: {choice}")
     return candidates[0]
 
 
@@ -97,8 +101,8 @@ def _published(recipe: Recipe) -> str:
 
 
 def _measured(checkpoint: Path, name: str, step: int) -> dict[str, Any]:
-    """Return the metrics of a network at a step: on the test images if the run selected these
-    weights, else on the validation images."""
+    """Return the metrics of a network at a step. They are measured on the test images if the run
+    selected these weights, and on the validation images if not."""
     folder = RunFolder(checkpoint.parent.parent)
     if checkpoint.parent == folder.checkpoints:  # not written by bdkd update-bn
         summary: dict[str, Any] = {}

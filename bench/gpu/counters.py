@@ -2,11 +2,12 @@
 
     python bench/gpu/counters.py OUT [--seconds 60] [--dry-run] [--launch JSON]
 
-One profiled call of ``bdkd_loss_and_grad`` at each size. The counters of the row kernel and the
-bytes that it moved, in units of N x C x itemsize, go to OUT/measurements.jsonl; what ncu printed is
-kept in OUT/ncu-SIZE.csv. Needs kernels and bench/gpu on PYTHONPATH. ncu empties the caches before
-each pass: what a kernel writes at its end can stay in L2, so that few bytes are written at small
-sizes.
+Profiles one call of ``bdkd_loss_and_grad`` at each size. The counters of the row kernel and the
+bytes that it moved, in units of N x C x itemsize, are written to OUT/measurements.jsonl. The output
+of ncu is written to OUT/ncu-SIZE.csv. Requires kernels and bench/gpu on PYTHONPATH.
+
+ncu empties the caches only before each pass, so the last writes of a kernel can stay in L2. At
+small sizes, ncu therefore counts few written bytes.
 """
 
 import argparse
@@ -40,8 +41,8 @@ METRICS = (
     "launch__registers_per_thread",
 )
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-RECORD = 96  # bytes a row: statistics and state
-LONGEST = 22.0  # seconds for one size: torch's start, compiling (if nothing is cached), replays
+RECORD = 96  # bytes per row: statistics and state
+LONGEST = 22.0  # seconds for one size: import of torch, compilation (if not cached), replays
 # ncu scales units unless --print-units is base. These are its prefixes and units of time.
 SCALES = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 SECONDS = {"nsecond": 1e-9, "ns": 1e-9, "usecond": 1e-6, "us": 1e-6, "msecond": 1e-3, "ms": 1e-3,
@@ -76,10 +77,10 @@ def base_value(text: str, unit: str) -> tuple[float, str]:
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """Return the kernels of ncu's CSV: name, and metrics as (value, unit) in base units.
+    """Return the kernels in ncu's CSV: names, and metrics as (value, unit) in base units.
 
-    Reads the raw page (a column a metric, units in the row below the header) and the details page
-    (a row a metric). Lines before the header and lines of ncu itself (``==PROF==``) are ignored.
+    Reads the raw page (a column per metric, units in the row below the header) and the details page
+    (a row per metric). Lines before the header and ncu's own lines (``==PROF==``) are ignored.
     """
     lines = [line for line in text.splitlines() if line.startswith('"')]
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -106,16 +107,16 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 
 def predicted_reads(size: Size, device: dict[str, Any]) -> int:
-    """Return how many units are read (docs/triton-kernel.md): 4 if rows in flight exceed L2.
-
-    In flight is a row of both networks for each multiprocessor.
+    """Return the predicted number of units that are read: 4 if the rows that are processed at the
+    same time exceed L2. Each multiprocessor processes one row of both networks at a time. See
+    docs/explanation/triton-kernel.md.
     """
     in_flight = device["multiprocessors"] * 2 * size.classes * ITEMSIZE[size.dtype]
     return 4 if device["launch"].startswith("Loop") and in_flight > device["l2"] else 2
 
 
 def report(log: Log, size: Size, text: str) -> bool:
-    """Log all that ncu printed for one size. Return whether there was a kernel."""
+    """Log the counters in ncu's output for one size. Return whether it contains a kernel."""
     kernels = [kernel for kernel in parse(text) if kernel["metrics"]]
     if not kernels:
         return False
@@ -158,7 +159,7 @@ def find_ncu() -> str | None:
 
 
 def profile(ncu: str, size: Size, out: Path, metrics: tuple[str, ...], limit: float, launch: str):
-    """Run one size under ncu. Return what it printed and its exit code (None: out of time)."""
+    """Run one size under ncu. Return its output and exit code (None if the time was over)."""
     path = out / f"ncu-{size.rows}x{size.classes}-{size.dtype}.csv"
     command = [
         ncu, "--clock-control", "none", "--target-processes", "all", "--profile-from-start", "off",
@@ -190,7 +191,7 @@ def main(options: argparse.Namespace) -> int:
     failed = 0
     for size in SIZES:
         metrics, left = METRICS, until - time.monotonic()
-        for _ in range(2):  # if it fails, once more with the basic metrics alone
+        for _ in range(2):  # if it fails, try once more with only the basic metrics
             if left < 8:
                 log.add("skipped", f"counters of {size}", f"{left:.0f} s left")
                 break
@@ -208,7 +209,7 @@ def main(options: argparse.Namespace) -> int:
             print(text[-2000:], flush=True)
             failed += 1
             metrics, left = BASIC, until - time.monotonic()
-            if code is None:  # it was slow or hung: go on with the next size
+            if code is None:  # it was too slow: continue with the next size
                 break
     return 1 if failed else 0
 
@@ -266,7 +267,7 @@ device {"multiprocessors": 132, "l2": 52428800, "launch": "Loop(warps=16, inner=
 
 
 def dry_run(log: Log) -> int:
-    """Parse a sample of ncu's output, with base units and with scaled ones, without a GPU."""
+    """Parse samples of ncu's output with base units and with scaled units. Needs no GPU."""
     names = ",".join(f'"{name}"' for name in METRICS)
     size = Size(8192, 32000, "bf16")
     for scaled in (False, True):
@@ -303,8 +304,8 @@ def dry_run(log: Log) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time that it may take")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit")
     parser.add_argument("--dry-run", action="store_true", help="parse a sample, without a GPU")
     parser.add_argument("--launch", default="", help="fields of a Loop or Tile to use, as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """Draw the race of a GPU run, and print it as a Markdown table.
 
 python bench/gpu/figure.py FOLDER     # reads FOLDER/measurements.jsonl, writes FOLDER/race.png
-python bench/gpu/figure.py FOLDER --compare stage1.jsonl    # our times in another run, over these
+python bench/gpu/figure.py FOLDER --compare stage1.jsonl    # print ratios to another run's times
 """
 
 import argparse
@@ -28,7 +28,7 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]
     for record in records:
         if record["what"] != "time" or record.get("l2") != "flushed" or "of_copy" not in record:
             continue
-        # Calls that no CUDA graph could hold: short ones take the host's time, not the GPU's.
+        # No CUDA graph could capture these calls. For short calls, the time is that of the host.
         if record.get("by") == "graph" or record["value"] > SHORTEST_BY_EVENTS:
             sizes.setdefault(record["size"], {})[record["name"]] = record
     for rows in sizes.values():
@@ -56,7 +56,8 @@ def markdown(sizes: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def compare(sizes: dict[str, dict[str, dict[str, Any]]], others: list[dict[str, Any]]) -> str:
-    """Return the least and the largest ratio of our times in ``others`` to those in a table."""
+    """Return the smallest and the largest ratio of our times in ``others`` to our times in
+    ``sizes``."""
     times = {size: rows[OURS]["value"] for size, rows in table(others).items()}
     ratios = [time / sizes[size][OURS]["value"] for size, time in times.items()]
     return f"between {min(ratios):.2f} and {max(ratios):.2f} times"
@@ -94,8 +95,8 @@ def draw(sizes: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of a run's results")
-    parser.add_argument("--compare", type=Path, help="records of another run, to compare with")
+    parser.add_argument("folder", type=Path, help="folder with the results of a run")
+    parser.add_argument("--compare", type=Path, help="records of another run to compare with")
     given = parser.parse_args()
     folder, sizes = given.folder, table(read(given.folder))
     if given.compare is not None:

@@ -11,8 +11,8 @@ class Log:
     """Append measurements to ``folder/measurements.jsonl`` and print each one.
 
     Args:
-        folder: Folder of the results; created if it is missing.
-        stage: Name of the stage, for example ``"1 smoke"``.
+        folder: folder for the results. It is created if it is missing.
+        stage: name of the stage, for example ``"1 smoke"``.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
@@ -23,11 +23,11 @@ class Log:
         """Record ``value`` of ``name``.
 
         Args:
-            what: Kind of measurement: ``"time"``, ``"error"``, ``"check"``, ``"counter"``, ...
-            name: What was measured, for example ``"bdkd_loss_and_grad"``.
-            value: The number (or string).
-            unit: Unit of ``value``: ``"us"``, ``"images/s"``, ``"of copy"``; ``""`` if none.
-            details: Everything else: ``size="4096 x 1000 bf16"``, ``of_copy=0.8``, ``note=...``.
+            what: kind of measurement: ``"time"``, ``"error"``, ``"check"``, ``"counter"``, ...
+            name: name of the measured object, for example ``"bdkd_loss_and_grad"``.
+            value: a number or a string.
+            unit: unit of ``value``: ``"us"``, ``"images/s"``, ``"of copy"``, or ``""`` for none.
+            details: other fields: ``size="4096 x 1000 bf16"``, ``of_copy=0.8``, ``note=...``.
         """
         record = {"stage": self.stage, "second": round(time.monotonic() - self.start, 1),
                   "what": what, "name": name, "value": value, "unit": unit, **details}  # fmt: skip
@@ -44,7 +44,8 @@ def _short(value: Any) -> str:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return all whole records of ``folder``; a last line cut off by a kill is ignored."""
+    """Return all complete records of ``folder``. The last line is ignored if it is incomplete
+    because the writer was killed."""
     records = []
     path = folder / "measurements.jsonl"
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:

@@ -1,12 +1,13 @@
-"""Prepare, on a machine without a GPU, what a GPU machine without network needs.
+"""Compile kernels and download packages for a GPU machine without network. Needs no GPU.
 
     python bench/gpu/prepare.py
 
-Fills ``.gpu/``, which git ignores: ``cache``, the compiled Triton kernels for sm_90; ``wheels``,
-packages that the GPU machine lacks; ``commit``. Use the GPU machine's versions of Python, torch and
-triton, and run it again after every change of the kernels: their line numbers are in the keys.
+Fills ``.gpu/``, which git ignores. ``cache`` contains the compiled Triton kernels for sm_90,
+``wheels`` the packages that the GPU machine lacks, and ``commit`` the commit. Use the GPU machine's
+versions of Python, torch and triton. Run this script again after every change of the kernels,
+because Triton's cache keys contain their line numbers.
 
-The kernels are compiled by the calls that bench/gpu makes, on tensors of the same shapes whose
+The kernels are compiled by the same calls that bench/gpu makes, on tensors of the same shapes whose
 memory is never touched. Only the compiler's driver is replaced, so the cache keys are the same.
 """
 
@@ -29,21 +30,21 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT / folder) for folder in ("kernels", ".", "bench", "bench/gpu")]
 FOLDER = ROOT / ".gpu"
-LIMIT = 60 * 2**20  # bytes of .gpu: 64 MiB travel, with the repository
+LIMIT = 60 * 2**20  # bytes of .gpu; at most 64 MiB are copied, with the repository
 WHEELS = ("msgspec", "tomli_w", "tyro", "docstring-parser", "typeguard", "liger-kernel",
           "orda-kernel", "cut-cross-entropy")  # fmt: skip
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
-# Shape and dtype of every call, the most wanted first.
+# Shape and dtype of every call, the most important first.
 SIZES = [(rows, classes, dtype) for dtype in ("bf16", "fp32") for rows, classes in (
     (4096, 1000), (8192, 32000), (1024, 1000), (8192, 128256), (4096, 21841))]  # fmt: skip
 HOST_SIZES = [(128, 100, "bf16")]  # for the host time of a call
 REDUCTION_SIZES = [(rows, 1000, "bf16") for rows in (1024, 4096)]
 # The tile kernel with few and with many classes; the loop kernel with unaligned and aligned rows.
 SANITIZER_CLASSES = (7, 1000, 4099, 4104)
-# The search for launch parameters: on the device, compiling its candidates takes too long.
+# The search for launch parameters. Compiling its candidates on the device takes too long.
 SEARCHED_CLASSES = (10, 100, 500)
-Call = tuple[int, int, str, str]  # rows, classes, dtype; which call
+Call = tuple[int, int, str, str]  # rows, classes, dtype, kind of call
 
 
 def calls() -> list[Call]:
@@ -58,7 +59,8 @@ def calls() -> list[Call]:
 
 @contextmanager
 def compile_only() -> Iterator[None]:
-    """Let calls of the loss on CPU tensors compile the Triton kernels for sm_90 and launch none."""
+    """Make calls of the loss on CPU tensors compile the Triton kernels for sm_90. No kernel is
+    launched."""
     from bdkd_kernels import autograd, backends
     from bdkd_kernels.triton import backend as triton_backend
     from compiled import TARGETS, _Absent
@@ -74,7 +76,7 @@ def compile_only() -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", warm_up),
         mock.patch.object(backends, "choose", mock.Mock(return_value=triton_backend)),
-        # On a GPU the upstream gradient's value is not known.
+        # On a GPU, the host does not know the value of the upstream gradient.
         mock.patch.object(
             autograd.GradScale, "is_like", lambda self, upstream: upstream is self.value
         ),
@@ -117,7 +119,8 @@ def make(call: Call) -> None:
 def compile_calls(chosen: list[Call]) -> dict[str, Any]:
     """Compile the kernels of some calls into the cache.
 
-    Returns how many were found and compiled, how many calls failed, and the folders of the kernels.
+    Returns the numbers of kernels that were found in the cache and that were compiled, the number
+    of failed calls, and the folders of the kernels.
     """
     import triton
 
@@ -132,21 +135,23 @@ def compile_calls(chosen: list[Call]) -> dict[str, Any]:
         for call in chosen:
             try:
                 make(call)
-            except Exception as error:  # the others are compiled nevertheless
+            except Exception as error:  # continue with the other calls
                 print(f"{call}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 counts["failed"] += 1
     return counts
 
 
 def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, Any]:
-    """Compile every call's kernels into ``cache`` in fresh processes; return the sums."""
+    """Compile the kernels of all calls into ``cache`` in new processes. Return the sums of the
+    results."""
     from progress import Progress
 
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(PATHS), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    # Calls of the same class count and dtype share kernels. On few cores they share a process too.
+    # Calls with the same number of classes and dtype share kernels. On few cores, they also share a
+    # process.
     groups: dict[tuple, list[Call]] = {}
     for call in calls():
         groups.setdefault(call[1:3] if processes <= 4 else call, []).append(call)
@@ -172,7 +177,8 @@ def in_parallel(cache: Path, processes: int, cwd: Path = ROOT) -> dict[str, Any]
 
 
 def keep_binaries(made: Path, folders: set[str], into: Path) -> int:
-    """Copy what a hit of some kernels reads, with relative paths; return the number of kernels."""
+    """Copy the files that Triton reads for a cache hit of some kernels, with relative paths. Return
+    the number of kernels."""
     kernels = 0
     for group in sorted(made.glob("*/__grp__*.json")):
         if group.parent.name not in folders:
@@ -189,7 +195,7 @@ def keep_binaries(made: Path, folders: set[str], into: Path) -> int:
 
 
 def install(into: Path, source: Path = FOLDER / "cache") -> None:
-    """Copy the prepared cache; Triton reads absolute paths, which are written here."""
+    """Copy the prepared cache. Triton reads absolute paths, so relative paths are replaced."""
     if not source.exists():
         into.mkdir(parents=True, exist_ok=True)
         return
@@ -204,7 +210,7 @@ def install(into: Path, source: Path = FOLDER / "cache") -> None:
 
 
 def key() -> str:
-    """Return a digest of the compiler: Triton's sources, its library and ptxas."""
+    """Return a digest of the compiler: of Triton's sources, its library and ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
 
@@ -212,14 +218,14 @@ def key() -> str:
 
 
 def install_or_compile(into: Path, processes: int) -> None:
-    """Install the cache. If it was made by another build of Triton, compile everything anew."""
+    """Install the cache. If another build of Triton made it, compile all kernels again."""
     install(into)
     prepared = FOLDER / "triton_key"
     if not prepared.exists():
-        print("triton cache: nothing was prepared")
+        print("triton cache: no prepared kernels")
         return
     same = prepared.read_text().strip() == key()
-    print(f"triton_key: {key()}, {'as' if same else 'not as'} prepared", flush=True)
+    print(f"triton_key: {key()}, {'same as' if same else 'differs from'} the prepared", flush=True)
     if not same:
         begin = time.monotonic()
         counts = in_parallel(into, processes)
@@ -257,7 +263,7 @@ def main(options: argparse.Namespace) -> int:
     download_wheels(FOLDER / "wheels")
     with tempfile.TemporaryDirectory() as scratch:
         made, elsewhere = Path(scratch) / "made", Path(scratch) / "elsewhere" / "cache"
-        install(made)  # what has not changed since the last time
+        install(made)  # kernels that have not changed are not compiled again
         counts = in_parallel(made, options.processes)
         print(f"{counts['compiled']} kernels compiled, {counts['found']} found, {counts['failed']} "
               f"calls failed, in {time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
@@ -266,20 +272,20 @@ def main(options: argparse.Namespace) -> int:
         install(elsewhere)
         hits = in_parallel(elsewhere, options.processes, Path(scratch))
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
-    print(f"{kernels} kernels; in fresh processes {hits['found']} were found and "
-          f"{hits['compiled']} compiled; .gpu: {size / 2**20:.1f} MiB; "
+    print(f"{kernels} kernels; new processes found {hits['found']} of them and compiled "
+          f"{hits['compiled']}; .gpu: {size / 2**20:.1f} MiB; "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip
     wrong = counts["failed"] or hits["failed"] or hits["compiled"] or size > LIMIT
     if wrong:
-        print("not ready: a call failed, a kernel was not found again, or it is too large")
+        print("not ready: a call failed, a kernel was not found in the cache, or .gpu is too large")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2, help="that compile at a time")
-    parser.add_argument("--install", type=Path, help="copy .gpu/cache there; compile it anew if "
-                        "this machine's Triton is another build")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=2, help="number of compiling processes")
+    parser.add_argument("--install", type=Path, help="copy .gpu/cache to this folder, or compile "
+                        "the kernels again if another build of Triton made it")  # fmt: skip
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     given = parser.parse_args()
     sys.path[:0] = PATHS

@@ -1,13 +1,15 @@
-"""Race the loss against eager, torch.compile and other packages (stage 2 of the GPU session).
+"""Time the loss, eager PyTorch, torch.compile and other packages (stage 2 of the GPU session).
 
     python bench/gpu/race.py OUT [--seconds 165] [--dry-run]
 
-First pass: ours and eager at all sizes. Second: Liger's losses. Third: torch.compile, the default
-mode first, and orda-kernel, from hidden states. Each contender is
-timed in the same rounds as a copy of the same bytes and our loss, and is logged at once.
+The first pass measures our loss and eager PyTorch at all sizes, and the second pass Liger's losses.
+The third pass measures torch.compile, its default mode first, and orda-kernel, which starts from
+hidden states. Each contender is timed in the same rounds as a copy of the same bytes and as our
+loss. Its times are logged immediately.
 
-Other processes compile for torch.compile meanwhile, into the cache that this one then reads; they
-are stopped while something is timed. Needs kernels, bench and bench/gpu on PYTHONPATH.
+During these passes, other processes compile the graphs of torch.compile into the cache that this
+process reads. They are stopped during measurements. Requires kernels, bench and bench/gpu on
+PYTHONPATH.
 """
 
 import argparse
@@ -62,12 +64,13 @@ BASE = "bdkd_loss, backward"
 KD_BASE = "bdkd_loss, student's KD alone"
 CHECKED_ROWS = 256
 AHEAD = 4  # processes that compile at a time, on 16 cores
-LARGE = 2**29  # bytes of one network's logits: more than a few such processes do not fit in memory
+LARGE = 2**29  # bytes of one network's logits; only few processes of this size fit into memory
 HEADS_SIZES = [Size(4096, 1000, "bf16"), Size(8192, 32000, "bf16")]
 
 
 class PooledClock(DeviceClock):
-    """A DeviceClock whose CUDA graphs share one memory pool: they never run at the same time."""
+    """A DeviceClock whose CUDA graphs share one memory pool. This is safe because they never run at
+    the same time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -86,7 +89,8 @@ def is_large(size: Size) -> bool:
 
 
 class Ahead:
-    """Processes that compile for torch.compile, one for each size, the most wanted first."""
+    """Processes that compile the graphs of torch.compile, one for each size. The most important
+    sizes are first."""
 
     def __init__(self, options: argparse.Namespace, sizes: list[Size]) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -95,7 +99,7 @@ class Ahead:
         self.log = options.out / "logs" if (options.out / "logs").exists() else options.out
 
     def start(self) -> None:
-        """Forget the processes that have ended, and start others in their places."""
+        """Replace processes that have ended by new ones."""
         self.running = {s: p for s, p in self.running.items() if p.poll() is None}
         for size in list(self.waiting):
             if len(self.running) >= AHEAD:
@@ -115,7 +119,7 @@ class Ahead:
                 )  # fmt: skip
 
     def has_compiled(self, size: Size, mode: str) -> bool:
-        """Return whether a mode is compiled, or never will be by a process of its own."""
+        """Return whether another process has compiled a mode, or will never compile it."""
         self.start()
         ended = size not in self.running and size not in self.waiting
         return ended or (not is_large(size) and self.marker(size, mode).exists())
@@ -129,11 +133,11 @@ class Ahead:
                 os.killpg(process.pid, number)
 
     def __enter__(self) -> None:
-        """Stop the processes while something is timed."""
+        """Stop the processes during a measurement."""
         self.signal(signal.SIGSTOP)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        time.sleep(0.03)  # what they have launched ends meanwhile
+        time.sleep(0.03)  # wait until the kernels that they launched have ended
 
     def __exit__(self, *_: object) -> None:
         self.signal(signal.SIGCONT)
@@ -143,7 +147,7 @@ class Ahead:
 
 
 def compile_ahead(size: Size, folder: Path, machine: Machine) -> None:
-    """Compile one size in every mode; a file for each says that it is done."""
+    """Compile one size in every mode. Create a marker file after each mode."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the main process
     os.nice(5)
     race = make_race(size, machine)
@@ -179,7 +183,7 @@ class Stage:
         return self.until - time.monotonic()
 
     def attempt(self, name: str, least: float, function: Callable[..., None], *more: Any) -> None:
-        """Run one measurement; log that it failed, or that its time is over."""
+        """Run one measurement. Log if it fails or is skipped because too little time is left."""
         if self.left() < least:
             self.log.add("skipped", name, f"{self.left():.0f} s left")
             return
@@ -191,13 +195,13 @@ class Stage:
             self.failed += 1
         try:
             self.machine.free()
-        except RuntimeError as error:  # an error of the device, which nothing in this process heals
+        except RuntimeError as error:  # a device error: this process cannot use the GPU any more
             self.log.add("failed", f"the device, after {name}", first_line(error))
             self.failed += 1
 
 
 class Field:
-    """The copy and the base at one size, and the contender that races against both."""
+    """The copy and the base at one size. Other contenders are measured together with them."""
 
     def __init__(
         self, stage: Stage, race: Race, base: Contender, truth: Loss | None, units: int = 4
@@ -217,11 +221,11 @@ class Field:
         again, calls = repeated(contender.call, len(self.race.inputs), self.race.unit)
         capturable = contender.capturable
         found = self.clock.sampler(Contender("", again.call, capturable=capturable), calls)
-        self.race.drop()  # gradients that lie in the pool, for the next capture
+        self.race.drop()  # free gradients in the pool for the next capture
         return found
 
     def error(self, contender: Contender, truth: Loss) -> float:
-        """Return the largest error of a gradient over its largest entry, on some rows."""
+        """Return the largest error of a gradient, divided by its largest entry, on some rows."""
         x = self.race.inputs[0]
         self.race.drop()
         for buffer in x.into:
@@ -242,9 +246,9 @@ class Field:
         return error
 
     def measure(self, contender: Contender, truth: Loss, units: int = 4, note: str = "") -> None:
-        """Check and time one contender in rounds with the copy and the base, and log it.
+        """Check one contender, time it in rounds with the copy and the base, and log the result.
 
-        A failure of a peer, out of memory above all, is a record.
+        If a peer fails, most often because memory is exhausted, the failure is logged.
         """
         log, size = self.stage.log, shown(self.race.size)
         try:
@@ -276,7 +280,8 @@ class Field:
 
 
 def field(stage: Stage, size: Size, truth: Loss | None = None) -> Field:
-    """Return our loss at one size, for others to be measured against; log it if ``truth``."""
+    """Return our loss at one size as the base of other measurements. With ``truth``, also measure
+    and log it."""
     race = make_race(size, stage.machine)
     base = Contender(BASE, race.step(ours(TAU, stage.machine.backend)), "ours")
     return Field(stage, race, base, truth)
@@ -312,7 +317,7 @@ def compile_pass(stage: Stage, size: Size, mode: str) -> None:
 
 
 def peers_pass(stage: Stage, size: Size) -> None:
-    """Race Liger's KLDiv and JSD from raw logits against the student's divergence alone."""
+    """Measure Liger's KLDiv and JSD from raw logits, relative to only the student's divergence."""
     race = make_race(size, stage.machine, "kd")
     contenders, absent = _kd(race, ())
     for name, why in absent.items():
@@ -332,7 +337,8 @@ def peers_pass(stage: Stage, size: Size) -> None:
 
 
 def heads_pass(stage: Stage, size: Size) -> None:
-    """Race orda-kernel, from hidden states through two linear heads; events, not graphs."""
+    """Measure orda-kernel from hidden states through two linear heads. Times are between events,
+    without CUDA graphs."""
     race = make_race(size, stage.machine, "heads")
     contenders, absent = _heads(race, ())
     for name, why in absent.items():
@@ -356,9 +362,9 @@ def heads_pass(stage: Stage, size: Size) -> None:
 
 
 def compile_passes(stage: Stage, sizes: list[Size], idle: list[Callable[[], None]]) -> None:
-    """Measure torch.compile's modes at every size, each as soon as it is compiled.
+    """Measure the modes of torch.compile at every size, each as soon as it is compiled.
 
-    While none is compiled, the measurements of ``idle`` are made.
+    While no compiled mode is ready, run the measurements in ``idle``.
     """
     waiting = [(size, mode) for mode in MODES for size in sizes]
     while waiting and stage.left() > 5:
@@ -410,16 +416,16 @@ def main(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=165.0, help="time that it may take")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=165.0, help="time limit")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny sizes on the CPU")
     parser.add_argument("--ahead", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--size", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.ahead is None:
         code = main(given)
         sys.stdout.flush()
-        os._exit(code)  # without waiting for the compiler's processes
+        os._exit(code)  # do not wait for the compiler's processes
     asked = Size(int(given.size[0]), int(given.size[1]), given.size[2])
     compile_ahead(asked, given.ahead, Machine(given.dry_run))
     os._exit(0)

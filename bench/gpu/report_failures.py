@@ -1,4 +1,4 @@
-"""A pytest plugin that prints each failure when it happens: a run that is killed keeps them.
+"""A pytest plugin that prints each failure when it happens, so that a killed run shows them.
 
 pytest -p report_failures ...
 """

@@ -2,8 +2,9 @@
 
     python bench/gpu/sanitize.py OUT [--seconds 40] [--dry-run]
 
-memcheck finds accesses out of bounds, racecheck finds races in shared memory. Both run at the same
-time, on few rows of four class counts. Needs kernels, bench and bench/gpu on PYTHONPATH.
+memcheck finds accesses out of bounds, and racecheck finds races in shared memory. Both run at the
+same time, on few rows with four numbers of classes. Requires kernels, bench and bench/gpu on
+PYTHONPATH.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from measurements import Log
 from prepare import SANITIZER_CLASSES
 
 TOOLS = ("memcheck", "racecheck")
-ERROR = 9  # exit code of compute-sanitizer where it found something
+ERROR = 9  # exit code of compute-sanitizer if it found an error
 
 
 def find_sanitizer() -> str | None:
@@ -32,13 +33,14 @@ def find_sanitizer() -> str | None:
 
 
 def child(device: str, backend: str) -> None:
-    """Call the loss with and without autograd; a class that is masked takes the careful way."""
+    """Call the loss with and without autograd. A class is masked, so that the masked branch of the
+    kernel runs too."""
     import torch
     from bdkd_kernels import bdkd_loss, bdkd_loss_and_grad
 
     for classes in SANITIZER_CLASSES:
         logits = torch.randn(2, 9, classes, device=device).to(torch.bfloat16)
-        # Memory of their own: out of bounds of one tensor is out of bounds of all.
+        # Each tensor has a separate allocation, so that every access out of bounds is detected.
         s, t = (x.clone() for x in logits.unbind())
         y = torch.randint(classes, (9,), device=device)
         s[2, 1] = t[2, 1] = -float("inf")
@@ -96,9 +98,9 @@ def main(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=40.0, help="time that it may take")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, without the tools")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=40.0, help="time limit")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, without the tools")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:

@@ -2,9 +2,9 @@
 
     python bench/gpu/smoke.py OUT [--seconds 80] [--dry-run]
 
-At each size: check that every element is written, that 64 rows agree with float64, and that
-gradients written over the logits have the same bits; time a call and a copy of the same bytes. Then
-time the host's part of a call. Needs kernels, bench and bench/gpu on PYTHONPATH.
+At each size, this checks that every element is written, that 64 rows agree with float64, and that
+gradients written over the logits have the same bits. It times a call and a copy of the same bytes,
+and then the host's part of a call. Requires kernels, bench and bench/gpu on PYTHONPATH.
 """
 
 import argparse
@@ -37,14 +37,14 @@ DRY_SIZES = [Size(64, 10, "bf16"), Size(32, 100, "fp32")]
 TAU = 4.0
 COPY = "copy of both logits into both gradients"
 LAST_KERNEL = "bdkd_loss_and_grad"
-# Largest error of a gradient over its largest entry: half a unit in the last place of the storage
-# type, and what float32 arithmetic adds; of a statistic over its largest value.
+# Allowed error of a gradient over its largest entry: half a unit in the last place of the storage
+# type plus the error of float32 arithmetic. Allowed error of a statistic over its largest value.
 GRADIENT_TOLERANCE = {"bf16": 4e-3, "fp16": 1e-3, "fp32": 2e-5}
 STATISTICS_TOLERANCE = 2e-4
 
 
 class Machine:
-    """The device that is measured, or the CPU in a dry run."""
+    """The measured device, or the CPU in a dry run."""
 
     def __init__(self, dry_run: bool) -> None:
         self.device, self.backend = ("cpu", "reference") if dry_run else ("cuda", "triton")
@@ -64,7 +64,7 @@ class Machine:
         gc.collect()
         if not self.dry_run:
             torch.cuda.empty_cache()
-            # A CUDA graph's capture that fails leaves its own stream as the current one.
+            # If the capture of a CUDA graph fails, its stream remains the current stream.
             torch.cuda.set_stream(torch.cuda.default_stream())
 
 
@@ -73,7 +73,8 @@ def shown(size: Size) -> str:
 
 
 def buffer_sets(bytes_a_set: int, cache: int) -> int:
-    """Return how many buffer sets keep each call's data out of L2: one if it is 16 times L2."""
+    """Return the number of buffer sets that keeps the data of each call out of L2. One set is
+    enough if it is 16 times as large as L2."""
     return 1 if bytes_a_set >= 16 * cache else max(2, -(-2 * cache // bytes_a_set))
 
 
@@ -83,7 +84,8 @@ def make_race(size: Size, machine: Machine, work: str = "both") -> Race:
 
 
 def repeated(call: Callable[[int], object], sets: int, unit: int) -> tuple[Contender, int]:
-    """Return a contender and its number of calls: small sizes repeat, so that a graph is long."""
+    """Return a contender and its number of calls. Small sizes are repeated, so that a CUDA graph is
+    long enough."""
     calls = sets * max(1, 24 // sets) if unit < 2**26 else sets
     return Contender("", lambda i: call(i % sets)), calls
 
@@ -98,7 +100,8 @@ def loss_and_grad(race: Race, machine: Machine, i: int, reduction: str = "mean")
 
 
 def truth(race: Race, rows: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """Return the reference's output and gradients of some rows in float64, as parts of the mean."""
+    """Return the output and the gradients of the reference for some rows, in float64. The gradients
+    are those of the mean over all rows."""
     x = race.inputs[0]
     s, t = (v[rows].detach().double().requires_grad_() for v in x[:2])
     out = bdkd_loss(s, t, x.labels[rows], temperature=TAU, reduction="sum", backend="reference")
@@ -109,16 +112,18 @@ def truth(race: Race, rows: Tensor) -> tuple[Any, Tensor, Tensor]:
 
 
 def gradient_error(got: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], rows: Tensor) -> float:
-    """Return the largest error of both gradients, each over its largest entry; NaN stays NaN."""
+    """Return the largest error of both gradients, each divided by its largest entry. NaN stays
+    NaN."""
     errors = [((x[rows].double() - r).abs().max() / r.abs().max()).item()
               for x, r in zip(got, right, strict=True)]  # fmt: skip
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
 def statistics_error(got: Tensor, right: Tensor) -> tuple[float, str]:
-    """Return the largest error of a statistic over its largest value, and its name.
+    """Return the largest error of a statistic divided by its largest value, and its name.
 
-    The weights of both divergences are compared where the entropies differ by more than rounding.
+    The weights of both divergences are compared only in rows whose entropies differ by more than
+    rounding.
     """
     errors = {}
     for name, x, r in zip(STATISTICS, got.double(), right, strict=True):
@@ -132,7 +137,8 @@ def statistics_error(got: Tensor, right: Tensor) -> tuple[float, str]:
 
 
 def mean_error(out: Any, gamma: float = 2.0) -> float:
-    """Return the relative error of both means against the rows' statistics, added in float64."""
+    """Return the relative error of both means against the sums of the rows' statistics in
+    float64."""
     F, R, _, _, ce_s, ce_t, d1, d2 = out.stats.table[:8].double()
     student = (ce_s + TAU**2 * (d1 * F + d2 * R)).mean().item()
     teacher = (ce_t + TAU**2 * R).mean().item()
@@ -140,7 +146,7 @@ def mean_error(out: Any, gamma: float = 2.0) -> float:
 
 
 def check(race: Race, machine: Machine, log: Log, name: str, rows_checked: int) -> bool:
-    """Check one call on poisoned buffers. Return whether everything is right."""
+    """Check one call on poisoned buffers. Return whether all checks pass."""
     size, details = race.size, {"size": shown(race.size)}
     ds, dt = race.inputs[0].into
     ds.fill_(float("nan"))
@@ -164,7 +170,8 @@ def check(race: Race, machine: Machine, log: Log, name: str, rows_checked: int) 
 
 
 def check_in_place(race: Race, machine: Machine, log: Log) -> bool:
-    """Write the gradients over the logits. Return whether they have the same bits."""
+    """Write the gradients over the logits. Return whether they have the same bits as in separate
+    tensors."""
     s, t, y, (ds, dt) = race.inputs[0]
     loss_and_grad(race, machine, 0)
     over = (s.detach().clone(), t.detach().clone())
@@ -185,7 +192,7 @@ def timed(samplers: dict[str, Sampler], trials: int, seconds: float) -> dict[str
 def log_time(
     log: Log, race: Race, name: str, times: dict[str, list[float]], key: str, l2: str, **more: Any
 ) -> None:
-    """Log the time of ``key`` and its share of the copy in the same rounds."""
+    """Log the time of ``key`` and its share of the copy's bandwidth in the same rounds."""
     seconds, copied = statistics.median(times[key]), statistics.median(times[COPY])
     share = statistics.median(c / x for c, x in zip(times[COPY], times[key], strict=True))
     log.add("time", name, 1e6 * seconds, "us", size=shown(race.size), l2=l2, of_copy=share,
@@ -209,8 +216,9 @@ def time_call(race: Race, machine: Machine, log: Log) -> None:
 
 
 def time_reductions(size: Size, machine: Machine, log: Log) -> None:
-    """Time each reduction: ``mean`` has a launch for the denominator before the rows' and, beyond
-    2048 rows, a launch that adds up after it; ``sum`` only the one after; ``none`` neither."""
+    """Time each reduction. ``mean`` launches a kernel for the denominator before the row kernel
+    and, above 2048 rows, a kernel that adds up the rows after it. ``sum`` launches only the last,
+    and ``none`` launches neither."""
     race = make_race(size, machine)
     samplers = {}
     for name in ("mean", "sum", "none", COPY):
@@ -224,7 +232,8 @@ def time_reductions(size: Size, machine: Machine, log: Log) -> None:
 
 
 def host_time(rows: int, classes: int, machine: Machine, log: Log) -> None:
-    """Time the host's part of a call: 200 calls, the device is waited for every 40 calls."""
+    """Time the host's part of a call, over 200 calls. The device is synchronized after every 40
+    calls."""
     s, t, y, into = losses.draw(Size(rows, classes, "bf16"), machine.device, 0, True)
 
     def forward_backward() -> None:
@@ -245,7 +254,7 @@ def host_time(rows: int, classes: int, machine: Machine, log: Log) -> None:
             taken.append(time.perf_counter() - begin)
         machine.synchronize()
         log.add("time", f"{name}, host", 1e6 * statistics.median(taken), "us",
-                size=f"{rows} x {classes} bf16", note="host time of a call, device not waited for",
+                size=f"{rows} x {classes} bf16", note="host time of a call, not synchronized",
                 best=1e6 * min(taken))  # fmt: skip
 
 
@@ -265,7 +274,7 @@ def ask(*command: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit that was prepared; a copy of the tree may have another repository."""
+    """Return the commit of bench/gpu/prepare.py. The repository of a copied tree may differ."""
     carried = prepare.FOLDER / "commit"
     if carried.exists():
         return carried.read_text().strip()
@@ -284,7 +293,7 @@ def describe(machine: Machine, log: Log) -> None:
     for name, value in versions.items():
         log.add("machine", name, value)
     if machine.dry_run:
-        log.add("machine", "device", "CPU (dry run: no number means anything)")
+        log.add("machine", "device", "CPU (dry run: the numbers are meaningless)")
         return
     card = torch.cuda.get_device_properties(0)
     driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -349,7 +358,7 @@ def main(options: argparse.Namespace) -> int:
     failed = 0
 
     def attempt(name: str, least: float, function: Callable[..., Any], *arguments: Any) -> None:
-        """Run one measurement; log that it failed, or that its time is over."""
+        """Run one measurement. Log if it fails or is skipped because too little time is left."""
         nonlocal failed
         left = until - time.monotonic()
         if left < least:
@@ -363,7 +372,7 @@ def main(options: argparse.Namespace) -> int:
             failed += 1
         try:
             machine.free()
-        except RuntimeError as error:  # an error of the device, which nothing in this process heals
+        except RuntimeError as error:  # a device error: this process cannot use the GPU any more
             log.add("failed", f"the device, after {name}", first_line(error))
             failed += 1
 
@@ -393,8 +402,8 @@ def main(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=80.0, help="time that it may take")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--describe", action="store_true", help="log the machine, measure nothing")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=80.0, help="time limit")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny sizes on the CPU")
+    parser.add_argument("--describe", action="store_true", help="only log the machine")
     sys.exit(main(parser.parse_args()))

@@ -2,7 +2,7 @@
 
     python bench/gpu/summary.py OUT
 
-Reads OUT/measurements.jsonl; writes summary.txt, measurements.csv and results.json to OUT.
+Reads OUT/measurements.jsonl. Writes summary.txt, measurements.csv and results.json to OUT.
 """
 
 import csv
@@ -20,10 +20,11 @@ and 8192 x 32000, 60% at 8192 x 128256; 7 us at 1024 x 1000; 2x as fast as the b
 mode; 3x as fast as each other package; trainer: 1.3x the images/s of a plain loop of the same two
 networks, 0.97 of the time of both networks alone."""
 EXPLANATION = """of copy: time of a copy of both logits into both gradients (the fewest bytes that
-the work can move), over the time, in the same rounds. x ours: time over that of bdkd_loss with
-backward. error: largest error of a gradient against float64, over its largest entry. flushed: each
-call's data was out of L2; hot: it was in L2. Times are GPU times by CUDA graph replay, unless a row
-says host or events (calls between two events: the host's time shows where it is longer)."""
+the loss can move), divided by the time, in the same rounds. x ours: time divided by the time of
+bdkd_loss with backward. error: largest error of a gradient against float64, divided by its largest
+entry. flushed: the data of each call was not in L2. hot: it was in L2. Times are GPU times of CUDA
+graph replays, unless a row says host (host time) or events (calls between two events, which take
+the host's time if it is longer)."""
 WANTED = ("4096 x 1000 bf16", "8192 x 32000 bf16", "1024 x 1000 bf16", "8192 x 128256 bf16",
           "4096 x 21841 bf16", "4096 x 1000 fp32", "8192 x 32000 fp32", "1024 x 1000 fp32",
           "8192 x 128256 fp32", "4096 x 21841 fp32")  # fmt: skip
@@ -58,7 +59,7 @@ def machine_lines(records: list[Record]) -> list[str]:
     lines += [f"triton cache: {value}" for value in cache[-1:]]
     checks = [r for r in checks if r["name"] != "triton cache"]
     wrong = [r for r in checks if r["value"] != "ok"]
-    lines.append(f"checks: {len(checks) - len(wrong)} of {len(checks)} say ok")
+    lines.append(f"checks: {len(checks) - len(wrong)} of {len(checks)} are ok")
     lines += [f"  {r['stage']}, {r['name']} {r.get('size', '')}: {r['value']}" for r in wrong]
     return lines
 
@@ -68,7 +69,7 @@ def size_order(size: str) -> tuple[int, str]:
 
 
 def times_of(size: str, records: list[Record]) -> list[str]:
-    """Return the table of one size: GPU times, variants of the launch with the fastest only."""
+    """Return the table of GPU times of one size. Of the launch variants, it shows the fastest."""
     mine = [r for r in records if r.get("size") == size]
     errors = {r["name"]: r["value"] for r in mine if r["what"] == "error"}
     times = [r for r in mine if r["what"] == "time" and r["unit"] == "us"]
@@ -86,7 +87,7 @@ def times_of(size: str, records: list[Record]) -> list[str]:
     for found, title in ((variants, "launch variants"), (tuned, "search for launch parameters")):
         if found:
             found.sort(key=lambda r: r["value"])
-            lines.append(f"  {title}, {len(found)} in all, by time:")
+            lines.append(f"  {title}, the fastest of {len(found)}:")
             best = found[:4] + [r for r in found[4:] if "as shipped" in r["name"]]
             lines += [row(r, None, "WRONG" if r.get("wrong") else "") for r in best]
     return lines
@@ -116,7 +117,7 @@ COUNTERS = {
 
 
 def counter_lines(records: list[Record]) -> list[str]:
-    """Return the counters of the row kernel at each size, counted and predicted bytes."""
+    """Return the counters of the row kernel at each size, with predicted bytes."""
     lines: list[str] = []
     counters = [r for r in records if r["what"] == "counter"]
     for size in dict.fromkeys(r.get("size", "") for r in counters):
@@ -149,7 +150,7 @@ def other_lines(records: list[Record]) -> list[str]:
 
 
 def missing_lines(records: list[Record]) -> list[str]:
-    """Return what was skipped and what failed."""
+    """Return the measurements that were skipped or failed."""
     lines = []
     for what in ("failed", "skipped"):
         found = [r for r in records if r["what"] == what]
@@ -161,7 +162,7 @@ def missing_lines(records: list[Record]) -> list[str]:
 
 
 def verdicts(records: list[Record]) -> list[str]:
-    """Return the targets that numbers were measured for, and whether each is met."""
+    """Return the targets that were measured, and whether each is met."""
     lines = []
 
     def ours(size: str, l2: str = "flushed") -> Record | None:
@@ -178,21 +179,21 @@ def verdicts(records: list[Record]) -> list[str]:
                             (f"8192 x 128256 {dtype}", 0.6)):  # fmt: skip
             r = ours(size)
             if r is not None:
-                text = f"{percent(r['of_copy'])} of copy, wanted {percent(share)}"
+                text = f"{percent(r['of_copy'])} of copy, target {percent(share)}"
                 verdict(r["of_copy"] >= share, f"{size}: {text}")
         for l2 in ("hot", "flushed"):
             r = ours(f"1024 x 1000 {dtype}", l2)
             if r is not None:
-                text = f"{r['value']:.1f} us with L2 {l2}, wanted 7 us"
+                text = f"{r['value']:.1f} us with L2 {l2}, target 7 us"
                 verdict(r["value"] <= 7, f"1024 x 1000 {dtype}: {text}")
     for size in WANTED:
         compiled = [r["ratio"] for r in records if r.get("size") == size and "ratio" in r
                     and r["what"] == "time" and r["name"].startswith("torch.compile")]  # fmt: skip
         if compiled:
-            verdict(min(compiled) >= 2, f"{size}: {min(compiled):.2f}x torch.compile, wanted 2x")
+            verdict(min(compiled) >= 2, f"{size}: {min(compiled):.2f}x torch.compile, target 2x")
         for r in records:
             if r.get("size") == size and r["what"] == "time" and r["name"].startswith("Liger"):
-                verdict(r["ratio"] >= 3, f"{size}: {r['ratio']:.2f}x {r['name']}, wanted 3x")
+                verdict(r["ratio"] >= 3, f"{size}: {r['ratio']:.2f}x {r['name']}, target 3x")
     return ["\nTargets", *lines] if lines else []
 
 

@@ -3,9 +3,9 @@
     python bench/gpu/trainer.py OUT [--seconds 130] [--dry-run]
 
 Each way to run our step is timed in alternation with a plain loop of the same two networks.
-The compiled steps and the NCCL step run in processes of their own: they compile while the other
+The compiled steps and the NCCL step run in separate processes. They compile while the other
 measurements run, wait for permission to use the GPU, and are killed if they hang.
-Needs kernels, the repository root, bench and bench/gpu on PYTHONPATH.
+Requires kernels, the repository root, bench and bench/gpu on PYTHONPATH.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from bdkd.trainer import Trainer
 GPU_PAIR = Pair("imagenet_resnet50", "imagenet_mobilenet_v1", 256, 224, 1000, "bf16")
 DRY_PAIR = Pair("resnet8", "resnet8", 4, 16, 10, "bf16")
 LOOP = "a plain loop of the pair"
-TARGET, SUM_TARGET = 1.3, 0.97  # images/s over the plain loop's; time over both networks alone
+TARGET, SUM_TARGET = 1.3, 0.97  # ratio of images/s to the plain loop; of time to both alone
 COMPILE_THREADS = "6"  # for each of two processes, on 16 cores
 Step = Callable[[int], object]
 
@@ -59,7 +59,8 @@ def roles(pair: Pair) -> dict[str, NetworkConfig]:
 
 
 def seconds_per_step(step: Step, steps: int) -> float:
-    """Return the mean time of ``steps`` calls: between two events on a GPU, else wall time."""
+    """Return the mean time of ``steps`` calls, in seconds. On a GPU, it is the time between two
+    events, else wall time."""
     if not torch.cuda.is_available():
         begin = time.perf_counter()
         for _ in range(steps):
@@ -76,12 +77,13 @@ def seconds_per_step(step: Step, steps: int) -> float:
 
 
 def warm_up(step: Step, before: int) -> int:
-    """Run a step until it is warm. Return the peak of one step in bytes, above ``before``."""
+    """Run a step until it is warm. Return the peak memory of one step minus ``before``, in
+    bytes."""
     seconds_per_step(step, 3)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    seconds_per_step(step, 1)  # a captured step is captured in this call, its fourth
+    seconds_per_step(step, 1)  # this is the fourth call, in which a CUDA graph is captured
     peak = torch.cuda.max_memory_allocated() - before
     seconds_per_step(step, 1)
     return peak
@@ -100,7 +102,7 @@ class Local:
 
 
 class Remote:
-    """A contender in a process of its own, which answers each request with a line of JSON."""
+    """A contender in a separate process, which answers each request with a line of JSON."""
 
     def __init__(self, kind: str, options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, str(options.out), "--child", kind]
@@ -136,7 +138,7 @@ class Remote:
         return answer
 
     def settled(self, seconds: float = 0.0) -> bool:
-        """Return whether it waits for permission to use the GPU (``ready``) or failed."""
+        """Return whether the process waits for permission to use the GPU (``ready``) or failed."""
         if not self.ready and self.error is None:
             try:
                 self.ready = self.answer(seconds)["ready"]
@@ -169,7 +171,7 @@ class Stage:
         return self.until - time.monotonic()
 
     def attempt(self, name: str, seconds: float, part: Callable, *args: Any, ours=True) -> None:
-        """Run ``part`` if ``seconds`` are left. Log a failure and go on."""
+        """Run ``part`` if ``seconds`` are left. Log a failure and continue."""
         if self.left() < seconds and self.device == "cuda":
             self.log.add("skipped", name, f"{self.left():.0f} s left, about {seconds:.0f} s needed")
             return
@@ -192,7 +194,7 @@ class Stage:
             return Loop(members, run.batch, self.pair).step
 
         self.base = Local(make)
-        seconds = self.base.sample(self.steps)  # logged at once; measured again with each of ours
+        seconds = self.base.sample(self.steps)  # it is measured again with each of our steps
         self.log.add("time", LOOP, self.pair.batch / seconds, "images/s", size=str(self.pair),
                      ms=1e3 * seconds, peak_gb=self.base.peak / 1e9)  # fmt: skip
 
@@ -257,7 +259,8 @@ class Stage:
                          size=f"{pair.batch} x {pair.classes} {pair.precision}")  # fmt: skip
 
     def shares(self) -> None:
-        """Log each of our steps over both networks alone, and the loss's share of each."""
+        """Log the time of each of our steps relative to both networks alone, and the loss's share
+        of it."""
         alone = [x for name, x in self.times.items() if name.endswith(" alone")]
         for name, seconds in self.times.items():
             if name.startswith("our step, ") and len(alone) == 2:
@@ -267,7 +270,7 @@ class Stage:
                 self.log.add("ratio", f"{name}: the loss's share", self.times["loss"] / seconds)
 
     def remote(self, name: str, remote: Remote, request: str = "go", wait: float = 0.0) -> None:
-        """Let another process use the GPU, and measure its step."""
+        """Allow another process to use the GPU, and measure its step."""
         if request == "go" and not remote.settled(wait):
             raise TimeoutError(f"not ready {self.left():.0f} s before the end")
         if remote.error is not None:
@@ -307,7 +310,7 @@ def main(options: argparse.Namespace) -> int:
             if gpu and name in stage.times:
                 name += " and captured"
                 stage.attempt(name, 8, stage.remote, name, ours, "capture")
-            ours.end()  # its memory is free again
+            ours.end()  # frees its memory
 
     try:
         set_flags(torch.device(stage.device), TrainConfig(precision=pair.precision))
@@ -339,11 +342,11 @@ def main(options: argparse.Namespace) -> int:
     return 1 if stage.failed else 0
 
 
-# The processes of Remote.
+# Code of the processes that Remote starts.
 
 
 class OneRank(DistributedContext):
-    """One rank that trains through DDP as if it were one of several."""
+    """A single rank that trains through DDP like one of several ranks."""
 
     is_distributed = True  # type: ignore[assignment]
 
@@ -382,7 +385,7 @@ def child(kind: str, dry_run: bool) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the main process
     pair, device = (DRY_PAIR, "cpu") if dry_run else (GPU_PAIR, "cuda")
     set_flags(torch.device(device), TrainConfig(precision=pair.precision))
-    # The backward of the plain loop, too, is compiled before it waits for permission.
+    # The backward of the plain loop is also compiled before it waits for permission.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     graphs: list[Any] = []
 
@@ -430,13 +433,13 @@ def child(kind: str, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=130.0, help="time that it may take")
-    parser.add_argument("--dry-run", action="store_true", help="tiny networks on the CPU")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=130.0, help="time limit")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny networks on the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.dry_run:
-        torch.set_num_threads(1)  # four processes on few cores
+        torch.set_num_threads(1)  # there are four processes on few cores
     if given.child is None:
         sys.exit(main(given))
     try:
@@ -445,4 +448,4 @@ if __name__ == "__main__":
         traceback.print_exc()
         answer(error=first_line(error))
         os._exit(1)
-    os._exit(0)  # without waiting for threads of NCCL or of the compiler
+    os._exit(0)  # do not wait for threads of NCCL or of the compiler

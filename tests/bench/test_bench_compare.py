@@ -1,4 +1,4 @@
-"""`python bench compare A B`: the largest gain and loss first, or one line why there is none."""
+"""`python bench compare A B` prints the largest gain and loss first, or one line with an error."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def test_the_largest_gain_and_loss_come_first_with_their_names():
     assert "9.00" in compare(a, b)  # the peer is in the table
 
 
-def test_hot_rows_are_compared_where_both_have_them():
+def test_hot_rows_are_compared_if_both_results_have_them():
     a, b = (named(result([row(hot=hot)])) for hot in (1e-4, 4e-4))
     assert "largest loss: loss_cpu, both: 8 x 10, bdkd_loss (hot): 4.00" in compare(a, b)
     old = copy.deepcopy(b)
@@ -69,8 +69,8 @@ def test_hot_rows_are_compared_where_both_have_them():
 def test_a_difference_within_the_spreads_is_no_gain_and_no_loss():
     text = compare(named(result([row()])), named(result([row(seconds=1.05e-3)])))
     assert text.splitlines()[:2] == [
-        "largest gain: none, no contender of ours is faster beyond its spread",
-        "largest loss: none, no contender of ours is slower beyond its spread",
+        "largest gain: none (no contender of ours is faster by more than its spread)",
+        "largest loss: none (no contender of ours is slower by more than its spread)",
     ]
     peers = [named(result([row("eager", seconds, "peer")])) for seconds in (1e-3, 2e-3)]
     assert "largest loss: loss_cpu, both: 8 x 10, eager (cold): 2.00" in compare(*peers)
@@ -84,7 +84,7 @@ def test_of_two_machines_only_the_shares_of_the_copy_are_compared():
     assert text.startswith("largest gain: loss_cpu, both: 8 x 10, bdkd_loss (cold): 0.50 times")
     assert "(relative to the copy)" in text
     assert "not the same cpu (A a, B b): times cannot be compared" in text
-    assert "OTHERS TOOK 50%" in text
+    assert "OTHER PROCESSES USED 50%" in text
 
 
 def test_other_versions_are_named_and_compared():
@@ -92,7 +92,7 @@ def test_other_versions_are_named_and_compared():
     assert "other versions: torch (A 2.12, B 2.13)" in compare(a, b)
 
 
-def test_what_only_one_has_is_named_below():
+def test_suites_of_only_one_result_are_listed():
     a = named(result([row()]), result([row()], "metrics"), result([row()], "startup", "first"))
     b = named(result([row(seconds=2e-3)]), result([row()], "loader"),
               result([row()], "startup", "second"))  # fmt: skip
@@ -115,7 +115,7 @@ NOTHING = [
     ([result([row()])], [result([row("eager", kind="peer")])],
      "loss_cpu has no contender in common"),
     ([result([row(of_copy=None)])], [result([row(of_copy=None)], cpu="b", gpu=GPU)],
-     "loss_cpu is of two machines, and no row has a share of the copy: not the same cpu (A a, "
+     "loss_cpu was measured on two machines, without a share of the copy: not the same cpu (A a, "
      "B b), not the same gpu (A None, B H200)"),
     ([{**result([]), "cases": []}], [result([row()])],
      "loss_cpu has no case in common (0 in A; 1 in B, such as 'both: 8 x 10')"),
@@ -155,10 +155,10 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         ("missing.json", "cannot read {}: there is no such file or folder"),
         ("text.json", "cannot read {}: it is not JSON"),
         ("binary.json", "cannot read {}: it is not JSON"),
-        ("other.json", "{} is not a result of python bench (JSON of schema 1): give a SUITE.json"),
-        ("empty", "{} holds no results: python bench --out FOLDER writes them"),
-        ("same.json", "A and B are the same results (abc, 2026-01-01): give two different runs"),
-        ("good.json", "A and B are the same results (abc, 2026-01-01): give two different runs"),
+        ("other.json", "{} is not a result of python bench (JSON of schema 1): pass a SUITE.json"),
+        ("empty", "{} contains no results: python bench --out FOLDER writes them"),
+        ("same.json", "A and B are the same results (abc, 2026-01-01): pass two different runs"),
+        ("good.json", "A and B are the same results (abc, 2026-01-01): pass two different runs"),
     ):
         path = tmp_path / other
         assert main(["compare", str(good), str(path)]) == 1
@@ -174,7 +174,7 @@ def folders() -> list[Path]:
 
 @pytest.mark.parametrize("folder", folders(), ids=lambda path: path.name)
 def test_the_stored_results_are_read_and_shown(folder, capsys):
-    """They are older than the hot measurement and are never edited."""
+    """All commands still read stored results from before hot caches were measured."""
     for stored in results.read_all(folder).values():
         assert results.head(stored)
         for case in stored["cases"]:

@@ -1,4 +1,4 @@
-"""The scripts of a GPU run, rehearsed without a GPU, and the tables that come from a run."""
+"""Dry runs of the scripts for GPU runs, and the tables that are made from a GPU run."""
 
 import os
 import subprocess
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="no triton for this platform: its kernels are not compiled")
+pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be compiled")
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "bench" / "results" / "2026-11-27-gpu-h200"
 
 
 @pytest.mark.timeout(300)
-def test_a_rehearsal_leaves_a_summary_and_few_files(tmp_path):
-    """Stage 3 stands for all: `bench/gpu.sh OUT --stages 1 2 3 4 --dry-run` takes minutes."""
+def test_a_dry_run_writes_a_summary_and_few_files(tmp_path):
+    """Only stage 3 runs, because `bench/gpu.sh OUT --stages 1 2 3 4 --dry-run` takes minutes."""
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["bash", "bench/gpu.sh", str(tmp_path / "out"), "--stages", "3", "--dry-run"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -27,7 +27,7 @@ def test_a_rehearsal_leaves_a_summary_and_few_files(tmp_path):
     assert "Targets" in (tmp_path / "out" / "summary.txt").read_text()
 
 
-def test_a_later_run_is_compared_as_the_page_says():
+def test_the_comparison_of_two_runs_matches_the_docs():
     command = [sys.executable, "bench/gpu/figure.py", str(RUN), "--compare",
                str(RUN / "stage1-1ebbab2.jsonl")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

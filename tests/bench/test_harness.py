@@ -1,4 +1,4 @@
-"""The harness finds a known 2x, finds nothing between two copies, and says what it should."""
+"""The harness measures a known factor of two, no difference between two copies, and reports it."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from harness import Case, Contender, Sampler, WallClock, cpu_peak_bytes, race, s
 
 
 class CountedClock:
-    """Time that the work itself counts, on a machine that drifts, hiccups and has busy spells."""
+    """A simulated clock on a machine with drift, spikes and busy periods. The work advances it."""
 
     def __init__(self, seed: int) -> None:
         self.random, self.now, self.work = random.Random(seed), 0.0, 0.0
@@ -23,7 +23,7 @@ class CountedClock:
         def sample() -> float:
             self.work = 0.0
             contender.call(0)
-            # Up to three times slower in slow waves, 2% of jitter, and every tenth a spike.
+            # Slow waves of up to three times the time, 2% jitter, a spike in every tenth sample.
             self.now += self.work
             drift = 1 + (self.now % 60) / 30
             jitter = self.random.gauss(1, 0.02)
@@ -55,8 +55,8 @@ def test_finds_a_known_factor_of_two_and_none_between_copies_despite_drift_and_s
 
 
 def test_finds_a_known_factor_of_two_in_real_work():
-    """On this thread's processor time, which neighbours do not use up; a busy machine gets three
-    tries, and wide margins."""
+    """Measures the processor time of this thread, which other processes affect little. The margins
+    are wide, and there are three tries, because the machine may be busy."""
     x = torch.full((64, 64), 0.01)
 
     def work(times: int):
@@ -80,7 +80,7 @@ def test_finds_a_known_factor_of_two_in_real_work():
             if 1.6 < ratio["twice the work"] < 2.5 and 0.8 < ratio["a copy"] < 1.25:
                 break
         else:
-            pytest.fail(f"of twice the work and of a copy: {ratio}")
+            pytest.fail(f"ratios of twice the work and of a copy: {ratio}")
     finally:
         torch.set_num_threads(threads)
 
@@ -93,7 +93,7 @@ def test_every_contender_takes_every_buffer_set_in_turn():
     assert len(seen) > 7
 
 
-def test_contenders_are_interleaved_and_the_order_turns():
+def test_contenders_are_interleaved_and_the_order_rotates():
     order: list[str] = []
 
     class Recorder:
@@ -133,7 +133,7 @@ CACHES = {"cold": "inputs from memory", "hot": "inputs in cache"}
 
 
 def test_cold_takes_the_sets_in_turn_and_hot_takes_the_first_one():
-    """The work takes twice as long with a set that is not the first one."""
+    """The work takes twice as long with any set except the first one."""
     clock = CountedClock(0)
     clock.random.choice = lambda _: 1  # neither spikes nor jitter here
     clock.random.gauss = lambda *_: 1
@@ -168,8 +168,8 @@ def test_cold_takes_the_sets_in_turn_and_hot_takes_the_first_one():
     assert "cold" not in results.case_table(plain)
 
 
-def test_the_hot_rounds_take_at_most_half_the_time_of_the_others():
-    """Of a case whose rounds are too long for all trials; the sampler counts the time."""
+def test_hot_rounds_take_at_most_half_the_time_of_cold_rounds():
+    """Neither cold nor hot rounds have time for all trials. The sampler counts the time."""
     rounds = {"cold": 0, "hot": 0}
     now = [0.0]
 
@@ -225,7 +225,7 @@ def test_a_peer_that_fails_hot_keeps_its_cold_times_and_our_failure_is_raised():
         )), clock, trials=3)  # fmt: skip
 
 
-def test_what_is_measured_is_said_between_the_samples():
+def test_progress_is_reported_between_samples():
     said: list[str] = []
     clock = CountedClock(0)
     case = Case("said", {}, (Contender("ours", clock.does(1.0), "ours"),), sets=2, memory=False,
@@ -237,7 +237,7 @@ def test_what_is_measured_is_said_between_the_samples():
     ]  # fmt: skip
 
 
-def test_peak_memory_counts_what_is_alive_at_once():
+def test_peak_memory_counts_tensors_that_are_alive_at_once():
     x = torch.ones(1000, 1000)  # 4 MB
     one, chain = cpu_peak_bytes(lambda: x * x), cpu_peak_bytes(lambda: ((x * x) * x) * x)
     assert 4e6 <= one < 4.1e6
@@ -287,19 +287,19 @@ def result(suite="loss_cpu", share=0.0, seconds=1.0, **machine_keys) -> dict:
     json.dumps({**result(), "others_share": "all"}),
     json.dumps({**result(), "suite": ["loss_cpu"]}),
 ])  # fmt: skip
-def test_files_that_are_no_results_are_named(tmp_path, text):
+def test_files_that_are_not_results_are_reported(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(results.ResultsError, match=r"x\.json"):
         results.read_all(path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(results.ResultsError, match="holds no results"):
+    with pytest.raises(results.ResultsError, match="contains no results"):
         results.read_all(tmp_path / "empty")
     with pytest.raises(results.ResultsError, match="cannot read"):
         results.read_all(tmp_path / "missing")
 
 
-def test_results_come_back_as_they_were_written(tmp_path):
+def test_results_round_trip(tmp_path):
     results.write(tmp_path / "loss_cpu.json", result())
     results.write(tmp_path / "metrics.json", result("metrics"))
     assert results.read_all(tmp_path) == {"loss_cpu": result(), "metrics": result("metrics")}
@@ -319,7 +319,7 @@ def test_the_machine_is_described_and_can_be_written_as_json():
     assert set(machine.commit()) == {"id", "date", "dirty"}
 
 
-def test_neighbours_are_seen_where_the_system_tells(monkeypatch):
+def test_load_by_other_processes_is_measured(monkeypatch):
     neighbours = machine.Neighbours()
     monkeypatch.setattr(neighbours, "before", (0.0, 0.0, 0.0))
     monkeypatch.setattr(neighbours, "_read", lambda: (10.0, 8.0, 3.0))
@@ -329,8 +329,8 @@ def test_neighbours_are_seen_where_the_system_tells(monkeypatch):
 
 
 class Ahead:
-    """A contender that has some calls' work ready when its turn comes; a second each for the rest,
-    which it asks of another processor."""
+    """A contender that has prefetched the results of some calls. Other calls take one second each,
+    on another processor."""
 
     def __init__(self, ready: int) -> None:
         self.now, self.ready, self.asked = 0.0, ready, 0
@@ -343,11 +343,11 @@ class Ahead:
         self.now, self.asked = self.now + self.asked, 0
 
 
-def test_what_was_ready_before_and_what_is_not_done_yet_are_counted_right():
+def test_prefetched_and_unfinished_work_is_counted_correctly():
     work = Ahead(ready=0)
     clock = WallClock(lambda: work.now, 4.0, work.settle)
     for lead, expected in ((3, 1.0), (0, 0.25)):
         sampler = clock.sampler(Contender("x", work.call, lead=lead), 1)
-        work.ready = 3  # what it did while others had their turns
+        work.ready = 3  # prefetched while other contenders ran
         assert sampler.calls == 4
         assert sampler.sample() == expected

@@ -1,4 +1,4 @@
-"""The profile of the native kernel: its table where perf is, one line where it is not."""
+"""bench/native_profile.py prints a table, or one line if perf is not installed."""
 
 import subprocess
 import sys
@@ -7,18 +7,18 @@ from pathlib import Path
 PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "native_profile.py"
 
 
-def test_without_perf_it_says_what_to_install():
+def test_without_perf_one_line_says_what_to_install():
     done = subprocess.run(
         [sys.executable, PROGRAM], env={"PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "native_profile.py needs perf, which is not here: apt install linux-perf"
+        "native_profile.py needs perf, which is not installed: apt install linux-perf"
     )
 
 
 def test_a_report_is_summed_by_pass(tmp_path):
-    """With a stand-in for perf, which machines of CI may lack."""
+    """A fake perf is used, because CI machines may not have perf."""
     perf = tmp_path / "perf"
     perf.write_text(
         "#!/bin/sh\n[ $1 = record ] && exit\n"

@@ -1,5 +1,5 @@
-"""What a long benchmark says on stderr: one rewritten line on a terminal, a line every 10 s in a
-log."""
+"""Long benchmarks show progress on stderr: one rewritten line on a terminal, and a line every 10 s
+in a log."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def test_a_log_gets_a_line_at_most_every_ten_seconds():
     ]
 
 
-def test_a_short_command_says_nothing_in_a_log():
+def test_a_short_command_prints_no_progress_to_a_log():
     now, log = Clock(), io.StringIO()
     with Progress("accuracy: cell", 3, log, now) as progress:
         for _ in range(3):
@@ -61,7 +61,7 @@ def test_the_first_part_has_no_estimate_and_details_follow_the_name():
     assert log.getvalue() == "step_cpu: case 1 of 3, 1:02:05 elapsed: a pair, round 2 of 20\n"
 
 
-def test_a_number_of_parts_that_is_not_known_is_left_out():
+def test_an_unknown_number_of_parts_is_not_shown():
     now, log = Clock(), io.StringIO()
     progress = Progress("scan: file", None, log, now)
     progress.start()
@@ -70,7 +70,7 @@ def test_a_number_of_parts_that_is_not_known_is_left_out():
     assert log.getvalue() == "scan: file 2, 1:01 elapsed\n"
 
 
-def test_a_terminal_has_one_line_that_ends_removed(monkeypatch, capsys):
+def test_a_terminal_shows_one_line_that_is_removed_at_the_end(monkeypatch, capsys):
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 24)))
     now, screen = Clock(), Terminal()
     with Progress("loss_cpu: case", 2, screen, now) as progress:
@@ -110,8 +110,8 @@ def test_times_are_minutes_and_hours():
     pytest.param(["bench/compare_commits.py", str(ROOT), "--cases", "clip", "--steps", "1"],
                  marks=pytest.mark.soak),
 ])  # fmt: skip
-def test_the_long_scripts_say_how_far_they_are(command, tmp_path):
-    """With a line for every update instead of one every 10 s."""
+def test_long_scripts_report_their_progress(command, tmp_path):
+    """The interval of 10 s is set to 0, so that each update prints a line."""
     code = (
         "import runpy, sys; import progress; progress.EVERY = 0.0; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"

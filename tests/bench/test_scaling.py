@@ -1,4 +1,4 @@
-"""The projection to many GPUs: its formulas at sizes known by hand, and the page that shows it."""
+"""The projection to many GPUs follows its formulas, and the docs contain its output."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_the_page_holds_what_the_command_prints():
     assert projection() in (ROOT / "docs" / "explanation" / "scaling.md").read_text("utf-8")
 
 
-def test_all_reduce_is_its_formula():
+def test_all_reduce_follows_its_formula():
     machine = Machine(nvlink=100.0, network=10.0, hop=0.0)
     assert all_reduce(800, 1, machine) == 0
     assert all_reduce(800, 8, machine) == pytest.approx(2 * 7 / 8 * 8)
@@ -26,7 +26,7 @@ def test_all_reduce_is_its_formula():
     )
 
 
-def test_a_step_hides_its_exchange_in_the_backward_pass():
+def test_the_backward_pass_hides_the_all_reduce():
     one, many = step(1, 256), step(512, 512 * 256)
     assert one.exposed == 0
     assert one.efficiency == 1
@@ -38,7 +38,7 @@ def test_a_step_hides_its_exchange_in_the_backward_pass():
     assert step(64, 4096, p=Pair(gradient_bytes=2)).exposed < step(64, 4096).exposed
 
 
-def test_more_interruptions_ask_for_more_checkpoints():
+def test_more_interruptions_require_more_checkpoints():
     assert best_interval(4096) == pytest.approx(best_interval(1024) / 2)
 
 

@@ -1,5 +1,5 @@
-"""Every suite runs for a moment and leaves its table, JSON and CSV. What cannot run says why. No
-time is asserted here."""
+"""Every suite runs briefly and writes its table, JSON and CSV. A suite that cannot run prints the
+reason. No test asserts a time."""
 
 import csv
 import json
@@ -59,7 +59,8 @@ def test_suite_runs_and_leaves_a_table_json_and_csv(suite, tmp_path, capsys):
 
 
 def assert_csv_holds(result: dict, path: Path) -> None:
-    """One line for each contender of each case; times are in the columns of their caches."""
+    """Check that the CSV has one line for each contender of each case, with cold and hot times in
+    their columns."""
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     rows = [(case, row) for case in result["cases"] for row in case["rows"]]
@@ -85,21 +86,21 @@ def assert_csv_holds(result: dict, path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["los_cpu"], 2, "no suite is named 'los_cpu': give some of loss_cpu, "),
+        (["los_cpu"], 2, "no suite is named 'los_cpu': use loss_cpu, "),
         (["loss_cpu", "--nothing"], 2, "unrecognized arguments: --nothing"),
         (["compare", "a"], 2, "the following arguments are required: B"),
         (["history", "a"], 2, "the following arguments are required: --out"),
-        (["loss_cpu", "--trials", "0"], 2, "must be above 0"),
+        (["loss_cpu", "--trials", "0"], 2, "must be greater than 0"),
         (["loss_cpu", "--threads", "many"], 2, "invalid int"),
         (["metrics", "--quick", "--out", "a file"], 1, "a file"),
         (["compare", "nowhere.json", "nowhere.json"], 1, "nowhere.json"),
-        (["plot", "."], 1, "holds no results"),
+        (["plot", "."], 1, "contains no results"),
         (["history", "nowhere", "--out", "x.png"], 1, "nowhere"),
         pytest.param(["loss_gpu"], 1, "no GPU", marks=pytest.mark.skipif(
             torch.cuda.is_available(), reason="there is a GPU: bench/gpu.sh runs the suite")),
     ],
 )  # fmt: skip
-def test_wrong_calls_end_in_one_line(arguments, code, said, capsys, tmp_path, monkeypatch):
+def test_wrong_arguments_print_one_line(arguments, code, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a file").touch()
     try:
@@ -113,7 +114,7 @@ def test_wrong_calls_end_in_one_line(arguments, code, said, capsys, tmp_path, mo
     assert len(errors.splitlines()) == 1
 
 
-def test_help_shows_everything_in_one_screen(capsys):
+def test_help_fits_on_one_screen(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
@@ -127,7 +128,7 @@ def test_help_shows_everything_in_one_screen(capsys):
 
 
 def test_suites_run_under_pytest_benchmark(tmp_path):
-    """In a process of its own: under xdist the plug-in switches itself off."""
+    """Runs in a separate process, because the plugin disables itself under xdist."""
     path = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "ce and not torch.compile",
                "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-only",
@@ -144,12 +145,12 @@ def test_a_time_budget_ends_the_run_between_cases(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["step_cpu", "--quick", "--trials", "1", "--seconds", "0.01", "--budget", "1e-6",
                  "--out", str(out)]) == 0  # fmt: skip
-    assert "time ran out: 2 of 2 cases were not run" in capsys.readouterr().out
+    assert "--budget is used up: 2 of 2 cases were not run" in capsys.readouterr().out
     assert results.read(out / "step_cpu.json")["cases"] == []
 
 
 class FakeCuda:
-    """What DeviceClock asks of torch.cuda; a clock that each call of a contender moves on."""
+    """The part of torch.cuda that DeviceClock uses. Each call of a contender advances its clock."""
 
     def __init__(self, capture_fails: bool = False) -> None:
         self.now = 0.0  # milliseconds
@@ -207,7 +208,7 @@ class FakeCuda:
     ("fails", "capturable", "by"),
     [(False, True, "graph"), (True, True, "events"), (False, False, "events")],
 )
-def test_the_device_clock_divides_by_what_it_ran(monkeypatch, fails, capturable, by):
+def test_the_device_clock_divides_by_the_number_of_calls(monkeypatch, fails, capturable, by):
     fake = FakeCuda(fails)
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(**vars(fake)))
     seen = []
@@ -216,7 +217,7 @@ def test_the_device_clock_divides_by_what_it_ran(monkeypatch, fails, capturable,
         seen.append(i)
         fake.now += 0.25
 
-    # The namespace copied the clock's methods, which move on the fake itself.
+    # The fake namespace has copies of the bound methods, so they still advance this fake.
     sampler = DeviceClock().sampler(Contender("ours", call, "ours", capturable=capturable), 6)
     assert sampler.by == by
     assert sampler.sample() == pytest.approx(0.25e-3)
@@ -257,9 +258,9 @@ def test_pictures_are_made_of_stored_results_and_the_same_data_give_the_same_byt
     history = tmp_path / "history.png"
     figures.draw_history([{"loss_cpu": first}, {"loss_cpu": second}], history)
     assert history.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(results.ResultsError, match="no case"):
+    with pytest.raises(results.ResultsError, match="have a case of the loss in common"):
         figures.draw_history([{"loss_cpu": first}], history)
-    with pytest.raises(results.ResultsError, match="no sweep"):
+    with pytest.raises(results.ResultsError, match="have no sweep"):
         figures.draw_all({"metrics": first}, tmp_path)
 
 
@@ -288,7 +289,7 @@ def cells_of(errors: dict[str, tuple[float, float]], cell: accuracy.Cell) -> lis
 
 
 def test_the_verdict_names_the_worst_error_of_each_implementation_and_its_place():
-    """With as many implementations as there are, the largest numbers and the longest names."""
+    """The output has all implementations, the largest numbers and the longest names."""
     mild = accuracy.Cell("fp32", "related", 1.0, 10, 1.0)
     hard = accuracy.Cell("bf16", "equal to 1e-6", 10_000.0, 32_768, 4.0)
     names = ["bdkd, triton", "bdkd, native", "eager, our reference", "eager PyTorch",
@@ -302,7 +303,7 @@ def test_the_verdict_names_the_worst_error_of_each_implementation_and_its_place(
     judged = accuracy.judge_all(measured)
     lines = accuracy.verdict(judged).splitlines()
     assert_one_screen(lines)
-    # inf is out of its bound, twice the best of the others; 5.5 is within it.
+    # The bound is twice the best other error, 6. So 5.5 passes and inf fails.
     assert [" ".join(line.split()) for line in lines if line.startswith("bdkd, ")] == [
         "bdkd, triton loss 5.5 6 pass bf16 equal to 1e-6 10000 32768 4",
         "bdkd, triton grad 0.25 1 pass fp32 related 1 10 1",
@@ -310,10 +311,10 @@ def test_the_verdict_names_the_worst_error_of_each_implementation_and_its_place(
         "bdkd, native grad 0.9 1 pass bf16 equal to 1e-6 10000 32768 4",
     ]
     assert "eager PyTorch        loss 1.2e+06     1 over bf16 equal to 1e-6" in "\n".join(lines)
-    assert lines[-1] == "FAIL: errors of ours outside their bounds: 1; --verbose lists them"
+    assert lines[-1] == "FAIL: errors of ours that exceed their bounds: 1; --verbose lists them"
     assert [str(each) for each in accuracy.failures(judged)] == [
-        "bdkd, native: loss inf times what is allowed, the best other 3: bf16, equal to 1e-6, "
-        "spread 10000, 32768 classes, temperature 4"
+        "bdkd, native: loss error inf times the allowed error (best other: 3): bf16, equal to "
+        "1e-6, spread 10000, 32768 classes, temperature 4"
     ]
 
 
@@ -330,11 +331,12 @@ def test_verbose_prints_the_long_tables(monkeypatch, capsys):
         printed = capsys.readouterr().out
         assert "fp16 disjoint" in printed
         assert printed.endswith(short)
-        assert ("bdkd, native: loss 1.5 times what is allowed" in printed) == bool(code)
+        assert ("bdkd, native: loss error 1.5 times the allowed error" in printed) == bool(code)
 
 
-def test_accuracy_finds_an_implementation_that_is_off():
-    """The verdict can fail: on a wrong loss, on a NaN, and only where the best other is better."""
+def test_accuracy_reports_an_implementation_with_wrong_results():
+    """The verdict fails for a wrong loss and for NaN, but not if the other implementations are as
+    bad."""
     cell = accuracy.Cell("fp32", "related", 1.0, 10, 4.0)
     inputs = accuracy.draw(cell, "cpu")
 
@@ -368,7 +370,7 @@ def test_the_readme_lists_every_file_and_suite():
 
 
 def test_hot_and_cold_are_graphs_of_the_same_length_on_a_gpu(monkeypatch):
-    """Otherwise the launch of a graph would count more in one of them."""
+    """With graphs of different lengths, the launch of a graph would have a different share."""
     fake = FakeCuda()
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(**vars(fake)))
     seen: list[int] = []
@@ -384,5 +386,5 @@ def test_hot_and_cold_are_graphs_of_the_same_length_on_a_gpu(monkeypatch):
     assert row["seconds"]["median"] == pytest.approx((0.25 + 7 * 0.5) / 8 * 1e-3)
     assert row["hot"]["seconds"]["median"] == pytest.approx(0.25e-3)
     assert row["calls"] % 8 == row["hot"]["calls"] % 8 == 0
-    # Warm-up and capture of each: all sets in turn, then the first one alone.
+    # Warm-up and capture of each: all sets in turn, then only the first set.
     assert seen == [*range(8), *range(8), *[0] * 16]

@@ -1,11 +1,11 @@
-"""Mutation testing: change the code carelessly in one place, and see whether a test fails.
+"""Mutation testing: make one small wrong change to the code, and check that a test fails.
 
 python tests/mutation                       start or continue in the background
-python tests/mutation --foreground PATH...  mutants of some files or folders only
-python tests/mutation --again               try unjudged survivors again, after tests were added
+python tests/mutation --foreground PATH...  run the mutants of some files or folders
+python tests/mutation --again               also run survivors without a judgement again
 python tests/mutation --report              write tests/mutation/report.md
-python tests/mutation --sample              the sample of continuous integration
-python tests/mutation --choose-sample       choose a new sample from what was caught
+python tests/mutation --sample              run the sample of continuous integration
+python tests/mutation --choose-sample       choose a new sample from the mutants that were caught
 """
 
 import argparse
@@ -20,12 +20,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="mutation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="*", help="files or folders; all packages by default")
+    parser.add_argument("paths", nargs="*", help="files or folders (default: all packages)")
     parser.add_argument("--count", type=int, help="try this many mutants, spread over all packages")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--stale", action="store_true",
-                        help="do not measure test files that changed again")  # fmt: skip
+                        help="do not measure changed test files again")  # fmt: skip
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--sample", action="store_true")

@@ -1,4 +1,4 @@
-"""Copies of the working tree, in which mutants run. The tree itself is never changed."""
+"""Make copies of the working tree in which mutants run. The tree itself is never changed."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ STATE = ROOT / ".mutate"  # ignored by git
 
 
 def make_copy(name: str) -> Path:
-    """A fresh copy of what git tracks or would track, with this checkout's native library."""
+    """Make a new copy of the files that git tracks or would add, with the native library of this
+    checkout. Return its path."""
     copy = STATE / name
     shutil.rmtree(copy, ignore_errors=True)
     listed = subprocess.run(
@@ -27,7 +28,8 @@ def make_copy(name: str) -> Path:
 
 
 def environment(copy: Path, interpreted: bool = False) -> dict[str, str]:
-    """Imports come from the copy, and a mutant never runs from a stale ``.pyc``."""
+    """Return the environment of a test process. Imports come from the copy, and no ``.pyc`` file is
+    used, because it could be that of another mutant."""
     paths = [str(copy), str(copy / "kernels"), str(copy / "tests" / "mutation")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),

@@ -1,8 +1,9 @@
-"""Run pytest again and again without importing torch each time: one fork for each run.
+"""Run pytest many times without importing torch each time: each run is a fork of a process.
 
 ``Tests`` starts this file as a process in a copy of the tree. A request is one line of JSON on its
 standard input, ``{"arguments": [...], "seconds": 60}``. The answer is one line on standard output,
-``{"status": 1, "output": "..."}``: pytest's status, or null if the tests did not end in time.
+``{"status": 1, "output": "..."}``. The status is that of pytest, or null if the tests did not end
+in time.
 """
 
 import json
@@ -19,14 +20,14 @@ from line_map import INTERPRETED
 
 
 class Tests:
-    """Tests of one copy of the tree."""
+    """Run tests in one copy of the tree."""
 
     def __init__(self, copy: Path):
         self.copy = copy
         self._processes: dict[bool, subprocess.Popen] = {}
 
     def run(self, tests: list[str], seconds: float) -> tuple[int | None, str]:
-        """Run tests until one fails; those of the Triton kernels need a process of their own."""
+        """Run tests until one fails. Tests of the Triton kernels run in a separate process."""
         status, output = 0, ""
         for interpreted in (False, True):
             part = [test for test in tests if test.startswith(INTERPRETED) == interpreted]
@@ -53,12 +54,13 @@ class Tests:
 
 
 def _preload() -> None:
-    """Import what tests need and is not ours. What is ours is imported after each change."""
+    """Import the third-party packages that tests need. Our packages are imported after each
+    change."""
     import hypothesis.strategies
     import pytest
 
     assert hypothesis, pytest
-    if Path("kernels").is_dir():  # not in the tests of this tool
+    if Path("kernels").is_dir():  # it is missing in the tests of this tool
         import torch._dynamo
         import torch._subclasses.fake_tensor
         import torch.utils.checkpoint

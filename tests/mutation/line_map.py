@@ -1,8 +1,7 @@
-"""Which tests run a line: measured once for each test file, and again when that file changes.
+"""Find the tests that run a line. This is measured for each test file, and again when it changes.
 
-Everything is kept in ``.mutate/lines/``, so that a measurement that was stopped goes on where it
-was. Lines are kept with the text of their file: after an edit, ``tests_of`` finds the old line by
-its text.
+Measurements are stored in ``.mutate/lines/``, so that an interrupted measurement continues. The
+text of each source file is stored too. After an edit, ``tests_of`` finds the old line by its text.
 """
 
 import difflib
@@ -21,9 +20,9 @@ import coverage
 from copies import ROOT, STATE, environment, make_copy, pytest_command
 
 LINES = STATE / "lines"
-# No file takes more of a mutant's time than this: its quickest tests, and one at least.
+# Time limit of a test file for each mutant. Its quickest tests run, and at least one of them.
 SECONDS_OF_A_FILE = 60
-SECONDS_OF_THE_GRID = 240  # of the kernels' interpreted tests: no others know them as well
+SECONDS_OF_THE_GRID = 240  # limit of the interpreted tests, which test the kernels best
 FEW = 10
 SOURCES = STATE / "sources"
 
@@ -31,16 +30,17 @@ SOURCES = STATE / "sources"
 LEFT_OUT = {
     "tests/test_house.py": "ruff rejects the layout of a mutant, whatever it does",
     "tests/test_mutation.py": "runs none of the packages",
-    "tests/test_docs.py": "runs every example of the documentation, minutes",
-    "tests/test_packaging.py": "builds and installs the wheel, minutes",
-    "tests/test_evidence.py": "reads results, no code",
-    "tests/kernels/test_triton.py": "runs the two files below, which mutants run themselves",
-    "tests/kernels/test_triton_aot.py": "compiles for four devices, minutes",
+    "tests/test_docs.py": "runs every example of the documentation, which takes minutes",
+    "tests/test_packaging.py": "builds and installs the wheel, which takes minutes",
+    "tests/test_evidence.py": "reads results and runs no code of the packages",
+    "tests/kernels/test_triton.py": "runs the two files below, which mutants run directly",
+    "tests/kernels/test_triton_aot.py": "compiles for four devices, which takes minutes",
     "tests/kernels/test_triton_gpu.py": "needs a GPU",
     "tests/training/test_kills.py": "a soak",
     "tests/data/imagenet/test_imagenet_soak.py": "a soak",
 }
-# Not collected by their names: each needs a process with its own setting of Triton.
+# pytest does not collect these files by name, because each needs a process with other Triton
+# settings.
 INTERPRETED = "tests/kernels/triton_grid.py"
 LAUNCHES = "tests/kernels/triton_launches.py"
 FOLDERS_LEFT_OUT = ("tests/bench/", "tests/examples/", "tests/mutation/")
@@ -68,7 +68,7 @@ def _is_measured(test_file: str) -> bool:
 
 
 def _measure(test_file: str, copy: Path, seconds: int = 1800) -> str:
-    """Run one test file under coverage in a copy and keep what it ran."""
+    """Run one test file under coverage in a copy, and store which lines its tests run."""
     data = copy / ".coverage-data" / "data"
     data.parent.mkdir(exist_ok=True)
     for old in data.parent.iterdir():
@@ -91,7 +91,7 @@ def _measure(test_file: str, copy: Path, seconds: int = 1800) -> str:
                    cwd=copy, env=env, capture_output=True)  # fmt: skip
     written = json.loads(times.read_text())
     passed = written["seconds"]
-    users = defaultdict(set)  # what was measured -> the tests that rely on it
+    users = defaultdict(set)  # measured name -> tests that use it
     for test in passed:
         for name in (test, *written["fixtures"][test]):
             users[name].add(test)
@@ -105,7 +105,7 @@ def _measure(test_file: str, copy: Path, seconds: int = 1800) -> str:
         SOURCES.mkdir(exist_ok=True)
         (SOURCES / sources[path]).write_text(text, "utf-8")
         for line, contexts in measured.contexts_by_lineno(file).items():
-            # In a subprocess: "tests/x.py::test (call)".
+            # A subprocess reports the context as "tests/x.py::test (call)".
             names = {context.rsplit(" (", 1)[0] for context in contexts}
             for test in set().union(*(users.get(name, ()) for name in names)):
                 ran[test][path].append(line)
@@ -139,7 +139,7 @@ def measure(workers: int, files: Iterable[str] | None = None) -> None:
 
 
 class LineMap:
-    """The tests that run a line."""
+    """Map lines to the tests that run them."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -157,7 +157,7 @@ class LineMap:
                         self._by_line[path][record["sources"][path]][line].append(test)
 
     def _old_lines(self, path: str, digest: str) -> dict[int, int]:
-        """Number of a line now -> its number in the text that was measured."""
+        """Map the current number of a line to its number in the measured text."""
         if (path, digest) not in self._new_line:
             now = (ROOT / path).read_text("utf-8")
             then = (SOURCES / digest).read_text("utf-8")
@@ -170,8 +170,9 @@ class LineMap:
         return self._new_line[path, digest]
 
     def tests_of(self, path: str, lines: Iterable[int]) -> list[str]:
-        """Tests that run one of the lines. Where few are known, the line may run at import, or in
-        a process that ends too suddenly to be measured: then all tests of the file as well."""
+        """Return the tests that run one of the lines. If few tests are known, add all tests of the
+        file, because the line may run at import or in a process that ends before coverage writes
+        its data."""
         found = set()
         for digest, by_line in self._by_line[path].items():
             old = self._old_lines(path, digest)
@@ -183,16 +184,16 @@ class LineMap:
         return in_order
 
     def tests_of_import(self, path: str) -> list[str]:
-        """Tests for a line that runs when its file is imported, which coverage ascribes to no test:
-        all tests of the test files that run some line of the file."""
+        """Return the tests for a line that runs when its file is imported: all tests of the test
+        files that run any line of the file. Coverage assigns such a line to no test."""
         by_lines = self._by_line[path].values()
         found = {t.split("::")[0] for lines in by_lines for tests in lines.values() for t in tests}
         return self._in_order(path, {t for t in self.seconds if t.split("::")[0] in found})
 
     def _in_order(self, path: str, tests: set[str]) -> list[str]:
-        """File by file, because fixtures of a file are made again after a test of another: those of
-        the package's own tests first, then the quickest. Of each file, one case of each test
-        first."""
+        """Sort tests. Tests of a file stay together, because its fixtures would be made again after
+        a test of another file. Files with tests of the same package come first, then the quickest
+        files. Within a file, one case of each test comes first."""
         package = path.removeprefix("bdkd/").split("/")[0]  # its tests are in tests/<package>/
         files = defaultdict(lambda: defaultdict(list))
         for test in sorted(tests, key=lambda t: (self.seconds[t], t)):

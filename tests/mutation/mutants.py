@@ -1,10 +1,10 @@
-"""Mutants: small careless changes to one place of one source file.
+"""Make mutants: small wrong changes to one place of one source file.
 
 Cosmic Ray (https://cosmic-ray.readthedocs.io) parses the source and supplies most operators. It
 rewrites files, so that a mutant also reaches subprocesses, Triton's interpreter and
-``torch.compile``; mutmut 3 skips every decorated function, which excludes all Triton kernels.
-Four operators below add what people do and Cosmic Ray does not: they swap two arguments, forget a
-keyword argument, forget a factor or a term, and forget a statement.
+``torch.compile``. mutmut 3 skips every decorated function, and so all Triton kernels. The four
+operators below add common mistakes that Cosmic Ray does not make: swapping two arguments, and
+forgetting a keyword argument, a factor or term, or a statement.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ PACKAGES = [
     "bdkd/models",
 ]
 
-# Cosmic Ray replaces each operator by every other one. One replacement of each is enough: the one
-# that is closest, because it is the hardest to notice.
+# Cosmic Ray replaces each operator by every other one. Here each operator has one replacement, the
+# most similar one, because it is the hardest to notice.
 COSMIC_RAY = [
     *(
         f"core/ReplaceBinaryOperator_{pair}"
@@ -65,7 +65,7 @@ COSMIC_RAY = [
 
 
 class _Ours(Operator):
-    """One mutation for each entry of ``choices(node)``."""
+    """Make one mutation for each entry of ``choices(node)``."""
 
     def choices(self, node) -> list:
         raise NotImplementedError
@@ -79,7 +79,7 @@ class _Ours(Operator):
 
 
 def _arguments(node) -> list:
-    """The children of a call's argument list, commas included."""
+    """Return the children of a call's argument list, including commas."""
     if node.type != "trailer" or node.children[0] != "(" or len(node.children) != 3:
         return []
     inner = node.children[1]
@@ -93,12 +93,12 @@ def _exchange(children: list, one: int, other: int) -> None:
     children[one], children[other] = b, a
 
 
-# The order of their arguments makes no difference.
+# Functions for which the order of the arguments makes no difference.
 SYMMETRIC = ("max", "min", "maximum", "minimum", "allclose", "isclose", "equal", "logaddexp")
 
 
 class SwapArguments(_Ours):
-    """``f(a, b)`` becomes ``f(b, a)``, for each two positional arguments side by side."""
+    """Change ``f(a, b)`` to ``f(b, a)``, for each two adjacent positional arguments."""
 
     def choices(self, node):
         found = _arguments(node)
@@ -119,7 +119,7 @@ class SwapArguments(_Ours):
 
 
 class ForgetKeyword(_Ours):
-    """``f(a, b=c)`` becomes ``f(a)``."""
+    """Change ``f(a, b=c)`` to ``f(a)``."""
 
     def choices(self, node):
         found = _arguments(node)
@@ -139,7 +139,7 @@ class ForgetKeyword(_Ours):
 
 
 class ForgetOperand(_Ours):
-    """``a * b`` and ``a + b`` become ``a``."""
+    """Change ``a * b`` and ``a + b`` to ``a``."""
 
     def choices(self, node):
         return [0] if node.type in ("term", "arith_expr") else []
@@ -152,7 +152,8 @@ class ForgetOperand(_Ours):
 
 
 class ForgetStatement(_Ours):
-    """A call, or an assignment to an attribute, an item or in place, becomes ``pass``."""
+    """Replace a call, an augmented assignment, or an assignment to an attribute or item by
+    ``pass``."""
 
     def choices(self, node):
         if node.type != "simple_stmt":
@@ -181,7 +182,7 @@ def operator_class(name: str) -> type[Operator]:
 
 
 def mutated_source(source: str, operator: str, occurrence: int) -> str | None:
-    """The source with one change, or None if it is the same code or no Python at all."""
+    """Return the source with one change, or None if the code is equal or is not valid Python."""
     changed = mutate_code(source, operator_class(operator)(), occurrence)
     if changed is None or changed == source:
         return None
@@ -194,7 +195,7 @@ def mutated_source(source: str, operator: str, occurrence: int) -> str | None:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change. ``key`` stays the same while the code of its function does."""
+    """One change. ``key`` does not change as long as the code of its function does not change."""
 
     key: str
     path: str
@@ -207,8 +208,8 @@ class Mutant:
 
 
 def _is_left_out(node) -> bool:
-    """Annotations change nothing, nor does a * between parameters, and the words of an error are
-    not results."""
+    """Return whether a node is not mutated: annotations and a ``*`` between parameters have no
+    effect, and the text of an error is not a result."""
     if node.type == "operator" and node.parent.type == "parameters":
         return True
     while node.parent is not None:
@@ -224,7 +225,8 @@ def _is_left_out(node) -> bool:
 
 
 def _function(node) -> tuple[str, str]:
-    """Qualified name and text of the function or class around a node; of the line elsewhere."""
+    """Return the qualified name and the text of the function or class around a node. Outside of
+    functions, the text is that of the line."""
     names, outermost = [], None
     inside = node
     while node is not None:
@@ -238,7 +240,7 @@ def _function(node) -> tuple[str, str]:
 
 
 def mutants(root: Path, path: str) -> Iterator[Mutant]:
-    """Every mutant of a file."""
+    """Yield every mutant of a file."""
     tree = get_ast((root / path).read_text("utf-8"))
     nodes = list(ast_nodes(tree))
     seen: Counter[str] = Counter()
@@ -258,7 +260,8 @@ def mutants(root: Path, path: str) -> Iterator[Mutant]:
 
 
 def _runs_at_import(node) -> bool:
-    """In no function's body. The default of a parameter is evaluated where its function is."""
+    """Return whether a node is outside of all function bodies. Defaults of parameters are evaluated
+    where the function is defined."""
     while (parent := node.parent) is not None:
         if parent.type in ("funcdef", "lambdef") and node is parent.children[-1]:
             return False

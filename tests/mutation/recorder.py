@@ -1,7 +1,7 @@
-"""A pytest plugin: tell coverage which test runs, and write down how long each one took.
+"""A pytest plugin that tells coverage which test runs, and records the duration of each test.
 
-What a fixture of a class, module or session does belongs to every test that uses it, and not only
-to the first: it is measured under its own name.
+Fixtures of classes, modules and sessions are measured under their own names, because the lines that
+they run belong to all tests that use them, not only to the first.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The report of a session: how many mutants each package's tests catch, and which they do not."""
+"""Write the report of a session: how many mutants of each package are caught, and which survive."""
 
 import platform
 import subprocess

@@ -1,7 +1,7 @@
-"""Fifty careless changes, each with the test that caught it: run by continuous integration.
+"""Fifty mutants, each with the test that caught it. Continuous integration runs this sample.
 
-A sample runs one test for each mutant, so it needs no map of lines and takes minutes. It says that
-the net still holds where it held; how fine the net is says a run over many mutants.
+The sample runs one test for each mutant, so it needs no map of lines and takes minutes. It shows
+that tests still catch these mutants. To measure how many mutants tests catch, run many mutants.
 """
 
 import json
@@ -14,20 +14,20 @@ from forks import Tests
 
 SAMPLE = Path(__file__).parent / "sample.json"
 SIZE = 50
-MOST_GONE = 10  # the code changed and the mutant is no longer in it
+MOST_GONE = 10  # mutants whose code no longer exists
 
 
 def choose() -> None:
-    """Write a new sample: of the mutants that a test caught, the packages in turn."""
+    """Write a new sample of mutants that a test caught, taken from the packages in turn."""
     from session import all_mutants, outcomes
 
     chosen, tests = [], set()
     for outcome in outcomes(all_mutants()):
         if outcome.result != "killed" or "::" not in outcome.by or outcome.by in tests:
-            continue  # a different test for each
+            continue  # each mutant of the sample has a different test
         source = (ROOT / outcome.mutant.path).read_text("utf-8")
         if source.count(outcome.was) != 1 or len(outcome.was) > 120:
-            continue  # one line, found by its text
+            continue  # the text of the line must be unique in the file
         tests.add(outcome.by)
         chosen.append({"file": outcome.mutant.path, "function": outcome.mutant.function,
                        "was": outcome.was, "now": outcome.now, "test": outcome.by})  # fmt: skip
@@ -38,7 +38,7 @@ def choose() -> None:
 
 
 def check(workers: int) -> int:
-    """Try the sample. Returns 1 if a mutant was not caught, or too many are gone."""
+    """Run the sample. Return 1 if a mutant was not caught, or if too many are gone."""
     STATE.mkdir(exist_ok=True)
     runners: Queue[Tests] = Queue()
     for number in range(workers):
@@ -55,7 +55,7 @@ def check(workers: int) -> int:
             status, _ = runner.run([entry["test"]], 300)
             if status == 0:
                 return "NOT CAUGHT"
-            return "gone" if status == 4 else "caught"  # 4: there is no such test
+            return "gone" if status == 4 else "caught"  # status 4: the test does not exist
         finally:
             if source:
                 file.write_text(source, "utf-8")
@@ -73,5 +73,5 @@ def check(workers: int) -> int:
     caught, gone = results.count("caught"), results.count("gone")
     print(f"{caught} of {len(entries)} mutants caught, {gone} no longer in the code")
     if gone > MOST_GONE:
-        print("too many are gone: choose new ones with `python tests/mutation --choose-sample`")
+        print("too many are gone: run `python tests/mutation --choose-sample` to replace them")
     return int("NOT CAUGHT" in results or gone > MOST_GONE)

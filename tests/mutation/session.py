@@ -1,8 +1,8 @@
-"""Run mutants and remember what became of each, in a session that can be stopped at any time.
+"""Run mutants and store their outcomes in a session, which can be stopped at any time.
 
-The session is Cosmic Ray's own database, ``.mutate/session.sqlite``: ``cr-report`` and ``cr-html``
-read it. A mutant's key changes with the code of its function, so a result is never taken over for
-code that it was not measured on.
+The session is a database of Cosmic Ray, ``.mutate/session.sqlite``, which ``cr-report`` and
+``cr-html`` can read. A mutant's key changes with the code of its function, so an outcome is never
+reused for other code.
 """
 
 import difflib
@@ -25,8 +25,8 @@ from mutants import PACKAGES, Mutant, mutants, mutated_source, source_files
 SESSION = STATE / "session.sqlite"
 JUDGED = Path(__file__).parent / "judged.toml"
 
-# A mutant runs its tests in the order of line_map.py until they would have taken this long without
-# it (interpreted ones not counted), and as long again before it counts as endless.
+# A mutant runs its tests in the order of line_map.py, as many as take this time without the mutant
+# (interpreted tests do not count). After twice this time, the mutant counts as an endless loop.
 SECONDS_OF_TESTS = 90
 MOST_TESTS = 1000
 
@@ -36,10 +36,10 @@ def package_of(path: str) -> str:
 
 
 def all_mutants(paths: Iterable[str] = ()) -> list[Mutant]:
-    """Mutants of all files or of those under ``paths``.
+    """Return the mutants of all files, or of the files under ``paths``.
 
-    The order is arbitrary but fixed, and takes the packages in turn: any first part of the list is
-    a sample of all of it.
+    The order is arbitrary but fixed, and takes the packages in turn. The start of the list is
+    therefore a sample of the whole list.
     """
     chosen = [
         file
@@ -54,7 +54,7 @@ def all_mutants(paths: Iterable[str] = ()) -> list[Mutant]:
 
 
 def changed_lines(before: str, after: str) -> tuple[str, str]:
-    """What a change took away and what it put there, each stripped and joined."""
+    """Return the removed and the added lines of a change, each stripped and joined."""
     diff = list(difflib.ndiff(before.splitlines(), after.splitlines()))
     took = " ".join(line[2:].strip() for line in diff if line.startswith("- "))
     put = " ".join(line[2:].strip() for line in diff if line.startswith("+ "))
@@ -63,7 +63,7 @@ def changed_lines(before: str, after: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutant. ``by`` is the test that caught it, or a note."""
+    """The outcome of one mutant. ``by`` is the test that caught it, or a note."""
 
     mutant: Mutant
     was: str
@@ -73,7 +73,7 @@ class Outcome:
 
 
 class Worker:
-    """One copy of the tree, in which one mutant at a time is tried."""
+    """Run one mutant at a time in a copy of the tree."""
 
     def __init__(self, number: int, line_map: LineMap):
         self.copy = make_copy(f"worker-{number}")
@@ -90,7 +90,7 @@ class Worker:
         for test in found[:MOST_TESTS]:
             if not test.startswith(INTERPRETED):
                 seconds += self.line_map.seconds[test]
-            # A constant at the head of a file has its test anywhere.
+            # Any test may depend on a constant at the top of a file.
             if chosen and seconds > SECONDS_OF_TESTS * (1 + mutant.at_import):
                 break
             chosen.append(test)
@@ -121,7 +121,7 @@ class Worker:
             return Outcome(mutant, was, now, "killed", failed[0].split(" ")[1])
         if status < 0 or status == 1:
             return Outcome(mutant, was, now, "killed", f"status {status}")
-        # pytest did not run, for example because a test has another name now.
+        # pytest did not run, for example because a test was renamed.
         return Outcome(mutant, was, now, "survived", f"status {status}: {output[-300:]!r}")
 
 
@@ -141,7 +141,7 @@ def _store(database: WorkDB, outcome: Outcome) -> None:
 
 
 def _load(database: WorkDB) -> dict[str, tuple[str, str, str, str]]:
-    """Key -> result, by, was, now."""
+    """Return a map from keys of mutants to (result, by, was, now)."""
     found = {}
     for key, stored in database.results:
         result, by = stored.output.split(": ", 1)
@@ -151,7 +151,7 @@ def _load(database: WorkDB) -> dict[str, tuple[str, str, str, str]]:
 
 
 def outcomes(wanted: Iterable[Mutant]) -> Iterator[Outcome]:
-    """The known outcomes of these mutants."""
+    """Yield the known outcomes of some mutants."""
     if not SESSION.exists():
         return
     with use_db(SESSION) as database:
@@ -163,13 +163,13 @@ def outcomes(wanted: Iterable[Mutant]) -> Iterator[Outcome]:
 
 
 def run(wanted: list[Mutant], workers: int, again: bool = False) -> None:
-    """Try every mutant without a result; with ``again``, unjudged survivors too."""
+    """Run every mutant without a result. With ``again``, also run survivors without a judgement."""
     STATE.mkdir(exist_ok=True)
     with open(STATE / "lock", "w") as lock, use_db(SESSION) as database:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit("another run is going on: see .mutate/log, or stop it first") from None
+            raise SystemExit("another run is active: see .mutate/log, or stop it first") from None
         known = _load(database)
         judgements = Judgements()
 
@@ -214,11 +214,11 @@ def run(wanted: list[Mutant], workers: int, again: bool = False) -> None:
             for thread in threads:
                 thread.join()
         finally:
-            stop.set()  # after Ctrl-C each worker still ends the mutant it is at
+            stop.set()  # after Ctrl-C, each worker finishes its current mutant
 
 
 class Judgements:
-    """Survivors that were looked at, from ``judged.toml``: each with the reason."""
+    """Survivors in ``judged.toml`` that no test needs to catch, with reasons."""
 
     def __init__(self):
         read = tomllib.loads(JUDGED.read_text("utf-8")) if JUDGED.exists() else {}
