@@ -161,9 +161,10 @@ def check_python(arguments: list[str]) -> None:
     if not script.exists():  # a file that the page wrote
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=120)
         return
+    source = (script / "__main__.py" if script.is_dir() else script).read_text()
     for option in (a for a in arguments[1:] if a.startswith("--")):
         name = option.split("=")[0].removeprefix("--")
-        assert re.search(rf"{name}|{name.replace('-', '_')}", script.read_text()), option
+        assert re.search(rf"{name}|{name.replace('-', '_')}", source), option
 
 
 def check_paths(arguments: list[str]) -> None:
@@ -194,7 +195,7 @@ RUNNERS = {
     "bdkd": run_bdkd, "make": check_make, "pip": check_pip, "python": check_python,
     "pytest": check_paths, "bash": check_paths, "torchrun": check_torchrun,
     "srun": check_srun, "cd": lambda arguments: change_folder(arguments),
-    **dict.fromkeys(("git", "tensorboard", "export", "sbatch"), nothing),
+    **dict.fromkeys(("git", "tensorboard", "export", "sbatch", "source"), nothing),
 }  # fmt: skip
 
 

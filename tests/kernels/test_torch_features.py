@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["reference", *(["native"] if native.AVAILABILITY else [])]
 TABLE_BACKENDS = [*BACKENDS, *(["triton"] if INTERPRETED else [])]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "your-trainer.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "loss-features.md"
 
 
 def student_loss(s, t=T, y=Y, **options):

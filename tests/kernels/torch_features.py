@@ -2,7 +2,7 @@
 
 Each row has a function of a package, a backend and a folder for files. It raises an AssertionError
 if the result differs from the reference's. ``test_torch_features.py`` runs every row on every
-backend, and ``docs/in-your-trainer.md`` shows :func:`markdown`.
+backend, and ``docs/reference/loss-features.md`` shows :func:`markdown`.
 """
 
 import copy
