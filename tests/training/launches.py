@@ -1,4 +1,4 @@
-"""Runs under torchrun, and what is done to them."""
+"""Start runs under torchrun, wait for their steps, and send signals to their ranks."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from small_runs import metrics
 
-# One epoch of 19 steps of two small networks, all that a checkpoint carries switched on.
+# One epoch of 19 steps of two small networks, with every option that adds state to a checkpoint.
 TINY = [
     "digits", "--networks.teacher.model", "resnet8", "--train.epochs", "1",
     "--train.ema-decay", "0.9", "--train.clip-norm", "5", "--checkpoint.every-steps", "4",
@@ -19,7 +19,7 @@ TINY = [
 
 
 class Launch:
-    """A ``torchrun`` of ``bdkd train`` on so many ranks."""
+    """Run ``bdkd train`` under ``torchrun`` on ``ranks`` ranks."""
 
     def __init__(self, ranks: int, run: Path, *arguments: str, options: tuple[str, ...] = ()):
         self.run, self.ranks = run, ranks
@@ -51,7 +51,7 @@ class Launch:
         return self.output.read_text()
 
     def pids(self) -> dict[int, int]:
-        """Process of each rank that lives."""
+        """Return the process id of each running rank."""
         found = {}
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         for pid in listed.read_text().split() if listed.exists() else []:
@@ -65,11 +65,11 @@ class Launch:
         return found
 
     def until(self, ready: Callable[[], bool], seconds: float = 240) -> None:
-        """Wait for a condition; a launch that ends before it has failed."""
+        """Wait until ``ready`` returns True. Fails if the launch ends first or the time is over."""
         deadline = time.monotonic() + seconds
         while not ready():
             assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, f"nothing came in {seconds} s: {self.text()}"
+            assert time.monotonic() < deadline, f"not ready after {seconds} s: {self.text()}"
             time.sleep(0.005)
 
     def until_step(self, step: int) -> None:
@@ -83,9 +83,9 @@ class Launch:
 
 
 def steps_done(run: Path) -> int:
-    """The last step that the run's metrics tell of; 0 where there is none."""
+    """Return the last step in the run's metrics, or 0 if there is none."""
     try:
         done = metrics(run)
-    except (OSError, ValueError):  # not there yet, or its last line is being written
+    except (OSError, ValueError):  # no file yet, or its last line is incomplete
         return 0
     return max((line["step"] for line in done), default=0)

@@ -1,4 +1,4 @@
-"""What test_distributed looks at, done on one to four gloo ranks in processes started once."""
+"""The checks of test_distributed, which run on one to four gloo ranks in the same processes."""
 
 import dataclasses
 import datetime
@@ -26,7 +26,7 @@ CLIP_NORM = 0.05  # below the norm of every network's first gradient: see gradie
 
 
 class NoNorm(nn.Sequential):
-    """A network without batch norm, whose images do not see one another."""
+    """A network without batch norm: its output for an image does not depend on other images."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(
@@ -46,11 +46,11 @@ def share(batch: Batch, ranks: DistributedContext) -> Batch:
     return Batch(tuple(view[mine] for view in batch.views), batch.target[mine])
 
 
-def run(state, batches, name: str = "bdkd", settled: bool = True) -> None:
+def run(state, batches, name: str = "bdkd", warms_up: bool = True) -> None:
     trainer = trainer_of(state, objective_of(state, name))
     state.networks.train()
     batches = list(batches)
-    if settled and state.context.is_distributed:
+    if warms_up and state.context.is_distributed:
         *_, (micro_batch, _) = share(batches[0], state.context).micro_batches(trainer.accumulate)
         warm_up(state, trainer.forward_backward, micro_batch)
     for batch in batches:
@@ -58,7 +58,7 @@ def run(state, batches, name: str = "bdkd", settled: bool = True) -> None:
 
 
 def gradient_norms(state, batch: Batch, name: str = "bdkd") -> dict[str, float]:
-    """Of each network, unclipped; of a whole network, as one process has it."""
+    """Return the gradient norm of each network in one process, before clipping."""
     objective, logits = objective_of(state, name), state.networks(batch.views)
     samples, active = float(len(batch.target)), None
     if objective.has_dynamic_active_set:
@@ -79,11 +79,11 @@ def weights(state) -> dict[str, torch.Tensor]:
     return snapshot(values)
 
 
-# --- what is looked at: each gets its ranks and gives what the test reads -------------------------
+# --- the checks: each takes its ranks and returns the values that a test compares -----------------
 
 
 def training(ranks: DistributedContext, name: str = "bdkd", **options) -> dict:
-    """Forty steps in float64: the weights, and the log's means."""
+    """Train forty steps in float64, and return the weights and the logged means."""
     state = tiny_state(NoNorm, dtype=torch.float64, context=ranks, objective=name,
                        ema_decay=0.9, clip_norm=CLIP_NORM, **options)  # fmt: skip
     norms = (
@@ -119,7 +119,7 @@ def training_compressed(ranks: DistributedContext) -> dict:
 
 
 class Images:
-    """A data source of random images, of which only the evaluation is wanted."""
+    """A data source of random images, for evaluation only."""
 
     def __init__(self, count: int) -> None:
         self.batch = whole_batch(7, torch.float64, count)
@@ -135,7 +135,7 @@ class Images:
 
 
 def evaluation(ranks: DistributedContext, count: int = 103) -> dict:
-    """Networks with batch norm, whose running statistics have gone apart."""
+    """Evaluate networks whose batch norm statistics differ between ranks."""
     state = tiny_state(dtype=torch.float64, context=ranks)
     for network in state.networks.members.values():
         network[1].running_mean += ranks.rank
@@ -156,7 +156,7 @@ class Featured(NoNorm):
 
 
 def predictions(ranks: DistributedContext, count: int = 103, sharded=()) -> dict:
-    """Predictions, features and recalibrated results of one pass, on the first rank."""
+    """Return predictions, features and recalibrated results of one pass. Only rank 0 has them."""
     names = sharded if ranks.is_distributed else ()
     state = tiny_state(Featured, dtype=torch.float64, context=ranks, sharded=names)
     evaluator = Evaluator(state.evaluated_networks(), Images(count), 10, "fp32", ranks)
@@ -176,7 +176,7 @@ def predictions(ranks: DistributedContext, count: int = 103, sharded=()) -> dict
 
 
 def predictions_of_three(ranks: DistributedContext) -> dict:
-    """One rank of four has no image."""
+    """Predict three images, so that one of four ranks has no image."""
     return predictions(ranks, 3)
 
 
@@ -185,18 +185,18 @@ def predictions_sharded(ranks: DistributedContext) -> dict:
 
 
 def evaluation_of_two(ranks: DistributedContext) -> dict:
-    """Fewer images than ranks."""
+    """Evaluate two images, which are fewer than three or four ranks."""
     return evaluation(ranks, 2)
 
 
 def poisoned(ranks: DistributedContext) -> dict:
-    """A NaN among the images of the last rank alone."""
+    """Train a step with a NaN in an image of the last rank only."""
     state = tiny_state(context=ranks)
     run(state, [whole_batch(0)])
     before = snapshot(state.networks.state_dict())
     batch = whole_batch(1)
     batch.views[0][-1, 0, 2, 2] = torch.nan
-    run(state, [batch], settled=False)
+    run(state, [batch], warms_up=False)
     after = snapshot(state.networks.state_dict())
     return {
         "unchanged": ranks.gather_objects(
@@ -207,7 +207,7 @@ def poisoned(ranks: DistributedContext) -> dict:
 
 
 def resumed(ranks: DistributedContext) -> dict:
-    """Six steps, and three with their state loaded into another run that does the other three."""
+    """Train six steps in one run, and also in two runs of three steps with a resume."""
     options = {"context": ranks, "ema_decay": 0.9}
 
     def fresh():
@@ -223,8 +223,8 @@ def resumed(ranks: DistributedContext) -> dict:
     second = fresh()
     trainer_of(second).warm_up_ddp()
     second.load_state_dict(saved)
-    run(second, steps[3:], settled=False)
-    # The running statistics of the first rank are the run's; each rank has its own.
+    run(second, steps[3:], warms_up=False)
+    # Each rank has its own running statistics, and a checkpoint has those of rank 0.
     kept = "state_dict" if ranks.is_rank0 else "named_parameters"
     pairs = [dict(getattr(state.networks, kept)()) for state in (straight, second)]
     same = all(torch.equal(pairs[0][key], pairs[1][key]) for key in pairs[0])
@@ -241,7 +241,7 @@ def _whole(state) -> Callable[[], dict]:
 
 
 def sharded(ranks: DistributedContext, optimizer: OptimizerConfig | None = None) -> dict:
-    """A sharded teacher: the training, its checkpoint, and another run from that."""
+    """Train with a sharded teacher, and continue from its checkpoint with and without sharding."""
     options = {"dtype": torch.float64, "ema_decay": 0.9, "optimizer": optimizer,
                "clip_norm": CLIP_NORM}  # fmt: skip
     names = () if not ranks.is_distributed else ("teacher",)
@@ -250,7 +250,7 @@ def sharded(ranks: DistributedContext, optimizer: OptimizerConfig | None = None)
     run(state, (whole_batch(i, torch.float64) for i in range(5)))
     saved = ranks.broadcast_from_rank0(_whole(state))
     again = tiny_state(NoNorm, context=ranks, sharded=names, **options)
-    again.load_state_dict(snapshot(saved))  # the optimizer takes moments over as they are
+    again.load_state_dict(snapshot(saved))  # a copy, because the optimizer keeps loaded tensors
     run(again, (whole_batch(i, torch.float64) for i in range(5, 10)))
     alone = tiny_state(NoNorm, **options)
     alone.load_state_dict(saved)
@@ -269,7 +269,7 @@ def sharded_adamw(ranks: DistributedContext) -> dict:
 
 
 def agreements(ranks: DistributedContext) -> dict:
-    """Each rank asks for its own number at step 1, the first for 5 at step 2."""
+    """Reduce the maximum of each rank's number at step 1, and of 5 on rank 0 at step 2."""
     asked = [(ranks.rank, 0), (0, 5 if ranks.is_rank0 else 1), (0, 0)]
     answers = [ranks.async_all_reduce_max(*numbers) for numbers in asked]
     ranks.close()
@@ -284,7 +284,7 @@ def errors(ranks: DistributedContext) -> dict:
         ranks.broadcast_from_rank0(broken)
     except RunError as error:
         return {"said": ranks.gather_objects(str(error))}
-    raise AssertionError("no error came")
+    raise AssertionError("no error was raised")
 
 
 CHECKS = (
@@ -295,7 +295,7 @@ CHECKS = (
 
 
 def main(rank: int, folder: str) -> None:
-    """All checks on all numbers of ranks; the first rank keeps what each gave."""
+    """Run all checks on one to four ranks. Rank 0 saves the results in ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=LARGEST

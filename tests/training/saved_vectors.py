@@ -1,6 +1,7 @@
-"""Read a checkpoint of any format as a few long vectors, to compare two of them.
+"""Read the tensors of a checkpoint as a few long vectors, so that tests can compare checkpoints.
 
-Only the file is read, with torch alone: commit 0b69d99 and every later one are read alike.
+This module needs only torch and no code of bdkd, so it reads the checkpoints of commit 0b69d99 and
+of every later commit.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LONGEST = 1000  # elements of a vector; of a longer one, evenly spaced elements are taken
+LONGEST = 1000  # maximum number of elements; longer vectors keep evenly spaced elements
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def vectors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a training state, concatenated by what they are.
+    """Return the tensors of a training state, concatenated by kind.
 
     Keys are ``NETWORK.parameters`` and ``NETWORK.statistics`` (batch norm's running mean and
     variance) of every network and every average, and ``moments.KIND`` of the optimizer. Integer

@@ -1,4 +1,4 @@
-"""A run small enough to be trained dozens of times."""
+"""Small recipes, runs and training states that many tests use."""
 
 import dataclasses
 import json
@@ -26,8 +26,8 @@ from bdkd.trainer import Trainer
 
 ROLES = ("teacher", "student")
 
-# Two small networks, two epochs of 19 steps, a checkpoint every 5, everything switched on that a
-# checkpoint has to carry.
+# Two small networks, two epochs of 19 steps and a checkpoint every 5 steps, with every option that
+# adds state to a checkpoint.
 SMALL = [
     "digits", "--networks.teacher.model", "resnet8", "--train.epochs", "2",
     "--train.ema-decay", "0.9", "--train.clip-norm", "5", "--checkpoint.every-steps", "5",
@@ -35,14 +35,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-# A run of a second, for what does not depend on what is learned.
+# A run of about one second, for tests that do not depend on what the networks learn.
 TINY_RUN = [str(Path(__file__).with_name("tiny.toml"))]
 
 
 def bdkd(
     *arguments: str, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess:
-    """The command line as a user runs it."""
+    """Run the command line as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "bdkd", *arguments],
         capture_output=True, text=True, cwd=cwd, timeout=timeout,
@@ -50,7 +50,7 @@ def bdkd(
 
 
 def shown_step(line: str) -> int | None:
-    """The step in a printed row of training metrics; None of another line."""
+    """Return the step of a printed row of training metrics, or None for any other line."""
     found = re.match(r" *\d+/\d+ +(\d+)(/\d+)? ", line)
     return int(found[1]) if found else None
 
@@ -58,7 +58,7 @@ def shown_step(line: str) -> int | None:
 def torchrun(
     ranks: int, *arguments: str, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess:
-    """The command line on several ranks of this machine."""
+    """Run the command line on several ranks of this machine."""
     return subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
@@ -70,7 +70,7 @@ def torchrun(
 
 
 def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, str]:
-    """Start ``bdkd train`` and send a signal once it has said that it did a step.
+    """Start ``bdkd train``, and send a signal when it prints the row of a step.
 
     Returns:
         The exit code (negative: killed by that signal) and what it printed to stderr.
@@ -89,14 +89,14 @@ def interrupt_at(step: int, signal_number: int, *arguments: str) -> tuple[int, s
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock put there."""
+    """Return the lines of metrics.jsonl without times, rates and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clocked = {"images_per_second", "data_wait", "memory_mib", "mfu", "seconds"}
     return [{k: v for k, v in line.items() if k not in clocked} for line in lines]
 
 
 def same(a, b) -> bool:
-    """Whether two nested states are equal, tensors bit for bit."""
+    """Return whether two nested states are equal, with tensors compared bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -128,7 +128,7 @@ def tiny_state(
     objective="bdkd",
     **train,
 ) -> TrainingState:
-    """A training state of two tiny networks, teacher and student."""
+    """Return a training state of two tiny networks, a teacher and a student."""
     recipe = load_recipe("digits")
     names = {name: NetworkConfig("tiny", name, shard=name in sharded) for name in ROLES}
     recipe = dataclasses.replace(
@@ -147,7 +147,7 @@ def tiny_state(
 def state_of(
     recipe: Recipe, networks: Networks, train_images: int, context=SINGLE_PROCESS
 ) -> TrainingState:
-    """The state of some networks, for images that do not exist."""
+    """Return the training state of some networks. Its data source has counts but no images."""
     counts = {"train": train_images, "val": 0, "test": 0}
     source = SimpleNamespace(info=DataInfo("tiny", tuple("0123456789"), 1, (8, 8), counts))
     objective = create_objective(recipe.objective, recipe.networks)
@@ -157,7 +157,7 @@ def state_of(
 
 
 def tiny_recipe(**changes) -> Recipe:
-    """The tiny recipe; a change names a section and its new options, or an option at the top."""
+    """Return the tiny recipe with changes: ``section={option: value}`` or ``option=value``."""
     recipe = load_recipe(TINY_RUN[0])
     for key, value in changes.items():
         if isinstance(value, dict):
@@ -167,7 +167,7 @@ def tiny_recipe(**changes) -> Recipe:
 
 
 def components_of(recipe, context=SINGLE_PROCESS, *, begins=True) -> Components:
-    """The components of a run, with its initial weights if it begins."""
+    """Return the components of a run, with the initial weights loaded if ``begins`` is true."""
     components = build_components(recipe, context)
     if begins:
         load_initial_weights(components)
@@ -175,7 +175,7 @@ def components_of(recipe, context=SINGLE_PROCESS, *, begins=True) -> Components:
 
 
 def check_step(recipe: Recipe, device: str = "cpu", world_size: int = 1) -> None:
-    """Check that a step of a recipe can run on a device and a number of ranks."""
+    """Check that a training step of a recipe can run on a device and a number of ranks."""
     objective = create_objective(recipe.objective, recipe.networks)
     check_requirements(recipe, torch.device(device), DistributedContext(0, world_size), objective)
 
@@ -185,12 +185,12 @@ def objective_of(state: TrainingState, name: str = "bdkd", **options) -> Objecti
 
 
 def initial(path: Path, **options) -> NetworkConfig:
-    """A network that begins with the weights in a file."""
+    """Return the configuration of a network that starts from the weights in a file."""
     return NetworkConfig("tiny", "teacher", weights=str(path), **options)
 
 
 def trainer_of(state: TrainingState, objective: Objective | None = None) -> Trainer:
-    """A trainer that goes on from a state."""
+    """Return a trainer that continues from a state."""
     components = Components(
         state.recipe, state.context, state.device, objective or objective_of(state),
         SimpleNamespace(info=state.info), state.networks,  # type: ignore[arg-type]

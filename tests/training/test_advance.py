@@ -1,4 +1,4 @@
-"""``Objective.advance``: when the trainer calls it, and a dkd whose weights grow with it."""
+"""``Objective.advance``: when the trainer calls it, and the warm-up of dkd, which uses it."""
 
 import dataclasses
 import gc
@@ -29,12 +29,12 @@ WARMUP = 0.1  # epochs: steps 0 to 6 are in it
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Dynamo counts the graphs of a function over the whole process."""
+    """Reset dynamo, which counts the graphs of a function over the whole process."""
     torch.compiler.reset()
 
 
 def a_state(**options):
-    """Two networks of which the teacher is frozen and, by its configuration, trained."""
+    """Return a state whose teacher is frozen, with a configuration that names its weights."""
     state = tiny_state(frozen=frozenset({"teacher"}), **options)
     networks = dict(state.recipe.networks)
     networks["teacher"] = dataclasses.replace(networks["teacher"], weights="trained")
@@ -48,7 +48,7 @@ def a_trainer(state, **options) -> Trainer:
 
 
 def watch(objective: Objective) -> list[tuple]:
-    """What the objective is called with: epochs of ``advance``, or "loss"."""
+    """Return a list that records calls of the objective: the epochs of ``advance``, or "loss"."""
     calls: list = []
     advance, loss = objective.advance, objective.loss_and_grad
 
@@ -66,7 +66,7 @@ def watch(objective: Objective) -> list[tuple]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_trainer_calls_it_once_before_each_step_also_after_a_resume(accumulate, tmp_path):
+def test_advance_is_called_once_before_each_step_also_after_a_resume(accumulate, tmp_path):
     state = a_state(accumulate=accumulate)
     trainer = a_trainer(state)
     calls = watch(trainer.objective)
@@ -88,7 +88,7 @@ def test_the_trainer_calls_it_once_before_each_step_also_after_a_resume(accumula
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_compiled_step_reads_the_weight_of_its_own_step(accumulate):
+def test_a_compiled_step_uses_the_current_weight(accumulate):
     """The weight changes in each of these steps, and nothing is compiled again."""
     eager, other, constant = (a_state(accumulate=accumulate) for _ in range(3))
     counter = CompileCounterWithBackend("aot_eager")
@@ -103,7 +103,7 @@ def test_a_compiled_step_reads_the_weight_of_its_own_step(accumulate):
     assert (everything(constant)[weight] - everything(eager)[weight]).abs().max() > 1e-3
 
 
-def test_with_several_ranks_nothing_is_compiled_again_after_the_warm_up_of_ddp(tmp_path):
+def test_ddp_steps_are_not_recompiled_after_the_warm_up(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         after_warm_up, after_steps = graphs_under_ddp()
@@ -128,7 +128,7 @@ def graphs_under_ddp() -> tuple[int, int]:
     return after_warm_up, counter.frame_count
 
 
-def test_a_captured_step_reads_the_weight_of_its_own_step():
+def test_a_captured_step_uses_the_current_weight():
     plain, other = a_state(), a_state()
     captures = Captures(other)
     one, two = a_trainer(plain), a_trainer(other)
@@ -146,7 +146,7 @@ def test_a_captured_step_reads_the_weight_of_its_own_step():
 
 
 class Fading(Independent):
-    """An objective of a plugin whose weight exists after ``advance``."""
+    """An objective of a plugin whose weight exists only after a call of ``advance``."""
 
     def advance(self, epochs, device):
         self.weight = torch.full((), 0.5**epochs, device=device)
@@ -157,7 +157,7 @@ class Fading(Independent):
         return ObjectiveOutput(losses)
 
 
-def test_the_check_of_a_plugin_calls_it_before_the_losses():
+def test_check_objective_calls_advance_before_the_losses():
     state = a_state()
     fading = Fading(IndependentConfig("independent"), state.recipe.networks)
     check_objective(fading, state.recipe.networks, 4, 10, CPU)
@@ -177,7 +177,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.soak  # test_resume.py kills runs in every suite
 @pytest.mark.parametrize("step", [8, 17])
 def test_a_killed_run_resumes_in_the_middle_of_the_warm_up(step, teacher, tmp_path):
-    """Of two epochs of 12 steps, with a checkpoint every 5 steps."""
+    """The warm-up lasts two epochs of 12 steps. A checkpoint is saved every 5 steps."""
     options = [*TINY_RUN, "--objective.name", "dkd", "--objective.warmup", "2", "--log",
                "--networks.teacher.weights", str(teacher), "--train.deterministic"]  # fmt: skip
     whole, run, constant = (tmp_path / name for name in ("whole", "run", "constant"))

@@ -1,4 +1,4 @@
-"""Never the wrong weights: files with several networks, with another network, or forged ones."""
+"""Files of weights with several networks, another network or forged content are not misread."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def refused(content, tmp_path, match, **options):
         ({"model": ONE, "model_ema": OTHER}, "set weights_key to 'model' for other weights"),
     ],
 )  # fmt: skip
-def test_of_several_networks_none_is_guessed(content, match, tmp_path):
+def test_an_ambiguous_network_is_not_guessed(content, match, tmp_path):
     refused(content, tmp_path, match)
 
 
@@ -51,7 +51,7 @@ def test_the_same_weights_twice_are_one_network(tmp_path):
     assert all(torch.equal(value, ONE[key]) for key, value in loaded.state_dict().items())
 
 
-def test_a_key_finds_what_is_skipped_by_default(tmp_path):
+def test_weights_key_finds_entries_that_are_skipped_by_default(tmp_path):
     path = saved(tmp_path / "w.pt", {"model": ONE, "callbacks": {"EMA": {"weights": TWO}}})
     assert torch.equal(load(path)[0].conv.weight, ONE["conv.weight"])
     loaded, text = load(path, weights_key="callbacks.EMA")
@@ -70,12 +70,12 @@ def test_a_key_finds_what_is_skipped_by_default(tmp_path):
         (torch.ones(3, 16, 3, 3), r"shape \(3, 16, 3, 3\), needed \(16, 3, 3, 3\)"),
     ],
 )
-def test_a_tensor_of_another_kind_is_named(changed, match, tmp_path):
+def test_a_tensor_with_wrong_values_dtype_layout_or_shape_is_named(changed, match, tmp_path):
     refused({**ONE, "conv.weight": changed}, tmp_path, match)
 
 
-def test_counters_of_another_kind_do_not_matter(tmp_path):
-    """A naive average makes them floating point."""
+def test_batch_counters_may_have_another_dtype(tmp_path):
+    """Code that averages all tensors makes the counters floating point."""
     counted = {k: v.float()[None] if "num_batches" in k else v for k, v in ONE.items()}
     loaded, _ = load(saved(tmp_path / "w.pt", counted))
     assert torch.equal(loaded.conv.weight, ONE["conv.weight"])
@@ -111,12 +111,12 @@ def cyclic_module():
     ],
 )  # fmt: skip
 @pytest.mark.timeout(60)
-def test_forged_files_end_in_one_line(make, match, tmp_path):
+def test_forged_files_are_refused_in_one_line(make, match, tmp_path):
     refused(make(), tmp_path, match)
 
 
 def test_a_deep_pickle_does_not_crash_python(tmp_path):
-    """Torch's reader computes the hash of a key in C, by recursion."""
+    """torch's reader computes the hash of a key in C, recursively."""
     header = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})  # of files before torch 1.6
     deep = b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"K\x01s."  # {((((...),),),): 1}
     path = tmp_path / "w.pth"
@@ -125,7 +125,7 @@ def test_a_deep_pickle_does_not_crash_python(tmp_path):
         load(path)
 
 
-# -- the file or its folder says of which network it is --------------------------------------------
+# -- files and folders that name their network ----------------------------------------------------
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_another_network_of_timm_with_the_same_shapes_is_refused(timm, tmp_path)
     load(path, "timm:tf_mobilenetv3_small_minimal_100")
 
 
-def test_the_configuration_of_timm_is_read(timm, tmp_path):
+def test_the_config_json_of_timm_is_read(timm, tmp_path):
     from safetensors.torch import save_file
 
     theirs = timm.create_model("resnet18", num_classes=10)
@@ -178,7 +178,7 @@ def test_reset_head_knows_timms_classifiers(model, timm):
 
 
 @pytest.mark.parametrize("model", [MODEL, "timm:resnet18", "torchvision:resnet18"])
-def test_a_run_of_any_network_starts_another(model, timm, tmp_path):
+def test_a_run_and_its_export_start_another_run(model, timm, tmp_path):
     networks = ["--networks.teacher.model", model, "--max-steps", "1", "--quiet"]
     main(["train", *TINY_RUN, *networks, "--run-dir", str(tmp_path / "a")])
     main(["export", str(tmp_path / "a"), "--to", "safetensors", "--network", "teacher"])
@@ -206,7 +206,7 @@ def test_a_folder_of_two_models_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_a_part_gives_only_its_own_tensors(tmp_path):
+def test_a_shard_gives_only_the_tensors_that_the_index_assigns_to_it(tmp_path):
     from safetensors.torch import save_file
 
     stale = {"conv.weight": TWO["conv.weight"]}

@@ -1,5 +1,8 @@
-"""LAMB and NovoGrad of NVIDIA's apex, which is a source build for GPUs: here a twin with its
-interface (constructor, groups, ``step`` without ``found_inf``) stands in for it."""
+"""The optimizers LAMB and NovoGrad of NVIDIA's apex.
+
+apex must be built from source for a GPU. Here a stand-in with its interface (constructor, groups,
+``step`` without ``found_inf``) replaces it.
+"""
 
 import io
 import sys
@@ -15,8 +18,8 @@ from bdkd.engine.optim import AdamConfig
 from bdkd.errors import RunError, UsageError
 from bdkd.registry import OPTIMIZERS
 
-# As in apex: moments in the parameters' state, the count of steps in the group, and no word of
-# gradients that are not finite.
+# As in apex, moments are in the state of each parameter, the step count is in the group, and
+# gradients that are not finite get no special treatment.
 TWIN = """
 import torch
 
@@ -59,7 +62,7 @@ class FusedNovoGrad(_Twin):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A folder that is imported from, in which a test writes the package apex."""
+    """Return an empty folder ``apex`` on the import path, in which a test writes the package."""
     (tmp_path / "apex").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("apex", "apex.optimizers"):
@@ -95,7 +98,7 @@ def test_a_step_with_a_nan_changes_nothing_and_is_not_counted(apex, name):
     assert all(value.isfinite().all() for value in after.values())
 
 
-def test_the_recipe_says_rates_and_decays(apex):
+def test_the_optimizer_has_the_options_of_the_recipe(apex):
     config = AdamConfig("lamb", learning_rate=0.02, betas=(0.8, 0.9), weight_decay=0.1)
     groups = tiny_state(optimizer=config).optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
@@ -103,7 +106,7 @@ def test_the_recipe_says_rates_and_decays(apex):
     assert {group["network"] for group in groups} == {"teacher", "student"}
 
 
-def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(apex):
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(apex):
     config = AdamConfig("lamb", learning_rate=1e-3)
     whole, first, second = (tiny_state(optimizer=config) for _ in range(3))
     run_steps(whole, [a_batch(seed=seed) for seed in range(5)])
@@ -125,14 +128,14 @@ def test_a_cpu_is_refused_before_anything_is_trained(package):
         tiny_state(optimizer=AdamConfig("novograd"))
 
 
-def test_pypis_apex_is_told_apart(package, monkeypatch):
+def test_the_unrelated_apex_of_pypi_is_recognised(package, monkeypatch):
     monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     (package / "__init__.py").write_text("from pyramid.session import nothing")
     with pytest.raises(RunError, match=r"PyPI's unrelated package: .* -m pip uninstall apex"):
         tiny_state(optimizer=AdamConfig("lamb"))
 
 
-def test_no_apex_says_where_it_is(package, monkeypatch):
+def test_a_missing_apex_says_how_to_install_it(package, monkeypatch):
     monkeypatch.setattr(optim, "APEX_DEVICES", ("cpu",))
     package.rmdir()
     with pytest.raises(RunError, match="not installed: build NVIDIA's"):

@@ -1,4 +1,4 @@
-"""Zip files that torch wrote pass; each other kind of zip file is refused before it is loaded."""
+"""Zip files that torch wrote pass. Every other kind of zip file is refused before it is loaded."""
 
 import io
 import struct
@@ -44,7 +44,7 @@ def test_files_of_torch_pass(tmp_path):
             check_stored_zip(file)
 
 
-def test_every_flipped_byte_of_a_tensor_is_found():
+def test_a_flipped_bit_of_a_tensor_is_found():
     content = bytearray(saved())
     begin = content.index(torch.arange(3000.0).numpy().tobytes())
     for offset in (begin, begin + 5999, begin + 11_999):  # first, middle and last byte
@@ -55,12 +55,12 @@ def test_every_flipped_byte_of_a_tensor_is_found():
 
 
 @pytest.mark.parametrize("kept", [0, 10, 21, 22, 100, 0.5, 0.99])
-def test_a_file_that_was_cut_off(kept):
+def test_a_truncated_file_is_refused(kept):
     content = saved()
     refused(content[: kept if isinstance(kept, int) else int(kept * len(content))])
 
 
-def test_other_zip_files():
+def test_other_zip_files_are_refused():
     assert "compressed" in refused(zipped({"a": b"0" * 10**6}, compression=zipfile.ZIP_DEFLATED))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -80,7 +80,7 @@ def patched(content: bytes, offset: int, value: bytes) -> bytes:
     return content[:offset] + value + content[offset + len(value) :]
 
 
-def test_headers_that_contradict_each_other():
+def test_headers_that_contradict_each_other_are_refused():
     content = zipped({"first": b"1" * 50, "second": b"2" * 50})
     directory = content.index(b"PK\1\2")
     second = content.index(b"PK\1\2", directory + 4)
@@ -100,14 +100,14 @@ def test_headers_that_contradict_each_other():
     assert "directory" in refused(patched(content, end + 16, struct.pack("<L", 0)))
 
 
-def test_sizes_of_64_bits_that_lie():
+def test_wrong_64_bit_sizes_are_refused():
     content = saved()
     locator, record = content.index(b"PK\6\7"), content.index(b"PK\6\6")
     assert "misplaced" in refused(patched(content, locator + 8, struct.pack("<Q", 0)))
     assert "damaged" in refused(patched(content, record, b"PK\0\0"))
     for field in range(24, 56, 8):
         refused(patched(content, record + field, struct.pack("<Q", 2**63)))
-    # A directory entry whose sizes of 64 bits lie in its extra field
+    # A directory entry with wrong 64-bit sizes in its extra field
     content = zipped({"member": b"1" * 50})
     entry, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
     extra = struct.pack("<2H2Q", 1, 16, 2**62, 2**62)
@@ -119,9 +119,9 @@ def test_sizes_of_64_bits_that_lie():
     assert "more than the file" in refused(content[:entry] + bytes(lying) + bytes(ending))
 
 
-def test_the_quoted_bomb_of_overlapping_members():
-    """Many directory entries for one member: 200 kB that would be read as 400 MB (D. Fifield, "A
-    better zip bomb", 2019)."""
+def test_a_zip_bomb_of_overlapping_members_is_refused():
+    """Many directory entries refer to one member, so that 200 kB would be read as 400 MB (D.
+    Fifield, "A better zip bomb", 2019)."""
     content = zipped({"0000": b"\0" * 100_000})
     entry, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
     entries = [patched(content[entry:end], 46, b"%04d" % index) for index in range(4000)]
@@ -131,13 +131,13 @@ def test_the_quoted_bomb_of_overlapping_members():
     assert "400,000,000 bytes, more than the file" in message
 
 
-def test_a_directory_that_would_fill_the_memory(monkeypatch):
+def test_a_too_large_directory_is_refused(monkeypatch):
     monkeypatch.setattr("bdkd.runs.archive.MAX_DIRECTORY_BYTES", 100)
     assert "more than 100" in refused(zipped({f"member{index}": b"" for index in range(9)}))
 
 
 def test_any_damage_is_an_archive_error_or_harmless():
-    """One changed byte anywhere: a refusal in one line, or a file that reads the same."""
+    """Change one byte at any place: the file is refused, or its members read the same."""
     content = zipped({"first": b"1" * 20, "second": b"2" * 20})
     members = {"first": b"1" * 20, "second": b"2" * 20}
     for offset in range(len(content)):

@@ -1,7 +1,8 @@
-"""The captured step, on a twin of CUDA graphs: operators are recorded with their tensors, once, and
-replayed on the same tensors without a line of Python, as a graph does.
+"""The captured step on a CPU, with a stand-in for CUDA graphs.
 
-What the twin cannot show waits for a GPU: streams, the graph's memory pool, and how fast it is.
+The stand-in records operators and their tensors once, and replays the operators on the same tensors
+without running Python code of the step, as a CUDA graph does. Streams, the memory pool of the graph
+and its speed can be tested on a GPU only.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from bdkd.registry import OBJECTIVES, OPTIMIZERS
 
 @pytest.fixture(autouse=True)
 def labels_as_on_a_gpu(monkeypatch):
-    """On a CPU the labels are checked on the host; on a GPU nothing reads them."""
+    """Turn off the check of labels on the host, which happens on a CPU and not on a GPU."""
     monkeypatch.setattr("bdkd_kernels.reference.labels_can_be_read", lambda _: False)
 
 
 class Recorder(TorchDispatchMode):
-    """Operators and their tensors, in order."""
+    """Records operators and their tensors in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,11 +47,11 @@ class Recorder(TorchDispatchMode):
             fresh = function(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(fresh), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)  # a graph's tensors have their places
+                    old.copy_(new)  # the tensors of a graph have fixed addresses
 
 
 def tensors_of(state) -> list[Tensor]:
-    """All that outlives a step."""
+    """Return all tensors that outlive a step."""
     moments = [x for own in state.optimizer.state.values() for x in own.values()]
     meter = state.meter
     return [
@@ -62,7 +63,7 @@ def tensors_of(state) -> list[Tensor]:
 
 
 class Captures:
-    """Records a function and undoes what it did, since a capture does nothing."""
+    """Records a function and undoes its effects, because a capture only records."""
 
     def __init__(self, state) -> None:
         self.state, self.count = state, 0
@@ -81,7 +82,7 @@ class Captures:
 
 def a_captured(state) -> tuple[Callable[[Batch], None], Captures]:
     captures = Captures(state)
-    # The native kernel is called with pointers, past the dispatcher that the twin listens to.
+    # Not the native kernel: it takes pointers, so the dispatcher and the recorder do not see it.
     trainer = trainer_of(state, objective_of(state, backend="reference"))
     state.networks.train()
     trainer.compute_step = CapturedStep(
@@ -93,8 +94,8 @@ def a_captured(state) -> tuple[Callable[[Batch], None], Captures]:
 @pytest.mark.parametrize("optimizer", OPTIMIZER_OPTIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
-    """Learning rates that warm up, a NaN after the capture, a smaller batch that is captured anew,
-    a meter that is read and goes on."""
+    """The steps include a warm-up of the learning rate, a NaN after the capture, a smaller batch
+    that is captured separately, and a meter that is read in between."""
     plain, other = (
         tiny_state(optimizer=OPTIMIZER_OPTIONS[optimizer], ema_decay=0.9, clip_norm=1.0,
                    accumulate=accumulate)
@@ -103,7 +104,7 @@ def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
     objective = objective_of(plain, backend="reference")
     step, captures = a_captured(other)
     plain.networks.train()
-    for group in plain.optimizer.param_groups:  # AdamW divides its rate in double precision
+    for group in plain.optimizer.param_groups:  # AdamW divides a float rate in double precision
         group["lr"] = torch.tensor(group["lr"])
     sizes = [16] * (WARM_UP + 4) + [8] * (WARM_UP + 2) + [16]
     for number, size in enumerate(sizes):
@@ -111,7 +112,7 @@ def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
         trainer_of(plain, objective).train_step(batch)
         step(batch)
         if number == WARM_UP + 2:
-            assert str(other.meter.read()) == str(plain.meter.read())  # NaN is NaN here
+            assert str(other.meter.read()) == str(plain.meter.read())  # as text, NaN equals NaN
     assert captures.count == 2  # one for each size of a batch, as documented
     expected = everything(plain)
     for key, value in everything(other).items():
@@ -124,7 +125,7 @@ def test_a_captured_run_is_the_same_run_bit_for_bit(optimizer, accumulate):
     assert rates[0] != tiny_state().optimizer.param_groups[0]["lr"]
 
 
-def test_nothing_that_outlives_a_step_moves():
+def test_tensors_that_outlive_a_step_keep_their_addresses():
     state = tiny_state(ema_decay=0.9)
     objective = objective_of(state)
     state.networks.train()
@@ -138,10 +139,10 @@ def test_nothing_that_outlives_a_step_moves():
     kept = {id(x) for own in state.optimizer.state.values() for x in own.values()}
     moved = [t for t, place in zip(tensors_of(state), places, strict=True)
              if t.data_ptr() != place and id(t) not in kept]  # fmt: skip
-    assert moved == []  # but the moments, which the optimizer loads anew, before any capture
+    assert moved == []  # without the moments: the optimizer replaces them, before any capture
 
 
-def test_a_checkpoint_of_a_captured_run_resumes_uncaptured_and_back(tmp_path):
+def test_a_checkpoint_of_a_captured_run_resumes_with_and_without_capture(tmp_path):
     whole, first = tiny_state(), tiny_state()
     step, _ = a_captured(first)
     objective = objective_of(whole, backend="reference")
@@ -178,7 +179,9 @@ def test_a_checkpoint_of_a_captured_run_resumes_uncaptured_and_back(tmp_path):
         ("cuda", 1, "bdkd", "adamw", None),
     ],
 )
-def test_what_cannot_be_captured_is_refused(device, world_size, objective, optimizer, message):
+def test_a_step_that_cannot_be_captured_is_refused(
+    device, world_size, objective, optimizer, message
+):
     objective = OBJECTIVES.configure(objective)
     recipe = tiny_recipe(
         optimizer=OPTIMIZERS.configure(optimizer), objective=objective, train={"cuda_graph": True}

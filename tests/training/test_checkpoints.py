@@ -1,4 +1,4 @@
-"""Nothing saved is ever lost: what a passing failure, damage and old runs do to checkpoints."""
+"""Checkpoints survive temporary failures, and damaged or removed files never restart a run."""
 
 import errno
 import os
@@ -38,13 +38,13 @@ def run(finished, tmp_path):
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """Everything that a run has saved."""
+    """Return the content of every file of a run."""
     found = {p for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
     return {str(p.relative_to(run)): p.read_bytes() for p in found}
 
 
-def fails(*arguments: str, capsys) -> str:
-    """The one line of a command that fails."""
+def error_line(*arguments: str, capsys) -> str:
+    """Run a command that fails, and return the only line that it prints to stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
@@ -54,7 +54,7 @@ def fails(*arguments: str, capsys) -> str:
     return said
 
 
-# --- failures that pass ---------------------------------------------------------------------------
+# --- temporary failures ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def fails(*arguments: str, capsys) -> str:
     ids=lambda value: getattr(value, "strerror", None) or type(value).__name__,
 )
 @pytest.mark.parametrize("where", ["check_stored_zip", "torch.load"])
-def test_a_passing_failure_is_not_damage(finished, monkeypatch, failure, said, where):
+def test_a_temporary_failure_is_not_damage(finished, monkeypatch, failure, said, where):
     def fail(*_, **__):
         raise failure
 
@@ -85,8 +85,8 @@ def test_a_passing_failure_is_not_damage(finished, monkeypatch, failure, said, w
     assert files(finished) == before
 
 
-def test_a_resume_after_a_passing_failure_continues(run, monkeypatch, capsys):
-    """Neither the folder nor the checkpoint can be read at first."""
+def test_a_resume_after_a_temporary_failure_continues(run, monkeypatch, capsys):
+    """At first the checkpoint cannot be read, and then its folder."""
     resume = ("train", "--resume", "--run-dir", str(run), "--train.epochs", "2")
     before = files(run)
 
@@ -101,14 +101,14 @@ def test_a_resume_after_a_passing_failure_continues(run, monkeypatch, capsys):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, replacement)
-            assert said in fails(*resume, capsys=capsys)
+            assert said in error_line(*resume, capsys=capsys)
         assert files(run) == before
     main(list(resume))
     assert "continuing at step 12" in capsys.readouterr().out
 
 
-def test_too_little_memory_is_named(run):
-    """The limit of a shell or a scheduler, as the operating system enforces it."""
+def test_too_little_memory_is_reported(run):
+    """The operating system enforces the limit, which a shell or a scheduler may set."""
     script = (
         "import resource, sys; from pathlib import Path; import bdkd.runs.checkpoint as c\n"
         "from bdkd.errors import DamagedFile, RunError\n"
@@ -128,7 +128,7 @@ def test_too_little_memory_is_named(run):
     assert "not enough memory" in done.stdout or "Cannot allocate memory" in done.stdout
 
 
-def test_too_few_open_files_is_named(run):
+def test_too_many_open_files_are_reported(run):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
@@ -151,7 +151,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def test_a_flipped_bit_in_any_tensor_is_found(run):
-    """``torch.load`` verifies no checksum: the weights would be silently wrong."""
+    """``torch.load`` verifies no checksum, so it would load wrong weights without an error."""
     path = run / "checkpoints" / "step-00000012.pt"
     whole = path.read_bytes()
     for place in range(len(whole) // 20, len(whole), len(whole) // 20):
@@ -161,7 +161,7 @@ def test_a_flipped_bit_in_any_tensor_is_found(run):
             load_checkpoint(path)
         except DamagedFile as error:
             assert str(path) in str(error)  # noqa: PT017
-        else:  # padding between members, which nobody reads
+        else:  # the bit is in the padding between members, which has no content
             assert torch.load(path, weights_only=True).keys() == {"format", "recipe", "state"}
     path.write_bytes(whole)
     middle = whole.find(b"archive/data/") + 2000
@@ -171,7 +171,7 @@ def test_a_flipped_bit_in_any_tensor_is_found(run):
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
-def test_a_cut_checkpoint_is_put_aside_with_the_proof(run, share, capsys):
+def test_a_truncated_checkpoint_is_renamed_and_the_previous_one_resumes(run, share, capsys):
     path = run / "checkpoints" / "step-00000012.pt"
     shutil.copy(path, run / "kept.pt")
     for kind in ("step", "best"):
@@ -196,7 +196,7 @@ def test_weights_with_a_flipped_bit_are_refused(run):
         load_weights(torch.nn.Linear(100, 10), "student", initial(path))
 
 
-def test_weights_in_the_format_before_zip_files_load(run):
+def test_weights_in_the_format_before_torch_1_6_load(run):
     torch.save(
         torch.nn.Linear(3, 2).state_dict(), run / "old.pt", _use_new_zipfile_serialization=False
     )
@@ -204,7 +204,7 @@ def test_weights_in_the_format_before_zip_files_load(run):
 
 
 def rezip(path: Path, **options) -> None:
-    """Pack a checkpoint again, as another program does."""
+    """Pack the members of a checkpoint again, as another program might."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", **options) as archive:
@@ -228,18 +228,20 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_whole_file_of_another_program_is_not_damaged(run, kind, capsys):
+def test_an_intact_file_of_another_program_is_refused_and_not_renamed(run, kind, capsys):
     FOREIGN[kind](run / "checkpoints" / "step-00000012.pt")
     before = files(run)
-    line = fails("train", "--resume", "--run-dir", str(run), "--train.epochs", "2", capsys=capsys)
+    line = error_line(
+        "train", "--resume", "--run-dir", str(run), "--train.epochs", "2", capsys=capsys
+    )
     assert "is not a checkpoint that bdkd wrote" in line
     assert files(run) == before
 
 
 @pytest.mark.parametrize(("offset", "bit"), [(38, 0x10), (34, 1), (35, 1)])
 def test_a_flipped_bit_in_the_directory_is_found(run, offset, bit):
-    """The DOS attribute of a folder made torch return memory that nobody had written, as weights;
-    the number of a disk made it refuse the file."""
+    """With the DOS attribute of a folder, torch returned uninitialised memory as weights. With
+    another disk number, torch refused the file."""
     path = run / "checkpoints" / "step-00000012.pt"
     whole, place, tried = path.read_bytes(), 0, 0
     while (place := whole.find(b"PK\1\2", place + 1)) >= 0:
@@ -255,7 +257,7 @@ def test_a_flipped_bit_in_the_directory_is_found(run, offset, bit):
     assert tried > 50
 
 
-def test_a_disk_that_does_not_answer_at_the_end_of_a_file_is_not_damage(run, monkeypatch):
+def test_a_read_error_at_the_end_of_a_file_is_not_damage(run, monkeypatch):
     """zipfile reports an OSError there as "File is not a zip file"."""
 
     def fail(*_):
@@ -288,22 +290,25 @@ def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(run):
     assert (run / "checkpoints" / "step-00000012.damaged.2").stat().st_size == 500
 
 
-# --- never from step 0 over an older run ----------------------------------------------------------
+# --- a resume never starts an older run over ------------------------------------------------------
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(run, capsys):
     for path in (run / "checkpoints").iterdir():
         path.write_bytes(b"")
     resume = ("train", "--resume", "--run-dir", str(run), "--train.epochs", "2")
-    for _ in range(2):  # the second time they have been put aside
-        assert "put one back" in fails(*resume, capsys=capsys)
+    for _ in range(2):  # the first attempt renames them
+        assert "put one back" in error_line(*resume, capsys=capsys)
     assert (run / "summary.json").exists()
     assert len(list((run / "checkpoints").glob("*.damaged"))) == 3
 
 
 @pytest.mark.parametrize("kept", ["summary", "mark", "metrics"])
 def test_a_run_whose_checkpoints_were_removed_does_not_start_over(run, kept, capsys):
-    """Runs of older versions have no mark. Each of the three is enough by itself."""
+    """Any one of summary.json, the mark ``.saved`` and metrics.jsonl is enough to find the run.
+
+    Runs of older versions have no mark.
+    """
     shutil.rmtree(run / "checkpoints")
     last = 12
     if kept != "metrics":
@@ -316,7 +321,9 @@ def test_a_run_whose_checkpoints_were_removed_does_not_start_over(run, kept, cap
         (run / ".saved").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     for resume in ("require", "auto"):
-        line = fails("train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys)
+        line = error_line(
+            "train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys
+        )
         assert f"the run had reached step {last}," in line
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -325,13 +332,15 @@ def test_a_run_without_its_config_is_not_overwritten(run, capsys):
     (run / "config.toml").unlink()
     before = files(run)
     for resume in ("never", "auto"):
-        line = fails("train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys)
+        line = error_line(
+            "train", TINY_RUN[0], "--resume", resume, "--run-dir", str(run), capsys=capsys
+        )
         assert "no config.toml" in line
     assert files(run) == before
 
 
-def test_the_best_students_file_is_resumed_from_where_it_is_the_newest(run, capsys):
-    """Killed after an evaluation and before the next checkpoint."""
+def test_a_run_resumes_from_its_best_checkpoint_if_that_is_the_newest(run, capsys):
+    """The run was killed after an evaluation and before the next checkpoint."""
     for path in (run / "checkpoints").glob("step-*"):
         path.unlink()
     (run / "summary.json").unlink()
@@ -341,8 +350,8 @@ def test_the_best_students_file_is_resumed_from_where_it_is_the_newest(run, caps
     assert "best-00000012.pt" in said
 
 
-def test_a_run_killed_before_its_last_checkpoint_has_one_in_the_end(run):
-    """Its last evaluation was written, its last step was not: nothing is left to train."""
+def test_a_run_killed_before_its_last_checkpoint_writes_it_on_resume(run):
+    """Nothing is left to train, because the checkpoint of the best student has the last step."""
     (run / "checkpoints" / "step-00000012.pt").unlink()
     (run / "summary.json").unlink()
     main(["train", "--resume", "--run-dir", str(run), "--quiet"])
@@ -365,7 +374,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(run, monk
     assert "step-00000010.pt" in saved
 
 
-def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
+def test_malformed_lines_of_metrics_do_not_stop_a_resume(run, capsys):
     lines = [
         '{"step":"x","split":5}', '{"step":1,"step":2}', '{"step":true,"split":"train"}', "[1]",
         '{"step":1,"split":"train","student":{"loss":1}}', "[" * 100_000, '{"step": NaN}',
@@ -379,8 +388,8 @@ def test_odd_lines_of_metrics_do_not_end_a_resume(run, capsys):
     assert [line["step"] for line in RunFolder(run).read_metrics()][:3] == [2, 1, 13]
 
 
-def test_a_last_line_without_its_end_is_not_read_although_it_is_json(run):
-    """Killed in the middle of `{"step": 120, ...`: a number may be cut as well."""
+def test_a_last_line_without_a_newline_is_ignored(run):
+    """A kill may have cut the last line, so it is not trusted even if it is valid JSON."""
     whole = RunFolder(run).read_metrics()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 12}')

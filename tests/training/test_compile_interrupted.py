@@ -1,4 +1,4 @@
-"""A signal while ``torch.compile`` compiles ends the run at once and leaves no compiler behind."""
+"""A signal during ``torch.compile`` ends the run at once and leaves no compiler process behind."""
 
 import os
 import shlex
@@ -32,14 +32,14 @@ def fresh():
 
 
 def processes_of(session: int) -> list[str]:
-    """The commands of the living processes of a session."""
+    """Return the commands of the running processes of a session."""
     listed = subprocess.run(["ps", "-s", str(session), "-o", "stat=,args="],
                             capture_output=True, text=True)  # fmt: skip
     return [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
 
 
 @pytest.mark.skipif(
-    COMPILER != "inductor", reason="no C++ compiler for inductor: the tests below need none"
+    COMPILER != "inductor", reason="no C++ compiler for inductor: the tests below do not need one"
 )
 @pytest.mark.parametrize(
     ("number", "whom"),
@@ -49,8 +49,8 @@ def processes_of(session: int) -> list[str]:
         pytest.param(signal.SIGUSR1, "the run", marks=pytest.mark.soak),
     ],
 )
-def test_the_run_ends_within_seconds(number, whom, tmp_path):
-    """A terminal sends Ctrl-C to the compilers, too, which then fail."""
+def test_a_signal_during_compilation_ends_the_run(number, whom, tmp_path):
+    """A terminal sends Ctrl-C to the compiler processes too, and they fail."""
     run, output = tmp_path / "run", tmp_path / "output"
     command = [sys.executable, "-m", "bdkd", "train", *TINY_RUN, "--train.compile", "--run-dir"]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -66,13 +66,13 @@ def test_the_run_ends_within_seconds(number, whom, tmp_path):
         time.sleep(3)  # into the compilation, which takes half a minute
         assert "compiled, and done once" not in output.read_text()
         (os.killpg if whom == "all" else os.kill)(process.pid, number)
-        # How long it takes depends on the load. A compilation that is not ended ends in step 1.
+        # The time depends on the load. Without an interruption the run would stop in step 1.
         assert process.wait(100) == 128 + number
         *_, line = output.read_text().splitlines()
         again = shlex.join(["bdkd", "train", "--resume", "--run-dir", str(run)])
         assert line in (
             f"bdkd: stopped before the first step; nothing had to be saved; continue with: {again}",
-            # Torch traced for 10 s more.
+            # This line appears if torch traces for 10 s more.
             f"bdkd: {signal.Signals(number).name} while compiling: stopped; --resume continues "
             "from the last checkpoint",
         )
@@ -84,7 +84,7 @@ def test_the_run_ends_within_seconds(number, whom, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_an_error_of_the_compiler_after_the_signal_is_the_interruption():
+def test_a_compiler_error_after_the_signal_is_an_interruption():
     with pytest.raises(ValueError, match="wrong"), interruptible():
         raise ValueError("wrong")
 
@@ -95,10 +95,10 @@ def test_an_error_of_the_compiler_after_the_signal_is_the_interruption():
     with pytest.raises(CompilationInterrupted), interruptible():
         fails_after_the_signal()
     with pytest.raises(CompilationInterrupted), interruptible():
-        pytest.fail("a later compilation does not begin")
+        pytest.fail("a compilation began after the signal")
 
 
-def test_a_compilation_that_does_not_fail_ends_the_process():
+def test_the_process_ends_if_the_compilation_does_not_fail():
     script = (
         "import signal, time; from bdkd.engine import interruption as i; i.PATIENCE_SECONDS = 0.5\n"
         "with i.interruptible(): i.request(signal.SIGTERM); time.sleep(60)"
@@ -121,15 +121,15 @@ def test_a_request_does_not_end_a_later_compilation_of_the_process(monkeypatch):
     killed = []
     monkeypatch.setattr(interruption, "_kill_compilers", lambda: killed.append(1))
     with interruptible():
-        time.sleep(0.8)  # the process lives
+        time.sleep(0.8)  # the process does not end
     assert killed == []
 
 
-def test_a_signal_outside_of_a_compilation_waits_for_the_step():
+def test_a_signal_outside_a_compilation_interrupts_nothing():
     interruption.request(signal.SIGTERM)
 
 
-def test_an_interrupted_step_leaves_the_state_as_it_was():
+def test_an_interrupted_step_leaves_the_state_unchanged():
     """The first part of the step changes the statistics of batch norm and adds gradients."""
     state = tiny_state()
     trainer = trainer_of(state, objective_of(state))
@@ -151,7 +151,7 @@ def test_an_interrupted_step_leaves_the_state_as_it_was():
 
 
 def test_the_steps_before_a_later_compilation_are_saved(tmp_path, monkeypatch):
-    """Of another batch shape. The compilation that a signal interrupts is that of step 4."""
+    """A new batch shape compiles again. Here a signal interrupts the compilation in step 4."""
     options = ["tiny", "--train.epochs", "1", "--run-dir", str(tmp_path)]
     trainer = Trainer(components_of(parse(options, load_recipe(*TINY_RUN)).config))
     forward_backward, calls = trainer.forward_backward, []

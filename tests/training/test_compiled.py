@@ -1,6 +1,7 @@
-"""``train.compile``: one graph of both passes of all networks, or two; the same training.
+"""``train.compile``: compiled training, with one graph or two graphs, equals eager training.
 
-``aot_eager`` makes inductor's graphs and runs them uncompiled, in a fraction of the time.
+The backend ``aot_eager`` builds the graphs of inductor and runs them without generated code, which
+takes a fraction of the time.
 """
 
 import dataclasses
@@ -34,13 +35,13 @@ ONE_GRAPH = hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Dynamo counts the graphs of a function over the whole process."""
+    """Reset dynamo, which counts the graphs of a function over the whole process."""
     torch.compiler.reset()
 
 
 @pytest.fixture
 def without_flag(monkeypatch):
-    """A torch that cannot take the backward pass into a graph."""
+    """Simulate a torch that cannot include the backward pass in a graph."""
     monkeypatch.setattr("bdkd._torch_compat._BACKWARD_FLAG", "no_such_flag")
 
 
@@ -50,14 +51,14 @@ class Drops(nn.Sequential):
 
 
 def steps(state, batches, backend=None, shapes=2, **options):
-    """Train, compiled if there is a backend; the number of graphs that took."""
+    """Train, compiled if a backend is given. Returns the number of compiled graphs."""
     trainer, counter = trainer_of(state, objective_of(state, **options)), None
     if backend is not None:
         counter = CompileCounterWithBackend(backend)
         compiles = compiled(state, trainer.objective, shapes, counter)
         trainer.forward_backward = announce_compilation(compiles, prints=True)
     state.networks.train()
-    if state.context.is_distributed:  # as a run begins
+    if state.context.is_distributed:  # as at the start of a run
         *_, (micro_batch, _) = batches[0].micro_batches(trainer.accumulate)
         warm_up(state, trainer.forward_backward, micro_batch)
     for batch in batches:
@@ -71,7 +72,7 @@ def assert_same(one, other, **tolerance):
 
 
 def backward_in(counter) -> list[bool]:
-    """Of each graph, whether a gradient is made in it."""
+    """Return for each graph whether it computes gradients."""
     return [
         any(node.target is torch.autograd.grad for node in graph.graph.nodes)
         for graph in counter.graphs
@@ -87,8 +88,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_compiled_run_is_the_same_run(case):
-    """A step with a NaN among its steps."""
+def test_a_compiled_run_equals_an_eager_run(case):
+    """One of the steps has a NaN."""
     eager, other = tiny_state(**CASES[case]), tiny_state(**CASES[case])
     batches = [a_batch(seed=i, poisoned=i == 2) for i in range(6)]
     steps(eager, batches)
@@ -98,7 +99,7 @@ def test_a_compiled_run_is_the_same_run(case):
     assert str(other.meter.read()) == str(eager.meter.read())
 
 
-def test_what_the_compiler_makes_of_it_trains_alike():
+def test_generated_code_trains_like_eager():
     eager, other = tiny_state(), tiny_state()
     batches = [a_batch(seed=i) for i in range(3)]
     steps(eager, batches)
@@ -106,7 +107,7 @@ def test_what_the_compiler_makes_of_it_trains_alike():
     assert_same(eager, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not ONE_GRAPH, reason="this torch lacks the flag: its twin is two graphs below")
+@pytest.mark.skipif(not ONE_GRAPH, reason="this torch lacks the flag: the test of two graphs below")
 def test_the_backward_pass_is_in_the_graph():
     state, counter = tiny_state(), CompileCounterWithBackend("aot_eager")
     compiled(state, objective_of(state), backend=counter)(a_batch())
@@ -128,8 +129,8 @@ def test_without_the_flag_there_are_two_graphs_and_the_same_run(without_flag):
     assert_same(eager, other)
 
 
-def test_under_ddp_autograd_makes_the_gradients(tmp_path):
-    """DDP's hooks exchange them as they come."""
+def test_under_ddp_gradients_come_from_autograd(tmp_path):
+    """DDP's hooks reduce the gradients while autograd computes them."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         compare_under_ddp()
@@ -175,8 +176,8 @@ def test_a_frozen_teacher_gets_no_gradient():
     assert all(torch.equal(v, before[k]) for k, v in everything(other).items() if "teacher" in k)
 
 
-def test_a_compiled_run_resumes_as_if_it_had_not_stopped(tmp_path):
-    """Dropout draws in the graph from the random state that a checkpoint holds."""
+def test_a_resumed_compiled_run_equals_an_uninterrupted_run(tmp_path):
+    """Dropout inside the graph draws from the random state that a checkpoint saves."""
     batches = [a_batch(seed=i) for i in range(6)]
     whole, first, second = (tiny_state(Drops, ema_decay=0.9) for _ in range(3))
     torch.manual_seed(1)
@@ -193,7 +194,7 @@ def test_a_compiled_run_resumes_as_if_it_had_not_stopped(tmp_path):
 
 
 class Breaks(Tiny):
-    """What dynamo cannot take in one piece."""
+    """A network that dynamo cannot compile as one graph."""
 
     def forward(self, x):
         x = self[0](x)
@@ -201,7 +202,7 @@ class Breaks(Tiny):
         return super().forward(x) if x.shape[1] == 1 else self[4](self[3](self[2](self[1](x))))
 
 
-def test_a_network_that_breaks_the_graph_trains_alike():
+def test_a_network_that_breaks_the_graph_trains_like_eager():
     eager, other = tiny_state(Breaks), tiny_state(Breaks)
     batches = [a_batch(seed=i) for i in range(3)]
     steps(eager, batches)
@@ -210,7 +211,7 @@ def test_a_network_that_breaks_the_graph_trains_alike():
 
 
 class TwoBiases(nn.Module):
-    """Two biases with one gradient, and a parameter that no loss reaches."""
+    """Two biases that get the same gradient, and a parameter that gets none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +223,7 @@ class TwoBiases(nn.Module):
 
 
 def test_gradients_do_not_share_memory():
-    """Or clipping would scale one of them twice."""
+    """If two gradients shared memory, clipping would scale them twice."""
     eager, other = (tiny_state(TwoBiases, clip_norm=0.01, accumulate=2) for _ in range(2))
     batches = [a_batch(seed=i) for i in range(3)]
     steps(eager, batches)
@@ -245,8 +246,8 @@ class AnySize(nn.Sequential):
 
 
 @pytest.mark.parametrize("flag", [True, False], ids=["one graph", "two graphs"])
-def test_every_size_of_images_is_compiled_once(flag, request):
-    """Of progressive resolution: more of them than dynamo's own limit."""
+def test_every_image_size_is_compiled_once(flag, request):
+    """Progressive resolution may have more image sizes than dynamo's recompile limit."""
     if not flag:
         request.getfixturevalue("without_flag")
     recipe, sides = load_recipe("digits"), range(8, 12)
@@ -260,7 +261,7 @@ def test_every_size_of_images_is_compiled_once(flag, request):
         assert steps(state, batches * 2, "aot_eager", shapes=shapes) == len(sides)
 
 
-def test_a_new_shape_is_announced_once_and_by_the_first_rank_alone(capsys):
+def test_a_new_shape_is_announced_once_and_only_by_rank_0(capsys):
     state = tiny_state()
     steps(state, [a_batch(16), a_batch(16), a_batch(8)], "eager")
     said = capsys.readouterr().out.splitlines()
@@ -273,7 +274,7 @@ def test_a_new_shape_is_announced_once_and_by_the_first_rank_alone(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_torch_cannot_compile_is_one_line():
+def test_a_compiler_error_is_reported_in_one_line():
     def broken(graph, inputs):
         raise ValueError("no such operator\nand more")
 

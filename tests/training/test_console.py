@@ -1,4 +1,4 @@
-"""Rows of training metrics and lines of evaluations: what they say, within 80 columns."""
+"""Printed rows of training metrics and lines of evaluations: their content, within 80 columns."""
 
 import fcntl
 import io
@@ -31,7 +31,7 @@ epoch     step   loss top-1  loss top-1  images/s  wait  memory     left
 
 
 def printed(steps: int, epochs: int, width: int = WIDTH, **values) -> list[str]:
-    """The header and a row."""
+    """Return the lines of the header and a row."""
     header, row = ProgressTable(steps).format({**LINE, **values}, epochs, 7501.0, width)
     return [*header.split("\n"), row.with_step(f"{LINE['step']:>{row.digits}}")]
 
@@ -48,13 +48,13 @@ def columns(lines: list[str]) -> list[str]:
 
 
 def test_a_row_in_a_log_file(capsys):
-    """No loss of a network that did not train."""
+    """A network that did not train has no loss."""
     Console(570, 3, bar=False).metrics(LINE, 30, 7501.0)
     assert capsys.readouterr().out == ROWS
 
 
-def test_the_header_comes_again_after_twenty_lines(capsys):
-    """Lines between the rows count: the header is always on the screen."""
+def test_the_header_repeats_after_twenty_lines(capsys):
+    """Other lines between the rows count too, so that the header stays on the screen."""
     console = Console(570, 0, bar=False)
     for step in range(1, 61):
         console.metrics({**LINE, "step": step}, 30, 60.0)
@@ -67,12 +67,13 @@ def test_the_header_comes_again_after_twenty_lines(capsys):
     assert [step for step in map(shown_step, lines) if step is not None] == list(range(1, 61))
 
 
-def test_a_wider_column_brings_a_new_header_and_narrower_values_none(capsys):
+def test_only_a_wider_column_prints_a_new_header(capsys):
     console = Console(570, 0, bar=False)
     for loss in (1.0, 12345678.0, -12345678.0, 1.0):
         console.metrics({**LINE, **networks("student", "teacher", loss=loss)}, 30, 60.0)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.startswith("epoch") for line in lines].count(True) == 2  # of -1e+07 alone
+    # The second header is for -1e+07.
+    assert [line.startswith("epoch") for line in lines].count(True) == 2
     assert len({len(line) for line in lines[-3:]}) == 1
 
 
@@ -101,7 +102,7 @@ def test_rows_are_at_most_80_columns_wide(names, loss, steps, epochs):
 
 @pytest.mark.parametrize(("steps", "epochs", "total"), [(17_100, 30, True), (10**6, 300, False)])
 def test_two_networks_have_all_columns(steps, epochs, total):
-    """The total number of steps is the only thing that a very long run leaves out."""
+    """The rows of a very long run leave out only the total number of steps."""
     lines = printed(steps, epochs, **networks("student", "teacher"))
     assert columns(lines) == [
         "epoch", "step", "loss", "top-1", "loss", "top-1", "images/s", "wait", "memory", "left",
@@ -109,7 +110,7 @@ def test_two_networks_have_all_columns(steps, epochs, total):
     assert (f"7/{steps} " in lines[-1]) == total
 
 
-def test_long_names_are_cut_off_and_stay_apart():
+def test_long_names_are_shortened_to_distinct_names():
     assert shorten(["resnet50_teacher", "resnet18_student", "short"], 11) == [
         "resnet50_t~", "resnet18_s~", "short",
     ]  # fmt: skip
@@ -139,7 +140,7 @@ def test_rows_fit_a_narrow_terminal():
     for width in range(1, WIDTH + 1):
         lines = printed(17_100, 30, width)
         assert max(map(len, lines)) <= width
-        if width >= 39:  # accuracies and the time left
+        if width >= 39:  # enough for accuracies and the time left
             assert {"epoch", "step", "top-1", "left"} <= set(columns(lines))
 
 
@@ -158,7 +159,7 @@ def test_rows_fit_a_narrow_terminal():
         ("student", {"loss": 1.0, "top1": 0.9994}, "99.9%"),
     ],
 )  # fmt: skip
-def test_values_are_short(key, value, shown):
+def test_values_are_shortened(key, value, shown):
     assert shown in printed(570, 30, **{key: value})[-1].split()
 
 
@@ -172,7 +173,7 @@ def test_hours_and_percent():
 # --- lines ----------------------------------------------------------------------------------------
 
 
-def test_parts_are_wrapped_between_each_other():
+def test_lines_are_wrapped_only_between_parts():
     assert wrap(["epoch 1/3", "val", "student top-1 20.0%"], 80) == (
         "epoch 1/3  val  student top-1 20.0%"
     )
@@ -190,14 +191,14 @@ class Terminal(io.StringIO):
 
 
 def a_terminal(monkeypatch) -> Terminal:
-    """Standard error from now on. A fixture could not set it, because pytest sets its own later."""
+    """Replace standard error with a terminal. Not a fixture: pytest sets its own stderr later."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     return terminal
 
 
 def test_a_live_row_on_a_terminal(monkeypatch, capsys):
-    """It begins where the run continues, and its step goes on between two log intervals."""
+    """The row starts at the step of the resume, and its step advances between two log lines."""
     terminal = a_terminal(monkeypatch)
     console = Console(40, 30)
     console.step()
@@ -211,7 +212,7 @@ def test_a_live_row_on_a_terminal(monkeypatch, capsys):
     rest = "  1.250 25.7%     - 50.0%     1,234    3%   24.3G  0:00:01"
     assert f" 3/30  31/40{rest}" in shown
     assert f" 3/30  32/40{rest}" in shown
-    assert capsys.readouterr().out == ""  # a file gets no header without rows
+    assert capsys.readouterr().out == ""  # standard output gets no header, because it gets no rows
 
 
 def test_lines_go_above_the_live_row(monkeypatch, capsys):
@@ -234,7 +235,7 @@ def test_a_comparison_counts_runs(monkeypatch):
 
 @pytest.mark.parametrize(("columns", "width"), [(120, 80), (80, 80), (50, 50), (0, 80)])
 def test_the_width_of_a_terminal(columns, width, monkeypatch):
-    """Some pseudo-terminals have 0 columns."""
+    """Some pseudo-terminals report 0 columns."""
     other, own = pty.openpty()
     fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(own, "w") as stream:
@@ -246,7 +247,7 @@ def test_the_width_of_a_terminal(columns, width, monkeypatch):
         console.close()
         stream.flush()
         seen = b""
-        while b"5:12:00" not in seen or not seen.endswith(b"\n"):  # it comes in several parts
+        while b"5:12:00" not in seen or not seen.endswith(b"\n"):  # output in several parts
             seen += os.read(other, 65_536)
     os.close(other)
     said = seen.decode().replace("\r", "\n").split("\n")
@@ -272,8 +273,8 @@ def test_a_process_without_standard_error(stream, monkeypatch, capsys):
 
 def test_the_time_left_counts_steps_evaluations_and_checkpoints():
     remaining = RemainingTime()
-    remaining.add_interval(10, 100.0)  # it compiles
-    assert remaining.seconds(20, 2) == 200  # no evaluation was measured yet
+    remaining.add_interval(10, 100.0)  # the first interval may include compiling
+    assert remaining.seconds(20, 2) == 200  # no evaluation is measured yet
     remaining.add_interval(10, 20.0)
     assert remaining.seconds(20, 2) == 40
     remaining.add_phase("evaluation", 30.0)

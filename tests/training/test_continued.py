@@ -1,7 +1,7 @@
-"""A run that is killed at any moment and resumed ends as the run that was never killed.
+"""A run that is killed at any step and resumed ends like a run that was never killed.
 
-The killed runs are copies of a run's folder, taken between two of its steps: that is what SIGKILL
-leaves. One run therefore gives every moment, and each of them is resumed in this process.
+A killed run is a copy of a run's folder between two steps, because SIGKILL leaves the same files.
+One run gives the copies of all steps, and the tests resume each copy in this process.
 """
 
 import dataclasses
@@ -27,8 +27,9 @@ from bdkd.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-# Three epochs of 12 steps. A log interval of 7 steps and a checkpoint every 5: most checkpoints lie
-# within an interval, so they have to carry its sums. Dropout draws from the saved random state.
+# Three epochs of 12 steps, with a log interval of 7 steps and a checkpoint every 5. So most
+# checkpoints lie within an interval and have to save its sums. Dropout draws from the saved random
+# state.
 OPTIONS = [
     "--log-every", "7", "--checkpoint.every-steps", "5", "--train.ema-decay", "0.9",
     "--train.clip-norm", "1", "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3",
@@ -57,14 +58,15 @@ class CopiedRun:
             yield batch
 
 
-# Before the first step; before the first checkpoint; at the end of an epoch, where the best one
-# is the newest; three steps after a checkpoint, with a log line between; and in the last epoch.
+# Before the first step; before the first checkpoint; at the end of an epoch, where the best
+# checkpoint is the newest; three steps after a checkpoint, with a log line in between; and in the
+# last epoch.
 KILLED = [0, 3, 12, 23, 31]
 
 
 @pytest.fixture(scope="module")
 def whole(without_figures, tmp_path_factory):
-    """The run that is never killed, the copies, and the file of the student's first weights."""
+    """Return a folder with the unkilled run, its copies, and the student's initial weights."""
     folder = tmp_path_factory.mktemp("whole")
     weights = folder / "weights.pt"
     stranger = components_of(parse([*TINY_RUN, "--seed", "5"], load_recipe(*TINY_RUN)).config)
@@ -78,9 +80,9 @@ def whole(without_figures, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", KILLED)
-def test_a_run_killed_between_two_steps_ends_as_the_whole_run(step, whole, tmp_path, capsys):
-    """Checkpoints, metrics, summary and predictions. Until the first checkpoint a run begins again
-    with the weights that it was given; later it does not need their file any more."""
+def test_a_run_killed_between_two_steps_ends_like_the_whole_run(step, whole, tmp_path, capsys):
+    """Compare checkpoints, metrics, summary and predictions. Without a checkpoint the run starts
+    again from its initial weights. With one it does not need the file of the initial weights."""
     run = Path(shutil.copytree(whole / "copies" / str(step), tmp_path / "run"))
     assert not (run / "summary.json").exists()
     if step >= 5:
@@ -95,9 +97,9 @@ def test_a_run_killed_between_two_steps_ends_as_the_whole_run(step, whole, tmp_p
     assert_same_run(run, whole / "run")
 
 
-def test_a_run_cut_in_two_by_max_steps_is_the_run_in_one(whole, tmp_path):
-    """The schedule spans the epochs, whatever the number of steps. Where the first part ended it
-    was evaluated and saved; the rest is the same."""
+def test_a_run_in_two_sessions_by_max_steps_equals_one_session(whole, tmp_path):
+    """The schedule depends on the epochs and not on max_steps. The first session ends with an
+    evaluation and a checkpoint of its own, and everything else is the same."""
     run = tmp_path / "run"
     weights = ["--networks.student.weights", str(whole / "weights.pt")]
     main(["train", *TINY_RUN, *OPTIONS, *weights, "--max-steps", "14", "--run-dir", str(run)])
@@ -121,7 +123,7 @@ def test_a_resume_of_a_finished_run_changes_nothing(whole, tmp_path):
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """Compare all that two runs have left, except the seconds."""
+    """Check that two runs wrote the same files, except for times."""
     names = [sorted(path.name for path in (r / "checkpoints").iterdir()) for r in (run, whole)]
     assert names[0] == names[1]
     for name in names[0]:
@@ -139,7 +141,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 
 def observed(state) -> dict:
-    """All that decides how a training state continues, read where the training reads it."""
+    """Return everything that decides how a training state continues, as the training reads it."""
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     return {
         "networks": [value.clone() for value in state.networks.state_dict().values()],
@@ -163,15 +165,15 @@ def observed(state) -> dict:
 SUMS = {"samples", "trained", "sums", "gaps"}
 
 
-def test_a_loaded_state_is_the_saved_one_in_everything(tmp_path):
-    """No part of it has the value that a new state has."""
+def test_a_loaded_state_equals_the_saved_one_in_every_part(tmp_path):
+    """Every part of the saved state differs from a new state."""
     options = {"optimizer": AdamConfig("adamw", learning_rate=1e-3), "ema_decay": 0.9,
                "precision": "fp16", "epochs": 2}  # fmt: skip
     state = tiny_state(**options)
-    state.scaler.scale(torch.ones(()))  # a scaler has its scale from its first use on
+    state.scaler.scale(torch.ones(()))  # a scaler creates its scale at its first use
     state.scaler.update(512.0)
     run_steps(state, [a_batch(seed=1), a_batch(seed=2, poisoned=True)])
-    state.meter.read()  # the NaN of the skipped step
+    state.meter.read()  # discards the NaN of the skipped step
     run_steps(state, [a_batch(seed=3)])
     state.progress.validation_due, state.progress.seconds = True, 12.5
     state.progress.epoch = 1

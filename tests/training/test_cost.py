@@ -1,4 +1,4 @@
-"""Operations and memory by shapes alone, against counts by hand and what a real step keeps."""
+"""Operations and memory, computed from shapes and compared with counts by hand and real steps."""
 
 import copy
 import dataclasses
@@ -21,18 +21,18 @@ def a_network() -> nn.Module:
                          nn.Flatten(), nn.Linear(4 * 64, 10))  # fmt: skip
 
 
-def test_operations_are_those_counted_by_hand():
+def test_operations_equal_a_count_by_hand():
     first, second, last = 2 * 64 * 8 * 27, 2 * 64 * 4 * 8, 2 * 256 * 10
     cost = cost_of(a_network(), (3, 8, 8), trains=True)
     assert cost.forward == first + second + last
-    # backward: each layer's weights, and each one's input but the images
+    # backward: the weights of each layer, and the input of each layer except the first
     assert cost.step == cost.forward + first + 2 * second + 2 * last
     assert cost.parameters == 8 * 27 + 8 + 4 * 8 + 4 + 2560 + 10
     assert cost.largest == 4 * 8 * 64  # the output of the first convolution
 
 
 def test_a_depthwise_convolution_is_counted_by_its_groups():
-    """torch's own counter takes its backward pass for that of a full one."""
+    """torch's own counter counts its backward pass as that of a full convolution."""
     depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False)
     network = nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), depthwise, nn.Flatten(),
                             nn.Linear(64 * 64, 10))  # fmt: skip
@@ -52,7 +52,7 @@ def test_a_transposed_convolution_is_counted_from_its_input():
     assert cost.step == cost.forward + first + 2 * middle + 2 * last
 
 
-def test_a_frozen_network_costs_its_forward_pass():
+def test_a_frozen_network_costs_only_its_forward_pass():
     cost = cost_of(a_network(), (3, 8, 8), trains=False)
     assert cost.step == cost.forward > 0
     assert cost.kept == 0
@@ -66,7 +66,7 @@ def test_published_operations_of_resnet50():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_memory_is_what_a_real_forward_pass_keeps(dtype):
+def test_kept_memory_equals_that_of_a_real_forward_pass(dtype):
     network = create_model("resnet20", 10, in_channels=3).train()
     cost = cost_of(copy.deepcopy(network), (3, 32, 32), trains=True, dtype=dtype)
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -85,15 +85,15 @@ def test_the_memory_is_what_a_real_forward_pass_keeps(dtype):
     assert cost.kept == pytest.approx(real, rel=0.15)
 
 
-def test_the_memory_of_an_image_holds_no_weights():
-    """A linear layer keeps its transposed weights, which do not grow with the batch."""
+def test_memory_per_image_excludes_weights():
+    """A linear layer keeps its transposed weights, whose size does not depend on the batch."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 100_000, bias=False), nn.Tanh())
     cost = cost_of(network, (1, 2, 2), trains=True)
     assert cost.kept == 4 * (4 + 100_000)  # the input of the layer and the output of tanh
     assert cost.largest == 4 * 100_000
 
 
-def test_counting_leaves_the_networks_and_the_random_state_alone():
+def test_counting_leaves_networks_and_random_state_unchanged():
     components = components_of(load_recipe("digits"))
     before, state = copy.deepcopy(components.networks.state_dict()), torch.get_rng_state()
     found = costs(components)
@@ -105,7 +105,7 @@ def test_counting_leaves_the_networks_and_the_random_state_alone():
     assert costs(components, (16, 16))["teacher"].forward > 3 * found["teacher"].forward
 
 
-def test_the_plan_tells_operations_and_hours(capsys, tmp_path, monkeypatch):
+def test_the_plan_prints_operations_and_hours(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["train", "digits", "--dry-run", "--images-per-second", "10"])
     text = capsys.readouterr().out
@@ -132,9 +132,9 @@ TRAIN = load_recipe("digits").train
         ("NVIDIA A100-SXM4-80GB", "fp32", True, 156),
         ("NVIDIA A100-SXM4-80GB", "fp32", False, 19.5),
         ("NVIDIA A100 80GB PCIe", "bf16", True, 312),
-        ("Tesla V100-SXM2-16GB", "fp32", True, 15.7),  # it has no TF32
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", True, None),  # a part of one
-        ("NVIDIA A10G", "bf16", True, None),  # no A10
+        ("Tesla V100-SXM2-16GB", "fp32", True, 15.7),  # no TF32 on this GPU
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", True, None),  # a part of a GPU
+        ("NVIDIA A10G", "bf16", True, None),  # not an A10
         ("NVIDIA H100 NVL", "bf16", True, 835.5),
         ("NVIDIA H200 NVL", "fp32", True, 417.5),
         ("NVIDIA GH200 480GB", "bf16", True, 989.5),
@@ -149,18 +149,18 @@ TRAIN = load_recipe("digits").train
         ("Intel something", "bf16", True, None),
     ],
 )
-def test_the_peak_is_that_of_the_device_and_the_precision(name, precision, tf32, peak):
+def test_peak_flops_depend_on_the_device_and_the_precision(name, precision, tf32, peak):
     train = dataclasses.replace(TRAIN, precision=precision, tf32=tf32)
     assert peak_of(name, train) == (None if peak is None else peak * 1e12)
 
 
-def test_every_peak_is_ordered():
+def test_peaks_are_higher_at_lower_precision():
     for pattern, half, tf32, single in PEAKS:
         assert half > single, pattern
         assert tf32 is None or half > tf32 >= single, pattern
 
 
-def test_flags_are_the_recipes_whatever_a_run_before_left():
+def test_flags_come_from_the_recipe_and_not_from_an_earlier_run():
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     kept = (torch.are_deterministic_algorithms_enabled(), matmul.allow_tf32, cudnn.allow_tf32,
             cudnn.benchmark, cudnn.deterministic)  # fmt: skip

@@ -1,7 +1,7 @@
-"""Commands as a user runs them, on each device that a run can have.
+"""Commands as users run them, on each device that a run can have.
 
-Ways of training that need a GPU have twins in test_captured.py, test_overlap.py and
-test_compiled.py. ``bench/gpu.sh OUT --stages 5`` runs this file on a GPU.
+``bench/gpu.sh OUT --stages 5`` runs this file on a GPU. Without a GPU, test_captured.py,
+test_overlap.py and test_compiled.py test the options that need one.
 """
 
 import json
@@ -20,8 +20,8 @@ GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: the same test runs on cpu; the ways of a GPU have twins in "
-        "test_captured.py, test_overlap.py and test_compiled.py",
+        reason="no GPU: the same test runs on cpu; test_captured.py, test_overlap.py and "
+        "test_compiled.py test the options of a GPU",
     ),
 )
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -42,7 +42,7 @@ ACCUMULATED = "channels last, accumulated"
 CASES = [("cpu", "bf16"), ("cpu", ACCUMULATED), *(("cuda", way) for way in OPTIONS)]
 # test_resume.py does this on the CPU in every run of the suite.
 MARKS = {("cpu", ACCUMULATED): pytest.mark.soak}
-# Batch norm in batches of half the size computes other losses.
+# Accumulated runs are left out: batch norm over half batches gives other losses.
 COMPARABLE = [case for case in CASES if case[1] != ACCUMULATED]
 
 
@@ -70,7 +70,7 @@ def final_state(run) -> dict:
 
 @cases(CASES)
 def test_a_stopped_run_ends_like_a_run_that_was_not_stopped(device, way, tmp_path):
-    """Bit for bit, because SMALL is deterministic."""
+    """The states are equal bit for bit, because SMALL is deterministic."""
     command = [*SMALL, "--device", device, *OPTIONS[way]]
     whole, run = tmp_path / "whole", tmp_path / "run"
     succeeded("train", *command, "--run-dir", str(whole))
@@ -83,8 +83,8 @@ def test_a_stopped_run_ends_like_a_run_that_was_not_stopped(device, way, tmp_pat
 
 
 @cases(COMPARABLE)
-def test_learns_as_fp32_on_the_cpu_does(device, way, tmp_path):
-    """The losses of the first steps agree, within the rounding of the precision."""
+def test_the_first_losses_agree_with_fp32_on_the_cpu(device, way, tmp_path):
+    """The losses of the first steps agree within the rounding of the precision."""
     runs = {}
     for name, options in (
         ("plain", ["--device", "cpu"]),
@@ -105,8 +105,8 @@ def evaluated(path, device: str) -> dict:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_run_of_a_device_is_used_on_any_device(device, tmp_path):
-    """It is profiled, evaluated, its batch norm recomputed, exported, and evaluated again."""
+def test_all_commands_use_a_run_of_any_device(device, tmp_path):
+    """Profile the run, evaluate it, recompute batch norm, export it and evaluate the export."""
     run = tmp_path / "run"
     succeeded("train", *SMALL, "--device", device, "--run-dir", str(run), "--profile", "3")
     here, on_cpu = (evaluated(run, where) for where in (device, "cpu"))
@@ -123,7 +123,7 @@ def test_the_run_of_a_device_is_used_on_any_device(device, tmp_path):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_run_goes_on_where_there_is_no_gpu(device, tmp_path):
+def test_a_run_resumes_on_a_machine_without_a_gpu(device, tmp_path):
     run = tmp_path / "run"
     command = [*SMALL, "--device", device, "--run-dir", str(run)]
     code, errors = interrupt_at(13, signal.SIGTERM, *command)

@@ -1,4 +1,4 @@
-"""Several ranks do what one does: the same training, the same figures, the same decisions."""
+"""Several ranks train, evaluate and decide like one process."""
 
 import dataclasses
 import subprocess
@@ -21,19 +21,19 @@ SEVERAL = range(2, LARGEST + 1)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every check gave, by its name and number of ranks."""
+    """Return the results of every check by its name and its number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(main, (str(folder),), LARGEST)
     return torch.load(folder / "found.pt", weights_only=True)
 
 
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
 def close(a, b, tolerance: float) -> bool:
-    """Nested numbers, nearly equal; what is NaN in one is so in the other."""
+    """Return whether nested numbers are nearly equal. NaN is equal to NaN."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[key], b[key], tolerance) for key in a)
     if isinstance(a, list | tuple):
@@ -43,10 +43,10 @@ def close(a, b, tolerance: float) -> bool:
 
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("check", ["training", "training_switokd", "training_accumulated"])
-def test_training_in_float64_is_the_same_however_many_ranks(check, world, found):
-    """A batch of 16 divides by 2 and 4 and not by 3; the means of the log are over all ranks."""
+def test_float64_training_does_not_depend_on_the_number_of_ranks(check, world, found):
+    """A batch of 16 is divisible by 2 and 4 and not by 3. The logged means are over all ranks."""
     one, several = found[f"{check}-1"], found[f"{check}-{world}"]
-    assert furthest(several["weights"], one["weights"]) < 1e-10
+    assert largest_difference(several["weights"], one["weights"]) < 1e-10
     assert close(several["means"], one["means"], 1e-6)  # the meter's softmax is in float32
     assert one["means"]["student"]["loss"] > 0
     if "norms" in one:  # clipping acts on both networks
@@ -57,19 +57,19 @@ def test_training_in_float64_is_the_same_however_many_ranks(check, world, found)
 @pytest.mark.parametrize("world", SEVERAL)
 def test_ten_steps_in_float32_agree_to_1e_5(world, found):
     one, several = found["training_float32-1"], found[f"training_float32-{world}"]
-    assert furthest(several["weights"], one["weights"]) < 1e-5
+    assert largest_difference(several["weights"], one["weights"]) < 1e-5
 
 
 @pytest.mark.parametrize("world", SEVERAL)
 def test_gradients_in_bf16_train_nearly_the_same(world, found):
     exact, rounded = found["training_float32-1"], found[f"training_compressed-{world}"]
-    assert 1e-6 < furthest(rounded["weights"], exact["weights"]) < 1e-2
+    assert 1e-6 < largest_difference(rounded["weights"], exact["weights"]) < 1e-2
 
 
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("check", ["evaluation", "evaluation_of_two"])
-def test_evaluation_gives_the_same_figures_however_many_ranks(check, world, found):
-    """103 images, and 2: divisible by no number of ranks, and fewer than there are."""
+def test_evaluation_does_not_depend_on_the_number_of_ranks(check, world, found):
+    """103 images are not divisible by the number of ranks, and 2 are fewer than 3 or 4 ranks."""
     one, several = found[f"{check}-1"], found[f"{check}-{world}"]
     assert close(several, one, 1e-12)
     counts = [(r["count"], r["top1"], r["bin_count"]) for r in one.values()]
@@ -78,7 +78,7 @@ def test_evaluation_gives_the_same_figures_however_many_ranks(check, world, foun
 
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("check", ["predictions", "predictions_of_three", "predictions_sharded"])
-def test_one_pass_gives_the_same_predictions_however_many_ranks(check, world, found):
+def test_predictions_do_not_depend_on_the_number_of_ranks(check, world, found):
     one, several = found[f"{check}-1"], found[f"{check}-{world}"]
     assert one.keys() == several.keys()
     for key, value in one.items():
@@ -91,7 +91,7 @@ def test_one_pass_gives_the_same_predictions_however_many_ranks(check, world, fo
 
 
 def assert_close(came: dict, needed: dict) -> None:
-    """Numbers in nested dictionaries."""
+    """Check that the numbers in nested dictionaries are nearly equal."""
     assert came.keys() == needed.keys()
     for key, value in needed.items():
         if isinstance(value, dict):
@@ -108,8 +108,8 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(world, found):
 
 
 @pytest.mark.parametrize("world", range(1, LARGEST + 1))
-def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(world, found):
-    """Dropout, which each rank draws for itself, and the means of the log included."""
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(world, found):
+    """The check includes dropout, which each rank draws for itself, and the logged means."""
     came = found[f"resumed-{world}"]
     assert came["same"] == [True] * world
     assert came["drawn"] == [True] * world
@@ -118,25 +118,25 @@ def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(world, found):
 
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("check", ["sharded", "sharded_adamw"])
-def test_a_sharded_teacher_trains_like_a_whole_one(check, world, found):
-    """Also from its own checkpoint, on as many ranks and on one."""
+def test_a_sharded_teacher_trains_like_an_unsharded_one(check, world, found):
+    """It also resumes from its checkpoint, on the same number of ranks and in one process."""
     one, several = found[f"{check}-1"], found[f"{check}-{world}"]
-    assert furthest(several["weights"], one["weights"]) < 1e-10
-    assert furthest(several["alone"], one["weights"]) < 1e-10
-    assert min(one["norms"].values()) > 2 * CLIP_NORM  # clipping acts, by the whole norm
+    assert largest_difference(several["weights"], one["weights"]) < 1e-10
+    assert largest_difference(several["alone"], one["weights"]) < 1e-10
+    assert min(one["norms"].values()) > 2 * CLIP_NORM  # clipping acts, by the norm over all shards
     assert several["nll"] == pytest.approx(one["nll"], abs=1e-10)
     assert several["part"] < 0.8 * one["part"]
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_what_one_rank_asks_all_learn_one_step_later(world, found):
+def test_a_request_of_one_rank_reaches_all_ranks_one_step_later(world, found):
     answers = [(0, 0), (world - 1, 0), (0, 5)]
     assert found[f"agreements-{world}"]["answers"] == [answers] * world
-    assert found["agreements-1"]["answers"] == [[(0, 0), (0, 5), (0, 0)]]  # alone: at once
+    assert found["agreements-1"]["answers"] == [[(0, 0), (0, 5), (0, 0)]]  # one process: at once
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_an_error_of_the_first_rank_is_that_of_all(world, found):
+def test_an_error_on_rank_0_is_raised_on_all_ranks(world, found):
     assert found[f"errors-{world}"]["said"] == ["the disk has gone"] * world
 
 
@@ -149,7 +149,7 @@ def test_an_error_of_the_first_rank_is_that_of_all(world, found):
     ],
     ids=["batch", "batch norm", "shard"],
 )
-def test_what_does_not_suit_so_many_ranks_is_refused(changes, said):
+def test_options_that_do_not_fit_the_ranks_are_refused(changes, said):
     recipe = load_recipe("digits")
     if "shard" in changes:
         teacher = dataclasses.replace(recipe.networks["teacher"], shard=True)
@@ -163,12 +163,12 @@ def test_what_does_not_suit_so_many_ranks_is_refused(changes, said):
         recipe = dataclasses.replace(recipe, **parts)
     with pytest.raises(UsageError, match=said):
         components_of(recipe, context=DistributedContext(0, 3))
-    assert components_of(recipe).sharded == []  # alone all of it is in order
+    assert components_of(recipe).sharded == []  # one process accepts every change
 
 
-def test_batch_norms_over_all_ranks_keep_the_answers_and_the_checkpoints(monkeypatch):
-    """torch trains them on GPUs alone: on a CPU they are refused, which is left out here, and in
-    evaluation they must be the batch norms that they replace."""
+def test_sync_batch_norm_keeps_logits_and_checkpoints(monkeypatch):
+    """torch trains synchronised batch norm only on GPUs, so bdkd refuses it on a CPU. This test
+    skips that check. In evaluation, synchronised batch norms must equal those that they replace."""
     monkeypatch.setattr("bdkd.engine.components.check_requirements", lambda *_: None)
     recipe = load_recipe("digits")
     synced = dataclasses.replace(recipe.distributed, sync_batch_norm=True)
@@ -205,10 +205,10 @@ from bdkd.errors import RunError
 from bdkd.distributed.launch import init_distributed as join_ranks
 
 class Slow:
-    def __del__(self):  # in the interpreter's own end, which lets other threads run meanwhile
+    def __del__(self):  # runs while the interpreter ends; other threads can run meanwhile
         time.sleep(1)
 
-def busy():  # the thread of gloo comes back, and waits for the interpreter until that has begun
+def busy():  # makes gloo's thread wait for the interpreter lock until the interpreter ends
     print("atexit", flush=False)
     sys.setswitchinterval(60)
     end = time.monotonic() + 2
@@ -219,11 +219,11 @@ slow = Slow()
 atexit.register(busy)
 
 def command(given):
-    global held  # as the trainer's objects hold them
+    global held  # the objects of the trainer keep the ranks alive too
     with join_ranks(60, "cpu") as ranks:
         held = ranks
         if not ranks.is_rank0:
-            time.sleep(1)  # the first rank is ending when its exchange comes about
+            time.sleep(1)  # rank 0 is already ending when its all_reduce completes
         work = dist.all_reduce(torch.ones(3), group=ranks.control, async_op=True)
         if not ranks.is_rank0:
             work.wait()
@@ -237,8 +237,8 @@ cli.main()
 
 
 @pytest.mark.parametrize(("how", "code", "last"), [("ends", 0, "done"), ("fails", 1, "")])
-def test_a_rank_ends_as_it_should_while_gloo_still_holds_a_tensor(how, code, last, tmp_path):
-    """Its thread lets go of it when the interpreter is ending, and would take the process down."""
+def test_a_rank_exits_cleanly_while_gloo_still_holds_a_tensor(how, code, last, tmp_path):
+    """gloo's thread releases the tensor while the interpreter ends, which may abort the process."""
     script = tmp_path / "rank.py"
     script.write_text(ENDING)
     launch = [

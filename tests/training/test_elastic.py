@@ -1,4 +1,4 @@
-"""A rank is killed, torchrun starts the ranks again, and the run ends as if nothing had been."""
+"""torchrun restarts killed ranks, and the run ends like a run that was never killed."""
 
 import random
 import re
@@ -15,7 +15,7 @@ from bdkd.cli import main
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """By number of ranks, the run that nobody kills."""
+    """Return a function that trains an unkilled run once for each number of ranks."""
     folder, done = tmp_path_factory.mktemp("whole"), {}
 
     def of(ranks: int):
@@ -28,11 +28,10 @@ def whole_run(tmp_path_factory):
     return of
 
 
-# A run of two ranks on ImageNet's layout is killed like this in every run of the suite:
-# test_imagenet_ranks.py.
+# A soak, because test_imagenet_ranks.py kills one of two ranks in every run of the suite.
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_killed_rank_comes_back_by_itself_bit_for_bit(ranks, whole_run, tmp_path):
+def test_a_killed_rank_restarts_and_the_run_ends_bit_for_bit_the_same(ranks, whole_run, tmp_path):
     with Launch(ranks, tmp_path / "run", *TINY, options=("--max-restarts", "3")) as launch:
         launch.until_step(10)
         launch.signal(ranks - 1, signal.SIGKILL)
@@ -46,14 +45,14 @@ def test_a_killed_rank_comes_back_by_itself_bit_for_bit(ranks, whole_run, tmp_pa
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_twenty_kills_at_random_moments(ranks, whole_run, tmp_path):
-    """Of a random rank, at a random moment, twenty times in one run."""
+    """Kill a random rank at a random moment, twenty times in one run."""
     kills, chance = 20, random.Random(ranks)
     options = ("--max-restarts", str(kills), "--monitor-interval", "0.1")
     with Launch(ranks, tmp_path / "run", *TINY, options=options) as launch:
         for index in range(kills):
-            # Each attempt begins at the last checkpoint; the later ones are let go further.
+            # Each attempt starts from the last checkpoint. Later attempts train further.
             goal = min(18, index + chance.randrange(2))
-            launch.until(lambda g=goal, i=index: restarts(launch) >= i and begun(launch, g))
+            launch.until(lambda g=goal, i=index: restarts(launch) >= i and has_trained(launch, g))
             time.sleep(chance.random() * 0.05)
             pids = launch.pids()
             launch.signal(chance.choice(sorted(pids)), signal.SIGKILL)
@@ -66,20 +65,20 @@ def restarts(launch: Launch) -> int:
     return launch.text().count("continuing at step")
 
 
-def begun(launch: Launch, step: int) -> bool:
-    """Whether this attempt trains, and has come to a step."""
+def has_trained(launch: Launch, step: int) -> bool:
+    """Return whether the current attempt has trained a step and all of its ranks run."""
     continued = launch.text().rpartition("continuing at step")[2]
     said = [number for number in map(shown_step, continued.splitlines()) if number is not None]
     return bool(said) and said[-1] >= step and len(launch.pids()) == launch.ranks
 
 
-def test_another_number_of_ranks_goes_on_at_the_same_image(tmp_path):
-    """SIGUSR1, as Slurm sends it before its time is up; then one process takes the run over."""
+def test_a_run_resumes_at_the_same_image_on_another_number_of_ranks(tmp_path):
+    """Stop two ranks with SIGUSR1, as Slurm does before a time limit, and resume in one process."""
     options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
     with Launch(2, tmp_path / "run", *TINY, options=options) as launch:
         launch.until_step(6)
         launch.process.send_signal(signal.SIGUSR1)
-        assert launch.end() == 1, launch.text()  # torchrun's own
+        assert launch.end() == 1, launch.text()  # torchrun's exit code
     stopped = re.search(r"bdkd: stopped at step (\d+), saved in (.*);", launch.text())
     assert stopped, launch.text()
     assert (
@@ -94,7 +93,7 @@ def test_another_number_of_ranks_goes_on_at_the_same_image(tmp_path):
     assert f" {int(stopped[1]) + 1}/19 " in done.stdout
 
 
-def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, capsys):
+def test_a_restart_continues_only_the_run_of_its_own_launch(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     arguments = [
         "train", "digits", "--run-dir", str(run), "--log", "--max-steps", "1",
@@ -105,7 +104,7 @@ def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, cap
     main(arguments)
     assert "continuing at step 1" in capsys.readouterr().out
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    for _ in range(2):  # what was refused once is refused when torchrun tries again
+    for _ in range(2):  # torchrun's second attempt is refused too
         with pytest.raises(SystemExit) as refused:
             main(arguments)
         assert refused.value.code == 1

@@ -1,4 +1,4 @@
-"""An evaluation against one pass by hand: which images, which mode, which precision."""
+"""Compare an evaluation with a plain loop: images, evaluation mode and precision."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from bdkd.evaluation.predict import Evaluator
 
 
 class Points:
-    """Points of the plane in three splits; the second view is not the image that counts."""
+    """2-D points in three splits, with two views. Evaluation must use the first view only."""
 
     def __init__(self, val: int = 23) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ class Points:
 
 
 def networks() -> dict[str, nn.Module]:
-    """With a batch norm and dropout, which are other in training mode."""
+    """Return networks with batch norm and dropout, which behave differently in training mode."""
     torch.manual_seed(0)
     return {
         name: nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 3))
@@ -43,9 +43,9 @@ def networks() -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_the_figures_are_those_of_one_pass_by_hand(split, precision):
-    """Batches of 7: neither 23 nor 31 images divide by it. The cut into batches changes nothing
-    in fp32; in bf16 a matrix product of other rows may round otherwise, so it is the same cut."""
+def test_evaluation_equals_a_plain_loop(split, precision):
+    """Use batches of 7, which divide neither 23 nor 31 images. The plain loop uses the same
+    batches: in bf16 a matrix product of another number of rows may round differently."""
     source, members = Points(), networks()
     members["teacher"].train()
     members["student"].eval()
@@ -76,6 +76,6 @@ def test_the_figures_are_those_of_one_pass_by_hand(split, precision):
     assert results["teacher"].nll != results["student"].nll
 
 
-def test_nothing_held_out_says_what_to_do():
+def test_evaluation_without_validation_images_says_what_to_do():
     with pytest.raises(RunError, match=r"no val images .*data.validation is 0.*--split test"):
         Evaluator(networks(), Points(val=0), 8, "fp32").evaluate("val")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Faults, each injected: what was saved stays whole, and one clear line says what happened."""
+"""Injected faults: saved files stay intact, and one clear line says what happened."""
 
 import json
 import re
@@ -29,8 +29,8 @@ FULL = "No space left on device; free some space"
 # --- a full disk ----------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_finds_the_disk_full_is_tried_again(tmp_path, monkeypatch, capsys):
-    """Full at steps 10 and 15 of 20: training goes on, and the checkpoint before stays whole."""
+def test_training_continues_if_the_disk_is_full_at_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """The disk is full at steps 10 and 15 of 20. The previous checkpoint stays intact."""
     write, refused, left = run_folder.save_checkpoint, [], []
 
     def save(path, recipe, state):
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_finds_the_disk_full_is_tried_again(tmp_path, monkeypa
     assert json.loads((run / "summary.json").read_text())["selected_step"] == 20
 
 
-def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch, capsys):
+def test_a_run_fails_if_its_last_checkpoint_cannot_be_written(tmp_path, monkeypatch, capsys):
     def save(path, recipe, state):
         raise RunError(f"cannot write {path}: {FULL}")
 
@@ -64,7 +64,7 @@ def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_lines_of_metrics_wait_for_a_full_disk(tmp_path):
+def test_lines_of_metrics_are_kept_until_the_disk_has_space(tmp_path):
     """The limit on a file's size stops a write in the middle of a line, as a full disk does."""
     folder = RunFolder(tmp_path)
     assert folder.append_metrics({"step": 1, "text": "x" * 80}) is None
@@ -93,12 +93,12 @@ def full() -> None:
     raise RunError(FULL)
 
 
-def test_the_best_student_is_owed_until_it_is_written():
+def test_a_checkpoint_is_written_only_after_its_best_student():
     writer, written = BackgroundWriter(), []
     writer.submit(lambda: written.append("step 1"), full)
     with pytest.raises(RunError):
         writer.finish()
-    assert written == []  # no checkpoint that knows of a best student who is not there
+    assert written == []  # no checkpoint that refers to a best student without a file
     writer.submit(lambda: written.append("step 2"), lambda: written.append("best"))
     writer.submit(lambda: written.append("step 3"))
     writer.finish()
@@ -128,7 +128,7 @@ def test_one_set_of_files_is_written_at_a_time_and_the_caller_does_not_wait():
     assert order == [1, 2]
 
 
-def test_a_failure_is_told_once_and_only_of_the_last_set():
+def test_a_failure_is_reported_once_and_only_for_the_last_set_of_files():
     writer = BackgroundWriter()
     writer.submit(full)
     writer.wait()
@@ -136,10 +136,10 @@ def test_a_failure_is_told_once_and_only_of_the_last_set():
     assert writer.take_failure() is None
     writer.submit(full)
     writer.submit(lambda: None)
-    writer.finish()  # what was written last is whole
+    writer.finish()  # no error, because the last set of files was written
 
 
-def test_a_fault_that_is_no_full_disk_is_not_passed_over():
+def test_other_errors_of_the_writer_are_raised():
     writer = BackgroundWriter()
     writer.submit(lambda: {}["missing"])
     with pytest.raises(KeyError):
@@ -149,8 +149,8 @@ def test_a_fault_that_is_no_full_disk_is_not_passed_over():
 # --- ranks that hang, signals ---------------------------------------------------------------------
 
 
-def test_a_hanging_rank_is_named_with_the_place(tmp_path):
-    """Stopped in the middle of its steps, it answers nobody and does not end either."""
+def test_a_hanging_rank_is_named_with_its_host(tmp_path):
+    """SIGSTOP suspends the rank in the middle of its steps: it does not answer and does not end."""
     options = ("--shutdown-timeout", "1")
     with Launch(
         2, tmp_path / "run", *TINY, "--distributed.timeout", "8", options=options
@@ -173,7 +173,7 @@ def test_a_hanging_rank_is_named_with_the_place(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_torchrun_passes_a_signal_on_and_all_ranks_save_and_end(number, tmp_path):
+def test_a_signal_to_torchrun_makes_all_ranks_save_and_end(number, tmp_path):
     with Launch(2, tmp_path / "run", *TINY) as launch:
         launch.until_step(6)
         launch.process.send_signal(number)
@@ -186,9 +186,9 @@ def test_torchrun_passes_a_signal_on_and_all_ranks_save_and_end(number, tmp_path
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [
-        # a step that does not come to its end
+        # a step that does not end
         ("os.kill(me, signal.SIGTERM); time.sleep(30)", 143, "0.5 s after SIGTERM"),
-        # a second Ctrl-C of an impatient user; the one that torchrun adds at once is none
+        # a second Ctrl-C of the user; the copy that torchrun sends at once does not count
         (
             "os.kill(me, signal.SIGINT); os.kill(me, signal.SIGINT); print('on'); time.sleep(0.3)\n"
             "    signals._SECOND_SIGINT_SECONDS = 0.1; os.kill(me, signal.SIGINT); print('no')",
@@ -210,7 +210,7 @@ def test_a_signal_ends_the_process_in_time(script, code, said):
 
 
 class Store:
-    """A store of torch's shape, in which only some ranks report."""
+    """A stand-in for torch's store, in which only some ranks have reported."""
 
     def __init__(self, reported: dict[str, str]) -> None:
         self.values = reported
@@ -225,7 +225,7 @@ class Store:
         return self.values[key].encode()
 
 
-def test_the_ranks_that_do_not_report_are_named(monkeypatch):
+def test_ranks_that_do_not_report_are_named(monkeypatch):
     monkeypatch.setattr("bdkd.distributed.context._REPORT_SECONDS", 0.1)
     hosts = {f"host/{rank}": f"node{rank // 2}" for rank in range(4)}
     ranks = DistributedContext(0, 4, store=Store({**hosts, "lost/2": "step 7"}), timeout=30)  # type: ignore[arg-type]
@@ -237,7 +237,7 @@ def test_the_ranks_that_do_not_report_are_named(monkeypatch):
     assert "network" in DistributedContext(0, 4, store=everyone).describe_missing_ranks()  # type: ignore[arg-type]
 
 
-def test_only_a_lost_rank_is_taken_for_one():
+def test_only_connection_errors_mean_a_lost_rank():
     several = DistributedContext(0, 2)
     assert several.is_rank_lost(
         RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
@@ -250,8 +250,8 @@ def test_only_a_lost_rank_is_taken_for_one():
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "without checkpoints"])
 @pytest.mark.parametrize("log", [[], ["tensorboard"]], ids=["", "tensorboard"])
-def test_a_folder_that_goes_away_ends_the_run_in_one_line(how, log, tmp_path):
-    """Nothing is said to be complete that is not there."""
+def test_a_moved_or_deleted_folder_ends_the_run_in_one_line(how, log, tmp_path):
+    """The run does not say that it is complete."""
     run, trash = tmp_path / "run", tmp_path / "trash"
     command = [sys.executable, "-m", "bdkd", "train", *TINY_RUN, "--train.epochs", "400",
                "--run-dir", str(run), "--log", *log]  # fmt: skip

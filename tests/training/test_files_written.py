@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, a snapshot stands still, weights go where they belong."""
+"""Atomic writes, snapshots, strict JSON, and the weights of each network in a checkpoint."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from bdkd.runs.folder import RunFolder, to_json
 from bdkd.runs.weights import load_weights, mismatched_keys, network_weights
 
 
-def test_until_a_file_is_whole_its_name_has_the_old_content(tmp_path):
+def test_a_file_keeps_its_old_content_until_the_new_content_is_complete(tmp_path):
     path = tmp_path / "file"
     for content, old in (
         (b"first", None),
@@ -63,8 +63,8 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(number, reme
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Or a power cut leaves a file of zeros under the name of the old one."""
+def test_a_file_is_synced_to_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    """Without this order, a power cut could leave a file of zeros under the name of the old one."""
     order, replace, fsync = [], os.replace, os.fsync
 
     def record_fsync(handle):
@@ -80,11 +80,14 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     write_atomically(tmp_path / "file", lambda file: file.write(b"content"))
     file, *others = order
     assert "file" in file
-    assert others == ["replaced", tmp_path.name]  # and last the folder, which has the name
+    assert others == [
+        "replaced",
+        tmp_path.name,
+    ]  # the folder is synced last, because it has the name
 
 
 def test_a_snapshot_does_not_change_with_the_next_steps():
-    """Training goes on while it is written."""
+    """Training continues while a snapshot is written."""
     weights = torch.zeros(3, requires_grad=True)
     state = {"a": weights, "b": [torch.ones(2), (torch.ones(1), 5)], "c": {"d": "text"}}
     copied = snapshot(state)
@@ -100,8 +103,8 @@ def test_a_snapshot_does_not_change_with_the_next_steps():
     assert (copied["b"][1][1], copied["c"]) == (5, {"d": "text"})
 
 
-def test_json_has_null_for_what_is_not_finite():
-    """Strict JSON, at any depth, which every program reads."""
+def test_numbers_that_are_not_finite_are_null_in_json():
+    """The result is strict JSON at any depth, which every program can read."""
     values = {"loss": math.nan, "a": {"b": math.inf, "c": -math.inf, "d": 0.5}, "e": [1, None]}
     expected = {"loss": None, "a": {"b": None, "c": None, "d": 0.5}, "e": [1, None]}
     assert json.loads(to_json(values), parse_constant=pytest.fail) == expected
@@ -112,7 +115,7 @@ def test_json_has_null_for_what_is_not_finite():
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """Two networks and the average of one, all with other weights."""
+    """Return a checkpoint of two networks and one average, all with different weights."""
     torch.manual_seed(0)
     teacher, student, average = (Tiny().state_dict() for _ in range(3))
     networks = {f"members.teacher.{key}": value for key, value in teacher.items()}
@@ -149,8 +152,8 @@ def test_weights_that_do_not_fit_are_named():
     assert "'bias' has shape ()" in mismatched_keys(network, {**weights, "bias": 1.0})
 
 
-def test_a_launch_knows_its_run_while_it_trains_and_waits_until_a_rank_of_it_is_gone(tmp_path):
-    """torchrun starts the ranks again after one was killed, before the kernel has let go of all."""
+def test_a_restarted_launch_waits_for_the_lock_of_its_own_run(tmp_path):
+    """torchrun may restart ranks before the kernel has released the lock of a killed rank."""
     first, second, stranger = (RunFolder(tmp_path / "run") for _ in range(3))
     assert first.open_for_training("auto", "launch 1") is False
     assert second.launched_by("launch 1")

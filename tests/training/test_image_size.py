@@ -1,4 +1,4 @@
-"""The size of the images of ``images`` and ``folder``: that of the networks, or of the pictures."""
+"""The image size of the sources ``images`` and ``folder``, from the networks or the pictures."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def recipe_of(
 ) -> Recipe:
     recipe = select(load_recipe("digits"), "data", source)
     data = dataclasses.replace(recipe.data, root="photos", image_size=size)
-    networks = {  # the student first: the teacher's size counts wherever it stands
+    networks = {  # the student first, because the teacher's size has priority in any order
         "student": NetworkConfig(student, "student"),
         "teacher": NetworkConfig(teacher, "teacher", options=options),
     }
@@ -50,7 +50,7 @@ def resolved(*arguments, **options) -> int | None:
 
 
 @pytest.mark.parametrize("source", ["images", "folder"])
-def test_the_size_is_that_of_the_networks_the_teacher_first(source):
+def test_the_size_comes_from_the_teacher_or_else_from_the_student(source):
     mended_torchvision()
     assert resolved(source, "imagenet_resnet18", "resnet8") == 224
     assert resolved(source, "resnet8", "imagenet_resnet18") == 224
@@ -58,14 +58,14 @@ def test_the_size_is_that_of_the_networks_the_teacher_first(source):
     assert resolved(source, "timm:tf_efficientnet_b3", "imagenet_resnet18") == 300
     assert resolved(source, "timm:vit_tiny_patch16_224", "resnet8", img_size=96) == 96
     assert resolved(source, "resnet8", "resnet20") is None
-    assert resolved(source, "imagenet_resnet18", "resnet8", 64) == 64, "what is given is kept"
+    assert resolved(source, "imagenet_resnet18", "resnet8", 64) == 64, "a given size is kept"
     for other in ("imagenet", "digits", "synthetic"):
         assert resolved(other, "imagenet_resnet18", "resnet8") is None
 
 
 @pytest.mark.parametrize("source", ["images", "folder"])
 @pytest.mark.parametrize(("size", "side"), [((60, 40), 40), ((500, 300), 224), ((5, 9), 8)])
-def test_the_size_is_else_that_of_the_pictures_up_to_224(source, size, side, tmp_path):
+def test_without_a_size_of_the_networks_the_pictures_decide_up_to_224(source, size, side, tmp_path):
     config = SOURCES.configure(source, root=str(photos(tmp_path / "photos", size)))
     found = create_source(config, 0, torch.device("cpu"), torch.contiguous_format)
     assert found.info.image_size == (side, side)
@@ -96,7 +96,7 @@ def train(capsys, folder: Path, source: str, *more: str) -> str:
 
 
 def forget_the_size(run: Path) -> None:
-    """Make a run one of an older version, which stored no size."""
+    """Remove the image size from a run, because older versions stored none."""
     paths = [*run.glob("checkpoints/*.pt")]
     config = RunFolder(run).config
     text = re.sub(r"(image_size|use_val_split|test_share) = .*\n", "", config.read_text())
@@ -107,7 +107,7 @@ def forget_the_size(run: Path) -> None:
 
 
 def test_an_old_run_of_a_folder_keeps_images_of_32_pixels(tmp_path, capsys):
-    """It resumes, is evaluated and exported, and its own validation folder stays unread."""
+    """Evaluate, export and resume the run. Its validation folder is not read."""
     for split in ("train", "val", "test"):
         photos(tmp_path / "photos" / split, (48, 48))
     train(capsys, tmp_path, "folder", "--data.image-size", "32", "--data.no-use-val-split",
@@ -132,7 +132,7 @@ def test_an_old_run_of_a_folder_keeps_images_of_32_pixels(tmp_path, capsys):
     assert "use_val_split = false" in stored
 
 
-def test_a_recipe_of_a_user_has_no_size_of_32():
+def test_only_recipes_of_old_runs_default_to_32_pixels():
     recipe = recipe_of("folder", "resnet8", "resnet8")
     text = to_toml(recipe)
     assert parse_recipe(text, "mine").data.image_size is None
@@ -144,7 +144,7 @@ def test_a_recipe_of_a_user_has_no_size_of_32():
 
 
 def test_a_run_stores_the_size_and_resumes_with_it(tmp_path, capsys):
-    """Although the pictures have changed: the size belongs to the run."""
+    """The size belongs to the run and stays the same if the pictures change."""
     photos(tmp_path / "photos", (40, 24))
     train(capsys, tmp_path, "folder", "--max-steps", "3")
     assert "image_size = 24" in (tmp_path / "run" / "config.toml").read_text()

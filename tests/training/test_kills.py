@@ -1,4 +1,4 @@
-"""Forty kills at random moments over ten kinds of run: every run ends as the one that lived."""
+"""Runs of ten kinds, killed four times each at random moments, end like runs without a kill."""
 
 import random
 import signal
@@ -39,15 +39,15 @@ def state_of(run):
     return newest.name, state
 
 
-def killed(run, rng, options, ranks) -> None:
-    """Start or resume the run, and kill it some milliseconds after some step."""
+def train_and_kill(run, rng, options, ranks) -> None:
+    """Start or resume the run, and kill it up to 0.1 s after a random step."""
     resume = ["--resume", "--run-dir", str(run)] if run.exists() else [*COMMON, *options]
     step = steps_done(run) + rng.randint(1, 8)
     if ranks > 1:
         with Launch(ranks, run, *resume) as launch:
             launch.until(lambda: steps_done(run) >= step)
             time.sleep(rng.random() / 10)
-        return  # which kills every process
+        return  # leaving the block killed every process
     arguments = [*resume, *([] if run.exists() else ["--run-dir", str(run)])]
     process = subprocess.Popen(
         [sys.executable, "-m", "bdkd", "train", *arguments], stdout=subprocess.DEVNULL
@@ -61,7 +61,7 @@ def killed(run, rng, options, ranks) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_killed_again_and_again_loses_nothing(kind, tmp_path):
+def test_a_run_killed_repeatedly_ends_like_an_unkilled_run(kind, tmp_path):
     rng, options, ranks = random.Random(kind), KINDS[kind], RANKS.get(kind, 1)
     whole, run = tmp_path / "whole", tmp_path / "run"
     if ranks > 1:
@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(kind, tmp_path):
         main(["train", *COMMON, *options, "--run-dir", str(whole), "--quiet"])
     for _ in range(KILLS):
         if not (run / "summary.json").exists():
-            killed(run, rng, options, ranks)
+            train_and_kill(run, rng, options, ranks)
     if ranks > 1:
         with Launch(ranks, run, "--resume", "--run-dir", str(run)) as launch:
             assert launch.end() == 0, launch.text()

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl."""
+"""Destinations of metrics besides metrics.jsonl: wandb, TensorBoard and the terminal."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from bdkd.errors import RunError
 from bdkd.runs.log import check_sinks, flat_scalars, open_sinks
 
 
-def test_a_line_becomes_named_scalars():
+def test_a_line_of_metrics_becomes_flat_scalars():
     line = {
         "step": 3,
         "epoch": 1,
@@ -44,7 +44,7 @@ class FakeRun:
 
 
 def test_wandb_gets_the_same_scalars(monkeypatch, tmp_path):
-    """wandb itself needs an account: a module of its shape stands in."""
+    """wandb needs an account, so a fake module replaces it."""
     run, settings = FakeRun(), {}
     fake = types.ModuleType("wandb")
     fake.init = lambda **options: settings.update(options) or run
@@ -61,7 +61,7 @@ def test_wandb_gets_the_same_scalars(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_missing_sink_names_the_remedy(name, monkeypatch):
+def test_a_missing_sink_package_says_how_to_install_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     recipe = dataclasses.replace(load_recipe("digits"), log=(name,))
     with pytest.raises(RunError, match=f"--log {name} needs {name}: pip install"):
@@ -69,7 +69,7 @@ def test_a_missing_sink_names_the_remedy(name, monkeypatch):
 
 
 def test_a_resumed_run_finds_its_wandb_run_by_its_folder(monkeypatch, tmp_path):
-    """The same folder by another path is the same run; another folder of that name is not."""
+    """Two paths of one folder give one id. Another folder of the same name gives another id."""
     identities, fake = [], types.ModuleType("wandb")
     fake.init = lambda **options: identities.append(options["id"])
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -81,7 +81,7 @@ def test_a_resumed_run_finds_its_wandb_run_by_its_folder(monkeypatch, tmp_path):
 
 
 def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
-    """Steps that were killed after the checkpoint are trained and logged again."""
+    """The steps between the last checkpoint and the kill are trained and logged again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = dataclasses.replace(load_recipe("digits"), log=("tensorboard",))
@@ -98,8 +98,8 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 @pytest.mark.parametrize("call", [
     "line('a line')", "metrics({'step': 1, 'epoch': 1, 'images_per_second': 2.0}, 1, 1.0)",
 ])  # fmt: skip
-def test_a_line_comes_through_a_pipe_at_once(call):
-    """Not when the buffer is full or the run ends: whoever follows a log sees where it is."""
+def test_a_line_is_flushed_to_a_pipe_at_once(call):
+    """A line does not wait for a full buffer, so you can follow the log of a run."""
     code = (
         "import sys\nfrom bdkd.runs.console import Console\n"
         f"Console(9, 0, bar=False).{call}\nsys.stdin.read()"
@@ -109,6 +109,6 @@ def test_a_line_comes_through_a_pipe_at_once(call):
                           stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
         timer = threading.Timer(60, process.kill)
         timer.start()
-        assert process.stdout.readline()  # while it waits for its input
+        assert process.stdout.readline()  # the process still runs: it waits for input
         timer.cancel()
         process.communicate("\n")

@@ -1,4 +1,4 @@
-"""The memory that a machine has, and the estimate of a run's memory against a measured peak."""
+"""The available memory, and the estimate of a run's memory compared with a measured peak."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
-    """A file system with 8 GiB of available memory and some files of the kernel."""
+    """Write the kernel's files of a machine with 8 GiB of available memory to a folder."""
     files = {"proc/meminfo": "MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\n"} | files
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,14 +40,14 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
                 "proc/self/cgroup": "0::/job\n",
                 f"{V2}/job/memory.max": f"{4 * GIB}",
                 f"{V2}/job/memory.current": f"{3 * GIB}",
-                # cached files are no obstacle
+                # the kernel can free cached files
                 f"{V2}/job/memory.stat": f"anon 5\ninactive_file {GIB}\n",
             },
             2,
         ),
         (
             {
-                "proc/self/cgroup": "0::/a/b\n",  # the limit of the parent binds
+                "proc/self/cgroup": "0::/a/b\n",  # the limit of the parent is lower
                 f"{V2}/a/b/memory.max": f"{7 * GIB}",
                 f"{V2}/a/b/memory.current": "0",
                 f"{V2}/a/memory.max": f"{6 * GIB}",
@@ -59,7 +59,7 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         ),
         (
             {
-                "proc/self/cgroup": "0::/of/the/host\n",  # in a container, which mounts its own
+                "proc/self/cgroup": "0::/of/the/host\n",  # a container mounts its own cgroup
                 f"{V2}/memory.max": f"{GIB}",
                 f"{V2}/memory.current": "0",
                 f"{V2}/memory.stat": "",
@@ -77,7 +77,7 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         ),
         (
             {
-                "proc/self/cgroup": "0::/\n",  # beyond its limit
+                "proc/self/cgroup": "0::/\n",  # more memory in use than the limit
                 f"{V2}/memory.max": f"{GIB}",
                 f"{V2}/memory.current": f"{2 * GIB}",
                 f"{V2}/memory.stat": "",
@@ -87,11 +87,11 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
     ],
     ids=["none", "root", "max", "limit", "parent", "container", "version 1", "exceeded"],
 )
-def test_what_is_available_on_a_cpu(files, gib, tmp_path):
+def test_available_memory_on_a_cpu(files, gib, tmp_path):
     assert available_memory(CPU, machine(tmp_path, files)) == gib * GIB
 
 
-def test_other_systems_say_nothing(tmp_path):
+def test_available_memory_is_unknown_on_other_systems(tmp_path):
     assert available_memory(CPU, tmp_path) is None
 
 
@@ -101,15 +101,15 @@ def test_this_machine_has_memory():
     assert 50 * 2**20 < process_memory() <= peak_memory_mib(CPU) * 2**20
 
 
-def test_what_is_available_on_a_gpu(monkeypatch):
-    """What the driver has, and what torch holds without using it."""
+def test_available_memory_on_a_gpu(monkeypatch):
+    """It is the free memory of the driver plus the memory that torch reserves without using it."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
     assert available_memory(torch.device("cuda", 0)) == 6 * GIB
 
 
-def test_errors_of_too_little_memory_are_known():
+def test_out_of_memory_errors_are_recognised():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as raised:
@@ -137,17 +137,17 @@ print(json.dumps([estimate.total / 2**20, estimate.to_come / 2**20, steps.memory
 @pytest.mark.parametrize(
     "options",
     [
-        # Most of it are activations: 32x32 pixels, 96 images.
+        # Most of the memory is activations: 32x32 pixels, 96 images.
         ["--data.image-size", "32", "--networks.teacher.model", "wrn_16_2",
          "--train.batch-size", "96"],
-        # Most of it are weights and their copies: 21 million parameters.
+        # Most of the memory is weights and their copies: 21 million parameters.
         ["--data.image-size", "16", "--networks.teacher.model", "imagenet_resnet34",
          "--optimizer.name", "adamw", "--train.batch-size", "16"],
     ],
     ids=["activations", "weights"],
 )  # fmt: skip
 def test_the_estimate_is_near_the_measured_peak(options):
-    """In a process that does nothing else. The bounds hold what allocators add."""
+    """Measure in a separate process. The bounds leave room for the overhead of allocators."""
     source = ["--data.source", "synthetic", "--data.images", "400"]
     command = [sys.executable, "-c", MEASURE, "digits", *source, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

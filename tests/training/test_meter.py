@@ -1,4 +1,4 @@
-"""The log's means over an interval, against a plain computation in NumPy."""
+"""The logged means of an interval, compared with a plain computation in NumPy."""
 
 import itertools
 
@@ -9,28 +9,29 @@ import torch
 from bdkd.engine.meter import StepOutput, TrainingMeter
 from bdkd.errors import UsageError
 
-# Of very different quality, so that nothing of one network can pass for another's: the first is
-# right and sure, the second unsure, the third sure and wrong.
+# The networks differ strongly, so that mixed-up networks change every metric: the first is right
+# and confident, the second is not confident, and the third is wrong and confident.
 SHARPNESS = {"right": 4.0, "unsure": 0.4, "wrong": -8.0}
 NETWORKS = (*SHARPNESS, "odd")
 STEP_SAMPLES = 240.0
 
 
 def alternating(target: torch.Tensor, classes: int, generator) -> torch.Tensor:
-    """Logits of any confidence, right in every second bin: no two bins can be taken for one."""
+    """Return logits of random confidence that are right in every second bin, so that merging two
+    bins changes the ECE."""
     low = 1 / classes + 0.05
     confidence = low + (1 - low) * torch.rand(len(target), generator=generator)
     right = (15 * confidence).long() % 2 == 0
     predicted = torch.where(right, target, (target + 1) % classes)[:, None]
-    others = 1 + 0.1 * torch.rand(len(target), classes, generator=generator)  # none are equal
+    others = 1 + 0.1 * torch.rand(len(target), classes, generator=generator)  # no ties
     others = others.scatter(1, predicted, 0)
     p = others / others.sum(1, keepdim=True) * (1 - confidence)[:, None]
     return p.scatter(1, predicted, confidence[:, None]).log()
 
 
 def interval(classes: int, soft: bool, seed: int = 0):
-    """Two steps of 240 images in parts of 140 and 100: every bin of confidence has some. The unsure
-    network pauses in the second step."""
+    """Yield two steps of 240 images in micro-batches of 140 and 100, so that every confidence bin
+    has images. The unsure network does not train in the second step."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(2):
         for size in (140, 100):
@@ -44,7 +45,7 @@ def interval(classes: int, soft: bool, seed: int = 0):
             trains = [name for name in NETWORKS if (name, step) != ("unsure", 1)]
             losses = {name: torch.rand((), generator=generator) for name in trains}
             statistics = {"forward_kl": torch.rand(size, generator=generator)}
-            mixed = 0.7 * one_hot + 0.3 / classes  # as of mixup: the label is the likeliest class
+            mixed = 0.7 * one_hot + 0.3 / classes  # as in mixup; the label stays the largest
             yield logits, mixed if soft else target, target, losses, statistics
 
 
@@ -90,7 +91,7 @@ def assert_close(came: dict, plain: dict) -> None:
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft labels"])
 @pytest.mark.parametrize("classes", [3, 9])
-def test_the_means_are_those_of_a_plain_computation(classes, soft):
+def test_the_means_equal_a_plain_computation(classes, soft):
     """With 3 classes the label is always among the first five; with 9 it is not."""
     parts = list(interval(classes, soft))
     meter = TrainingMeter(list(NETWORKS), torch.device("cpu"))
@@ -102,11 +103,11 @@ def test_the_means_are_those_of_a_plain_computation(classes, soft):
     assert plain["wrong"]["top5"] == 1.0 if classes == 3 else plain["wrong"]["top5"] < 0.9
 
 
-def test_an_interval_begins_anew_when_the_one_before_was_read():
+def test_reading_the_meter_starts_a_new_interval():
     meter = TrainingMeter(list(NETWORKS), torch.device("cpu"))
     fill(meter, list(interval(9, False, seed=1)))
     meter.read()
-    for values in (meter.read()[name] for name in NETWORKS):  # an empty one divides by nothing
+    for values in (meter.read()[name] for name in NETWORKS):  # without a division by zero
         assert values.pop("loss") is None
         assert set(values.values()) == {0.0}
     parts = list(interval(9, False, seed=2))
@@ -114,12 +115,12 @@ def test_an_interval_begins_anew_when_the_one_before_was_read():
     assert_close(meter.read(), expected(parts, 9))
 
 
-def test_saved_sums_continue_an_interval_and_those_of_several_ranks_count_as_one():
+def test_loaded_sums_continue_an_interval_and_sums_of_ranks_are_added():
     first, second = list(interval(9, False, seed=1)), list(interval(9, False, seed=2))
     meters = [TrainingMeter(list(NETWORKS), torch.device("cpu")) for _ in range(3)]
     fill(meters[0], first)
     fill(meters[1], second)
-    fill(meters[2], second)  # what it holds is replaced
+    fill(meters[2], second)  # load_state_dict replaces these sums
     meters[2].load_state_dict(meters[0].state_dict())
     fill(meters[2], second)
     assert_close(meters[2].read(), expected(first + second, 9))
@@ -128,8 +129,8 @@ def test_saved_sums_continue_an_interval_and_those_of_several_ranks_count_as_one
 
 
 @pytest.mark.parametrize("name", ["student", "step", "learning_rate"])
-def test_a_statistic_cannot_replace_another_value_of_its_line(name):
-    """An objective of a plugin chooses these names."""
+def test_a_statistic_cannot_replace_another_value_of_the_metrics(name):
+    """The objective of a plugin chooses the names of its statistics."""
     meter = TrainingMeter(["teacher", "student"], torch.device("cpu"))
     logits = dict.fromkeys(meter.networks, torch.zeros(4, 3))
     output = StepOutput(torch.zeros(4, dtype=torch.int64), logits, {}, {name: torch.ones(4)})

@@ -1,4 +1,4 @@
-"""Several networks as one module: who sees which image, who is frozen, and what is put back."""
+"""Several networks in one module: views of a batch, frozen networks, and restored buffers."""
 
 import pytest
 import torch
@@ -21,11 +21,11 @@ class Times(nn.Module):
 
 
 def three(frozen=frozenset()) -> Networks:
-    # The order is the recipe's and not the alphabet's.
+    # Not in alphabetical order, because the networks must keep the order of the recipe.
     return Networks({name: Times(f) for name, f in (("c", 2.0), ("a", 3.0), ("b", 5.0))}, frozen)
 
 
-def test_each_network_sees_its_own_view_or_all_the_only_one():
+def test_each_network_gets_its_own_view_or_the_only_view():
     views = tuple(torch.tensor([[x]]) for x in (1.0, 10.0, 100.0))
     assert {k: v.item() for k, v in three()(views).items()} == {"c": 2, "a": 30, "b": 500}
     alike = three()(views[1:2])
@@ -50,8 +50,8 @@ def test_a_frozen_network_gets_no_gradient_and_stays_in_evaluation_mode():
         assert not any(v.requires_grad for v in networks((torch.ones(2, 1),)).values())
 
 
-def test_networks_are_built_as_the_recipe_says():
-    """The classes and channels are the data set's; the options each network's own."""
+def test_networks_are_built_from_the_recipe():
+    """Classes and channels come from the data set, other options from each network's config."""
     configs = {
         "teacher": NetworkConfig("resnet8", "teacher", options={"width": 2.0}),
         "student": NetworkConfig("resnet8", "student"),
@@ -70,8 +70,8 @@ def test_networks_are_built_as_the_recipe_says():
             assert torch.equal(came[key], value), (name, key)
 
 
-def test_sgd_without_momentum_is_accepted_with_nesterov_which_needs_one():
-    """torch refuses the two together, and nesterov is the recipe's default."""
+def test_sgd_without_momentum_turns_nesterov_off():
+    """torch refuses nesterov without momentum, and nesterov is the default of a recipe."""
     networks, configs = three(), {n: NetworkConfig("x", "student") for n in "cab"}
     for momentum, nesterov, expected in (
         (0.0, True, False),
@@ -82,12 +82,12 @@ def test_sgd_without_momentum_is_accepted_with_nesterov_which_needs_one():
         optimizer = build_optimizer(networks, configs, config, lambda p: p)
         for group in optimizer.param_groups:
             assert (group["momentum"], group["nesterov"]) == (momentum, expected)
-            assert group["fused"]  # it skips a step on the device
+            assert group["fused"]  # a fused optimizer can skip a step on the device
 
 
 @pytest.mark.parametrize("back", [True, False])
-def test_saved_buffers_are_put_back_on_condition_whatever_they_hold_now(back):
-    """Of several types, and with a NaN in what is replaced or in what stays."""
+def test_saved_buffers_are_restored_only_if_the_condition_is_true(back):
+    """The buffers have several dtypes, and one of the changed values is NaN."""
     buffers = [torch.tensor([1.0, 2.0]), torch.tensor(3), torch.tensor([[4.0]]), torch.tensor(5)]
     expected = [b.clone() for b in buffers]
     saved = SavedBuffers(iter(buffers))

@@ -1,4 +1,4 @@
-"""Runs that hold nothing out: all images train, the last weights are the result."""
+"""Runs without validation images: all images train, and the last weights are selected."""
 
 import dataclasses
 import json
@@ -44,6 +44,6 @@ def test_all_images_train_and_the_last_weights_are_tested(tmp_path, capsys):
     assert found == summary["networks"]["student"]["top1"]
 
 
-def test_there_is_no_best_without_a_validation_part(tmp_path):
+def test_select_best_requires_validation_images(tmp_path):
     with pytest.raises(UsageError, match=r"train.select must be last if data.validation is 0"):
         components_of(recipe_without_validation("best", str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Files of a run that were replaced by something that is not one of them."""
+"""Files of a run that were replaced by other content, pipes, folders or devices."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ RECIPE = 'name = "x"\n[networks.s]\nmodel = "resnet8"\nrole = "student"\n'
 
 
 def fill(path: Path, content: bytes | str) -> None:
-    """Write bytes; or make a "fifo", a "folder", or a link to a device."""
+    """Write bytes to a path, or make it a "fifo", a "folder" or a link to a device."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content == "fifo":
@@ -40,7 +40,7 @@ def fill(path: Path, content: bytes | str) -> None:
     ],
     ids=["fifo", "folder", "device", "utf16", "latin1", "deep", "dotted", "digits", "table"],
 )
-def test_a_config_that_cannot_be_read_is_one_line(tmp_path, content, words):
+def test_an_unreadable_config_is_reported_in_one_line(tmp_path, content, words):
     folder = RunFolder(tmp_path)
     fill(folder.config, content)
     with pytest.raises((RunError, UsageError), match=words) as raised:
@@ -49,18 +49,18 @@ def test_a_config_that_cannot_be_read_is_one_line(tmp_path, content, words):
     assert "\n" not in str(raised.value)
     with pytest.raises(RunError, match=r"config\.toml"):
         folder.selects_best()
-    run = read_run(tmp_path)  # a report shows the other files, and a note
+    run = read_run(tmp_path)  # a report shows the other files and a note
     assert run.config == {"train": 3} or any("config.toml" in note for note in run.notes)
 
 
-def test_a_config_in_utf16_with_its_mark_is_read(tmp_path):
+def test_a_utf16_config_with_a_byte_order_mark_is_read(tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_bytes(RECIPE.encode("utf-16"))
     assert folder.read_config() == parse_recipe(RECIPE, "x")
 
 
 @pytest.mark.parametrize("content", ["fifo", "folder", "/dev/zero"])
-def test_no_file_of_a_run_is_waited_for_or_read_for_ever(tmp_path, content):
+def test_special_files_in_a_run_folder_do_not_block(tmp_path, content):
     folder = RunFolder(tmp_path)
     folder.config.write_text(RECIPE)
     for path in (folder.metrics, folder.summary, folder.predictions, tmp_path / ".lock"):
@@ -83,7 +83,7 @@ def test_no_file_of_a_run_is_waited_for_or_read_for_ever(tmp_path, content):
      b'{"networks": {"s": {}}, "wall_seconds": NaN}', "fifo", "folder", "/dev/zero"],
     ids=["deep", "list", "number", "empty", "open", "latin1", "nan", "fifo", "folder", "device"],
 )  # fmt: skip
-def test_a_summary_that_bdkd_did_not_write_is_named(tmp_path, content):
+def test_a_malformed_summary_is_reported_with_its_path(tmp_path, content):
     folder = RunFolder(tmp_path)
     fill(folder.summary, content)
     with pytest.raises(RunError) as raised:

@@ -1,16 +1,16 @@
-"""Runs that an older commit began go on, with the code of today, as that commit would have gone on.
+"""Runs of an older commit, resumed with today's code, continue as with the older commit.
 
-``old_runs/`` holds runs that commit 0b69d99 was killed in, and what 0b69d99 itself reached some
-steps later (``old_runs/make.py`` wrote both). Here they are resumed as a user resumes them, by the
-command line, and looked at through the files that they leave.
+``old_runs/`` contains runs that were killed at commit 0b69d99, and the results that 0b69d99 itself
+reached some steps later (``old_runs/make.py`` wrote both). These tests resume the runs on the
+command line, as users do, and compare the files that the runs write.
 
-Exact: steps, epochs, learning rates, skipped steps, the loss scale and the state of the random
-generators. Weights, batch norm's statistics and moments are compared by how far they are from the
-old code's, relative to how far those have moved since the checkpoint. Rounding differs between
-machines and versions of torch: with the reference loss, without AVX in torch and oneDNN, this ratio
-is at most 4e-6 in float32 and 4e-2 with fp16 autocast. Faults that were tried (lost or exchanged
-moments, lost statistics, another random state, a warm-up of 0.1 epochs more, another loss scale)
-make it 5e-2 to 2 in float32 and 0.6 to 0.9 with fp16.
+Steps, epochs, learning rates, skipped steps, the loss scale and the state of the random generators
+must be equal. For weights, batch norm statistics and moments, the tests compute a ratio: the
+distance from the old code's values, divided by the distance that those moved since the checkpoint.
+Rounding differs between machines and versions of torch: with the reference loss, without AVX in
+torch and oneDNN, the ratio is at most 4e-6 in float32 and 4e-2 with fp16 autocast. With deliberate
+faults (lost or exchanged moments, lost statistics, another random state, a warm-up of 0.1 epochs
+more, another loss scale) it is 5e-2 to 2 in float32 and 0.6 to 0.9 with fp16.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ from bdkd.cli import main
 OLD_RUNS = Path(__file__).parent / "old_runs"
 NAMES = sorted(path.parent.name for path in OLD_RUNS.glob("*/next.json"))
 IN_FLOAT32 = 1e-3
-TOLERANCE = {"fp16": 0.2, "two-ranks": 2e-2}  # of two ranks, the gradients are rounded to bf16
+TOLERANCE = {"fp16": 0.2, "two-ranks": 2e-2}  # the two ranks round gradients to bf16
 
-# Metrics that rounding moves by steps: a sample that changes its class, or its bin.
+# Rounding changes these metrics in jumps, when a sample changes its class or its bin.
 BY_STEPS = {"top1", "top5", "ece", "mce", "forward_weight", "reverse_weight"}
 CLOCKED = {"images_per_second", "data_wait", "memory_mib", "mfu", "seconds"}
 
 
 @pytest.fixture
 def run(request, tmp_path) -> Path:
-    """A copy of an old run, which is resumed."""
+    """Return a copy of an old run, which the test can resume."""
     folder = tmp_path / "run"
     shutil.copytree(OLD_RUNS / request.param, folder)
     for name in ("next.json", "next.safetensors"):
@@ -55,7 +55,7 @@ def resume(folder: Path, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "run"), [(n, n) for n in NAMES], indirect=["run"])
-def test_an_old_run_goes_on_as_the_old_code_would(name, run):
+def test_an_old_run_continues_as_the_old_code_would(name, run):
     expected = json.loads((OLD_RUNS / name / "next.json").read_text())
     saved, last = (f"step-{expected[key]:08d}.pt" for key in ("saved", "last"))
     resume(run, expected["ranks"])
@@ -82,7 +82,7 @@ def read_lines(run: Path) -> list[dict]:
 
 
 def in_new_format(*parts: list[dict]) -> list[list[dict]]:
-    """Lines of 0b69d99 as they are written today. That commit counted the epochs of training lines
+    """Return metrics of 0b69d99 in today's format. That commit counted the epochs of training lines
     from 0. Its evaluations, here all at the end of an epoch or of the run, come after a training
     line of the same step."""
     epochs = {x["step"]: x["epoch"] + 1 for part in parts for x in part if x["split"] == "train"}
@@ -93,13 +93,14 @@ def in_new_format(*parts: list[dict]) -> list[list[dict]]:
 
 
 def assert_moved_alike(before: dict, came: dict, needed: dict, tolerance: float) -> None:
-    """Compare vectors by their distance over the old code's own way since the checkpoint."""
+    """Check that vectors differ by at most ``tolerance`` times the distance that the old code moved
+    them since the checkpoint."""
     assert came.keys() == needed.keys() == before.keys()
     off = {}
     for key, value in needed.items():
         way = torch.linalg.vector_norm(value - before[key])
         distance = torch.linalg.vector_norm(came[key] - value)
-        if "_ema." in key:  # HEAD may average otherwise: the average moves, by as much or so
+        if "_ema." in key:  # HEAD may average differently: check only how far the average moves
             moved = torch.linalg.vector_norm(came[key] - before[key])
             assert 0.1 * way < moved < 10 * way, key
         elif distance > tolerance * way:
@@ -108,7 +109,7 @@ def assert_moved_alike(before: dict, came: dict, needed: dict, tolerance: float)
 
 
 def assert_same_line(came: dict, needed: dict, name: str) -> None:
-    """Compare two lines of metrics.jsonl; of an average only the names of its metrics."""
+    """Compare two lines of metrics.jsonl. For an averaged network, compare only metric names."""
     assert came.keys() == needed.keys()
     for key, value in needed.items():
         if isinstance(value, dict) and not key.endswith("_ema"):
@@ -122,7 +123,8 @@ def assert_same_line(came: dict, needed: dict, name: str) -> None:
 
 
 def comparable_draws(name: str) -> bool:
-    """Dropout on a CPU draws otherwise where torch has no MKL (on ARM, say)."""
+    """Return whether the draws of a run can be compared. Dropout on a CPU draws other numbers if
+    torch has no MKL, for example on ARM."""
     return name != "dropout" or torch.backends.mkl.is_available()
 
 
@@ -133,7 +135,7 @@ def digest(state: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("run", ["mid-epoch"], indirect=True)
 def test_the_commands_read_an_old_run(run, capsys):
-    """Its best checkpoint is evaluated as 0b69d99 evaluated it, and exported; the page shows it."""
+    """The best checkpoint has the results of 0b69d99, and it can be exported and reported."""
     [validated] = [line for line in read_lines(run) if line["split"] == "val"]
     main(["evaluate", str(run), "--json"])
     came = json.loads(capsys.readouterr().out)

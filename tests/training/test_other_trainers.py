@@ -1,4 +1,4 @@
-"""Checkpoints that other trainers wrote here, with their own code, load; and ours load there."""
+"""Checkpoints load that these tests write with the code of other trainers."""
 
 import argparse
 
@@ -85,7 +85,7 @@ def with_transformers(given, folder):
 
 
 def with_timm(given, folder):
-    """As timm's train.py does it: the last checkpoint of the saver, with an average."""
+    """Save as timm's train.py does, and return the last checkpoint, which has an average."""
     utils = pytest.importorskip("timm.utils", exc_type=ImportError)
     average = utils.ModelEmaV3(given, decay=0.5)
     optimizer = torch.optim.SGD(given.parameters(), 0.1)
@@ -99,7 +99,7 @@ def with_timm(given, folder):
 
 
 def with_torchvision_references(given, folder):
-    """The dictionary of references/classification/train.py, whose average is an AveragedModel."""
+    """Save the dictionary of references/classification/train.py, with an AveragedModel in it."""
     average = AveragedModel(given, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     optimizer = torch.optim.SGD(given.parameters(), 0.1)
     checkpoint = {
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_trainer_loads(trained, tmp_path):
     assert_same(load(path)[0], given)
 
 
-# RepDistiller's names of the first layers of each family; it has the teachers of many papers.
+# RepDistiller's names of some layers of each family. Many papers use its teachers.
 REPDISTILLER = {
     "resnet8x4": ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.weight",
                   "layer1.0.downsample.0.weight", "layer3.0.downsample.1.bias", "fc.bias"],
@@ -138,7 +138,7 @@ REPDISTILLER = {
 
 
 @pytest.mark.parametrize("model", REPDISTILLER)
-def test_repdistillers_names_load(model, tmp_path):
+def test_weights_with_the_names_of_repdistiller_load(model, tmp_path):
     from bdkd.models.key_names import layouts
 
     given = network(model, 100)
@@ -164,8 +164,8 @@ LIBRARIES = [
 
 
 @pytest.mark.parametrize(("library", "name", "model"), LIBRARIES)
-def test_a_librarys_file_gives_its_logits(library, name, model, tmp_path):
-    """Into the network of that library, and into ours if it computes the same function."""
+def test_weights_of_a_library_give_the_librarys_logits(library, name, model, tmp_path):
+    """Load them into the network of that library, or into our network for the same function."""
     if library == "timm":
         theirs = pytest.importorskip("timm").create_model(name, num_classes=10)
     else:
@@ -183,7 +183,7 @@ def test_a_librarys_file_gives_its_logits(library, name, model, tmp_path):
 
 
 def test_a_network_with_another_activation_does_not_load(tmp_path):
-    """timm's MobileNetV1 has the same shapes as ours and ReLU6."""
+    """timm's MobileNetV1 has the same shapes as ours, but uses ReLU6."""
     theirs = pytest.importorskip("timm").create_model("mobilenetv1_100", num_classes=10)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     with pytest.raises(Exception, match="does not fit 'teacher'"):

@@ -1,5 +1,8 @@
-"""Networks beside each other: who waits for whom, on a model of streams; the same training, on
-streams that a CPU has in name, and on a GPU's own."""
+"""``train.overlap``: the networks of a step run on separate streams.
+
+A fake device records which work waits for which. Overlapped training must equal sequential
+training on a CPU, whose streams do nothing, and on the streams of a GPU.
+"""
 
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Device:
-    """Streams of work, each piece of which knows what it comes after."""
+    """A fake device that records for each piece of work which work is done before it."""
 
     def __init__(self) -> None:
         self.after: dict[str, set[str]] = {}
@@ -44,7 +47,7 @@ class Device:
         return torch.zeros(1)
 
 
-def test_networks_wait_for_the_batch_and_the_loss_for_all_networks(monkeypatch):
+def test_networks_wait_for_the_batch_and_the_loss_waits_for_all_networks(monkeypatch):
     device = Device()
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
     streams = Streams(CPU, 3)
@@ -56,9 +59,11 @@ def test_networks_wait_for_the_batch_and_the_loss_for_all_networks(monkeypatch):
     for batch, *networks, loss in steps:
         for name in networks:
             assert batch in device.after[name]
-            assert not device.after[name] & (set(networks) - {name}), "nobody waits for a partner"
+            assert not device.after[name] & (set(networks) - {name}), (
+                "networks do not wait for each other"
+            )
         assert device.after[loss] >= {batch, *networks}
-    assert "loss 0" in device.after["c 1"], "memory of the step before may be used again"
+    assert "loss 0" in device.after["c 1"], "a step may reuse memory of the previous one"
 
 
 def a_run():
@@ -67,7 +72,7 @@ def a_run():
     return state, trainer_of(state)
 
 
-def test_trains_as_one_after_the_other():
+def test_overlapped_training_equals_sequential_training():
     plain, one_by_one = a_run()
     other, trainer = a_run()
     trainer.forward_backward = overlapped(other, objective_of(other))
@@ -80,12 +85,14 @@ def test_trains_as_one_after_the_other():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: see the model of streams above")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: the fake device above tests the waits"
+)
 def test_real_streams_give_the_same_logits_and_gradients():
     device = torch.device("cuda", torch.cuda.current_device())
     networks = [Tiny(width).to(device).train() for width in (64, 256)]
     streams = Streams(device, 2)
-    for seed in range(50):  # a missing wait shows now and then
+    for seed in range(50):  # a missing wait gives wrong results only sometimes
         images = a_batch(4096, seed=seed).views[0].to(device)
         results = []
         for run in (streams.run_all, lambda calls: [call() for call in calls]):
@@ -95,7 +102,7 @@ def test_real_streams_give_the_same_logits_and_gradients():
             for network in networks:
                 network.zero_grad()
             results.append([*logits, *gradients])
-        # cuDNN adds up the gradients of 4096 images in another order each time.
+        # cuDNN adds the gradients of 4096 images in a different order each time.
         torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
@@ -108,7 +115,9 @@ def test_real_streams_give_the_same_logits_and_gradients():
         ("cuda", 1, False, None),
     ],
 )
-def test_where_there_is_one_order_it_is_refused(device, world_size, compiles, message):
+def test_overlap_is_refused_on_cpus_several_ranks_and_compiled_steps(
+    device, world_size, compiles, message
+):
     recipe = tiny_recipe(train={"overlap": True, "compile": compiles})
     if message is None:
         check_step(recipe, device, world_size)

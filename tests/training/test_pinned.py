@@ -1,11 +1,11 @@
-"""What a seed and a saved run mean, pinned: a change of any value here is a change for users.
+"""Pinned results of seeds and saved runs. If a value here changes, the runs of users change.
 
-The values are those of commit 0b69d99. If a test fails, a run that was begun before the change no
-longer continues as it would have, or a seed in a paper names another run: change the code, or state
-the change in the changelog and raise the checkpoint's format.
+The values are those of commit 0b69d99. If a test fails, a run that was started before the change no
+longer continues as it would have, or a seed in a paper gives another run. Change the code, or
+describe the change in the changelog and raise the format of checkpoints.
 
-Everything that is pinned as an integer is computed with integers, or with random numbers of torch's
-and numpy's CPU generators, which are the same on every machine.
+All values that are pinned as integers are computed with integers, or with random numbers of the CPU
+generators of torch and numpy, which are the same on every machine.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ def state_of(components: Components) -> TrainingState:
 
 # --- the optimizer's groups -----------------------------------------------------------------------
 
-# Moments are saved by the place of their parameter: another order, another group or another network
-# in between would load them into other parameters.
+# Moments are saved by the position of their parameter. With another order, another group or another
+# network in between, they would be loaded into other parameters.
 RESNET8 = (
     "conv stages.0.0.conv1 stages.0.0.conv2 stages.1.0.conv1 stages.1.0.conv2 "
     "stages.1.0.downsample.0 stages.2.0.conv1 stages.2.0.conv2 stages.2.0.downsample.0 classifier"
@@ -70,7 +70,7 @@ RESNET8_NORMS = (
 
 
 def named_groups(components: Components) -> list[tuple[str, float, float, list[str]]]:
-    """Network, weight decay, peak rate and names of the parameters of each group."""
+    """Return the network, weight decay, peak rate and parameter names of each group."""
     names = {id(p): name for name, p in components.networks.named_parameters()}
     return [
         (
@@ -81,7 +81,7 @@ def named_groups(components: Components) -> list[tuple[str, float, float, list[s
     ]  # fmt: skip
 
 
-def test_the_groups_of_digits_by_name():
+def test_the_parameter_groups_of_digits():
     """The teacher comes first; norms and biases have no weight decay."""
     components = small_setup(model="resnet8")
     decayed = [f"{layer}.weight" for layer in RESNET8.split()]
@@ -175,8 +175,8 @@ GROUPS: dict[str, list[tuple]] = {
 
 
 @pytest.mark.parametrize("recipe", sorted({*shipped_recipes()} - {"digits"}))
-def test_the_groups_of_every_recipe(recipe):
-    """A recipe with ``decay_norms`` has one group a network, in the order of its definition."""
+def test_the_parameter_groups_of_every_recipe(recipe):
+    """A recipe with ``decay_norms`` has one group per network, in the order of its definition."""
     groups = named_groups(small_setup(recipe))
     came = [(*facts, len(names), zlib.crc32(" ".join(names).encode())) for *facts, names in groups]
     assert came == GROUPS[recipe], groups
@@ -185,8 +185,8 @@ def test_the_groups_of_every_recipe(recipe):
 # --- seeds ----------------------------------------------------------------------------------------
 
 
-def test_the_order_of_an_epoch():
-    """A resumed run finds its place by (seed, epoch, images seen) alone."""
+def test_the_order_of_images_in_an_epoch():
+    """A resumed run finds its position from the seed, the epoch and the number of images seen."""
     orders = {
         (seed, epoch): epoch_order(seed, epoch, 50_000)[:5].tolist()
         for seed, epoch in ((0, 0), (0, 1), (1, 0), (7, 239))
@@ -199,14 +199,15 @@ def test_the_order_of_an_epoch():
     }
 
 
-def test_seeds_are_mixed_as_ever():
+def test_mixed_seeds():
     assert mix_seed(0) == 3527577169254209511
     assert mix_seed(0, 1) == 7805851153417077868
     assert mix_seed(3, 2, 1, 640) == 5692139764811212732
 
 
 def coded_source(seed: int, **augmentation) -> InMemory:
-    """64 images of 4x4 pixels, each pixel another value in its image: any window can be told."""
+    """Return a source of 64 images of 4x4 pixels. The pixels of an image all differ, so every crop
+    can be recognised."""
     pixels = torch.arange(64 * 16).view(64, 1, 4, 4) * 37 % 251
     images = Images(pixels.to(torch.uint8), torch.arange(64) % 8)
     return InMemory(
@@ -217,7 +218,7 @@ def coded_source(seed: int, **augmentation) -> InMemory:
 
 
 def fingerprint(source: InMemory, view: torch.Tensor) -> int:
-    """CRC-32 of a view's pixels as they were before normalisation."""
+    """Return the CRC-32 of a view's pixels as they were before normalisation."""
     pixels = (view.double() * source.std + source.mean).round().to(torch.int64)
     return zlib.crc32(pixels.numpy().astype("<i8").tobytes())
 
@@ -238,7 +239,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("place", BATCHES)
 def test_the_images_of_a_batch_and_their_augmentation(place):
-    """Crop, flip and cutout of both views; the second rank has its part of the same draws."""
+    """The batch has crop, flip and cutout in both views. Ranks share the same random draws."""
     seed, epoch, start, rank, ranks = place
     source = coded_source(seed, **AUGMENTED)
     batch = next(source.train_batches(epoch, start, 8, 2, Shard(rank, ranks)))
@@ -247,7 +248,7 @@ def test_the_images_of_a_batch_and_their_augmentation(place):
 
 
 def test_each_augmentation_alone():
-    """A crop draws before a flip, a flip before a cutout; what is off draws nothing."""
+    """Crop draws first, then flip, then cutout. An augmentation that is off draws nothing."""
     came = {}
     for name, value in AUGMENTED.items():
         source = coded_source(0, **{name: value})
@@ -256,7 +257,7 @@ def test_each_augmentation_alone():
 
 
 def test_the_splits_and_wrong_labels_of_digits():
-    """They belong to the data set: every seed and method has the same ones."""
+    """They belong to the data set, so they are the same for every seed and method."""
     recipe = load_recipe("digits-hard")
     found = {}
     for seed in (0, 1):
@@ -272,7 +273,8 @@ def test_the_splits_and_wrong_labels_of_digits():
 
 
 def test_the_random_numbers_of_imagenet():
-    """Uniform numbers of an image by (seed, epoch, purpose, place), in units of 2**-53."""
+    """The uniform numbers of an image depend on seed, epoch, purpose and index. Here they are in
+    units of 2**-53."""
     came = uniform_draws(3, 5, (1, 0), np.array([0, 1281166]), 2) * 2.0**53
     assert came.astype(int).tolist() == [
         [7004992633159119, 380619840838874],
@@ -288,9 +290,9 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("seed", WEIGHTS)
-def test_the_weights_of_a_seed(seed):
-    """The teacher's are drawn before the student's. Rounded: a logarithm or cosine of another
-    library may differ in its last bits."""
+def test_the_initial_weights_of_a_seed(seed):
+    """The weights of the teacher are drawn before those of the student. The values are rounded,
+    because the last bits of a logarithm or cosine may differ between libraries."""
     recipe = dataclasses.replace(load_recipe("digits"), seed=seed, device="cpu")
     members = components_of(recipe).networks.members
     came = [
@@ -319,7 +321,7 @@ class RandomOperators(TorchDispatchMode):
 
     @contextmanager
     def watch(self, networks):
-        """Record, and know which of the networks is being called."""
+        """Record draws, and track which network is being called."""
         with ExitStack() as hooks:
             for name, network in networks.items():
 
@@ -340,8 +342,8 @@ def first_batch(components: Components):
     return next(components.source.train_batches(0, 0, components.recipe.train.batch_size, views))
 
 
-def test_networks_are_called_in_the_recipes_order_part_by_part():
-    """Batch norm's statistics and dropout depend on it."""
+def test_networks_are_called_in_the_recipes_order_for_each_micro_batch():
+    """The statistics of batch norm and dropout depend on this order."""
     components = small_setup(model="resnet8", options={"width": 0.1}, accumulate=2)
     order = []
     for name, network in components.networks.members.items():
@@ -353,8 +355,8 @@ def test_networks_are_called_in_the_recipes_order_part_by_part():
 
 
 def test_the_order_of_random_draws_in_a_step():
-    """The epoch's order and the augmentation have generators of their own; dropout, network by
-    network, draws from the one that a checkpoint saves."""
+    """The order of an epoch and the augmentation use separate generators. Dropout draws from the
+    generator that a checkpoint saves, one network after the other."""
     components = small_setup(model="wrn_10_1", options={"dropout": 0.3}, accumulate=2)
     data = dataclasses.replace(components.recipe.data, crop=1, flip=True, cutout=2)
     components.source.config = data
@@ -365,13 +367,13 @@ def test_the_order_of_random_draws_in_a_step():
         batch = first_batch(components)
         assert torch.equal(torch.get_rng_state(), before)
         trainer_of(state, components.objective).train_step(batch)
-    # The data, then network by network, part by part; however often each of them draws
+    # The data, then the networks of each micro-batch. The number of draws does not matter.
     order = [place for place, _ in itertools.groupby(record.seen)]
     assert order == ["data", "teacher", "student", "teacher", "student"]
 
 
-def test_nothing_else_draws():
-    """Without dropout a step leaves the saved random state alone, and an evaluation always does."""
+def test_a_step_without_dropout_keeps_the_random_state():
+    """A step without dropout and an evaluation leave the saved random state unchanged."""
     components = small_setup(model="resnet8", options={"width": 0.1}, ema_decay=0.9)
     state = state_of(components)
     state.networks.train()

@@ -1,4 +1,4 @@
-"""The plan of ``--dry-run`` and the lines that a run begins with, against numbers by hand."""
+"""The plan of ``--dry-run`` and the first lines of a run, compared with numbers by hand."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ from bdkd.trainer import Trainer
 
 
 def planned(*options: str, ranks: int = 1) -> str:
-    """The plan of a run whose networks differ in size."""
+    """Return the plan of a run whose networks differ in size."""
     small = ["--networks.teacher.options", "width", "0.25"]
     given = [*TINY_RUN, *small, "--dry-run", "--no-probe", *options]
     return unwrapped(describe_plan(parse(given, load_recipe(*TINY_RUN)), ranks))
@@ -42,7 +42,7 @@ def components(*options: str) -> Components:
 # --- the parts of a run ---------------------------------------------------------------------------
 
 
-def test_the_rows_of_a_run_by_hand():
+def test_the_rows_of_a_plan():
     text = planned("--train.accumulate", "2", "--seed", "3", "--networks.student.weights", "x.pt",
                    "--train.compile", "--train.deterministic")  # fmt: skip
     assert "recipe      tiny, objective bdkd, seed 3" in text
@@ -63,7 +63,7 @@ def test_a_warm_up_that_the_run_does_not_complete_is_a_warning():
     assert "warm-up of" not in planned(*options, "--objective.warmup", "0").split("optimizer")[0]
 
 
-def test_a_frozen_network_and_one_whose_name_is_no_role_say_so():
+def test_a_plan_shows_frozen_networks_and_roles():
     recipe = load_recipe(*TINY_RUN)
     teacher = dataclasses.replace(recipe.networks["teacher"], frozen=True, weights="random")
     networks = {"big": teacher, "student": recipe.networks["student"]}
@@ -83,8 +83,8 @@ def test_several_ranks_share_a_batch():
     assert own[1] == alone[1]
 
 
-def test_steps_stop_and_continue():
-    """48 images, batches of 5: nine steps an epoch, the rest of an epoch is dropped."""
+def test_a_plan_shows_where_steps_stop_and_continue():
+    """48 images in batches of 5 are nine steps an epoch. The rest of an epoch is dropped."""
     options = ["--train.batch-size", "5", "--train.epochs", "4"]
     assert "steps       36: 4 epochs of 9 steps\n" in planned(*options)
     for limit, stop in ((18, 18), (100, 36)):
@@ -115,7 +115,7 @@ def test_every_line_of_a_shipped_recipe_fits_into_80_columns(name):
         assert line == line.rstrip()
 
 
-def test_lines_break_between_pieces_and_never_inside():
+def test_lines_break_only_between_pieces():
     rows = [("a", ["x" * 40, "y y" * 12, "z"]), ("long", ["a folder with spaces " * 5])]
     assert format_rows(rows) == "\n".join([
         f"a     {'x' * 40},", f"      {'y y' * 12}, z", f"long  {'a folder with spaces ' * 5}",
@@ -124,7 +124,7 @@ def test_lines_break_between_pieces_and_never_inside():
 
 # --- memory --------------------------------------------------------------------------------------
 
-# Copies of a network's size, four bytes a value: gradients, and what the optimizer keeps.
+# Copies of a network's parameters for gradients and optimizer state, at four bytes per value.
 SGD, PLAIN_SGD, ADAMW = 2, 1, 3
 
 
@@ -145,7 +145,7 @@ SGD, PLAIN_SGD, ADAMW = 2, 1, 3
     ids=["sgd", "no momentum", "adamw", "an average", "frozen", "accumulated", "bf16"],
 )
 def test_memory_is_weights_gradients_moments_averages_and_activations(options, copies):
-    """Activations are those of one part of a batch of four."""
+    """Activations are those of one micro-batch of a batch of four."""
     if "--networks.teacher.frozen" in options:
         options = [*options, "--objective.name", "independent"]
     of_run = components(*options)
@@ -162,7 +162,7 @@ def test_memory_is_weights_gradients_moments_averages_and_activations(options, c
     assert memory.total == memory.process + memory.data + memory.weights + memory.to_come
 
 
-def test_the_memory_row_names_every_part_and_what_is_free():
+def test_the_memory_row_names_every_part_and_the_free_memory():
     of_run = components()
     memory = estimate_memory(of_run, costs(of_run))
     text = unwrapped(format_rows([plan.memory_row(memory, 3 * 2**30, 1)]))
@@ -229,9 +229,9 @@ def test_another_error_of_a_step_fails_the_plan(monkeypatch, capsys):
 # --- time ----------------------------------------------------------------------------------------
 
 
-def test_hours_are_those_of_steps_and_evaluations():
-    """36 steps of 400 s are 4 hours. After each of three epochs 12 validation and 12 test images
-    are evaluated, and both once more at the end: 96 images of 150 s are 4 hours more."""
+def test_the_time_includes_steps_and_evaluations():
+    """36 steps of 400 s are 4 hours. After each of three epochs, and once more at the end, 12
+    validation and 12 test images are evaluated: 96 images of 150 s are 4 hours more."""
     watched = components("--watch-test")
     steps = StepTimes((300.0, 500.0), 4, 0.25, 2048.0)
     text = unwrapped(format_rows(plan.measured_rows(watched, steps, 150.0)))
@@ -247,7 +247,7 @@ def test_hours_are_those_of_steps_and_evaluations():
     assert "2.5 hours on this machine, 2.0 hours for 18 steps, 30 minutes for 1 evaluation," in text
 
 
-def test_images_that_grow_make_the_time_an_upper_bound():
+def test_progressive_resolution_makes_the_time_an_upper_bound():
     recipe = load_recipe("imagenet-smoke")
     data = dataclasses.replace(recipe.data, progressive=((0, 32), (1, 96)))
     growing = random_images(dataclasses.replace(recipe, data=data))
@@ -265,8 +265,8 @@ def test_images_that_grow_make_the_time_an_upper_bound():
     [(1, None, 3), (2, None, 2), (3, None, 1), (5, None, 1), (1, 24, 2), (1, 25, 3), (2, 1, 1)],
 )
 @pytest.mark.usefixtures("without_figures")
-def test_evaluations_are_counted_as_training_makes_them(every, limit, count, tmp_path):
-    """Twelve steps an epoch, three epochs."""
+def test_the_number_of_evaluations_equals_that_of_a_training(every, limit, count, tmp_path):
+    """The run has three epochs of twelve steps."""
     recipe = load_recipe(*TINY_RUN)
     recipe = dataclasses.replace(recipe, evaluate_every=every, max_steps=limit)
     assert count_evaluations(recipe, 48) == count
@@ -278,7 +278,7 @@ def test_evaluations_are_counted_as_training_makes_them(every, limit, count, tmp
         assert sum('"split": "val"' in line for line in lines) == count
 
 
-def test_a_given_speed_needs_no_steps(monkeypatch, capsys):
+def test_with_a_given_speed_no_step_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step was timed"))
     out, err = run_main(capsys, "--images-per-second", "0.02")
     assert "time        2.0 hours at 0.02 images/s, without the evaluations" in out  # 36 * 4 / 0.02
@@ -315,14 +315,14 @@ def test_rank_0_plans_alone(tmp_path):
 
 
 def banner_of(output: str) -> Sequence[str]:
-    """The lines until the folder of the run."""
+    """Return the lines up to the folder of the run."""
     lines = output.splitlines()
     last = next(i for i, line in enumerate(lines) if line.startswith("folder "))
     return lines[: last + 1]
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_training_begins_with_what_it_does(tmp_path, monkeypatch, capsys):
+def test_training_prints_its_plan_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def said(*options: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run keeps of its test images is what its metrics were made of."""
+"""The predictions that a run saves for its test images agree with its metrics."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from bdkd.models import create_model
 
 
 class Unpooled(nn.Module):
-    """A network whose features are maps, and whose logits have a NaN for dark images."""
+    """A network whose features are maps, and whose logits are NaN for dark images."""
 
     def forward_features(self, x):
         return torch.cat((x, 1e6 * x), 1)  # (B, 2, H, W), beyond float16
@@ -35,7 +35,7 @@ def source():
 
 
 @pytest.mark.parametrize("batch_size", [17, 64])
-def test_answers_are_those_of_the_metrics(source, batch_size):
+def test_predictions_agree_with_the_metrics(source, batch_size):
     torch.manual_seed(0)
     networks = {"net": create_model("resnet8", 10, 1), "plain": Tiny(), "maps": Unpooled()}
     networks["net"].train()
@@ -65,7 +65,7 @@ def test_answers_are_those_of_the_metrics(source, batch_size):
         expected = networks["net"].eval().forward_features(images)
     np.testing.assert_allclose(features, expected, rtol=2e-3, atol=2e-3)
     assert features.dtype == np.float16
-    # A NaN is no class, and what float16 cannot hold stays finite.
+    # NaN logits have no class. Features beyond the range of float16 are saved as finite numbers.
     broken = kept.networks["maps"]
     assert np.isnan(broken.confidence).any()
     assert (broken.predicted[np.isnan(broken.confidence)] == -1).all()
@@ -79,7 +79,7 @@ def predict(networks, source, split, batch_size, precision):
 
 
 class Points:
-    """Images of one pixel, of the first two classes."""
+    """A data source of images of one pixel, which belong to the first two classes."""
 
     def __init__(self, values: torch.Tensor, target: torch.Tensor, classes: str = "abc") -> None:
         self.values, self.target = values, target
@@ -95,7 +95,7 @@ class Points:
 
 
 class Line(nn.Module):
-    """Features are three multiples of the pixel, as maps of 1x2 of which the mean counts."""
+    """A network whose features are three multiples of the pixel, as the means of 1x2 maps."""
 
     def forward_features(self, x):
         x = torch.outer(x, torch.tensor([1.0, 2.0, -3.0]))[:, :, None, None]
@@ -106,9 +106,9 @@ class Line(nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", range(1, 13))
-def test_every_image_has_its_own_answers_and_features_at_any_batch_size(batch_size, monkeypatch):
-    """Features are kept of four images a class, the first eight. The last of them begins a batch of
-    7 images, and of 1."""
+def test_predictions_and_features_do_not_depend_on_the_batch_size(batch_size, monkeypatch):
+    """Features are kept for four images per class, here the first eight images. The last of these
+    is the first image of a batch if batches have 7 images or 1."""
     generator = torch.Generator().manual_seed(0)
     source = Points(
         torch.randn(11, generator=generator),
@@ -128,8 +128,8 @@ def test_every_image_has_its_own_answers_and_features_at_any_batch_size(batch_si
     np.testing.assert_allclose(line.features, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_the_class_is_that_of_the_logits_where_probabilities_round():
-    """Two logits that differ have one probability to all digits of float64."""
+def test_the_class_comes_from_the_logits_if_probabilities_are_equal():
+    """The two logits differ, but their probabilities are equal in float64."""
 
     class Close(nn.Module):
         def forward(self, x):
@@ -141,7 +141,7 @@ def test_the_class_is_that_of_the_logits_where_probabilities_round():
     assert kept.confidence.tolist() == [0.5] * 3
 
 
-def test_low_precision_answers_and_features_are_those_of_the_training():
+def test_bf16_predictions_and_features_use_the_precision_of_training():
     torch.manual_seed(0)
     network = nn.Linear(4, 3)
     network.forward_features = lambda x: network(x)

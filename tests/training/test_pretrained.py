@@ -1,6 +1,6 @@
 """``networks.NAME.weights = "pretrained"``: the weights that timm and torchvision publish.
 
-The caches and the hosts are made here, so no test needs a network or downloads anything.
+The tests create the caches and the servers themselves, so no test needs internet access.
 """
 
 import dataclasses
@@ -39,22 +39,22 @@ NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
-    """Empty caches, and no network."""
+    """Set up empty caches without internet access, and return their folder."""
     from huggingface_hub import constants
 
     for name, value in {
         "HF_HOME": str(tmp_path / "hf"), "TORCH_HOME": str(tmp_path / "torch"), **NO_NETWORK,
     }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)  # of subprocesses
+        monkeypatch.setenv(name, value)  # for subprocesses
     for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # of this process
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # for this process
     return tmp_path
 
 
 def hub_file(folder: Path, name: str = "model.safetensors", repository: str = REPOSITORY) -> Path:
-    """The path of a file in the layout of the Hub's cache."""
+    """Return the path of a file in the layout of the Hub's cache."""
     cached = folder / "hf" / "hub" / f"models--{repository.replace('/', '--')}"
     path = cached / "snapshots" / "0123abc" / name
     for parent in (path.parent, cached / "refs"):
@@ -69,7 +69,7 @@ def timm_network(classes: int = 1000, channels: int = 3, name: str = RESNET):
 
 
 def cached_timm(folder: Path):
-    """A network of timm, whose weights are in the cache."""
+    """Return a network of timm, and the path of its weights in the cache."""
     network = timm_network()
     path = hub_file(folder)
     save_file(network.state_dict(), path)
@@ -77,7 +77,7 @@ def cached_timm(folder: Path):
 
 
 def cached_torchvision(folder: Path, name: str = SHUFFLENET):
-    """A network of torchvision, whose weights are in the cache."""
+    """Return a network of torchvision, and the path of its weights in the cache."""
     torch.manual_seed(7)
     network = models.get_model(name)
     url = models.get_model_weights(name).DEFAULT.url
@@ -96,7 +96,7 @@ def recipe(model: str, classes: int = 3, **options):
 
 
 def loaded(recipe):
-    """The teacher of a new run, and of one that has random weights."""
+    """Return the weights of the teacher in a new run, and its random weights before loading."""
     components = components_of(recipe, begins=False)
     before = {k: v.clone() for k, v in components.networks.members["teacher"].state_dict().items()}
     load_initial_weights(components)
@@ -106,7 +106,7 @@ def loaded(recipe):
 # --- what is loaded -------------------------------------------------------------------------------
 
 
-def test_timms_weights_without_the_classifier_of_other_classes(caches, capsys):
+def test_timms_weights_load_without_a_classifier_of_other_classes(caches, capsys):
     network, path = cached_timm(caches)
     weights, before = loaded(recipe(f"timm:{RESNET}"))
     theirs = network.state_dict()
@@ -119,9 +119,7 @@ def test_timms_weights_without_the_classifier_of_other_classes(caches, capsys):
     assert said + head in capsys.readouterr().out
 
 
-def test_images_that_are_normalised_otherwise_than_the_weights_expect_are_a_warning(
-    caches, capsys, monkeypatch
-):
+def test_a_normalisation_that_the_weights_do_not_expect_is_a_warning(caches, capsys, monkeypatch):
     cached_timm(caches)
     loaded(recipe(f"timm:{RESNET}"))
     said = capsys.readouterr().out
@@ -134,7 +132,7 @@ def test_images_that_are_normalised_otherwise_than_the_weights_expect_are_a_warn
     assert "warning" not in capsys.readouterr().out
 
 
-def test_the_classifier_of_the_same_classes_is_loaded_unless_it_is_reset(caches):
+def test_a_classifier_for_as_many_classes_is_loaded_unless_it_is_reset(caches):
     network, _ = cached_timm(caches)
     theirs = network.state_dict()["fc.weight"]
     weights, _ = loaded(recipe(f"timm:{RESNET}", 1000))
@@ -143,8 +141,8 @@ def test_the_classifier_of_the_same_classes_is_loaded_unless_it_is_reset(caches)
     assert torch.equal(weights["network.fc.weight"], before["network.fc.weight"])
 
 
-def test_timm_adapts_images_of_one_channel_and_another_size(caches):
-    """As timm.create_model does with the same file."""
+def test_timm_adapts_weights_to_one_channel_and_another_image_size(caches):
+    """The weights are those of timm.create_model with the same file."""
     _, path = cached_timm(caches)
     digits = dataclasses.replace(recipe(f"timm:{RESNET}"), data=load_recipe("digits").data)
     weights, _ = loaded(digits)
@@ -165,8 +163,8 @@ def test_timm_adapts_images_of_one_channel_and_another_size(caches):
 
 
 @pytest.mark.parametrize("model", [f"torchvision:{SHUFFLENET}", f"imagenet_{SHUFFLENET}"])
-def test_torchvisions_weights(model, caches, capsys):
-    """Also into the network of bdkd that computes the same function."""
+def test_torchvisions_weights_load(model, caches, capsys):
+    """They also load into the network of bdkd that computes the same function."""
     network, path = cached_torchvision(caches)
     recipe_ = recipe(model)
     weights, before = loaded(recipe_)
@@ -237,7 +235,7 @@ def test_networks_without_published_weights_are_refused(model, options, words):
     assert "\n" not in str(error.value)
 
 
-def test_googlenet_is_loaded_with_its_own_normalisation(caches):
+def test_googlenet_is_accepted_with_its_own_normalisation(caches):
     given = recipe("torchvision:googlenet", options={"transform_input": True})
     check_pretrained(given)
 
@@ -288,7 +286,7 @@ def test_weights_that_do_not_fit_are_refused(kind, caches):
         loaded(recipe(model))
 
 
-# --- the host -------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_without_a_network_one_line_says_what_to_do(caches):
@@ -314,7 +312,7 @@ def test_without_a_network_one_line_says_what_to_do(caches):
         assert not (caches / "run").exists()
 
 
-def test_a_host_that_does_not_answer_is_left_after_seconds(caches, monkeypatch):
+def test_a_host_that_does_not_answer_is_an_error_after_seconds(caches, monkeypatch):
     monkeypatch.setattr(published, "REACH_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/w.pth"
@@ -323,7 +321,7 @@ def test_a_host_that_does_not_answer_is_left_after_seconds(caches, monkeypatch):
 
 
 class Host:
-    """An HTTP server with some files, in the manner of the Hub. ``requests`` are those it had."""
+    """An HTTP server that serves some files as the Hub does, and records its ``requests``."""
 
     def __init__(self, files: dict[str, bytes]):
         requests = self.requests = []
@@ -380,8 +378,8 @@ def test_a_file_at_a_url_is_downloaded_once_and_verified(caches, capfd):
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_run_downloads_once_and_then_needs_no_file(ranks, caches, monkeypatch):
-    """From the Hub, whose repository has no safetensors; on one rank and on two. Resuming and
-    evaluating read no published weights."""
+    """Download from a repository of the Hub without safetensors, on one rank and on two. Resuming,
+    evaluating and exporting read no published weights."""
     torch.save(timm_network().state_dict(), caches / "file")
     files = {f"/{REPOSITORY}/resolve/main/pytorch_model.bin": (caches / "file").read_bytes()}
     run = caches / "run"

@@ -1,4 +1,4 @@
-"""The trainer's private APIs of torch do what public operations do."""
+"""The private APIs of torch that the trainer uses give the results of public operations."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def tensors(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in ((3,), (2, 4), ())]
 
 
-def test_lists_of_tensors_are_changed_one_by_one():
+def test_foreach_operations_equal_a_loop_over_the_tensors():
     one, other, weight = tensors(0), tensors(1), torch.tensor(0.25)
     copied, added, moved = tensors(0), tensors(0), tensors(0)
     compat.foreach_copy_(copied, other)
@@ -25,8 +25,8 @@ def test_lists_of_tensors_are_changed_one_by_one():
         assert torch.equal(moved[i], a + weight * (b - a))
 
 
-def test_ddp_ignores_what_it_is_told_to(tmp_path):
-    """It broadcasts everything else when it is made."""
+def test_ddp_does_not_synchronise_ignored_parameters(tmp_path):
+    """DDP broadcasts all other parameters when it is constructed."""
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     compat.ignore_in_ddp(network, ["0.weight", "0.bias"])
     torch.distributed.init_process_group(
@@ -40,7 +40,7 @@ def test_ddp_ignores_what_it_is_told_to(tmp_path):
     assert ignored == {"0.weight", "0.bias"}
 
 
-def test_only_errors_of_the_compiler_have_a_reason():
+def test_compile_error_describes_only_compiler_errors():
     def broken(graph, inputs):
         raise ValueError("no such operator\nand more")
 

@@ -1,4 +1,4 @@
-"""Steps and evaluations that are timed without a run, on a clock that only they move."""
+"""Timing of steps and evaluations without a run, measured with a fake clock."""
 
 import copy
 import itertools
@@ -36,7 +36,7 @@ def clock(monkeypatch) -> Clock:
 
 
 class SlowSource:
-    """A data source whose every batch takes a time, and which notes the epochs."""
+    """A data source that takes ``WAIT`` seconds for each batch and records the epochs."""
 
     def __init__(self, source, clock: Clock) -> None:
         self.source, self.clock, self.epochs, self.closed = source, clock, [], 0
@@ -60,7 +60,7 @@ class SlowSource:
 
 
 def slow_trainer(clock: Clock, *options: str, step=None) -> Trainer:
-    """A trainer of which each step takes the next of some times; the default is 0.75 s."""
+    """Return a trainer whose steps take the given times in order, by default 0.75 s each."""
     components = components_of(parse([*TINY_RUN, *options], load_recipe(*TINY_RUN)).config)
     source = SlowSource(components.source, clock)
     trainer = Trainer(Components(**{**vars(components), "source": source}))
@@ -78,7 +78,7 @@ def slow_trainer(clock: Clock, *options: str, step=None) -> Trainer:
 @pytest.mark.parametrize(
     ("seconds", "turns"), [(0.01, 20), (1.0, 5), (2.4, 3), (1000.0, 2)], ids=lambda x: str(x)
 )
-def test_a_limit_is_by_time_within_bounds(clock, seconds, turns):
+def test_a_limit_stops_by_time_between_its_bounds(clock, seconds, turns):
     count = 0
     for _ in Limit(2, 20, 5.0).turns():
         count += 1
@@ -86,7 +86,7 @@ def test_a_limit_is_by_time_within_bounds(clock, seconds, turns):
     assert count == turns
 
 
-def test_step_times_are_those_after_the_warm_up_with_their_waits(clock):
+def test_step_times_include_waits_and_exclude_the_warm_up(clock):
     steps = [100.0, 0.75, 1.75, 0.75]  # the first one compiles
     times = time_steps(slow_trainer(clock, step=steps), Limit(1, 1), Limit(3, 3))
     assert times.seconds == pytest.approx((1.0, 2.0, 1.0))
@@ -96,7 +96,7 @@ def test_step_times_are_those_after_the_warm_up_with_their_waits(clock):
     assert times.images_per_second == pytest.approx(3.0)
 
 
-def test_percentiles_by_hand():
+def test_percentiles_of_step_times():
     times = StepTimes(tuple(x / 10 for x in range(11)), 8, 0.0, 0.0)
     assert times.percentile(50) == pytest.approx(0.5)
     assert times.percentile(90) == pytest.approx(0.9)
@@ -105,9 +105,9 @@ def test_percentiles_by_hand():
     assert StepTimes((2.0,), 8, 0.0, 0.0).percentile(90) == 2.0
 
 
-def test_more_steps_than_an_epoch_has_repeat_the_last_epoch(clock):
-    """The images of ``data.progressive`` are largest there. The loader is closed at the end, and
-    the learning rate does not leave the schedule of three epochs of twelve steps."""
+def test_more_steps_than_in_an_epoch_repeat_the_last_epoch(clock):
+    """The images of ``data.progressive`` are largest in the last epoch. The loader is closed at the
+    end, and the learning rate stays within the schedule of three epochs of twelve steps."""
     trainer = slow_trainer(clock)
     rates = []
     set_rate = trainer.state.set_learning_rate
@@ -131,11 +131,12 @@ def test_an_evaluation_is_timed_by_its_batches(clock):
     assert time_evaluation(trainer, Limit(1, 20, 2.0)) == pytest.approx(3 * WAIT / 12)
     clock.now = 0.0
     assert time_evaluation(trainer, Limit(1, 20, 0.5)) == pytest.approx(2 * WAIT / 8)
-    assert clock.now == pytest.approx(4 * WAIT)  # two single batches before the two
+    # A warm-up batch, a batch that decides the number of batches, and two timed batches
+    assert clock.now == pytest.approx(4 * WAIT)
     assert time_evaluation(trainer, Limit(1, 20, 0.0)) == pytest.approx(WAIT / 4)
 
 
-def test_no_images_to_evaluate_on_take_no_time(clock):
+def test_the_time_is_0_without_images_to_evaluate(clock):
     trainer = slow_trainer(clock)
     info = trainer.source.info
     empty = SimpleNamespace(info=SimpleNamespace(counts={**info.counts, "val": 0, "test": 0}))
@@ -143,7 +144,7 @@ def test_no_images_to_evaluate_on_take_no_time(clock):
     assert time_evaluation(trainer, Limit(1, 20, 2.0)) == 0
 
 
-def test_forward_passes_are_in_evaluation_mode_and_leave_no_trace(clock):
+def test_forward_passes_use_evaluation_mode_and_change_nothing(clock):
     trainer = slow_trainer(clock)
     network = trainer.state.networks.members["student"]
     network.train()
@@ -176,7 +177,7 @@ def test_the_probe_trains_real_steps_and_prints_nothing(options, capsys):
 
 
 class Events:
-    """Stand-ins for CUDA events, whose times a test prescribes."""
+    """Makes stand-ins for CUDA events with given times."""
 
     def __init__(self, times):
         self.times, self.synchronized = iter(times), []
@@ -201,7 +202,7 @@ class _Event:
 
 
 def test_a_gpu_is_timed_by_its_events_and_runs_one_step_behind_the_host(monkeypatch):
-    """In milliseconds. The host waits for the step before the one that it has just launched."""
+    """Times of events are in milliseconds. The host waits for the step before the latest one."""
     events = Events([7.0, 100.0, 130.0, 150.0])
     monkeypatch.setattr(torch.cuda, "Event", events.make)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)

@@ -1,4 +1,4 @@
-"""Where a step's time goes: named ranges, the trace, the table, and what the metrics say of it."""
+"""``--profile``: named ranges, the trace, the table of a step's time, and related metrics."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from bdkd.runs.profile import (
     where_time_goes,
 )
 
-# In the order of a step; what has no name comes last.
+# In the order of a step. Time outside all ranges comes last.
 RANGES = [
     "data wait", "teacher forward", "student forward", "loss", "backward", "statistics",
     "optimizer", OTHER,
@@ -30,7 +30,7 @@ RANGES = [
 
 
 def profiled(folder, steps: int, remaining: int, done: int, **options) -> list[str]:
-    """What is said while so many steps are done."""
+    """Do ``done`` training steps with a profiler, and return what it prints."""
     said: list[str] = []
     state = tiny_state()
     objective = objective_of(state)
@@ -65,8 +65,8 @@ def test_the_last_steps_of_a_short_run_are_recorded(tmp_path):
     assert said[1].endswith(str(trace))
 
 
-def test_a_range_is_its_wall_time(tmp_path):
-    """Against a clock of our own: a sleep of 30 ms inside another range."""
+def test_a_range_measures_wall_time(tmp_path):
+    """Compare a sleep of 30 ms inside another range with a clock."""
     step, work, sleep = map(torch.profiler.record_function, ("ProfilerStep#0", "work", "sleep"))
     with torch.profiler.profile() as recorded, step, work:
         torch.randn(64, 64).sum()
@@ -90,16 +90,17 @@ def span(cat: str, name: str, ts: float, dur: float, tid: int = 1, correlation=N
             "args": args}  # fmt: skip
 
 
-# One step of 100 us. The host: 10 wait, 20 forward, 30 backward (which launches from thread 2),
-# 40 of its own. The device begins at 15: 20 of forward, a gap of 5, then two streams of backward,
-# 20 and 10, that overlap by 10, and 5 of a copy whose launch no range holds.
+# One step of 100 us. The host spends 10 us waiting, 20 in forward, 30 in backward (which launches
+# from thread 2) and 40 outside all ranges. The device starts at 15 us: 20 us of forward, a gap of
+# 5, two streams of backward (20 and 10) that overlap by 10, and 5 of a copy, launched outside all
+# ranges.
 TRACE = [
     span("user_annotation", "ProfilerStep#7", 0, 100),
     span("user_annotation", "data wait", 0, 10),
     span("user_annotation", "forward", 10, 20),
-    span("user_annotation", "Optimizer.step#SGD.step", 12, 3),  # torch's own: no range of ours
+    span("user_annotation", "Optimizer.step#SGD.step", 12, 3),  # a range of torch itself
     span("user_annotation", "backward", 30, 30),
-    span("user_annotation", "backward", 30, 30, tid=9),  # another thread's is no step of ours
+    span("user_annotation", "backward", 30, 30, tid=9),  # a range of another thread
     span("cuda_runtime", "cudaLaunchKernel", 12, 1, correlation=1),
     span("kernel", "conv", 15, 20, tid=70, correlation=1),
     span("cuda_runtime", "cudaLaunchKernel", 31, 1, tid=2, correlation=2),
@@ -115,7 +116,7 @@ TRACE = [
 ]
 
 
-def test_the_devices_time_counts_where_it_was_launched_and_gaps_are_idle():
+def test_device_time_belongs_to_the_range_of_its_launch_and_gaps_are_idle():
     host, device = where_time_goes(TRACE, {"data wait", "forward", "backward"})
     assert {row.name: row.milliseconds for row in host} == pytest.approx(
         {"data wait": 0.01, "forward": 0.02, "backward": 0.03, OTHER: 0.04}
@@ -131,8 +132,8 @@ def test_the_devices_time_counts_where_it_was_launched_and_gaps_are_idle():
     assert lines["data wait"].split() == ["data", "wait", "0.0%", "0.00", "0.01"]
 
 
-def test_an_evaluation_between_two_steps_is_in_no_step():
-    """The host evaluates from 0 to 60, and saves until 70. The device works for it and is idle."""
+def test_an_evaluation_between_two_steps_belongs_to_no_step():
+    """The host evaluates from 0 to 60 and saves until 70. The device is partly busy then."""
     events = [
         span("user_annotation", "ProfilerStep#8", -300, 300),
         span("user_annotation", "ProfilerStep#9", 0, 100),
@@ -159,8 +160,8 @@ def test_an_evaluation_between_two_steps_is_in_no_step():
     assert sum(row.share for row in device) == pytest.approx(1)
 
 
-def test_times_are_a_step_s_mean():
-    """Of two steps, of which the second enters no range."""
+def test_times_are_means_over_steps():
+    """There are two steps, of which the second enters no range."""
     events = [*TRACE, span("user_annotation", "ProfilerStep#8", 100, 100)]
     for rows in where_time_goes(events, {"data wait", "forward", "backward"}):
         found = {row.name: row.milliseconds for row in rows}
@@ -168,7 +169,7 @@ def test_times_are_a_step_s_mean():
         assert sum(row.share for row in rows) == pytest.approx(1)
 
 
-def test_a_captured_graphs_kernels_count_where_it_was_replayed():
+def test_kernels_of_a_captured_graph_belong_to_the_range_of_its_replay():
     """All kernels of a replay have the correlation of its one launch."""
     events = [
         span("user_annotation", "ProfilerStep#1", 0, 50),
@@ -184,7 +185,7 @@ def test_an_empty_trace_has_no_rows():
     assert where_time_goes([], {"loss"}) == ([], [])
 
 
-def test_without_a_profiler_a_range_is_one_shared_nothing(tmp_path):
+def test_without_a_profiler_all_ranges_are_one_empty_context(tmp_path):
     nothing = named_range("loss")
     assert nothing is named_range("backward")
     assert profiled(tmp_path, steps=0, remaining=9, done=1) == []
@@ -194,27 +195,27 @@ def test_without_a_profiler_a_range_is_one_shared_nothing(tmp_path):
     assert named_range("loss") is nothing
 
 
-def test_a_run_that_ends_while_recording_leaves_no_half_profile(tmp_path):
+def test_a_run_that_ends_while_recording_leaves_no_partial_profile(tmp_path):
     assert profiled(tmp_path, steps=3, remaining=3, done=2) == []
     assert list(tmp_path.iterdir()) == []
     assert named_range("loss") is named_range("any")
     assert profiled(tmp_path, steps=1, remaining=1, done=1)  # and the profiler is free again
 
 
-def test_the_first_steps_are_left_out_where_there_are_enough(tmp_path):
+def test_settling_steps_are_left_out_if_the_run_is_long_enough(tmp_path):
     for remaining, cold in ((SETTLING_STEPS + 3, False), (SETTLING_STEPS + 2, True)):
         profiler = StepProfiler(3, remaining, tmp_path, torch.device("cpu"), print)
         assert profiler.cold == cold
 
 
-def test_only_the_first_rank_speaks_and_each_writes_its_trace(tmp_path):
+def test_only_rank_0_prints_and_each_rank_writes_its_trace(tmp_path):
     assert profiled(tmp_path, steps=1, remaining=1, done=1, rank=1) == []
     assert [path.name[:6] for path in (tmp_path / "profile").iterdir()] == ["rank-1"]
     assert not (tmp_path / "profile.json").exists()
 
 
 @pytest.mark.parametrize("which", ["profile", "profile.json"])
-def test_training_goes_on_where_the_profile_cannot_be_written(tmp_path, which):
+def test_training_continues_if_the_profile_cannot_be_written(tmp_path, which):
     if which == "profile":
         (tmp_path / which).write_text("in the way")
     else:
@@ -224,8 +225,8 @@ def test_training_goes_on_where_the_profile_cannot_be_written(tmp_path, which):
     assert named_range("loss") is named_range("any")
 
 
-def test_a_full_disk_ends_the_profile_and_not_the_run(tmp_path):
-    """A limit on a file's size stands in: the trace is larger."""
+def test_a_full_disk_ends_only_the_profile(tmp_path):
+    """A limit on the size of files replaces the full disk, because the trace is larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
@@ -236,8 +237,8 @@ def test_a_full_disk_ends_the_profile_and_not_the_run(tmp_path):
     assert list((tmp_path / "profile").iterdir()) == []
 
 
-def test_a_compiled_step_sees_no_range(tmp_path):
-    """A range inside a graph would break it in two."""
+def test_a_range_does_not_break_a_compiled_graph(tmp_path):
+    """A range inside a graph would split the graph in two."""
 
     def f(x: torch.Tensor) -> torch.Tensor:
         with named_range("loss"):
@@ -248,7 +249,7 @@ def test_a_compiled_step_sees_no_range(tmp_path):
         assert torch.equal(compiled(torch.ones(3)), f(torch.ones(3)))
 
 
-def test_the_command_line_records_and_says_where_the_time_went(tmp_path):
+def test_profile_on_the_command_line_writes_a_trace_and_prints_a_table(tmp_path):
     run = tmp_path / "run"
     done = bdkd(
         "train", *SMALL, "--max-steps", "4", "--run-dir", str(run), "--profile", "2", timeout=300
@@ -270,7 +271,7 @@ def test_the_command_line_records_and_says_where_the_time_went(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [11, 12, 13])
-def test_a_short_run_records_training_steps_alone(steps, tmp_path):
+def test_a_short_run_records_only_training_steps(steps, tmp_path):
     """Epochs have 12 steps, and a checkpoint follows each fifth step. The evaluation at the end of
     an epoch and of the run belongs to no step."""
     run = tmp_path / "run"
@@ -287,7 +288,8 @@ def test_a_short_run_records_training_steps_alone(steps, tmp_path):
     assert len(recorded) == written["steps"] == 3
     assert sum(x.get("name") == "optimizer" for x in events) == 3
     evaluations = sum(x.get("name") == "evaluation" for x in events)
-    assert evaluations == (steps == 13)  # that of the epoch's end; never that of the run's end
+    # The one at the end of the epoch, and never the one at the end of the run
+    assert evaluations == (steps == 13)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,7 @@ def test_a_short_run_records_training_steps_alone(steps, tmp_path):
         (["--dry-run", "--images-per-second", "inf"], "must be finite, got inf"),
     ],
 )
-def test_options_that_do_not_go_together(options, message):
+def test_profile_options_that_do_not_go_together_are_refused(options, message):
     from bdkd.cli.train import parse
     from bdkd.config import load_recipe
     from bdkd.errors import UsageError

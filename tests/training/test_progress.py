@@ -1,4 +1,4 @@
-"""Progress is counted in images and epochs: a resume trains what the recipe now asks for."""
+"""Progress is counted in images and epochs, so a resumed run follows a changed recipe."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ IMAGES = 48  # training images of TINY_RUN; 12 steps of 4 are an epoch
 
 
 def train(run: Path, *options: str) -> list[dict]:
-    """Train or resume; the lines of metrics.jsonl about training steps."""
+    """Train or resume a run, and return the training lines of its metrics."""
     begins = [*TINY_RUN] if not run.exists() else ["--resume"]
     main(["train", *begins, "--run-dir", str(run), "--quiet", *options])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -36,12 +36,12 @@ def place(run: Path) -> tuple[int, int, int]:
         (5, 8, "epochs"),  # in the warm-up
         (5, 2, "steps"),
         (12, 16, "steps"),  # at the end of the warm-up
-        (17, 5, "epochs"),  # in the decay; 5 images do not divide what is left of the epoch
+        (17, 5, "epochs"),  # in the decay; the rest of the epoch is not divisible by 5 images
         (17, 16, "epochs"),
     ],
 )
 def test_another_batch_size_trains_the_same_epochs(tmp_path, stopped, batch_size, unit):
-    """The last epoch ends as always, and the rate goes on from where it was."""
+    """The run ends with the same last epoch, and the learning rate continues without a jump."""
     warmup = ["--schedule.unit", unit, "--schedule.warmup", "1" if unit == "epochs" else "12"]
     before = train(tmp_path / "run", *warmup, "--max-steps", str(stopped))
     lines = train(tmp_path / "run", "--train.batch-size", str(batch_size), "--max-steps", "None")
@@ -53,7 +53,7 @@ def test_another_batch_size_trains_the_same_epochs(tmp_path, stopped, batch_size
     assert [line["step"] for line in lines] == list(range(1, step + 1))
     rates = [line["learning_rate"] for line in lines]
     assert rates[:stopped] == [line["learning_rate"] for line in before]
-    # The steepest slope, over the images of a step and of a rest that makes no whole batch.
+    # The steepest slope over the images of one step and of a rest that fills no batch.
     slope = 0.05 / 12 * 2 * max(batch_size, 4) / 4
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= slope
     peak = rates.index(max(rates))
@@ -68,14 +68,14 @@ def test_another_number_of_epochs_continues_at_the_same_rate(tmp_path, epochs):
     assert place(tmp_path / "run") == (12 * epochs, epochs, 0)
     rates = [line["learning_rate"] for line in lines]
     steps = [abs(a - b) for a, b in itertools.pairwise(rates[12:])]
-    assert max(steps) < 0.05 * 0.2  # the jump of a schedule that begins anew is larger
+    assert max(steps) < 0.05 * 0.2  # a schedule that started again would jump by more
     assert abs(rates[17] - rates[16]) < 0.05 * 0.12
     assert rates[17:] == sorted(rates[17:], reverse=True)
     assert rates[-1] < 0.05 * 0.1
 
 
 def test_a_second_resume_keeps_the_changed_schedule(tmp_path):
-    """Stopped once more after the change, the run ends as the one that was stopped once."""
+    """A run that is stopped again after the change ends like a run that is stopped only once."""
     once, twice = tmp_path / "once", tmp_path / "twice"
     change = ["--train.epochs", "5", "--train.batch-size", "8"]
     for run in (once, twice):
@@ -87,8 +87,8 @@ def test_a_second_resume_keeps_the_changed_schedule(tmp_path):
     ]
 
 
-def test_a_run_that_is_extended_says_at_which_rate_it_continues(tmp_path, capsys):
-    """Near its end that may be almost nothing."""
+def test_an_extended_run_prints_the_rate_at_which_it_continues(tmp_path, capsys):
+    """Near the end of a schedule the learning rate may be almost 0."""
     run = tmp_path / "run"
     main(["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "34"])
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "4", "--max-steps", "35"])
@@ -98,12 +98,12 @@ def test_a_run_that_is_extended_says_at_which_rate_it_continues(tmp_path, capsys
 
 @pytest.mark.parametrize(("stopped", "batch_size"), [(20, 32), (35, 8)])
 def test_an_epoch_that_ends_with_a_resume_is_evaluated(tmp_path, stopped, batch_size):
-    """Less than a batch is left of it: in the middle of the run, and in its last epoch."""
+    """Less than a new batch is left of the epoch, either in the middle or at the end of the run."""
     run = tmp_path / "run"
     train(run, "--max-steps", str(stopped))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(
-        "".join(f"{line}\n" for line in lines if '"val"' not in line)  # of the stop itself
+        "".join(f"{line}\n" for line in lines if '"val"' not in line)  # not that of the stop
     )
     for _ in range(2):
         train(run, "--train.batch-size", str(batch_size), "--max-steps", "None")
@@ -120,8 +120,8 @@ def metrics_of(run: Path) -> list[dict]:
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 @pytest.mark.parametrize("stopped", [None, 1, 12, 13, 17])
 def test_lines_of_one_step_have_one_epoch(tmp_path, stopped, accumulate):
-    """Counted from 1: of training, validation and test images, from the first step to the last,
-    also where max_steps stops a run, at the end of an epoch or in the middle of one."""
+    """Lines of training, validation and test images count epochs from 1, from the first step to the
+    last. max_steps may stop the run at the end of an epoch or in the middle of one."""
     run = tmp_path / "run"
     options = ["--train.accumulate", accumulate, "--watch-test"]
     train(run, *options, *(["--max-steps", str(stopped)] if stopped else []))
@@ -136,7 +136,7 @@ def test_lines_of_one_step_have_one_epoch(tmp_path, stopped, accumulate):
 
 
 def test_an_epoch_keeps_its_number_when_a_resume_changes_the_batch(tmp_path):
-    """Stopped in the second epoch after 20 of its 48 images; 3 batches of 8 are the rest of it."""
+    """The run stops in the second epoch after 20 of 48 images. 3 batches of 8 are left of it."""
     run = tmp_path / "run"
     train(run, "--max-steps", "17")
     train(run, "--train.batch-size", "8", "--max-steps", "None")
@@ -148,8 +148,8 @@ def test_an_epoch_keeps_its_number_when_a_resume_changes_the_batch(tmp_path):
 
 
 def test_a_resume_converts_the_epochs_of_an_older_version(tmp_path):
-    """Written here as that version wrote them: the index of the epoch for training, the number of
-    whole epochs for evaluations, and no time. max_steps stopped the run in the second epoch."""
+    """The older version wrote the index of the epoch for training, the number of whole epochs for
+    evaluations, and no time. max_steps stopped the run in the second epoch."""
     run = tmp_path / "run"
     train(run, "--max-steps", "14")
     before = metrics_of(run)
@@ -170,7 +170,7 @@ def test_a_resume_converts_the_epochs_of_an_older_version(tmp_path):
     came = metrics_of(run)
     assert came[:6] == expected
     assert [(line["step"], line["epoch"]) for line in came[6:]] == [(15, 2), (15, 2)]
-    assert came[6]["seconds"] > before[-1]["seconds"]  # the checkpoint's time goes on
+    assert came[6]["seconds"] > before[-1]["seconds"]  # the time of the checkpoint continues
     train(run, "--max-steps", "None")  # a second resume does not convert them again
     assert metrics_of(run)[:6] == expected
     page = tmp_path / "report.html"
@@ -184,7 +184,7 @@ def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, caps
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "3"])
     said = capsys.readouterr().out
     assert "the schedule of 2 epochs had ended: for train.epochs 3" in said
-    # Half of the decay of a run of 3 epochs, the first of which is the warm-up
+    # In a run of 3 epochs with one epoch of warm-up, half of the decay is left
     assert "rises again, from 0 to 0.5 of its peak" in said
     assert place(run) == (36, 3, 0)
 
@@ -198,7 +198,7 @@ def test_a_finished_run_with_more_epochs_says_that_the_rate_rises(tmp_path, caps
         ["--train.epochs", "1", "--profile"],
     ],
 )
-def test_at_or_past_the_end_the_final_table_is_printed(tmp_path, capsys, options):
+def test_a_resume_at_or_past_the_end_prints_the_final_table(tmp_path, capsys, options):
     run = tmp_path / "run"
     main(["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "17"])
     before = (run / "metrics.jsonl").read_bytes()
@@ -211,7 +211,7 @@ def test_at_or_past_the_end_the_final_table_is_printed(tmp_path, capsys, options
     assert place(run)[0] == 17
 
 
-def test_the_tiny_recipe_is_what_these_tests_take_it_for():
+def test_the_tiny_recipe_has_the_values_that_these_tests_assume():
     recipe = load_recipe(TINY_RUN[0])
     assert (recipe.train.epochs, recipe.train.batch_size) == (3, 4)
     assert (recipe.optimizer.learning_rate, recipe.schedule.name) == (0.05, "cosine")

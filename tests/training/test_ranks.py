@@ -1,4 +1,4 @@
-"""What a process says of itself among its ranks, and how tensors travel between them."""
+"""Launch variables, output and errors of ranks, and how ranks pack tensors for communication."""
 
 import socket
 
@@ -31,13 +31,13 @@ LAUNCHED = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    """A way to set the variables of a launcher, of which none is set before."""
+    """Unset all variables of a launcher, and return a function that sets one."""
     for name in (*LAUNCHED, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch.setenv
 
 
-def test_a_rank_takes_the_gpu_of_its_place_on_its_own_machine(environment):
+def test_the_local_rank_is_the_position_on_the_machine(environment):
     assert (is_launched(), local_rank()) == (False, 0)
     for name, value in LAUNCHED.items():
         environment(name, value)
@@ -47,8 +47,8 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_own_machine(environment):
 
 
 @pytest.mark.parametrize("left_out", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
-def test_variables_that_another_program_set_make_no_launch(left_out, environment):
-    """A batch system sets WORLD_SIZE or RANK for programs of its own: the run is then alone."""
+def test_an_incomplete_set_of_launch_variables_is_no_launch(left_out, environment):
+    """A batch system may set WORLD_SIZE or RANK for other programs. The run is then one process."""
     for name, value in LAUNCHED.items():
         if name != left_out:
             environment(name, value)
@@ -63,11 +63,11 @@ def test_variables_that_another_program_set_make_no_launch(left_out, environment
         )
 
 
-def test_a_launch_is_told_from_the_next_one(environment, monkeypatch):
+def test_each_launch_has_its_own_id(environment, monkeypatch):
     assert launch_id() is None
     environment("TORCHELASTIC_RUN_ID", "job-17")
     assert launch_id() == "job-17"
-    environment("TORCHELASTIC_RUN_ID", "none")  # torchrun's name for every launch without one
+    environment("TORCHELASTIC_RUN_ID", "none")  # torchrun's value for every launch without an id
     ranks = []
     for agent, own in ((100, 101), (100, 102), (200, 201)):
         monkeypatch.setattr("os.getppid", lambda agent=agent: agent)
@@ -77,7 +77,7 @@ def test_a_launch_is_told_from_the_next_one(environment, monkeypatch):
     assert socket.gethostname() in str(ranks[0])
 
 
-def test_tensors_of_all_types_and_layouts_travel_as_flat_ones():
+def test_tensors_of_all_dtypes_and_layouts_are_flattened_and_restored():
     tensors = [
         torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.tensor(3),
         torch.randn(4, 3).T, torch.tensor(2.0), torch.randn(0), torch.arange(4),
@@ -99,7 +99,7 @@ def test_tensors_of_all_types_and_layouts_travel_as_flat_ones():
 
 @pytest.mark.parametrize("sizes", [[], [1], [8], [3, 3, 3, 3, 3], [9, 1, 1, 9], [4, 4, 4, 4]])
 def test_every_gradient_is_in_one_bucket_and_a_full_bucket_is_sent(sizes):
-    """Buckets of 32 bytes: 8 numbers of 4 bytes, or more by the last tensor."""
+    """A bucket is full at 32 bytes, which are 8 numbers. Its last tensor may exceed the limit."""
     tensors = [torch.full((size,), float(i)) for i, size in enumerate(sizes)]
     buckets = list(_buckets(tensors, limit=32))
     assert [t.data_ptr() for bucket in buckets for t in bucket] == [t.data_ptr() for t in tensors]
@@ -110,7 +110,7 @@ def test_every_gradient_is_in_one_bucket_and_a_full_bucket_is_sent(sizes):
 
 
 class Store:
-    """A store of torch's shape, into which only some ranks have reported."""
+    """A stand-in for torch's store, in which only some ranks have reported."""
 
     def __init__(self, *reported: int) -> None:
         self.values = {f"host/{rank}": f"node{rank // 2}" for rank in range(4)}
@@ -126,7 +126,7 @@ class Store:
         return self.values[key].encode()
 
 
-def test_every_other_rank_that_is_silent_is_named_with_its_machine(monkeypatch):
+def test_silent_ranks_are_named_with_their_machines(monkeypatch):
     monkeypatch.setattr("bdkd.distributed.context._REPORT_SECONDS", 0.01)
     for rank, silent, named in (
         (2, (0, 3), "rank 0 on node0, rank 3 on node1"),
@@ -142,7 +142,7 @@ def test_every_other_rank_that_is_silent_is_named_with_its_machine(monkeypatch):
         )
 
 
-def test_one_process_asks_nobody():
+def test_one_process_does_not_communicate():
     ranks, tensor = DistributedContext(), torch.tensor([1.0])
     ranks.all_reduce_sum(tensor)
     ranks.average_gradients([tensor])
@@ -150,7 +150,7 @@ def test_one_process_asks_nobody():
     assert tensor.item() == 1
     assert ranks.gather_objects("mine") == ["mine"]
     assert ranks.broadcast_from_rank0(lambda: "made") == "made"
-    assert ranks.async_all_reduce_max(3, 0) == (3, 0)  # at once: there is no step before to answer
+    assert ranks.async_all_reduce_max(3, 0) == (3, 0)  # at once, and not one step later
     assert ranks.shard == (0, 1)
 
 
@@ -158,7 +158,7 @@ def test_one_process_asks_nobody():
 @pytest.mark.parametrize(
     "error", [UsageError("no such recipe"), SystemExit(7)], ids=["refused", "exits"]
 )
-def test_what_all_ranks_find_wrong_is_said_by_the_first_alone(
+def test_an_error_on_all_ranks_is_printed_only_by_rank_0(
     rank, error, environment, monkeypatch, capsys
 ):
     monkeypatch.setattr("bdkd.distributed.launch._SPEAK_SECONDS", 0.0)
@@ -182,8 +182,8 @@ def test_what_all_ranks_find_wrong_is_said_by_the_first_alone(
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_only_the_first_rank_reports_a_failure_on_the_terminal(rank, environment, monkeypatch):
-    """The others have files of their own for it, once a run has begun."""
+def test_only_rank_0_reports_a_failure_on_the_terminal(rank, environment, monkeypatch):
+    """Once a run has started, other ranks write failures to their own log files."""
     monkeypatch.setattr("bdkd.distributed.launch._SPEAK_SECONDS", 0.0)
     monkeypatch.setattr("bdkd.distributed.launch._FIRST_SECONDS", 0.0)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)

@@ -1,4 +1,4 @@
-"""Temperature scaling at a run's end: fitted on the validation part, measured on the test."""
+"""Temperature scaling at the end of a run: fitted on validation images, measured on test images."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def recalibrate(*arguments) -> dict[str, dict]:
 
 
 class Source:
-    """Points of a plane; labels of the test part are drawn otherwise than those of the validation
-    part, so that a temperature fitted on the wrong one is another."""
+    """3-D points. The labels of the test and validation splits have different distributions, so a
+    temperature that is fitted on the wrong split differs."""
 
     def __init__(self, val: int = 300) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -43,13 +43,13 @@ class Source:
 
 
 class Twice(nn.Module):
-    """Logits are twice the points; in training mode they would be noise."""
+    """Returns twice the points as logits, and noise in training mode."""
 
     def forward(self, x):
         return torch.randn_like(x) if self.training else 2 * x
 
 
-def test_the_validation_part_alone_decides_the_temperature():
+def test_the_temperature_is_fitted_on_validation_images_only():
     source, networks = Source(), {"student": Twice()}
     came = recalibrate(networks, source, 64, "fp32")["student"]
     fitted = fit_temperature(2 * source.images["val"], source.labels["val"])
@@ -61,11 +61,11 @@ def test_the_validation_part_alone_decides_the_temperature():
     meter.update(x, y)
     assert came["ece_scaled"] == pytest.approx(meter.compute().ece, rel=1e-9)
     assert came["brier_scaled"] == pytest.approx(meter.compute().brier, rel=1e-9)
-    assert networks["student"].training  # put back
+    assert networks["student"].training  # the mode is restored
 
 
 class Times(nn.Module):
-    """Logits are the points times a factor, so that the best temperature is proportional to it."""
+    """Returns the points times a factor, so the best temperature is proportional to the factor."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class Times(nn.Module):
         return self.factor * x
 
 
-def test_every_network_has_its_own_temperature_and_keeps_its_mode():
-    """In float64: softened by its own temperature, every network here gives the same answers."""
+def test_each_network_gets_its_own_temperature_and_keeps_its_mode():
+    """Scaled by its own temperature, every network here gives the same float64 probabilities."""
     source, factors = Source(), {"b": 1.0, "a": 3.0, "c": 0.5}
     networks = {name: Times(factor) for name, factor in factors.items()}
     networks["a"].eval()
@@ -97,7 +97,7 @@ def test_every_network_has_its_own_temperature_and_keeps_its_mode():
         assert came[name]["ece_scaled"] == pytest.approx(expected.ece, rel=1e-4)
 
 
-def test_without_a_validation_part_or_finite_logits_there_is_none():
+def test_no_temperature_without_validation_images_or_finite_logits():
     nothing = {"temperature": None, "ece_scaled": None, "nll_scaled": None, "brier_scaled": None}
     assert recalibrate({"a": Twice()}, Source(val=0), 64, "fp32") == {"a": nothing}
 
@@ -110,7 +110,7 @@ def test_without_a_validation_part_or_finite_logits_there_is_none():
     assert came["b"]["temperature"] is not None
 
 
-def test_low_precision_networks_are_fitted_on_the_logits_they_give():
+def test_the_temperature_of_a_bf16_run_is_fitted_on_bf16_logits():
     source, linear = Source(), nn.Linear(3, 3)
     came = recalibrate({"a": linear}, source, 64, "bf16")["a"]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Ranks that cannot meet: each ends in time, with one line that names the cause and the remedy."""
+"""Ranks that cannot connect exit in time and print one line with the cause and what to do."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ def start(tmp_path, **variables: str) -> subprocess.Popen:
 
 
 def line_of(process: subprocess.Popen) -> str:
-    """The one line of a rank that fails."""
+    """Wait for a rank that fails, and return the only line that it prints."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, out + err
     assert out == ""
@@ -58,7 +58,7 @@ def test_a_rank_that_cannot_join_says_why_in_one_line(variables, expected, tmp_p
     began, port = time.monotonic(), free_port()
     process = start(tmp_path, **{"MASTER_PORT": port, **variables})
     assert expected.format(port=port) in line_of(process)
-    assert time.monotonic() - began < 30  # an import of torch, and the timeout
+    assert time.monotonic() - began < 30  # the import of torch and the timeout
     assert not (tmp_path / "run").exists()
 
 
@@ -71,8 +71,8 @@ def test_a_port_in_use_is_named(tmp_path):
     assert f"cannot open port {port} (MASTER_PORT): Address already in use" in line
 
 
-def test_a_program_that_is_no_rank_is_not_waited_for(tmp_path):
-    """A proxy or a web server answers at the address."""
+def test_another_program_at_the_address_is_reported(tmp_path):
+    """A proxy or a web server may listen at the address of rank 0."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -80,7 +80,7 @@ def test_a_program_that_is_no_rank_is_not_waited_for(tmp_path):
     assert "cannot reach the others at 127.0.0.1:" in line
 
 
-def test_ranks_that_are_started_by_hand_train(tmp_path):
+def test_ranks_started_without_torchrun_train(tmp_path):
     port = free_port()
     ranks = [start(tmp_path, RANK=rank, MASTER_PORT=port) for rank in "10"]
     for process in ranks:

@@ -1,4 +1,4 @@
-"""What a resumed run is told about its checkpoint, and which checkpoints it refuses."""
+"""Messages of a resume about its checkpoint, and the checkpoints that a resume refuses."""
 
 from functools import partial
 
@@ -22,13 +22,13 @@ def path(tmp_path):
 
 
 def saved_state(**options) -> dict:
-    """The state of a run of 1000 images in batches of 16, after two steps."""
+    """Return the state of a run of 1000 images in batches of 16 after two steps."""
     state = tiny_state(**options)
     run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
     return dict(state.state_dict())
 
 
-def test_progress_is_told_in_epochs_and_images():
+def test_progress_is_described_in_epochs_and_images():
     state = tiny_state()
     for epoch, seen, said in (
         (0, 0, "0 epochs done"),
@@ -61,14 +61,14 @@ def test_wider_networks_are_refused(path):
 
 @pytest.mark.parametrize(("before", "now"), [("sgd", "adamw"), ("adamw", "sgd")])
 def test_moments_of_another_optimizer_are_refused(before, now, path):
-    """torch loads AdamW's moments into SGD, which ignores them."""
+    """torch itself loads AdamW's moments into SGD, which ignores them."""
     saved = saved_state(optimizer=OPTIMIZERS.configure(before))
     with pytest.raises(RunError, match="another optimizer"):
         restore(tiny_state(optimizer=OPTIMIZERS.configure(now)), path, saved)
 
 
-def test_a_resumed_run_takes_the_rates_and_decays_of_its_recipe(path):
-    """The moments are the saved ones, but what the user gives anew counts."""
+def test_a_resumed_run_uses_the_rates_and_decays_of_its_recipe(path):
+    """The moments come from the checkpoint, and the options come from the changed recipe."""
     saved = saved_state()
     new = SGDConfig("sgd", learning_rate=0.03, weight_decay=0.25, momentum=0.5)
     state = tiny_state(optimizer=new)
@@ -86,14 +86,15 @@ def test_a_resumed_run_takes_the_rates_and_decays_of_its_recipe(path):
 @pytest.mark.parametrize(
     ("until", "updates", "warned"),
     [
-        (100, 100, True),  # nothing was averaged since
+        (100, 100, True),  # no update since the copy
         (100, 143, True),  # 0.9^43 is 1.08%
         (100, 144, False),  # 0.9^44 is 0.97%
         (None, 0, False),  # a run of this version
     ],
 )
-def test_averages_that_still_have_copied_statistics_are_named(until, updates, warned, path, capsys):
-    """Averages of an old version forget the statistics of their students with the decay."""
+def test_averages_with_copied_statistics_are_warned_about(until, updates, warned, path, capsys):
+    """Old versions copied the students' batch norm statistics into the averages. The copied values
+    fade with the decay of the averages."""
     saved = saved_state(ema_decay=0.9)
     saved |= {"ema_copied_until": until, "ema_updates": torch.tensor(updates)}
     restore(tiny_state(ema_decay=0.9), path, saved)
@@ -102,8 +103,8 @@ def test_averages_that_still_have_copied_statistics_are_named(until, updates, wa
     assert (str(path) in said) == warned
 
 
-def test_averages_that_a_run_did_not_have_begin_with_its_students(path):
-    """And count their updates from there, so that their decay warms up."""
+def test_averages_missing_in_the_checkpoint_start_from_the_students(path):
+    """Their updates are counted from the resume, so that their decay warms up."""
     saved = saved_state()
     state = tiny_state(ema_decay=0.9)
     restore(state, path, saved)
@@ -113,7 +114,7 @@ def test_averages_that_a_run_did_not_have_begin_with_its_students(path):
     assert all(torch.equal(average[key], student[key]) for key in student)
 
 
-def test_another_number_of_ranks_is_told(capsys):
+def test_a_changed_number_of_ranks_is_printed(capsys):
     state = tiny_state()
     saved = saved_state()
     print_changes(state, saved)

@@ -1,4 +1,4 @@
-"""A killed run, continued, ends where the run that was never killed ends: bit for bit."""
+"""A killed and resumed run ends bit for bit like a run that was never killed."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from bdkd.runs.checkpoint import load_checkpoint
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """The run that is never killed."""
+    """Return the folder of the run that is never killed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     done = bdkd("train", *SMALL, "--run-dir", str(folder))
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def assert_same_end(run, whole_run) -> None:
     "step", [13, *(pytest.param(step, marks=pytest.mark.soak) for step in range(1, 38))]
 )
 def test_sigkill_then_resume_gives_the_same_weights(step, whole_run, tmp_path):
-    """Between two checkpoints. ``test_continued`` has the other moments, without a real signal."""
+    """Kill the run between two checkpoints. ``test_continued`` tests other steps."""
     run = tmp_path / "run"
     code, _ = interrupt_at(step, signal.SIGKILL, *SMALL, "--run-dir", str(run))
     assert code == -signal.SIGKILL
@@ -46,15 +46,15 @@ def test_sigkill_then_resume_gives_the_same_weights(step, whole_run, tmp_path):
     assert_same_end(run, whole_run)
 
 
-def test_a_signal_writes_a_checkpoint_and_names_the_way_on(whole_run, tmp_path):
-    run = tmp_path / "a run"  # its folder has a space
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(whole_run, tmp_path):
+    run = tmp_path / "a run"  # a path with a space
     came, errors = interrupt_at(7, signal.SIGTERM, *SMALL, "--run-dir", str(run))
     assert came == 143
     assert errors.count("\n") == 1
     assert "--resume" in errors
     saved = sorted((run / "checkpoints").glob("step-*"))
     assert saved
-    assert int(saved[-1].stem.split("-")[1]) in (7, 8, 9)  # the step it was in
+    assert int(saved[-1].stem.split("-")[1]) in (7, 8, 9)  # the signal arrives in one of them
     done = bdkd("train", "digits", "--resume", "auto", "--run-dir", str(run))
     assert done.returncode == 0, done.stderr
     assert_same_end(run, whole_run)

@@ -1,4 +1,4 @@
-"""What metrics.jsonl, the terminal and summary.json say of a run, held to recipe and clock."""
+"""The content of metrics.jsonl, the terminal and summary.json, with given times and results."""
 
 import dataclasses
 import json
@@ -56,12 +56,12 @@ def lines_of(run: Path, split: str) -> list[dict]:
     return [line for line in metrics_of(run) if line["split"] == split]
 
 
-# --- when -----------------------------------------------------------------------------------------
+# --- logging, evaluation and checkpoint steps -----------------------------------------------------
 
 
 def test_when_a_run_logs_evaluates_and_saves(tmp_path):
-    """Five epochs and one step of a sixth: logged every 6 steps, evaluated every 2 epochs, saved
-    every 5 steps, and all of it at the last step."""
+    """The run has five epochs and one step of a sixth. It logs every 6 steps, evaluates every 2
+    epochs, saves every 5 steps, and does all three at the last step."""
     run = tmp_path / "run"
     main(["train", *SMALL, "--run-dir", str(run), "--quiet", "--train.epochs", "7", "--max-steps",
           "16", "--log-every", "6", "--evaluate-every", "2", "--checkpoint.keep", "9"])  # fmt: skip
@@ -71,7 +71,7 @@ def test_when_a_run_logs_evaluates_and_saves(tmp_path):
     assert [(line["step"], line["epoch"]) for line in val] == [(6, 2), (12, 4), (16, 6)]
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*.pt"))
     assert saved == [f"step-{step:08d}.pt" for step in (5, 10, 15, 16)]
-    # The rate of the step itself: a linear warm-up of 3 steps, then a cosine to the end of 21.
+    # A line has the rate of its step: a linear warm-up of 3 steps, then a cosine to step 21.
     for line in train:
         done = (line["step"] - 1 - 3) / (21 - 3)
         assert line["learning_rate"] == pytest.approx(0.05 * (1 + math.cos(math.pi * done)) / 2)
@@ -81,8 +81,10 @@ def test_when_a_run_logs_evaluates_and_saves(tmp_path):
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.1])
-def test_watched_test_images_make_a_curve_and_choose_nothing(validation, tmp_path, monkeypatch):
-    """However good their results are."""
+def test_watched_test_images_are_logged_and_do_not_affect_selection(
+    validation, tmp_path, monkeypatch
+):
+    """The selection is the same even if the results on test images are better in another epoch."""
     evaluate, top1 = Evaluator.evaluate, iter([0.2, 0.9, 0.1, 1.0, 0.3, 1.0])
 
     def prescribed(self, split):
@@ -108,11 +110,11 @@ def test_watched_test_images_make_a_curve_and_choose_nothing(validation, tmp_pat
     assert best == ({"step": steps[2], "top1": 0.3} if validation else None)
 
 
-# --- how long -------------------------------------------------------------------------------------
+# --- times ----------------------------------------------------------------------------------------
 
 
 class Clock:
-    """A clock that only the run's own work moves: see ``timed``."""
+    """A fake clock that advances only with the work of a run; see ``timed``."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -121,7 +123,7 @@ class Clock:
         return self.now
 
     def takes(self, seconds: float, function):
-        """The function, as if it took so many seconds."""
+        """Return the function with a duration of so many seconds on this clock."""
 
         def call(*args, **kwargs):
             self.now += seconds
@@ -146,8 +148,8 @@ def clock(monkeypatch) -> Clock:
 
 
 class SlowSource:
-    """A data source whose every batch has to be waited for. It gives half of a batch's images, as
-    one of two ranks has them: what a line says counts the images of all ranks."""
+    """A data source that takes ``WAIT`` seconds for each batch. It yields half of a batch,
+    like one of two ranks, because the log must count the images of all ranks."""
 
     def __init__(self, source, clock: Clock) -> None:
         self.source, self.clock = source, clock
@@ -166,12 +168,12 @@ def timed(clock: Clock, run: Path, resume: str, *options: str) -> dict:
     return train(components, run, resume)
 
 
-def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
+def test_throughput_counts_only_training_and_wall_time_counts_everything(
     clock, tmp_path, monkeypatch, capsys
 ):
-    """Evaluations and checkpoints lie within the log intervals; they are no training. The wall time
-    counts them, over both sessions of a run that was stopped, and to its end although the student
-    of the first evaluation is the best."""
+    """Evaluations and checkpoints fall into log intervals, but do not count for the throughput. The
+    wall time counts them. It covers both sessions of a stopped run to their ends, although the
+    first evaluation selects the best student."""
     evaluate, top1 = Evaluator.evaluate, iter((0.9, 0.5, 0.1))
 
     def worse_each_time(*arguments):
@@ -184,8 +186,8 @@ def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
     monkeypatch.setattr(Evaluator, "evaluate", worse_each_time)
     options = ["--train.epochs", "4", "--log-every", "2", "--checkpoint.every-steps", "2"]
     summary = timed(clock, tmp_path, "never", *options, "--max-steps", "6")
-    # An epoch ends at steps 3 and 6. Saved at 2, at 3 (the best student), at 4, and at 6, whose own
-    # checkpoint cannot count the time that it takes.
+    # Epochs end at steps 3 and 6. Checkpoints are saved at steps 2, 3 (the best student), 4 and 6.
+    # The wall time in the checkpoint of step 6 cannot include the time of that checkpoint.
     assert summary["selected_step"] == 3
     first = summary["wall_seconds"]
     assert first == pytest.approx(6 * (STEP + WAIT) + 2 * EVALUATION + 3 * SAVING)
@@ -194,11 +196,11 @@ def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
         assert line["data_wait"] == pytest.approx(WAIT / (STEP + WAIT))
         assert line["mfu"] is None
     assert summary["images_per_second"] == pytest.approx(16 / (STEP + WAIT))
-    # After four steps and two checkpoints, a step takes 4 seconds and 25 of a checkpoint. Two steps
-    # and an evaluation are left.
+    # After four steps and two checkpoints, the estimate for a step is 4 seconds of training and 25
+    # seconds of checkpoints. Two steps and an evaluation are left.
     [said] = [line for line in capsys.readouterr().out.splitlines() if shown_step(line) == 4]
     assert said.endswith(" 0:02:38")
-    # The time until the line, over all: evaluations too, and the checkpoints before it.
+    # ``seconds`` is the time until the line, with evaluations and earlier checkpoints.
     seconds = [(line["split"], line["step"], line["seconds"]) for line in metrics_of(tmp_path)]
     done = {step: step * (STEP + WAIT) for step in range(7)}
     assert seconds == [
@@ -208,13 +210,13 @@ def test_the_throughput_is_that_of_training_and_the_wall_time_that_of_all(
         ("train", 6, done[6] + 3 * SAVING + EVALUATION),
         ("val", 6, done[6] + 3 * SAVING + 2 * EVALUATION),
     ]
-    clock.now += 10_000  # between the sessions nothing runs
+    clock.now += 10_000  # the time between two sessions does not count
     summary = timed(clock, tmp_path, "require", *options, "--max-steps", "8")
     assert summary["wall_seconds"] - first == pytest.approx(2 * (STEP + WAIT) + EVALUATION)
 
 
-def test_a_checkpoint_every_so_many_minutes(clock, tmp_path):
-    """Minutes since the last checkpoint, whatever it was for: one is 15 steps of this clock."""
+def test_a_checkpoint_every_minute(clock, tmp_path):
+    """Minutes count from the last checkpoint of any kind. A minute is 15 steps of this clock."""
     timed(clock, tmp_path, "never", "--train.epochs", "12", "--checkpoint.every-steps", "1000",
           "--checkpoint.every-minutes", "1", "--checkpoint.keep", "9", "--evaluate-every", "50",
           "--log-every", "1000")  # fmt: skip
@@ -222,7 +224,7 @@ def test_a_checkpoint_every_so_many_minutes(clock, tmp_path):
     assert saved == [f"step-{step:08d}.pt" for step in (15, 30, 36)]
 
 
-# --- what it says ---------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 class PoisonedSource:
@@ -242,8 +244,9 @@ class PoisonedSource:
             yield batch
 
 
-def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, capsys, monkeypatch):
-    """Three rows of two, with good steps in between, are less than the three that are too many."""
+def test_skipped_steps_are_counted_and_only_a_long_row_stops_the_run(tmp_path, capsys, monkeypatch):
+    """Three times two skipped steps in a row, with good steps in between, are below the limit of
+    three in a row."""
     poisoned = {2, 3, 5, 6, 9, 10}
     options = ["--train.epochs", "4", "--train.max-skipped", "3", "--checkpoint.every-steps", "1",
                "--checkpoint.keep", "20"]  # fmt: skip
@@ -253,8 +256,8 @@ def test_skipped_steps_are_counted_and_only_a_long_row_ends_the_run(tmp_path, ca
         assert line["skipped_steps"] == sum(step <= line["step"] for step in poisoned)
     said = capsys.readouterr().out.splitlines()
     rows = [int(line.split()[3]) for line in said if line.startswith("skipped up to")]
-    assert rows == [1, 2, 2] * 3  # every step is read; the good one that ends a row tells it again
-    # Within a row nothing is saved.
+    assert rows == [1, 2, 2] * 3  # every step is logged, also the good step that ends a row
+    # No checkpoint is saved within a row of skipped steps.
     saved = {int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*.pt")}
     assert saved == {*range(1, 13)} - poisoned
     components = with_source(set_up(*options), PoisonedSource, {7, 8, 9})
@@ -285,7 +288,7 @@ class SignallingSource(PoisonedSource):
 
 @pytest.mark.parametrize("names", [("teacher", "student"), ("a_network" * 4, "b_network" * 4)])
 def test_all_lines_of_a_run_fit_80_columns(names, tmp_path, capsys):
-    """Rows and evaluations of two networks and an average, students first."""
+    """The run prints rows and evaluations of two networks and an average, students first."""
     components = set_up("--train.ema-decay", "0.5", "--watch-test", "--train.epochs", "2")
     recipe = components.recipe
     networks = dict(zip(names, recipe.networks.values(), strict=True))
@@ -309,7 +312,7 @@ def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
     assert summary == json.loads((tmp_path / "summary.json").read_text())
 
 
-def test_a_signal_does_not_say_saved_where_the_disk_is_full(tmp_path, monkeypatch):
+def test_a_stopped_run_does_not_say_saved_if_the_disk_is_full(tmp_path, monkeypatch):
     def save(path, *_):
         raise RunError(f"cannot write {path}")
 
@@ -320,8 +323,9 @@ def test_a_signal_does_not_say_saved_where_the_disk_is_full(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_the_step_that_it_came_in(number, tmp_path):
-    """And is answered with 128 + its number; the lines of metrics are written until then."""
+def test_a_signal_saves_the_step_in_which_it_arrives(number, tmp_path):
+    """The exit code is 128 plus the number of the signal. The lines of metrics up to this step are
+    written."""
     before = signal.getsignal(number)
     run = tmp_path / "a run"
     components = with_source(set_up("--log-every", "1"), SignallingSource, number)
@@ -340,8 +344,8 @@ def test_a_signal_saves_the_step_that_it_came_in(number, tmp_path):
 # --- the summary ----------------------------------------------------------------------------------
 
 
-def test_the_summary_is_of_the_selected_weights_on_the_test_images(tmp_path):
-    """Each network under its own name, against a plain evaluation of the selected checkpoint."""
+def test_the_summary_evaluates_the_selected_weights_on_the_test_images(tmp_path):
+    """Compare each network with a plain evaluation of the selected checkpoint."""
     run = tmp_path / "run"
     options = ["--train.ema-decay", "0.5", "--train.epochs", "2", "--train.batch-size", "8",
                "--networks.teacher.options", "width", "0.25"]  # fmt: skip

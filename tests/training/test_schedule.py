@@ -1,4 +1,4 @@
-"""The learning rate: values known by hand, every boundary, and resumed runs."""
+"""The learning rate: values computed by hand, boundaries, and resumed runs."""
 
 import dataclasses
 import itertools
@@ -25,13 +25,13 @@ from bdkd.engine.schedule import Span, rate_factor
             ScheduleConfig("step", "steps", milestones=(5.0,), factor=0.5, warmup=2.0),
             {0: 0.5, 1: 1.0, 4: 1.0, 5: 0.5, 99: 0.5},
         ),
-        # a milestone inside the warm-up counts once that is over
+        # a milestone inside the warm-up takes effect when the warm-up is over
         (ScheduleConfig("step", "steps", milestones=(2.0,), warmup=4.0), {2: 0.75, 3: 1.0, 4: 0.1}),
         (ScheduleConfig("cosine"), {0: 1.0, 50: 0.5, 100: 0.0}),
         (ScheduleConfig("cosine", warmup=2.0, final=0.1), {0: 0.05, 20: 1.0, 60: 0.55, 100: 0.1}),
     ],
 )
-def test_rate(config, expected):
+def test_rate_factors_of_given_steps(config, expected):
     for step, factor in expected.items():
         assert rate_factor(config, step, 10, 100) == pytest.approx(factor)
 
@@ -44,7 +44,7 @@ def test_rate_never_jumps_at_the_end_of_a_warmup():
     assert max(rates) == 1.0
 
 
-# The peak is in the last step of the warm-up, and from there the rate never rises again.
+# The peak is in the last step of the warm-up, and the rate never rises after it.
 @pytest.mark.parametrize(
     ("warmup", "total", "expected"),
     [
@@ -94,7 +94,7 @@ def test_a_schedule_rises_to_its_peak_and_falls(config, steps_per_epoch, epochs)
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 30), st.integers(1, 30))
 @example(22, 5, 0, 2)  # 2.2 * 25 is 55.00000000000001
 def test_boundaries_in_epochs_are_exact(tenths, multiple, after, factor):
-    """2.2 epochs of 25 steps are 55 steps: rounding of the product moves no boundary."""
+    """2.2 epochs of 25 steps are 55 steps. Rounding of the product must not move the boundary."""
     steps_per_epoch = multiple * 10 // math.gcd(tenths, 10)  # so that these tenths are whole steps
     milestone = tenths * steps_per_epoch // 10
     config = ScheduleConfig("step", milestones=(tenths / 10,), factor=1 / factor)
@@ -107,7 +107,7 @@ tenths = st.integers(0, 60).map(lambda k: Fraction(k, 10))
 
 
 def exact_factor(config, step, per_epoch, end, start=Fraction(0), phase=Fraction(0)) -> float:
-    """The factor in exact arithmetic; lengths are fractions with a denominator of 10."""
+    """Return the factor in exact arithmetic. Lengths are multiples of 1/10."""
     unit = per_epoch if config.unit == "epochs" else 1
     warm_up, *milestones = (
         Fraction(round(10 * length), 10) * unit for length in (config.warmup, *config.milestones)
@@ -128,17 +128,18 @@ def exact_factor(config, step, per_epoch, end, start=Fraction(0), phase=Fraction
     schedules, tenths, st.lists(tenths, max_size=3), st.integers(1, 12), st.integers(1, 8),
     st.integers(1, 8), st.data(),
 )  # fmt: skip
-def test_every_rate_is_that_of_exact_arithmetic(
+def test_every_rate_equals_exact_arithmetic(
     config, warm_up, milestones, per_epoch, epochs, others, data
 ):
-    """From the first step to beyond the last one, and after a resume with other epochs.
+    """Check the steps from the first one to beyond the last one, and after a resume with another
+    number of epochs.
 
-    Tenths of an epoch are whole steps and parts of one: a warm-up may end inside a step.
+    Tenths of an epoch may be fractions of a step, so a warm-up may end inside a step.
     """
     config = dataclasses.replace(
         config, warmup=float(warm_up), milestones=tuple(float(m) for m in milestones)
     )
-    span, images = Span(10, epochs), 10 * per_epoch + 9  # the 9 make no batch
+    span, images = Span(10, epochs), 10 * per_epoch + 9  # the last 9 fill no batch
     end = epochs * per_epoch
     for step in range(end + 3):
         exact = exact_factor(config, step, per_epoch, end)
@@ -148,14 +149,14 @@ def test_every_rate_is_that_of_exact_arithmetic(
     resumed, new_end = span.with_epochs(others, config, at, images), others * per_epoch
     begin = Fraction(round(10 * config.warmup), 10) * (per_epoch if config.unit == "epochs" else 1)
     done = min(Fraction(1), max(Fraction(0), (at - begin) / max(Fraction(1), end - begin)))
-    kept = (Fraction(at), done) if 0 < done < 1 else ()  # a decay that has ended begins again
+    kept = (Fraction(at), done) if 0 < done < 1 else ()  # a decay that has ended starts again
     for step in range(at, new_end + 3):
         exact = exact_factor(config, step, per_epoch, new_end, *kept)
         assert resumed.factor(config, step, images) == pytest.approx(exact, abs=1e-9)
 
 
 def walk(span, config, images, batch_size, epoch, seen):
-    """The rates of the steps from a place to the end, as a run takes them."""
+    """Yield the rates of the steps from a position to the end, as in a run."""
     while epoch < span.epochs:
         if seen + batch_size > images:
             epoch, seen = epoch + 1, 0
@@ -177,8 +178,8 @@ def test_an_unchanged_run_counts_optimizer_steps(config, images, batch_size, epo
     st.integers(2, 6), st.data(),
 )  # fmt: skip
 def test_a_resumed_schedule_continues(config, images, batch_size, other, epochs, others, data):
-    """Another batch size and another number of epochs: the rate at the place of the resume is the
-    rate of before, it stays in [0, 1], and a cosine reaches its end with the new last epoch."""
+    """Resume with another batch size and number of epochs. The rate does not change at the resume,
+    it stays in [0, 1], and a cosine reaches its final value with the new last epoch."""
     span = Span(batch_size, epochs)
     epoch = data.draw(st.integers(0, min(epochs, others) - 1))
     seen = data.draw(st.integers(0, images // batch_size - 1)) * batch_size
@@ -194,15 +195,15 @@ def test_a_resumed_schedule_continues(config, images, batch_size, other, epochs,
 
 
 def test_a_step_of_the_schedule_is_a_batch_of_the_first_size():
-    """45 images in batches of 10 are 4 steps; after a resume with batches of 3 there are parts of
-    steps, and the 5 images that made no batch of 10 are none."""
+    """45 images in batches of 10 are 4 steps. After a resume with batches of 3, positions may be
+    fractions of a step, and the last 5 images of an epoch do not count."""
     span = Span(10, 2)
     assert [span.step(0, seen, 45) for seen in (0, 10, 15, 40, 43)] == [0, 1, 1.5, 4, 4]
     assert [span.step(1, seen, 45) for seen in (0, 3, 45)] == [4, 4.3, 8]
-    assert span.steps_per_epoch(9) == 1  # no epoch is without a step
+    assert span.steps_per_epoch(9) == 1  # every epoch has at least one step
 
 
-def test_a_decay_that_has_ended_begins_again():
+def test_a_decay_that_has_ended_starts_again():
     config = ScheduleConfig("cosine")
     span = Span(10, 3)
     resumed = span.with_epochs(6, config, span.step(3, 0, 100), 100)

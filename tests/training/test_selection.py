@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, which one it selects, and from which one it is resumed."""
+"""Which checkpoints a run keeps, which one it selects, and from which one it resumes."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 TINY = load_recipe(*TINY_RUN)
 
 
-# --- which files stay -----------------------------------------------------------------------------
+# --- which files are kept -------------------------------------------------------------------------
 
 
 def a_state(step: int, best: int | None) -> dict:
-    """As much of a state as a folder reads."""
+    """Return the parts of a state that ``RunFolder`` reads."""
     return {"networks": {}, "ema": {}, "position": {"step": step}, "best": best}
 
 
@@ -41,8 +41,8 @@ def numbers(folder: RunFolder, kind: str) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_kept_checkpoint_has_the_best_student_that_it_refers_to(seed, tmp_path, monkeypatch):
-    """Over random moments of saving and random best students. A run may be resumed from any of the
-    checkpoints that are kept, and needs the best student that this checkpoint knows of."""
+    """Save at random steps and with random best students. A run may resume from any checkpoint that
+    is kept, and then needs the best student that this checkpoint refers to."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     rng, folder = random.Random(seed), RunFolder(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_a_kept_checkpoint_has_the_best_student_that_it_refers_to(seed, tmp_path
             kept = numbers(folder, "step")
             assert kept == saved[-keep:]
             older = [number for number in numbers(folder, "best") if number <= kept[0]]
-            assert len(older) <= 1  # or the folder would grow without end
+            assert len(older) <= 1  # otherwise the folder would grow without limit
         needed = {best_in(path) for path in folder.checkpoints.glob("step-*.pt")} | {best}
         assert needed - {None} <= {*numbers(folder, "best")}
         newest = max([*numbers(folder, "step"), *numbers(folder, "best")], default=None)
@@ -71,8 +71,8 @@ def test_a_kept_checkpoint_has_the_best_student_that_it_refers_to(seed, tmp_path
 
 # --- the best student -----------------------------------------------------------------------------
 
-# Top-1 on the validation part after each of five epochs of three steps. Every network is best in
-# an epoch of its own; of two equal ones the later counts, which has had the lower learning rates.
+# Top-1 on the validation images after each of five epochs of three steps. Every network is best in
+# another epoch. Of two equal epochs the later one is best, because its learning rate is lower.
 TOP1 = {
     "teacher": [0.1, 0.2, 0.3, 0.4, 0.9],
     "student": [0.5, 0.8, 0.6, 0.6, 0.1],
@@ -92,7 +92,7 @@ TOP1 = {
     ],
     ids=["one student", "its average", "the mean of two students", "the mean of their averages"],
 )
-def test_the_best_student_is_chosen_by_its_average_else_by_itself(
+def test_the_best_student_is_chosen_by_its_average_if_there_is_one(
     networks, options, epoch, tmp_path, monkeypatch
 ):
     real, epochs = Evaluator.evaluate, iter(range(5))
@@ -127,7 +127,8 @@ def test_the_best_student_is_chosen_by_its_average_else_by_itself(
 
 
 def test_the_selected_checkpoint_of_a_folder(tmp_path):
-    """The best one by default, the newest for ``train.select = "last"``; a file is itself."""
+    """It is the best one by default, and the newest one with ``train.select = "last"``. The
+    selected checkpoint of a file is the file."""
     folder = RunFolder(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
     folder.write_config(TINY)
@@ -152,8 +153,8 @@ def test_the_selected_checkpoint_of_a_folder(tmp_path):
 
 
 def test_resume_auto_takes_the_newest_of_several_runs(tmp_path, monkeypatch, capsys):
-    """Each run without ``--run-dir`` has a folder of its own, which ends in a number. The resumed
-    run keeps the values that it began with."""
+    """Each run without ``--run-dir`` has its own folder, whose name ends in a number. The resumed
+    run keeps the values that it started with."""
     monkeypatch.chdir(tmp_path)
     train = ["train", *TINY_RUN, "--quiet", "--train.select", "last"]
     for rate in ("0.01", "0.02"):
@@ -183,8 +184,8 @@ def test_the_folder_of_a_run_without_run_dir(tmp_path, monkeypatch):
     assert default_run_dir(recipe, "never") == Path("runs") / names[2]
 
 
-def test_no_best_checkpoint_is_written_where_the_last_weights_are_selected(tmp_path, capsys):
-    """If ``best`` is asked for afterwards, the run says that there is none."""
+def test_no_best_checkpoint_is_written_if_the_last_weights_are_selected(tmp_path, capsys):
+    """If a resume changes ``train.select`` to ``best``, the run says that there is none."""
     run = tmp_path / "run"
     command = ["train", *TINY_RUN, "--train.select", "last", "--train.epochs", "2"]
     main([*command, "--run-dir", str(run)])
@@ -198,8 +199,8 @@ def test_no_best_checkpoint_is_written_where_the_last_weights_are_selected(tmp_p
     assert json.loads(folder.summary.read_text())["selected_step"] == 24
 
 
-def test_a_run_that_has_a_best_checkpoint_can_go_on_with_the_last_weights(tmp_path):
-    """Older versions wrote one in every run."""
+def test_a_run_with_a_best_checkpoint_can_change_to_the_last_weights(tmp_path):
+    """Older versions wrote a best checkpoint in every run."""
     run = tmp_path / "run"
     main(["train", *TINY_RUN, "--train.epochs", "1", "--run-dir", str(run), "--quiet"])
     folder = RunFolder(run)

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step, and what is refused."""
+"""The components of a run before its first step, and the recipes that are refused."""
 
 import dataclasses
 from functools import cache
@@ -28,7 +28,7 @@ def images() -> int:
     return components_of(tiny_recipe()).source.info.counts["train"]
 
 
-def test_the_weights_are_those_of_the_seed_whatever_was_drawn_before():
+def test_the_initial_weights_depend_only_on_the_seed():
     torch.manual_seed(1)
     first = components_of(tiny_recipe()).networks.state_dict()
     torch.manual_seed(2)
@@ -38,7 +38,7 @@ def test_the_weights_are_those_of_the_seed_whatever_was_drawn_before():
                            first["members.teacher.conv.weight"])  # fmt: skip
 
 
-def test_the_order_of_the_images_is_that_of_the_seed():
+def test_the_order_of_the_images_depends_on_the_seed():
     orders = [
         next(components_of(tiny_recipe(seed=seed)).source.train_batches(0, 0, 24, 1))
         .views[0]
@@ -51,7 +51,7 @@ def test_the_order_of_the_images_is_that_of_the_seed():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_images_and_weights_have_the_layout_of_the_recipe(channels_last):
-    """Images of one channel have both layouts at once, so these have three."""
+    """The images have three channels, because images of one channel have both layouts at once."""
     components = components_of(tiny_recipe(train={"channels_last": channels_last}))
     [view] = next(components.source.train_batches(0, 0, 4, 1)).views
     weight = components.networks.members["student"].stages[0][0].conv1.weight
@@ -60,7 +60,7 @@ def test_images_and_weights_have_the_layout_of_the_recipe(channels_last):
         assert tensor.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
-def test_options_of_a_network_are_its_own():
+def test_options_of_a_network_apply_only_to_it():
     recipe = with_network(tiny_recipe(), "teacher", options={"width": 2.0})
     members = components_of(recipe).networks.members
     assert members["teacher"].conv.out_channels == 2 * members["student"].conv.out_channels
@@ -69,7 +69,7 @@ def test_options_of_a_network_are_its_own():
             components_of(with_network(tiny_recipe(), "teacher", options={option: 3}))
 
 
-def test_threads_are_those_of_the_recipe():
+def test_the_recipe_sets_the_number_of_threads():
     before = torch.get_num_threads()
     try:
         for threads in (2, 1):
@@ -91,7 +91,7 @@ def test_a_batch_may_be_all_training_images_and_no_more():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpoint of the tiny recipe with another seed."""
+    """Return the path of a checkpoint of the tiny recipe with another seed."""
     components = components_of(tiny_recipe(seed=3))
     state = TrainingState(components)
     path = tmp_path / "saved.pt"
@@ -103,7 +103,7 @@ def weights_of(components: Components, name: str) -> dict[str, torch.Tensor]:
     return dict(components.networks.members[name].state_dict())
 
 
-def test_a_network_begins_with_its_weights_and_the_others_do_not_change(saved):
+def test_a_network_starts_from_its_weights_and_the_others_do_not_change(saved):
     components = components_of(with_network(tiny_recipe(), "student", weights=str(saved)))
     assert same(
         weights_of(components, "student"), weights_of(components_of(tiny_recipe(seed=3)), "student")
@@ -125,7 +125,7 @@ def test_weights_of_a_run_are_those_of_its_selected_checkpoint(saved, tmp_path):
     )
 
 
-def test_a_run_with_a_checkpoint_does_not_read_them(tmp_path):
+def test_a_resumed_run_does_not_read_initial_weights(tmp_path):
     recipe = with_network(tiny_recipe(), "student", weights=str(tmp_path / "gone.pt"))
     components = components_of(recipe, begins=False)
     assert same(
@@ -140,7 +140,7 @@ def test_a_frozen_teacher_of_classes_in_another_order_is_refused(saved):
     state["data"]["classes"] = state["data"]["classes"][::-1]
     save_checkpoint(saved, "", state)
     trains = with_network(tiny_recipe(), "teacher", weights=str(saved))
-    components_of(trains)  # it learns the labels of this data set
+    components_of(trains)  # accepted, because this teacher learns the labels of the data set
     with pytest.raises(RunError, match=r"networks.teacher.weights: .* trained on other classes"):
         components_of(with_network(trains, "teacher", frozen=True))
 
@@ -166,7 +166,7 @@ def test_a_device_that_does_not_exist_is_refused_by_name(name):
 
 
 def on_a_machine(monkeypatch, gpus: int) -> list[torch.device]:
-    """A machine with so many GPUs; the devices that are made current there."""
+    """Simulate a machine with some GPUs, and return a list of the devices that are made current."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -203,7 +203,7 @@ def test_each_rank_of_a_machine_has_its_own_gpu_and_makes_it_current(monkeypatch
     ("world", "batch_size", "accumulate", "fits"),
     [(3, 12, 4, True), (3, 8, 4, False), (3, 11, 1, True), (12, 12, 1, True), (12, 11, 1, False)],
 )
-def test_every_rank_has_an_image_in_every_part_of_a_batch(world, batch_size, accumulate, fits):
+def test_every_rank_needs_an_image_of_every_micro_batch(world, batch_size, accumulate, fits):
     recipe = tiny_recipe(train={"batch_size": batch_size, "accumulate": accumulate})
     if fits:
         components_of(recipe, context=DistributedContext(0, world))
@@ -212,7 +212,7 @@ def test_every_rank_has_an_image_in_every_part_of_a_batch(world, batch_size, acc
         components_of(recipe, context=DistributedContext(0, world))
 
 
-def test_batch_norm_over_all_ranks_is_refused_on_cpus_and_alone_there_is_nothing_to_do():
+def test_sync_batch_norm_is_refused_on_cpus_and_ignored_in_one_process():
     recipe = tiny_recipe(distributed={"sync_batch_norm": True})
     with pytest.raises(UsageError, match="sync_batch_norm must be false on CPUs"):
         components_of(recipe, context=DistributedContext(0, 2))
@@ -220,14 +220,13 @@ def test_batch_norm_over_all_ranks_is_refused_on_cpus_and_alone_there_is_nothing
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in alone.networks.modules())
 
 
-def test_only_a_network_that_is_marked_is_sharded():
-    assert (
-        components_of(with_network(tiny_recipe(), "teacher", shard=True)).sharded == []
-    )  # alone: whole
+def test_networks_are_sharded_only_by_option_and_on_several_ranks():
+    marked = with_network(tiny_recipe(), "teacher", shard=True)
+    assert components_of(marked).sharded == []  # one process shards nothing
     assert components_of(tiny_recipe(), context=DistributedContext(0, 2)).sharded == []
 
 
-def test_a_method_that_pauses_networks_takes_whole_batches_and_no_compiled_step():
+def test_switokd_refuses_accumulation_and_compiled_steps():
     switokd = OBJECTIVES.configure("switokd")
     for train, said in (
         ({"accumulate": 2}, "train.accumulate must be 1 with the method 'switokd'.*, got 2"),

@@ -1,4 +1,4 @@
-"""A signal is a request to stop: answered at the end of a step, and never lost or left behind."""
+"""A signal requests a stop at the end of the step, and the previous handlers are restored."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from bdkd.runs.signals import StopRequest
 
 
 def send(number: int) -> None:
-    os.kill(os.getpid(), number)  # to this process, whose handler runs before the next line
+    os.kill(os.getpid(), number)  # the handler of this process runs before the next line
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_the_request_and_a_later_one_does_not_replace_it(number):
+def test_a_later_signal_does_not_replace_the_first(number):
     with StopRequest() as stop:
         assert stop.signal is None
         send(number)
@@ -26,7 +26,7 @@ def test_the_first_signal_is_the_request_and_a_later_one_does_not_replace_it(num
         assert stop.signal == number
 
 
-def test_the_handlers_of_before_are_put_back():
+def test_the_previous_signal_handlers_are_restored():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with StopRequest():
@@ -34,8 +34,8 @@ def test_the_handlers_of_before_are_put_back():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_only_a_ctrl_c_two_seconds_after_the_first_signal_interrupts_at_once(monkeypatch):
-    """Sooner it may be the same Ctrl-C, which reaches a rank from the terminal and torchrun."""
+def test_a_second_ctrl_c_interrupts_at_once_only_after_two_seconds(monkeypatch):
+    """An earlier SIGINT may be the same Ctrl-C: ranks get it from the terminal and torchrun."""
     now = 100.0
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now))
     with StopRequest() as stop:
@@ -49,8 +49,8 @@ def test_only_a_ctrl_c_two_seconds_after_the_first_signal_interrupts_at_once(mon
         assert stop.signal == signal.SIGINT
 
 
-def test_the_grace_begins_with_the_first_signal_and_ends_with_the_step(monkeypatch):
-    """What the process does when it is over is in test_faults."""
+def test_the_grace_period_is_from_the_first_signal_to_the_end_of_the_step(monkeypatch):
+    """test_faults checks that the process ends when the grace period is over."""
     ended: list[tuple[int, float]] = []
     monkeypatch.setattr(signals, "_end", lambda *arguments: ended.append(arguments))
     with StopRequest(grace=0.1):
@@ -58,7 +58,7 @@ def test_the_grace_begins_with_the_first_signal_and_ends_with_the_step(monkeypat
         send(signal.SIGTERM)
         send(signal.SIGINT)
         assert ended == []
-    time.sleep(0.15)  # the step was done in time
+    time.sleep(0.15)  # the step ended within the grace period
     assert ended == []
     with StopRequest(grace=0.01):
         send(signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""What a run carries from step to step and from session to session."""
+"""The training state, which a run keeps between steps and saves between sessions."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ from bdkd.engine.step import eager, warm_up
 
 
 def of_rank(rank: int, world: int, seed: int = 0):
-    """The state of one of several ranks. SwitOKD keeps DDP out, which needs the others."""
+    """Return the state of one of several ranks. It uses SwitOKD, because DDP needs all ranks."""
     return reseeded(tiny_state(objective="switokd", context=DistributedContext(rank, world)), seed)
 
 
@@ -29,8 +29,8 @@ def reseeded(state, seed: int):
     return state
 
 
-def test_the_loss_is_scaled_in_fp16_and_by_the_number_of_ranks():
-    """DDP averages the gradients of the ranks, whose losses are shares of one mean."""
+def test_the_loss_scale_depends_on_fp16_and_on_the_number_of_ranks():
+    """DDP averages the gradients of the ranks, but the losses of the ranks add up to one mean."""
     scales = {
         (precision, world): float(
             tiny_state(
@@ -47,7 +47,7 @@ def test_the_loss_is_scaled_in_fp16_and_by_the_number_of_ranks():
 
 
 def test_skipped_steps_are_counted_in_all_and_in_a_row():
-    """A run stops by the longest row since the last log line, however the row ended."""
+    """The longest row since the last log line decides whether a run stops, even if it has ended."""
     state = tiny_state()
     skips = [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1]
     for number, skip in enumerate(skips, 1):
@@ -58,7 +58,7 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
         assert state.last_step_was_skipped() == bool(skip)
 
 
-def test_the_best_checkpoint_is_chosen_by_the_averages_where_there_are_any():
+def test_the_best_checkpoint_is_chosen_by_the_averages_if_there_are_any():
     assert tiny_state(ema_decay=0.9).selection_networks() == ["student_ema"]
     assert tiny_state().selection_networks() == ["student"]
     assert list(tiny_state(ema_decay=0.9).evaluated_networks()) == [
@@ -67,8 +67,8 @@ def test_the_best_checkpoint_is_chosen_by_the_averages_where_there_are_any():
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
-def test_a_warm_up_changes_nothing_that_a_run_continues_from(mode):
-    """Two passes, of which only DDP and a compiler shall remember anything."""
+def test_the_warm_up_leaves_the_training_state_unchanged(mode):
+    """The warm-up runs two passes for DDP and the compiler."""
     state = tiny_state(dropping, ema_decay=0.9)
     run_steps(state, [a_batch(seed=1), a_batch(seed=2)])
     state.networks.train(mode)
@@ -88,7 +88,8 @@ def any_state():
 
 
 def walk(images: int, size: int, epochs: int, limit: int | None, place: Progress) -> int:
-    """Optimizer steps from a place to the end: an epoch ends where no whole batch is left."""
+    """Return the number of optimizer steps from a position to the end. An epoch ends when no whole
+    batch is left."""
     epoch, seen, step = place.epoch, place.seen, place.step
     while epoch < epochs and (limit is None or step < limit):
         if seen + size > images:
@@ -102,12 +103,13 @@ def walk(images: int, size: int, epochs: int, limit: int | None, place: Progress
     st.integers(4, 40), st.integers(2, 4), st.integers(1, 4), st.none() | st.integers(1, 30),
     st.integers(0, 5), st.integers(0, 39), st.integers(0, 20), st.integers(1, 3), st.booleans(),
 )  # fmt: skip
-@example(10, 4, 1, None, 0, 8, 2, 2, False)  # the last epoch is evaluated at any rate
-@example(10, 4, 3, None, 0, 8, 2, 2, True)  # and one that a stopped run owes
-def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
+@example(10, 4, 1, None, 0, 8, 2, 2, False)  # the last epoch is always evaluated
+@example(10, 4, 3, None, 0, 8, 2, 2, True)  # a stopped run has an evaluation due
+def test_remaining_steps_and_evaluations_equal_those_of_a_simulated_run(
     images, size, epochs, limit, epoch, seen, step, every, due
 ):
-    """From any place, as a resume with another batch size, number of epochs or limit finds it."""
+    """Start from any position at which a run with another batch size, number of epochs or limit may
+    have stopped."""
     state, recipe = any_state(), any_state().recipe
     seen %= images
     train = dataclasses.replace(recipe.train, batch_size=size, epochs=epochs)
@@ -116,9 +118,8 @@ def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
     state.progress = Progress(step, epoch, seen, validation_due=due)
     remaining = walk(images, size, epochs, limit, state.progress)
     assert state.remaining_steps() == remaining
-    state.progress.end_short_epoch(
-        state.recipe, images
-    )  # less than a batch may be left of the epoch, or nothing
+    # Less than a batch, or nothing, may be left of the epoch.
+    state.progress.end_short_epoch(state.recipe, images)
     ended = seen > 0 and seen + size > images
     assert (state.progress.epoch, state.progress.seen) == (
         (epoch + 1, 0) if ended else (epoch, seen)
@@ -143,7 +144,7 @@ def test_the_steps_that_remain_are_those_of_a_walk_to_the_end(
 # --- random numbers of several ranks --------------------------------------------------------------
 
 
-def test_every_rank_draws_its_own_dropout_and_the_first_draws_that_of_one_process():
+def test_every_rank_draws_other_numbers_and_rank_0_those_of_one_process():
     draws = []
     for rank in range(4):
         of_rank(rank, 4)
@@ -153,8 +154,8 @@ def test_every_rank_draws_its_own_dropout_and_the_first_draws_that_of_one_proces
     assert len(set(draws)) == 4
 
 
-def test_a_run_resumed_on_more_ranks_draws_random_numbers_that_are_new_to_it():
-    """Other ones on every rank, for every seed and at every step."""
+def test_a_run_resumed_on_more_ranks_draws_new_random_numbers():
+    """The numbers differ for every rank, seed and step."""
     draws = {}
     for steps, seed in ((1, 0), (2, 0), (2, 1)):
         saved = tiny_state(objective="switokd")
@@ -168,7 +169,7 @@ def test_a_run_resumed_on_more_ranks_draws_random_numbers_that_are_new_to_it():
     assert len(set(draws.values())) == len(draws) == 12
 
 
-def test_the_first_of_more_ranks_counts_the_interval_that_was_begun():
+def test_rank_0_continues_the_log_interval_of_a_checkpoint():
     saved = tiny_state(objective="switokd")
     run_steps(saved, [a_batch()])
     state = snapshot(saved.state_dict())
@@ -190,26 +191,26 @@ def dropping() -> nn.Module:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_loaded_state_is_the_saved_one_and_continues_like_it(precision):
-    """Everything in it is other than in a new state: a skipped step, averages, a best student, a
-    loss scale that was halved, an interval of the log, random numbers."""
+def test_a_loaded_state_equals_the_saved_one_and_continues_like_it(precision):
+    """Every part of it differs from a new state: a skipped step, averages, a best student, a halved
+    loss scale, a log interval and random numbers."""
     options = {"ema_decay": 0.9, "clip_norm": 1.0, "precision": precision}
     whole, other = tiny_state(dropping, **options), tiny_state(dropping, **options)
     if precision == "fp16":
         whole.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     torch.manual_seed(5)
     run_steps(whole, [a_batch(seed=1), a_batch(seed=2, poisoned=True)])
-    whole.meter.read()  # its NaN is equal to nothing
+    whole.meter.read()  # discards a NaN, which is not equal to itself
     run_steps(whole, [a_batch(seed=3)])
     whole.best = Best(2, 0.75)
     whole.progress.seconds, whole.progress.validation_due = 12.5, True
     saved = snapshot(whole.state_dict())
     run_steps(whole, [a_batch(seed=4), a_batch(seed=5)])
     torch.manual_seed(6)
-    other.load_state_dict(snapshot(saved))  # a copy: the optimizer takes moments as they are
+    other.load_state_dict(snapshot(saved))  # a copy: the optimizer keeps the tensors
     loaded = snapshot(other.state_dict())
     for group in (*loaded["optimizer"]["param_groups"], *saved["optimizer"]["param_groups"]):
-        del group["lr"]  # set anew before every step
+        del group["lr"]  # set before every step
     assert same(loaded, saved)
     assert vars(other.progress) == {
         "step": 3, "epoch": 0, "seen": 48, "validation_due": True, "seconds": 12.5,
@@ -222,7 +223,7 @@ def test_a_loaded_state_is_the_saved_one_and_continues_like_it(precision):
     assert same(snapshot(other.state_dict()), snapshot(whole.state_dict()))
 
 
-def test_a_resume_has_the_recipes_rates_and_decays_and_the_saved_moments():
+def test_a_resume_uses_the_recipes_rates_and_decays_and_the_saved_moments():
     first = tiny_state(optimizer=SGDConfig("sgd", learning_rate=0.1, weight_decay=0.01))
     run_steps(first, [a_batch(seed=1)])
     changed = SGDConfig("sgd", learning_rate=0.4, weight_decay=0.02, momentum=0.5, nesterov=False)
@@ -237,13 +238,12 @@ def test_a_resume_has_the_recipes_rates_and_decays_and_the_saved_moments():
             moments = (s.optimizer.state[p] for s, p in ((second, own), (first, old)))
             assert same(*(dict(moment) for moment in moments))
     second.set_learning_rate()
-    steps = 2 * (
-        second.train_images // second.recipe.train.batch_size
-    )  # a warm-up of two epochs, in whose second step this is
+    # The warm-up takes two epochs, and this is its second step.
+    steps = 2 * (second.train_images // second.recipe.train.batch_size)
     assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * 2 / steps)
 
 
-def test_averages_that_the_saved_run_did_not_have_begin_as_the_students():
+def test_averages_missing_in_a_saved_state_start_from_the_students():
     first, second = tiny_state(), tiny_state(ema_decay=0.9)
     run_steps(first, [a_batch(seed=i) for i in range(3)])
     second.load_state_dict(snapshot(first.state_dict()))

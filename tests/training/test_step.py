@@ -1,4 +1,4 @@
-"""One step: what it does to weights, averages and statistics, and what it leaves alone."""
+"""One training step: its changes of weights, averages and statistics, and its skipped updates."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def run_steps(state, batches, **options) -> None:
 
 
 def everything(state) -> dict[str, torch.Tensor]:
-    """Weights, buffers, averages and momentum by name."""
+    """Return copies of weights, buffers, averages and moments by name."""
     tensors = dict(state.networks.state_dict())
     for name, average in state.ema.items():
         tensors |= {f"{name}.{key}": value for key, value in average.state_dict().items()}
@@ -49,12 +49,12 @@ def test_a_step_with_a_nan_changes_nothing_of_any_network(optimizer, name, first
     run_steps(state, [a_batch(poisoned=True)], name=name)
     after = everything(state)
     for key, value in after.items():
-        # AdamW makes its moments in its first step; they must then be zeros
+        # AdamW creates its moments in its first step. In a skipped step they must be zeros.
         assert torch.equal(value, before.get(key, torch.zeros_like(value))), key
     assert state.skipped.tolist() == [1, 1, 1]
     assert state.progress.step == (1 if first else 3)
 
-    # and the run goes on as if the batch had not been there
+    # The run continues as if the batch had not existed.
     run_steps(state, [a_batch(seed=3)], name=name)
     assert state.skipped.tolist() == [1, 0, 1]
     state.networks.eval()
@@ -65,7 +65,7 @@ def test_a_step_with_a_nan_changes_nothing_of_any_network(optimizer, name, first
     assert not torch.equal(moved["members.student.0.weight"], before["members.student.0.weight"])
 
 
-def test_one_networks_nan_stops_the_other_network_too():
+def test_a_nan_in_one_network_skips_the_step_of_the_other():
     state = tiny_state()
     with torch.no_grad():
         state.networks.members["teacher"][4].weight[0, 0] = torch.inf
@@ -76,7 +76,7 @@ def test_one_networks_nan_stops_the_other_network_too():
     assert state.skipped.tolist() == [1, 1, 1]
 
 
-def test_a_part_with_a_nan_skips_the_whole_accumulated_step():
+def test_a_micro_batch_with_a_nan_skips_the_whole_step():
     state = tiny_state(accumulate=4)
     before = everything(state)
     run_steps(state, [a_batch(poisoned=True)])
@@ -85,14 +85,14 @@ def test_a_part_with_a_nan_skips_the_whole_accumulated_step():
 
 
 class NoNorm(nn.Sequential):
-    """Without batch norm the parts of a batch do not see one another."""
+    """A network without batch norm, so that the micro-batches of a batch are independent."""
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
 
 
-def test_accumulated_parts_add_up_to_the_batch():
-    """With a loss that couples the networks; test_step_equations has one that does not."""
+def test_accumulated_micro_batches_train_like_the_batch():
+    """The loss couples the networks; test_step_equations has a loss that does not."""
     whole, parts = tiny_state(NoNorm), tiny_state(NoNorm, accumulate=4)
     batches = [a_batch(seed=i) for i in range(3)]
     run_steps(whole, batches)
@@ -113,7 +113,7 @@ def test_a_skipped_step_does_not_count_as_an_update_of_the_average():
         assert torch.equal(value, before[key]), key
 
 
-# lift_fresh brings a Python number to the device through a copy from the host
+# lift_fresh copies a Python number from the host to the device
 HOST_READS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero",
     "aten::lift_fresh",
@@ -121,7 +121,7 @@ HOST_READS = {
 
 
 class Reads(TorchDispatchMode):
-    """Records operators that bring a value to the host."""
+    """Records operators that copy a value between the device and the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_is_read_from_the_device_between_logs(precision):
     state = tiny_state(ema_decay=0.9, clip_norm=1.0, accumulate=2, precision=precision)
-    objective = objective_of(state, "independent")  # bdkd on the CPU checks its labels there
+    objective = objective_of(state, "independent")  # not bdkd, which checks labels on a CPU
     state.networks.train()
     with Reads() as reads:
         trainer_of(state, objective).train_step(a_batch())
@@ -147,7 +147,7 @@ def test_nothing_is_read_from_the_device_between_logs(precision):
 
 
 class LossOperators(TorchDispatchMode):
-    """Notes the operators of the fused loss."""
+    """Records the operators of the fused loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class LossOperators(TorchDispatchMode):
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loss_is_one_operator_for_each_micro_batch(accumulate):
-    """Its gradients come with it: no second operator looks whether they still fit."""
+    """The operator returns the gradients too, so no second operator checks that they still fit."""
     state = tiny_state(accumulate=accumulate)
     state.networks.train()
     trainer = trainer_of(state, objective_of(state, backend="native"))
@@ -187,7 +187,7 @@ def test_bf16_and_channels_last_train():
 
 
 def test_fp16_scales_skips_and_recovers():
-    """fp16 on a CPU is slow: three steps. The loss scale is too high at first on purpose."""
+    """fp16 is slow on a CPU, so there are only three steps. The first loss scale is too high."""
     state = tiny_state(precision="fp16")
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = everything(state)
@@ -202,7 +202,7 @@ def test_fp16_scales_skips_and_recovers():
     assert not torch.equal(changed, before["members.student.0.weight"])
 
 
-def test_a_batch_splits_into_its_parts_in_order():
+def test_a_batch_splits_into_micro_batches_in_order():
     parts, last = zip(*a_batch(16).micro_batches(4), strict=True)
     assert last == (False, False, False, True)
     assert [len(part.target) for part in parts] == [4] * 4

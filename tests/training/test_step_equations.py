@@ -23,7 +23,7 @@ from bdkd.objectives import create_objective
 from bdkd.registry import OBJECTIVES
 
 CLASSES, SMOOTHING, DECAY = 5, 0.1, 0.05
-# 3 steps of 8 images are an epoch, which leaves 6 images over; 9 steps are all three epochs.
+# An epoch is 3 steps of 8 images and leaves 6 images over. The three epochs are 9 steps.
 BATCH_SIZE, IMAGES, EPOCHS, STEPS_PER_EPOCH = 8, 30, 3, 3
 WARM_UP, FINAL, PEAK = 2, 0.1, 0.2
 OWN_RATES = {"pupil": 0.05}  # the other networks have the optimizer's rate
@@ -34,7 +34,7 @@ class Small(nn.Module):
 
     def __init__(self, width: int, gain: float) -> None:
         super().__init__()
-        # A bias before a batch norm has no gradient but rounding, which AdamW would normalise.
+        # No bias before the batch norm: its gradient is only rounding, which AdamW would normalise.
         self.conv = nn.Conv2d(2, width, 2, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.linear = nn.Linear(4 * width, CLASSES)
@@ -53,10 +53,10 @@ ROLES = {"teacher": "teacher", "student": "student", "pupil": "student", "judge"
 def a_state(
     optimizer: SGDConfig | AdamConfig, last: dict[str, nn.Module] | None = None, **train
 ) -> TrainingState:
-    """Two students, a teacher, and a frozen network that nothing may change.
+    """Return a state of two students, a teacher and a frozen network.
 
     Args:
-        last: by network, a layer to put after it.
+        last: layers to append, by the name of the network.
     """
     recipe = load_recipe("digits")
     recipe = dataclasses.replace(
@@ -89,7 +89,8 @@ def a_batch(seed: int) -> Batch:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """The sum over the images; the label has 1 - SMOOTHING, and every class SMOOTHING / C."""
+    """Return the sum of the losses. A target has 1 - SMOOTHING for the label, plus SMOOTHING / C
+    for every class."""
     log_p = logits - logits.exp().sum(-1, keepdim=True).log()
     of_label = log_p[torch.arange(len(target)), target]
     return -((1 - SMOOTHING) * of_label + SMOOTHING * log_p.mean(-1)).sum()
@@ -103,7 +104,7 @@ def rate_factor(step: int) -> float:
 
 
 class Plain:
-    """One network, trained by the equations."""
+    """A network that is trained by the equations."""
 
     def __init__(
         self, network: nn.Module, rate: float, config: SGDConfig | AdamConfig, options
@@ -160,7 +161,7 @@ class Plain:
         kept = min(limit, 1 - self.steps ** (-2 / 3))
         for name, value in self.network.state_dict().items():
             if value.is_floating_point():
-                old = self.average.get(name, torch.zeros_like(value))  # weighs 0 at first
+                old = self.average.get(name, torch.zeros_like(value))  # has weight 0 at first
                 self.average[name] = kept * old + (1 - kept) * value
             else:
                 self.average[name] = value.clone()
@@ -199,10 +200,10 @@ CASES = {
 
 @pytest.mark.parametrize("loss_scale", [None, 2.0**10], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_what_its_equations_say(case, loss_scale):
-    """Every parameter of every network over a whole run, and what the log says of it.
+def test_training_equals_its_equations(case, loss_scale):
+    """Compare every parameter of every network, and the logged losses, over a whole run.
 
-    A loss scale is a power of two, so it must make no difference at all.
+    The loss scale is a power of two, so it must not change any result.
     """
     optimizer, options = CASES[case]
     state = a_state(optimizer, **options)
@@ -242,7 +243,7 @@ def test_training_is_what_its_equations_say(case, loss_scale):
         assert min(norms) < options["clip_norm"] < max(norms)
     averaged = {"student", "pupil"} if "ema_decay" in options else set()
     assert state.ema.keys() == {f"{name}_ema" for name in averaged}
-    for name in averaged:  # the weight of an average is a float32
+    for name in averaged:  # the weight of an update is a float32
         came = state.ema[f"{name}_ema"].state_dict()
         for key, value in plain[name].average.items():
             torch.testing.assert_close(came[key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
@@ -253,7 +254,7 @@ def test_training_is_what_its_equations_say(case, loss_scale):
 
 
 class RulesOut(nn.Module):
-    """Rules the first class out: its logit is -inf, whatever the network says."""
+    """Excludes the first class: its logit is always -inf."""
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits + torch.tensor([-torch.inf, 0, 0, 0, 0], dtype=logits.dtype)
@@ -262,7 +263,8 @@ class RulesOut(nn.Module):
 @pytest.mark.parametrize("method", ["independent", "bdkd"])
 @pytest.mark.parametrize("broken", ["teacher", "pupil"])
 def test_an_infinite_loss_skips_the_step_although_every_gradient_is_finite(broken, method):
-    """The cross entropy of a label that is ruled out is infinite; softmax minus label is not."""
+    """The cross entropy of an excluded label is infinite. Its gradient, softmax minus label, is
+    finite."""
     state = a_state(SGDConfig("sgd"), {broken: RulesOut()})
     objective = create_objective(OBJECTIVES.configure(method), state.recipe.networks)
     batch = a_batch(0)
@@ -288,7 +290,7 @@ class RootOfZero(nn.Module):
 
 @pytest.mark.parametrize("broken", ["teacher", "student", "pupil"])
 def test_a_gradient_that_is_not_finite_skips_the_step_of_every_network(broken):
-    """Of the first network, of the last one, and of one between them."""
+    """It may be a gradient of the first network, the last one, or one between them."""
     state = a_state(SGDConfig("sgd"), {broken: RootOfZero()})
     objective = create_objective(OBJECTIVES.configure("independent"), state.recipe.networks)
     before = copy.deepcopy(state.networks.state_dict())

@@ -1,4 +1,4 @@
-"""How well an interval used the machine, on a clock that only moves when it is told to."""
+"""Data wait, utilisation and memory of a log interval, measured with a fake clock."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def a_usage(world: int = 1) -> ThroughputMeter:
+def a_meter(world: int = 1) -> ThroughputMeter:
     recipe = load_recipe(TINY_RUN[0])
     return ThroughputMeter(components_of(recipe, context=DistributedContext(0, world)))
 
@@ -39,9 +39,9 @@ def a_batch(side: int) -> Batch:
     return Batch((torch.zeros(4, 3, side, side),), torch.zeros(4, dtype=torch.int64))
 
 
-def test_the_wait_for_data_is_its_share_of_the_interval(clock):
-    """The loader takes 1, 2 and 3 s for three batches and 4 s to find its end; a step takes 10."""
-    counted = a_usage()
+def test_data_wait_is_a_share_of_the_interval(clock):
+    """The loader takes 1, 2 and 3 s for three batches and 4 s to end. A step takes 10 s."""
+    counted = a_meter()
 
     def loader():
         for seconds in (1, 2, 3):
@@ -58,15 +58,16 @@ def test_the_wait_for_data_is_its_share_of_the_interval(clock):
     assert next(batches, None) is None
     assert counted.read(4, 17.0)["data_wait"] == pytest.approx((3 + 4) / 17)
     assert counted.read(4, 1.0)["data_wait"] == 0
+    # The wait and the interval are measured separately, so the wait may be longer.
     counted.waited = 2.0
-    assert counted.read(4, 1.9)["data_wait"] == 1.0  # clocks that are read at two moments
+    assert counted.read(4, 1.9)["data_wait"] == 1.0
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_the_utilisation_is_the_networks_operations_over_the_peak_of_all_devices(clock, world):
-    """At the size of the images that came last, as progressive resolution changes it."""
-    counted = a_usage(world)
-    assert counted.read(8, 1.0)["mfu"] is None  # nobody has published a CPU's
+def test_mfu_is_the_networks_operations_over_the_peak_of_all_devices(clock, world):
+    """Operations count at the size of the latest images, which progressive resolution changes."""
+    counted = a_meter(world)
+    assert counted.read(8, 1.0)["mfu"] is None  # no peak is published for a CPU
     counted.peak = 1e12
     for side in (8, 16):
         list(counted.watch([a_batch(side)]))
@@ -75,7 +76,7 @@ def test_the_utilisation_is_the_networks_operations_over_the_peak_of_all_devices
         assert counted.read(500, 2.0)["mfu"] == pytest.approx(flops * 250 / (world * 1e12))
 
 
-def test_a_frozen_teacher_counts_its_forward_pass(clock):
+def test_a_frozen_teacher_counts_only_its_forward_pass(clock):
     recipe = load_recipe(TINY_RUN[0])
     teacher = recipe.networks["teacher"]
     teacher = dataclasses.replace(teacher, frozen=True, weights="random")
@@ -88,4 +89,4 @@ def test_a_frozen_teacher_counts_its_forward_pass(clock):
 
 def test_the_memory_is_that_of_the_process(clock):
     before = peak_memory_mib(torch.device("cpu"))
-    assert a_usage().read(8, 1.0)["memory_mib"] >= before > 50
+    assert a_meter().read(8, 1.0)["memory_mib"] >= before > 50

@@ -1,4 +1,4 @@
-"""Weights of other trainers load, whatever wraps them, and no code in their files runs."""
+"""Weights of other trainers load from their wrappers, and no code in their files runs."""
 
 import argparse
 import collections
@@ -33,7 +33,7 @@ def network(model: str = MODEL, classes: int = 10, seed: int = 1) -> nn.Module:
 
 
 def load(path: Path, model: str = MODEL, classes: int = 10, name: str = "teacher", **options):
-    """Return a network with the weights in a file, and the line that says which."""
+    """Return a network with the weights in a file, and the message that describes them."""
     into = network(model, classes, seed=2)
     config = NetworkConfig(model, "teacher", weights=str(path), **options)
     return into, load_weights(into, name, config).text
@@ -128,7 +128,7 @@ def test_an_average_is_preferred_as_in_timm_and_a_key_chooses(tmp_path):
             load(path, weights_key="state_dct")
 
 
-def test_of_two_networks_in_a_file_the_name_chooses(tmp_path):
+def test_the_name_chooses_between_two_networks_in_a_file(tmp_path):
     one, two = network(seed=3), network(seed=4)
     state = prefixed("student.", one.state_dict()) | prefixed("teacher.", two.state_dict())
     path = saved(tmp_path / "two.ckpt", {"state_dict": state})
@@ -143,7 +143,7 @@ def test_of_two_networks_in_a_file_the_name_chooses(tmp_path):
         assert_same(load(path, name="pupil", weights_key=key)[0], two)
 
 
-def test_of_two_networks_that_differ_the_one_that_fits_loads(tmp_path):
+def test_the_only_network_in_a_file_that_fits_is_loaded(tmp_path):
     one = network()
     state = prefixed("a.", one.state_dict())
     state |= prefixed("b.", network("resnet20").state_dict())
@@ -178,7 +178,7 @@ def test_reset_head_keeps_a_new_classifier(tmp_path):
         ("imagenet_resnet18", ["it has 'layer1.1.bn1.bias' (64,)", "those of 'imagenet_resnet18'"]),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_described(given, reasons, tmp_path):
+def test_weights_that_do_not_fit_are_described(given, reasons, tmp_path):
     path = saved(tmp_path / "w.pt", {"model": network(given).state_dict()})
     with pytest.raises(RunError) as error:
         load(path)
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_described(given, reasons, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_name_that_is_nearly_right_is_shown(tmp_path):
+def test_the_nearest_name_to_a_missing_one_is_shown(tmp_path):
     state = network().state_dict()
     state["convolution.weight"] = state.pop("conv.weight")
     with pytest.raises(RunError, match=r"lacks 'conv.weight' .*nearest .* 'convolution.weight'"):
@@ -241,7 +241,7 @@ def script(path: Path) -> None:
         (script, r"TorchScript program; save torch.jit.load\('w.pt'\).state_dict\(\)"),
     ],
 )
-def test_what_is_no_file_of_weights_is_named(content, reason, tmp_path):
+def test_a_file_without_weights_is_described(content, reason, tmp_path):
     path = tmp_path / "w.pt"
     if callable(content):
         content(path)
@@ -338,7 +338,7 @@ def test_the_command_says_which_weights_it_loaded(tmp_path):
 
 
 def test_a_tensor_that_the_file_lacks_is_named(tmp_path):
-    """Also if no name in the file resembles it."""
+    """This is so even if no name in the file is similar."""
     state = network().state_dict()
     del state["conv.weight"]
     with pytest.raises(RunError, match=r"it lacks 'conv.weight' \(16, 3, 3, 3\)$"):

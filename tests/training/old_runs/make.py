@@ -3,13 +3,13 @@
     git worktree add /tmp/0b69d99 0b69d99
     python tests/training/old_runs/make.py /tmp/0b69d99
 
-Each run is trained to its last step with a checkpoint after every step. The folder keeps what a
-process that is killed after the step ``saved`` leaves: ``config.toml``, ``metrics.jsonl`` and that
-checkpoint. Then the old code resumes the folder, must arrive at the state of the run that was never
-killed, bit for bit, and what it arrives at is written as ``next.json`` and ``next.safetensors``.
+Each run trains to its last step and saves a checkpoint after every step. The folder keeps the files
+of a process that is killed after the step ``saved``: ``config.toml``, ``metrics.jsonl`` and that
+checkpoint. Then the old code resumes the folder. It must reach the state of the run that was never
+killed, bit for bit. ``next.json`` and ``next.safetensors`` record this state.
 
-The folders are committed: write them again only to add one (``--only NAME``), because a fixture
-that HEAD could write proves nothing about old runs.
+The folders are committed. Run this script only to add a folder (``--only NAME``): files that HEAD
+could write prove nothing about old runs.
 """
 
 import argparse
@@ -30,10 +30,11 @@ sys.path.insert(0, str(HERE.parent))
 from saved_vectors import read_state, vectors  # noqa: E402
 
 COMMIT = "0b69d99"
-MORE = 4  # steps that are trained on from the checkpoint that is kept
+MORE = 4  # steps to train after the kept checkpoint
 
-# 71 training images of 8x8 pixels, batches of 12: 5 steps an epoch, 15 in all. Two ResNet-8 of two
-# channels: most of the 75 KB of a checkpoint are torch.save's entries of 170 tensors.
+# 71 training images of 8x8 pixels in batches of 12 are 5 steps an epoch and 15 in all. The networks
+# are two ResNet-8 of two channels. Most of the 75 KB of a checkpoint are torch.save's entries for
+# 170 tensors.
 RECIPE = """
 name = "old-run"
 threads = 1
@@ -94,27 +95,27 @@ class OldRun(NamedTuple):
 
 
 RUNS = {
-    # Saved at the end of an epoch: no image of the next one is seen, its evaluation is done.
+    # Saved at the end of an epoch, after its evaluation and before any image of the next epoch.
     "sgd": OldRun(("--train.clip-norm", "1"), 5),
     "adamw": OldRun(
         ("--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-2", "--objective.name",
          "dml"), 7,
     ),
     "ema": OldRun(("--train.ema-decay", "0.9"), 7),
-    # Losses so large that the first steps overflow: the scale is not its initial value.
+    # The losses are so large that the first steps overflow and change the initial loss scale.
     "fp16": OldRun(
         ("--train.precision", "fp16", "--objective.student-ce", "8", "--objective.teacher-ce",
          "8", "--optimizer.learning-rate", "1e-2"), 7,
     ),
-    # Offline: the teacher is frozen and has no moments; the run that it came from is gone.
+    # Offline: the teacher is frozen and has no moments. The run that trained it is removed.
     "accumulate": OldRun(
         ("--train.accumulate", "3", "--objective.name", "kd", "--networks.teacher.frozen",
          "--networks.teacher.weights", TAUGHT), 7,
     ),
     "two-ranks": OldRun(("--distributed.compress", "bf16"), 7, ranks=2),
     "fsdp": OldRun(("--networks.teacher.shard", "--train.no-channels-last"), 7, ranks=2),
-    # In the second epoch and between two lines of the log, with an image for each network (kdcl)
-    # and every augmentation; the best student so far has a checkpoint of its own.
+    # Killed in the second epoch and between two lines of the log, with one view for each network
+    # (kdcl) and every augmentation. The best student so far has its own checkpoint.
     "mid-epoch": OldRun(
         ("--objective.name", "kdcl", "--data.cutout", "3", "--train.select", "best",
          "--log-every", "2"), 9,
@@ -182,7 +183,7 @@ def make(name: str, run: OldRun, tree: Path) -> None:
 
 
 def train(tree: Path, work: Path, ranks: int, *arguments: str) -> None:
-    """Run ``bdkd train`` of a worktree."""
+    """Run ``bdkd train`` with the code of a worktree."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {
         **os.environ, "PYTHONPATH": f"{tree}:{tree / 'kernels'}", "OMP_NUM_THREADS": "1",
@@ -211,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("worktree", type=Path, help=f"checkout of {COMMIT}, its kernel built")
+    parser.add_argument("worktree", type=Path, help=f"checkout of {COMMIT} with its kernel built")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     given = parser.parse_args()
     tree = given.worktree.resolve()
