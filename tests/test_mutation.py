@@ -51,6 +51,7 @@ def survivors(project: Path) -> list[str]:
     return [line[2:] for line in report.splitlines() if line.startswith("+ ")]
 
 
+@pytest.mark.soak
 def test_a_session_from_its_start_to_its_end(project):
     """Caught and missed changes are distinguished. Results are kept, and a new test is taken into
     account. A judgement removes a survivor from the list. The sample notices a weakened test."""

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 RUN = ROOT / "bench" / "results" / "2026-11-27-gpu-h200"
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_dry_run_writes_a_summary_and_few_files(tmp_path):
     """Only stage 3 runs, because `bench/gpu.sh OUT --stages 1 2 3 4 --dry-run` takes minutes."""

@@ -127,6 +127,7 @@ def test_help_fits_on_one_screen(capsys):
         assert word in text
 
 
+@pytest.mark.soak
 def test_suites_run_under_pytest_benchmark(tmp_path):
     """Runs in a separate process, because the plugin disables itself under xdist."""
     path = tmp_path / "benchmark.json"

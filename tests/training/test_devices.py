@@ -24,7 +24,7 @@ GPU = (
         "test_compiled.py test the options of a GPU",
     ),
 )
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.soak), pytest.param("cuda", marks=GPU)]
 OPTIONS = {
     "bf16": ["--train.precision", "bf16"],
     "fp16": ["--train.precision", "fp16"],
@@ -40,17 +40,15 @@ OPTIONS = {
 }  # fmt: skip
 ACCUMULATED = "channels last, accumulated"
 CASES = [("cpu", "bf16"), ("cpu", ACCUMULATED), *(("cuda", way) for way in OPTIONS)]
-# test_resume.py does this on the CPU in every run of the suite.
-MARKS = {("cpu", ACCUMULATED): pytest.mark.soak}
+# On the CPU, test_resume.py, test_update_bn.py, test_export.py and others do this in every run of
+# the suite. ``make soak`` repeats it here, so that these tests do not fail on a GPU first.
+ON_CPU = pytest.mark.soak
 # Accumulated runs are left out: batch norm over half batches gives other losses.
 COMPARABLE = [case for case in CASES if case[1] != ACCUMULATED]
 
 
-def cases(chosen):
-    marked = [
-        pytest.param(*case, marks=GPU if case[0] == "cuda" else MARKS.get(case, ()))
-        for case in chosen
-    ]
+def cases(chosen, on_cpu=()):
+    marked = [pytest.param(*case, marks=GPU if case[0] == "cuda" else on_cpu) for case in chosen]
     return pytest.mark.parametrize(("device", "way"), marked)
 
 
@@ -68,7 +66,7 @@ def final_state(run) -> dict:
     return state
 
 
-@cases(CASES)
+@cases(CASES, ON_CPU)
 def test_a_stopped_run_ends_like_a_run_that_was_not_stopped(device, way, tmp_path):
     """The states are equal bit for bit, because SMALL is deterministic."""
     command = [*SMALL, "--device", device, *OPTIONS[way]]

@@ -153,7 +153,7 @@ def test_a_hanging_rank_is_named_with_its_host(tmp_path):
     """SIGSTOP suspends the rank in the middle of its steps: it does not answer and does not end."""
     options = ("--shutdown-timeout", "1")
     with Launch(
-        2, tmp_path / "run", *TINY, "--distributed.timeout", "8", options=options
+        2, tmp_path / "run", *TINY, "--distributed.timeout", "4", options=options
     ) as launch:
         launch.until_step(6)
         launch.signal(1, signal.SIGSTOP)
@@ -161,7 +161,7 @@ def test_a_hanging_rank_is_named_with_its_host(tmp_path):
         launch.signal(1, signal.SIGKILL)  # torchrun would wait 30 s for the rank
         assert launch.end() == 1, launch.text()
     said = re.search(
-        r"^bdkd: rank 1 on .*: ended, or no answer for 8 s .* while rank 0 was at step (\d+); "
+        r"^bdkd: rank 1 on .*: ended, or no answer for 4 s .* while rank 0 was at step (\d+); "
         r"what was saved is whole, continue with --resume$",
         launch.text(),
         re.MULTILINE,
@@ -248,8 +248,14 @@ def test_only_connection_errors_mean_a_lost_rank():
     assert not DistributedContext().is_rank_lost(RuntimeError("gloo"))
 
 
-@pytest.mark.parametrize("how", ["deleted", "moved", "without checkpoints"])
-@pytest.mark.parametrize("log", [[], ["tensorboard"]], ids=["", "tensorboard"])
+@pytest.mark.parametrize(("how", "log"), [
+    ("deleted", ["tensorboard"]),
+    ("without checkpoints", []),
+    pytest.param("deleted", [], marks=pytest.mark.soak),
+    pytest.param("moved", [], marks=pytest.mark.soak),
+    pytest.param("moved", ["tensorboard"], marks=pytest.mark.soak),
+    pytest.param("without checkpoints", ["tensorboard"], marks=pytest.mark.soak),
+])  # fmt: skip
 def test_a_moved_or_deleted_folder_ends_the_run_in_one_line(how, log, tmp_path):
     """The run does not say that it is complete."""
     run, trash = tmp_path / "run", tmp_path / "trash"

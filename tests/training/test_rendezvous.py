@@ -9,6 +9,8 @@ import time
 import pytest
 from small_runs import TINY_RUN
 
+from bdkd.distributed.rendezvous import JoinError, read_launch
+
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "1"}
 
 
@@ -45,6 +47,19 @@ def line_of(process: subprocess.Popen) -> str:
         ({"MASTER_ADDR": "no-such-host.invalid"}, "cannot reach the others at no-such-host"),
         ({"RANK": "0"}, "waited 2 s (distributed.timeout) for rank 1: start every rank with"),
         ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a whole number from 1 to 65535, got 'abc'"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_cannot_join_says_why_in_one_line(variables, expected, tmp_path):
+    began, port = time.monotonic(), free_port()
+    process = start(tmp_path, **{"MASTER_PORT": port, **variables})
+    assert expected.format(port=port) in line_of(process)
+    assert time.monotonic() - began < 30  # the import of torch and the timeout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
         ({"MASTER_PORT": "99999"}, "MASTER_PORT must be a whole number from 1 to 65535"),
         ({"RANK": "2"}, "RANK must be a whole number from 0 to 1 (WORLD_SIZE is 2), got '2'"),
         ({"RANK": "x"}, "RANK must be a whole number from 0 to 1"),
@@ -54,12 +69,12 @@ def line_of(process: subprocess.Popen) -> str:
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number of at least 1"),
     ],
 )  # fmt: skip
-def test_a_rank_that_cannot_join_says_why_in_one_line(variables, expected, tmp_path):
-    began, port = time.monotonic(), free_port()
-    process = start(tmp_path, **{"MASTER_PORT": port, **variables})
-    assert expected.format(port=port) in line_of(process)
-    assert time.monotonic() - began < 30  # the import of torch and the timeout
-    assert not (tmp_path / "run").exists()
+def test_invalid_variables_are_named(variables, expected, monkeypatch):
+    for name, value in {**ADDRESS, "MASTER_PORT": "29500", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(JoinError) as raised:
+        read_launch()
+    assert str(raised.value).startswith(expected)
 
 
 def test_a_port_in_use_is_named(tmp_path):
