@@ -1,4 +1,4 @@
-"""A run belongs to its data set: every command refuses another one and says what differs."""
+"""Every command refuses to continue a run with another data set, and says what differs."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def made(without_figures, tmp_path_factory):
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch):
-    """A copy of both, to be changed."""
+    """A copy of the data set and the run that a test may change."""
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.copytree(made / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ CHANGES = [
 
 
 def last_step(run: Path) -> int:
-    """The last training step in the run's metrics."""
+    """Return the last training step in the run's metrics."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return max(json.loads(line).get("step", 0) for line in lines)
 
@@ -115,8 +115,8 @@ def test_another_data_set_is_refused(here, capsys, change, said):
     assert (here / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_same_data_set_elsewhere_is_the_same(here):
-    """Its place, its modification times and hidden files are no part of it."""
+def test_a_moved_data_set_is_the_same_data_set(here):
+    """The path, the modification times and hidden files are not part of its identity."""
     (here / "data").rename(here / "moved")
     (here / "moved" / "train" / "ant" / "._0.png").write_bytes(b"Mac OS X")
     main(["evaluate", "run", "--data-root", "moved", "--split", "test"])
@@ -125,7 +125,7 @@ def test_the_same_data_set_elsewhere_is_the_same(here):
     assert last_step(here / "run") == 2 * steps > 0
 
 
-def test_another_validation_part_is_not_another_data_set(here):
+def test_validation_noise_and_seed_do_not_change_the_identity(here):
     summary = json.loads((here / "run" / "summary.json").read_text())
     main(["train", *SMALL, "--data.root", str(here / "data"), "--run-dir", "other", "--quiet",
           "--data.validation", "0.4", "--data.label-noise", "0.2", "--seed", "3"])  # fmt: skip
@@ -139,11 +139,11 @@ def test_compare_and_report_refuse_runs_of_two_data_sets(here, capsys):
     main([*compare[:-5], "--seeds", "1", "--jobs", "1"])
     main(["report", "several", "--output", "page.html", "--no-tsne"])
     rename_class(here / "data")
-    line = refused(*compare, capsys=capsys)  # a teacher of before for the data of now
+    line = refused(*compare, capsys=capsys)  # the teacher was trained before the class was renamed
     assert "class 0 is 'bee' and was 'ant'" in line
     more = [*compare[:-5], "--seeds", "3", "--jobs", "1"]
     assert "class 0 is 'bee' and was 'ant'" in refused(*more, capsys=capsys)
-    # Found after the first run, and not when all are trained.
+    # The error is raised after the first run, not after all runs.
     assert not (here / "several" / "independent-seed2").exists()
     main(["train", *SMALL, "--data.root", str(here / "data"), "--run-dir", "other", "--quiet"])
     page = (here / "page.html").read_bytes()
@@ -153,7 +153,7 @@ def test_compare_and_report_refuse_runs_of_two_data_sets(here, capsys):
 
 
 def test_a_frozen_teacher_of_other_classes_is_refused(here, capsys):
-    """Its labels would be permuted. A network that trains may start from any weights."""
+    """Its labels would be permuted. A network that is trained may start from any weights."""
     rename_class(here / "data")
     start = ["train", *SMALL, "--data.root", str(here / "data"), "--quiet",
              "--networks.teacher.weights", "run"]  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_frozen_teacher_of_other_classes_is_refused(here, capsys):
     main([*start, "--run-dir", "two"])
 
 
-def test_runs_of_before_have_no_identity_and_are_taken():
+def test_older_runs_without_an_identity_are_accepted():
     known = {"source": "a", "classes": ["x"], "images": {"train": 1}, "digests": {"train": "0"}}
     assert difference(None, known) == ""
     assert difference(known, None) == ""
@@ -200,7 +200,7 @@ def test_every_part_of_an_identity_counts(change, said):
 
 
 def test_two_unicode_forms_of_a_class_name_are_told_apart():
-    """macOS copies "é" as two characters, which look like the one that Linux has."""
+    """macOS writes "é" as two characters, which look like the single character on Linux."""
     one = {"source": "a", "classes": ["caf\u00e9"], "images": {}, "digests": {"train": "0"}}
     two = {**one, "classes": ["cafe\u0301"]}
     assert difference(one, two) == (
@@ -209,7 +209,7 @@ def test_two_unicode_forms_of_a_class_name_are_told_apart():
 
 
 def test_every_source_has_an_identity(tmp_path):
-    """A source that forgets its digests would be taken for every other one."""
+    """A source without digests would be considered equal to every other data set."""
     import torch
 
     from bdkd.data import create_source

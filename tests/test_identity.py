@@ -1,4 +1,4 @@
-"""What is said of two identities of data sets that differ. See also test_data_identity."""
+"""Messages about data sets with different identities. See also test_data_identity."""
 
 import pytest
 
@@ -12,7 +12,7 @@ KNOWN = {
 CHANGES = [
     ({"source": "imagenet"}, "it is imagenet and was folder"),
     ({"classes": ["ant", "cow"]}, "class 1 is 'cow' and was 'bee'"),
-    # The same names in another order are other labels.
+    # The same names in another order have other labels.
     ({"classes": ["bee", "ant"]}, "class 0 is 'bee' and was 'ant'"),
     ({"classes": ["ant"]}, "it has 1 classes and had 2 (without 'bee')"),
     (
@@ -50,14 +50,14 @@ def test_the_first_difference_is_told_from_the_source_to_the_files():
     "unknown",
     [None, {}, KNOWN | {"digests": {}}, KNOWN | {"classes": [1, 2]}, KNOWN | {"images": None}],
 )
-def test_an_identity_that_was_not_kept_differs_from_none(unknown):
-    """Runs of older versions, and of sources of a user that give no digests."""
+def test_an_unknown_identity_equals_every_other(unknown):
+    """Runs of older versions, and runs with a user's own source, may have no digests."""
     other = KNOWN | {"source": "imagenet"}
     assert difference(unknown, other) == difference(other, unknown) == ""
     refuse_other_data([("one", unknown), ("two", other), ("three", unknown), ("four", other)])
 
 
-def test_of_several_runs_the_other_one_is_named_whichever_it_is():
+def test_the_run_with_another_data_set_is_named_at_any_position():
     other = KNOWN | {"classes": ["ant", "cow"]}
     refuse_other_data([])
     refuse_other_data([(name, dict(KNOWN)) for name in "abc"])
@@ -74,5 +74,5 @@ def test_of_several_runs_the_other_one_is_named_whichever_it_is():
 def test_class_lists_are_compared_by_name_and_place():
     assert class_difference(("ant", "bee"), ["ant", "bee"]) == ""
     assert class_difference([], ["ant"]) == "it has 1 classes and had 0 (with 'ant')"
-    # A name twice: the lists differ in length and in no name.
+    # One name occurs twice, so the lists have different lengths but the same names.
     assert class_difference(["ant", "bee"], ["ant", "bee", "bee"]) == "it has 3 classes and had 2"

@@ -1,4 +1,5 @@
-"""``bdkd train --data photos/ --teacher A --student B``: short options, and no recipe."""
+"""Short options, and training without a recipe, as in
+``bdkd train --data photos/ --teacher A --student B``."""
 
 import json
 import shutil
@@ -42,11 +43,11 @@ def expanded(line: str, recipe=DIGITS) -> list[str]:
         ("--seed 3 --epochs 5 --train.compile", "--seed 3 --train.epochs=5 --train.compile"),
     ],
 )
-def test_a_short_option_sets_its_key(line, long):
+def test_short_options_set_long_options(line, long):
     assert expanded(line) == long.split()
 
 
-def test_the_last_of_a_short_and_a_long_option_counts():
+def test_the_last_of_a_short_and_a_long_option_wins():
     first = parse_command(["digits", "--epochs", "5", "--train.epochs", "6"]).arguments.config
     last = parse_command(["digits", "--train.epochs", "6", "--epochs", "5"]).arguments.config
     assert (first.train.epochs, last.train.epochs) == (6, 5)
@@ -93,12 +94,12 @@ def test_photos_to_a_student_in_one_command(photos, capsys):
     run = photos.parent / "runs" / "my-bdkd-seed0"
     recipe = parse_recipe((run / "config.toml").read_text(), "config.toml")
     assert (recipe.data.source, recipe.data.root) == ("images", str(photos))
-    # 50 images: 10 to test, 4 to validate, 36 to train on in batches of 2.
+    # Of 50 images, 10 are for testing, 4 for validation, and 36 for training in batches of 2.
     assert recipe.train.batch_size == 2
     summary = json.loads((run / "summary.json").read_text())
     assert summary["images"] == 10
     assert [network["role"] for network in summary["networks"].values()] == ["teacher", "student"]
-    # The same command resumes the run, with its batch size, and so does its folder alone.
+    # The same command resumes the run with its batch size. So does the run folder without options.
     main([*line, "--data.workers", "0", "--resume"])
     main(["train", "--resume", "--run-dir", str(run), "--quiet"])
     assert (run / "config.toml").read_text().count("batch_size = 2") == 1
@@ -146,7 +147,7 @@ def test_a_folder_named_like_a_source_is_never_confused_with_it(photos, capsys):
 
 @pytest.mark.parametrize("name", ["digits", "images"])
 def test_a_folder_named_like_a_recipe_does_not_hide_it(name, tmp_path, monkeypatch):
-    """``bdkd compare digits --folder digits`` makes such a folder."""
+    """``bdkd compare digits --folder digits`` creates such a folder."""
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse_command([name]).arguments.config.name == name
@@ -165,7 +166,7 @@ def test_recipes_take_the_short_data_option_too(photos, capsys):
     ],
     ids=["one class", "three images"],
 )
-def test_too_few_photos_are_one_line(counts, words, tmp_path, monkeypatch, capsys):
+def test_too_few_photos_are_an_error_of_one_line(counts, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "p", **counts)
     code, message = failure(["train", "--data", "p", *PAIR], capsys)
@@ -174,7 +175,7 @@ def test_too_few_photos_are_one_line(counts, words, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "runs").exists()
 
 
-def test_nested_and_empty_folders_are_one_line(photos, capsys):
+def test_nested_and_empty_folders_are_errors_of_one_line(photos, capsys):
     nested = photos.parent / "nested"
     nested.mkdir()
     shutil.move(photos, nested / "pets")
@@ -185,7 +186,7 @@ def test_nested_and_empty_folders_are_one_line(photos, capsys):
     assert (code, "none holds no images" in message) == (1, True)
 
 
-def test_an_unknown_network_is_one_line(photos, capsys):
+def test_an_unknown_network_is_an_error_of_one_line(photos, capsys):
     code, message = failure(
         ["train", "--data", str(photos), *PAIR[:2], "--student", "rsnet8"], capsys
     )
@@ -205,7 +206,7 @@ def test_a_network_for_small_images_on_large_ones_is_a_warning(photos, monkeypat
     assert done.stderr.count("warning: networks.teacher: resnet18 is a network for small") == 1
 
 
-def test_the_folder_of_a_run_after_resume_is_explained(photos, capsys):
+def test_resume_with_a_run_folder_suggests_run_dir(photos, capsys):
     code, message = failure(["train", "--resume", str(photos)], capsys)
     assert (code, f"pass --resume --run-dir {photos}" in message) == (2, True)
 
@@ -229,7 +230,7 @@ def test_benchmarks_take_folders_with_any_name(name, photos, capsys):
     assert "training step" in capsys.readouterr().out
 
 
-def test_one_data_set_is_given_once(photos, capsys):
+def test_two_data_sets_in_one_command_are_refused(photos, capsys):
     for more in (["--data.source", "digits"], ["--data.root", "x"], ["--data", "digits"]):
         code, message = failure(["train", "--data", str(photos), *PAIR, *more], capsys)
         assert code == 2

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Labels ``(B,)`` int64, or ``(B, classes)`` soft labels for mixed images."""
 
     def micro_batches(self, parts: int) -> Iterator[tuple["Batch", bool]]:
-        """Yield ``parts`` equal parts of the batch, each with whether it is the last part."""
+        """Yield ``parts`` equal parts of the batch as pairs (part, whether it is the last one)."""
         targets = self.target.chunk(parts)
         views = zip(*(view.chunk(parts) for view in self.views), strict=True)
         for number, (part, target) in enumerate(zip(views, targets, strict=True), 1):
@@ -68,7 +68,8 @@ class DataInfo:
     """The description of a data set.
 
     ``digests`` and ``files`` cover the whole data set without the images of ``data.exclude``,
-    before validation images are held out and before subset and noise. See ``bdkd.data.digest``.
+    before validation images are held out and before subset and noise are applied. See
+    ``bdkd.data.digest``.
     """
 
     source: str
@@ -82,10 +83,10 @@ class DataInfo:
     counts: dict[Split, int]
     """Number of images of each split. ``val`` may have none."""
     normalisation: Normalisation | None = None
-    """How pixels were normalised. None: images are not pixels."""
+    """The normalisation of the pixels. None: the inputs are not pixels."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of ``train`` and of ``test`` in hex. Without them, two data sets with the same
-    classes and counts are taken for the same."""
+    """SHA-256 of ``train`` and of ``test`` in hex. Without digests, two data sets with the same
+    classes and counts are considered the same."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Number of images that each digest covers."""
 
@@ -106,9 +107,11 @@ class ImagesConfig(DataConfig):
     """Options that the built-in data sources share."""
 
     train_images: Annotated[int, Bounds(ge=2)] | None = None
-    """Number of the remaining images to train on, in the same class proportions. Default: all."""
+    """Number of training images to use, with the class proportions of the data set. Validation
+    images are held out first. Default: all."""
     label_noise: Share = 0.0
-    """Share of the training labels replaced by a random other class. Independent of the seed."""
+    """Share of the training labels to replace by a random other class. The replaced labels do not
+    depend on the seed."""
     flip: bool = False
     """Augmentation: mirror each training image with probability 1/2."""
 
@@ -117,13 +120,14 @@ class SourceContext(NamedTuple):
     """Where and how a data source returns images."""
 
     seed: int
-    """Of the order and the augmentation of training images."""
+    """Seed of the order and the augmentation of training images."""
     device: torch.device
-    """Of images and labels."""
+    """Device of images and labels."""
     memory_format: torch.memory_format
-    """Of images."""
+    """Memory format of images."""
     dtype: torch.dtype = torch.float32
-    """Of training images. A source may always return float32, and evaluation images are float32."""
+    """Data type of training images. A source may return float32 instead. Evaluation images are
+    always float32."""
 
 
 class DataSource(Protocol):
@@ -139,7 +143,7 @@ class DataSource(Protocol):
         The order and augmentation of an image do not depend on the shard.
 
         Args:
-            epoch: number of epochs that were completed before: 0 in the first epoch.
+            epoch: number of epochs that are completed, 0 in the first epoch.
             start: position in the epoch at which to start, in images of all ranks.
             batch_size: number of images of all ranks.
             views: number of augmentations of each image.
@@ -162,7 +166,7 @@ def nothing_missing(root: Path) -> str:
 
 @dataclass(frozen=True)
 class SourceEntry(Entry):
-    """A registered data source, and what ``bdkd data list`` shows of it."""
+    """A registered data source, with the facts that ``bdkd data list`` shows."""
 
     reads: str = ""
     needs_root: bool = False
@@ -175,17 +179,17 @@ def register_source(
 ) -> Callable[[Load], Load]:  # fmt: skip
     """Return a decorator that registers a data source.
 
-    It decorates a function (or class) of a ``config`` and a :class:`SourceContext`, which returns a
+    The decorated function (or class) takes a ``config`` and a :class:`SourceContext`, and returns a
     :class:`DataSource`.
 
     Args:
         name: the value of ``data.source``.
         config: a frozen dataclass with the options of the source, a subclass of
             :class:`bdkd.config.DataConfig`.
-        reads: what the source reads, for ``bdkd data list``.
+        reads: description of the data, for ``bdkd data list``.
         needs_root: whether ``data.root`` must be set.
-        missing: returns what is missing to use the source with a folder as ``data.root``, with the
-            remedy, or an empty string.
+        missing: function of a folder that is used as ``data.root``. It returns a message that says
+            what is missing and how to get it, or an empty string if the source is ready.
     """
     facts = {"reads": reads, "needs_root": needs_root, "missing": missing}
     return SOURCES.decorator(name, config, DataConfig, SourceEntry, **facts)
@@ -206,7 +210,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the remaining images and of a held-out share of each class.
 
-    Classes with two or more images have at least one image on either side.
+    Classes with two or more images have at least one image in each of the two parts.
 
     Args:
         labels: ``(N,)`` integers.
@@ -225,7 +229,7 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
 def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return the indices of ``count`` images with the class proportions of ``labels``.
 
-    A smaller subset is part of a larger one.
+    With the same seed, a smaller subset is contained in a larger one.
 
     Args:
         labels: ``(N,)`` integers.

@@ -11,16 +11,16 @@ from bdkd.registry import SOURCES
 
 
 class ListedSource(NamedTuple):
-    """A data source on this machine."""
+    """A data source, and whether it can be used on this machine."""
 
     name: str
     """The value of ``data.source``, or ``hf`` for Hugging Face data sets."""
     reads: str
-    """What it reads."""
+    """Description of the data that it reads."""
     needs_root: bool
     """Whether ``data.root`` must be set."""
     download_bytes: int | None
-    """Size of what ``bdkd data fetch`` downloads. None: it does not know the data set."""
+    """Bytes that ``bdkd data fetch`` downloads. None: it cannot download this data set."""
     ready: bool
     """Whether the source can be used here."""
     missing: str
@@ -33,7 +33,7 @@ def listed_sources(root: Path) -> list[ListedSource]:
     """Return every registered data source, with ``root`` as the folder of the data sets."""
     missing = missing_datasets()
     hugging_face = ListedSource(
-        "hf", "Hugging Face data sets: of the Hub, saved with save_to_disk, or Parquet files", True,
+        "hf", "Hugging Face data sets: from the Hub, from save_to_disk, or Parquet files", True,
         None, not missing, missing, "bdkd train --data hf:NAME",
     )  # fmt: skip
     return [*(_listed(name, root) for name in SOURCES), hugging_face]

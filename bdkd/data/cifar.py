@@ -130,14 +130,15 @@ def _from_archive(layout: Layout, path: Path, wanted: tuple[str, ...]) -> dict[s
 
 
 def _images(layout: Layout, contents: dict[str, dict[str, Any]], name: str, classes: int) -> Images:
-    """Return the images of one file: rows of 3,072 bytes, the red, green and blue plane."""
+    """Return the images of one file. Each row of 3,072 bytes is the red plane of an image, followed
+    by the green plane and the blue plane."""
     pixels, labels = contents[name].get("data"), contents[name].get(layout.labels)
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
         raise _wrong(layout, name, f"no rows of {3 * SIDE**2} bytes 'data'")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(
         isinstance(label, int) and 0 <= label < classes for label in labels
     ):  # fmt: skip
-        content = f"no list {layout.labels!r} of a class 0..{classes - 1} an image"
+        content = f"no list {layout.labels!r} with a class from 0 to {classes - 1} for each image"
         raise _wrong(layout, name, content)
     planes = torch.from_numpy(pixels.copy()).view(-1, 3, SIDE, SIDE)
     return Images(planes, torch.tensor(labels, dtype=torch.int64))
@@ -145,6 +146,6 @@ def _images(layout: Layout, contents: dict[str, dict[str, Any]], name: str, clas
 
 def _wrong(layout: Layout, name: str, what: str) -> RunError:
     return RunError(
-        f"the file {name} of {layout.source} holds {what}: it is not the original; "
+        f"the file {name} of {layout.source} holds {what}: it is not the original file; "
         f"{where_to_get(layout.source)}"
     )

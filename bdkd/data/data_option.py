@@ -16,9 +16,9 @@ def data_options(text: str) -> dict[str, str]:
     """Return the options ``source`` and ``root`` of ``[data]`` for the name of a data source, a
     path, or ``hf:NAME``.
 
-    A folder that holds CIFAR, Fashion-MNIST or Tiny-ImageNet as downloaded is read by the source of
-    that name, and every other folder by the source ``images``. A folder with the name of a source
-    that needs a folder is that folder.
+    If a folder holds a downloaded CIFAR, Fashion-MNIST or Tiny-ImageNet, the source of that data
+    set reads it. The source ``images`` reads every other folder. If the text is the name of a
+    folder and also of a source that needs ``data.root``, it means the folder.
 
     Raises:
         UsageError: the text is none of these; it names both a folder and a source that reads no
@@ -58,7 +58,7 @@ def _downloaded(path: Path) -> list[str]:
         or (path / archive.folder).is_dir()
         or (path / archive.file).is_file()
     ]
-    # The files of a set may have the names of another set's, so the folder must have its name too.
+    # Another data set can have files of the same names (MNIST), so the folder name must match too.
     sets = [
         source
         for source, known in FILE_SETS.items()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "AVIF")
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2 * 89_478_485  # pixels; Pillow refuses more (Image.MAX_IMAGE_PIXELS)
-LARGEST_FILE = 4 * LARGEST + (1 << 20)  # bytes; that many pixels without compression
-# Images of more pixels are decoded one after the other, because each takes up to 1.2 GB and there
+LARGEST_FILE = 4 * LARGEST + (1 << 20)  # bytes of LARGEST pixels without compression
+# Images with more pixels are decoded one after the other, because each takes up to 1.2 GB and there
 # are up to 16 threads.
 LARGE = 1 << 24
 # Modes that convert to 8-bit RGB. As in DALI and torchvision, transparency is dropped and EXIF
@@ -87,7 +87,7 @@ def decode_rgb(content: bytes) -> "Image.Image":
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """Return an image as 8-bit RGB. 16-bit grey values lose their lower byte, as in Pillow's
+    """Return an image as 8-bit RGB. 16-bit grey values keep their upper byte, as in Pillow's
     conversion of 16-bit colour.
 
     Raises:
@@ -99,8 +99,8 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in MODES:
         raise UndecodableError(
-            f"a {image.format} of mode {image.mode} has no defined 8-bit picture: convert it to "
-            "8-bit grey or RGB"
+            f"a {image.format} of mode {image.mode} has no standard conversion to 8 bits: convert "
+            "it to 8-bit grey or RGB"
         )
     image.info.pop("transparency", None)  # avoids a warning of Pillow
     return image.convert("RGB")
@@ -127,7 +127,7 @@ def png_is_whole(content: bytes) -> bool:
             return False
         if zlib.crc32(memoryview(content)[position + 4 : end]) != int.from_bytes(checksum, "big"):
             name = kind.decode("ascii", "backslashreplace")
-            raise UndecodableError(f"the checksum of its {name} chunk does not fit: it is damaged")
+            raise UndecodableError(f"the checksum of its {name} chunk is wrong: it is damaged")
         if kind == b"IEND":
             return True
         position = end + 4

@@ -27,7 +27,7 @@ Digests = Mapping[OwnSplit, Digest]
 
 
 def digest_pixels(pixels: Tensor, labels: Tensor) -> Digest:
-    """Return the digest of images in memory, which depends on their order.
+    """Return the digest of images in memory. It depends on the order of the images.
 
     Args:
         pixels: ``(N, C, H, W)`` uint8.

@@ -1,7 +1,7 @@
 """Fashion-MNIST from its original IDX files: 28x28 grey images of clothes in ten classes.
 
-Source: Xiao, Rasul and Vollgraf, arXiv 1708.07747. Debian packages the files, so that
-``apt install dataset-fashion-mnist`` is enough.
+Source: Xiao, Rasul and Vollgraf, arXiv 1708.07747. On Debian, ``apt install dataset-fashion-mnist``
+installs the files.
 """
 
 import gzip
@@ -26,7 +26,7 @@ CLASSES = (
     "Ankle boot",
 )  # fmt: skip
 SIDE = 28
-# Of the unpacked files
+# SHA-256 of the unpacked files
 SHA256 = {file.file.removesuffix(".gz"): file.sha256 for file in FILE_SETS[SOURCE].files}
 PARTS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}  # split -> prefix, images
 REMEDY = (
@@ -64,7 +64,7 @@ def _names(split: str) -> tuple[str, str]:
 
 
 def _is_there(folder: Path, name: str) -> bool:
-    """Return whether a folder holds a file, packed or unpacked."""
+    """Return whether a folder holds a file, compressed or not."""
     return any((folder / (name + suffix)).is_file() for suffix in ("", ".gz"))
 
 
@@ -84,8 +84,11 @@ def _images(folder: Path, split: str) -> Images:
 
 
 def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the bytes of an IDX file, which may be packed: two zero bytes, the type 8 (unsigned
-    bytes), the number of dimensions, each dimension as a big-endian 32-bit integer, the values."""
+    """Return the values of an IDX file, which may be compressed with gzip.
+
+    The file consists of two zero bytes, the type 8 (unsigned bytes), the number of dimensions, each
+    dimension as a big-endian 32-bit integer, and the values.
+    """
     path = folder / name
     if not path.is_file():
         path = folder / f"{name}.gz"
@@ -94,17 +97,18 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     try:
         with open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
             stream = unpacked if path.suffix == ".gz" else file
-            content = stream.read(expected + 1)  # one more, to notice a longer file
+            content = stream.read(expected + 1)  # one more, to detect a longer file
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise RunError(f"cannot read {path}: {reason_of(error)}; {REMEDY}") from error
         raise RunError(f"{path} is damaged or incomplete ({error}): {REMEDY}") from error
     if not content.startswith(header) or len(content) != expected:
         needed = f"an IDX file of {' x '.join(map(str, shape))} bytes"
-        raise RunError(f"{path} is not {needed}: it is not the original; {REMEDY}")
+        raise RunError(f"{path} is not {needed}: it is not the original file; {REMEDY}")
     # MNIST and Kuzushiji-MNIST have files of the same names and shapes.
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise RunError(
-            f"{path} has the size of the original and another content (is it MNIST?): {REMEDY}"
+            f"{path} has the size of the original file but different content (is it MNIST?): "
+            f"{REMEDY}"
         )
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape).copy()

@@ -1,7 +1,7 @@
 """Download data sets from their original hosts for ``bdkd data fetch``. Training never downloads.
 
-A data set is an archive, which is unpacked, or several compressed files, which are kept as they
-are. Both are verified against a known SHA-256 first.
+A data set is an archive, which is unpacked, or several compressed files, which stay compressed.
+Every file is first verified against a known SHA-256.
 """
 
 import errno
@@ -64,8 +64,8 @@ class Archive:
 class GzipFile:
     """A compressed file to download, which is kept compressed.
 
-    The SHA-256 is of the content, because compressed files with the same content differ: those of
-    Debian's packages have no file names in their headers.
+    The SHA-256 is that of the uncompressed content, because compressed files can differ although
+    their content is the same: Debian's files have no file names in their headers.
     """
 
     url: str
@@ -83,8 +83,9 @@ class GzipFile:
         return self.size
 
     def sha256_of(self, path: Path) -> str:
-        """Return the SHA-256 to compare with ``self.sha256``, or that of the file as it is if it
-        cannot be unpacked. At most one byte more than the known length is unpacked."""
+        """Return the SHA-256 of the content, to compare with ``self.sha256``. If the file cannot be
+        decompressed, return the SHA-256 of the file itself. At most one byte more than the known
+        length is decompressed."""
         with open(path, "rb") as file:
             try:
                 with gzip.open(file) as content:
@@ -198,10 +199,10 @@ def fetch(name: str, to: Path, known: Mapping[str, Archive | FileSet] = DATA_SET
             _fetch_archive(data_set, to)
         else:
             _fetch_files(data_set, to / data_set.folder)
-    except OSError as error:  # not of the network, whose errors are RunErrors here
+    except OSError as error:  # of the disk: errors of the network are RunErrors already
         reason = reason_of(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += "; make room and run it again to continue the download"
+            reason += "; make room, and run this again to continue the download"
         raise RunError(f"cannot write in {to}: {reason}") from error
     return to / data_set.folder
 
@@ -220,7 +221,7 @@ def _fetch_archive(archive: Archive, to: Path) -> None:
 
 
 def _fetch_files(data_set: FileSet, folder: Path) -> None:
-    """Create each file atomically. A user may have put some of them there."""
+    """Download each file that is missing, and verify each file that exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in data_set.files:
         path = folder / file.file
@@ -231,7 +232,7 @@ def _fetch_files(data_set: FileSet, folder: Path) -> None:
 
 
 def _verify(file: Archive | GzipFile, path: Path, remedy: str) -> None:
-    with open_regular(path) as opened:  # a pipe would never end
+    with open_regular(path) as opened:  # raises for a pipe, whose content would never end
         size = os.fstat(opened.fileno()).st_size
     if (found := file.sha256_of(path)) != file.sha256:
         raise RunError(
@@ -246,7 +247,7 @@ def _download(archive: Archive | GzipFile, packed: Path) -> None:
     if free < needed:
         raise RunError(
             f"{packed.parent} has {free / 1e9:.2f} GB free, and {archive.file} needs "
-            f"{needed / 1e9:.2f} GB for itself and what is unpacked: make room, or pass another "
+            f"{needed / 1e9:.2f} GB, including the unpacked files: make room, or pass another "
             "folder with --to"
         )
     part = packed.with_name(packed.name + ".part")
@@ -254,7 +255,9 @@ def _download(archive: Archive | GzipFile, packed: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError as error:
-            raise RunError(f"another bdkd data fetch is downloading {packed}: wait") from error
+            raise RunError(
+                f"another bdkd data fetch is downloading {packed}: wait until it has ended"
+            ) from error
         try:
             if file.tell() < archive.size:
                 _append(archive, part, file)
@@ -294,9 +297,8 @@ def _append(archive: Archive | GzipFile, part: Path, file: BinaryIO) -> None:
             have = 0
         if response.length is not None and have + response.length != archive.size:
             raise RunError(
-                f"{host} offers {have + response.length:,} bytes as {archive.file}, which has "
-                f"{archive.size:,}: something else answers in its place; is there a proxy or a "
-                "login page?"
+                f"{host} offers {have + response.length:,} bytes as {archive.file}, but the file "
+                f"has {archive.size:,} bytes: check whether a proxy or a login page answers instead"
             )
         with tqdm(
             total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.file,
@@ -316,7 +318,7 @@ def _append(archive: Archive | GzipFile, part: Path, file: BinaryIO) -> None:
     if have < archive.size:
         raise RunError(
             f"the download of {archive.file} broke off after {have:,} of {archive.size:,} bytes "
-            f"({failure}): run it again to continue from there"
+            f"({failure}): run this again to continue from there"
         )
 
 

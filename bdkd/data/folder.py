@@ -35,7 +35,7 @@ def load(config: FolderConfig, context: SourceContext) -> InMemory:
 
     Raises:
         UsageError: ``data.root`` is not set, or an option does not apply.
-        RunError: a folder is missing or holds too few images, or the layout is another one.
+        RunError: a folder is missing or holds too few images, or its layout is not supported.
     """
     root = required_root(config)
     require_pillow()

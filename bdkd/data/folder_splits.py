@@ -1,5 +1,5 @@
-"""Find the classes and splits of a folder of images: ``train/<class>/*`` and other splits, or a
-flat folder ``<class>/*``."""
+"""Find the classes and splits in a folder of images. Its layout is ``train/<class>/*`` with other
+splits next to ``train``, or ``<class>/*`` without splits."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from bdkd.errors import RunError
 from bdkd.text import unicode_hint, unicode_hint_of_path
 
 LAYOUT = "<class>/*.jpg, or train/<class>/*.jpg and test/<class>/*.jpg"
-DEPTH = 3  # folders below data.root in which a data set is looked for, for a message
+DEPTH = 3  # levels below data.root that are searched for a data set, to suggest it in a message
 
 
 def require_folder(root: Path) -> None:
@@ -34,7 +34,7 @@ def find_folders(root: Path) -> FoundImages:
     """Index every image in the class folders of each split. No image is opened.
 
     Raises:
-        RunError: a folder is missing, or the layout is another one.
+        RunError: a folder is missing, or its layout is not supported.
     """
     require_folder(root)
     folders = class_folders(root)
@@ -54,7 +54,7 @@ def find_folders(root: Path) -> FoundImages:
         note(f"{root / name} is not used: it holds {count} images and no class folders")
     if others := [f"{name}/" for name in folders if name not in named]:
         shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
-        note(f"{root} holds more than splits, which is not used: {shown}")
+        note(f"{root} holds folders that are not splits and are not used: {shown}")
     return _split_folders(root, val_as_test(roles))
 
 
@@ -140,7 +140,7 @@ def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
 
 
 def _check_nested(folder: Path, classes: tuple[str, ...], index: Index) -> None:
-    """Raise ``RunError`` if a class has no images itself, but folders."""
+    """Raise ``RunError`` if a class folder holds folders instead of images."""
     counts = np.bincount(index.labels, minlength=len(classes))
     for label in np.flatnonzero(counts == 0):
         if inner := class_folders(folder / classes[label]):

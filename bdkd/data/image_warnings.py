@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 MOST = 100  # lines to show; a data set may have the same fault in every image
 
-_thread = threading.local()  # .lines: of the image that the thread decodes
+_thread = threading.local()  # .lines: warnings about the image that the thread decodes
 _shown: set[str] = set()
 _previous: Callable[..., object] = warnings.showwarning
 
 
 @contextmanager
 def recorded(name: str) -> Iterator[list[str]]:
-    """Collect the warnings that this thread causes in the context, as lines with the name."""
+    """Collect the warnings of this thread within the context, as lines that name the image."""
     _install()
     before = getattr(_thread, "lines", None)
     _thread.lines = texts = list[str]()
@@ -35,7 +35,8 @@ def recorded(name: str) -> Iterator[list[str]]:
 
 @contextmanager
 def shown(name: str) -> Iterator[None]:
-    """Show the warnings of the context, unless an error describes the image."""
+    """Show the warnings within the context. If an error is raised, it describes the image, and no
+    warning is shown."""
     with recorded(name) as lines:
         yield
     show(lines)
@@ -53,12 +54,13 @@ def show(lines: Iterable[str]) -> None:
 
 
 def _install() -> None:
-    """Direct warnings to this module. Repeated, because ``warnings.catch_warnings`` undoes it."""
+    """Direct warnings to this module. Each context does so, because ``warnings.catch_warnings``
+    undoes it."""
     global _previous
     if warnings.showwarning is not _receive:
         _previous = warnings.showwarning
         warnings.showwarning = _receive
-        # Options of Python (-W) come first.
+        # Python's option -W takes precedence.
         warnings.filterwarnings("always", module=r"PIL\b", append=bool(sys.warnoptions))
 
 

@@ -1,6 +1,6 @@
 """Data sets that fit into device memory. They need no loader process.
 
-A whole batch is cropped, flipped and cut out at once. Each rank draws the numbers of the global
+A batch is cropped, flipped and cut out as a whole. Each rank draws the random numbers of the global
 batch and keeps its part, so the augmentation of an image does not depend on the number of ranks.
 """
 
@@ -33,14 +33,14 @@ class InMemoryConfig(ImagesConfig):
 
     pixel_noise: Share = 0.0
     """Standard deviation of Gaussian noise on all images (train, val and test), as a share of the
-    largest pixel value. Independent of the seed."""
+    largest pixel value. The noise does not depend on the seed."""
     crop: NotNegative[int] = 0
-    """Augmentation: pad each training image by this number of pixels, then cut a random crop of the
-    original size (4 is torchvision's RandomCrop(padding=4))."""
+    """Augmentation: pad each training image by this number of pixels, then take a random crop of
+    the original size, as torchvision's RandomCrop with this padding does. 0: off."""
     crop_padding: Literal["zero", "reflect", "edge"] = "zero"
     """Content of the padding: zeros, the mirrored image, or the repeated border."""
     cutout: NotNegative[int] = 0
-    """Augmentation: set a random square of this side in pixels to the mean colour."""
+    """Augmentation: side in pixels of a random square that is set to the mean colour. 0: off."""
 
 
 class Images(NamedTuple):
@@ -106,8 +106,8 @@ def crop_and_flip(pixels: Tensor, chosen: Tensor, draws: Draws, padding: str) ->
 
 
 def cut_out(images: Tensor, draws: Draws, size: int) -> Tensor:
-    """Set a square of each image (B, C, H, W) to 0, the mean (DeVries and Taylor, 2017, arXiv
-    1708.04552)."""
+    """Set a square of each image (B, C, H, W) to 0, the mean of normalised images (DeVries and
+    Taylor, 2017, arXiv 1708.04552)."""
     _, _, height, width = images.shape
     rows = torch.arange(height, device=images.device) - draws.hole_top[:, None]  # (B, H)
     columns = torch.arange(width, device=images.device) - draws.hole_left[:, None]  # (B, W)
@@ -136,7 +136,7 @@ class InMemory:
         splits: ``train``, ``val`` and ``test``.
         classes: names in the order of the labels.
         scale: the largest pixel value.
-        digests: of the data set before it was split.
+        digests: digests of the data set before it was split.
 
     Raises:
         UsageError: the crop or cutout is too large for the images.

@@ -20,7 +20,7 @@ from bdkd.text import read_text, text_lines, unicode_hint
 
 # The suffixes of torchvision.datasets.ImageFolder.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Of images that no source reads. They are left out with a note.
+# Suffixes of images that no source reads. A note says that these files are not used.
 OTHER_IMAGE_SUFFIXES = (
     ".gif", ".jfif", ".jpe", ".jp2", ".heic", ".heif", ".avif", ".tga", ".ico", ".svg", ".dng",
 )  # fmt: skip
@@ -61,11 +61,11 @@ def class_folders(folder: Path) -> tuple[str, ...]:
                 f"{entry.path} is a symbolic link to something that does not exist, and may be a "
                 "class: repair or remove it"
             )
-    # Of two names in one Unicode form, the dictionary keeps the last.
+    # Names that differ only in their Unicode form have one key, which keeps the last name.
     by_form = {normalize("NFC", name): name for name in found}
     if len(by_form) < len(found):
         hint = unicode_hint(found, by_form.values())
-        raise RunError(f"{folder} holds two classes of one name{hint}")
+        raise RunError(f"{folder} holds two classes with the same name{hint}")
     return tuple(sorted(found))
 
 
@@ -76,8 +76,8 @@ def image_files(folder: Path) -> list[str]:
 
 
 def unlisted_images(folder: Path) -> list[str]:
-    """Return the sorted names of the files in ``folder`` that are images by their suffix, but not
-    with one of :data:`IMAGE_SUFFIXES`."""
+    """Return the sorted names of the files in ``folder`` with one of
+    :data:`OTHER_IMAGE_SUFFIXES`."""
     return sorted(e.name for e in _entries(folder) if e.name.lower().endswith(OTHER_IMAGE_SUFFIXES))
 
 
@@ -87,8 +87,8 @@ def archive_files(folder: Path) -> list[Path]:
 
 
 def record_files(files: Sequence[Path]) -> list[Path]:
-    """Return the files that are named like TFRecords; if there are none, all files except those
-    with the suffix of another format."""
+    """Return the files that are named like TFRecords. If there are none, return all files except
+    those with the suffix of another format."""
     named = [file for file in files if RECORDS.search(file.name)]
     return named or [file for file in files if not NO_RECORDS.search(file.name)]
 
@@ -113,8 +113,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _holds_only_hidden(folder: Path) -> bool:
-    """Return whether a folder is not empty, and all its entries are hidden. This stops at the first
-    entry that is not hidden, because a class may hold thousands of images."""
+    """Return whether a folder has entries and all of them are hidden. The listing stops at the
+    first entry that is not hidden, because a class may hold thousands of images."""
     try:
         with os.scandir(folder) as entries:
             hidden = (is_hidden(entry.name) for entry in entries)

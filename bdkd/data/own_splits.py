@@ -1,4 +1,4 @@
-"""The splits of a user's own data set: those that it has, and a test split held out if it has none.
+"""The splits of a user's own data set. If it has no test split, test images are held out.
 
 The sources ``images`` and ``folder`` share this module.
 """
@@ -36,11 +36,11 @@ class OwnSplitsConfig(ImagesConfig):
     """Options of the sources that read a user's own data set."""
 
     test_share: Annotated[float, Bounds(gt=0, lt=1)] = 0.2
-    """Share of the images of each class that is held out as the test split, if the data set has
-    none. Independent of the seed."""
+    """Share of the images of each class to hold out as the test split, if the data set has none.
+    The held-out images do not depend on the seed."""
     use_val_split: bool = True
-    """If the data set has a test split and a validation split, use the latter as validation images.
-    false: do not read it, and hold out data.validation of the training images."""
+    """Whether to use the data set's own validation split, if it has a test split too. false: hold
+    out data.validation of the training images instead."""
 
     def has_validation(self) -> bool:
         return self.use_val_split or super().has_validation()
@@ -53,26 +53,26 @@ class FoundImages(NamedTuple):
     """The images of a data set as they are stored."""
 
     where: str
-    """The data set, for messages."""
+    """Name of the data set in messages."""
     classes: tuple[str, ...]
     indices: dict[Role, Index]
     """``train`` always, ``test`` and ``val`` if the data set has them. Labels are indices into
     ``classes``."""
     names: dict[Role, str]
-    """What each split is called where it is stored."""
+    """Name of each split as it is stored."""
     place: str = "the split {name} of {where}"
-    """How messages name a split."""
+    """Template for the name of a split in messages."""
     all_classes: bool = False
     """Whether every split must have images of every class."""
     records: bool = False
     """Whether the images are in TFRecords, which have checksums."""
 
     def place_of(self, role: Role) -> str:
-        """Return how messages name a split."""
+        """Return the name of a split for messages."""
         return self.place.format(name=self.names[role], where=self.where)
 
     def splits(self, config: OwnSplitsConfig) -> IndexedSplits:
-        """Return the splits, of which ``test`` is held out of ``train`` if there is none.
+        """Return the splits. If there is no ``test``, it is held out of ``train``.
 
         Raises:
             RunError: there is one class, or a class has too few images.
@@ -108,14 +108,14 @@ class FoundImages(NamedTuple):
 
 
 def _uses(config: OwnSplitsConfig, val: Index | None) -> list[str]:
-    """Return what each class needs an image of the training split for."""
+    """Return the purposes for which each class needs one image of the training split."""
     return ["to train", "for validation"] if config.validation and val is None else ["to train"]
 
 
 def check_class_sizes(
     classes: Sequence[str], index: Index, uses: Sequence[str], where: str
 ) -> None:
-    """Raise ``RunError`` if a class has fewer images than there are uses of them."""
+    """Raise ``RunError`` if a class has fewer images than ``uses``, each of which needs one."""
     counts = np.bincount(index.labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         if count < len(uses):
@@ -128,10 +128,10 @@ def check_class_sizes(
 
 
 def split_roles(names: Collection[str], where: str) -> dict[Role, str]:
-    """Return which of the names are those of splits.
+    """Return the name of each split that is among ``names``.
 
     Raises:
-        RunError: two names stand for one split.
+        RunError: two names mean the same split.
     """
     roles: dict[Role, str] = {}
     for role, known in SPLIT_NAMES.items():
@@ -144,21 +144,21 @@ def split_roles(names: Collection[str], where: str) -> dict[Role, str]:
 
 
 def val_as_test(roles: dict[Role, str]) -> dict[Role, str]:
-    """Return the roles with ``val`` as the test split if there is no other."""
+    """Return the roles, with ``val`` as the test split if there is no ``test``."""
     if "test" in roles or "val" not in roles:
         return roles
     return {"test" if role == "val" else role: name for role, name in roles.items()}
 
 
 def typical_side(index: Index) -> int:
-    """Return the median of the shorter sides of some images, at most ``LARGEST_SIDE`` pixels. The
-    same images of an index are read each time."""
+    """Return the median of the shorter sides of some images, at most ``LARGEST_SIDE`` pixels. For
+    the same index, the same images are read each time."""
     sides = []
     for i in np.unique(np.linspace(0, len(index) - 1, min(SAMPLE, len(index))).astype(int)):
         try:
             with open_image(index.item(i).read()) as image:
                 sides.append(min(image.size))
-        except UndecodableError:  # the loader names the image
+        except UndecodableError:  # the loader will raise an error that names the image
             continue
     side = int(np.median(sides)) if sides else LARGEST_SIDE
     return min(max(side, SMALLEST_SIDE), LARGEST_SIDE)

@@ -2,7 +2,7 @@
 
 A pickle names functions for its reader to call, so an untrusted pickle can run any code. This
 unpickler never imports a name. It replaces the names that numpy's arrays need by classes of this
-module, which only store their arguments, and refuses every other name.
+module that only store their arguments, and it refuses every other name.
 """
 
 import pickle
@@ -88,7 +88,7 @@ def load(stream: IO[bytes], name: str) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle can raise any exception (Python's documentation)
         raise RunError(
-            f"{name} is damaged or no pickle of plain data ({error}): download it again"
+            f"{name} is damaged or not a pickle of plain data ({error}): download it again"
         ) from error
     if not isinstance(content, dict):
         raise RunError(

@@ -1,7 +1,7 @@
 """Random images that are on the device already, to measure training without files or a loader.
 
-They take the place of a recipe's data set, with its image size and number of classes. For a data
-set that a network can learn, there is the source ``synthetic``.
+They replace the data set of a recipe, with the same image size and number of classes. The source
+``synthetic`` has random images that a network can learn.
 """
 
 from collections.abc import Iterator
@@ -57,13 +57,13 @@ def create_random_images(
     if not isinstance(classes, int):
         raise UsageError(
             f"the number of classes of the data source {config.source!r} is unknown without its "
-            "data: give --classes N"
+            "data: pass --classes N"
         )
     side = config.image_size or shape.side
     if side is None:
         raise UsageError(
             f"the image size of the data source {config.source!r} is unknown without its data: "
-            "give --data.image-size N"
+            "pass --data.image-size N"
         )
     counts: dict[Split, int] = {"train": batch_size, "val": 0, "test": batch_size}
     names = tuple(map(str, range(classes)))
@@ -73,7 +73,8 @@ def create_random_images(
 
 
 class RandomImages:
-    """Implements :class:`bdkd.data.DataSource`. Every batch of a kind is the same one."""
+    """Implements :class:`bdkd.data.DataSource`. Batches with the same shapes and types are the same
+    tensors."""
 
     def __init__(self, info: DataInfo, context: SourceContext, soft_labels: bool) -> None:
         self.info, self.context, self.soft_labels = info, context, soft_labels

@@ -1,9 +1,9 @@
 """Divide a data set's training and test images into ``train``, ``val`` and ``test``.
 
-Nothing here depends on the run's seed: the held-out images, the training subset, the wrong labels
-and the pixel noise belong to the data set. Runs with different seeds and objectives therefore see
-the same images with the same labels, so their differences can be paired, and the deviation over
-seeds is that of training (weights, order, augmentation) alone.
+The held-out images, the training subset, the wrong labels and the pixel noise belong to the data
+set: they do not depend on the seed of a run. Runs with different seeds and objectives therefore
+train on the same images with the same labels. Their differences can be paired, and the deviation
+over seeds comes from training alone (weights, order, augmentation).
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def split_training(
             ``data.validation`` of each class.
 
     Raises:
-        UsageError: ``data.train_images`` is more than there are, or fewer than the classes.
+        UsageError: ``data.train_images`` is larger than the number of training images, or smaller
+            than the number of classes.
     """
     if own_validation is None:
         inner, validation = stratified_split(labels, config.validation, SPLIT_SEED)
@@ -47,8 +48,8 @@ def split_training(
     if config.train_images is not None:
         if not classes <= config.train_images <= len(inner):
             raise UsageError(
-                f"data.train_images must be between {classes} (the classes) and {len(inner)} (the "
-                f"training images without those for validation), got {config.train_images}"
+                f"data.train_images must be between {classes} (one image per class) and "
+                f"{len(inner)} (all images but those for validation), got {config.train_images}"
             )
         inner = inner[stratified_subset(labels[inner], config.train_images, SPLIT_SEED)]
     noisy = with_label_noise(torch.from_numpy(labels[inner]), config.label_noise, classes)
@@ -65,7 +66,8 @@ def make_splits(
     labels of ``val`` and ``test`` are never changed.
 
     Raises:
-        UsageError: ``data.train_images`` is more than there are, or fewer than the classes.
+        UsageError: ``data.train_images`` is larger than the number of training images, or smaller
+            than the number of classes.
     """
     inner, labels, validation = split_training(training.labels.numpy(), config, own_validation)
     splits: dict[Split, Images] = {
@@ -98,7 +100,8 @@ def with_pixel_noise(pixels: Tensor, deviation: float, largest: int, salt: int) 
     """Add Gaussian noise to pixels ``(N, C, H, W)`` uint8, clipped to [0, ``largest``]."""
     rng = np.random.default_rng([SPLIT_SEED, salt])
     noisy = torch.empty_like(pixels)
-    for place, part in zip(noisy.split(1000), pixels.split(1000), strict=True):  # float32 in parts
+    # In parts, because float32 takes four times the memory.
+    for place, part in zip(noisy.split(1000), pixels.split(1000), strict=True):
         noise = rng.standard_normal(part.shape, dtype=np.float32)
         place.copy_((part + deviation * torch.from_numpy(noise)).round().clamp(0, largest))
     return noisy
@@ -112,16 +115,17 @@ def in_memory_source(
     """Return the source of a data set in memory, with all options of :class:`InMemoryConfig`.
 
     Args:
-        training: images of which the validation images are held out.
+        training: training images, from which the validation images are held out.
         test: the test images.
         classes: names in the order of the labels.
-        digests: identity of the data set. Default: of its pixels and labels.
+        digests: digests of the data set. Default: those of its pixels and labels.
         own_validation: ``(M,)`` indices of validation images in ``training``. Default: hold out
             ``data.validation`` of each class.
 
     Raises:
-        UsageError: ``data.image_size`` is not the size of the images; pixels or labels are not what
-            :class:`Images` needs; or see :func:`split_training` and :class:`InMemory`.
+        UsageError: ``data.image_size`` is not the size of the images; or pixels or labels do not
+            have the types and shapes of :class:`Images`. See also :func:`split_training` and
+            :class:`InMemory`.
     """
     for split, images in (("training", training), ("test", test)):
         if problem := _problem(images, len(classes)):

@@ -33,7 +33,8 @@ class SyntheticConfig(InMemoryConfig):
     def check(self) -> None:
         if self.images < 10 * self.classes:
             raise UsageError(
-                f"data.images must be at least ten for each of data.classes, got {self.images}"
+                f"data.images must be at least 10 times data.classes ({self.classes}), got "
+                f"{self.images}"
             )
 
 
@@ -60,7 +61,7 @@ def load(config: SyntheticConfig, context: SourceContext) -> InMemory:
 
 
 def _images(patterns: Tensor, count: int, generator: torch.Generator) -> Images:
-    """Draw images of the classes in turn; the patterns are ``(classes, C, H, W)``."""
+    """Generate images of the classes in turn, given the patterns ``(classes, C, H, W)``."""
     labels = torch.arange(count) % len(patterns)
     pixels = torch.empty(count, *patterns.shape[1:], dtype=torch.uint8)
     for place, part in zip(pixels.split(1000), labels.split(1000), strict=True):

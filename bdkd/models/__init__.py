@@ -1,8 +1,8 @@
-"""Networks by name; importing a family registers it.
+"""Networks by name. Importing a family registers its networks.
 
-Bare names (``resnet20``, ``resnet50``, ``mobilenetv2``) are networks for small images, as in the
-distillation literature. ``imagenet_`` names are torchvision's networks for 224x224 images.
-``timm:NAME`` and ``torchvision:NAME`` are built by those libraries, if they are installed.
+Names without a prefix (``resnet20``, ``resnet50``, ``mobilenetv2``) are networks for small images,
+as in the distillation literature. Names with ``imagenet_`` are networks for 224x224 images, most of
+them torchvision's. ``timm:NAME`` and ``torchvision:NAME`` are networks of these libraries.
 """
 
 from . import mobilenet, resnet, shufflenet, vgg, wide_resnet  # noqa: F401

@@ -61,7 +61,8 @@ class TorchvisionNetwork(nn.Module):
         layers = [path for path, m in network.named_modules() if isinstance(m, nn.Linear)]
         if not layers:
             raise ValueError(
-                f"{name} has no linear classifier, which bdkd needs to find the features"
+                f"{name} has no linear classifier, which bdkd needs to find the features: use "
+                "another network"
             )
         # The classifier is the last linear layer. Without it, the network returns the features.
         self.classifier_path = layers[-1]  # in torchvision's network
@@ -79,10 +80,10 @@ class TorchvisionNetwork(nn.Module):
 
 
 def create_timm(name: str, num_classes: int, in_channels: int, **options: object) -> nn.Module:
-    """Build the network that timm calls ``name`` with options of ``timm.create_model``.
+    """Build the network that timm calls ``name``. Options are arguments of ``timm.create_model``.
 
-    ``pretrained=True`` loads timm's weights, and downloads them if they are not on this machine,
-    except under ``torch.device("meta")``.
+    ``pretrained=True`` loads timm's weights, and downloads them if they are not on this machine.
+    Under ``torch.device("meta")``, no weights are loaded.
     """
     timm = import_library("timm")
     shown = f"timm:{name}"
@@ -107,14 +108,16 @@ def create_timm(name: str, num_classes: int, in_channels: int, **options: object
 def adapted_to_timm(
     name: str, content: Any, num_classes: int, in_channels: int, options: Mapping[str, object]
 ) -> dict[str, Tensor]:
-    """Return the state dict of timm's network with the weights in a file that timm publishes. timm
-    renames the tensors of old files, and resizes position embeddings and the first convolution.
+    """Return the state dict of a timm network with weights that timm publishes.
+
+    timm renames the tensors of old files, and resizes position embeddings and the first
+    convolution.
 
     Args:
-        content: of the file.
-        num_classes: of the file.
-        in_channels: of the network.
-        options: of the network.
+        content: the loaded content of the file.
+        num_classes: number of classes of the weights.
+        in_channels: channels of the images of the network.
+        options: options of the network.
 
     Raises:
         ValueError: the weights do not fit the network.
@@ -151,7 +154,8 @@ def _read(path: Path) -> Any:
 def create_torchvision(
     name: str, num_classes: int, in_channels: int, **options: object
 ) -> nn.Module:
-    """Build the network that torchvision calls ``name`` with options of its function."""
+    """Build the network that torchvision calls ``name``. Options are arguments of the function in
+    torchvision that builds it."""
     models = import_library("torchvision").models
     shown = f"torchvision:{name}"
     names = models.list_models(module=models)
@@ -164,8 +168,8 @@ def create_torchvision(
         )
     if "weights" in options or "pretrained" in options:
         raise ValueError(
-            f"{shown} has no option pretrained: set weights = pretrained instead, an option of "
-            "each network in a recipe"
+            f"{shown} has no option pretrained: set weights = pretrained in the section of the "
+            "network in the recipe instead"
         )
     fixed: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):  # auxiliary classifiers make the output a tuple
@@ -189,7 +193,7 @@ def in_timm(name: str) -> str:
 
 
 def image_size_of(library: str, name: str, options: Mapping[str, object]) -> int | None:
-    """Return the side in pixels of the images that a network of a library was made for, or None if
+    """Return the side in pixels of the images for which a network of a library was made, or None if
     the name is unknown."""
     if library == "torchvision":
         return 299 if name == "inception_v3" else 224
@@ -201,8 +205,8 @@ def image_size_of(library: str, name: str, options: Mapping[str, object]) -> int
 
 
 def fixed_image_size_of(library: str, name: str, options: Mapping[str, object]) -> int | None:
-    """Return the only side in pixels that a network of a library takes, or None if it takes others
-    or the name is unknown."""
+    """Return the side in pixels of the only images that a network of a library supports, or None if
+    it supports several sizes or the name is unknown."""
     known = import_library("timm").models.get_pretrained_cfg(name) if library == "timm" else None
     fixed = known is not None and known.fixed_input_size
     return image_size_of(library, name, options) if fixed else None

@@ -1,8 +1,8 @@
-"""The names that other code gives to the parameters of a network: timm, torchvision, RepDistiller.
+"""The parameter names of networks in timm, torchvision and RepDistiller.
 
-A layout maps each key of a network's state dict to the key in a file of that code. Only networks
-that compute the same function are listed, because their shapes do not show, for example, another
-activation.
+A layout maps each key of a network's state dict to the key in a file of one of these libraries.
+Only networks that compute the same function are listed. Equal shapes would not be enough, because
+networks with different activations, for example, can have the same shapes.
 """
 
 import re
@@ -50,8 +50,8 @@ _REPDISTILLER: dict[type[nn.Module], tuple[_Rule, ...]] = {
 
 
 def counterpart(model: str, library: str) -> str | None:
-    """Return a library's name of the network that bdkd calls ``model``, or None if the library
-    (``timm`` or ``torchvision``) has no network that computes the same function."""
+    """Return the name of a model in another library, ``timm`` or ``torchvision``, or None if the
+    library has no network that computes the same function."""
     prefix, colon, name = model.partition(":")
     if colon:
         return name if prefix.lower() == library else None
@@ -59,10 +59,12 @@ def counterpart(model: str, library: str) -> str | None:
 
 
 def layouts(network: nn.Module, model: str) -> dict[str, Layout]:
-    """Return the layouts of a network by origin: ``bdkd`` and the others that are known.
+    """Return the known layouts of a network by the library that writes them: ``bdkd``, ``timm``,
+    ``torchvision`` or ``RepDistiller``.
 
     Args:
-        network: the network that bdkd calls ``model``.
+        network: the network.
+        model: its name in bdkd.
     """
     keys = list(network.state_dict())
     known = {"bdkd": {key: key for key in keys}}
@@ -77,7 +79,7 @@ def layouts(network: nn.Module, model: str) -> dict[str, Layout]:
         for library in ("timm", "torchvision"):
             if counterpart(model, library):
                 known[library] = known["bdkd"]
-    if "torchvision" in known:  # RepDistiller has the networks for small images
+    if "torchvision" in known:  # RepDistiller has only networks for small images
         return known
     for kind, rules in _REPDISTILLER.items():
         if isinstance(network, kind):
@@ -90,7 +92,8 @@ def layouts(network: nn.Module, model: str) -> dict[str, Layout]:
 
 
 def head_keys(network: nn.Module) -> set[str]:
-    """Return the keys of a network's classifier: what timm calls so, or the last linear layer."""
+    """Return the keys of a network's classifier, which is the layer that timm declares as the
+    classifier, or otherwise the last linear layer."""
     names: list[str] = []
     if isinstance(network, TorchvisionNetwork):
         names = ["classifier"]
@@ -122,7 +125,8 @@ def _substituted(key: str, rules: tuple[_Rule, ...]) -> str:
 
 
 def _in_order(network: nn.Module, layers: Iterator[str]) -> Layout:
-    """Return a layout from the names of all layers, in the order in which both define them."""
+    """Return a layout, given the names of the layers in the other library. Both libraries define
+    the layers in the same order."""
     own = [name for name, module in network.named_modules() if len([*module.parameters(False)])]
     names = dict(zip(own, layers, strict=True))
     keys = (key.rpartition(".") for key in network.state_dict())

@@ -47,8 +47,8 @@ def divisible_by_8(channels: float) -> int:
 
 def initialise(network: nn.Module, small_classifier: bool = False) -> None:
     """Initialise convolutions with He's normal initialisation over the fan-out (arXiv 1502.01852)
-    and zero biases. Norms keep PyTorch's initialisation, and so do classifiers, unless
-    ``small_classifier`` initialises them with deviation 0.01, as VGG and MobileNet do."""
+    and zero biases. Norms and classifiers keep PyTorch's initialisation. With ``small_classifier``,
+    classifiers are initialised with deviation 0.01 and zero biases, as in VGG and MobileNet."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

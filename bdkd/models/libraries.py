@@ -1,4 +1,4 @@
-"""Import timm and torchvision. Any failure is one line that says what to install."""
+"""Import timm and torchvision. A failure is an error of one line that says what to install."""
 
 import importlib.util
 import os
@@ -75,8 +75,8 @@ def described(error: Exception) -> str:
 
 
 def _define_placeholders() -> None:
-    """Define the operators that torchvision lacks, and forget the modules that its failed import
-    left half imported."""
+    """Define the operators that torchvision lacks, and remove the modules that its failed import
+    left partly imported."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

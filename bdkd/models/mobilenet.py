@@ -3,8 +3,8 @@
 Howard et al., *MobileNets*, arXiv 1704.04861, table 1, with the paper's ReLU (timm's
 ``mobilenetv1_100`` has ReLU6). Sandler et al., *MobileNetV2*, arXiv 1801.04381, table 2:
 ``mobilenetv2`` is the variant of the distillation literature, with half the width, ReLU, one stride
-fewer, and an expansion in the first block. ``imagenet_mobilenet_v2`` is torchvision's and loads its
-weights.
+fewer, and an expansion in the first block. ``imagenet_mobilenet_v2`` is torchvision's network and
+can load its weights.
 """
 
 from torch import Tensor, nn
@@ -78,8 +78,12 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``. The widths
-    are those of the stem, the seven stages and the features; the strides those of the stages."""
+    """Maps images ``(N, in_channels, H, W)`` of any size to logits ``(N, num_classes)``.
+
+    Args:
+        widths: channels of the stem, the seven stages and the features.
+        strides: strides of the seven stages.
+    """
 
     def __init__(
         self, num_classes: int, in_channels: int, *, widths: tuple[int, ...],

@@ -1,4 +1,4 @@
-"""The pretrained weights that exist for a model by name."""
+"""Find the pretrained weights of a model by its name."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -22,11 +22,11 @@ def published_weights(
 ) -> PublishedWeights | None:
     """Return the pretrained weights of a model, or None if there are none or the model is unknown.
 
-    Networks of bdkd that have a counterpart in torchvision take its weights.
+    Networks of bdkd that have a counterpart in torchvision use the weights of torchvision.
 
     Args:
         model: a name that :func:`bdkd.models.create_model` takes.
-        options: of the model.
+        options: options of the model.
 
     Raises:
         RunError: timm or torchvision is missing or cannot be imported.
@@ -39,8 +39,8 @@ def published_weights(
 
 
 def has_published_weights(model: str) -> bool:
-    """Return whether there are pretrained weights of a model. Needs no network, and raises the
-    errors of :func:`published_weights`."""
+    """Return whether pretrained weights of a model exist. This works without an internet
+    connection. See :func:`published_weights` for errors."""
     return published_weights(model) is not None
 
 
@@ -48,12 +48,12 @@ def check_published(name: str, model: str, options: Mapping[str, Any]) -> None:
     """Check that pretrained weights of a network exist, without reading them.
 
     Args:
-        name: of the network in the recipe, for messages.
-        model: its model.
-        options: of the model.
+        name: name of the network in the recipe, for messages.
+        model: model of the network.
+        options: options of the model.
 
     Raises:
-        UsageError: there are none, or they need another option.
+        UsageError: no pretrained weights exist, or they need another option.
         RunError: timm or torchvision is missing or cannot be imported.
     """
     if published_weights(model, options) is None:
@@ -65,11 +65,11 @@ def check_published(name: str, model: str, options: Mapping[str, Any]) -> None:
         own = ", ".join(known for known in list_models() if counterpart(known, "torchvision"))
         raise UsageError(
             f"networks.{name}.weights cannot be pretrained: no weights of {model} are published; "
-            "models of timm and torchvision have them (bdkd models PATTERN lists these), and so "
-            f"have {own}"
+            "choose a model of timm or torchvision (bdkd models PATTERN lists them), or one of "
+            f"{own}"
         )
     if model.lower() in _TRANSFORM_INPUT and options.get("transform_input") is not True:
         raise UsageError(
             f"networks.{name}.options.transform_input must be true with the pretrained weights of "
-            f"{model}, which have their own normalisation of images"
+            f"{model}, which were trained with another normalisation of the images"
         )

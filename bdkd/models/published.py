@@ -1,4 +1,4 @@
-"""The weights that timm and torchvision publish: which file, where it lies, and its download."""
+"""Find and download the weights that timm and torchvision publish."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ from .libraries import import_library
 Answer = TypeVar("Answer")
 
 REACH_SECONDS = 5.0  # to find out whether a host answers
-# In the order in which timm looks for them in a repository that names no file
+# timm looks for these files, in this order, in a repository that does not name a file
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -30,8 +30,8 @@ class PublishedWeights(NamedTuple):
     """A file of pretrained weights, in a repository of the Hugging Face Hub or at a URL."""
 
     model: str  # as create_model takes it, with timm's tag
-    num_classes: int  # of its classifier; 0: it has none
-    files: tuple[str, ...]  # names of the file, the preferred one first
+    num_classes: int  # 0: without a classifier
+    files: tuple[str, ...]  # possible names of the file, the preferred one first
     url: str | None = None
     repository: str | None = None  # of the Hub
     revision: str | None = None
@@ -62,7 +62,7 @@ class PublishedWeights(NamedTuple):
         return Path(constants.HF_HUB_CACHE)
 
     def host(self) -> str:
-        """Return the name of the machine that publishes the file."""
+        """Return the host name of the server that publishes the file."""
         if self.repository is None:
             return urlsplit(str(self.url)).netloc
         from huggingface_hub import constants
@@ -70,7 +70,7 @@ class PublishedWeights(NamedTuple):
         return urlsplit(constants.ENDPOINT).netloc
 
     def remedy(self) -> str:
-        """Return the commands that copy the file to a machine without a network."""
+        """Return instructions to copy the file to a machine without an internet connection."""
         if self.repository is None:
             return f"download {self.url} on another machine and copy it into {self.folder()}"
         revision = f" --revision {self.revision}" if self.revision else ""
@@ -82,7 +82,7 @@ class PublishedWeights(NamedTuple):
 
 
 def timm_weights(name: str, options: Mapping[str, object]) -> PublishedWeights | None:
-    """Return the weights that timm publishes for its model ``name`` with options, or None.
+    """Return the weights that timm publishes for its model ``name`` and options, or None.
 
     Raises:
         RunError: timm cannot be imported.
@@ -110,8 +110,7 @@ def timm_weights(name: str, options: Mapping[str, object]) -> PublishedWeights |
 
 
 def torchvision_weights(name: str) -> PublishedWeights | None:
-    """Return the weights that torchvision publishes for its model ``name`` and calls DEFAULT, or
-    None.
+    """Return the weights that torchvision names ``DEFAULT`` for its model ``name``, or None.
 
     Raises:
         RunError: torchvision cannot be imported.
@@ -134,11 +133,11 @@ def _file_of(url: str) -> str:
 
 
 def locate(published: PublishedWeights) -> Path:
-    """Return the file of published weights. It is downloaded if it is not on this machine.
+    """Return the file of published weights, and download it if it is not on this machine.
 
     Raises:
-        RunError: it is not on this machine, and cannot be downloaded. Without a network, this is
-            known after a few seconds.
+        RunError: the file is not on this machine and cannot be downloaded. Without an internet
+            connection, this error is raised after a few seconds.
     """
     if path := published.path():
         return path
@@ -150,7 +149,7 @@ def locate(published: PublishedWeights) -> Path:
             failure = f"the download from {host} failed"
             print(f"downloading {name} of {published.model} from {host}", file=sys.stderr)
             return _download(published, name)
-    # Libraries of HTTP raise errors of many types.
+    # HTTP libraries raise errors of many types.
     except Exception as error:
         raise RunError(
             f"the pretrained weights of {published.model} are not on this machine, and {failure} "
@@ -159,11 +158,11 @@ def locate(published: PublishedWeights) -> Path:
 
 
 def _reachable_file(published: PublishedWeights) -> str:
-    """Return the name of the file that the host has. Raises an error of any type if there is none,
-    or if the host does not answer in time."""
+    """Return the name of the file that the host has. Raise an error of any type if the host has
+    none of the files or does not answer in time."""
     if published.repository is None:
         request = urllib.request.Request(str(published.url), method="HEAD")
-        # With an HTTPError the host answers, and the download says what is wrong.
+        # An HTTPError is an answer of the host. The download raises it again, with the reason.
         with suppress(urllib.error.HTTPError):
             _within(partial(urllib.request.urlopen, request, timeout=REACH_SECONDS))
         return published.files[0]
@@ -198,8 +197,9 @@ def _download(published: PublishedWeights, name: str) -> Path:
 
 
 def _within(call: Callable[[], Answer]) -> Answer:
-    """Return the result of a call, or raise its error, within ``REACH_SECONDS``. A timeout of a
-    socket does not limit the look-up of a name, and applies to each address of a host."""
+    """Return the result of a call, or raise its error, within ``REACH_SECONDS``. The timeout of a
+    socket would not be enough: it does not limit the look-up of a host name, and it starts again
+    for each address of a host."""
     results: list[Answer] = []
     errors: list[BaseException] = []
 

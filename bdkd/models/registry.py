@@ -48,19 +48,21 @@ def register_model(
 ) -> Callable[[_Family], _Family]:
     """Return a decorator that registers a family of models.
 
-    It decorates a function (or class) of ``(num_classes, in_channels, *, ...)``, which returns a
+    The decorated function (or class) takes ``(num_classes, in_channels, *, ...)`` and returns a
     module that maps images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``. If the module
-    has a method ``forward_features``, the features are drawn in reports. The keyword-only arguments
-    are options of a recipe. Their types and bounds are checked, as in
+    has a method ``forward_features``, reports show its features. The keyword-only arguments are
+    options of a recipe. Their types and bounds are checked, as in
     ``width: Annotated[float, Bounds(gt=0)] = 1.0``.
 
     Args:
-        names: a name, or the arguments that each of several names fixes.
-        pattern: a regular expression for further, unlisted names, with ``_`` for hyphens. Its named
-            groups are integer arguments that the name fixes.
+        names: a name, or a mapping from several names to the arguments that each name fixes.
+        pattern: a regular expression for further names that are not listed, with ``_`` for hyphens.
+            Its named groups are integer arguments that the name fixes.
 
     Raises:
-        TypeError, ValueError: a name is not plain, or is taken.
+        TypeError: a name is not a string.
+        ValueError: a name has other characters than letters, digits, ``-``, ``_`` and ``.``, or
+            another model has this name.
     """
 
     listed = names if isinstance(names, Mapping) else {names: {}}
@@ -92,7 +94,7 @@ def default_options(name: str) -> dict[str, Any]:
 
 
 def describe_options(name: str) -> dict[str, str]:
-    """Return what each option of a registered model takes, and its default."""
+    """Return the type, the bounds and the default of each option of a registered model, as text."""
     entry = _find(name)
     if entry is None:  # of timm or torchvision
         return {}
@@ -116,7 +118,7 @@ def _needed(hint: Any) -> str:
     within = f" {bounds}" if bounds else ""
     return {
         bool: "true or false", int: f"an integer{within}", float: f"a finite number{within}",
-        str: "a text",
+        str: "a string",
     }.get(kind, str(kind))  # fmt: skip
 
 
@@ -155,9 +157,8 @@ def list_models() -> list[str]:
 
 
 def image_size_of(name: str, options: Mapping[str, object]) -> int | None:
-    """Return the side in pixels of the images that a model was made for.
-
-    None: the model is unknown, or takes small images of any size.
+    """Return the side in pixels of the images for which a model was made, or None if the model is
+    unknown or was made for small images of any size.
 
     Raises:
         RunError: timm is missing or cannot be imported.
@@ -169,8 +170,9 @@ def image_size_of(name: str, options: Mapping[str, object]) -> int | None:
 
 
 def fixed_image_size_of(name: str, options: Mapping[str, object]) -> int | None:
-    """Return the only side in pixels of the images that a model takes, such as that of a vision
-    transformer, or None if it takes others. The arguments are those of :func:`image_size_of`."""
+    """Return the side in pixels of the only images that a model supports, or None if it supports
+    several sizes. Vision transformers, for example, support one size. See :func:`image_size_of` for
+    arguments and errors."""
     library, colon, library_name = name.partition(":")
     if colon and library.lower() in LIBRARIES:
         return bridge.fixed_image_size_of(library.lower(), library_name, options)
@@ -181,15 +183,15 @@ def create_model(name: str, num_classes: int, in_channels: int = 3, **options: o
     """Build a network with new weights.
 
     The network maps images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``. Its method
-    ``forward_features`` returns the features ``(N, num_features)`` that its classifier reads.
+    ``forward_features`` returns the features ``(N, num_features)``, the input of the classifier.
 
     Args:
-        name: one of :func:`list_models`, in upper or lower case, with hyphens or underscores; or
+        name: a name of :func:`list_models`, in upper or lower case, with hyphens or underscores; or
             ``timm:NAME`` or ``torchvision:NAME``, if that library is installed.
-        num_classes: length of the logits.
+        num_classes: number of classes.
         in_channels: channels of the images.
-        options: options of the family, such as ``width`` or ``dropout``; with ``timm:``, arguments
-            of ``timm.create_model``, such as ``pretrained`` or ``img_size``.
+        options: options of the family, such as ``width`` or ``dropout``. For ``timm:NAME``,
+            arguments of ``timm.create_model``, such as ``pretrained`` or ``img_size``.
 
     Raises:
         ValueError: the name is unknown, the model does not have an option, or a value is invalid.

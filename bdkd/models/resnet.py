@@ -1,11 +1,14 @@
 """Residual networks for small images and for ImageNet.
 
-He et al., *Deep Residual Learning*, arXiv 1512.03385. ``resnet20`` and the like (section 4.2) have
-three stages of basic blocks, 6n + 2 layers, and projection shortcuts as in the distillation
-literature. ``resnet18`` and the like (table 1) have four stages; a bottleneck has its stride in the
-3x3 convolution ("v1.5"). The ``imagenet_`` networks start with a 7x7 convolution and a pooling,
-which quarter the image; the others start with a 3x3 convolution of stride 1. Networks with four
-stages have the parameter names of torchvision and timm and load their ImageNet weights.
+He et al., *Deep Residual Learning*, arXiv 1512.03385.
+
+Networks such as ``resnet20`` (section 4.2) have three stages of basic blocks, 6n + 2 layers, and
+projection shortcuts as in the distillation literature. Networks such as ``resnet18`` (table 1) have
+four stages. The stride of a bottleneck is in its 3x3 convolution ("v1.5").
+
+The ``imagenet_`` networks start with a 7x7 convolution and a pooling, which divide the side of the
+image by four. The others start with a 3x3 convolution of stride 1. Networks with four stages have
+the parameter names of torchvision and timm. The ``imagenet_`` networks can load their weights.
 """
 
 from itertools import pairwise

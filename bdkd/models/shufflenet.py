@@ -2,8 +2,9 @@
 
 Zhang et al., *ShuffleNet*, arXiv 1707.01083, table 1 with three groups. ``shufflenetv1`` is the
 variant of the distillation literature, with a 1x1 stem and an activation after the depthwise
-convolution. Ma et al., *ShuffleNet V2*, arXiv 1807.11164, table 5. ``shufflenetv2`` is the
-literature's x1.0 with a 1x1 stem. ``imagenet_`` networks are torchvision's and load its weights.
+convolution. Ma et al., *ShuffleNet V2*, arXiv 1807.11164, table 5. ``shufflenetv2`` is the x1.0
+variant of the distillation literature, with a 1x1 stem. The ``imagenet_`` networks are those of
+torchvision and can load its weights.
 """
 
 import torch
@@ -24,14 +25,15 @@ _V2_WIDTHS = {  # the three stages and the features
 
 
 def _shuffle(x: Tensor, groups: int) -> Tensor:  # (N, C, H, W)
-    """Move channel i of group g to channel g of group i, as a channels-last copy of whole pixels
-    that keeps the memory format."""
+    """Move channel i of group g to channel g of group i. A single channels-last copy does this and
+    keeps the memory format."""
     pixels = x.movedim(1, -1)  # (N, H, W, C)
     return pixels.unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2).movedim(-1, 1)
 
 
 class UnitV1(nn.Module):
-    """A grouped bottleneck. The input is added or, with stride 2, pooled and concatenated."""
+    """A grouped bottleneck. With stride 1, the input is added to its output. With stride 2, the
+    input is pooled and concatenated."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -84,8 +86,8 @@ def shufflenetv1(num_classes: int, in_channels: int) -> ShuffleNetV1:
 
 
 class UnitV2(nn.Module):
-    """Two branches whose channels alternate in the output. With stride 2, both branches see the
-    whole input; with stride 1, the first branch is one half of the input, unchanged."""
+    """Two branches whose channels alternate in the output. With stride 2, both branches process the
+    whole input. With stride 1, the first branch is the first half of the channels, unchanged."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()

@@ -12,13 +12,14 @@ from .registry import register_model
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
-_MIN_SIDE = 8  # three poolings reduce it to one pixel
+_MIN_SIDE = 8  # three poolings reduce 8 pixels to one
 
 
 class VGG(nn.Module):
     """Maps images ``(N, in_channels, H, W)`` of at least 8x8 pixels to logits ``(N, num_classes)``.
 
-    The first three stages halve the image. For 64 or more pixels the fourth stage halves it too.
+    The first three stages halve the sides of the image. For images of at least 64x64 pixels, the
+    fourth stage halves them too.
     """
 
     def __init__(self, num_classes: int, in_channels: int, *, depth: int):

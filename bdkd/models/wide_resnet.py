@@ -19,8 +19,8 @@ _LISTED = ((16, 1), (16, 2), (16, 4), (16, 6), (16, 8), (16, 10), (40, 1), (40, 
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, each after a norm and an activation, with a shortcut. A projection (if
-    the shape changes) reads the activated input; the identity reads the raw input."""
+    """Two 3x3 convolutions, each after a norm and an activation, with a shortcut. If the shape
+    changes, the shortcut is a projection of the activated input, otherwise the input itself."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float):
         super().__init__()

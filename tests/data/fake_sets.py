@@ -1,4 +1,4 @@
-"""Tiny data sets in the formats of the originals, written here."""
+"""Write tiny data sets in the formats of the original files."""
 
 import io
 import pickle
@@ -11,7 +11,8 @@ import numpy as np
 
 
 class Python2Pickler(pickle._Pickler):
-    """Protocol 2 as Python 2 wrote it, in which the originals are: byte strings, not text."""
+    """Writes protocol 2 as Python 2 did, with byte strings instead of text. The original files have
+    this format."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -29,7 +30,8 @@ def python2_pickle(value) -> bytes:
 
 
 def cifar_files(source: str, per_file: int = 20) -> dict[str, bytes]:
-    """Name and content of the files of a CIFAR of ``per_file`` images a file."""
+    """Return the names and contents of the files of a small CIFAR. Files have ``per_file`` images
+    in CIFAR-10, and ``per_file`` images of each class in CIFAR-100."""
     rng = np.random.default_rng(0)
     if source == "cifar10":
         folder, meta, key, count = "cifar-10-batches-py", "batches.meta", b"label_names", 10
@@ -74,7 +76,8 @@ def tar_gz(files: dict[str, bytes]) -> bytes:
 
 
 def tiny_imagenet_files(classes: int = 3, train: int = 6, val: int = 4) -> dict[str, bytes]:
-    """Images of one colour a class, one of them grey; classes out of the order of their names."""
+    """Return files with images of one colour per class, one of them grey. The classes are not
+    sorted by their names."""
     from PIL import Image
 
     def jpeg(colour, mode="RGB") -> bytes:

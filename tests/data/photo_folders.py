@@ -12,7 +12,7 @@ from bdkd.registry import SOURCES
 
 
 def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
-    """A JPEG whose pixels differ for each number."""
+    """Return a JPEG whose pixels differ for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*reversed(size), 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG")
@@ -20,7 +20,7 @@ def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 def make_photos(root: Path, size: tuple[int, int] = (40, 30), **counts: int) -> Path:
-    """Write so many images into each class folder: ``make_photos(root, cat=3, dog=4)``."""
+    """Write images into class folders, by number: ``make_photos(root, cat=3, dog=4)``."""
     for label, (name, count) in enumerate(counts.items()):
         folder = root / name
         folder.mkdir(parents=True)
@@ -38,6 +38,6 @@ def open_source(source: str, root: object, seed: int = 0, **options: object):
 
 
 def files_of(source, split: str) -> list[str]:
-    """The identities of the images of a split of the source images."""
+    """Return the identities of the images in a split of the source ``images``."""
     index = source.splits[split]
     return [index.identity(i) for i in range(len(index))]

@@ -1,4 +1,4 @@
-"""Crop, flip and cutout of a batch, against slicing one image at a time."""
+"""Crop, flip and cutout of a batch, compared to slicing one image at a time."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_crop_and_flip_are_padding_slicing_and_mirroring(padding):
     assert 15 < draws.mirrored.sum() < 45
 
 
-def test_cutout_blanks_one_square_that_a_border_may_cut():
+def test_cutout_sets_one_square_that_the_border_may_clip():
     draws = draw(InMemoryConfig("made", cutout=4), 400, 8, 10, generator())
     images = cut_out(torch.ones(400, 3, 8, 10), draws, 4)
     sizes = set()
@@ -52,8 +52,9 @@ def test_cutout_blanks_one_square_that_a_border_may_cut():
     assert (cut_out(torch.ones(1, 1, 4, 4), whole, 4) == 0).all()
 
 
-def test_every_crop_hole_and_mirroring_is_drawn_alike_and_for_itself():
-    """Another height than width and an even hole: so no two draws have the same range."""
+def test_crops_holes_and_flips_are_uniform_and_independent():
+    """Height and width differ and the side of the hole is even, so that all draws have different
+    ranges."""
     draws = draw(InMemoryConfig("made", crop=3, flip=True, cutout=4), 20_000, 8, 10, generator())
     centres = draws.hole_top + 2, draws.hole_left + 2
     ranges = range(-3, 4), range(-3, 4), (0, 1), range(8), range(10)
@@ -62,12 +63,12 @@ def test_every_crop_hole_and_mirroring_is_drawn_alike_and_for_itself():
         counts = [(values == value).sum() for value in possible]
         assert sum(counts) == 20_000
         assert chisquare(counts).pvalue > 1e-3, counts
-    # Neither the draws of an image nor those of its neighbour follow from one of them.
+    # The draws of an image and those of the next image are uncorrelated.
     shifted = np.corrcoef([part[1:] for part in parts], [part[:-1] for part in parts])
     assert np.abs(shifted - np.eye(10)).max() < 0.03
 
 
-def test_what_is_switched_off_draws_nothing():
+def test_disabled_augmentations_draw_no_random_numbers():
     state = generator()
     draws = draw(InMemoryConfig("made"), 7, 8, 8, state)
     assert torch.equal(state.get_state(), generator().get_state())
@@ -89,7 +90,7 @@ def test_ranks_together_see_what_one_rank_sees(world):
 
 
 @pytest.mark.parametrize("options", [{"crop": 7}, {"cutout": 16}])
-def test_the_largest_augmentation_that_fits_the_images_is_taken(options):
+def test_the_largest_augmentation_that_fits_the_images_is_accepted(options):
     create_source(InMemoryConfig("digits", **options), 0, CPU, torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""``--data`` as options of a recipe, and ``bdkd data list``."""
+"""The options of a recipe that ``--data`` sets, and ``bdkd data list``."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_source_is_taken_by_its_name(here):
+def test_a_source_is_selected_by_its_name(here):
     for name in ("digits", "cifar10", "synthetic", "images"):
         assert data_options(name) == {"source": name}
     (here / "digits").mkdir()
@@ -39,7 +39,7 @@ def test_a_source_is_taken_by_its_name(here):
     assert data_options("./digits") == {"source": "images", "root": "./digits"}
 
 
-def test_a_place_is_read_as_images(here):
+def test_paths_and_hub_names_are_read_by_the_source_images(here):
     make_photos(here / "photos", cat=1, dog=1)
     (here / "set.parquet").write_bytes(b"")
     for text in ("photos", "photos/", str(here / "photos"), "set.parquet", "hf:owner/name",
@@ -69,7 +69,7 @@ def test_downloaded_sets_are_recognised(here):
 
 
 def test_fashion_mnist_is_recognised_by_its_files_in_a_folder_of_its_name(here):
-    """MNIST's files have the same names, and images in class folders may have the same folder."""
+    """MNIST has files with the same names, and a folder of this name may hold class folders."""
     folder = here / "data" / "fashion-mnist"
     make_photos(folder, coat=1, dress=1)
     assert data_options("data/fashion-mnist") == {"source": "images", "root": "data/fashion-mnist"}
@@ -93,7 +93,7 @@ def test_fashion_mnist_is_recognised_by_its_files_in_a_folder_of_its_name(here):
     ("notes.txt", ["got the file notes.txt", "pass its folder"]),
     ("~nobody-of-this-name/photos", ["--data", "~"]),
 ])  # fmt: skip
-def test_anything_else_is_named_with_the_forms(text, words, here):
+def test_other_values_are_errors_that_list_the_valid_forms(text, words, here):
     (here / "notes.txt").write_text("x")
     with pytest.raises(UsageError) as raised:
         data_options(text)

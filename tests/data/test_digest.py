@@ -1,4 +1,4 @@
-"""The identity of a data set, which a run compares before it goes on."""
+"""The identity of a data set. A run compares it before it resumes."""
 
 import hashlib
 import os
@@ -49,19 +49,19 @@ def test_folders_have_the_identity_of_their_class_and_file_names(source, tmp_pat
     root = make_folders(tmp_path / "a")
     known = in_folders(source, root)
     assert known[1] == {"train": 12, "test": 12}
-    # The place, the order of creation, the seed and the recipe's changes do not matter.
+    # The path, the order of creation, the seed and the options of the recipe do not matter.
     other = make_folders(tmp_path / "deep" / "b", ("dog", "cat"), range(5, -1, -1))
     assert in_folders(source, other) == known
     assert in_folders(source, root, seed=3, validation=0.4, label_noise=0.5) == known
     assert in_folders(source, root, train_images=4, validation=0.0) == known
-    # A class that is renamed, and so has another label, is another data set.
+    # A renamed class has another label, so it makes another data set.
     (other / "train" / "cat").rename(other / "train" / "zebra")
     (other / "val" / "cat").rename(other / "val" / "zebra")
     renamed = in_folders(source, other)
     assert renamed[1] == known[1]
     assert renamed[0]["train"] != known[0]["train"]
     assert renamed[0]["test"] != known[0]["test"]
-    # A file that moves from one class to another changes its own split alone.
+    # Moving a file from one class to another changes the digest of its split only.
     (root / "train" / "cat" / "0.jpg").rename(root / "train" / "dog" / "6.jpg")
     moved = in_folders(source, root)
     assert moved[0]["train"] != known[0]["train"]
@@ -69,7 +69,7 @@ def test_folders_have_the_identity_of_their_class_and_file_names(source, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet"])
-def test_a_downloaded_set_has_one_identity_wherever_it_lies(name, tmp_path):
+def test_a_downloaded_set_has_the_same_identity_at_any_path(name, tmp_path):
     files = cifar_files(name) if name == "cifar10" else tiny_imagenet_files()
     write_files(tmp_path / "a", files)
     write_files(tmp_path / "b", files)
@@ -105,8 +105,9 @@ def test_sets_in_memory_have_the_identity_of_their_pixels_and_labels(tmp_path):
         assert identity("synthetic", **options | change)[0]["train"] != made[0]["train"]
 
 
-def test_a_digest_of_pixels_is_that_of_shape_pixels_and_labels():
-    """In the order of the images, whatever the memory's layout. 2,500 are hashed in parts."""
+def test_pixel_digests_cover_shape_pixels_and_labels():
+    """The order of the images matters, and the memory format does not. 2,500 images are hashed in
+    parts."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2500, 3, 4, 2), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (2500,), generator=generator)
@@ -124,7 +125,7 @@ def test_a_digest_of_pixels_is_that_of_shape_pixels_and_labels():
     assert digest_pixels(pixels.flip(0), labels) != known
 
 
-def test_excluded_images_do_not_belong_to_the_set(tmp_path):
+def test_excluded_images_are_not_part_of_the_identity(tmp_path):
     root = make_folders(tmp_path / "a")
     (tmp_path / "list.txt").write_text("train/cat/3.jpg\n")
     left = in_folders("imagenet", root, exclude=str(tmp_path / "list.txt"))
@@ -133,10 +134,11 @@ def test_excluded_images_do_not_belong_to_the_set(tmp_path):
 
 
 def test_no_two_lists_of_names_have_the_same_digest():
-    """Texts that run together as bytes stay apart, and the order of a listing is not read."""
+    """Names whose concatenated bytes are equal have different digests. The order of a listing does
+    not matter."""
     one = np.zeros(1, np.int64)
     lists = [("ab", "c", b"d"), ("a", "bc", b"d"), ("a", "b", b"cd"), ("", "abc", b"d")]
-    lists += [("x", "bc", b"d"), ("a", "y", b"d"), ("a", "bc", b"z")]  # one text is another
+    lists += [("x", "bc", b"d"), ("a", "y", b"d"), ("a", "bc", b"z")]  # one name differs
     found = {digest_names([a], one, [b], one, [c]) for a, b, c in lists}
     assert len(found) == 7
     labels, names = np.array([0, 1, 1]), [b"x", b"y", os.fsencode("\udcff")]

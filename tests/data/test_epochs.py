@@ -1,7 +1,7 @@
-"""What differs by seed, epoch, batch, view and rank, and what does not.
+"""How order and augmentation depend on seed, epoch, batch, view and rank.
 
-The images are painted so that a batch tells which image it shows and how the image was varied: no
-order and no augmentation is computed here a second time.
+The pixels of each image encode its number and their own position. Tests decode the order and the
+augmentation from a batch, so they need no second implementation of either.
 """
 
 from itertools import product
@@ -22,13 +22,14 @@ from bdkd.data.in_memory import Images, InMemory
 from bdkd.registry import SOURCES
 
 CPU = torch.device("cpu")
-COUNT = 240  # images, which batches of 20 and of 24 divide
+COUNT = 240  # images, divisible by the batch sizes 20 and 24
 HEIGHT, WIDTH = 7, 9  # odd: the middle pixel stays in the middle when mirrored
 SEEDS, EPOCHS, VIEWS = (0, 1), (0, 1, 2), 2
 
 
 def painted(seed: int, **options) -> InMemory:
-    """Pixels tell their row in red and their column in green, and blue is the image's number."""
+    """Return a source whose pixels encode their row in red, their column in green, and the number
+    of the image in blue."""
     pixels = torch.empty(COUNT, 3, HEIGHT, WIDTH, dtype=torch.uint8)
     pixels[:, 0] = 20 * torch.arange(HEIGHT)[:, None]
     pixels[:, 1] = 20 * torch.arange(WIDTH)
@@ -41,8 +42,8 @@ def painted(seed: int, **options) -> InMemory:
 
 
 class Seen(NamedTuple):
-    numbers: np.ndarray  # (B,) which images
-    moves: np.ndarray  # (B, 3) by how many rows and columns the crop was moved; 1 if mirrored
+    numbers: np.ndarray  # (B,) numbers of the images
+    moves: np.ndarray  # (B, 3) offset of the crop in rows and in columns, and 1 if mirrored
 
 
 def seen(source: InMemory, view: torch.Tensor) -> Seen:
@@ -59,9 +60,9 @@ def seen(source: InMemory, view: torch.Tensor) -> Seen:
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(24, 1), (20, 3), (50, 2)])
-def test_an_epoch_shows_every_image_of_its_whole_batches_once(batch_size, world):
-    """24 and 20 divide the 240 images, so that the last batch is whole; 50 leaves 40 out. Three
-    ranks take unequal parts of 20."""
+def test_an_epoch_shows_each_image_of_its_full_batches_once(batch_size, world):
+    """24 and 20 divide the 240 images. Batches of 50 leave out 40 images. Three ranks have unequal
+    parts of 20 images."""
     source = painted(0)
     assert (source.info.channels, source.info.image_size) == (3, (HEIGHT, WIDTH))
     parts = [
@@ -79,7 +80,7 @@ def test_an_epoch_shows_every_image_of_its_whole_batches_once(batch_size, world)
 
 
 def test_order_and_augmentation_are_new_in_every_epoch_and_for_every_seed():
-    """Also for the second epoch of one seed and the first epoch of the next seed."""
+    """The second epoch of a seed also differs from the first epoch of the next seed."""
     orders, moves = [], []
     for seed, epoch in product(SEEDS, EPOCHS):
         source = painted(seed, crop=2, crop_padding="edge", flip=True)
@@ -91,22 +92,22 @@ def test_order_and_augmentation_are_new_in_every_epoch_and_for_every_seed():
             moves += [part.moves for part in found]
         orders.append(tuple(order))
     assert len(set(orders)) == len(SEEDS) * len(EPOCHS)
-    # 24 images have 50 ** 24 ways to be varied: no two batches or views have the same by chance.
+    # 24 images have 50 ** 24 possible augmentations, so no two batches or views agree by chance.
     assert len({part.tobytes() for part in moves}) == len(moves) == 6 * 10 * VIEWS
     down, right, mirrored = np.concatenate(moves).T
     for values, possible in ((down, range(-2, 3)), (right, range(-2, 3)), (mirrored, (0, 1))):
         counts = [(values == value).sum() for value in possible]
         assert sum(counts) == len(values)
         assert chisquare(counts).pvalue > 1e-3, counts
-    # The images of a batch, and the three draws of an image, do not follow from each other.
+    # The three draws of an image are uncorrelated, and so are the draws of neighbouring images.
     assert np.abs(np.corrcoef((down, right, mirrored)) - np.eye(3)).max() < 0.1
     assert abs(np.corrcoef(down[1:], down[:-1])[0, 1]) < 0.1
 
 
 @pytest.mark.parametrize("padding", ["zero", "edge", "reflect"])
 @pytest.mark.parametrize(("crop", "flip"), [(2, False), (0, True), (2, True)])
-def test_a_batch_holds_what_padding_slicing_and_mirroring_of_its_images_give(padding, crop, flip):
-    """By NumPy, from the moves that the middle of each image tells."""
+def test_batches_equal_padding_slicing_and_mirroring_by_numpy(padding, crop, flip):
+    """NumPy applies the crop and the flip that are decoded from the middle pixel of each image."""
     source = painted(0, crop=crop, crop_padding=padding, flip=flip)
     mean, std = source.info.normalisation.mean, source.info.normalisation.std
     mode = "constant" if padding == "zero" else padding
@@ -122,11 +123,11 @@ def test_a_batch_holds_what_padding_slicing_and_mirroring_of_its_images_give(pad
     assert 4 < found.moves[:, 2].sum() < 20 if flip else not found.moves[:, 2].any()
 
 
-def test_a_hole_of_one_pixel_is_somewhere_in_every_image():
-    """Rows by the height and columns by the width, which differ here."""
+def test_every_image_has_one_hole_at_a_uniform_position():
+    """Rows are drawn from the height and columns from the width, which differ here."""
     source = painted(0, cutout=1)
     views = [view for batch in source.train_batches(0, 0, 24, VIEWS) for view in batch.views]
-    holes = torch.cat(views)[:, 2] == 0  # no blue pixel is the mean itself
+    holes = torch.cat(views)[:, 2] == 0  # no blue pixel value equals the mean
     assert (holes.sum((1, 2)) == 1).all()
     counts = holes.sum(0).flatten()
     assert counts.min() > 0
@@ -135,9 +136,10 @@ def test_a_hole_of_one_pixel_is_somewhere_in_every_image():
 
 @pytest.mark.parametrize("world", [2, 7])  # 7 does not divide the 240 images
 def test_rank_r_evaluates_every_world_th_image_from_the_r_th(world):
-    """In this order: the parts are interleaved to predictions for the whole split."""
+    """The order matters, because the parts are interleaved to the predictions for the split."""
     source = painted(0, crop=2, crop_padding="edge", flip=True)
-    source.splits["train"] = Images(*(part[:10] for part in source.splits["train"]))  # fewer
+    # Fewer training images than test images
+    source.splits["train"] = Images(*(part[:10] for part in source.splits["train"]))
     for rank in range(world):
         batches = list(source.eval_batches("test", 50, Shard(rank, world)))
         assert {len(batch.target) for batch in batches[:-1]} <= {50}
@@ -149,7 +151,7 @@ def test_rank_r_evaluates_every_world_th_image_from_the_r_th(world):
 
 
 def test_a_rank_without_images_evaluates_nothing():
-    """Two ranks, of a split with one image."""
+    """Two ranks evaluate a split with one image."""
     source = painted(0)
     source.splits["val"] = Images(*(part[:1] for part in source.splits["test"]))
     assert len(list(source.eval_batches("val", 8, Shard(0, 2)))) == 1
@@ -166,7 +168,7 @@ def some_folder(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "folder", "cifar10", "tiny-imagenet"])
-def test_every_source_has_another_order_for_another_seed_and_the_same_images(name, tmp_path):
+def test_the_seed_changes_the_order_of_every_source_but_not_its_images(name, tmp_path):
     if name == "folder":
         some_folder(tmp_path)
     elif name in ("cifar10", "tiny-imagenet"):
@@ -180,22 +182,24 @@ def test_every_source_has_another_order_for_another_seed_and_the_same_images(nam
     assert not torch.equal(first.views[0], second.views[0])
 
 
-# --- sources that decode on the way ---------------------------------------------------------------
+# --- sources that decode batch by batch -----------------------------------------------------------
 
 
 class Painter:
-    """A decoder that paints instead of reading files: the image's number, its random numbers and
-    the options of the cut. Blue, and the pixels for RandAugment, depend on the place in the batch
-    alone."""
+    """A loader that encodes its requests in pixels instead of reading files.
+
+    Red is the number of the image. Green holds its random numbers and the options of the crop.
+    Blue, and the pixels for RandAugment, depend only on the position in the batch.
+    """
 
     def __init__(self, *_: object) -> None:
-        """Nothing is opened."""
+        """Ignore the arguments of a loader."""
 
     def batches(self, requests, largest, raw):
         for items, side, drawn, smallest_crop, flip in requests:
             images = torch.zeros(len(items), 3, side, side)
             slope = torch.arange(side) / side
-            # Alike in every batch and view, for 24 divides the number of images.
+            # Equal in every batch and view, because 24 divides the number of images.
             images[:, 2] = slope + 1 + (torch.arange(len(items)) % 24)[:, None, None]
             if raw:
                 images[:] = 100 + 80 * slope + images[:, 2:]
@@ -223,14 +227,14 @@ def decoded(seed: int, **options) -> ImageNet:
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(24, 1), (20, 3), (50, 2)])
-def test_an_epoch_of_imagenet_shows_every_image_of_its_whole_batches_once(batch_size, world):
+def test_an_epoch_of_imagenet_shows_each_image_of_its_full_batches_once(batch_size, world):
     source, numbers = decoded(0), []
     for rank in range(world):
         batches = list(source.train_batches(0, 0, batch_size, 1, Shard(rank, world)))
         assert len(batches) == COUNT // batch_size
         for batch in batches:
             assert torch.equal(batch.views[0][:, 0, 0, 0].long(), batch.target)
-            # The defaults: crops of 8% of the area and more, not mirrored.
+            # By default, crops have at least 8% of the area and are not mirrored.
             assert (batch.views[0][:, 1, 1, 0] == torch.tensor(0.08)).all()
             assert not batch.views[0][:, 1, 1, 1].any()
             numbers += batch.target.tolist()
@@ -251,7 +255,7 @@ def test_ranks_of_imagenet_evaluate_every_world_th_image(world):
 
 
 def test_the_crops_of_imagenet_are_new_in_every_epoch_and_for_every_seed_and_view():
-    """No random number is used twice, and the options of the crop are the recipe's."""
+    """No random number is used twice, and the options of the crop are those of the recipe."""
     used, orders = [], set()
     for seed, epoch in product(SEEDS, EPOCHS):
         source = decoded(seed, smallest_crop=0.25, flip=True)
@@ -263,7 +267,7 @@ def test_the_crops_of_imagenet_are_new_in_every_epoch_and_for_every_seed_and_vie
             assert (view[:, 1, 1, 1] == 1).all()
     numbers = torch.cat(used)
     assert len(orders) == len(SEEDS) * len(EPOCHS)
-    # As float32 here, about one number in a thousand is met by chance.
+    # In float32, about one number in a thousand occurs twice by chance.
     assert len(numbers) == 6 * COUNT * VIEWS * 23
     assert len(numbers.unique()) > 0.99 * len(numbers)
 
@@ -272,9 +276,9 @@ def test_the_crops_of_imagenet_are_new_in_every_epoch_and_for_every_seed_and_vie
     ({"rand_augment": (2, 9)}, True), ({"erasing": 0.5}, True),
     ({"mixup": 0.4}, False), ({"cutmix": 1.0}, False),
 ])  # fmt: skip
-def test_what_varies_images_of_imagenet_is_new_in_every_epoch_and_for_every_seed(options, by_view):
-    """Every batch of the painter is the same in blue, so two batches that are equal after it were
-    varied alike. Views are mixed alike, because they share their labels."""
+def test_augmentations_of_imagenet_are_new_in_every_epoch_and_for_every_seed(options, by_view):
+    """The painter's blue channel is the same in every batch, so two batches with equal blue had the
+    same augmentation. All views are mixed in the same way, because they share their labels."""
     found = []
     for seed, epoch in product(SEEDS, EPOCHS):
         for batch in decoded(seed, **options).train_batches(epoch, 0, 48, VIEWS):
@@ -286,7 +290,7 @@ def test_what_varies_images_of_imagenet_is_new_in_every_epoch_and_for_every_seed
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1}])
 @pytest.mark.parametrize("side", [32, 24])
 def test_soft_labels_of_imagenet_are_the_shares_of_the_images(options, side):
-    """Red is the number of the image, and so its label. 24 is a progressive resolution."""
+    """Red is the number of the image, which is also its label. 24 is a progressive resolution."""
     source = decoded(0, progressive=((0, side),), **options)
     shares = []
     for batch in source.train_batches(0, 0, 48, VIEWS):
@@ -295,7 +299,7 @@ def test_soft_labels_of_imagenet_are_the_shares_of_the_images(options, side):
             expected = batch.target.double() @ torch.arange(COUNT).double()
             torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-3)
         shares.append(batch.target.amax(1))
-    assert torch.cat(shares).unique().numel() > COUNT // 3  # each image by its own share
+    assert torch.cat(shares).unique().numel() > COUNT // 3  # each image has its own share
 
 
 @pytest.mark.parametrize("side", [32, 24])
@@ -313,9 +317,10 @@ def test_an_erased_image_of_imagenet_loses_2_to_33_percent_at_every_resolution(s
     assert some.mean().item() == pytest.approx(0.02 / 2 + 1 / 6, abs=0.02)
 
 
-def test_images_of_imagenet_varied_by_rand_augment_are_normalised():
-    """By ImageNet's mean and deviation of each channel, which every published recipe uses. With a
-    magnitude of 0 most operations change nothing: the median image is the painter's."""
+def test_images_of_imagenet_are_normalised_after_rand_augment():
+    """They are normalised by ImageNet's mean and deviation of each channel, as in every published
+    recipe. With magnitude 0 most operations change nothing, so the painter's image is the median.
+    """
     source = decoded(0, rand_augment=(1, 0))
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from IDX files of the true size, written here."""
+"""Fashion-MNIST from IDX files of the original size, which the tests write."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def arrays() -> dict[str, np.ndarray]:
-    """Every row of pixels differs from the others, and each class has a tenth of the images."""
+    """Return pixels and labels. All images differ, and each class has a tenth of them."""
     found = {}
     for images, labels, count in ((TRAIN_IMAGES, TRAIN_LABELS, 60_000),
                                   (TEST_IMAGES, TEST_LABELS, 10_000)):  # fmt: skip
@@ -53,8 +53,8 @@ def original(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def no_package(monkeypatch, tmp_path, original) -> None:
-    """Debian's package is not installed, whether or not this machine has it, and the arrays of this
-    file are the original."""
+    """Pretend that Debian's package is not installed, and that the arrays of this file are the
+    original data set."""
     for name, values in original.arrays.items():
         known = hashlib.sha256(idx(values)).hexdigest()
         monkeypatch.setitem(fashion_mnist.SHA256, name, known)
@@ -113,7 +113,7 @@ def test_a_tenth_of_each_class_is_held_out_and_the_seed_changes_nothing(original
     assert other.info.digests == data.info.digests
 
 
-def test_the_folder_may_be_inside_of_the_root_or_that_of_the_package(
+def test_files_are_found_in_a_subfolder_of_root_and_in_the_package_folder(
     original, tmp_path, monkeypatch
 ):
     (tmp_path / "data").mkdir()
@@ -123,7 +123,7 @@ def test_the_folder_may_be_inside_of_the_root_or_that_of_the_package(
     assert open_source("fashion-mnist", Path("~/data")).info.counts["test"] == 10_000
     monkeypatch.setattr(fashion_mnist, "PACKAGE_FOLDER", original.packed)
     assert open_source("fashion-mnist", None).info.counts["test"] == 10_000
-    # a root that is given is not replaced by the package
+    # If data.root is set, the package is not used instead.
     assert f"no data set fashion-mnist at {tmp_path}/nothing" in refused(tmp_path / "nothing")
 
 
@@ -148,7 +148,7 @@ def with_label(label: int) -> bytes:
 
 HARMS = {
     "an int32 type": (TEST_LABELS, b"\0\0\x0c" + idx(LABELS)[3:], "not an IDX file of 10000 bytes"),
-    "no magic": (TEST_LABELS, b"\1" + idx(LABELS)[1:], "it is not the original"),
+    "no magic": (TEST_LABELS, b"\1" + idx(LABELS)[1:], "it is not the original file"),
     "a small shape": (TEST_LABELS, idx(LABELS[:10]), "is not an IDX file of 10000 bytes"),
     "another shape": (TEST_LABELS, idx(LABELS.reshape(100, 100)), "is not an IDX file of 10000"),
     "truncated": (TEST_LABELS, idx(LABELS)[:-1], "is not an IDX file of 10000 bytes"),
@@ -156,10 +156,10 @@ HARMS = {
     "empty": (TEST_LABELS, b"", "is not an IDX file of 10000 bytes"),
     "the images of the test": (TRAIN_IMAGES, idx(np.zeros((10_000, 28, 28), np.uint8)),
                                "is not an IDX file of 60000 x 28 x 28 bytes"),
-    "a label of 10": (TEST_LABELS, with_label(10), "and another content (is it MNIST?)"),
-    "one other label": (TEST_LABELS, with_label(1), "and another content (is it MNIST?)"),
-    "the labels of Kuzushiji-MNIST": (TEST_LABELS, idx(LABELS[::-1].copy()), "another content"),
-    "other images": (TEST_IMAGES, idx(np.ones((10_000, 28, 28), np.uint8)), "another content"),
+    "a label of 10": (TEST_LABELS, with_label(10), "but different content (is it MNIST?)"),
+    "one other label": (TEST_LABELS, with_label(1), "but different content (is it MNIST?)"),
+    "the labels of Kuzushiji-MNIST": (TEST_LABELS, idx(LABELS[::-1].copy()), "different content"),
+    "other images": (TEST_IMAGES, idx(np.ones((10_000, 28, 28), np.uint8)), "different content"),
 }  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_a_packed_file_that_is_not_the_original_is_named(content, words, folder,
     message = refused(folder)
     assert str(folder / f"{TEST_LABELS}.gz") in message
     assert words in message
-    assert taken == [10_009]  # never more than the file, so that a bomb is not unpacked
+    assert taken == [10_009]  # at most one byte more than expected, so a bomb is harmless
 
 
 @pytest.mark.parametrize("name", [TRAIN_LABELS, TEST_IMAGES, TEST_LABELS])
@@ -199,12 +199,12 @@ def test_a_missing_file_is_named(name, folder, capsys):
     (folder / name).unlink()
     message = refused(folder)
     assert f"cannot read {folder / name}.gz: No such file or directory" in message
-    # bdkd data list does not call an incomplete set ready
+    # In bdkd data list, an incomplete data set is not ready.
     main(["data", "list", str(folder)])
     assert f"not ready: no {name} in {folder}: {REMEDY}" in capsys.readouterr().out
 
 
-def test_a_pipe_is_not_waited_for(folder):
+def test_a_pipe_is_refused_and_not_read(folder):
     (folder / TEST_LABELS).unlink()
     os.mkfifo(folder / f"{TEST_LABELS}.gz")
     with pytest.raises(RunError, match=r"cannot read .*labels.*gz: it is not a regular file"):

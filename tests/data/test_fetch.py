@@ -1,4 +1,4 @@
-"""Downloads, from a server of our own: whole, resumed, wrong, hostile, and with no network."""
+"""Downloads from a local server: complete, resumed, wrong and hostile files, and no network."""
 
 import dataclasses
 import errno
@@ -27,8 +27,11 @@ from bdkd.registry import SOURCES
 
 
 class Host:
-    """A web server on this machine. ``ranges``: it continues downloads; ``breaks_after``: it hangs
-    up after so many bytes, once; ``claims``: the length it announces, if it does."""
+    """A web server on this machine.
+
+    ``ranges``: whether it can continue downloads. ``breaks_after``: it closes the next connection
+    after this number of bytes. ``claims``: a wrong length that it announces.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -56,13 +59,13 @@ class Host:
                 self.wfile.write(content[start:end])
 
             def log_message(self, *_):
-                """Quiet."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def archive(self, file: str, content: bytes, folder: str) -> Archive:
-        """Serve a file, and what a table would know of it."""
+        """Serve a file, and return its entry in a table of archives."""
         self.files[f"/{file}"] = content
         return Archive(
             f"http://127.0.0.1:{self.server.server_port}/{file}",
@@ -117,9 +120,9 @@ def test_tiny_imagenet_is_unzipped(tmp_path, host):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on_where_it_stopped(tmp_path, host, table, ranges):
+def test_an_interrupted_download_continues_where_it_stopped(tmp_path, host, table, ranges):
     host.breaks_after = 1000
-    with pytest.raises(RunError, match=r"broke off after 1,000 of .* run it again to continue"):
+    with pytest.raises(RunError, match=r"broke off after 1,000 of .* run this again to continue"):
         fetch("cifar10", tmp_path, table)
     assert hidden(tmp_path) == ["cifar-10-python.tar.gz.part"]
     host.ranges = ranges
@@ -127,22 +130,22 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path, host, table, range
     assert host.asked == ["bytes=0-", "bytes=1000-"]
 
 
-def test_another_file_than_the_known_one_is_removed(tmp_path, host, table):
+def test_a_download_with_a_wrong_hash_is_removed(tmp_path, host, table):
     host.files["/cifar-10-python.tar.gz"] = CIFAR[:-1] + b"x"
     with pytest.raises(RunError, match="is not the known file: its SHA-256 is"):
         fetch("cifar10", tmp_path, table)
     assert hidden(tmp_path) == []
 
 
-def test_a_login_page_in_its_place_is_told(tmp_path, host, table):
+def test_a_login_page_instead_of_the_file_is_reported(tmp_path, host, table):
     host.files["/cifar-10-python.tar.gz"] = b"<html>log in first</html>"
     host.ranges = False
-    with pytest.raises(RunError, match=r"offers 25 bytes .* something else answers in its place"):
+    with pytest.raises(RunError, match=r"offers 25 bytes .*: check whether a proxy"):
         fetch("cifar10", tmp_path, table)
     assert hidden(tmp_path) == []
 
 
-def test_an_archive_that_lies_there_is_checked_and_used_without_a_network(tmp_path, host, table):
+def test_an_existing_archive_is_verified_and_used_without_a_network(tmp_path, host, table):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(CIFAR)
     assert fetch("cifar10", tmp_path, table).is_dir()
     assert host.asked == []
@@ -151,10 +154,10 @@ def test_an_archive_that_lies_there_is_checked_and_used_without_a_network(tmp_pa
     (other / "cifar-10-python.tar.gz").write_bytes(CIFAR[:-1])
     with pytest.raises(RunError, match=r"is not the known file.*nothing was unpacked: remove it"):
         fetch("cifar10", other, table)
-    assert hidden(other) == ["cifar-10-python.tar.gz"]  # the user's file is the user's
+    assert hidden(other) == ["cifar-10-python.tar.gz"]  # a user's file is not removed
 
 
-def test_no_network_is_said_and_what_to_do(tmp_path, host, table):
+def test_without_a_network_the_error_says_what_to_do(tmp_path, host, table):
     host.server.shutdown()
     host.server.server_close()
     with pytest.raises(
@@ -184,14 +187,14 @@ def test_a_full_disk_is_seen_before_and_during_the_download(tmp_path, host, tabl
         patch.setattr(fetching.shutil, "copyfileobj", full)
         with pytest.raises(RunError, match=r"cannot write in .*No space left on device; make room"):
             fetch("cifar10", tmp_path, table)
-    assert hidden(tmp_path) == ["cifar-10-python.tar.gz"]  # the download is kept, no half a folder
+    assert hidden(tmp_path) == ["cifar-10-python.tar.gz"]  # the download is kept, no partial folder
     assert fetch("cifar10", tmp_path, table).is_dir()
     assert len(host.asked) == 1
 
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_the_archive_and_what_it_unpacks_to_must_fit(tmp_path, table, monkeypatch, missing):
-    needed = 11 * len(CIFAR)  # the archive, and the ten times that its entry says
+    needed = 11 * len(CIFAR)  # the archive, and the unpacked size in its entry
     usage = SimpleNamespace(free=needed - missing)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
     if missing:
@@ -201,7 +204,7 @@ def test_the_archive_and_what_it_unpacks_to_must_fit(tmp_path, table, monkeypatc
         assert fetch("cifar10", tmp_path, table).is_dir()
 
 
-def test_a_whole_download_that_was_not_renamed_is_not_fetched_again(tmp_path, host, table):
+def test_a_complete_download_that_was_not_renamed_is_used(tmp_path, host, table):
     (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(CIFAR)
     assert fetch("cifar10", tmp_path, table).is_dir()
     assert host.asked == []
@@ -209,7 +212,7 @@ def test_a_whole_download_that_was_not_renamed_is_not_fetched_again(tmp_path, ho
 
 
 def test_a_host_that_sends_more_than_the_archive_is_not_read_to_its_end(tmp_path, host, table):
-    """It announces no length and sends 20 times as much: of that, a chunk at most is kept."""
+    """The host announces no length and sends 20 chunks too much. At most one of them is kept."""
     host.files["/cifar-10-python.tar.gz"] = CIFAR + bytes(20 * fetching.CHUNK)
     host.announces_no_length = True
     kept = []
@@ -248,7 +251,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, table):
         fetch("cifar10", tmp_path / "file" / "data", table)
 
 
-def test_two_at_once_do_not_write_one_file(tmp_path, host, table):
+def test_two_fetches_do_not_write_the_same_archive(tmp_path, host, table):
     with open(tmp_path / "cifar-10-python.tar.gz.part", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another bdkd data fetch is downloading"):
@@ -303,7 +306,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path, host, content, message):
     assert hidden(tmp_path) == ["to"]
 
 
-def test_the_command(tmp_path, table, monkeypatch, capsys):
+def test_the_fetch_command_downloads_and_prints_how_to_train(tmp_path, table, monkeypatch, capsys):
     monkeypatch.setattr(fetching.fetch, "__defaults__", (table,))
     command.run(["fetch", "cifar10", "--to", str(tmp_path)])
     options = f"--data.source cifar10 --data.root {tmp_path}"
@@ -321,7 +324,7 @@ CONTENTS = {"images.gz": bytes(range(256)) * 90, "labels.gz": b"labels" * 500}
 
 @pytest.fixture
 def files(host) -> dict[str, FileSet]:
-    """A table with a data set of two files, as the host packs them."""
+    """Return a table with a data set of two files that the host serves."""
     known = []
     for name, content in CONTENTS.items():
         packed = host.files[f"/{name}"] = gzip.compress(content)
@@ -343,9 +346,9 @@ def test_files_are_kept_as_they_are_and_not_fetched_again(tmp_path, host, files)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_of_files_goes_on_where_it_stopped(tmp_path, host, files, ranges):
+def test_an_interrupted_download_of_files_continues_where_it_stopped(tmp_path, host, files, ranges):
     host.breaks_after = 100
-    with pytest.raises(RunError, match=r"of images.gz broke off after 100 of .* run it again"):
+    with pytest.raises(RunError, match=r"of images.gz broke off after 100 of .* run this again"):
         fetch("clothes", tmp_path, files)
     assert hidden(tmp_path / "clothes") == ["images.gz.part"]
     host.ranges = ranges
@@ -359,8 +362,8 @@ def test_a_broken_download_of_files_goes_on_where_it_stopped(tmp_path, host, fil
     assert hidden(tmp_path / "clothes") == ["images.gz", "labels.gz"]
 
 
-def test_a_file_that_a_user_packed_again_is_as_good(tmp_path, host, files):
-    """As Debian's packages do, without a file name in the header."""
+def test_a_file_with_another_compression_is_accepted(tmp_path, host, files):
+    """Debian's packages have such files, without a file name in the header."""
     (tmp_path / "clothes").mkdir()
     for name, content in CONTENTS.items():
         (tmp_path / "clothes" / name).write_bytes(gzip.compress(content, 1))
@@ -372,7 +375,7 @@ def test_a_file_that_a_user_packed_again_is_as_good(tmp_path, host, files):
     gzip.compress(b"other" * 600), gzip.compress(CONTENTS["labels.gz"])[:-9], b"<html>", b"",
     gzip.compress(CONTENTS["labels.gz"] + b"x"), gzip.compress(bytes(1 << 26)),
 ], ids=["other", "cut", "login page", "empty", "longer", "bomb"])  # fmt: skip
-def test_a_file_of_a_user_is_checked_and_left(tmp_path, host, files, content):
+def test_a_wrong_file_of_a_user_is_refused_and_kept(tmp_path, host, files, content):
     (tmp_path / "clothes").mkdir()
     file = tmp_path / "clothes" / "labels.gz"
     file.write_bytes(content)
@@ -398,7 +401,7 @@ def test_no_more_is_unpacked_than_the_known_size(tmp_path, files, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["other", "damaged"])
-def test_another_file_of_the_host_is_removed(tmp_path, host, files, content):
+def test_a_wrong_file_from_the_host_is_removed(tmp_path, host, files, content):
     packed = bytearray(host.files["/images.gz"])
     packed[-5 if content == "other" else 200] ^= 255  # the checksum, or the compressed data
     host.files["/images.gz"] = bytes(packed)
@@ -407,7 +410,7 @@ def test_another_file_of_the_host_is_removed(tmp_path, host, files, content):
     assert hidden(tmp_path / "clothes") == []
 
 
-def test_two_fetches_of_files_do_not_write_one_file(tmp_path, host, files):
+def test_two_fetches_do_not_write_the_same_file(tmp_path, host, files):
     (tmp_path / "clothes").mkdir()
     with open(tmp_path / "clothes" / "images.gz.part", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -416,7 +419,7 @@ def test_two_fetches_of_files_do_not_write_one_file(tmp_path, host, files):
     assert host.asked == []
 
 
-def test_files_that_cannot_be_fetched_say_where_to_put_them(tmp_path, host, files, monkeypatch):
+def test_errors_say_where_to_put_files_that_cannot_be_fetched(tmp_path, host, files, monkeypatch):
     usage = SimpleNamespace(free=10)
     with monkeypatch.context() as patch:
         patch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
@@ -432,7 +435,7 @@ def test_files_that_cannot_be_fetched_say_where_to_put_them(tmp_path, host, file
         fetch("clothes", tmp_path, files)
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, files):
+def test_a_pipe_instead_of_a_file_is_refused_and_not_read(tmp_path, files):
     (tmp_path / "clothes").mkdir()
     os.mkfifo(tmp_path / "clothes" / "images.gz")
     with pytest.raises(RunError, match=r"images.gz: it is not a regular file"):
@@ -463,7 +466,7 @@ def test_fashion_mnist_is_four_files_that_its_source_reads():
     ]  # fmt: skip
 
 
-def test_the_known_archives_are_whole_entries():
+def test_the_table_of_archives_is_complete():
     for archive in ARCHIVES.values():
         assert re.fullmatch(r"[0-9a-f]{64}", archive.sha256)
         assert archive.size > 100_000_000

@@ -1,6 +1,6 @@
-"""Characters drawn by the DejaVu fonts that matplotlib ships, and the shipped Japanese manifest.
+"""Characters drawn with the DejaVu fonts of matplotlib, and the shipped Japanese manifest.
 
-Letters are the characters, because every machine with these tests has the fonts for them.
+The characters are letters, because every machine that runs the tests has fonts for them.
 """
 
 import os
@@ -49,7 +49,7 @@ def write_manifest(path: Path, faces=FACES, characters=LETTERS, **options: str) 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and the folder with the files of bdkd in it."""
+    """Use an empty cache, and return the folder of bdkd in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bdkd"
 
@@ -70,7 +70,7 @@ def fonts(tmp_path) -> Path:
 
 @pytest.fixture
 def draws(monkeypatch) -> list[str]:
-    """The names of the faces that are drawn, and not taken from the cache."""
+    """Return a list to which the name of each face is added that is not read from the cache."""
     drawn = []
     draw = render._draw
     monkeypatch.setattr(
@@ -103,8 +103,8 @@ def test_each_face_draws_each_character_once(manifest):
 
 
 def test_the_label_is_the_character(manifest):
-    """Every image is the one that Pillow draws of the character with this label, for each face in
-    the order of the manifest, up to where the ink is."""
+    """Every image has the ink that Pillow draws for the character with this label. The faces are in
+    the order of the manifest."""
     data = glyphs(manifest)
     at = {"train": 0, "val": 0, "test": 0}
     for file, _, split in FACES:
@@ -126,8 +126,8 @@ def test_the_label_is_the_character(manifest):
 
 
 def test_characters_are_in_the_centre(tmp_path):
-    """Pillow's box is, which holds the advance and the baseline too. So the margins of capitals on
-    opposite sides differ by a few pixels for a narrow letter, and on average by less than one."""
+    """Pillow's bounding box is centred. It includes the advance and the baseline, so opposite
+    margins of a narrow letter differ by a few pixels. On average they differ by less than one."""
     capitals = write_manifest(tmp_path / "m.toml", characters=string.ascii_uppercase)
     for images in glyphs(capitals, image_size=48).splits.values():
         for face in images.pixels[:, 0].split(26):
@@ -145,7 +145,7 @@ def test_splits_are_of_different_faces(manifest):
     assert len(every.unique(dim=0)) == len(every)
 
 
-def test_validation_is_that_of_the_manifest_or_a_share_of_the_training_images(tmp_path, manifest):
+def test_validation_images_are_from_the_manifest_or_held_out(tmp_path, manifest):
     own = glyphs(manifest, validation=0.4)
     assert own.info.counts == {"train": 104, "val": 52, "test": 104}
     assert torch.equal(own.splits["val"].pixels, glyphs(manifest).splits["val"].pixels)
@@ -173,7 +173,7 @@ def test_fewer_characters_are_a_part_of_more_and_independent_of_the_seed(manifes
 
 
 @pytest.mark.parametrize("side", [8, 24, 64, 256])
-def test_images_have_the_size_that_is_asked_for(manifest, side):
+def test_images_have_the_requested_size(manifest, side):
     data = glyphs(manifest, image_size=side, characters=8)
     assert data.info.image_size == (side, side)
     assert data.splits["test"].pixels.shape == (16, 1, side, side)
@@ -217,7 +217,7 @@ def test_a_second_load_draws_nothing(manifest, draws, cache):
     "truncated", "empty", "text", "one array", "other pixels", "other shape", "no digest",
     "compressed", "objects", "huge",
 ])  # fmt: skip
-def test_a_damaged_cache_is_drawn_again(harm, manifest, draws, cache):
+def test_images_are_drawn_again_if_the_cache_is_damaged(harm, manifest, draws, cache):
     first = glyphs(manifest)
     for file in cache.iterdir():
         content = file.read_bytes()
@@ -240,18 +240,18 @@ def test_a_damaged_cache_is_drawn_again(harm, manifest, draws, cache):
                 np.savez_compressed(stream, images=images, digest=digest)
             elif harm == "objects":
                 np.savez(stream, images=np.array([{}], object), digest=digest)
-            elif harm == "huge":  # a header that promises 10^17 bytes
+            elif harm == "huge":  # a header that declares 10^17 bytes
                 header = b"(52, 32, 32), }" + 8 * b" "
                 assert header in content
                 stream.write(content.replace(header, b"(99999999999999999,), }"))
     assert same(glyphs(manifest), first)
     assert len(draws) == 2 * len(FACES)
-    assert same(glyphs(manifest), first)  # the cache was mended
+    assert same(glyphs(manifest), first)  # the cache was repaired
     assert len(draws) == 2 * len(FACES)
 
 
 @pytest.mark.parametrize("place", ["a file", "read-only", "no home"])
-def test_without_a_cache_each_run_draws(place, manifest, draws, tmp_path, monkeypatch):
+def test_without_a_cache_each_run_draws_again(place, manifest, draws, tmp_path, monkeypatch):
     if place == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.delenv("HOME")
@@ -265,7 +265,7 @@ def test_without_a_cache_each_run_draws(place, manifest, draws, tmp_path, monkey
         monkeypatch.chdir(tmp_path)
     else:
         (tmp_path / "file").touch()
-        # /proc takes no folder, even from root, whom modes do not stop
+        # No folder can be created in /proc, not even by root, who may ignore permissions.
         nowhere = {"a file": tmp_path / "file", "read-only": "/proc/bdkd"}[place]
         monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere))
     assert same(glyphs(manifest), glyphs(manifest))
@@ -274,7 +274,7 @@ def test_without_a_cache_each_run_draws(place, manifest, draws, tmp_path, monkey
     assert manifests.font_folders()[-1] == Path("/usr/share/fonts")
 
 
-def test_a_full_disk_leaves_nothing(manifest, draws, cache, monkeypatch):
+def test_a_full_disk_leaves_no_partial_cache(manifest, draws, cache, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -301,7 +301,7 @@ def test_another_version_of_pillow_draws_again(manifest, draws, monkeypatch):
     assert len(draws) == 2 * len(FACES)
 
 
-def test_runs_that_start_at_once_keep_whole_images(manifest, cache):
+def test_concurrent_runs_write_a_valid_cache(manifest, cache):
     import multiprocessing
 
     with ThreadPoolExecutor(2) as pool:  # each waits for a process
@@ -338,7 +338,7 @@ def test_missing_fonts_are_listed_with_their_packages(tmp_path, monkeypatch):
         glyphs(None, tmp_path)
 
 
-def test_a_font_without_a_package_is_to_be_put_there(tmp_path, fonts, monkeypatch):
+def test_a_missing_font_without_a_package_names_the_folder(tmp_path, fonts, monkeypatch):
     manifest = write_manifest(tmp_path / "m.toml", [*FACES, ("Mine.ttf", "mine", "train")])
     with pytest.raises(RunError) as raised:
         glyphs(manifest, fonts)
@@ -351,7 +351,7 @@ def test_a_font_without_a_package_is_to_be_put_there(tmp_path, fonts, monkeypatc
 def test_fonts_are_found_at_every_level_and_through_links(manifest, fonts, tmp_path):
     (tmp_path / "root" / "truetype").mkdir(parents=True)
     (tmp_path / "root" / "truetype" / "dejavu").symlink_to(fonts)
-    for name in ("a", "b", "c"):  # two links in a circle make 2^40 paths
+    for name in ("a", "b", "c"):  # links in cycles make 2^40 paths
         (fonts / name).symlink_to(tmp_path / "root")
     os.mkfifo(tmp_path / "root" / "DejaVuSans.ttf")  # not a font, and never read
     (tmp_path / "root" / "DejaVuSerif.ttf").symlink_to("nowhere")
@@ -379,7 +379,7 @@ def test_a_font_without_a_character_is_named(tmp_path):
     )
     manifest = write_manifest(tmp_path / "m.toml", characters="ab字か", without="か字")
     assert glyphs(manifest).info.classes == ("a", "b")
-    manifest = write_manifest(tmp_path / "m.toml", characters="ab ")  # nothing to see
+    manifest = write_manifest(tmp_path / "m.toml", characters="ab ")  # a space has no ink
     with pytest.raises(RunError, match=r"does not draw 1 of the 3 characters \( \)"):
         glyphs(manifest)
 
@@ -462,7 +462,7 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_long_manifest_is_read_in_linear_time(tmp_path):
-    """200,000 characters, of which each pair was compared before."""
+    """The manifest has 200,000 characters. An earlier version compared each pair."""
     letters = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
     path = write_manifest(tmp_path / "m.toml", characters=letters * 10, without=letters[1:] * 5)
     with pytest.raises(UsageError, match=f"got '{letters[0]}' twice"):
@@ -527,7 +527,7 @@ def test_a_copied_font_in_two_splits_is_found_and_refused(tmp_path, fonts, manif
 
 
 def test_a_scaled_font_in_two_splits_is_found(tmp_path, fonts):
-    """By this file, and not by the source, whose images are not equal."""
+    """copies() finds it. The source does not, because the images are not equal."""
     scaled_copy(fonts / "DejaVuSans.ttf", fonts / "Scaled.ttf")
     leaking = write_manifest(tmp_path / "m.toml", [*FACES, ("Scaled.ttf", "other", "test")])
     assert copies(leaking, UNLIKE, fonts) == [("DejaVuSans", "Scaled")]
@@ -552,7 +552,7 @@ def test_the_shipped_manifest_has_the_kanji_of_level_1_and_nineteen_faces():
     }
     for first, second in combinations(lineages.values(), 2):
         assert not first & second
-    # a family of files is one lineage
+    # all files of a font family are in one split
     families = [
         ("ipa", "takao"), ("mplus", "m+"), ("ume", "ume"), ("konatu", "komatuna"),
         ("klee", "klee"), ("seto", "seto"), ("yusei", "yusei"),
@@ -562,8 +562,9 @@ def test_the_shipped_manifest_has_the_kanji_of_level_1_and_nineteen_faces():
         assert len({face.split for face in members}) == 1
 
 
-def test_the_shipped_faces_are_no_copies_of_each_other_where_they_are_installed(tmp_path):
-    """test_a_copied_font_in_two_splits_is_found_and_refused runs the same check everywhere."""
+def test_the_shipped_faces_of_different_splits_are_not_copies(tmp_path):
+    """The fonts may be missing. test_a_copied_font_in_two_splits_is_found_and_refused runs the same
+    check on every machine."""
     try:
         data = glyphs(None, None, characters=60)
     except RunError as error:
@@ -601,14 +602,14 @@ def test_a_small_run_is_trained_and_resumed(tmp_path, manifest, capsys):
     capsys.readouterr()
     text = (tmp_path / "run" / "config.toml").read_text()
     assert f'manifest = "{manifest}"' in text
-    # the run refuses to go on with other images
+    # The run cannot be resumed with other images.
     write_manifest(Path(manifest), FACES[1:])
     with pytest.raises(SystemExit):
         main(["train", "--resume", "--run-dir", run, "--max-steps", "6"])
     assert "data" in capsys.readouterr().err
 
 
-def test_the_list_names_the_packages(tmp_path, monkeypatch, capsys):
+def test_data_list_names_the_packages_of_missing_fonts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(manifests, "font_folders", lambda: [tmp_path])
     main(["data", "list", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
@@ -617,7 +618,7 @@ def test_the_list_names_the_packages(tmp_path, monkeypatch, capsys):
     assert "apt install --no-install-recommends fonts-" in lines[at + 1]
 
 
-def test_pillow_is_asked_for(manifest, monkeypatch):
+def test_a_missing_pillow_is_an_error_that_names_the_extra(manifest, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(RunError, match=r"need Pillow: pip install 'bdkd\[imagenet\]'"):
         glyphs(manifest)

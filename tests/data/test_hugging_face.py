@@ -26,7 +26,7 @@ IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of ``datasets`` for each test."""
+    """Use a new cache of ``datasets`` for each test."""
     monkeypatch.setattr(notes, "_printed", set())
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -34,7 +34,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def made(count=20, first=0, label=None, image=None, kind=CAT_OR_DOG, **more):
-    """A data set whose image ``i`` is ``jpeg(first + i)``, of the classes in turn."""
+    """Return a data set whose image ``i`` is ``jpeg(first + i)``, with the classes in turn."""
     columns = {
         "image": image or [{"bytes": jpeg(first + i), "path": None} for i in range(count)],
         "label": label or [i % 2 for i in range(count)],
@@ -56,7 +56,7 @@ def evaluated(source, split):
 
 
 def test_the_images_of_a_saved_set_are_those_of_its_rows(tmp_path):
-    """Every image of every shard, decoded from its place in the Arrow file, with its label."""
+    """Every image of every shard is read from its position in the Arrow file, with its label."""
     root = saved(tmp_path / "set", shards=3, train=made(20), test=made(7, first=100))
     by_files = make_photos(tmp_path / "files" / "test", cat=0, dog=0)
     for i in range(7):
@@ -76,8 +76,8 @@ def test_the_images_of_a_saved_set_are_those_of_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hf folder", "folder", "hf file", "file", "saved", "hf saved"])
-def test_every_form_of_a_set_is_the_same_set(kind, tmp_path):
-    """One split is divided; order, crops and digests do not depend on the form."""
+def test_every_storage_format_is_the_same_data_set(kind, tmp_path):
+    """A single split is divided in three. Order, crops and digests do not depend on the format."""
     set_ = made(30)
     (tmp_path / "parquet").mkdir()
     file = tmp_path / "parquet" / "train-00000-of-00001.parquet"
@@ -116,7 +116,7 @@ def test_a_changed_parquet_file_is_read_again(tmp_path):
 
 
 def test_parquet_files_of_pandas_are_read(tmp_path):
-    """Bytes in a column, and class names as text."""
+    """They have a column of bytes, and class names as text."""
     import pandas
 
     pandas.DataFrame(
@@ -132,7 +132,7 @@ def test_parquet_files_of_pandas_are_read(tmp_path):
 
 
 def test_rows_with_only_a_path_are_files(tmp_path):
-    """As the builder of ``datasets`` for folders of images makes them."""
+    """The builder of ``datasets`` for folders of images makes such rows."""
     root = make_photos(tmp_path / "photos", cat=6, dog=6)
     source = open_source("images", f"hf:{root}")
     assert source.info.classes == ("cat", "dog")
@@ -179,7 +179,7 @@ def test_images_at_addresses_are_refused(tmp_path):
         open_source("images", tmp_path)
 
 
-def test_splits_of_a_set(tmp_path, capfd):
+def test_known_splits_are_used_and_others_are_named(tmp_path, capfd):
     root = saved(tmp_path / "a", train=made(20), validation=made(6, 30), test=made(4, 40),
                  extra=made(4, 60))  # fmt: skip
     source = open_source("images", root)
@@ -205,9 +205,9 @@ def test_classes_without_images_are_left_out_and_named(tmp_path, capfd):
 
 WRONG = {
     "no image column": (lambda: made().remove_columns("image"), {}, RunError,
-                        "has no column of images, but label: name one with data.image_column"),
+                        "has no column of images, only label: name one with data.image_column"),
     "no label column": (lambda: made().remove_columns("label"), {}, RunError,
-                        "has no column of labels, but image: name one with data.label_column"),
+                        "has no column of labels, only image: name one with data.label_column"),
     "two image columns": (lambda: made(mask=datasets.Image()), {}, UsageError,
                           "has several columns of images: choose one of image, mask with "
                           "data.image_column"),
@@ -216,7 +216,7 @@ WRONG = {
     "an unknown column": (made, {"image_column": "imgae"}, UsageError,
                           "has no column 'imgae' (data.image_column): did you mean 'image'?"),
     "a column of another type": (made, {"label_column": "image"}, UsageError,
-                                 "data.label_column must name a column of labels, and 'image'"),
+                                 "data.label_column must name a column of labels, but 'image'"),
     "an image is missing": (lambda: made(image=[None] * 20), {}, RunError,
                             "row 0 of the split train of ROOT has no image"),
     "no labels": (lambda: made(label=[0, -1] * 10), {}, RunError,
@@ -229,7 +229,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_set_is_one_line_with_what_to_do(case, tmp_path):
+def test_a_wrong_data_set_is_an_error_of_one_line_with_a_remedy(case, tmp_path):
     make, options, kind, message = WRONG[case]
     make().save_to_disk(tmp_path / "set")
     with pytest.raises(kind) as raised:
@@ -244,7 +244,7 @@ def test_a_column_is_chosen(tmp_path):
     assert source.info.counts["test"] == 4
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path):
+def test_a_data_set_that_cannot_be_opened_is_an_error_of_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.parquet").write_text("no parquet")
     for root, message in (
@@ -271,7 +271,7 @@ def test_without_datasets_the_extra_is_named(tmp_path, monkeypatch):
 
 
 class Hub:
-    """Answers of the Hub, of which the tests have none."""
+    """Replaces the client of the Hub, because tests have no network."""
 
     def __init__(self, error: Exception | None):
         self.error, self.asked = error, 0
@@ -287,7 +287,7 @@ class Hub:
 
 
 def test_a_set_of_the_hub_without_a_network(tmp_path, monkeypatch, capfd):
-    """There is one request and one line, which says how to copy the data; a cached copy is used."""
+    """After one request, an error of one line says how to copy the data. A cached copy is used."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", asked := Hub(OSError("no route to the host")))
@@ -301,7 +301,7 @@ def test_a_set_of_the_hub_without_a_network(tmp_path, monkeypatch, capfd):
     )
     assert capfd.readouterr().err == ""
     assert datasets.config.HF_HUB_OFFLINE is False
-    # The copy that an earlier run has left
+    # The cached copy of an earlier run
     version = tmp_path / "cache" / "owner___things" / "default" / "0.0.0"
     (tmp_path / "parquet").mkdir()
     made(20).to_parquet(tmp_path / "parquet" / "train.parquet")
@@ -365,7 +365,7 @@ def test_a_set_is_checked(tmp_path, capfd):
 
 
 def test_a_parquet_file_trains(tmp_path):
-    """And is evaluated: the run stores the data set's place and the size of the images."""
+    """The run is also evaluated: it stores the path of the data set and the size of the images."""
     made(30).to_parquet(tmp_path / "photos.parquet")
     run = str(tmp_path / "run")
     given = ["digits", "--data.source", "images", "--data.root", str(tmp_path / "photos.parquet"),
@@ -380,7 +380,7 @@ def test_a_parquet_file_trains(tmp_path):
 
 
 def test_a_large_set_is_not_read_into_memory(tmp_path):
-    """Its images are read batch by batch: opening it leaves the bytes on disk."""
+    """Images are read batch by batch, so the bytes stay on disk when the data set is opened."""
     noise = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     Image.fromarray(pixels).save(noise, "BMP")  # 0.8 MB

@@ -1,4 +1,4 @@
-"""Pillow's warnings name the image and are shown once; files that inflate are refused by name."""
+"""Pillow's warnings name the image and are shown once. Decompression bombs are refused by name."""
 
 import contextlib
 import io
@@ -36,12 +36,12 @@ def encoded(kind: str, seed: int = 0, **options) -> bytes:
 
 
 def corrupt_exif(seed: int = 0) -> bytes:
-    """A good picture whose EXIF data declare more than they have."""
+    """Return a good image whose EXIF data declare more entries than they have."""
     return encoded("JPEG", seed, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A header that declares a picture, and no pixels."""
+    """Return a PNG that declares this size but does not have the pixels."""
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 << 20))), (b"IEND", b""))
     return decode.PNG + b"".join(
@@ -51,7 +51,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def make_folder(root: Path) -> list[Path]:
-    """A data set of two classes. In each, one training image has corrupt EXIF data."""
+    """Write a data set of two classes. In each, one training image has corrupt EXIF data."""
     for split in ("train", "val"):
         for label in range(2):
             folder = root / split / f"class{label}"
@@ -73,7 +73,7 @@ def bdkd(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("workers", [None, 0, 2], ids=["folder", "imagenet", "imagenet, workers"])
 def test_training_shows_each_warning_once_with_its_file(workers, tmp_path):
-    """Over two epochs, in which each of the workers is a new process."""
+    """The run has two epochs, each with new worker processes."""
     files = make_folder(tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "3.jpg").touch()
     options = ["--data.source", "folder"]
@@ -129,11 +129,11 @@ def test_a_fault_of_every_image_does_not_fill_the_terminal(capsys, monkeypatch):
     assert last == "warning: there are more than 3 such warnings: the others are not shown"
 
 
-# --- what inflates --------------------------------------------------------------------------------
+# --- decompression bombs --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (2**31 - 1, 1)])
-def test_a_picture_that_inflates_ends_in_one_line_with_its_name(size, tmp_path):
+def test_a_decompression_bomb_is_an_error_of_one_line_with_its_name(size, tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(huge_png(*size))
     with pytest.raises(RunError, match=r"cannot read the image .*bomb\.png: .*pixels") as raised:
@@ -142,7 +142,7 @@ def test_a_picture_that_inflates_ends_in_one_line_with_its_name(size, tmp_path):
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
-    """A sparse file of a terabyte, which takes no space on the disk."""
+    """The test uses a sparse file of a terabyte, which needs no space on the disk."""
     make_folder(tmp_path / "data")
     bad = tmp_path / "data" / "train" / "class1" / "9.jpg"
     bad.touch()
@@ -185,5 +185,5 @@ def test_a_sparse_member_of_a_shard_is_refused_by_name(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "train-0.tar is refused: 0.jpg is a sparse file: pack it again" in line
-    # In KiB, the largest child so far: those of other tests may have been larger.
+    # In KiB, for the largest child so far. Children of other tests may have been larger.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 2_000_000)

@@ -1,4 +1,4 @@
-"""CIFAR and Tiny-ImageNet in their original formats, image folders, and made-up images."""
+"""CIFAR and Tiny-ImageNet in their original formats, image folders, and synthetic images."""
 
 import gzip
 import pickle
@@ -72,8 +72,8 @@ def test_cifar100_has_its_fine_labels(tmp_path):
     assert data.splits["test"].labels.tolist() == content[b"fine_labels"]
 
 
-def test_training_batches_of_a_cifar_are_the_files_images(tmp_path):
-    """Every fifth file's images are among them, each once, whatever the ranks."""
+def test_training_batches_of_cifar_show_the_images_of_the_files(tmp_path):
+    """Three ranks together show each training image once, with its label."""
     files = cifar_files("cifar10")
     write_files(tmp_path, files)
     rows = [
@@ -106,11 +106,11 @@ BROKEN = {
                   "test_batch of cifar10 holds no list 'labels'"),
     "no names": ("batches.meta", lambda b: python2_pickle({b"names": []}), "no list 'label_names'"),
     "a label out of range": ("test_batch", lambda b: python2_pickle(
-        {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}), "class 0..9 an image"),
+        {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}), "from 0 to 9 for each"),
     "a label too few": ("test_batch", lambda b: python2_pickle(
-        {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}), "class 0..9 an image"),
+        {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}), "from 0 to 9 for each"),
     "a label too many": ("test_batch", lambda b: python2_pickle(
-        {b"data": np.zeros((1, 3072), np.uint8), b"labels": [1, 2]}), "class 0..9 an image"),
+        {b"data": np.zeros((1, 3072), np.uint8), b"labels": [1, 2]}), "from 0 to 9 for each"),
     "other pixels": ("test_batch", lambda b: python2_pickle(
         {b"data": np.zeros((1, 300), np.uint8), b"labels": [1]}), "no rows of 3072 bytes"),
     "a program": ("test_batch", lambda b: b"cos\nsystem\n(S'exit 1'\ntR.",
@@ -119,7 +119,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_cifar_is_one_line_that_names_the_file(tmp_path, case):
+def test_a_broken_cifar_is_an_error_of_one_line_that_names_the_file(tmp_path, case):
     file, change, message = BROKEN[case]
     files = cifar_files("cifar10")
     path = f"cifar-10-batches-py/{file}"
@@ -134,7 +134,7 @@ def test_a_broken_cifar_is_one_line_that_names_the_file(tmp_path, case):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.95])
-def test_a_truncated_archive_is_one_line(tmp_path, keep):
+def test_a_truncated_archive_is_an_error_of_one_line(tmp_path, keep):
     content = tar_gz(cifar_files("cifar100"))
     path = tmp_path / "cifar-100-python.tar.gz"
     path.write_bytes(content[: int(keep * len(content))])
@@ -146,7 +146,7 @@ def test_a_truncated_archive_is_one_line(tmp_path, keep):
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("name", ["cifar-10-batches-py/data_batch_1", "more/zeros"])
 def test_a_member_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_path, kind, name):
-    """100 MB of an archive can unpack to 100 GB of zeros, in a file or in a header."""
+    """An archive of 100 MB can unpack to 100 GB of zeros, in a file or in a header."""
     bomb = tarfile.TarInfo(name)
     bomb.type, bomb.size = kind, 100 << 30
     path = tmp_path / "cifar-10-python.tar.gz"
@@ -157,14 +157,14 @@ def test_a_member_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_pa
     assert "\n" not in str(raised.value)
 
 
-def test_an_archive_of_the_other_cifar_is_told(tmp_path):
+def test_an_archive_of_the_other_cifar_is_refused(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(tar_gz(cifar_files("cifar100")))
     with pytest.raises(RunError, match="is not the archive of cifar10: it lacks"):
         source("cifar10", tmp_path / "x.tar.gz")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny-imagenet"])
-def test_a_missing_set_names_the_command_that_brings_it(tmp_path, name):
+def test_a_missing_set_is_an_error_that_names_the_download_command(tmp_path, name):
     with pytest.raises(RunError, match=f"bdkd data fetch {name} --to '?{tmp_path}"):
         source(name, tmp_path)
     with pytest.raises(RunError, match=f"no data set {name} at .*nowhere"):
@@ -178,7 +178,7 @@ def test_tiny_imagenet_in_its_own_layout(tmp_path):
     data = source("tiny-imagenet", tmp_path, validation=0.2)
     assert data.info.counts == {"train": 15, "val": 3, "test": 12}
     assert data.info.image_size == (64, 64)
-    # in the order of the WordNet ids, as an ImageFolder has them, with the names of words.txt
+    # Classes are in the order of their WordNet ids, as in ImageFolder, with names from words.txt.
     assert data.info.classes == tuple(f"thing n0{i}, object" for i in (7, 8, 9))
     for split in ("train", "test"):
         for image, label in zip(*data.splits[split], strict=True):
@@ -211,7 +211,7 @@ TINY_BROKEN = {
 
 
 @pytest.mark.parametrize("case", TINY_BROKEN)
-def test_a_broken_tiny_imagenet_is_one_line_that_names_the_file(tmp_path, case):
+def test_a_broken_tiny_imagenet_is_an_error_that_names_the_file(tmp_path, case):
     file, content, message = TINY_BROKEN[case]
     files = tiny_imagenet_files()
     del files[f"tiny-imagenet-200/{file}"]
@@ -223,7 +223,7 @@ def test_a_broken_tiny_imagenet_is_one_line_that_names_the_file(tmp_path, case):
     assert "\n" not in str(raised.value)
 
 
-def test_a_class_of_tiny_imagenet_without_images_is_told(tmp_path):
+def test_a_class_of_tiny_imagenet_without_images_is_refused(tmp_path):
     write_files(tmp_path, tiny_imagenet_files())
     (tmp_path / "tiny-imagenet-200" / "train" / "n00" / "images").mkdir(parents=True)
     with pytest.raises(RunError, match=r"no images \(\*.JPEG\) in .*n00"):
@@ -250,7 +250,7 @@ def test_an_image_folder_is_read_at_its_size(tmp_path):
 
 
 def make_folders(root, **classes):
-    """``train="cat dog"`` makes two images of each class of the split."""
+    """Write two images of each class, as in ``make_folders(root, train="cat dog")``."""
     from PIL import Image
 
     for split, names in classes.items():
@@ -262,8 +262,8 @@ def make_folders(root, **classes):
                 )
 
 
-def test_the_folder_test_is_the_test_set_before_val(tmp_path):
-    """Where there are both, ``val`` is for choosing and not for reporting."""
+def test_the_test_folder_takes_precedence_over_val(tmp_path):
+    """If both exist, ``val`` is for model selection, not for the reported result."""
     make_folders(tmp_path, train="cat dog", val="cat dog", test="cat dog")
     pixels = source("folder", tmp_path, validation=0.0).splits["test"].pixels
     assert (pixels[:, 2] == len("test")).all()
@@ -287,8 +287,8 @@ def test_a_class_folder_with_one_image_is_refused(tmp_path):
         source("folder", tmp_path)
 
 
-def test_pixel_statistics_are_numpys():
-    """Of every channel for itself, over all images: 2,500 are counted in parts."""
+def test_pixel_statistics_equal_numpy():
+    """The statistics are per channel, over all images. 2,500 images are counted in parts."""
     rng = np.random.default_rng(0)
     pixels = rng.integers((0, 100, 200), (60, 250, 256), (2500, 5, 4, 3), dtype=np.uint8)
     pixels[1500:] //= 2
@@ -306,7 +306,7 @@ def test_pixel_statistics_are_numpys():
 
 
 def test_images_of_one_colour_are_not_divided_by_zero():
-    """A deviation below one step of 255 is taken as one step: of a largest value of 16, 16/255."""
+    """The deviation is at least 1/255 of the largest pixel value, which is 16 here."""
     images = Images(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8), torch.arange(4) % 2)
     other = Images(images.pixels + 1, images.labels)
     data = InMemory(
@@ -317,9 +317,9 @@ def test_images_of_one_colour_are_not_divided_by_zero():
     torch.testing.assert_close(batch.views[0], torch.full((4, 1, 2, 2), 255 / 16))
 
 
-def test_synthetic_images_are_patterns_under_noise_that_is_cut_and_not_wrapped():
-    """No two images are alike. The noise has a deviation of 48 of 255, so that one pixel in about
-    two hundred lies above 255 or below 0 and becomes 255 or 0."""
+def test_synthetic_images_are_patterns_with_clipped_noise():
+    """No two images are equal. The noise has a deviation of 48, so about one pixel in two hundred
+    is clipped to 255, and as many to 0."""
     options = {"images": 400, "classes": 5, "image_size": 16}
     data = source("synthetic", validation=0.0, **options)
     train, test = data.splits["train"], data.splits["test"]
@@ -332,8 +332,8 @@ def test_synthetic_images_are_patterns_under_noise_that_is_cut_and_not_wrapped()
     patterns = torch.stack([pixels[train.labels == label].mean(0) for label in range(5)])
     noise = pixels - patterns[train.labels]
     assert noise.std().item() == pytest.approx(48, abs=1.5)
-    assert ((noise > -1) & (noise < 1)).double().mean() < 0.03  # for every pixel by itself
-    of_test = test.pixels.double() - patterns[test.labels]  # of the same classes
+    assert ((noise > -1) & (noise < 1)).double().mean() < 0.03  # drawn separately for each pixel
+    of_test = test.pixels.double() - patterns[test.labels]  # with the same patterns
     assert of_test.std().item() == pytest.approx(48, abs=1.5)
 
 

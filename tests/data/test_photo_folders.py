@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize("source", ["images", "folder"])
 
 @pytest.fixture(autouse=True)
 def notes_again(monkeypatch):
-    """Each note is printed once in a process."""
+    """Forget the printed notes, because each note is printed once in a process."""
     monkeypatch.setattr(notes, "_printed", set())
 
 
@@ -37,7 +37,7 @@ def test_a_flat_folder_is_split_by_class(source, tmp_path):
 
 
 def test_the_held_out_images_are_the_same_for_every_seed(tmp_path):
-    """Whatever else the recipe says: the test images belong to the data set."""
+    """The test images belong to the data set. Other options of the recipe do not change them."""
     root = make_photos(tmp_path / "photos", cat=12, dog=9)
     known = files_of(open_source("images", root), "test")
     assert len(known) == 4
@@ -68,7 +68,7 @@ def test_a_val_folder_is_the_validation_split_next_to_test(source, validation, t
 
 
 @BOTH
-def test_val_is_the_test_split_if_there_is_no_other(source, tmp_path):
+def test_val_is_the_test_split_if_there_is_no_test(source, tmp_path):
     make_photos(tmp_path / "train", cat=5, dog=5)
     make_photos(tmp_path / "val", cat=3, dog=2)
     assert open_source(source, tmp_path, validation=0.2).info.counts == {
@@ -78,7 +78,7 @@ def test_val_is_the_test_split_if_there_is_no_other(source, tmp_path):
 
 @BOTH
 def test_training_images_alone_are_split(source, tmp_path, capfd):
-    """Test images without labels, as of a competition, are named and not used."""
+    """Test images without labels, as in a competition, are not used, and a note names them."""
     make_photos(tmp_path / "train", cat=10, dog=10)
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.jpg").write_bytes(jpeg(0))
@@ -88,7 +88,7 @@ def test_training_images_alone_are_split(source, tmp_path, capfd):
     assert data.info.counts == {"train": 14, "val": 2, "test": 4}
     err = capfd.readouterr().err
     assert f"bdkd: {tmp_path}/test is not used: it holds 1 images and no class folders\n" in err
-    assert f"bdkd: {tmp_path} holds more than splits, which is not used: tset/\n" in err
+    assert f"bdkd: {tmp_path} holds folders that are not splits and are not used: tset/\n" in err
 
 
 def test_classes_may_be_named_like_splits(tmp_path):
@@ -186,7 +186,7 @@ def no_train(root):
     make_photos(root / "test", cat=4, dog=4)
 
 
-# What is made, and the message, in which PHOTOS is the folder
+# The function that makes the folder, and the message, with PHOTOS for the folder
 WRONG = {
     "no folder": (lambda root: None, "no data set at PHOTOS: data.root must name an existing"),
     "a file": (lambda root: root.write_text("x"),
@@ -223,7 +223,7 @@ WRONG = {
 
 @BOTH
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_folder_is_one_line_with_what_to_do(source, case, tmp_path):
+def test_a_wrong_folder_is_an_error_of_one_line_with_a_remedy(source, case, tmp_path):
     make, message = WRONG[case]
     make(tmp_path / "photos")
     with pytest.raises(RunError) as raised:
@@ -325,8 +325,8 @@ def losses(run):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
-def test_a_flat_folder_trains_and_resumes_to_the_bit(ranks, tmp_path):
-    """The size is that of the pictures, because the networks take any; the run stores it."""
+def test_a_flat_folder_trains_and_resumes_exactly(ranks, tmp_path):
+    """The networks support any size, so the image size is that of the photos. The run stores it."""
     root = make_photos(tmp_path / "photos", size=(36, 24), cat=15, dog=15)
     given = ["train", "digits", "--data.source", "images", "--data.root", root, "--data.flip",
              "--data.workers", "0", "--device", "cpu", *SMALL]  # fmt: skip

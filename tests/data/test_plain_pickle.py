@@ -1,4 +1,4 @@
-"""Pickles of plain data are read; any other is refused and runs nothing."""
+"""Pickles of plain data are read. Any other pickle is refused, and none of its code runs."""
 
 import io
 import os
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from bdkd.data import plain_pickle
 from bdkd.errors import RunError
 
-ROWS = 11 * np.arange(24, dtype=np.uint8).reshape(4, 6)  # to 253: bytes that are no ASCII too
+# Values up to 253, to include bytes that are not ASCII
+ROWS = 11 * np.arange(24, dtype=np.uint8).reshape(4, 6)
 
 
 def load(content: bytes):
@@ -29,7 +30,7 @@ def test_arrays_of_bytes_lists_and_names_are_read_from_every_protocol(protocol):
     assert found["names"] in ([b"a", b"b"], [b"a", "b"])
 
 
-def test_python_2_wrote_them_as_byte_strings():
+def test_pickles_of_python_2_are_read():
     content = python2_pickle({b"data": ROWS, b"labels": [3]})
     assert b"numpy.core.multiarray" in content
     assert b"_codecs" not in content
@@ -39,7 +40,7 @@ def test_python_2_wrote_them_as_byte_strings():
 
 
 class Runs:
-    """Unpickled by the book, it makes a file."""
+    """Creates a folder when Python's own ``pickle`` loads it."""
 
     def __init__(self, path):
         self.path = path
@@ -56,7 +57,7 @@ def test_a_pickle_that_would_run_a_program_is_refused_in_one_line(tmp_path, prot
         load(content)
     assert "\n" not in str(raised.value)
     assert not planted.exists()
-    pickle.loads(content)  # the attack is a real one
+    pickle.loads(content)  # Python's own pickle runs the code
     assert planted.exists()
 
 
@@ -78,10 +79,10 @@ def test_every_other_name_is_refused(program):
 
 @pytest.mark.parametrize("name", [b"numpy\nndarray", b"numpy\ndtype", b"_codecs\nencode",
                                   b"numpy.core.multiarray\n_reconstruct"])  # fmt: skip
-def test_the_stand_ins_themselves_cannot_be_altered(name):
-    """BUILD with a pair of states would set attributes of the class itself."""
+def test_the_replacement_classes_cannot_be_altered(name):
+    """The opcode BUILD with a pair of states would set attributes of the class itself."""
     before = [dict(vars(value)) for value in plain_pickle.REPLACEMENTS.values()]
-    with pytest.raises(RunError, match="damaged or no pickle of plain data"):
+    with pytest.raises(RunError, match="damaged or not a pickle of plain data"):
         load(b"}c" + name + b"\n(N}S'__init__'\nI1\nstb.")
     assert [dict(vars(value)) for value in plain_pickle.REPLACEMENTS.values()] == before
 
@@ -112,7 +113,7 @@ def test_an_array_without_a_state_has_no_value():
 
 
 @given(st.integers(0, 200), st.integers(0, 255), st.booleans())
-def test_a_damaged_pickle_is_one_error_or_another_plain_dictionary(place, byte, cut):
+def test_a_damaged_pickle_is_an_error_or_a_plain_dictionary(place, byte, cut):
     content = bytearray(python2_pickle({b"data": ROWS, b"labels": [1, 2, 3]}))
     place %= len(content)
     if cut:

@@ -17,7 +17,7 @@ def digits(seed: int = 0, **options):
     return create_source(SOURCES.configure("digits", **options), seed, CPU, torch.channels_last)
 
 
-def test_digits_are_split_by_class_without_overlap_and_whatever_the_seed():
+def test_digits_are_split_by_class_without_overlap_for_every_seed():
     first, second = digits(0), digits(1)
     assert first.info.counts == {"train": 1295, "val": 143, "test": 359}
     pixels = []
@@ -42,14 +42,14 @@ def test_an_epoch_shows_every_image_at_most_once_in_a_new_order():
     correlation = np.corrcoef(orders[0], orders[1])[0, 1]
     assert abs(correlation) < 0.15
     batches = list(source.train_batches(1, 0, 100, 1))
-    assert [len(batch.target) for batch in batches] == [100] * 12  # the ragged rest is left out
+    assert [len(batch.target) for batch in batches] == [100] * 12  # without the incomplete batch
     labels = torch.cat([batch.target for batch in batches])
     assert torch.equal(labels, source.splits["train"].labels[orders[1]][:1200])
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_an_epoch_resumed_in_the_middle_is_the_epoch(views):
-    """Augmentation included: it depends on the position, not on what was drawn before."""
+def test_an_epoch_resumed_in_the_middle_continues_exactly(views):
+    """The augmentation is the same too. It depends on the position, and not on earlier draws."""
     whole = list(
         digits(crop=2, crop_padding="edge", flip=True, cutout=3).train_batches(3, 0, 64, views)
     )
@@ -68,7 +68,7 @@ def test_an_epoch_resumed_in_the_middle_is_the_epoch(views):
     assert not torch.equal(other_seed.target, whole[0].target)
 
 
-def test_evaluation_sees_every_image_once_in_order_the_ragged_last_batch_too():
+def test_evaluation_shows_every_image_once_in_order():
     source = digits(crop=2)
     batches = list(source.eval_batches("test", 100))
     assert [len(batch.target) for batch in batches] == [100, 100, 100, 59]
@@ -90,7 +90,7 @@ def test_images_are_normalised_by_the_training_images_alone():
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("options", [{}, {"crop": 2, "flip": True}, {"cutout": 3}])
 def test_images_have_the_memory_format_of_the_training(memory_format, options):
-    """Of three channels: one channel is contiguous in both formats."""
+    """The images have three channels, because one channel is contiguous in both formats."""
     config = SOURCES.configure("synthetic", images=40, classes=2, **options)
     source = create_source(config, 0, CPU, memory_format)
     batches = [next(source.train_batches(0, 0, 8, 2)), next(source.eval_batches("test", 8))]
@@ -110,8 +110,8 @@ def test_a_batch_splits_into_equal_batches_of_all_its_views():
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
-def test_ranks_share_a_batch_out_without_gap_or_overlap(size, world):
-    """As evenly as possible, in the order of the ranks; and a split as well."""
+def test_ranks_divide_a_batch_without_gap_or_overlap(size, world):
+    """The parts are as equal as possible and in the order of the ranks. Splits are divided too."""
     batch, split = range(size), range(size)
     parts = [batch[Shard(rank, world).of_batch(size)] for rank in range(world)]
     assert [i for part in parts for i in part] == list(batch)
@@ -127,21 +127,21 @@ def test_ranks_share_a_batch_out_without_gap_or_overlap(size, world):
     st.integers(0, 100),
 )
 def test_stratified_split_parts_every_class(labels, share, seed):
-    labels = np.array(labels + [0, 1, 2, 3, 4] * 2)  # two of each at least
+    labels = np.array(labels + [0, 1, 2, 3, 4] * 2)  # at least two of each
     rest, held_out = stratified_split(labels, share, seed)
     assert sorted([*rest, *held_out]) == list(range(len(labels)))
     for label in range(5):
         of_class = (labels == label).sum()
         held = (labels[held_out] == label).sum()
         assert 1 <= held <= of_class - 1
-        # The nearest whole number to the share, but for the image that each part keeps.
+        # The share is rounded to the nearest integer, but each part keeps at least one image.
         assert abs(held - share * of_class) <= 0.5 or held in (1, of_class - 1)
     rest, held_out = stratified_split(labels, 0.0, seed)
     assert (len(rest), len(held_out)) == (len(labels), 0)
 
 
 def test_a_class_of_two_images_keeps_one_on_either_side():
-    """Whatever the share: nine tenths of two would be both, a tenth none."""
+    """Rounding alone would hold out both images for a share of 0.9, and none for a share of 0.1."""
     labels = np.array([0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1])
     for share, of_larger in ((0.9, 9), (0.1, 1)):
         rest, held_out = stratified_split(labels, share, 0)
@@ -150,7 +150,7 @@ def test_a_class_of_two_images_keeps_one_on_either_side():
 
 
 def test_mixed_seeds_do_not_collide():
-    """Not in their lower half either, which is all that some generators take."""
+    """The lower 31 bits do not collide either, because some generators use only these."""
     seeds = {mix_seed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
     assert len(seeds) == len({seed % 2**31 for seed in seeds}) == 8000
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,4 +1,4 @@
-"""Held-out parts, small subsets, wrong labels and noisy pixels: of the data set, not of the run."""
+"""Held-out images, subsets, wrong labels and pixel noise belong to the data set, not to the run."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def same(a, b) -> bool:
 HARD = {"validation": 0.15, "train_images": 320, "label_noise": 0.2, "pixel_noise": 0.1}
 
 
-def test_the_hard_digits_are_one_data_set_whatever_the_seed():
+def test_the_hard_digits_do_not_depend_on_the_seed():
     first, second = digits(0, **HARD), digits(1, **HARD)
     assert all(same(first[split], second[split]) for split in first)
     assert {split: len(images.labels) for split, images in first.items()} == {
@@ -52,15 +52,15 @@ def test_wrong_labels_are_any_other_class_with_equal_chance():
     moved = (noisy - labels) % 5
     assert (moved != 0).all()
     assert (moved.bincount(minlength=5)[1:] / 20_000 - 0.25).abs().max() < 0.02
-    assert torch.equal(labels, torch.arange(20_000) % 5)  # the given ones are left as they are
+    assert torch.equal(labels, torch.arange(20_000) % 5)  # the input is unchanged
     assert torch.equal(with_label_noise(labels, 0.0, 5), labels)
     half = with_label_noise(labels, 0.5, 5) != labels
     assert half.sum() == 10_000
-    assert 0.48 < half[:10_000].double().mean() < 0.52  # anywhere, in files sorted by class too
+    assert 0.48 < half[:10_000].double().mean() < 0.52  # everywhere: files may be sorted by class
     assert (with_label_noise(labels[:9], 0.3, 5) != labels[:9]).sum() == 3  # 2.7, rounded
 
 
-def test_wrong_labels_do_not_follow_the_random_state_of_the_training():
+def test_wrong_labels_do_not_depend_on_the_global_random_state():
     labels, found = torch.arange(100) % 5, []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def test_wrong_labels_do_not_follow_the_random_state_of_the_training():
     assert torch.equal(*found)
 
 
-def test_fewer_training_images_leave_the_held_out_ones_alone_and_are_nested():
+def test_training_subsets_are_nested_and_do_not_change_held_out_images():
     whole, few, fewer = digits(), digits(train_images=200), digits(train_images=100)
     assert same(whole["val"], few["val"])
     assert same(whole["test"], few["test"])
@@ -84,7 +84,7 @@ def test_pixel_noise_has_its_deviation_and_differs_between_the_splits():
     assert noisy.float().std().item() == pytest.approx(10, abs=0.1)
     assert not torch.equal(noisy[:1000], noisy[1000:2000])
     assert not torch.equal(noisy, with_pixel_noise(grey, 10.0, 255, 1))
-    assert with_pixel_noise(grey, 500.0, 255, 0).float().std() > 80  # cut, not wrapped round
+    assert with_pixel_noise(grey, 500.0, 255, 0).float().std() > 80  # clipped, not wrapped around
     clean, dirty = digits(), digits(pixel_noise=0.1)
     noise, grey = {}, {}
     for split in clean:
@@ -100,7 +100,7 @@ def test_pixel_noise_has_its_deviation_and_differs_between_the_splits():
         count = min(len(noise[one]), len(noise[other]))
         both = grey[one][:count] & grey[other][:count]
         equal = (noise[one][:count] == noise[other][:count])[both].double().mean()
-        assert equal < 0.3  # by chance a sixth
+        assert equal < 0.3  # a sixth is expected by chance
 
 
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=60), st.integers(0, 60), st.integers(0, 9))
@@ -114,15 +114,16 @@ def test_a_stratified_subset_keeps_the_proportions(labels, count, seed):
         assert abs((labels[chosen] == label).sum() - exact) <= 3
 
 
-def test_a_subset_of_few_images_has_no_place_for_every_rare_class():
-    """Of 100 images of one class and one of each of four others, 4 are all of the first."""
+def test_a_small_subset_may_lack_rare_classes():
+    """One class has 100 images, and four classes have one image each. Four images are all of the
+    first class."""
     labels = np.repeat(np.arange(5), [1, 1, 100, 1, 1])
     assert labels[stratified_subset(labels, 4, 0)].tolist() == [2] * 4
 
 
-def test_a_subset_and_a_held_out_part_are_drawn_by_their_seed_and_keep_the_order():
-    """From all over each class: files of a class are often sorted by when or where they were
-    taken."""
+def test_subsets_and_held_out_images_depend_on_their_seed_and_are_sorted():
+    """They are drawn from the whole class, because files of a class are often sorted by the time or
+    the place of the photo."""
     labels = np.repeat(np.arange(2), 1000)
     for draw in (
         lambda seed: stratified_subset(labels, 400, seed),
@@ -133,13 +134,13 @@ def test_a_subset_and_a_held_out_part_are_drawn_by_their_seed_and_keep_the_order
         assert len(one) == 400
         assert (np.diff(one) > 0).all()
         assert (one % 1000).mean() == pytest.approx(500, abs=45)  # three deviations
-        assert 40 < len(np.intersect1d(one, other)) < 120  # by chance 80
+        assert 40 < len(np.intersect1d(one, other)) < 120  # 80 are expected by chance
     rest, _ = stratified_split(labels, 0.2, 0)
     assert (np.diff(rest) > 0).all()
 
 
 @pytest.mark.parametrize("count", [10, 1295])
-def test_a_subset_may_be_one_image_a_class_or_all_that_train(count):
+def test_a_subset_may_have_one_image_per_class_or_all_training_images(count):
     labels = digits(train_images=count)["train"].labels
     assert len(labels) == count
     assert labels.bincount(minlength=10).min() > 0.09 * count

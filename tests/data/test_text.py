@@ -1,4 +1,4 @@
-"""Text files made on Windows are read everywhere a person writes one."""
+"""Text files from Windows are read wherever a user may write a text file."""
 
 from pathlib import Path
 
@@ -45,20 +45,20 @@ def test_other_encodings_are_refused_in_one_line(content, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_lines_end_at_line_feeds_alone():
-    """File names may hold the other separators that ``str.splitlines`` knows."""
+def test_lines_end_only_at_line_feeds():
+    """File names may contain the other line separators of ``str.splitlines``."""
     text = "a\u2028b\x1c.jpg\nc\x85\n\nd\n\n"
     assert text_lines(decode_text(text.encode(), "x")) == ["a\u2028b\x1c.jpg", "c\x85", "", "d"]
     assert text_lines("") == text_lines("\n \n") == []
-    assert text_lines("\n  a\n\tb \n \t\n") == ["", "  a", "\tb"]  # line 1 stays line 1
+    assert text_lines("\n  a\n\tb \n \t\n") == ["", "  a", "\tb"]  # line 1 is kept
 
 
 def test_line_ends_of_windows_and_of_old_macs_are_line_feeds():
     assert decode_text(b"a\r\nb\rc\r\n\r\nd\n", "x") == "a\nb\nc\n\nd\n"
 
 
-def test_bytes_that_are_no_utf_8_are_kept_where_asked():
-    """As ``os.fsdecode`` has them, for file names; and refused elsewhere."""
+def test_bytes_that_are_not_utf_8_are_kept_in_file_names():
+    """They are decoded as by ``os.fsdecode``. In other texts, they are an error."""
     assert decode_text(b"\xe9\n", "x", "surrogateescape") == "\udce9\n"
     with pytest.raises(RunError, match="x is no UTF-8 text"):
         decode_text(b"\xe9\n", "x")
@@ -77,7 +77,7 @@ def folders(tmp_path) -> Path:
 
 
 def without(root, content: bytes):
-    """Images of train and test that an exclude list leaves."""
+    """Return the number of train and test images that an exclude list leaves."""
     (root / "list.txt").write_bytes(content)
     config = SOURCES.configure("imagenet", root=str(root), exclude=str(root / "list.txt"),
                         loader="pillow", workers=0, validation=0.0)  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_name_with_a_backslash_matches_itself(folders):
     assert without(folders, rb"val/cat/a\0.jpg") == (8, 7)
 
 
-def test_lines_that_name_no_image_are_told(folders, capsys):
+def test_lines_that_name_no_image_are_reported(folders, capsys):
     listed = "val/cat/0.jpg\nval/cat/001.jpg\n" + "".join(f"x{i}\n" for i in range(9))
     assert without(folders, listed.encode()) == (8, 7)
     err = capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_lines_that_name_no_image_are_told(folders, capsys):
 
 
 @ENCODED
-def test_tiny_imagenets_lists_are_read(encoding, tmp_path):
+def test_lists_of_tiny_imagenet_are_read(encoding, tmp_path):
     files = tiny_imagenet_files()
     for name in ("val/val_annotations.txt", "words.txt"):
         path = f"tiny-imagenet-200/{name}"
@@ -130,7 +130,7 @@ def test_tiny_imagenets_lists_are_read(encoding, tmp_path):
     assert info.counts["test"] == 12
 
 
-def test_hidden_entries_of_tiny_imagenet_do_not_count(tmp_path):
+def test_hidden_entries_of_tiny_imagenet_are_skipped(tmp_path):
     files, root = tiny_imagenet_files(), "tiny-imagenet-200/train"
     write_files(tmp_path, files)
     config = SOURCES.configure("tiny-imagenet", root=str(tmp_path))

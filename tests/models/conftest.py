@@ -1,4 +1,4 @@
-"""timm and torchvision for the tests, also where torchvision was built for another torch."""
+"""Fixtures with timm and torchvision, also if torchvision was built for another torch."""
 
 import importlib
 
@@ -8,12 +8,12 @@ from vision import mended_torchvision
 
 @pytest.fixture(scope="session")
 def torchvision():
-    """torchvision, or a skip that says why. Users for whom it does not import get a clear line."""
+    """Return the module torchvision, or skip the test if it is not installed."""
     return _library("torchvision")
 
 
 @pytest.fixture(scope="session")
-def timm(torchvision):  # which timm imports
+def timm(torchvision):  # timm imports torchvision
     return _library("timm")
 
 

@@ -1,7 +1,7 @@
-"""The networks a second time, as plain functions of the weights in a state dict.
+"""Independent implementations of the networks, as plain functions of the weights in a state dict.
 
-Each function is written from the paper that it names and from the distillation literature's code.
-It shares nothing with ``bdkd.models`` but the names of the weights, which checkpoints hold.
+Each function follows the paper that it cites and the code of the distillation literature. It shares
+only the names of the weights with ``bdkd.models``, because checkpoints contain them.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Weights:
     """A copy of a network's weights, and the layers that read them.
 
-    ``after`` holds the running statistics that one training pass leaves behind. ``unread`` holds
-    the names that no layer has read.
+    ``after`` holds the running statistics after one training pass. ``unread`` holds the names of
+    the weights that no layer has read.
     """
 
     def __init__(self, network: nn.Module, training: bool):
@@ -38,7 +38,7 @@ class Weights:
         return F.conv2d(x, weight, b, stride, padding, groups=groups)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """Batch norm, arXiv 1502.03167: epsilon 1e-5, a tenth of each batch into the statistics."""
+        """Batch norm, arXiv 1502.03167, with epsilon 1e-5 and momentum 0.1."""
         names = [f"{name}.running_mean", f"{name}.running_var"]
         mean, var = (self.read(n) for n in names)
         seen = self.read(f"{name}.num_batches_tracked")
@@ -120,7 +120,7 @@ def wide_resnet(
 
 
 def vgg(w: Weights, x: Tensor, counts: tuple, poolings: int) -> tuple[Tensor, Tensor]:
-    """arXiv 1409.1556, table 1, with batch norm; a pooling after the first few stages."""
+    """arXiv 1409.1556, table 1, with batch norm, and a pooling after each of the first stages."""
     for stage, count in enumerate(counts):
         for index in range(0, 3 * count, 3):
             x = w.conv(x, f"stages.{stage}.{index}", bias=True)

@@ -1,4 +1,4 @@
-"""timm's and torchvision's networks behind our interface, and ours against theirs."""
+"""Networks of timm and torchvision with bdkd's interface, and bdkd's networks compared to them."""
 
 import sys
 
@@ -15,7 +15,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_weights_of_the_imagenet_resnets_have_timms_names(timm, name):
+def test_imagenet_resnets_have_the_parameter_names_of_timm(timm, name):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=7)
         ours = create_model(f"imagenet_{name}", 7)
@@ -23,7 +23,7 @@ def test_weights_of_the_imagenet_resnets_have_timms_names(timm, name):
 
 
 @pytest.mark.parametrize(("name", "width"), [("mobilenetv1_100", 1.0), ("mobilenetv1_125", 1.25)])
-def test_mobilenet_v1_scales_as_timms(timm, name, width):
+def test_mobilenet_v1_has_the_widths_of_timm(timm, name, width):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=7)
         ours = create_model("imagenet_mobilenet_v1", 7, width=width)
@@ -31,7 +31,7 @@ def test_mobilenet_v1_scales_as_timms(timm, name, width):
 
 
 @pytest.mark.parametrize("width", [0.35, 0.5, 1.4])
-def test_mobilenet_v2_scales_as_torchvisions(torchvision, width):
+def test_mobilenet_v2_has_the_widths_of_torchvision(torchvision, width):
     with torch.device("meta"):
         theirs = torchvision.models.mobilenet_v2(width_mult=width)
         ours = create_model("imagenet_mobilenet_v2", 1000, width=width)
@@ -39,7 +39,7 @@ def test_mobilenet_v2_scales_as_torchvisions(torchvision, width):
 
 
 @pytest.mark.parametrize("size", ["x0_5", "x1_0", "x1_5", "x2_0"])
-def test_shufflenet_v2_scales_as_torchvisions(torchvision, size):
+def test_shufflenet_v2_has_the_widths_of_torchvision(torchvision, size):
     with torch.device("meta"):
         theirs = torchvision.models.get_model(f"shufflenet_v2_{size}")
         ours = create_model(f"imagenet_shufflenet_v2_{size}", 1000)
@@ -56,7 +56,7 @@ def test_shufflenet_v2_scales_as_torchvisions(torchvision, size):
         ("TIMM:resnet18.a1_in1k", 32, {}),  # with a tag, and the library in any case
     ],
 )
-def test_a_timm_network_has_the_interface(timm, name, size, options):
+def test_timm_networks_have_features_and_logits(timm, name, size, options):
     torch.manual_seed(0)
     network = create_model(name, 7, 1, **options).eval()
     x = torch.randn(2, 1, size, size)
@@ -79,7 +79,7 @@ def test_a_timm_network_has_the_interface(timm, name, size, options):
         ("torchvision:swin_t", 64, {}),
     ],
 )
-def test_a_torchvision_network_has_the_interface(torchvision, name, size, options):
+def test_torchvision_networks_have_features_and_logits(torchvision, name, size, options):
     torch.manual_seed(0)
     network = create_model(name, 7, **options).eval()
     x = torch.randn(2, 3, size, size)
@@ -92,7 +92,7 @@ def test_a_torchvision_network_has_the_interface(torchvision, name, size, option
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-def test_parameters_of_the_bridged_are_the_libraries(timm):
+def test_networks_of_timm_and_torchvision_keep_their_parameters(timm):
     with torch.device("meta"):
         for name in ("timm:resnet50", "torchvision:resnet50"):
             network = create_model(name, 1000)
@@ -138,7 +138,7 @@ def test_bad_calls_say_what_is_needed(timm, call, options, message):
         ({"img_size": (32, 48)}, (64, 48), "takes images of 32x48 pixels, got 64x48"),
     ],
 )
-def test_an_image_of_the_wrong_size_names_the_right_one(timm, options, given, message):
+def test_an_error_names_the_supported_image_size(timm, options, given, message):
     network = create_model("timm:vit_tiny_patch16_224", 7, depth=1, **options)
     for compute in (network, network.forward_features):
         with pytest.raises(ValueError, match=message):
@@ -147,28 +147,28 @@ def test_an_image_of_the_wrong_size_names_the_right_one(timm, options, given, me
     assert network(torch.zeros(1, 3, *size)).shape == (1, 7)
 
 
-def test_a_network_with_auxiliary_classifiers_gives_one_output(torchvision):
+def test_a_network_with_auxiliary_classifiers_returns_one_output(torchvision):
     with torch.device("meta"):
         network = create_model("torchvision:inception_v3", 7)
         assert network.train()(torch.empty(2, 3, 96, 96)).shape == (2, 7)
 
 
-def test_pretrained_weights_that_cannot_be_had_are_one_line(timm, monkeypatch, tmp_path):
+def test_missing_pretrained_weights_are_an_error_of_one_line(timm, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    # The hub's own switch for "no connection", and an empty cache.
+    # Use the offline mode of the Hub and an empty cache.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     message = r"weights of timm:resnet18.a1_in1k are not on this machine.*HF_HUB_OFFLINE is set"
     with pytest.raises(RunError, match=message) as error:
         create_model("timm:resnet18", 7, pretrained=True)
     assert "\n" not in str(error.value)
-    with torch.device("meta"):  # a plan needs no values
+    with torch.device("meta"):  # a dry run needs no weights
         create_model("timm:resnet18", 7, pretrained=True)
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_a_missing_library_names_the_extra(library, monkeypatch):
+def test_a_missing_library_is_an_error_that_names_the_extra(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(RunError, match=rf"{library} is not installed: pip install 'bdkd\[imagenet"):
         create_model(f"{library}:resnet18", 10)
@@ -187,7 +187,7 @@ def test_a_missing_library_names_the_extra(library, monkeypatch):
         ("import no_such_module_here", "timm needs no_such_module_here: pip install"),
     ],
 )  # fmt: skip
-def test_a_broken_library_says_how(code, message, monkeypatch, tmp_path):
+def test_an_import_error_of_a_library_is_shown_with_its_cause(code, message, monkeypatch, tmp_path):
     (tmp_path / "timm.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "timm", raising=False)

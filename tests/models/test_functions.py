@@ -11,8 +11,8 @@ from bdkd.models import create_model
 
 RESNET18 = {"counts": (2, 2, 2, 2), "widths": (64, 128, 256, 512)}
 
-# Name, options, the plain function and its arguments. A family that a depth or a width generates
-# has one network with two blocks a stage, and the smallest one for every other option.
+# Name, options, the plain function and its arguments. Families with a depth or a width have one
+# network with two blocks per stage here, and the smallest network for every other option.
 CASES = [
     ("resnet14", {}, plain.resnet_cifar, {"depth": 14, "widths": (16, 32, 64)}),
     ("resnet8x4", {}, plain.resnet_cifar, {"depth": 8, "widths": (64, 128, 256)}),
@@ -24,15 +24,15 @@ CASES = [
     ("vgg11", {}, plain.vgg, {"counts": (1, 1, 2, 2, 2), "poolings": 3}),
     ("imagenet_mobilenet_v1", {"width": 0.25}, plain.mobilenet_v1, {}),
     ("mobilenetv2", {}, plain.mobilenet_v2, {"expansion": 6}),
-    # So narrow that a block of stride 2 keeps its one channel, and yet is no residual.
+    # So narrow that a block of stride 2 keeps its one channel. It still has no shortcut.
     ("mobilenetv2", {"width": 0.05, "expansion": 2}, plain.mobilenet_v2, {"expansion": 2}),
     ("shufflenetv1", {}, plain.shufflenet_v1, {}),
     ("shufflenetv2", {}, plain.shufflenet_v2, {}),
 ]
 
 
-# Images whose sides no stride divides: a stride in the wrong place changes what is averaged. Three
-# of them, so that a norm over one pixel still has a deviation.
+# No stride divides the sides of the images, so a stride in the wrong place changes the average.
+# There are three images, so that a norm over one pixel still has a deviation.
 IMAGES = torch.randn(3, 3, 13, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 DIRECTION = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -40,8 +40,8 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
 def shaken(network: nn.Module) -> nn.Module:
-    """The network with its norms, biases and running statistics off their starts of 0 and 1, and
-    scales so large that some activations exceed 6, where a ReLU6 ends."""
+    """Move norms, biases and running statistics away from their initial values 0 and 1. The scales
+    are so large that some activations exceed 6, the limit of ReLU6."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in network.state_dict().items():
@@ -52,7 +52,8 @@ def shaken(network: nn.Module) -> nn.Module:
 
 
 def assert_all_close(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Rounding is relative to the largest: a bias before a norm has a gradient of 0 but for it."""
+    """Compare with a tolerance relative to the largest value, because the gradient of a bias before
+    a norm is 0 except for rounding."""
     assert ours.keys() == wanted.keys()
     largest = max(value.abs().max().item() for value in wanted.values())
     for name, value in wanted.items():
@@ -92,7 +93,7 @@ def test_a_network_is_its_papers_function(name, options, function, told):
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "shufflenet_v2_x0_5"])
-def test_an_imagenet_network_is_torchvisions_and_takes_its_weights(torchvision, name):
+def test_imagenet_networks_equal_torchvision_with_the_same_weights(torchvision, name):
     torch.manual_seed(0)
     theirs = shaken(torchvision.models.get_model(name, num_classes=7).double()).train()
     ours = create_model(f"imagenet_{name}", 7).double().train()

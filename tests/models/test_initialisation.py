@@ -1,4 +1,4 @@
-"""How weights start: the distribution of every tensor, by the rule of its family."""
+"""Initial weights have the distribution of their family."""
 
 import math
 
@@ -28,14 +28,14 @@ FAMILIES = [
     ("imagenet_mobilenet_v2", "he", "small"),
     ("shufflenetv1", "default", "default"),
     ("shufflenetv2", "default", "default"),
-    # The rules are torchvision's.
+    # torchvision initialises these networks in the same way.
     ("torchvision:mobilenet_v2", "he", "small"),
     ("torchvision:shufflenet_v2_x1_0", "default", "default"),
 ]
 
 
 def assert_drawn_from(values: torch.Tensor, kind: str, deviation: float, name: str) -> None:
-    """Six standard errors at the most, and the tails of the distribution."""
+    """Check mean and deviation to six standard errors, and the tails of the distribution."""
     z = values.double().flatten() / deviation
     error = 6 * math.sqrt(1 / z.numel())
     assert abs(z.mean()) < error, name
@@ -69,15 +69,15 @@ def test_weights_start_by_the_rule_of_their_family(torchvision, name, convolutio
 
 
 @torch.no_grad()
-def test_googlenet_starts_by_torchvisions_rule(torchvision):
-    """Which torchvision asks its caller to choose: a normal distribution, cut at 2."""
+def test_googlenet_is_initialised_as_in_torchvision(torchvision):
+    """torchvision lets its caller choose this initialisation: a normal distribution, cut at 2."""
     torch.manual_seed(0)
     for path, module in create_model("torchvision:googlenet", 100).named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             assert_drawn_from(module.weight, "normal", 0.01, path)
 
 
-def test_two_networks_of_one_seed_are_equal_and_of_another_are_not():
+def test_initial_weights_depend_on_the_seed():
     def first_weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         return next(create_model("resnet8", 10).parameters())

@@ -1,7 +1,7 @@
 """timm and torchvision can be imported with a torchvision that was built for another torch.
 
-The packages here are small stand-ins: their import fails where that of the real ones fails, also on
-a machine whose torchvision fits.
+The packages here are small replacements. Their import fails in the same place as that of the real
+packages, also on a machine with a matching torchvision.
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
-    # As torchvision: the compiled operators are not found, and the fake kernels need two of them.
+    # As in torchvision: the compiled operators are not found, and the fake kernels need two of them
     "torchvision/__init__.py": "from . import extension\nfrom . import _meta_registrations, models",
     "torchvision/extension.py": "print('extension')\nloaded = False",
     "torchvision/_meta_registrations.py": """
@@ -26,7 +26,7 @@ def nms(dets, scores, iou_threshold): ...
 def qnms(dets, scores, iou_threshold): ...
 """,
     "torchvision/models.py": "import torchvision.extension",
-    # timm imports torchvision after some modules of its own.
+    # timm imports torchvision after some of its own modules.
     "timm/__init__.py": "from . import layers\nfrom . import data",
     "timm/layers.py": "",
     "timm/data.py": "import torchvision",
@@ -72,11 +72,11 @@ def test_networks_of_a_torchvision_for_another_torch_can_be_used(script, package
     assert "only its networks can be used" in warned
 
 
-def test_one_rank_warns(packages):
+def test_only_rank_0_warns(packages):
     assert python(IMPORT + "get('timm')", packages, RANK="1").stderr == ""
 
 
-def test_a_torchvision_that_fits_is_left_alone(packages):
+def test_a_matching_torchvision_is_imported_without_changes(packages):
     (packages / "torchvision" / "_meta_registrations.py").write_text("")
     done = python(IMPORT + "get('timm'); assert not lacks()", packages)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "extension\n")
@@ -95,7 +95,7 @@ def test_a_torchvision_that_fits_is_left_alone(packages):
         ("timm/data.py", "import torchvision, no_such_module", "timm needs no_such_module"),
     ],
 )  # fmt: skip
-def test_another_failure_keeps_its_message(file, text, message, packages):
+def test_other_import_errors_keep_their_message(file, text, message, packages):
     (packages / file).write_text(text)
     done = python(
         f"{IMPORT}from bdkd.errors import RunError\n"

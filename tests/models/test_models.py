@@ -1,4 +1,4 @@
-"""The registry and the CIFAR families: names, counts, shapes, and the ways a trainer runs them."""
+"""The registry and the built-in networks: names, parameter counts, shapes, and training modes."""
 
 import functools
 
@@ -36,7 +36,7 @@ PARAMETERS_100 = {
     "resnet34": 21_328_292,
     "resnet50": 23_705_252,
 }
-# torchvision's; timm's for MobileNetV1.
+# The counts of torchvision, and of timm for MobileNetV1.
 PARAMETERS_1000 = {
     "imagenet_resnet18": 11_689_512,
     "imagenet_resnet34": 21_797_672,
@@ -73,15 +73,15 @@ def test_every_name_is_listed_once():
     between = {"resnet14", "resnet44"}
     assert set(PARAMETERS_100) | set(PARAMETERS_1000) | between == set(names)
     assert len(names) == len(set(names))
-    # What a newcomer reads first are the small networks, each family together and growing.
+    # Small networks come first, sorted by family and depth.
     assert names.index("resnet20") < names.index("resnet110") < names.index("resnet8x4")
     assert [name.startswith("imagenet_") for name in names] == sorted(
         name.startswith("imagenet_") for name in names
     )
 
 
-def test_a_layer_costs_what_its_depth_says():
-    # Two more blocks a stage: 44 lies as far from 32 as 32 from 20, and 14 as far from 8 as 20.
+def test_resnet14_and_resnet44_have_the_parameters_of_their_depth():
+    # Each step of 6 layers adds one block per stage: 8, 14, 20 and, in steps of two, 20, 32, 44.
     assert parameters("resnet44", 100) == 2 * 472_756 - 278_324
     assert 2 * parameters("resnet14", 100) == 83_892 + 278_324
 
@@ -92,7 +92,7 @@ def test_a_layer_costs_what_its_depth_says():
         ("wrn-16-2", "wrn_16_2"),
         ("WRN_16_2", "wrn_16_2"),
         ("Wrn-16_2", "wrn_16_2"),
-        # As the distillation literature's code spells them.
+        # The spelling in the code of the distillation literature.
         ("ResNet50", "resnet50"),
         ("MobileNetV2", "mobilenetv2"),
         ("ShuffleV1", "shufflenetv1"),
@@ -129,8 +129,8 @@ def test_a_width_multiplies_the_channels_of_every_stage(name, width, channels):
     assert network.num_features == channels[-1]
 
 
-def test_wide_networks_are_as_deep_and_wide_as_their_name_says():
-    # A block is two convolutions and two norms; its parameters grow by the square of the width.
+def test_wide_resnets_have_the_depth_and_width_in_their_name():
+    # A block has two convolutions and two norms. Its parameters grow with the square of the width.
     assert parameters("wrn_22_1", 100) - parameters("wrn_16_1", 100) == sum(
         2 * (9 * c * c) + 4 * c for c in (16, 32, 64)
     )
@@ -144,7 +144,7 @@ def test_wide_networks_are_as_deep_and_wide_as_their_name_says():
         (("resnet21", 10), "no model named 'resnet21'; the nearest name is 'resnet20'"),
         (("wrn16-2", 10), "the nearest name is 'wrn_16_2'"),
         (("", 10), "the nearest name is"),
-        # As torchvision's users would write.
+        # Names in torchvision.
         (("mobilenet_v2", 1000), "the nearest name is 'imagenet_mobilenet_v2'"),
         (("shufflenet_v2_x1_0", 1000), "the nearest name is 'imagenet_shufflenet_v2_x1_0'"),
         (("mobilenet-v1", 1000), "the nearest name is 'imagenet_mobilenet_v1'"),
@@ -207,7 +207,7 @@ def test_two_families_cannot_have_one_name():
     assert parameters("resnet8", 10) > 0
 
 
-# One of each family, its smallest.
+# The smallest network of each family.
 FAMILIES = [
     "resnet8", "wrn_10_2", "resnet18", "imagenet_resnet50", "vgg8", "mobilenetv2", "shufflenetv1",
     "shufflenetv2", "imagenet_mobilenet_v1", "imagenet_mobilenet_v2",
@@ -217,7 +217,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_grey_images_of_few_pixels(name):
-    """As the digits are: one channel, 8 pixels, of which the deeper layers see a single one."""
+    """Digits have one channel and 8x8 pixels, of which deeper layers process a single pixel."""
     network = create_model(name, 7, 1)
     logits = network(torch.randn(2, 1, 8, 11))
     assert logits.shape == (2, 7)
@@ -226,7 +226,7 @@ def test_grey_images_of_few_pixels(name):
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 7), (7, 8)])
-def test_vgg_names_the_smallest_image(height, width):
+def test_vgg_refuses_images_below_8_pixels(height, width):
     network = create_model("vgg8", 10)
     message = f"images of at least 8x8 pixels, got {height}x{width}"
     with pytest.raises(ValueError, match=message):
@@ -242,7 +242,7 @@ def test_zero_init_residual_starts_blocks_as_their_shortcuts(name):
         x = torch.randn(1, block.conv1.in_channels, 3, 3)
         assert torch.equal(block(x), block.downsample(x).relu())
         last = block.bn3 if hasattr(block, "bn3") else block.bn2
-        assert not last.weight.any()  # so that this weight gets a gradient at once
+        assert not last.weight.any()  # the weight itself, so that it gets a gradient at once
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(not norm.weight.any() for norm in norms) == len(blocks)  # and no other norm
 
@@ -256,7 +256,7 @@ def test_channels_last_and_bf16_autocast(name):
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.9
-        network(x)  # statistics of these images: untrained norms let values explode
+        network(x)  # use the statistics of these images, because untrained norms let values explode
     network.eval()
     plain = network(x)
     network = network.to(memory_format=torch.channels_last)
@@ -265,9 +265,10 @@ def test_channels_last_and_bf16_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         low = network(last)
     assert low.dtype is torch.bfloat16
-    # Three significant digits a layer: far from exact, far from another function.
+    # bfloat16 has about three significant digits, so the tolerance is large. It is still small
+    # enough to detect another function.
     assert (low.float() - plain).abs().max() < 0.1 * plain.abs().max() + 0.1
-    # As a trainer runs it: every weight gets a finite gradient, and the layout is kept throughout.
+    # In training, every weight gets a finite gradient, and all layers keep the memory format.
     layouts = []
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -286,8 +287,8 @@ def test_channels_last_and_bf16_autocast(name):
 
 
 def without_repeats(network: nn.Module, x: torch.Tensor) -> nn.Module:
-    """Remove the blocks that repeat another's code: of the blocks in a stage that keep the shape of
-    their input, all but the first."""
+    """Remove repeated blocks. Of the blocks in a stage that keep the shape of their input, only the
+    first one stays."""
     keeps_shape = {}
     hooks = [
         module.register_forward_hook(
@@ -307,7 +308,7 @@ def without_repeats(network: nn.Module, x: torch.Tensor) -> nn.Module:
     return network
 
 
-# Each block and each network once. The wide networks are compiled below.
+# Each kind of block and of network once. Wide networks are compiled below.
 @pytest.mark.parametrize(
     "name",
     ["resnet8", "imagenet_resnet50", "vgg8", "imagenet_mobilenet_v1", "imagenet_mobilenet_v2",
@@ -317,7 +318,7 @@ def test_traces_without_a_graph_break(name):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
     network = without_repeats(create_model(name, 10), x)
-    # The trace alone: generating code, forward and backward, costs up to a minute a network.
+    # Only trace, because generating code for forward and backward takes up to a minute per network.
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.manual_seed(1)  # for the dropout
     logits = compiled(x)
@@ -329,7 +330,7 @@ def test_compiles_forward_and_backward():
     torch.manual_seed(0)
     network = create_model("wrn_10_1", 10, dropout=0.3)
     x = torch.randn(4, 3, 16, 16)
-    # aot_eager traces forward and backward as inductor would, without its minute of C++.
+    # aot_eager traces forward and backward as inductor does, without a minute of C++ compilation.
     compiled = torch.compile(network.eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), network(x))
     compiled.train()

@@ -1,8 +1,8 @@
-"""Characters drawn by the fonts of this machine: kanji as classes, faces as the examples.
+"""Images of characters, drawn with the fonts of this machine.
 
-A face belongs to one split, so a network is tested on faces that it has never seen. No image is
-shipped. The pixels depend on the versions of the fonts, of Pillow and of FreeType, and so does the
-digest of the data set.
+Each character is a class, and each font face draws one image of it. All images of a face are in one
+split, so networks are tested on faces that they were not trained on. The images are not part of the
+package: pixels and digests depend on the versions of the fonts, of Pillow and of FreeType.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from bdkd.text import expand_user
 
 SIDE = 32  # pixels
 LARGEST_SIDE = 256  # all characters in 19 faces take 3.7 GB
-LEAK = 0.5  # share of the characters that two faces draw equally
+LEAK = 0.5  # share of characters drawn equally that is refused for faces of different splits
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class GlyphsConfig(InMemoryConfig):
     """A TOML file with the characters, the faces and their splits. Default: JIS level 1 kanji in 19
     faces that Debian packages."""
     characters: Annotated[int, Bounds(ge=2)] | None = None
-    """Number of characters of the manifest to use as classes, chosen at random, independent of the
-    seed. A smaller number is part of a larger one. Default: all."""
+    """Number of characters of the manifest to use as classes. The random choice does not depend on
+    the seed, and a smaller set is part of a larger one. Default: all."""
 
     def has_validation(self) -> bool:
         return super().has_validation() or bool(read_manifest(self.manifest).of_split("val"))
@@ -57,8 +57,10 @@ def _missing(root: Path) -> str:
     missing=_missing,
 )  # fmt: skip
 def load(config: GlyphsConfig, context: SourceContext) -> InMemory:
-    """Draw every character with every face. If the manifest has faces with ``split = "val"``, they
-    are the validation images. Otherwise ``data.validation`` of the training images are.
+    """Draw every character with every face.
+
+    The images of faces with ``split = "val"`` are the validation images. If the manifest has no
+    such faces, ``data.validation`` of the training images are held out.
 
     Raises:
         UsageError: the manifest is not valid, or it has fewer than ``data.characters``.
@@ -107,8 +109,8 @@ def _chosen(manifest: Manifest, count: int | None) -> str:
 
 
 def _check_leaks(drawn: dict[Face, np.ndarray]) -> None:
-    """Raise ``RunError`` if two faces of different splits draw most characters equally. Two files
-    of one design often have different names."""
+    """Raise ``RunError`` if two faces of different splits draw most characters equally. Font files
+    with the same design often have different names."""
     for first, second in combinations(drawn, 2):
         if first.split != second.split:
             same = (drawn[first] == drawn[second]).all(axis=(1, 2))  # (characters,)

@@ -1,4 +1,4 @@
-"""The manifest of a set of glyphs: which characters, drawn by which faces, in which split."""
+"""The manifest of the source ``glyphs`` lists the characters, and the font faces of each split."""
 
 import os
 from collections import Counter
@@ -17,7 +17,7 @@ SHIPPED = "japanese.toml"
 JIS_LEVEL_1 = "jis-level-1"
 SPLITS = ("train", "val", "test")
 LARGEST = 1_000_000  # bytes of a manifest
-MOST_FACES = 1 << 16  # in a collection; FreeType has 16 bits for them
+MOST_FACES = 1 << 16  # in a collection; FreeType stores the index of a face in 16 bits
 
 
 class Face(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -123,7 +123,7 @@ def font_folders() -> list[Path]:
 
 
 def find_fonts(faces: Sequence[Face], root: Path | None = None) -> dict[Face, Path]:
-    """Return the font file of each face, in a folder or in those of the system and the user.
+    """Return the font file of each face, from ``root`` or the font folders of system and user.
 
     Raises:
         RunError: a file is not installed. The message names the packages to install.
@@ -152,8 +152,8 @@ def _missing_fonts(absent: Sequence[Face], root: Path | None) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Iterate over the files at every level. Each folder is visited once, because links may lead
-    in a circle."""
+    """Iterate over the files at every level. Each folder is visited once, because symbolic links
+    may form a cycle."""
     visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         status = os.stat(parent)

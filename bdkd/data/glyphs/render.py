@@ -18,9 +18,9 @@ from bdkd.data.glyphs.manifest import Face
 from bdkd.errors import RunError, reason_of
 from bdkd.text import open_regular
 
-RULES = "1"  # increase this when the same font is drawn differently
-EM = 0.9  # of the side of an image
-NO_CHARACTER = "\U0010ffff"  # no font has it, so a font draws its sign for missing characters
+RULES = "1"  # increase this when a change of the code changes the images
+EM = 0.9  # font size as a share of the image's side
+NO_CHARACTER = "\U0010ffff"  # no font has it, so a font draws its symbol for missing characters
 
 
 def glyph_images(face: Face, path: Path, characters: str, side: int) -> np.ndarray:
@@ -57,15 +57,15 @@ def _draw(face: Face, path: Path, content: bytes, characters: str, side: int) ->
         lacking = []
         for image, character in zip(images, characters, strict=True):
             left, top, right, bottom = font.getbbox(character)
-            # Pillow's box is in the centre: the ink and the advance, and the ink and the baseline.
-            # So the position says little about the face.
+            # Centre Pillow's bounding box. It covers ink and advance horizontally, and ink and
+            # baseline vertically, so that the position of the ink says little about the face.
             place = ((side - right - left) // 2, (side - bottom - top) // 2)
             canvas = Image.new("L", (side, side))
             ImageDraw.Draw(canvas).text(place, character, fill=255, font=font)
             image[:] = np.asarray(canvas)
             if not image.any() or bytes(font.getmask(character)) == unknown:
                 lacking.append(character)
-    except OSError as error:  # FreeType's errors too
+    except OSError as error:  # also raised for errors of FreeType
         raise RunError(
             f"cannot read the font {path} (face {face.index}): {error}; install it again"
         ) from error
@@ -97,7 +97,7 @@ def _load(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
             if any(member.compress_type for member in found.zip.infolist()):
                 return None
             images, digest = found["images"], str(found["digest"])
-    # The file is missing, unreadable, truncated, of another version, or no archive of arrays.
+    # The file is missing, unreadable, truncated, of another version, or not an archive of arrays.
     except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile):
         return None
     valid = images.shape == shape and images.dtype == np.uint8 and _digest(images) == digest

@@ -24,9 +24,9 @@ from bdkd.data.listing import is_hidden_member, is_image
 from bdkd.errors import RunError, reason_of, shown
 from bdkd.text import decode_text
 
-MAX_LABEL_BYTES = 100  # of a member KEY.cls
+MAX_LABEL_BYTES = 100  # longest content of a member KEY.cls
 NUMBER = re.compile(r"[+-]?[0-9]+")
-BYTES, INTEGERS = 1, 3  # kinds of a feature in a TFRecord
+BYTES, INTEGERS = 1, 3  # field numbers of the two kinds of features in a TFRecord
 ENCODED, LABEL = b"image/encoded", b"image/class/label"
 
 
@@ -42,8 +42,8 @@ class ArchivedImage(NamedTuple):
 def index_archives(kind: str, root: Path, archives: list[Path], fresh: bool = False) -> Index:
     """Return the index of every image in the archives of a split.
 
-    The index of unchanged archives is read from a cache unless ``fresh``. Of the checksums in
-    TFRecords, only those of lengths are verified; :func:`damaged_records` verifies those of data.
+    The index of unchanged archives is read from a cache unless ``fresh``. For TFRecords, this
+    verifies the checksums of lengths only. :func:`damaged_records` verifies those of the data.
 
     Args:
         kind: ``tar`` or ``tfrecord``.
@@ -55,9 +55,9 @@ def index_archives(kind: str, root: Path, archives: list[Path], fresh: bool = Fa
 
 
 def damaged_records(path: Path) -> dict[str, str]:
-    """Return a message for each record whose data do not match their checksum, by record number."""
+    """Return a message for each record whose data do not match the checksum, by record number."""
     return {
-        str(number): "the record's checksum does not fit its data: fetch the file again"
+        str(number): "the record's data do not match its checksum: fetch the file again"
         for number, content, start, end in _records(path)
         if masked_crc32c(content[start:end]) != int.from_bytes(content[end : end + 4], "little")
     }
@@ -109,7 +109,7 @@ def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:
                     raise RunError(
                         f"{path} is refused: {member.name} is a sparse file: pack it again"
                     )
-                # webdataset's rule: the key ends at the first dot of the file name
+                # As in webdataset, the key ends at the first dot of the file name.
                 folder, slash, file = member.name.rpartition("/")
                 key, _, suffix = file.partition(".")
                 key = folder + slash + key
@@ -121,7 +121,7 @@ def _images_of_tar(path: Path) -> Iterator[ArchivedImage]:
         raise RunError(f"cannot read {path}: {reason_of(error)}") from error
     except (EOFError, tarfile.TarError, ValueError) as error:
         raise RunError(
-            f"{path} is no complete webdataset shard ({error}): fetch it again"
+            f"{path} is not a complete webdataset shard ({error}): fetch it again"
         ) from error
     size = path.stat().st_size
     for key, member in images.items():
@@ -178,21 +178,24 @@ def _records(path: Path) -> Iterator[tuple[int, mmap.mmap, int, int]]:
                 length, checksum = struct.unpack("<QI", header)
                 if masked_crc32c(header[:8]) != checksum:
                     raise RunError(
-                        f"{path}, record {number}: the checksum of its length does not fit; the "
-                        "file is damaged or is no TFRecord: fetch it again"
+                        f"{path}, record {number}: the checksum of its length is wrong; the file "
+                        "is damaged or not a TFRecord: fetch it again"
                     )
                 end = start + length
             position = end + 4
             if position > len(content):
                 raise RunError(
-                    f"{path} is no complete TFRecord file (record {number} is cut): fetch it again"
+                    f"{path} is not a complete TFRecord file (record {number} is cut off): fetch "
+                    "it again"
                 )
             yield number, content, start, end
             number += 1
 
 
 def _image_and_label(content: mmap.mmap, start: int, end: int) -> tuple[tuple[int, int], int]:
-    """Return (start, end) of the encoded image, and the label, of one Example:
+    """Return (start, end) of the encoded image, and the label, of an Example message.
+
+    The fields of the message, by number, are
     ``{1: features {1: entry {1: name, 2: feature {1: bytes list | 3: integer list {1: value}}}}}``.
     """
     values: dict[bytes, tuple[int, int]] = {}

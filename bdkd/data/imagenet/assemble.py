@@ -39,8 +39,10 @@ class IndexedSplits(NamedTuple):
 def decoded_source(
     splits: IndexedSplits, config: DecodedImagesConfig, context: SourceContext
 ) -> ImageNet:
-    """Return the source of a data set. ``data.validation`` of ``train`` is held out, unless the
-    data set has validation images. ``train_images`` and ``label_noise`` are applied."""
+    """Return the source of a data set, with ``data.train_images`` and ``data.label_noise`` applied.
+
+    If the data set has no validation images, ``data.validation`` of ``train`` is held out.
+    """
     kind = config.loader
     if kind == "auto":  # other packages also install a module "nvidia"
         kind = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "pillow"

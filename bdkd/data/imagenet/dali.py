@@ -1,7 +1,7 @@
 """The fastest loader: NVIDIA DALI, on the GPU if there is one.
 
-DALI decodes, crops, resizes and normalises. An external source passes it the bytes and crop box of
-each image, so DALI has no random state and no position that resuming would need.
+DALI decodes, crops, resizes and normalises. An external source passes the bytes and crop box of
+each image to DALI. DALI therefore has no random state and no position that must be resumed.
 """
 
 from collections import deque
@@ -212,7 +212,8 @@ def graph(
 ) -> Any:  # fmt: skip
     """Define the graph from ``source`` (bytes and crops) to pixels, and return its output node.
 
-    On a GPU the crops stay in host memory, where the decoder reads them to skip other pixels.
+    On a GPU the crops stay in host memory, because the decoder reads them there to skip pixels
+    outside of the crop.
     """
     # DALI fills these modules when it is imported, so type checkers cannot see their contents.
     fn: Any = import_module("nvidia.dali.fn")

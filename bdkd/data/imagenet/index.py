@@ -55,7 +55,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """The images of a split, in flat arrays: ImageNet has 1.3 million images."""
+    """The images of a split, in flat arrays because ImageNet has 1.3 million images."""
 
     root: Path
     containers: tuple[str, ...]  # folders of image files, or archives, below the root
@@ -64,8 +64,9 @@ class Index:
     labels: np.ndarray  # (N,) int64
     offsets: np.ndarray | None = None  # (N,) int64; None: image files
     sizes: np.ndarray | None = None  # (N,) int64
-    # For the rows of tables: the files that hold the containers. A container is then the name of a
-    # split, and a name is the number of a row. An image of the size WHOLE_FILE is a file itself.
+    # Only for the rows of tables: the file of each container. The name of a container is then the
+    # name of its split, and the name of an image is the number of its row. If the size of an image
+    # is WHOLE_FILE, the image has its own file.
     files: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class Index:
 
     def digest(self, classes: Sequence[str]) -> Digest:
         """Return the digest of the images; labels are indices into ``classes``. For rows of tables,
-        it covers the sizes of the images, because their names are numbers."""
+        the digest covers the sizes of the images too, because their names are only numbers."""
         names = self.names.tolist()
         if self.files is not None and self.sizes is not None:
             names = [b"%b %d" % row for row in zip(names, self.sizes.tolist(), strict=True)]

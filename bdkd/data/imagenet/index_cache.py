@@ -1,4 +1,4 @@
-"""A cache of archive indexes: reading the headers of all of ImageNet takes minutes.
+"""A cache of archive indexes, because reading the headers of all of ImageNet takes minutes.
 
 Each split has one file in ``$XDG_CACHE_HOME/bdkd`` (``~/.cache/bdkd``). It is valid as long as the
 name, size and times of every archive are unchanged. If it cannot be written, each run reads the
@@ -35,8 +35,8 @@ def cached_index(
         return make()
     key = os.fsencode("\0".join([kind, RULES, str(root.resolve()), *names]))
     file = Path(cache, "bdkd", f"index-{hashlib.sha256(key).hexdigest()[:20]}.npz")
-    # Stamps are taken before the headers are read: an archive that changes meanwhile is read again.
-    # No tool can set ctime back.
+    # Take the stamps before the headers are read, so that an archive that changes meanwhile is read
+    # again in the next run. The stamps include ctime, which no tool can set back.
     stats = [path.stat() for path in archives]
     stamps = np.array([(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats], np.int64)
     if not fresh and (found := _load(file, root, names, stamps)) is not None:

@@ -25,7 +25,7 @@ SORT_VAL = (
 
 
 class Layout(NamedTuple):
-    """A data set on disk. Classes may be empty."""
+    """A data set on disk. Classes may have no images."""
 
     classes: tuple[str, ...]
     train: Index
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
             if count < 2:
                 raise RunError(
                     f"the class {name} in {self.train.root / 'train'} holds {count} images: it "
-                    "needs at least 2 (fetch it again, or remove its folder in train and val)"
+                    "needs at least 2; fetch it again, or remove its folder in train and val"
                 )
 
 
@@ -135,7 +135,7 @@ def index_splits(
         lowest = 0
     if lowest < 0:
         raise RunError(
-            f"{where} has the negative label {lowest}: labels are numbers from 0; write it again"
+            f"{where} has the negative label {lowest}: labels must be 0 or more; write it again"
         )
     last = max(indices.values(), key=lambda index: index.labels.max())
     count, images = int(last.labels.max()) + 1, len(indices["train"])
@@ -157,14 +157,14 @@ def _class_names(root: Path, count: int) -> tuple[str, ...]:
         raise RunError(f"{listed}, line {classes.index('') + 1} is empty: it must name a class")
     if len(classes) < count:
         raise RunError(
-            f"{listed} names {len(classes)} classes, the labels go to {count - 1}: add a line for "
-            "each class"
+            f"{listed} names {len(classes)} classes, but there are labels up to {count - 1}: add a "
+            "line for each class"
         )
     return classes
 
 
 def _lowest(index: Index) -> tuple[int, str]:
-    """Return the lowest label, and an image that has it."""
+    """Return the lowest label, and the name of an image with this label."""
     i = int(index.labels.argmin())
     return int(index.labels[i]), str(index.item(i))
 
@@ -180,7 +180,8 @@ def _archives(root: Path, split: str, kind: str) -> list[Path]:
 
 
 def archives_of(root: Path, split: str, kind: str) -> list[Path]:
-    """Return ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``; ``val`` also matches ``validation``."""
+    """Return the archives of a split, such as ``ROOT/train/*.tar`` or ``ROOT/*train*.tar``. The
+    split ``val`` also matches ``validation``."""
     named = [path for path in sorted(root.iterdir()) if split in path.name]
     entries = [path for path in named if not listing.is_hidden(path.name)]
     found = [file for path in entries if path.is_dir() for file in listing.archive_files(path)]
@@ -200,7 +201,7 @@ def _other_format(root: Path) -> str:
     entries = {entry.name for folder in (root, root / "train") if folder.is_dir()
                for entry in folder.iterdir() if not listing.is_hidden(entry.name)}  # fmt: skip
     if any(name.endswith(".tar") for name in entries):
-        return "; it holds tar files: shards of webdataset need data.format = webdataset"
+        return "; it holds tar files: if they are webdataset shards, set data.format = webdataset"
     if any("-of-" in name or name.endswith(".tfrecord") for name in entries):
         return "; it seems to hold TFRecords: set data.format = tfrecord"
     return ""

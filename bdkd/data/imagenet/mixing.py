@@ -34,8 +34,9 @@ def check_neighbours(batch_size: int, mine: slice) -> None:
     """Raise ``UsageError`` if an image and its neighbour are on different ranks."""
     if mine.start % 2 or (mine.stop % 2 and mine.stop != batch_size):
         raise UsageError(
-            f"train.batch_size is {batch_size}, of which this rank has images {mine.start} to "
-            f"{mine.stop}: with data.mixup or data.cutmix, each rank needs an even number of images"
+            f"train.batch_size is {batch_size}, and this rank has its images {mine.start} to "
+            f"{mine.stop}: with data.mixup or data.cutmix, each rank needs an even number of "
+            "images; change train.batch_size"
         )
 
 

@@ -22,18 +22,19 @@ class DecodedImagesConfig(ImagesConfig):
     smallest_crop: Annotated[float, Bounds(gt=0, le=1)] = 0.08
     """Smallest area of a random crop, as a share of the image's area."""
     progressive: tuple[tuple[int, int], ...] = ()
-    """Training resolution by epoch, as pairs of a number of completed epochs and a side in pixels:
-    0 160 5 224 trains 5 epochs at 160 pixels, and then at 224. Default: data.image_size. Evaluation
-    always uses data.image_size."""
+    """Training resolution by epoch, as pairs of a number of completed epochs and a side in pixels.
+    Example: 0 160 5 224 trains 5 epochs at 160 pixels, and then at 224. Default: data.image_size.
+    Evaluation always uses data.image_size."""
     rand_augment: tuple[int, int] | None = None
-    """Number of RandAugment operations per image, and their magnitude in [0, 10]."""
+    """Number of RandAugment operations per image, and their magnitude in [0, 10]. Default: off."""
     erasing: Share = 0.0
     """Probability that a random rectangle of a training image is erased."""
     mixup: NotNegative[float] = 0.0
-    """Alpha of mixup, which blends each image and label with the next one. 0: off."""
+    """Alpha of mixup, which blends each image and its label with those of the next image. 0: off.
+    """
     cutmix: NotNegative[float] = 0.0
-    """Alpha of CutMix, which pastes a part of the next image. 0: off. If mixup is on too, each
-    image gets one of the two."""
+    """Alpha of CutMix, which pastes a part of the next image into each image. 0: off. If mixup is
+    on too, one of the two is applied to each image, at random."""
 
     def check(self) -> None:
         epochs = [epoch for epoch, _ in self.progressive]
@@ -59,4 +60,5 @@ class ImageNetConfig(DecodedImagesConfig):
     """Options of the source imagenet."""
 
     format: Literal["folder", "webdataset", "tfrecord"] = "folder"
-    """Image files in folders (train/<wnid>), webdataset tar shards, or TFRecords."""
+    """Format of the data set. folder: image files in train/<wnid>. webdataset: tar shards.
+    tfrecord: TFRecords."""

@@ -69,8 +69,8 @@ class Pillow:
 class Decoder(Dataset):
     """Maps a request to pixels ``(B, side, side, 3)`` uint8, or an error, and to warnings.
 
-    Errors are returned, because a raised one would reach the parent as the text of a traceback.
-    Warnings are returned, because the parent shows each one once, and workers live for an epoch.
+    Errors are returned, because a raised error would reach the parent as the text of a traceback.
+    Warnings are returned, so that the parent shows each one once: workers end with the epoch.
     """
 
     def __getitem__(self, request: Request) -> tuple[Tensor | RunError, list[str]]:
@@ -108,7 +108,7 @@ def worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # workers share one import of torch
     if threading.current_thread() is threading.main_thread():
-        # Workers inherit from the server that they ignore Ctrl-C.
+        # Ignore Ctrl-C in the server, because workers inherit this from it.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             forkserver.ensure_running()

@@ -38,7 +38,7 @@ def rand_augment(pixels: Tensor, operations: np.ndarray, magnitude: float) -> Te
         for number, operation in enumerate(OPERATIONS.values()):
             chosen = np.flatnonzero(choice == number)
             if len(chosen):
-                # The draws are on the host, so nothing waits for the device.
+                # The draws are on the host, so the host does not wait for the device.
                 index = torch.from_numpy(chosen).to(pixels.device, non_blocking=True)
                 signs = torch.from_numpy(sign[chosen]).to(pixels, non_blocking=True)
                 pixels[index] = operation(pixels[index], magnitude / 10, signs).clamp(0, 255)
@@ -105,7 +105,8 @@ def _rotate(pixels: Tensor, strength: float, sign: Tensor) -> Tensor:
     return _affine(pixels, sign, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
 
 
-# Pixels, strength and sign. The order is a part of the random numbers' meaning.
+# The operations take pixels, strength and sign. Random numbers are indices into this table, so a
+# change of its order changes the augmentation of every run.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda x, strength, sign: x,
     "autocontrast": _autocontrast,
@@ -121,7 +122,7 @@ OPERATIONS: dict[str, Operation] = {
     "sharpness": lambda x, strength, sign: _blend(_smooth(x), x, strength, sign),
     "shear_x": lambda x, strength, sign: _affine(x, sign, {(0, 1): sign * 0.3 * strength}),
     "shear_y": lambda x, strength, sign: _affine(x, sign, {(1, 0): sign * 0.3 * strength}),
-    # By up to 0.45 of a side
+    # Translate by up to 0.45 of a side.
     "translate_x": lambda x, strength, sign: _affine(x, sign, {(0, 2): sign * 0.9 * strength}),
     "translate_y": lambda x, strength, sign: _affine(x, sign, {(1, 2): sign * 0.9 * strength}),
 }

@@ -1,4 +1,4 @@
-"""The source for ImageNet and data sets in its layouts: images are decoded batch by batch."""
+"""The source for ImageNet and for other data sets whose images are decoded batch by batch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -31,7 +31,7 @@ SIDE = 224
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-CROP, OPERATIONS, ERASING = range(3)  # purposes of random numbers
+CROP, OPERATIONS, ERASING = range(3)  # separate streams of random numbers, see uniform_draws()
 
 MakeLoader = Callable[[torch.device, torch.dtype, Tensor, Tensor], Loader]
 
@@ -45,7 +45,7 @@ class ImageNet:
     Args:
         splits: ``train``, ``val`` and ``test``.
         context: its ``dtype`` is that of training images; evaluation images are float32.
-        digests: of the data set before it was split.
+        digests: digests of the data set before it was split.
     """
 
     def __init__(

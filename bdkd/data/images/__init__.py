@@ -26,12 +26,14 @@ class OwnImagesConfig(DecodedImagesConfig, OwnSplitsConfig):
     """Options of the source images."""
 
     format: Literal["auto", "folder", "webdataset", "tfrecord", "hf"] = "auto"
-    """Image files in folders (CLASS or train/CLASS), webdataset tar shards, TFRecords, or a Hugging
-    Face data set or Parquet files. auto: detected from data.root."""
+    """Format of the data set. folder: image files in CLASS or train/CLASS. webdataset: tar shards.
+    tfrecord: TFRecords. hf: a Hugging Face data set or Parquet files. auto: detect it from
+    data.root."""
     image_column: str | None = None
-    """hf: column of the images. Default: the only column with images."""
+    """Column of the images, if the format is hf. Default: the only column with images."""
     label_column: str | None = None
-    """hf: column of the labels. Default: the only class label, or a column named label or class."""
+    """Column of the labels, if the format is hf. Default: the only column of the type ClassLabel,
+    or else a column with a name such as label or class."""
 
 
 def _missing(root: Path) -> str:

@@ -41,7 +41,7 @@ class Report:
 
     @property
     def too_few(self) -> str:
-        """Return what the classes of :attr:`lacking` have too few of."""
+        """Return why the classes in :attr:`lacking` cannot be used."""
         if self.test is None:
             return "fewer than 3 images (1 to train, 1 for validation, 1 to test)"
         return f"fewer than 2 training images or none in {self.test}"
@@ -62,8 +62,9 @@ def check(
     """Decode every image, with a progress bar if standard error is a terminal.
 
     Args:
-        root: see :func:`bdkd.data.images.formats.find_images`, as for the other arguments.
-        workers: number of processes; by default, one for each processor.
+        root, format, image_column, label_column: see
+            :func:`bdkd.data.images.formats.find_images`.
+        workers: number of processes. Default: one for each processor.
 
     Raises:
         RunError: there is no data set, Pillow is missing, or a process was killed.
@@ -90,7 +91,8 @@ def check(
 
 
 def _examined(index: Index, workers: int, records: bool) -> Iterator[tuple[str, str, str]]:
-    """Iterate over (identity, kind, error or "") in order; ``records``: also verify checksums."""
+    """Iterate over (identity, kind, error or "") of the images in order. With ``records``, also
+    verify the checksums of TFRecords."""
     chunks = (range(i, min(i + CHUNK, len(index))) for i in range(0, len(index), CHUNK))
     waiting: deque[tuple[range, Future[list[tuple[str, str]]]]] = deque()
     damaged: dict[int, Future[dict[str, str]]] = {}  # by TFRecord file

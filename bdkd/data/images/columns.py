@@ -43,7 +43,7 @@ def _asked(
         raise UsageError(f"{where} has no column {asked!r} (data.{kind}_column): {hint}")
     if asked not in fitting:
         raise UsageError(
-            f"data.{kind}_column must name a column of {kind}s, and {asked!r} of {where} has the "
+            f"data.{kind}_column must name a column of {kind}s, but {asked!r} of {where} has the "
             f"type {features[asked]}: choose another column"
         )
     return asked
@@ -54,7 +54,7 @@ def _only(
 ) -> str:
     if not fitting:
         raise RunError(
-            f"{where} has no column of {plural}, but {', '.join(features)}: name one with "
+            f"{where} has no column of {plural}, only {', '.join(features)}: name one with "
             f"data.{kind}_column, or choose another data set"
         )
     if len(fitting) > 1:
@@ -66,7 +66,7 @@ def _only(
 
 
 def _is_image(kind: Any) -> bool:
-    """Return whether a feature is an image, or a structure of bytes as pandas stores one."""
+    """Return whether a feature is an image, or a struct with bytes, as pandas stores images."""
     if type(kind).__name__ == "Image":
         return True
     return isinstance(kind, dict) and "bytes" in kind and _is_binary(kind["bytes"])

@@ -1,4 +1,4 @@
-"""Find out what ``data.root`` of the source ``images`` holds, and index it."""
+"""Detect the format of ``data.root`` for the source ``images``, and index the data set."""
 
 from pathlib import Path
 
@@ -23,9 +23,8 @@ def find_images(
     Args:
         root: a folder, a ``.parquet`` file, or ``hf:NAME``.
         format: a value of ``data.format``.
-        image_column: see :class:`bdkd.data.images.OwnImagesConfig`.
-        label_column: name of the column of labels. None: choose it in the same way.
-        fresh: do not read the index of archives from the cache.
+        image_column, label_column: see :class:`bdkd.data.images.OwnImagesConfig`.
+        fresh: whether to read the archives again instead of the cached index.
 
     Raises:
         UsageError: an option does not apply.
@@ -71,7 +70,7 @@ def detect_format(root: Path) -> str:
 
 
 def _find_archives(root: Path, format: str, fresh: bool) -> FoundImages:
-    """Index the archives whose names contain a split. If there are none, all are for training."""
+    """Index the archives whose names contain a split. If there are none, train on all archives."""
     kind = KINDS[format]
     parts: tuple[Role, ...] = ("train", "val", "test")
     archives = {role: files for role in parts if (files := archives_of(root, role, kind))}

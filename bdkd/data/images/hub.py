@@ -1,7 +1,7 @@
-"""Open data sets of the library ``datasets``: of the Hugging Face Hub, on disk, or Parquet files.
+"""Open Hugging Face data sets from the Hub or from disk, and Parquet files, with ``datasets``.
 
-``datasets`` writes Parquet files and data sets of the Hub into its cache as Arrow files, once. Only
-the labels are read into memory here.
+``datasets`` converts Parquet files and data sets of the Hub once, into Arrow files in its cache.
+Only the labels are read into memory here.
 """
 
 import re
@@ -28,7 +28,7 @@ INSTALL = "pip install 'bdkd[hf]'"
 
 
 def missing_datasets() -> str:
-    """Return that ``datasets`` is not installed, or an empty string."""
+    """Return a message if ``datasets`` is not installed, or an empty string."""
     return "" if find_spec("datasets") else f"datasets is not installed: {INSTALL}"
 
 
@@ -45,9 +45,9 @@ def find_rows(
     Args:
         name: a folder, a ``.parquet`` file, or ``OWNER/NAME`` of the Hub. A configuration may
             follow after a colon.
-        where: names the data set in messages.
-        image_column: None: the only column of images.
-        label_column: None: the only column of labels.
+        where: name of the data set in messages.
+        image_column: column of the images. None: the only one.
+        label_column: column of the labels. None: the only one.
 
     Raises:
         UsageError: a column must be chosen, or does not exist.
@@ -59,7 +59,9 @@ def find_rows(
     if len(parts) == 1:
         roles = {"train": next(iter(parts))}
     if "train" not in roles:
-        raise RunError(f"{where} has no split train, but {', '.join(parts)}: choose another")
+        raise RunError(
+            f"{where} has no split train, only {', '.join(parts)}: choose another data set"
+        )
     if unused := [part for part in parts if part not in roles.values()]:
         note(f"{where} holds more splits, which are not used: {', '.join(unused)}")
     features = parts[roles["train"]].features
@@ -80,8 +82,8 @@ def _rows(part: Any, image: str, label: str, place: str, optional: bool) -> Rows
     rows = read_rows([file["filename"] for file in part.cache_files], image, label, place)
     if len(rows.labels) != len(part):
         raise RunError(
-            f"{place} is a selection of its Arrow files: load it with datasets and save it with "
-            "save_to_disk"
+            f"{place} has only some of the rows in its Arrow files: load the data set with "
+            "datasets and save it with save_to_disk"
         )
     unlabelled = sum(value is None or value == -1 for value in rows.labels)
     if optional and unlabelled == len(rows.labels):
@@ -98,7 +100,11 @@ def _rows(part: Any, image: str, label: str, place: str, optional: bool) -> Rows
 def _indexed(
     rows: Mapping[Role, Rows], roles: dict[Role, str], names: list[str] | None, where: str
 ) -> FoundImages:
-    """Return the index of each split. ``names`` are those of a class label, if it is one."""
+    """Return the index of each split.
+
+    Args:
+        names: class names, if the label column has the type ``ClassLabel``.
+    """
     if "train" not in rows:
         raise RunError(f"{where} has no training images with labels: choose another data set")
     values = sorted({*rows["train"].labels}, key=lambda value: (str(type(value)), value))
@@ -137,7 +143,7 @@ def _open(name: str, where: str) -> dict[str, Any]:
     except ImportError as error:
         raise RunError(f"{where} needs the package datasets: {INSTALL}") from error
     path, config = _path_and_config(name)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says what failed
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors say what failed
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -152,7 +158,7 @@ def _open(name: str, where: str) -> dict[str, Any]:
 
 
 def _path_and_config(name: str) -> tuple[Path | None, str | None]:
-    """Return the path of a local data set and its configuration. No path: it is on the Hub."""
+    """Return the path and the configuration of a local data set. No path: it is on the Hub."""
     whole = expand_user(name, "data.root")
     if name and whole.exists():
         return whole, None
@@ -179,7 +185,7 @@ def _open_local(path: Path, config: str | None) -> Any:
 
 
 def _described(where: str, load: Any) -> Any:
-    """Return the result of a function of ``datasets``, whose many kinds of errors become one."""
+    """Call a function of ``datasets``, and turn its many kinds of errors into ``RunError``."""
     try:
         return load()
     except (MemoryError, RunError):
@@ -192,7 +198,7 @@ def _described(where: str, load: Any) -> Any:
 def _open_hub(name: str, config: str, where: str) -> Any:
     """Load a data set of the Hub. Without a network, load the copy in the cache.
 
-    One request finds out first whether there is a network: ``datasets`` retries for 20 seconds.
+    A single request first checks the connection, because ``datasets`` retries for 20 seconds.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -217,7 +223,7 @@ def _open_hub(name: str, config: str, where: str) -> Any:
             f"no data set {name!r} on the Hugging Face Hub: check the name (hf:OWNER/NAME); a "
             "folder must exist (hf:DIR)"
         ) from error
-    except Exception as error:  # no network, or offline mode: each version has other types
+    except Exception as error:  # no network or offline mode; the type depends on the version
         with _offline():
             try:
                 return load()
@@ -234,7 +240,7 @@ def _open_hub(name: str, config: str, where: str) -> Any:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep ``datasets`` from the network."""
+    """Switch ``datasets`` to its offline mode within the context."""
     import datasets
     import huggingface_hub
 

@@ -1,8 +1,9 @@
 """Find the bytes of each image in Arrow files, without reading them.
 
 ``datasets`` stores a data set in Arrow files (the streaming format), whose columns are not
-compressed. An array of a memory-mapped file points into the map, so the difference of the two
-addresses is the position of the images in the file. They are then read like members of a tar file.
+compressed. An array of a memory-mapped file points into the mapped memory, so the difference of the
+two addresses is the position of the array in the file. Images are then read from their positions,
+like members of a tar file.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def read_rows(files: Sequence[str], image: str, label: str, where: str) -> Rows:
     Args:
         image: column of images: ``{bytes, path}``, bytes, or paths.
         label: column of numbers or strings.
-        where: names the split in messages.
+        where: name of the split in messages.
 
     Raises:
         RunError: a file cannot be read, or a row has no image.
@@ -81,7 +82,7 @@ def _places(
     width = np.int64 if pa.types.is_large_binary(content.type) else np.int32
     _, ends, data = content.buffers()
     start = data.address - base if data is not None and data.size else 0
-    if not 0 <= start <= size:  # compressed columns are decompressed to another place
+    if not 0 <= start <= size:  # not in the mapped memory: a compressed column is decompressed
         raise RunError(
             f"the Arrow files of {where} are compressed: load them with datasets and save them "
             "with save_to_disk"
@@ -115,8 +116,9 @@ def _paths(images: Any, where: str, rows: np.ndarray, first: int) -> list[str]:
             )
         if "://" in path:
             raise RunError(
-                f"row {first + row} of {where} is at {path[:100]}, and only files and images in "
-                "the data set are read: load it with datasets and save it with save_to_disk"
+                f"row {first + row} of {where} is at {path[:100]}, but only local files and images "
+                "inside the data set can be read: load the data set with datasets and save it with "
+                "save_to_disk"
             )
         paths.append(path)
     return paths

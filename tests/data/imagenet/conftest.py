@@ -1,4 +1,4 @@
-"""The trees that the tests of this folder read; none of them writes into one but into a copy."""
+"""Data sets for the tests of this folder. A test that changes files uses a copy."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from imagenet_trees import make_tars, make_tfrecords, make_tree
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Where what is kept from run to run goes."""
+    """Use an empty cache, and return the folder of bdkd in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bdkd"
 
@@ -32,5 +32,5 @@ def tfrecords(tree) -> Path:
 
 @pytest.fixture
 def copy(tree, tmp_path) -> Path:
-    """A tree to break."""
+    """A copy of the tree that a test may change."""
     return shutil.copytree(tree, tmp_path / "copy")

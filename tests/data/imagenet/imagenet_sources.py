@@ -1,4 +1,4 @@
-"""The source imagenet as the tests of this folder create it."""
+"""Create the source ``imagenet`` with small images."""
 
 import torch
 
@@ -7,7 +7,7 @@ from bdkd.registry import SOURCES
 
 
 def imagenet(root, seed=0, dtype=torch.float32, **options):
-    # Pillow decodes in this process, but where its workers are the point: they take a while to come
+    # By default, Pillow decodes in this process, because workers are slow to start.
     options = {"image_size": 64, "workers": 0, "flip": True, "loader": "pillow"} | options
     config = SOURCES.configure("imagenet", root=str(root), **options)
     return create_source(config, seed, torch.device("cpu"), torch.channels_last, dtype)

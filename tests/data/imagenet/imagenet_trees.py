@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-HEIGHT, WIDTH = 375, 500  # ImageNet's commonest size
+HEIGHT, WIDTH = 375, 500  # the most common size in ImageNet
 SIZES = ((HEIGHT, WIDTH), (WIDTH - 80, HEIGHT), (200, 180))
 
 
@@ -20,8 +20,8 @@ def wnid(label: int) -> str:
 def make_tree(
     root: Path, classes: int, training: int, validation: int, sizes: tuple = SIZES
 ) -> Path:
-    """``training`` and ``validation`` images a class: crops and mirror images, tinted by class, of
-    some sizes in turn. No two are alike."""
+    """Write ``training`` and ``validation`` images of each class, with the sizes in turn. They are
+    crops and mirror images of two photographs, tinted by class. No two images are equal."""
     photographs = load_sample_images().images
     rng = np.random.default_rng(0)
     for split, count in (("train", training), ("val", validation)):
@@ -43,7 +43,7 @@ def make_tree(
 
 
 def labelled(root: Path, split: str) -> list[tuple[Path, int]]:
-    """The files of a split and their labels, in the order of the index."""
+    """Return the files of a split and their labels, in the order of the index."""
     folders = sorted((root / split).iterdir())
     return [(file, label) for label, folder in enumerate(folders)
             for file in sorted(folder.iterdir())]  # fmt: skip
@@ -56,7 +56,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def make_tars(tree: Path, root: Path, shards: int) -> Path:
-    """The tree as webdataset shards, in the tree's order."""
+    """Write the images of the tree as webdataset shards, in the order of the tree."""
     root.mkdir()
     for split in ("train", "val"):
         files = labelled(tree, split)
@@ -76,7 +76,7 @@ def make_tars(tree: Path, root: Path, shards: int) -> Path:
 
 
 def make_tfrecords(tree: Path, root: Path, shards: int) -> Path:
-    """The tree as TFRecords with labels from 1, as the field's have them."""
+    """Write the images of the tree as TFRecords, with labels from 1 as in common TFRecords."""
     root.mkdir()
     for split, name in (("train", "train"), ("val", "validation")):
         files = labelled(tree, split)
@@ -89,13 +89,13 @@ def make_tfrecords(tree: Path, root: Path, shards: int) -> Path:
 
 
 def record(content: bytes) -> bytes:
-    """A TFRecord frame."""
+    """Return a TFRecord frame."""
     length = struct.pack("<Q", len(content))
     return length + checksum(length) + content + checksum(content)
 
 
 def checksum(content: bytes) -> bytes:
-    """As TFRecords have it, a byte at a time."""
+    """Return the masked CRC-32C of TFRecords, computed byte by byte."""
     register = 0xFFFFFFFF
     for byte in content:
         register = AFTER_BYTE[register & 255 ^ byte] ^ register >> 8
@@ -104,7 +104,7 @@ def checksum(content: bytes) -> bytes:
 
 
 def _after_byte(byte: int) -> int:
-    """By the definition: a division of polynomials, bit by bit."""
+    """Return the CRC of a byte by the definition, a division of polynomials bit by bit."""
     for _ in range(8):
         byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
     return byte
@@ -114,7 +114,7 @@ AFTER_BYTE = [_after_byte(byte) for byte in range(256)]
 
 
 def example(image: bytes, label: int) -> bytes:
-    """An Example message, with features beside those that are read."""
+    """Return an Example message with the features that are read, and some others."""
     features = [
         ("image/height", _field(3, _field(1, _varint(375)))),
         ("image/encoded", _field(1, _field(1, image))),

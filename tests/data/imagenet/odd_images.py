@@ -1,4 +1,4 @@
-"""Small images in every encoding that a file of a data set was seen to have, and some more."""
+"""Small images in every encoding that was found in data sets, and in some others."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def png(
     depth: int, colour: int, rows: list[bytes], extra: bytes = b"", interlace: int = 0
 ) -> bytes:
-    """A PNG of the kinds that Pillow does not write."""
+    """Return a PNG of a kind that Pillow does not write."""
     header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, colour, 0, 0, interlace)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra
@@ -44,7 +44,7 @@ def rows(pixels: np.ndarray) -> list[bytes]:
 
 
 def packed(bits: int) -> list[bytes]:
-    """Rows of values of fewer than 8 bits."""
+    """Return rows of values with fewer than 8 bits."""
     bit = ((X + Y) % (1 << bits))[..., None] >> np.arange(bits)[::-1] & 1
     return [row.tobytes() for row in np.packbits(bit.reshape(SIDE, -1).astype(np.uint8), 1)]
 
@@ -56,7 +56,7 @@ def adam7(pixels: np.ndarray) -> list[bytes]:
 
 
 def bmp16() -> bytes:
-    """Five bits a channel."""
+    """Return a BMP with five bits per channel."""
     red, green, blue = (RGB[::-1, :, c].astype(np.uint16) >> 3 for c in range(3))
     pixels = (red << 10 | green << 5 | blue).astype("<u2").tobytes()
     header = struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 16, 0, len(pixels), 1, 1, 0, 0)
@@ -64,7 +64,7 @@ def bmp16() -> bytes:
 
 
 def without_marker(content: bytes, dropped: int) -> bytes:
-    """A JPEG without the segments of one marker."""
+    """Return a JPEG without the segments of one marker."""
     position, kept = 2, content[:2]
     while content[position + 1] != 0xDA:
         length = 2 + int.from_bytes(content[position + 2 : position + 4], "big")
@@ -75,7 +75,7 @@ def without_marker(content: bytes, dropped: int) -> bytes:
 
 
 def readable() -> dict[str, bytes]:
-    """Images of which there is one 8-bit picture, by name."""
+    """Return images that can be decoded to 8-bit RGB, by name."""
     colour, alpha = Image.fromarray(RGB), Image.fromarray(ALPHA)
     grey, rgba = colour.convert("L"), Image.fromarray(np.dstack([RGB, ALPHA]))
     grey_alpha = Image.merge("LA", [grey, alpha])
@@ -143,7 +143,8 @@ def readable() -> dict[str, bytes]:
 
 
 def refused() -> dict[str, bytes]:
-    """What is no image, is damaged, or has no defined 8-bit picture, by name."""
+    """Return files that are not images, are damaged, or have no standard conversion to 8 bits, by
+    name."""
     colour = Image.fromarray(RGB)
     white_is_0 = encode(Image.fromarray(GREY16), "TIFF", tiffinfo={262: 0})
     found = {

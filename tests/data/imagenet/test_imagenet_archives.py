@@ -1,4 +1,4 @@
-"""The index of archives, which is kept, and what their checksums tell."""
+"""The index of archives, its cache, and the checksums of archives."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def same(a, b) -> bool:
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The archives whose headers were read."""
+    """Return a list to which each archive is added whose headers are read."""
     seen = []
     for name in ("_images_of_tar", "_images_of_tfrecord"):
         read = getattr(archives, name)
@@ -51,7 +51,7 @@ def test_headers_are_read_once(format, fixture, request, reads, cache):
     assert first.classes == again.classes
     find(root, format, fresh=True)
     assert len(reads) == 12
-    assert len(list(cache.iterdir())) == 2  # a file a split, and nothing half written
+    assert len(list(cache.iterdir())) == 2  # one file per split, no partial file
 
 
 @pytest.mark.parametrize(("format", "fixture"), [("webdataset", "tars"), ("tfrecord", "tfrecords")])
@@ -69,7 +69,7 @@ def test_archives_have_the_identity_of_their_labels_and_members(format, fixture,
 
 
 def test_an_archive_that_changed_is_read_again(tfrecords, tmp_path, reads):
-    """Even if its size and the time of writing are set back."""
+    """This holds even if its size and its modification time are the same as before."""
     root = shutil.copytree(tfrecords, tmp_path / "copy")
     before, file = find(root, "tfrecord"), root / "train-00001-of-00003"
     times, whole = file.stat(), file.read_bytes()
@@ -80,14 +80,14 @@ def test_an_archive_that_changed_is_read_again(tfrecords, tmp_path, reads):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     reads.clear()
     after = find(root, "tfrecord")
-    assert len(reads) == 3  # of train; val is as it was
+    assert len(reads) == 3  # those of train; val is unchanged
     assert not same(before.train, after.train)
     (root / "train-00002-of-00003").unlink()
     assert len(find(root, "tfrecord").train) == 80
 
 
 def test_an_archive_that_is_written_while_it_is_read_is_read_again(tmp_path, cache):
-    """A copy that is still running: what was read of it must not count for the whole."""
+    """The archive is still being copied. The index of its first part must not be used later."""
     file = tmp_path / "train.tar"
     file.write_bytes(b"a part")
     made = []
@@ -105,8 +105,8 @@ def test_an_archive_that_is_written_while_it_is_read_is_read_again(tmp_path, cac
     assert made[1] == b"a part and the rest"
 
 
-def test_what_is_kept_belongs_to_its_place_and_its_format(tmp_path):
-    """Two data sets with archives of the same names, sizes and times, and one of two formats."""
+def test_the_cache_depends_on_the_path_and_the_format(tmp_path):
+    """Archives of two data sets have the same names, sizes and times. One has two formats."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     (tmp_path / "a" / "train.tar").touch()
@@ -126,7 +126,7 @@ def test_what_is_kept_belongs_to_its_place_and_its_format(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "text", "other"])
-def test_what_is_kept_and_broken_is_made_anew(harm, tars, reads, cache):
+def test_a_damaged_cache_is_rebuilt(harm, tars, reads, cache):
     first = find(tars, "webdataset")
     for file in cache.iterdir():
         if harm == "cut":
@@ -140,13 +140,13 @@ def test_what_is_kept_and_broken_is_made_anew(harm, tars, reads, cache):
 
 
 @pytest.mark.parametrize("place", ["a file", "no home", "read-only"])
-def test_where_nothing_can_be_kept_it_is_read_again(place, tars, reads, tmp_path, monkeypatch):
+def test_without_a_cache_headers_are_read_again(place, tars, reads, tmp_path, monkeypatch):
     if place == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
         monkeypatch.chdir(tmp_path)
     else:
-        # /proc takes no folder even from root, which a mode would not stop
+        # No folder can be created in /proc, not even by root, who may ignore permissions.
         (tmp_path / "file").touch()
         nowhere = {"a file": tmp_path / "file", "read-only": "/proc/bdkd"}[place]
         monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere))
@@ -156,7 +156,7 @@ def test_where_nothing_can_be_kept_it_is_read_again(place, tars, reads, tmp_path
     assert not (tmp_path / "~").exists()
 
 
-def test_runs_that_start_at_once_keep_one_index(tars, cache):
+def test_concurrent_runs_write_one_index(tars, cache):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: find(tars, "webdataset", fresh=True).train, range(8)))
     assert all(same(found[0], other) for other in found)
@@ -185,7 +185,7 @@ def test_tfrecords_without_google_crc32c_name_the_extra(tfrecords, monkeypatch):
 
 @pytest.fixture
 def broken(tfrecords, tmp_path):
-    """TFRecords of which the third record of one file has one bit turned."""
+    """TFRecords with one flipped bit in the third record of one file."""
 
     def make(where: str):
         root = shutil.copytree(tfrecords, tmp_path / "broken")
@@ -218,13 +218,13 @@ def test_damaged_data_are_found_by_the_check_and_left_out(where, broken, tmp_pat
               "--workers", "1"])  # fmt: skip
     assert exit_.value.code == 1
     out, err = capfd.readouterr()
-    assert "bad    train-00001-of-00003#2: the record's checksum does not fit" in out
+    assert "bad    train-00001-of-00003#2: the record's data do not match its checksum" in out
     assert re.search(r"^bdkd: 1 of 145 images cannot be decoded", err, re.MULTILINE)
     assert listed.read_text().splitlines()[1].startswith("train-00001-of-00003#2\t")
 
 
 @pytest.mark.parametrize(("train", "val", "labels"), [
-    ((1, 1, 2, 2), (1, 2), [0, 0, 1, 1]),  # the field's, from 1
+    ((1, 1, 2, 2), (1, 2), [0, 0, 1, 1]),  # from 1, as in common TFRecords
     ((0, 0, 1, 1), (0, 1), [0, 0, 1, 1]),
     ((1, 1, 0, 0), (1, 1), [1, 1, 0, 0]),  # a class that val lacks
 ])  # fmt: skip
@@ -243,7 +243,7 @@ def test_labels_of_tfrecords_begin_at_0_or_at_1_in_both_splits(train, val, label
      r"train \(0\) has the negative label -1"),
     ((0, 0, 1, 1), (0, 7), "hold 4 training images and labels up to 7"),
 ])  # fmt: skip
-def test_labels_of_either_split_that_cannot_be_are_refused(train, val, message, tmp_path):
+def test_impossible_labels_of_either_split_are_refused(train, val, message, tmp_path):
     for split, given in (("train", train), ("validation", val)):
         content = b"".join(record(example(b"an image", label)) for label in given)
         (tmp_path / split).write_bytes(content)
@@ -251,7 +251,7 @@ def test_labels_of_either_split_that_cannot_be_are_refused(train, val, message, 
         find(tmp_path, "tfrecord")
 
 
-def test_classes_txt_may_name_more_classes_than_there_are_labels_and_not_fewer(tmp_path):
+def test_classes_txt_may_name_more_classes_than_there_are_labels_but_not_fewer(tmp_path):
     for split in ("train", "validation"):
         content = b"".join(record(example(b"an image", label)) for label in (0, 0, 2, 2))
         (tmp_path / split).write_bytes(content)
@@ -261,12 +261,12 @@ def test_classes_txt_may_name_more_classes_than_there_are_labels_and_not_fewer(t
     with pytest.raises(RunError, match=r"the class bee in .* holds 0 images"):
         found.require_images()
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
-    with pytest.raises(RunError, match="names 2 classes, the labels go to 2"):
+    with pytest.raises(RunError, match="names 2 classes, but there are labels up to 2"):
         find(tmp_path, "tfrecord")
 
 
 def test_each_image_is_read_from_its_place_in_its_archive(tars, tfrecords, tree):
-    """The bytes and labels of every file, in its order, and none of a split's subset."""
+    """The index returns the bytes and labels of every file in order, also for a subset."""
     for root, format in ((tars, "webdataset"), (tfrecords, "tfrecord")):
         for split, index in zip(("train", "val"), find(root, format)[1:], strict=True):
             files = labelled(tree, split)
@@ -283,8 +283,8 @@ def test_each_image_is_read_from_its_place_in_its_archive(tars, tfrecords, tree)
             assert np.flatnonzero(index.find({names[3], names[7]})).tolist() == [3, 7]
 
 
-def test_a_whole_record_without_an_image_is_bad_too(tmp_path):
-    """Its checksum fits; the image in it was damaged before."""
+def test_a_record_with_a_valid_checksum_but_no_image_is_bad(tmp_path):
+    """The image was damaged before the record was written."""
     content = b"".join(record(example(b"no image", label)) for label in (0, 1))
     for split in ("train", "validation"):
         (tmp_path / split).write_bytes(content)
@@ -294,7 +294,7 @@ def test_a_whole_record_without_an_image_is_bad_too(tmp_path):
 
 
 def with_text_label(text: bytes) -> bytes:
-    """An Example whose label is text, which was read as a number."""
+    """Return an Example whose label is text. An earlier version read the text as a number."""
 
     def field(number: int, content: bytes) -> bytes:
         return bytes([number << 3 | 2, len(content)]) + content
@@ -309,8 +309,8 @@ def test_records_that_are_cut_or_empty_are_named(tmp_path):
     whole = record(example(b"an image", 1))
     (tmp_path / "validation").write_bytes(whole)
     for content, match in (
-        (whole * 2 + whole[:7], r"train is no complete TFRecord file \(record 2"),
-        (whole + whole[:-3], r"train is no complete TFRecord file \(record 1"),
+        (whole * 2 + whole[:7], r"train is not a complete TFRecord file \(record 2"),
+        (whole + whole[:-3], r"train is not a complete TFRecord file \(record 1"),
         (record(b""), r"train, record 0: no Example"),
         (record(b"\x0a\xff\xff\xff\xff\xff\x01"), r"train, record 0: no Example"),
         (record(b"\x0a\x14\x0a\x12\x0a\x0dimage/encoded\x12\x00"), r"train, record 0: no Example"),

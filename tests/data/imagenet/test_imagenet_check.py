@@ -1,4 +1,4 @@
-"""``bdkd data check``, and a training on what it left."""
+"""``bdkd data check``, and training without the files that it lists."""
 
 import shutil
 
@@ -26,7 +26,7 @@ def test_a_good_set_is_counted_and_writes_no_list(tree, tmp_path, capfd):
     assert "train  120 images of 5 classes, 24 to 24 in a class" in out
     assert "val    25 images of 5 classes" in out
     assert "145 JPEG RGB" in out
-    assert not err  # no bar in a pipe
+    assert not err  # no progress bar in a pipe
     assert not (tmp_path / "bad.txt").exists()
 
 
@@ -35,7 +35,7 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     files = [file for file, _ in labelled(root, "train")]
     files[3].write_bytes(files[3].read_bytes()[:2000])
     files[30].write_text("a text\n")
-    files[70].write_bytes(b"")  # every 32 images are one task
+    files[70].write_bytes(b"")  # a task has 32 images
     files[119].write_bytes(b"")
     with Image.open(files[31]) as image:
         files[31].write_bytes(encoded(image.convert("F"), "TIFF"))
@@ -55,7 +55,7 @@ def test_bad_files_are_listed_and_left_out(tree, tmp_path, capfd):
     assert lines[0].startswith("# bdkd data check")
     assert [line.split("\t")[0] for line in lines[1:]] == [str(f.relative_to(root)) for f in bad]
     assert "truncated" in lines[1]
-    assert "of mode F has no defined 8-bit picture" in lines[3]
+    assert "of mode F has no standard conversion to 8 bits" in lines[3]
 
     (root / "train" / wnid(9)).rmdir()
     main(["train", "imagenet-smoke", "--data.root", str(root), "--data.exclude", str(listed),
@@ -71,7 +71,7 @@ def test_a_class_lacks_images_below_two_in_train_and_below_one_in_val():
     assert report.images == 25
 
 
-def test_the_list_cannot_be_written(tree, tmp_path, capfd):
+def test_a_list_that_cannot_be_written_is_an_error(tree, tmp_path, capfd):
     root = shutil.copytree(tree, tmp_path / "copy")
     labelled(root, "val")[0][0].write_bytes(b"")
     code, _, err = run(capfd, root, "--to", tmp_path / "none" / "bad.txt")
@@ -80,7 +80,7 @@ def test_the_list_cannot_be_written(tree, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("workers", ["0", "-1"])
-def test_there_must_be_a_worker(tree, workers, capsys):
+def test_less_than_one_worker_is_refused(tree, workers, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["data", "check", str(tree), "--workers", workers])
     assert exit_.value.code == 2

@@ -1,4 +1,4 @@
-"""The evaluation crop is torchvision's, to the pixel; the training crop is drawn as its is."""
+"""Evaluation crops equal torchvision's to the pixel. Training crops have the same distribution."""
 
 import math
 
@@ -17,9 +17,9 @@ from bdkd.data.imagenet.pillow import _cut
 
 
 def torchvision_window(height, width, resize, side):
-    """Size after ``Resize(resize)``, and the top left corner of ``CenterCrop(side)``.
+    """Return the size after ``Resize(resize)``, and the top left corner of ``CenterCrop(side)``.
 
-    From _compute_resized_output_size and center_crop of torchvision/transforms/functional.py.
+    Source: _compute_resized_output_size and center_crop of torchvision/transforms/functional.py.
     """
     short, long = (width, height) if width <= height else (height, width)
     new_short, new_long = resize, int(resize * long / short)
@@ -29,11 +29,11 @@ def torchvision_window(height, width, resize, side):
     return new_h, new_w, top, left
 
 
-# 224: the field's. 160 and 288: FixRes. 32 and 64: small sets. 7: the resized side is odd too.
+# 224: the usual side. 160 and 288: FixRes. 32 and 64: small images. 7 and 1: edge cases.
 @pytest.mark.parametrize(("side", "resize"), [
     (224, 256), (160, 183), (288, 329), (64, 73), (32, 37), (7, 8), (1, 1),
 ])  # fmt: skip
-def test_the_crop_is_torchvisions_at_every_size(side, resize):
+def test_evaluation_crops_equal_torchvision_at_every_size(side, resize):
     sizes = [(h, w) for h in range(1, 600, 37) for w in range(1, 600)]
     sizes += [(w, h) for h, w in sizes] + [(500, n) for n in range(1, 2000)]
     for height, width in sizes:
@@ -68,7 +68,7 @@ def test_a_long_image_does_not_fill_the_memory(size):
 
 
 def training_windows(height, width, smallest=0.08, flip=True, count=4000):
-    """Columns top, left, height, width, mirrored of as many windows."""
+    """Return the columns top, left, height, width and mirrored of ``count`` random crops."""
     drawn = np.random.default_rng(0).random((count, NUM_DRAWS))
     found = [random_resized_crop(height, width, 32, one, smallest, flip) for one in drawn]
     assert {window[4:8] for window in found} == {(32, 32, 0, 0)}  # resized to the square
@@ -76,9 +76,9 @@ def training_windows(height, width, smallest=0.08, flip=True, count=4000):
 
 
 def test_area_and_aspect_of_the_random_crop_are_those_of_random_resized_crop():
-    """The area is uniform in [0.08, 1], the logarithm of width / height uniform in
-    [log(3/4), log(4/3)]. Windows of up to 3/4 of the area fit with every aspect, so among them
-    nothing was drawn again. In 3,000 pixels a side, rounding does not show."""
+    """The area is uniform in [0.08, 1], and the logarithm of width / height is uniform in
+    [log(3/4), log(4/3)]. Crops of up to 3/4 of the area fit with every aspect ratio, so none of
+    them is drawn again. With sides of 3,000 pixels, rounding is negligible."""
     side = 3000
     _, _, h, w, _ = training_windows(side, side)
     area, ratio = h * w / side**2, np.log(w / h)
@@ -87,7 +87,7 @@ def test_area_and_aspect_of_the_random_crop_are_those_of_random_resized_crop():
     assert kstest(ratio[some], "uniform", (-math.log(4 / 3), 2 * math.log(4 / 3))).pvalue > 1e-3
     assert abs(np.corrcoef(area[some], ratio[some])[0, 1]) < 0.06
     assert np.abs(ratio).max() < math.log(4 / 3) + 1e-3
-    # Of those that do not fit, ten are drawn: a central one is never needed here.
+    # Up to ten crops are tried, so the central crop is never needed here.
     assert not ((h == side) & (w == side)).any()
     assert 0.93 < area.max() < 1
     assert area.min() > 0.0799
@@ -96,17 +96,17 @@ def test_area_and_aspect_of_the_random_crop_are_those_of_random_resized_crop():
 
 
 def test_as_many_random_crops_are_tried_as_torchvision_tries():
-    assert NUM_DRAWS == 2 * 10 + 3  # an area and a shape each; then the place and the mirror
+    assert NUM_DRAWS == 2 * 10 + 3  # area and ratio of each attempt, position, flip
 
 
 def test_the_random_crop_is_at_every_position_and_mirrored_half_of_the_time():
-    """In an image of 9 x 7 pixels, for each size of a window."""
+    """The image has 9 x 7 pixels. Every size of a crop is tested."""
     top, left, h, w, mirrored = training_windows(9, 7, count=20_000)
     for first, length, whole in ((top, h, 9), (left, w, 7)):
         tried = 0
         for size in range(2, whole + 1):
             counts = np.bincount(first[length == size], minlength=whole - size + 1)
-            assert len(counts) == whole - size + 1  # none reaches out of the image
+            assert len(counts) == whole - size + 1  # no crop exceeds the image
             if counts.sum() > 500 and len(counts) > 1:
                 assert counts.min() > 0
                 assert chisquare(counts).pvalue > 1e-3, (size, counts)
@@ -119,9 +119,9 @@ def test_the_random_crop_is_at_every_position_and_mirrored_half_of_the_time():
 
 
 @pytest.mark.parametrize("size", [(10, 300), (300, 10), (400, 301), (5, 5)])
-def test_the_fallback_of_the_random_crop_is_torchvisions_central_one(size):
-    """From get_params of RandomResizedCrop in torchvision/transforms/transforms.py. With only
-    windows of the whole area and aspect 4/3, none fits."""
+def test_the_fallback_is_the_central_crop_of_torchvision(size):
+    """The expected crop is that of get_params of RandomResizedCrop in
+    torchvision/transforms/transforms.py. All draws request the whole area, so no crop fits."""
     height, width = size
     ratio = width / height
     if ratio < 3 / 4:
@@ -138,7 +138,7 @@ def test_the_fallback_of_the_random_crop_is_torchvisions_central_one(size):
 
 
 def test_a_window_as_high_or_as_wide_as_the_image_fits():
-    """Half of the area of 30 x 60 pixels, of aspect 1; the fallback would be 30 x 40."""
+    """The crop has half of the area of 30 x 60 pixels. The fallback would have 30 x 40 pixels."""
     drawn = np.full(NUM_DRAWS, 0.5)
     assert random_resized_crop(30, 60, 32, drawn, 0.0, True)[:4] == (0, 15, 30, 30)
     assert random_resized_crop(60, 30, 32, drawn, 0.0, True)[:4] == (15, 0, 30, 30)

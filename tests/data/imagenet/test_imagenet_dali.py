@@ -1,4 +1,4 @@
-"""DALI's graph for a GPU: what can be known of it without one, and on one."""
+"""DALI's graph for GPUs, checked without a GPU and on a GPU."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def nothing() -> tuple:
 
 
 def operators(gpu: bool, raw: bool, dtype: torch.dtype) -> dict[str, dict[str, bytes]]:
-    """The serialised arguments of each operator; DALI has then checked all against its schemas."""
+    """Return the serialised arguments of each operator, which DALI checks against its schemas."""
     pipeline = Pipeline(batch_size=4, num_threads=1, device_id=None)
     with pipeline:
         node = graph(nothing, gpu, raw, dtype, [1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
@@ -45,22 +45,22 @@ def operators(gpu: bool, raw: bool, dtype: torch.dtype) -> dict[str, dict[str, b
 @pytest.mark.parametrize(("raw", "dtype"), [
     (False, torch.float32), (False, torch.float16), (False, torch.bfloat16), (True, torch.float32),
 ])  # fmt: skip
-def test_the_graph_of_the_gpu_is_that_of_the_cpu_but_for_the_devices(raw, dtype):
-    """So what the tests see of the one is true of the other, as far as DALI's operators agree."""
+def test_the_graphs_for_gpu_and_cpu_differ_only_in_devices(raw, dtype):
+    """Tests of the CPU graph therefore apply to the GPU graph, if DALI's operators agree."""
     here, there = operators(False, raw, dtype), operators(True, raw, dtype)
     assert set(here) == set(there)
     moved = {"decoders__ImageSlice": b"mixed", "Resize": b"gpu", "CropMirrorNormalize": b"gpu"}
     for name, arguments in there.items():
         assert arguments["device"].rstrip(b"@\0").endswith(moved.get(name, b"cpu")), name
-        if name not in moved:  # windows and their parts are read on the host
+        if name not in moved:  # crop boxes stay in host memory
             assert arguments == here[name]
         for key in {*arguments, *here[name]} - {"device"}:
             assert arguments[key] == here[name][key], (name, key)
     assert set(moved) < set(there)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver; its twin needs none")
-def test_without_a_driver_the_graph_of_the_gpu_lacks_nothing_else():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_gpu_graph_fails_only_because_there_is_no_gpu():
     pipeline = Pipeline(batch_size=4, num_threads=1, device_id=None)
     with pipeline:
         pipeline.set_outputs(graph(nothing, True, False, torch.float32, [0.0], [1.0]))
@@ -68,8 +68,8 @@ def test_without_a_driver_the_graph_of_the_gpu_lacks_nothing_else():
         pipeline.build()
 
 
-def test_batches_come_in_the_order_of_the_stream_that_trains(tree, monkeypatch):
-    """Asked without a stream, DALI lets the host wait for every batch."""
+def test_dali_shares_batches_on_the_current_stream(tree, monkeypatch):
+    """Without a stream, DALI makes the host wait for every batch."""
     there, asked, share = source(tree, "cpu"), [], Pipeline.share_outputs
     there.training.idle[8, False] = pipeline = dali._Pipeline(there.training, 8, False)
     pipeline.device = torch.device("cuda", 0)
@@ -86,8 +86,8 @@ def test_batches_come_in_the_order_of_the_stream_that_trains(tree, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; the CPU's tests are its twins")
-def test_a_gpu_decodes_the_same_windows(tree):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_decodes_the_same_crops(tree):
     one, other = source(tree, "cpu"), source(tree, "cuda")
     for a, b in zip(one.train_batches(0, 0, 16, 1), other.train_batches(0, 0, 16, 1), strict=True):
         assert b.views[0].is_cuda

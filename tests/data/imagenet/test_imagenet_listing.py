@@ -1,4 +1,4 @@
-"""What counts as data is the same for every source, and for ``bdkd data check``."""
+"""All sources and ``bdkd data check`` have the same rules for which files are data."""
 
 import io
 import os
@@ -50,8 +50,8 @@ def facts(source):
 FOLDERS = pytest.mark.parametrize("kind", ["folder source", "folder"])
 
 
-def test_names_come_sorted_whatever_the_order_of_the_file_system(tmp_path):
-    """By code point, as ``sorted``: labels and the order of an epoch depend on it."""
+def test_names_are_sorted_for_any_order_of_the_file_system(tmp_path):
+    """Names are sorted by code point, because labels and the order of an epoch depend on them."""
     names = [f"{number:04d}.jpg" for number in range(60)] + ["Z.jpg", "a.jpg", "ä.jpg"]
     for name in sorted(names, key=lambda name: name[::-1]):
         (tmp_path / name).touch()
@@ -61,15 +61,15 @@ def test_names_come_sorted_whatever_the_order_of_the_file_system(tmp_path):
     assert class_folders(tmp_path / "folders") == tuple(sorted(names))
 
 
-def test_files_named_like_tfrecords_are_taken_and_others_beside_them_are_not():
+def test_only_files_named_like_tfrecords_are_read_if_there_are_any():
     names = ("train-00000-of-00002", "train-00001-of-00002", "notes", "train.bak")
     files = [Path(name) for name in names]
     assert record_files(files) == files[:2]
-    assert record_files(files[2:]) == files[2:]  # named like nothing: all may be records
+    assert record_files(files[2:]) == files[2:]  # without such names, all files may be records
 
 
 @FOLDERS
-def test_hidden_entries_do_not_count_wherever_they_are(kind, tmp_path, capfd):
+def test_hidden_entries_are_skipped_at_every_level(kind, tmp_path, capfd):
     root, splits = make(tmp_path / "d"), ("train", "val")
     known = facts(load(kind, root))
     (root / ".git" / "train").mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_hidden_entries_do_not_count_wherever_they_are(kind, tmp_path, capfd):
         picture(1).save(root / split / "cat" / "folder.jpg" / "0.jpg")
         os.mkfifo(root / split / "dog" / "pipe.jpg")  # reading it would wait for ever
     assert facts(load(kind, root)) == known
-    if kind == "folder source":  # the check reads both alike
+    if kind == "folder source":  # the check is the same for both
         return
     main(["data", "check", str(root), "--workers", "1", "--to", str(tmp_path / "bad.txt")])
     out, _ = capfd.readouterr()
@@ -97,7 +97,7 @@ def test_hidden_entries_do_not_count_wherever_they_are(kind, tmp_path, capfd):
 
 
 @FOLDERS
-def test_every_suffix_of_an_image_counts_in_any_case(kind, tmp_path):
+def test_every_image_suffix_is_read_in_any_case(kind, tmp_path):
     root = make(tmp_path / "d")
     for suffix in ("jpeg", "JPG", "png", "BMP", "webp", "ppm", "PGM", "tif", "TIFF"):
         picture(1).save(root / "train" / "cat" / f"more.{suffix}", "PNG")
@@ -151,14 +151,14 @@ def test_a_broken_symbolic_link_is_named(kind, tmp_path, capfd):
 
 
 @FOLDERS
-def test_names_that_are_no_text_are_read(kind, tmp_path, capfd):
+def test_names_that_are_not_valid_text_are_read(kind, tmp_path, capfd):
     root = make(tmp_path / "d")
     odd = os.fsdecode(b"\xe9t\xe9 \xff")
     for split in ("train", "val"):
         shutil.copytree(root / split / "cat", root / split / odd)
         picture(3).save(root / split / odd / (odd + "\u2028.jpg"))
     source = load(kind, root)
-    assert source.info.classes == ("cat", "dog", odd)  # in this order they have their labels
+    assert source.info.classes == ("cat", "dog", odd)  # the order of the labels
     assert source.info.counts["train"] == 13
     list(source.train_batches(0, 0, 13, 1))
     (root / "val" / odd / "0.jpg").write_bytes(b"")
@@ -189,7 +189,7 @@ def tar(path, members):
 
 
 def shard(prefix="", labels=b"%d"):
-    """Members of 8 images in 2 classes."""
+    """Return the members of 8 images in 2 classes."""
     found = {}
     for number in range(8):
         found[f"{prefix}{number}.cls"] = labels % (number % 2)
@@ -198,7 +198,7 @@ def shard(prefix="", labels=b"%d"):
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "cats.and/dogs/"])
-def test_hidden_members_and_shards_do_not_count(prefix, tmp_path):
+def test_hidden_members_and_shards_are_skipped(prefix, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "x.tar").mkdir()
@@ -217,7 +217,7 @@ def test_hidden_members_and_shards_do_not_count(prefix, tmp_path):
     assert len(next(iter(source.train_batches(0, 0, 8, 1))).target) == 8
 
 
-def test_an_image_in_a_shard_has_a_suffix_of_the_one_list(tmp_path):
+def test_images_in_shards_have_the_same_suffixes_as_files(tmp_path):
     members = shard()
     for number, suffix in enumerate(("JPEG", "png", "ppm", "pgm", "tif", "TIFF"), 10):
         members |= {f"{number}.cls": b"1", f"{number}.{suffix}": encoded(picture(1), "PNG")}
@@ -244,7 +244,7 @@ def test_labels_that_windows_wrote_are_read(labels, tmp_path):
     (b"\0\1", r"b'\\x00\\x01'"), ("\u0663".encode(), "'\u0663'"),
     (b"\xff\xfe1\x001", r"b'\\xff\\xfe1"),
 ])  # fmt: skip
-def test_a_label_that_is_no_number_is_named_with_its_content(label, shown, tmp_path):
+def test_an_error_shows_a_label_that_is_not_a_number(label, shown, tmp_path):
     for split in ("train", "val"):
         tar(tmp_path / f"{split}.tar", shard() | {"5.cls": label})
     needed = r"train\.tar: the label 5\.cls must hold the number of a class, got "
@@ -271,7 +271,7 @@ STRAYS = (".DS_Store", "._train-00000-of-00002", "dataset_info.json", "features.
     ("imagenet2012-train.tfrecord-00000-of-00002", "imagenet2012-train.tfrecord-00001-of-00002"),
     ("0.tfrecord", "1.tfrecord"), ("0.TFRecords", "1.tfrec"), ("train0", "train1"), ("a", "b.data"),
 ])  # fmt: skip
-def test_what_lies_beside_tfrecords_does_not_count(names, tmp_path):
+def test_other_files_next_to_tfrecords_are_skipped(names, tmp_path):
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         for first, name in enumerate(names):
@@ -311,7 +311,7 @@ LOOK_THE_SAME = r"'caf(e\\u0301|\\xe9)' and 'caf(e\\u0301|\\xe9)' look the same 
 @FOLDERS
 @pytest.mark.parametrize("place", ["val", "train"])
 def test_two_unicode_forms_of_a_class_are_explained(kind, place, tmp_path):
-    """macOS writes NFD, most other systems NFC: unzipped on two machines, one set has both."""
+    """macOS writes NFD and most other systems NFC. Folders from two machines can have both."""
     root = make(tmp_path)
     (root / "train" / "cat").rename(root / "train" / NFC)
     (root / "val" / "cat").rename(root / "val" / NFD)

@@ -1,4 +1,4 @@
-"""Random numbers by place, mixing and erasing, RandAugment against Pillow."""
+"""Counter-based random numbers, mixing, erasing, and RandAugment compared to Pillow."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from bdkd.data.imagenet.options import ImageNetConfig
 from bdkd.data.imagenet.rand_augment import OPERATIONS, draw_operations, rand_augment
 
 
-def test_draws_are_uniform_and_known_by_their_place():
+def test_draws_are_uniform_and_depend_only_on_their_position():
     whole = uniform_draws(0, 1, (0, 0), np.arange(20_000), 5)
     assert whole.min() >= 0
     assert whole.max() < 1
@@ -31,7 +31,7 @@ def test_draws_are_uniform_and_known_by_their_place():
 
 
 @pytest.mark.parametrize("size", [(375, 500), (1, 1), (1, 900), (900, 1), (224, 224), (3, 2)])
-def test_windows_lie_in_the_image(size):
+def test_crops_are_inside_the_image(size):
     height, width = size
     shares = []
     for drawn in uniform_draws(0, 0, (0, 0), np.arange(500), NUM_DRAWS):
@@ -40,7 +40,7 @@ def test_windows_lie_in_the_image(size):
         assert 0 <= w.left <= w.left + w.width <= width
         assert min(w.height, w.width) >= 1
         shares.append(w.height * w.width / (height * width))
-    if size == (375, 500):  # of areas uniform in [0.08, 1], those that do not fit drawn again
+    if size == (375, 500):  # uniform in [0.08, 1], but crops that do not fit are drawn again
         assert 0.07 < min(shares) < 0.12
         assert max(shares) > 0.9
         assert 0.42 < np.mean(shares) < 0.54
@@ -48,13 +48,13 @@ def test_windows_lie_in_the_image(size):
     assert 0 <= w.top <= w.top + w.height <= height
     assert 0 <= w.square_top <= w.to_height - 64
     assert 0 <= w.square_left <= w.to_width - 64
-    assert w.to_height * w.to_width <= 64 * 73 * 73  # no long image fills the memory
+    assert w.to_height * w.to_width <= 64 * 73 * 73  # long images do not fill the memory
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.8, 1.0)])
 @pytest.mark.parametrize("count", [8, 7])
-def test_mixing_takes_of_the_neighbour_what_the_label_says(mixup, cutmix, count):
-    """Each image is constant, its number: the mean pixel is the mean label."""
+def test_mixed_images_have_the_shares_of_their_soft_labels(mixup, cutmix, count):
+    """All pixels of an image are its number, so the mean pixel equals the mean label."""
     config = ImageNetConfig("imagenet", mixup=mixup, cutmix=cutmix)
     drawn = draw_mix(config, 0, 3, 80, count, 32)
     share, cut, box = (torch.from_numpy(part) for part in drawn)
@@ -77,7 +77,7 @@ def test_mixing_takes_of_the_neighbour_what_the_label_says(mixup, cutmix, count)
 
 
 def papers_box(share: float, side: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """CutMix's rand_bbox, from the code of Yun et al."""
+    """Return the box of CutMix's rand_bbox in the code of Yun et al."""
     cut = int(round(side * np.sqrt(1 - share)))  # noqa: RUF046
     y, x = rng.uniform(0, side, 2)
     return tuple(
@@ -88,8 +88,8 @@ def papers_box(share: float, side: int, rng: np.random.Generator) -> tuple[int, 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.0, 0.3), (0.2, 1.0)])
 def test_shares_and_boxes_are_distributed_as_in_the_papers(mixup, cutmix):
-    """Mixup's share follows Beta(alpha, alpha), which is not uniform and favours neither image.
-    CutMix's box is that of its authors. With both, each image gets one of them."""
+    """Mixup's share follows Beta(alpha, alpha), and CutMix's box has the distribution of its
+    authors' code. If both are on, each image gets one of them."""
     side, count = 64, 8000
     share, cut, box = draw_mix(
         ImageNetConfig("imagenet", mixup=mixup, cutmix=cutmix), 0, 0, 0, count, side
@@ -110,10 +110,10 @@ def test_shares_and_boxes_are_distributed_as_in_the_papers(mixup, cutmix):
             assert ks_2samp(function(ours.T), function(theirs.T)).pvalue > 1e-3
         pasted = np.prod(ours[:, 2:] - ours[:, :2], axis=1) / side**2
         np.testing.assert_allclose(share[cut], 1 - pasted, rtol=0, atol=1e-6)
-    assert abs(np.corrcoef(share[1:], share[:-1])[0, 1]) < 0.05  # an image by itself
+    assert abs(np.corrcoef(share[1:], share[:-1])[0, 1]) < 0.05  # images are independent
 
 
-def test_erasing_blanks_as_often_and_as_much_as_asked():
+def test_erasing_has_the_requested_probability_and_area():
     drawn = uniform_draws(0, 0, (2, 0), np.arange(4000), 5)
     box = erasing_boxes(0.25, drawn, 64)
     assert box.min() >= 0
@@ -128,8 +128,9 @@ def test_erasing_blanks_as_often_and_as_much_as_asked():
 
 
 def test_erased_boxes_are_distributed_as_in_the_paper():
-    """Algorithm 1 of Zhong et al.: an area of 2% to a third, an aspect from 0.3 to its inverse. Our
-    aspect is drawn by its logarithm, as in torchvision and timm, so no direction is favoured."""
+    """In algorithm 1 of Zhong et al., the area is from 2% to a third and the aspect ratio from 0.3
+    to its inverse. We draw the logarithm of the aspect ratio, as torchvision and timm do, so that
+    no direction is favoured."""
     side, rng = 64, np.random.default_rng(1)
     area = rng.uniform(0.02, 1 / 3, 20_000) * side**2
     aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), 20_000))
@@ -157,7 +158,7 @@ def test_erased_pixels_are_the_mean_and_the_others_stay():
 
 
 def pillow(name: str, image: Image.Image, strength: float, sign: int) -> Image.Image:
-    """The operation by Pillow, where it has the same one."""
+    """Apply Pillow's version of an operation."""
     factor = 1 + 0.9 * strength * sign
     return {
         "identity": lambda: image,
@@ -196,7 +197,7 @@ def pillow(name: str, image: Image.Image, strength: float, sign: int) -> Image.I
 
 
 PHOTOGRAPH = load_sample_images().images[0][100:228, 300:428]
-# Operations that move pixels interpolate, so that they differ from Pillow's along the border.
+# Operations that move pixels interpolate, so they differ from Pillow's along the border.
 MOVING = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
@@ -207,7 +208,7 @@ def pixels_of(image) -> torch.Tensor:
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("magnitude", [2.5, 7.0, 9.0])
-def test_an_operation_is_pillows(name, sign, magnitude):
+def test_operations_equal_pillow(name, sign, magnitude):
     image = Image.fromarray(PHOTOGRAPH)
     pixels = pixels_of(image)
     number = list(OPERATIONS).index(name)
@@ -222,15 +223,15 @@ def test_an_operation_is_pillows(name, sign, magnitude):
         assert (difference > 2).double().mean() < 0.02
     elif name in ("identity", "equalize", "posterize", "solarize"):
         assert not difference.any()
-    else:  # Pillow rounds down, twice in some
+    else:  # Pillow rounds down, in some operations twice
         assert difference.max() < 1.5, difference.max()
     if name != "identity":
         assert (varied[0] - pixels).abs().mean() > 0.2
 
 
-def test_a_batch_is_varied_image_by_image_and_operation_after_operation():
-    """Each image by its operations and signs, the second after the first: as alone in a batch,
-    twice. No image sees another one, not by its mean or its darkest pixel."""
+def test_operations_are_applied_to_each_image_in_order():
+    """The result for each image equals two calls with this image alone, one per operation. Other
+    images of the batch have no influence, for example by their mean or their darkest pixel."""
     rng, count = np.random.default_rng(0), 3 * len(OPERATIONS)
     scale = torch.from_numpy(rng.uniform(0.3, 1.0, (count, 3, 1, 1))).float()
     pixels = (pixels_of(Image.fromarray(PHOTOGRAPH[::4, ::4])) * scale).round()
@@ -245,7 +246,7 @@ def test_a_batch_is_varied_image_by_image_and_operation_after_operation():
         torch.testing.assert_close(image, twice[0], rtol=0, atol=1e-3)
 
 
-def test_equalize_rounds_what_an_operation_before_it_left():
+def test_equalize_rounds_fractional_pixels_of_earlier_operations():
     image = Image.fromarray(PHOTOGRAPH.clip(1, 254))
     operations = np.array([[[list(OPERATIONS).index("equalize"), 1]]])
     fractions = torch.rand(pixels_of(image).shape, generator=torch.Generator().manual_seed(0)) - 0.5
@@ -253,8 +254,8 @@ def test_equalize_rounds_what_an_operation_before_it_left():
     assert torch.equal(varied[0], pixels_of(ImageOps.equalize(image)))
 
 
-def test_equalize_leaves_out_the_largest_value_also_where_one_pixel_has_it():
-    """As often as the largest value occurs, so many pixels fewer are shared out."""
+def test_equalize_ignores_the_largest_value_even_if_one_pixel_has_it():
+    """Pixels with the largest value do not count for the step of the histogram."""
     pixels = np.full((16, 16, 3), 255, np.uint8)
     pixels[:] = np.arange(255, -1, -1, np.uint8).reshape(16, 16, 1)  # each value once
     pixels[3:9] = 17
@@ -264,13 +265,13 @@ def test_equalize_leaves_out_the_largest_value_also_where_one_pixel_has_it():
     assert torch.equal(varied[0], pixels_of(ImageOps.equalize(image)))
 
 
-def test_every_operation_is_drawn_alike():
+def test_operations_are_drawn_uniformly():
     operations = draw_operations(uniform_draws(0, 0, (1, 0), np.arange(5000), 4), 2)
     counts = np.bincount(operations[..., 0].ravel(), minlength=len(OPERATIONS))
     assert counts.min() > 600
     assert counts.max() < 830
     assert set(operations[..., 1].ravel()) == {-1, 1}
     assert np.abs(operations[..., 1].mean(0)).max() < 0.05
-    # The two operations of an image, and operation and sign, do not follow from each other.
+    # The two operations of an image and their signs are uncorrelated.
     columns = operations.reshape(5000, 4).T
     assert np.abs(np.corrcoef(columns) - np.eye(4)).max() < 0.05

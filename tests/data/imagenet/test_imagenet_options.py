@@ -1,4 +1,4 @@
-"""Which images ImageNet's splits hold, and the options and layouts that are refused."""
+"""The images in ImageNet's splits, and the options and layouts that are refused."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_splits_do_not_overlap_and_come_from_their_folders(tree):
     assert (noisy.labels != clean.labels).sum() == 22
 
 
-def test_layouts_that_cannot_be_are_refused_in_one_line(copy, tree, tars, tmp_path):
+def test_wrong_layouts_are_errors_of_one_line(copy, tree, tars, tmp_path):
     def refused(match, root=copy, **options):
         with pytest.raises(RunError, match=match) as raised:
             imagenet(root, **options)
@@ -63,7 +63,7 @@ def test_layouts_that_cannot_be_are_refused_in_one_line(copy, tree, tars, tmp_pa
 
 
 def as_toml(source: str, key: str, value: object) -> str:
-    """A recipe with one option of a data source."""
+    """Return a recipe with one option of a data source."""
     tables = tomllib.loads(to_toml(load_recipe("digits")))
     tables["data"] = {"source": source, key: value}
     return tomli_w.dumps(tables)
@@ -92,7 +92,7 @@ def test_too_few_training_images_are_refused(tree):
     ("smallest_crop", 0.5), ("progressive", ((0, 32),)), ("rand_augment", (1, 5)),
     ("erasing", 0.1), ("mixup", 0.2), ("cutmix", 1.0),
 ])  # fmt: skip
-def test_other_sources_refuse_options_of_this_one(key, value):
+def test_options_of_imagenet_are_refused_for_other_sources(key, value):
     expected = (
         rf"data\.{key} is an option of imagenet, images: remove it for the data source 'synthetic'"
     )
@@ -126,7 +126,7 @@ def test_an_empty_validation_folder_is_refused(copy):
         imagenet(copy)
 
 
-def test_dali_decodes_where_it_is_installed(tree, monkeypatch):
+def test_dali_is_used_if_it_is_installed(tree, monkeypatch):
     assert isinstance(imagenet(tree, loader="auto").training, dali.Dali)
     # Another package's "nvidia" has no "dali" in it.
     monkeypatch.setattr(
@@ -135,8 +135,8 @@ def test_dali_decodes_where_it_is_installed(tree, monkeypatch):
     assert isinstance(imagenet(tree, loader="auto").training, Pillow)
 
 
-def test_subsets_and_wrong_labels_are_those_of_sets_in_memory(tree):
-    """The same images are held out, kept and mislabelled as ``data.splits`` does for others."""
+def test_subsets_and_wrong_labels_equal_those_of_sets_in_memory(tree):
+    """The held-out images, the subset and the wrong labels equal those of ``data.splits``."""
     options = {"validation": 0.25, "train_images": 50, "label_noise": 0.3}
     source = imagenet(tree, **options)
     labels = torch.tensor([label for _, label in labelled(tree, "train")])
@@ -156,7 +156,7 @@ def test_subsets_and_wrong_labels_are_those_of_sets_in_memory(tree):
 
 
 @pytest.mark.parametrize("count", [5, 110])
-def test_a_subset_may_be_one_image_a_class_or_all_that_train(tree, count):
+def test_a_subset_may_have_one_image_per_class_or_all_training_images(tree, count):
     assert imagenet(tree, train_images=count).info.counts["train"] == count
 
 

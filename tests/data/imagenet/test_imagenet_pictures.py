@@ -1,4 +1,4 @@
-"""Every loader shows a network the same picture of a file, or refuses the file by name."""
+"""All loaders decode a file to the same pixels, or raise an error that names the file."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from bdkd.data.imagenet.pillow import Pillow
 from bdkd.data.images.check import examine
 from bdkd.errors import RunError
 
-# For a square of 28 pixels an image of 32 is not resized: what is compared is decoded pixels.
+# For crops of 28 pixels, images of 32 pixels are not resized, so decoded pixels are compared.
 SQUARE = 28
 READABLE, REFUSED = readable(), refused()
 
@@ -32,7 +32,7 @@ def loaders():
 
 
 def picture(loader, path):
-    """Pixels ``(3, 28, 28)`` of the central square."""
+    """Return the pixels ``(3, 28, 28)`` of the central square."""
     request = Request([item(path)], SQUARE, None, 1.0, False)
     (pixels,) = list(loader.batches(iter([request]), 1, False))
     return pixels[0].round().int()
@@ -40,7 +40,7 @@ def picture(loader, path):
 
 @pytest.mark.parametrize("name", READABLE)
 def test_all_loaders_and_the_check_read_the_same_picture(name, loaders, tmp_path):
-    path = tmp_path / "0.jpg"  # whatever its suffix, a file is what it holds
+    path = tmp_path / "0.jpg"  # the suffix does not matter
     path.write_bytes(READABLE[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -68,22 +68,22 @@ def test_all_loaders_and_the_check_refuse_the_same_files(name, loaders, tmp_path
         messages.append(str(e.value))
     assert all(message and "\n" not in message for message in messages)
     if name.startswith(("tiff", "pfm")) and "cut" not in name:
-        assert all("has no defined 8-bit picture: convert it" in m for m in messages), messages
+        assert all("no standard conversion to 8 bits: convert" in m for m in messages), messages
     if "bomb" in name:
         assert all("pixels" in m for m in messages), messages
 
 
 @pytest.mark.parametrize("name", ["png grey 16", "png rgb 16", "pgm 16", "tiff grey 16",
                                   "png grey alpha 16", "jpeg 2000 grey 16"])  # fmt: skip
-def test_16_bits_become_their_upper_8(name, tmp_path):
+def test_16_bit_values_keep_their_upper_8_bits(name, tmp_path):
     (tmp_path / "0.png").write_bytes(READABLE[name])
     pixels = read_images([tmp_path / "0.png"], SIDE)[0].permute(1, 2, 0).numpy()
     wide = RGB16 if "rgb" in name else np.dstack([GREY16] * 3)
     assert np.array_equal(pixels, wide >> 8)
 
 
-def test_images_of_other_sizes_are_pillows_resized_ones_in_their_order(tmp_path):
-    """By Pillow's own filter for ``resize``; also where only one side differs."""
+def test_images_of_other_sizes_are_resized_by_pillow(tmp_path):
+    """The filter is the default of Pillow's ``resize``, also if only one side differs."""
     rng, paths = np.random.default_rng(0), []
     for number, (height, width) in enumerate([(24, 16), (16, 24), (16, 16), (40, 31), (5, 7)] * 4):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -98,8 +98,8 @@ def test_images_of_other_sizes_are_pillows_resized_ones_in_their_order(tmp_path)
 
 
 @pytest.mark.parametrize("make", [Dali, Pillow])
-def test_loaders_give_normalised_float32_or_for_rand_augment_the_pixels(make, tmp_path):
-    """Of a PNG, whose pixels are exact; float16 would be off by up to 1e-3."""
+def test_loaders_return_normalised_float32_or_raw_pixels(make, tmp_path):
+    """The image is a PNG, whose pixels are exact. float16 would differ by up to 1e-3."""
     (tmp_path / "0.png").write_bytes(READABLE["png"])
     mean, std = (
         torch.tensor(v).view(1, 3, 1, 1) for v in ((120.0, 110.0, 90.0), (50.0, 60.0, 70.0))

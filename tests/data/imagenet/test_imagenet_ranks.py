@@ -1,4 +1,4 @@
-"""Training on ImageNet's layout by two ranks: what one of them dies of, and what comes back."""
+"""Training with two ranks on ImageNet's layout: a killed rank, and errors of one or all ranks."""
 
 import dataclasses
 import re
@@ -15,8 +15,8 @@ from bdkd.config import load_recipe
 from bdkd.data import Shard, create_source
 from bdkd.data.base import epoch_order
 
-# 108 images in 8 batches an epoch, of which the two ranks take unequal parts; the second epoch is
-# larger, everything is varied, and the checkpoints lie in the middle of the epochs.
+# An epoch has 8 batches, of which the two ranks have unequal parts. The second epoch has larger
+# images, random erasing is on, and checkpoints are in the middle of the epochs.
 SMALL = [
     "imagenet-smoke", "--networks.teacher.model", "resnet8", "--networks.student.model", "resnet8",
     "--data.image-size", "32", "--data.progressive", "24", "32", "--data.erasing", "0.5",
@@ -26,7 +26,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("loader", [pytest.param("dali", marks=pytest.mark.soak), "pillow"])
-def test_two_ranks_killed_in_mid_epoch_end_as_two_that_were_not(tree, tmp_path, loader):
+def test_two_ranks_resume_exactly_after_one_is_killed(tree, tmp_path, loader):
     data = ["--data.root", str(tree), "--data.loader", loader, "--data.workers", "1"]
     with Launch(2, tmp_path / "whole", *SMALL, *data) as whole:
         assert whole.end() == 0, whole.text()
@@ -40,8 +40,8 @@ def test_two_ranks_killed_in_mid_epoch_end_as_two_that_were_not(tree, tmp_path, 
     assert_same_end(launch.run, whole.run)
 
 
-def test_a_bad_file_of_another_rank_than_the_first_is_one_line(tree, tmp_path):
-    """On the terminal, from the rank that met it; its own log tells more."""
+def test_a_bad_file_of_rank_1_is_an_error_of_one_line(tree, tmp_path):
+    """The terminal shows one line, of the rank with the file. Its log has the traceback."""
     root = shutil.copytree(tree, tmp_path / "tree")
     config = dataclasses.replace(load_recipe("imagenet-smoke").data, root=str(root))
     images = create_source(config, 0, torch.device("cpu"), torch.channels_last).splits["train"]
@@ -59,7 +59,7 @@ def test_a_bad_file_of_another_rank_than_the_first_is_one_line(tree, tmp_path):
     assert "Traceback" in (launch.run / "logs" / "rank-1.log").read_text()
 
 
-def test_what_all_ranks_meet_is_said_once(tree, tmp_path):
+def test_an_error_of_all_ranks_is_printed_once(tree, tmp_path):
     root = shutil.copytree(tree, tmp_path / "tree")
     shutil.rmtree(root / "val")
     with Launch(2, tmp_path / "run", *SMALL, "--data.root", str(root)) as launch:

@@ -1,7 +1,7 @@
-"""Training over thousands of files from the command line: killed again and again, and watched.
+"""Training on thousands of files from the command line. The runs are killed and measured.
 
-``make soak`` takes 3,960 JPEGs of ImageNet's commonest size in 120 classes and ten epochs; a sample
-of a few hundred files always runs.
+``make soak`` uses 3,960 JPEGs of ImageNet's most common size in 120 classes, for ten epochs.
+A sample of a few hundred files always runs.
 """
 
 import json
@@ -28,19 +28,19 @@ BATCH = 20
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """The size of a test."""
 
     classes: int
-    training: int  # images a class
+    training: int  # images per class
     validation: int
     epochs: int
     kills: int
     side: int  # pixels
-    grows: float  # of the memory of the second epoch; what a step leaves behind is more
+    grows: float  # limit of the memory, relative to the second epoch; a leak per step exceeds it
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """Return the number of steps of an epoch."""
         return self.classes * self.training // BATCH
 
     def arguments(self, root: Path, loader: str) -> list[str]:
@@ -79,17 +79,17 @@ def many(size, tmp_path_factory) -> Path:
 
 
 class Seen(NamedTuple):
-    """A run from outside, its workers included."""
+    """The resources of a run, including its workers."""
 
-    memory: int  # bytes that are no other process's
-    files: int  # open, without images
-    images: int  # open: no more than there are threads that read them
+    memory: int  # bytes that no other process shares
+    files: int  # open files except images
+    images: int  # open images, at most one for each thread that reads them
     threads: int
     processes: int
 
 
 class Train:
-    """``bdkd train`` in a process of its own."""
+    """``bdkd train`` in a separate process."""
 
     def __init__(self, run: Path, *arguments: str) -> None:
         self.run, self.output = run, run.with_name(f"{run.name}.out")
@@ -97,7 +97,7 @@ class Train:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bdkd", "train", *arguments, "--run-dir", str(run)],
                 stdout=output, stderr=subprocess.STDOUT,
-                # Freed memory goes back at once: how much glibc keeps is its own affair.
+                # glibc returns freed memory at once, so that its own caches are not measured.
                 env={**os.environ, **ENVIRONMENT},
             )  # fmt: skip
 
@@ -109,8 +109,8 @@ class Train:
         self.process.wait()
 
     def step(self) -> int:
-        """The last that the metrics tell of. Only their end is read: all of them, again and again,
-        would take the run's processor."""
+        """Return the last step in the metrics. Only the end of the file is read, because reading
+        the whole file every time would slow down the run."""
         metrics = self.run / "metrics.jsonl"
         if not metrics.exists():
             return 0
@@ -126,14 +126,14 @@ class Train:
         return self.process.wait()
 
     def watched(self, tree: Path, steps: int) -> dict[int, list[Seen]]:
-        """Looks at each epoch but the first, until the run ends. Its first and last steps are left
-        out: evaluation opens and closes things of its own."""
+        """Measure each epoch but the first, until the run ends. The first and last steps of an
+        epoch are left out, because evaluation opens and closes other files."""
         looks = defaultdict(list)
         while self.process.poll() is None:
             time.sleep(0.05)
             epoch, step = divmod(self.step(), steps)
             if epoch and 2 <= step <= steps - 2:
-                # Held, it cannot come to its end while a slow machine looks.
+                # Stop the run, so that it cannot end while a slow machine measures it.
                 self.process.send_signal(signal.SIGSTOP)
                 try:
                     if self.step() == epoch * steps + step:
@@ -156,14 +156,15 @@ class Train:
 @pytest.mark.parametrize("loader", [
     "dali", pytest.param("pillow", marks=pytest.mark.soak),
 ])  # fmt: skip
-def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(many, size, loader, tmp_path):
-    """Bit for bit; and that one takes no more memory, files or threads from epoch to epoch."""
+def test_a_run_that_is_killed_several_times_ends_as_one_that_is_not(many, size, loader, tmp_path):
+    """The results are equal bit for bit. The run that is not killed does not use more memory, files
+    or threads from epoch to epoch."""
     arguments = size.arguments(many, loader)
     with Train(tmp_path / "whole", *arguments) as whole:
         looks = whole.watched(many, size.steps)
         assert whole.end() == 0, whole.output.read_text()
-    # What comes and goes (a checkpoint's file and thread, a reader) is in the most and not in the
-    # least.
+    # Temporary files and threads, such as those of a checkpoint, are in the maximum and not in the
+    # minimum.
     least = {epoch: Seen(*map(min, zip(*seen, strict=True))) for epoch, seen in looks.items()}
     most = {epoch: Seen(*map(max, zip(*seen, strict=True))) for epoch, seen in looks.items()}
     for epoch, seen in looks.items():

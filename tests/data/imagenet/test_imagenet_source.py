@@ -1,4 +1,4 @@
-"""ImageNet as the trainer sees it: order, augmentation, and what is said of bad files."""
+"""The source ``imagenet``: order, augmentation, and errors about bad files."""
 
 import dataclasses
 import multiprocessing
@@ -30,11 +30,11 @@ def same(batches, others):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_epoch_resumed_in_the_middle_is_the_epoch(tree, loader):
-    """Bit by bit, everything that is random included, from a source that was made anew."""
+def test_an_epoch_resumed_in_the_middle_continues_exactly(tree, loader):
+    """A new source continues bit for bit, including all random augmentations."""
     options = {"rand_augment": (2, 9), "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
     whole = list(imagenet(tree, loader=loader, **options).train_batches(3, 0, 16, 2))
-    assert len(whole) == 6  # of 110: the ragged rest is left out
+    assert len(whole) == 6  # of 110 images, without the incomplete batch
     again = imagenet(tree, loader=loader, **options)
     assert same(whole[3:], again.train_batches(3, 48, 16, 2))
     assert not same(whole[3:4], list(again.train_batches(4, 48, 16, 2))[:1])
@@ -44,8 +44,8 @@ def test_an_epoch_resumed_in_the_middle_is_the_epoch(tree, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_data_draw_nothing_from_the_random_state_of_the_training(tree, loader):
-    """An epoch that is begun twice, because it was resumed, would leave dropout another state."""
+def test_the_source_does_not_use_the_global_random_state(tree, loader):
+    """A resumed epoch starts twice. Otherwise, dropout would then have another random state."""
     before = torch.get_rng_state()
     source = imagenet(tree, loader=loader)
     assert next(source.train_batches(0, 0, 8, 1))
@@ -54,7 +54,7 @@ def test_data_draw_nothing_from_the_random_state_of_the_training(tree, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_pipeline_that_was_left_in_mid_epoch_does_not_disturb_the_next(tree, loader):
+def test_an_abandoned_epoch_does_not_affect_the_next(tree, loader):
     source = imagenet(tree, loader=loader)
     first = list(source.train_batches(0, 0, 16, 1))
     for batch in (abandoned := source.train_batches(1, 0, 16, 1)):
@@ -67,7 +67,7 @@ def test_a_pipeline_that_was_left_in_mid_epoch_does_not_disturb_the_next(tree, l
 
 
 def test_both_loaders_show_the_same_pixels_in_the_same_order(tree):
-    """Of decoders and filters that round differently, so to a few hundredths of a deviation."""
+    """Decoders and filters round differently, so pixels differ by hundredths of a deviation."""
     dali, pillow = (imagenet(tree, loader=loader, image_size=224) for loader in LOADERS)
     pairs = [
         (dali.train_batches(0, 64, 22, 1), pillow.train_batches(0, 64, 22, 1)),
@@ -85,7 +85,7 @@ def test_both_loaders_show_the_same_pixels_in_the_same_order(tree):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_whole_out_and_change_nothing(tree, world):
+def test_the_parts_of_all_ranks_equal_the_batch_of_one_rank(tree, world):
     options = {"rand_augment": (1, 5), "erasing": 0.3, "mixup": 0.4}
     source = imagenet(tree, **options)
     whole = list(source.train_batches(1, 12, 12, 1))
@@ -102,7 +102,7 @@ def test_ranks_share_the_whole_out_and_change_nothing(tree, world):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_evaluation_sees_every_image_once_at_the_fields_crop(tree, loader):
+def test_evaluation_shows_every_image_once_with_the_usual_crop(tree, loader):
     source = imagenet(tree, loader=loader, image_size=224)
     batches = list(source.eval_batches("test", 10))
     assert [len(batch.target) for batch in batches] == [10, 10, 5]
@@ -119,7 +119,7 @@ def test_evaluation_sees_every_image_once_at_the_fields_crop(tree, loader):
 
 
 @pytest.mark.parametrize(("format", "fixture"), [("webdataset", "tars"), ("tfrecord", "tfrecords")])
-def test_archives_give_what_the_folders_give(tree, format, fixture, request):
+def test_archives_have_the_same_batches_as_folders(tree, format, fixture, request):
     archives = request.getfixturevalue(fixture)
     folders, packed = imagenet(tree), imagenet(archives, format=format)
     assert packed.info.counts == folders.info.counts
@@ -145,7 +145,7 @@ def test_training_resolution_follows_the_epoch_and_evaluation_does_not(tree, loa
 @pytest.mark.parametrize(("precision", "dtype"), [
     ("fp32", torch.float32), ("bf16", torch.bfloat16),
 ])  # fmt: skip
-def test_a_run_decodes_into_the_dtype_in_which_it_computes(tree, precision, dtype):
+def test_a_run_decodes_to_the_dtype_of_its_precision(tree, precision, dtype):
     recipe = load_recipe(TINY_RUN[0])
     data = imagenet(tree, loader="pillow").config
     train = dataclasses.replace(recipe.train, precision=precision, batch_size=4)
@@ -167,7 +167,7 @@ def test_training_images_have_the_dtype_of_the_training(tree, loader, dtype):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_images_are_normalised_by_the_means_and_deviations_of_imagenet(copy, loader):
-    """As torchvision's and timm's weights expect it."""
+    """The weights of torchvision and timm expect this normalisation."""
     for split in ("train", "val"):
         for file, _ in labelled(copy, split):
             file.write_bytes(encoded(Image.new("RGB", (70, 60), (200, 100, 50)), "PNG"))
@@ -191,7 +191,7 @@ def odd(kind: str, image: Image.Image) -> bytes:
 
 
 def test_odd_images_train_and_both_loaders_agree_on_them(copy):
-    """One of each kind in train and in val. The decoded pixels: see test_imagenet_pictures."""
+    """Train and val have one image of each kind. test_imagenet_pictures tests decoded pixels."""
     for split in ("train", "val"):
         kinds = ("cmyk", "grey", "png", "rgba", "progressive", "1x1", "1x900")
         for kind, (file, _) in zip(kinds, labelled(copy, split)[3:], strict=False):
@@ -238,7 +238,7 @@ def test_a_bad_file_is_named_in_one_line(copy, loader, kind, split):
 
 
 def test_an_image_that_only_dali_refuses_is_named(copy, monkeypatch):
-    """No such encoding is known; here DALI gets a GIF, which it is never given otherwise."""
+    """No such encoding is known. The test passes a GIF to DALI, which bdkd never does."""
     file, _ = labelled(copy, "train")[7]
     with Image.open(file) as image:
         file.write_bytes(encoded(image, "GIF"))
@@ -260,7 +260,7 @@ def test_a_file_that_vanishes_is_named(copy, loader):
         list(source.train_batches(0, 0, 12, 1))
 
 
-def test_pillows_workers_do_the_same_and_are_gone_when_an_epoch_is_left(tree, copy):
+def test_workers_give_the_same_batches_and_end_with_the_epoch(tree, copy):
     before = set(multiprocessing.active_children())
     batches = imagenet(tree, workers=2).train_batches(0, 0, 8, 1)
     first = [next(batches), next(batches)]
@@ -269,7 +269,7 @@ def test_pillows_workers_do_the_same_and_are_gone_when_an_epoch_is_left(tree, co
     assert not set(multiprocessing.active_children()) - before
     alone = imagenet(tree, workers=0).train_batches(0, 0, 8, 1)
     assert same(first, [next(alone), next(alone)])
-    assert not set(multiprocessing.active_children()) - before  # it decodes here
+    assert not set(multiprocessing.active_children()) - before  # decoded in this process
     alone.close()
 
     file, _ = labelled(copy, "train")[7]
@@ -300,4 +300,4 @@ def test_mixing_needs_its_neighbours_on_one_rank(tree):
         with pytest.raises(UsageError, match="even number of images"):
             next(source.train_batches(0, 0, 14, 1, Shard(rank, 3)))
     next(source.train_batches(0, 0, 14, 1, Shard(0, 3)))
-    next(source.train_batches(0, 0, 9, 1))  # the last one alone
+    next(source.train_batches(0, 0, 9, 1))  # the last image has no neighbour
