@@ -364,7 +364,7 @@ def test_a_set_is_checked(tmp_path, capfd):
         list(whole.eval_batches("train", 4))
 
 
-def test_a_parquet_file_trains(tmp_path):
+def test_a_parquet_file_trains(tmp_path, capfd):
     """The run is also evaluated: it stores the path of the data set and the size of the images."""
     made(30).to_parquet(tmp_path / "photos.parquet")
     run = str(tmp_path / "run")
@@ -372,11 +372,10 @@ def test_a_parquet_file_trains(tmp_path):
              "--networks.teacher.model", "resnet8", "--train.epochs", "1", "--train.batch-size",
              "4", "--threads", "1", "--log", "--run-dir", run, "--device", "cpu"]  # fmt: skip
     for command in (["train", *given], ["evaluate", run, "--split", "test"]):
-        done = subprocess.run([sys.executable, "-m", "bdkd", *command], capture_output=True,
-                              text=True, timeout=300)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "6 test images" in done.stdout
-        assert "Generating" not in done.stderr  # no progress bars of datasets in a pipe
+        main(command)
+        out, err = capfd.readouterr()
+        assert "6 test images" in out
+        assert "Generating" not in err  # no progress bars of datasets in a pipe
 
 
 def test_a_large_set_is_not_read_into_memory(tmp_path):

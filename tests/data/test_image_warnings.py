@@ -71,7 +71,11 @@ def bdkd(*arguments: str) -> subprocess.CompletedProcess:
 # --- warnings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [None, 0, 2], ids=["folder", "imagenet", "imagenet, workers"])
+@pytest.mark.parametrize("workers", [
+    pytest.param(None, marks=pytest.mark.soak, id="folder"),
+    pytest.param(0, marks=pytest.mark.soak, id="imagenet"),
+    pytest.param(2, id="imagenet, workers"),
+])  # fmt: skip
 def test_training_shows_each_warning_once_with_its_file(workers, tmp_path):
     """The run has two epochs, each with new worker processes."""
     files = make_folder(tmp_path / "data")

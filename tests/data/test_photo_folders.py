@@ -324,7 +324,8 @@ def losses(run):
     }
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.soak  # test_resume.py and test_own_images.py resume in every suite
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_flat_folder_trains_and_resumes_exactly(ranks, tmp_path):
     """The networks support any size, so the image size is that of the photos. The run stores it."""
     root = make_photos(tmp_path / "photos", size=(36, 24), cat=15, dog=15)
