@@ -1,7 +1,7 @@
-"""The private APIs of torch that the trainer uses. No other file of ``bdkd`` uses any.
+"""The private APIs of torch that the trainer uses. No other file of ``bdkd`` uses private APIs.
 
-Each has its source, and what replaces it in a torch that lacks it.
-``tests/training/test_private_apis.py`` compares each with public operations.
+Each entry links to the source code of torch, and has a fallback if a supported version lacks it.
+``tests/training/test_private_apis.py`` compares each function with public operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bdkd.errors import RunError, first_line
 
 # -- operations on lists of tensors ----------------------------------------------------------------
-# torch.optim is built on them. They need one launch instead of one for each of hundreds of tensors.
+# torch.optim uses them. One launch processes hundreds of tensors.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/ForeachUtils.h
 
 
@@ -24,12 +24,12 @@ def foreach_copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def foreach_add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """Add to each tensor the other one of the same index."""
+    """Add to each tensor the one of ``others`` with the same index, in place."""
     torch._foreach_add_(list(tensors), list(others))
 
 
 def foreach_lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: Tensor) -> None:
-    """Move each tensor towards its end by a 0-dim weight: ``x += weight * (end - x)``."""
+    """Interpolate each tensor in place: ``x += weight * (end - x)``, with a 0-dim weight."""
     difference = torch._foreach_sub(list(ends), list(tensors))
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(list(tensors), difference)
@@ -39,23 +39,23 @@ def foreach_lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: Ten
 
 
 def ignore_in_ddp(module: nn.Module, names: Sequence[str]) -> None:
-    """Exclude parameters and buffers, by name, from a DDP that will wrap ``module``.
+    """Exclude parameters and buffers, by name, from a DDP wrapper that is created later.
 
-    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/parallel/distributed.py. FSDP2 and DDP
-    have no public way to share a module.
+    torch has no public API for a module that both FSDP2 and DDP manage. Source:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/parallel/distributed.py
     """
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
 
 
 # -- torch.compile ---------------------------------------------------------------------------------
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/config.py. torch.compiler.config has
-# no recompile limit before 2.9. torch 2.8 cannot take torch.autograd.grad into a graph.
+# no recompile limit before 2.9. torch 2.8 cannot compile torch.autograd.grad.
 _BACKWARD_FLAG = "trace_autograd_ops"
 
 
 def traces_backward() -> bool:
-    """Return whether ``torch.compile`` can take a backward pass into the graph of its forward."""
-    from torch._dynamo import config  # a second to import
+    """Return whether ``torch.compile`` can compile forward and backward passes as one graph."""
+    from torch._dynamo import config  # this import takes a second
 
     return hasattr(config, _BACKWARD_FLAG)
 
@@ -66,8 +66,10 @@ def compile_shapes(
     """Compile a function for a number of static shapes.
 
     Args:
-        shapes: beyond its limit of recompilations dynamo runs uncompiled, without an error.
-        backward: the function calls ``torch.autograd.grad``; requires :func:`traces_backward`.
+        shapes: number of shapes. It raises dynamo's recompile limit. Above the limit, dynamo runs
+            the function without compilation and without an error.
+        backward: whether the function calls ``torch.autograd.grad``. This requires
+            :func:`traces_backward`.
     """
     from torch._dynamo import config
 
@@ -78,7 +80,7 @@ def compile_shapes(
 
 
 def compile_error(error: Exception) -> str | None:
-    """Return the reason if ``torch.compile`` raised this error, else None."""
+    """Return the reason of an error that ``torch.compile`` raised. Return None for other errors."""
     from torch._dynamo.exc import TorchDynamoException
 
     if not isinstance(error, TorchDynamoException):
@@ -90,7 +92,10 @@ def compile_error(error: Exception) -> str | None:
 def check_cpp_compiler(remedy: str) -> None:
     """Raise ``RunError`` if inductor finds no C++ compiler.
 
-    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/cpp_builder.py
+    Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/cpp_builder.py
+
+    Args:
+        remedy: the end of the message, with what else the user can do.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -99,6 +104,6 @@ def check_cpp_compiler(remedy: str) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise RunError(
-            "train.compile needs a C++ compiler on a CPU, and there is none: install g++, name "
-            f"another in the environment variable CXX, {remedy}"
+            "train.compile needs a C++ compiler on a CPU, and none was found: install g++, set the "
+            f"environment variable CXX to another compiler, {remedy}"
         ) from error

@@ -1,5 +1,5 @@
-"""The device of a process: choice, precision, flags of cuDNN and cuBLAS, memory, and the published
-peak that utilisation is measured against."""
+"""The device of a process: selection, precision, cuDNN and cuBLAS flags, memory, and published peak
+performance."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ from bdkd.errors import RunError, UsageError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense peaks, 10^12 operations a second: half precision (bf16 and fp16) on tensor cores, TF32, and
-# float32 outside them; None where the device lacks it. From the makers' data sheets, where tensor
-# figures "with sparsity" are halved:
+# Dense peak performance in 10^12 operations per second: half precision (bf16 and fp16) on tensor
+# cores, TF32 on tensor cores (None: not supported), and float32 without tensor cores. The numbers
+# are from the vendors' data sheets. Data sheet numbers "with sparsity" are divided by 2.
 #   B200    NVIDIA HGX B200 data sheet, a GPU           H100, H200, GH200  data sheets of each
 #   A100    NVIDIA A100 data sheet (all form factors)   L40S, L40, L4, A10 data sheets of each
 #   V100    NVIDIA V100 data sheet                      T4                 NVIDIA T4 data sheet
 #   MI300X  AMD Instinct MI300X data sheet
-# A part of a GPU (MIG) has another name and so no peak here.
+# A MIG instance (a part of a GPU) has another name, so its peak is unknown.
 PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     (r"NVIDIA B200", 2250, 1100, 75),
     (r"NVIDIA (H200|GH200 \w+|H100 80GB HBM3|H100 SXM5.*)", 989.5, 494.7, 67),
@@ -45,18 +45,22 @@ PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device that a recipe names. ``auto`` is a GPU if there is one, and each rank of a
-    machine has its own.
+    """Return the device that a recipe names, and make a GPU the current device.
+
+    Args:
+        name: ``auto`` (a GPU if available), ``cpu``, ``cuda`` or ``cuda:N``.
+        local_rank: number of this process on its machine. ``auto`` and ``cuda`` select the GPU with
+            this number.
 
     Raises:
-        UsageError: ``name`` is not a CPU or a GPU.
-        RunError: there is no such GPU.
+        UsageError: ``name`` is none of these.
+        RunError: this machine has no such GPU.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise RunError(
                 f"no GPU for local rank {local_rank}: there are {torch.cuda.device_count()}, so "
-                "give torchrun at most as many --nproc-per-node"
+                "lower torchrun's --nproc-per-node to this number"
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -68,12 +72,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             f"no device {name} here ({torch.cuda.device_count()} GPUs): use --device cpu"
         )
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, graphs and kernels belong to the current device
+        torch.cuda.set_device(device)  # streams, graphs and kernels use the current device
     return device
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of a ``train.precision``. It does nothing for fp32."""
+    """Return the autocast context for ``train.precision``. It does nothing for ``fp32``."""
     dtype = AUTOCAST[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -81,34 +85,34 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def set_flags(device: torch.device, train: TrainConfig) -> None:
     """Set the flags of cuDNN, cuBLAS and torch for this process.
 
-    ``train.tf32`` and cuDNN's search for the fastest algorithms affect GPUs only.
-    ``train.deterministic`` turns every operator without a bit-reproducible result into an error.
+    ``train.tf32`` and the benchmark mode of cuDNN affect only GPUs. With ``train.deterministic``,
+    torch raises an error for operators whose results are not reproducible bit for bit.
     """
     torch.use_deterministic_algorithms(train.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = train.tf32
     torch.backends.cudnn.allow_tf32 = train.tf32
-    # It times each algorithm once a shape, and training has few shapes; the timing is why two runs
-    # may differ in the last bit.
+    # cuDNN times its algorithms once for each shape, and training has few shapes. Two runs may
+    # select different algorithms, so their results may differ in the last bit.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not train.deterministic
     torch.backends.cudnn.deterministic = train.deterministic
-    # A backward pass begins with the logits' gradients, which the loss has computed already. If its
-    # first operator is a matrix product, autograd's thread has no CUDA context yet, and cuBLAS
-    # creates one: as intended, but with a warning.
+    # The loss computes the gradients of the logits, so the first operator of autograd's backward
+    # thread may be a matrix product. The thread has no CUDA context yet. cuBLAS creates one, which
+    # is correct, but prints a warning.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
-    if train.deterministic:  # read when cuBLAS is first used, which is later
+    if train.deterministic:  # cuBLAS reads this variable later, when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def peak_flops(device: torch.device, train: TrainConfig) -> float | None:
-    """Return the published dense peak of a GPU in operations per second for the run's precision, or
-    None if it is unknown. CPUs have none."""
+    """Return the published dense peak of a GPU for a run's precision, in operations per second.
+    Return None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), train)
 
 
 def peak_of(name: str, train: TrainConfig) -> float | None:
-    """Return :func:`peak_flops` of the GPU that the driver calls ``name``."""
+    """Return :func:`peak_flops` of the GPU with the driver's device name ``name``."""
     for pattern, half, tf32, single in PEAKS:
         if re.fullmatch(pattern, name):
             if train.precision != "fp32":
@@ -122,30 +126,31 @@ class Processor(NamedTuple):
 
     name: str
     vnni: bool | None
-    """Whether it multiplies 8-bit integers without saturation. None: not x86, or not known.
+    """Whether the CPU multiplies 8-bit integers without saturation. None: not x86, or unknown.
 
-    Without VNNI, onnxruntime multiplies uint8 activations and int8 weights with VPMADDUBSW, which
-    adds two products in 16 bits: the sum of large products is cut to 32,767."""
+    Without VNNI, onnxruntime multiplies uint8 activations and int8 weights with VPMADDUBSW. This
+    instruction adds two products in 16 bits, so sums above 32,767 saturate."""
 
 
 def processor(information: Path = Path("/proc/cpuinfo")) -> Processor:
-    """Return the CPU of this machine. ``information`` is a parameter for tests."""
+    """Return the CPU of this machine. Tests pass another file as ``information``."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):  # not Linux
         for line in information.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine() or "unknown CPU"
-    # "flags" is x86's; ARM has "Features".
+    # x86 has "flags", ARM has "Features".
     flags = fields["flags"].split() if "flags" in fields else None
     return Processor(name, None if flags is None else bool({"avx512_vnni", "avx_vnni"} & {*flags}))
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the peak memory so far in MiB: of tensors on a GPU, of the whole process on a CPU."""
+    """Return the peak memory so far in MiB. It counts tensors on a GPU, and the whole process on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # getrusage() also counts the process that started this one: Linux keeps its peak across exec.
+    # getrusage() includes the process that started this one, because Linux keeps the peak on exec.
     if (peak := _process_status("VmHWM")) is not None:
         return peak / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -166,12 +171,12 @@ def _process_status(key: str) -> int | None:
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Return the bytes that this process can still allocate on a device, or None if it is unknown.
 
-    On a GPU, they are the free memory and the memory that torch has reserved and does not use. On
-    a CPU, they are the smaller of the machine's available memory and the rest of the cgroup's
-    limit, which a container or a batch system sets.
+    On a GPU, this is the free memory plus the unused memory that torch has reserved. On a CPU, it
+    is the available memory of the machine or the remaining part of the cgroup's limit, whichever is
+    smaller. A container or a batch system sets such a limit.
 
     Args:
-        root: of the file system, where Linux describes itself.
+        root: root of the file system with ``/proc`` and ``/sys``. Tests pass another folder.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -184,7 +189,8 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
 
 
 def _cgroup_rooms(root: Path) -> list[int]:
-    """Return what each memory limit of this process's cgroups (version 1 and 2) leaves in bytes."""
+    """Return the remaining bytes of each memory limit of this process's cgroups (versions 1 and
+    2)."""
     rooms: list[int] = []
     try:
         lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
@@ -200,7 +206,7 @@ def _cgroup_rooms(root: Path) -> list[int]:
         else:
             continue
         mount = root / "sys" / "fs" / "cgroup" / base
-        # A container may see the host's path, but mount its own cgroup.
+        # A container may see the path of the host although it mounts its own cgroup.
         for folder in (mount / path.strip("/"), *(mount / path.strip("/")).parents):
             with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
                 most = int((folder / limit).read_text())
@@ -213,7 +219,7 @@ def _cgroup_rooms(root: Path) -> list[int]:
 
 
 def _values(path: Path) -> dict[str, int]:
-    """Return the numbers of a file of the kernel by their names, with kB as bytes."""
+    """Return the numbers in a file of /proc or /sys by name. Numbers in kB become bytes."""
     found = {}
     for line in path.read_text().splitlines():
         words = line.split()

@@ -1,6 +1,6 @@
-"""Time real steps and evaluations of a recipe, without a run's folder: nothing is written.
+"""Measure the speed of training steps and evaluations of a recipe, without writing files.
 
-``bdkd train --dry-run`` and ``bdkd benchmark`` use it.
+``bdkd train --dry-run`` and ``bdkd benchmark`` use this module.
 """
 
 import contextlib
@@ -30,15 +30,19 @@ from bdkd.trainer import Trainer
 class MemoryCheck(NamedTuple):
     """The result of :func:`check_memory`."""
 
-    each: dict[str, Cost]  # the costs of the networks
-    estimate: Memory  # of a rank
-    available: int | None  # bytes; None: unknown
-    warning: str | None  # if the estimate is not available
+    each: dict[str, Cost]  # cost of each network by name
+    estimate: Memory  # for one rank
+    available: int | None  # free memory in bytes; None: unknown
+    warning: str | None  # a message if the estimate exceeds the free memory
 
 
 def check_memory(components: Components, ranks: int) -> MemoryCheck:
-    """Estimate the memory of a run whose data set and networks were built, and compare it with what
-    is available."""
+    """Estimate the memory of a run and compare it with the available memory.
+
+    Args:
+        components: a data set and networks that were built but not trained.
+        ranks: number of ranks that share a batch.
+    """
     recipe, size = components.recipe, components.source.info.image_size
     largest = max((side for side in recipe.data.training_sizes() if side), default=0)
     if largest > max(size):  # data.progressive
@@ -50,7 +54,7 @@ def check_memory(components: Components, ranks: int) -> MemoryCheck:
 
 
 class Limit(NamedTuple):
-    """How long to measure: for ``seconds``, but at least ``least`` and at most ``most`` times."""
+    """How long to measure: for ``seconds``, but at least ``least`` and at most ``most`` steps."""
 
     least: int
     most: int
@@ -68,15 +72,15 @@ class Measurement(NamedTuple):
     """The speed of a recipe on this machine."""
 
     steps: StepTimes
-    evaluation: float  # seconds of an evaluation for each image
+    evaluation: float  # seconds per evaluated image
 
 
 def measure(components: Components) -> Measurement:
-    """Time a few training steps and evaluation batches. Trains the networks of ``components``.
+    """Time a few training steps and evaluation batches.
 
-    What compilers print goes to standard error.
+    This trains the networks of ``components``. The output of compilers goes to standard error.
     """
-    # The steps before a capture are no steady state, and the capture is no step.
+    # Do not time the steps before the capture of a CUDA graph, nor the capture itself.
     least = WARM_UP + 1 if components.recipe.train.cuda_graph else 1
     with contextlib.redirect_stdout(sys.stderr):
         trainer = Trainer(components)
@@ -87,8 +91,11 @@ def measure(components: Components) -> Measurement:
 
 
 def time_steps(trainer: Trainer, warm_up: Limit, measured: Limit) -> StepTimes:
-    """Time training steps, after others that warm up. All ranks must call this, with limits that
-    do not depend on their clocks."""
+    """Time training steps after some warm-up steps.
+
+    With several ranks, all ranks must call this with limits that have no ``seconds``, because their
+    clocks differ and all ranks must run the same number of steps.
+    """
     device = trainer.components.device
     meter, clock = ThroughputMeter(trainer.components), StepClock(device)
     trainer.state.networks.train()
@@ -107,10 +114,10 @@ def time_steps(trainer: Trainer, warm_up: Limit, measured: Limit) -> StepTimes:
 
 
 def _batches(trainer: Trainer) -> Generator[Batch, None, None]:
-    """Yield training batches for ever. They are of the recipe's last epoch, in which images that
-    grow during training (``data.progressive``) are largest."""
+    """Yield training batches without end. They belong to the last epoch of the recipe, because
+    ``data.progressive`` makes images largest there."""
     while True:
-        trainer.state.progress = Progress()  # the learning rate never leaves its schedule
+        trainer.state.progress = Progress()  # so that the schedule of the learning rate never ends
         yield from trainer.source.train_batches(
             trainer.recipe.train.epochs - 1, 0, trainer.batch_size, trainer.objective.views,
             trainer.context.shard,
@@ -118,8 +125,8 @@ def _batches(trainer: Trainer) -> Generator[Batch, None, None]:
 
 
 def time_evaluation(trainer: Trainer, limit: Limit) -> float:
-    """Return the seconds that an evaluation of all networks takes for each image, including its
-    metrics. Returns 0 if there are no images to evaluate on."""
+    """Return the seconds per image of an evaluation of all networks, including its metrics. Return
+    0 if the data set has no test and validation images."""
     components = trainer.components
     counts = components.source.info.counts
     splits: tuple[Split, ...] = ("test", "val")
@@ -156,8 +163,10 @@ class _FirstBatches:
 
 
 def time_forward(trainer: Trainer, name: str, warm_up: Limit, measured: Limit) -> StepTimes:
-    """Time the forward passes of one network in an evaluation, without a loader and without
-    metrics. All ranks must call this."""
+    """Time forward passes of one network in evaluation mode, without data loading and metrics.
+
+    All ranks must call this function.
+    """
     device, train, context = trainer.components.device, trainer.recipe.train, trainer.context
     info, network = trainer.source.info, trainer.state.networks.members[name]
     count = math.ceil(train.batch_size / context.world_size)

@@ -1,4 +1,4 @@
-"""``bdkd train``: parse, join the other ranks, build the components, train, print the results."""
+"""``bdkd train``: parse the command line, join the other ranks, train, and print the results."""
 
 import contextlib
 import io
@@ -29,7 +29,11 @@ from bdkd.trainer import Trainer
 
 
 def main(given: list[str]) -> None:
-    """Train or plan as the command line says, on all the ranks that torchrun started."""
+    """Train, or print the plan of a run, on all ranks that torchrun started.
+
+    Args:
+        given: the arguments after ``bdkd train``.
+    """
     with only_rank0_prints():
         command = parse_command(given)
     config, quiet = command.arguments.config, command.arguments.quiet
@@ -53,7 +57,7 @@ def main(given: list[str]) -> None:
 
 
 def describe_plan(arguments: Arguments, ranks: int) -> str:
-    """Return the plan of a run, with the speed of a few real steps. Nothing is written."""
+    """Return the text of ``--dry-run``, with the measured speed of a few steps. Write no files."""
     from bdkd.probe import check_memory
 
     check_pretrained(arguments.config)
@@ -75,7 +79,7 @@ def _why_not_measured(arguments: Arguments, ranks: int, enough: bool) -> str | N
     if arguments.no_probe:
         return "--no-probe (--images-per-second N estimates it)"
     if ranks > 1:
-        return "rank 0 plans alone (without torchrun it times steps)"
+        return "not supported with several ranks (run it without torchrun to time steps)"
     return None if enough else "there is not enough memory"
 
 
@@ -95,7 +99,7 @@ def _measured_rows(components: Components) -> list[plan.Row]:
 
 
 def train(arguments: Arguments, folder: RunFolder, context: DistributedContext) -> None:
-    """Train a run in its folder and print the results."""
+    """Train, or resume, the run in a folder. Rank 0 prints the results."""
     begins = context.broadcast_from_rank0(
         lambda: arguments.resume == "never" or not folder.resumable_paths()
     )

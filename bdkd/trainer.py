@@ -1,4 +1,4 @@
-"""The trainer: one run from its first step to its summary."""
+"""The trainer: train a run from its first step, or from a checkpoint, and evaluate it."""
 
 import contextlib
 import shlex
@@ -33,15 +33,15 @@ from bdkd.runs.summary import evaluator_of, summarise
 
 
 class Trainer:
-    """Trains the networks of a recipe together.
+    """Train the networks of a recipe together.
 
     Args:
-        components: from :func:`bdkd.engine.components.build_components`. Initial weights must be
-            loaded already, because the networks are prepared for several ranks here.
-        state: default: a new one, at step 0.
+        components: from :func:`bdkd.engine.components.build_components`. Load initial weights
+            before, because this class wraps the networks in DDP or FSDP.
+        state: the training state. Default: a new state at step 0.
 
     Attributes:
-        state: everything that a checkpoint holds.
+        state: everything that a checkpoint contains.
         forward_backward: computes the gradients of one micro-batch.
     """
 
@@ -63,7 +63,7 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> None:
-        """Run one optimizer step of all networks. Nothing is read from the device.
+        """Run one optimizer step of all networks, without synchronizing with the device.
 
         Args:
             batch: this rank's part of the batch.
@@ -74,13 +74,16 @@ class Trainer:
         self.state.progress.advance(self.batch_size, self.state.train_images)
 
     def _compute_step(self, batch: Batch) -> None:
-        """Do the device's work of a step. It is the same in every step and changes tensors in
-        place, so that a CUDA graph can replay it."""
+        """Run the part of a step that computes on the device.
+
+        It runs the same operations in each step and changes tensors in place, so that a CUDA graph
+        can replay it.
+        """
         buffers = SavedBuffers(self.state.networks.buffers())
         try:
             self._add_gradients(batch)
         except interruption.CompilationInterrupted:
-            # Other micro-batches of the step, or a part of this one, may have been done.
+            # Undo what this step has already computed, for example other micro-batches.
             buffers.restore(where=torch.ones((), dtype=torch.bool, device=self.state.device))
             self.state.networks.zero_grad()
             raise
@@ -88,7 +91,7 @@ class Trainer:
             self.update_parameters(buffers)
 
     def _add_gradients(self, batch: Batch) -> None:
-        """Compute the gradients of a batch, one micro-batch after the other."""
+        """Add the gradients of a batch, one micro-batch at a time."""
         for micro_batch, last in batch.micro_batches(self.accumulate):
             with self.state.sync_gradients(enabled=last):
                 output = self.forward_backward(micro_batch)
@@ -99,7 +102,8 @@ class Trainer:
         """Update the networks and averages, or skip the step if a loss or gradient is not finite.
 
         Args:
-            buffers: from before the step, because a NaN changes the statistics of batch norm.
+            buffers: buffers of the networks from before the step. A skipped step restores them,
+                because a NaN changes the batch norm statistics.
         """
         state = self.state
         state.unscale_gradients()
@@ -111,8 +115,11 @@ class Trainer:
         state.count_skipped(finite)
 
     def warm_up_ddp(self) -> None:
-        """Let DDP find the order of its collectives, which it does in its first steps. A resumed
-        run then adds gradients in the same order as a run that was never stopped."""
+        """Run the passes in which DDP determines the order of its collectives.
+
+        DDP does this in its first steps. After these passes, a resumed run adds gradients in the
+        same order as an uninterrupted run.
+        """
         if not self.context.is_distributed:
             return
         info = self.source.info
@@ -138,17 +145,24 @@ class Trainer:
     ) -> dict[str, Any]:
         """Train to the end of the recipe, then evaluate on the test images.
 
-        Only rank 0 reads and writes the folder, and returns the content of ``summary.json``.
+        All ranks must call this method. Only rank 0 reads and writes the folder.
 
         Args:
-            resume: ``never``, ``auto`` or ``require``; see :meth:`RunFolder.open_for_training`.
-            launch: identifier of the ``torchrun``, whose restarts continue the run.
-            progress_bar: draw one if standard error is a terminal.
+            folder: the folder of the run.
+            resume: ``never``, ``auto`` or ``require``. See :meth:`RunFolder.open_for_training`.
+            launch: identifier of the ``torchrun`` call. A restart by the same call continues the
+                run.
+            progress_bar: show a progress bar if standard error is a terminal.
             profile_steps: number of steps to record in ``profile/`` and ``profile.json``.
 
+        Returns:
+            The content of ``summary.json`` on rank 0, an empty dictionary on other ranks.
+
         Raises:
-            RunError: something is missing, in the way or broken.
-            Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the checkpoint is written.
+            RunError: a file or package is missing, a file cannot be read or written, the run
+                diverged, or another process trains in the folder.
+            Interrupted: a signal (SIGINT, SIGTERM or SIGUSR1) stopped the run. Its checkpoint is
+                written.
         """
         check_sinks(self.recipe)
         with contextlib.ExitStack() as stack:
@@ -180,15 +194,15 @@ class Trainer:
             return summarise(self.components, self.state, folder)
 
     def _stop_request(self) -> StopRequest:
-        if self.context.is_distributed:  # another rank may hang, and all must stop after one step
+        if self.context.is_distributed:  # all ranks must stop after the same step; one may hang
             return StopRequest(self.recipe.distributed.grace)
-        if self.recipe.train.cuda_graph:  # the steps before a capture change the state
+        if self.recipe.train.cuda_graph:  # steps before a capture change the state: finish them
             return StopRequest()
         interruption.reset()
         return StopRequest(first=interruption.request)
 
     def _train_loop(self, stop: StopRequest, profiler: StepProfiler) -> None:
-        """Run every step that remains."""
+        """Run the remaining steps."""
         self.state.networks.train()
         self.throughput = ThroughputMeter(self.components)
         self.logger.start_interval()
@@ -212,7 +226,7 @@ class Trainer:
         self.finish_files()
 
     def _finish_interrupted_step(self) -> None:
-        """Evaluate and save what a run that was killed had not evaluated or saved yet."""
+        """Run the evaluation and save the checkpoint that a killed run left undone."""
         progress = self.state.progress
         best = False
         if evaluates := progress.validation_due:
@@ -224,10 +238,10 @@ class Trainer:
             self.save(newest=unsaved, best=best)
 
     def _after_step(self, stop: StopRequest, profiler: StepProfiler) -> None:
-        """Log, evaluate and save if it is time, and stop if a signal came.
+        """Log, evaluate and save if they are due after this step. Stop if a signal came.
 
         Args:
-            profiler: its step ends before the evaluation and the checkpoint.
+            profiler: records the steps. Its step ends before the evaluation and the checkpoint.
         """
         progress = self.state.progress
         last = progress.step == self.last_step
@@ -243,7 +257,7 @@ class Trainer:
         if signal and not last:
             self._save_and_stop(signal)
         profiler.step()
-        # The evaluation comes first: a checkpoint knows the result of its own step.
+        # Evaluate before saving, so that the checkpoint contains the result of its own step.
         best = progress.validation_due and self.validate()
         newest = self.checkpointer.is_due(bool(overdue), last)
         if newest or best:
@@ -251,8 +265,8 @@ class Trainer:
 
     @in_range("log")
     def log_interval(self) -> None:
-        """Log the means since the last time. Reads the device."""
-        values = self.meter.read(self.context)  # waits for the device, so that the clock is right
+        """Log the means over the steps since the last log line. Synchronizes with the device."""
+        values = self.meter.read(self.context)  # before the clock, because this waits for the GPU
         images, seconds = self.logger.interval()
         self.logger.training(
             {
@@ -265,10 +279,10 @@ class Trainer:
         )
 
     def _check_skipped(self) -> int:
-        """Return the number of skipped steps so far.
+        """Return the number of steps that the run has skipped so far.
 
         Raises:
-            RunError: too many steps in a row were skipped.
+            RunError: ``train.max_skipped`` or more consecutive steps were skipped.
         """
         total, row, longest = self.state.skipped.tolist()
         self.state.skipped[2] = row
@@ -278,7 +292,7 @@ class Trainer:
             )
         if longest >= self.recipe.train.max_skipped:
             saved = self.context.broadcast_from_rank0(self.checkpointer.newest_path)
-            good = f"the last good checkpoint is {saved}" if saved else "none is saved yet"
+            good = f"the last good checkpoint is {saved}" if saved else "no checkpoint is saved yet"
             raise RunError(
                 f"losses or gradients were not finite for {longest} steps in a row: {good}; "
                 "lower optimizer.learning_rate, or use another train.precision"
@@ -287,11 +301,13 @@ class Trainer:
 
     @in_range("evaluation")
     def validate(self) -> bool:
-        """Evaluate on the validation images. Returns whether the student is the best so far, and
-        False if ``train.select`` does not select the best.
+        """Evaluate on the validation images, and with ``watch_test`` also on the test images.
 
-        With ``watch_test`` the test images are evaluated too. Their results are logged and never
-        choose a checkpoint.
+        The results on test images are only logged and never select a checkpoint.
+
+        Returns:
+            Whether the students have the best validation accuracy so far. False if
+            ``train.select`` is not ``best``.
         """
         self.state.progress.validation_due = False
         best = False
@@ -303,7 +319,7 @@ class Trainer:
         return best
 
     def evaluate(self, split: Split) -> dict[str, CalibrationResult]:
-        """Evaluate every network on a split, and log the results."""
+        """Evaluate each network on a split, log the results, and return them by name."""
         self.context.location = f"the evaluation after step {self.state.progress.step}"
         networks = self.state.evaluated_networks()
         results = evaluator_of(self.components, networks).evaluate(split)
@@ -316,7 +332,7 @@ class Trainer:
             return False
         judges = self.state.selection_networks()
         top1 = sum(results[name].top1 for name in judges) / len(judges)
-        # Of equal ones the later, because its learning rate was lower.
+        # Of equal results the later one is the best, because its learning rate was lower.
         if self.state.best is not None and top1 < self.state.best.top1:
             return False
         self.state.best = Best(self.state.progress.step, top1)
@@ -324,13 +340,14 @@ class Trainer:
 
     @in_range("checkpoint")
     def save(self, newest: bool, best: bool) -> None:
-        """Save this step as the newest checkpoint, the best student, or both."""
+        """Save this step as the newest checkpoint, the best checkpoint, or both."""
         with self.logger.paused("checkpoint"):
             self.logger.count_time()
             self.checkpointer.save(newest, best)
 
     def finish_files(self) -> None:
-        """Wait until checkpoints and metrics are written. Raises ``RunError`` if they are not."""
+        """Wait until all files are written. Raise ``RunError`` if a checkpoint or the metrics could
+        not be written."""
         self.checkpointer.finish()
         self.logger.flush()
 

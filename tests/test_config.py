@@ -1,4 +1,4 @@
-"""A recipe as a TOML file: what it keeps, what it names when it is wrong, and how two differ."""
+"""Recipes as TOML files: round trips, messages about wrong keys and values, and differences."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ TINY = load_recipe(TINY_RUN[0])
 
 
 def named(name: str, **changes):
-    """The tiny recipe with a third network."""
+    """Return the tiny recipe with a third network."""
     network = NetworkConfig("resnet8", "student", **changes)
     return dataclasses.replace(TINY, networks={**TINY.networks, name: network})
 
@@ -38,18 +38,18 @@ def test_a_network_may_have_any_plain_name(name):
     "name",
     [
         "", "-a", "a b", "a.b", "\N{LATIN SMALL LETTER E WITH ACUTE}",
-        "pupil_ema",  # of an average
+        "pupil_ema",  # the name of an average
         "step", "learning_rate", "mfu", "teacher_active",  # keys of metrics.jsonl
         "keys", "items", "training", "forward",  # attributes of torch.nn.ModuleDict
     ],
 )  # fmt: skip
-def test_a_name_that_means_something_else_is_refused(name):
+def test_reserved_and_invalid_network_names_are_refused(name):
     with pytest.raises(UsageError, match=f"^the network name '{name}' must be "):
         named(name)
 
 
 def test_only_a_teacher_is_sharded_and_not_in_fp16():
-    with pytest.raises(UsageError, match=r"networks.pupil.shard must be a teacher's option"):
+    with pytest.raises(UsageError, match=r"networks.pupil.shard must be false for a student"):
         named("pupil", shard=True)
     teacher = dataclasses.replace(TINY.networks["teacher"], shard=True)
     recipe = dataclasses.replace(TINY, networks={**TINY.networks, "teacher": teacher})
@@ -57,7 +57,7 @@ def test_only_a_teacher_is_sharded_and_not_in_fp16():
         train = dataclasses.replace(recipe.train, precision=precision)
         dataclasses.replace(recipe, train=train)
     train = dataclasses.replace(recipe.train, precision="fp16")
-    with pytest.raises(UsageError, match=r"networks.teacher.shard must be off with .* fp16"):
+    with pytest.raises(UsageError, match=r"networks.teacher.shard must be false with .* fp16"):
         dataclasses.replace(recipe, train=train)
 
 
@@ -70,7 +70,7 @@ def test_only_a_teacher_is_sharded_and_not_in_fp16():
         ("[networks.teacher]", "weight = 1", "unknown key networks.teacher.weight: did you mean"),
     ],
 )  # fmt: skip
-def test_a_key_that_does_not_exist_is_named_and_not_ignored(place, line, said):
+def test_unknown_keys_are_refused_with_a_suggestion(place, line, said):
     text = to_toml(TINY)
     text = text.replace(f"{place}\n", f"{place}\n{line}\n", 1) if place else f"{line}\n{text}"
     with pytest.raises(UsageError) as raised:
@@ -78,8 +78,8 @@ def test_a_key_that_does_not_exist_is_named_and_not_ignored(place, line, said):
     assert str(raised.value).startswith(f"mine.toml: {said}")
 
 
-def test_a_recipe_comes_back_from_its_file_with_every_value():
-    """Also those that are false, zero or empty where the default is not."""
+def test_a_recipe_keeps_all_values_when_it_is_written_and_read():
+    """This includes values that are false, 0 or empty while the default is not."""
     recipe = dataclasses.replace(
         TINY, log=(), seed=0, threads=3, evaluate_every=4, max_steps=None,
         optimizer=OPTIMIZERS.configure("adamw", betas=(0.5, 0.25)),
@@ -93,8 +93,8 @@ def test_a_recipe_comes_back_from_its_file_with_every_value():
     assert differing_keys(again, recipe) == []
 
 
-def test_two_recipes_differ_in_the_keys_that_differ():
-    """Also in one that is absent on one side, or None there."""
+def test_differing_keys_returns_all_keys_with_different_values():
+    """This includes keys that are missing or None in one recipe."""
     other = dataclasses.replace(named("pupil"), seed=1, threads=None)
     other = dataclasses.replace(other, train=dataclasses.replace(other.train, clip_norm=1.0))
     expected = ["seed", "threads", "train.clip_norm"]
@@ -104,14 +104,14 @@ def test_two_recipes_differ_in_the_keys_that_differ():
         assert differing_keys(a, b) == sorted([*expected, *pupil])
 
 
-def test_a_parsed_section_has_every_option_as_an_attribute_of_its_own():
-    """msgspec leaves those out that have their default, and vars() would miss them."""
+def test_a_parsed_section_has_an_attribute_for_each_option():
+    """msgspec does not set attributes that have their default, so vars() would miss them."""
     for part in sections(parse_recipe('name = "x"\n[networks.s]\nmodel = "resnet8"\n'
                                       'role = "student"', "text")).values():  # fmt: skip
         assert vars(part) == dataclasses.asdict(part)
 
 
-def test_a_section_has_the_class_of_what_it_selects():
+def test_a_section_must_have_the_class_of_the_selected_item():
     with pytest.raises(UsageError, match="data must be a InMemoryConfig for the data source 'dig"):
         dataclasses.replace(TINY, data=DataConfig("digits"))
     with pytest.raises(UsageError, match="unknown optimizer 'sdg': did you mean 'sgd'"):
@@ -126,7 +126,7 @@ def test_a_section_has_the_class_of_what_it_selects():
         (["--data.source", "synthetic", "--data.source", "digits"], "data", "digits"),
     ],
 )
-def test_of_a_selector_that_is_given_twice_the_last_counts(options, section, name):
+def test_the_last_value_of_a_repeated_selection_counts(options, section, name):
     recipe = parse(["digits", *options], load_recipe("digits")).config
     assert getattr(recipe, section) == getattr(
         select(load_recipe("digits"), section, name), section
@@ -147,7 +147,7 @@ def test_of_a_selector_that_is_given_twice_the_last_counts(options, section, nam
           "True"], {"zero_init_residual": True}),
     ],
 )  # fmt: skip
-def test_options_of_models_have_two_spellings(options, expected):
+def test_options_of_models_can_be_passed_in_two_forms(options, expected):
     recipe = load_recipe("digits")
     assert parse(["digits", *options], recipe).config.networks["student"].options == expected
     set_before = named("student", options={"width": 0.1})
@@ -157,7 +157,7 @@ def test_options_of_models_have_two_spellings(options, expected):
 
 
 @pytest.mark.parametrize("spelled", ["my_net", "my-net"])
-def test_a_network_may_be_spelled_as_the_help_does(spelled):
+def test_network_names_may_contain_hyphens_instead_of_underscores(spelled):
     options = [f"--networks.{spelled}.options", "width", "0.5", f"--networks.{spelled}.frozen"]
     network = parse(["tiny", *options], named("my_net")).config.networks["my_net"]
     assert (network.options, network.frozen) == ({"width": 0.5}, True)

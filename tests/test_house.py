@@ -1,4 +1,4 @@
-"""The packages: dependencies point one way, importing is cheap, style and types are clean."""
+"""House rules: dependencies between packages, sizes of files and functions, style and types."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"bdkd": ROOT / "bdkd", "bdkd_kernels": ROOT / "kernels" / "bdkd_kernels"}
 
-# Who may import whom: cli -> trainer -> runs -> engine -> objectives, data, models, evaluation,
+# Allowed imports: cli -> trainer -> runs -> engine -> objectives, data, models, evaluation,
 # distributed -> kernels.
 LEAVES = {
     "bdkd._torch_compat", "bdkd.bounds", "bdkd.config", "bdkd.device", "bdkd.errors",
@@ -70,7 +70,7 @@ def package_of(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of ours that a file imports, anywhere in it."""
+    """Return the modules of bdkd and bdkd_kernels that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -85,14 +85,14 @@ def test_dependencies_point_one_way():
     for module, path in modules().items():
         allowed = ALLOWED.get(package_of(module))
         if allowed is None:
-            continue  # the command line and the package's front may use everything
+            continue  # the command line and bdkd/__init__.py may import everything
         for imported in imports(path):
             checked += 1
             assert package_of(imported) in allowed, f"{module} must not import {imported}"
     assert checked > 50
 
 
-def test_the_kernels_import_torch_and_nothing_of_the_trainer():
+def test_importing_the_kernels_does_not_import_the_trainer():
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import bdkd_kernels; "
         "print([m for m in sys.modules if m.split('.')[0] in ('bdkd', 'triton', 'tyro')])"
@@ -102,14 +102,14 @@ def test_the_kernels_import_torch_and_nothing_of_the_trainer():
     assert done.stdout.strip() == "[]"
 
 
-# Signatures that another library prescribes: torch.utils.flop_counter's, for one operator
+# Functions whose signature torch.utils.flop_counter prescribes
 GIVEN = {"_convolution_backward"}
 
 
-def test_the_code_stays_readable():
-    """Files of at most 400 lines, functions of at most 60, and at most 14 parameters in the kernels
-    and 10 in the trainer. The arguments of a kernel's launch are exempt: Triton takes each pointer
-    and stride by itself."""
+def test_files_and_functions_have_a_limited_size():
+    """Files have at most 400 lines, and functions at most 60. Functions have at most 14 parameters
+    in the kernels and 10 in the trainer. Triton kernels are exempt from the latter, because Triton
+    needs a parameter for each pointer and stride."""
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
             text = path.read_text("utf-8")
@@ -130,7 +130,7 @@ NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of
 
 
 def private_names(text: str) -> list[str]:
-    """Attributes with an underscore that the file does not define, and private modules."""
+    """Return attributes with an underscore that the file does not define, and private modules."""
     tree = ast.parse(text)
     own = set()
     for node in ast.walk(tree):
@@ -157,12 +157,12 @@ def private_names(text: str) -> list[str]:
 
 
 def test_private_apis_are_used_in_one_file():
-    """Of torch and triton. Each has a source, a fallback and a test there."""
+    """Only _torch_compat.py uses private APIs of torch and triton."""
     for folder in (ROOT / "kernels", ROOT / "bdkd"):
         [compat] = folder.rglob("_torch_compat.py")
         assert private_names(compat.read_text("utf-8"))
         for path in folder.rglob("*.py"):
-            # os._exit is documented; atexit has no public function that runs what is registered.
+            # os._exit is documented. atexit has no public function that runs registered functions.
             found = set(private_names(path.read_text("utf-8"))) - {
                 "_exit", "_run_exitfuncs", "_torch_compat",
             }  # fmt: skip
@@ -191,7 +191,7 @@ def test_style_and_types_are_clean(command):
 
 
 def test_continuous_integration_runs_the_tests_and_the_mutants(tmp_path):
-    """An empty file passed once: it ran no test."""
+    """An empty script once passed without running a test."""
     for name in ("make", "chromium"):
         stub = tmp_path / name
         stub.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/called\n')

@@ -45,7 +45,7 @@ def fails(capsys, *arguments: str) -> tuple[int, str]:
         (["train", *TINY_RUN, "--device", "cuda:99999999999999999999"], "device must be auto, cpu"),
         (["train", *TINY_RUN, "--networks.teacher.weights-key", ""],
          "networks.teacher.weights_key must be left out unless networks.teacher.weights is a file "
-         "or run, got ''"),
+         "or the folder of a run, got ''"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_used_is_named(arguments, reason, capsys):
@@ -72,7 +72,7 @@ def test_a_run_without_metrics_ends_with_its_results(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").unlink()
     main(["train", "--resume", "--run-dir", str(tmp_path)])
     assert "warning: " in (said := capsys.readouterr().out)
-    assert "metrics.jsonl contains no metrics to draw: there are no curves" in said
+    assert "metrics.jsonl contains no metrics to draw: curves.png was not written" in said
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])

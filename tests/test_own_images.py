@@ -200,7 +200,7 @@ def test_a_network_for_small_images_on_large_ones_is_a_warning(photos, monkeypat
         config = parse_command(given).arguments.config
         found = mistaken_models(config, side)
         assert len(found) == count
-        assert all("there is imagenet_resnet18" in warning for warning in found)
+        assert all("use imagenet_resnet18 for large images" in warning for warning in found)
     done = bdkd("train", *line, "--teacher", "resnet18", "--data.image-size", "160", "--dry-run",
                 "--no-probe", cwd=photos.parent)  # fmt: skip
     assert done.stderr.count("warning: networks.teacher: resnet18 is a network for small") == 1

@@ -90,7 +90,7 @@ class Mine(Objective):
         ("losses['x'] = losses['student']; return ObjectiveOutput(losses)",
          "must return a loss for each network that trains (teacher, student), got teacher, stud"),
         ("losses['student'] = logits['student'].sum(-1); return ObjectiveOutput(losses)",
-         "must return losses that are sums over the samples; student has (64,)"),
+         "must return 0-dim losses; the loss of student has the shape (64,)"),
         ("losses['student'] = losses['student'] + losses['teacher']; "
          "return ObjectiveOutput(losses)",
          "returns a loss of student that depends on the logits of teacher: detach them"),
@@ -98,9 +98,11 @@ class Mine(Objective):
          "returns a loss of student that does not depend on its logits"),
         ("raise RuntimeError('no')", "fails on logits (64, 10): RuntimeError: no (--debug shows"),
         ("return ObjectiveOutput(losses, gradients={'student': torch.zeros(3)})",
-         "must return gradients like the logits of networks that train; student has other"),
+         "must return gradients with the shapes of the logits, and only for networks that train; "
+         "student does not match"),
         ("return ObjectiveOutput(losses, {'kl': torch.zeros(())})",
-         "must return statistics with a value for each of the 64 samples; kl has ()"),
+         "must return statistics of the shape (64,), one value for each sample; kl has the shape "
+         "()"),
     ],
 )  # fmt: skip
 def test_an_objective_that_breaks_its_interface_is_refused_before_it_trains(
@@ -223,7 +225,7 @@ def test_an_optimizer_of_torch_without_fused_kernels_trains(
                       "decay_norms": False}  # fmt: skip
     capsys.readouterr()
     said = failure(capsys, *given, "--optimizer.name", "bare", "--run-dir", "bare")
-    assert "must be built from the parameter groups that it is given" in said
+    assert "must be built from the parameter groups that its function receives" in said
     del sys.modules["own_optimizer"]
 
 

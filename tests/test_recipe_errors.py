@@ -1,4 +1,4 @@
-"""Recipes that cannot be used: each ends in one line that names the key and the value."""
+"""Invalid recipes: each is refused with one line that contains the key and the value."""
 
 import os
 import threading
@@ -39,7 +39,7 @@ NETWORKS = '[networks.s]\nmodel = "resnet8"\nrole = "student"\n'
         ("train.clip_norm = 1" + "0" * 400, "train.clip_norm must be within 64 bits, got 1000"),
     ],
 )  # fmt: skip
-def test_a_value_of_the_wrong_type_is_shown_with_what_the_key_accepts(line, message):
+def test_values_of_the_wrong_type_are_refused_with_the_accepted_types(line, message):
     networks = "" if line.startswith("networks = ") else NETWORKS
     with pytest.raises(UsageError) as raised:
         parse_recipe(f'name = "x"\n{line}\n{networks}', source="r.toml")
@@ -51,7 +51,7 @@ def test_a_value_of_the_wrong_type_is_shown_with_what_the_key_accepts(line, mess
     ("content", "message"),
     [
         ("a = " + "[" * 10_000, "nested too deeply"),
-        ("a = " + "[" * 400 + "]" * 400, ""),  # as deep as tomllib reads, or not read
+        ("a = " + "[" * 400 + "]" * 400, ""),  # tomllib may or may not read this depth
         ("a = " + "{a = " * 10_000, "nested too deeply"),
         ("a." * 100_000 + "a = 1", "a key has more than 100 parts (at line 1)"),
         ("\n[" + "'a' . " * 100_000 + "a]", "a key has more than 100 parts (at line 2)"),
@@ -60,7 +60,7 @@ def test_a_value_of_the_wrong_type_is_shown_with_what_the_key_accepts(line, mess
     ],
     ids=["arrays", "deep", "tables", "dotted", "header", "digits", "long"],
 )
-def test_a_recipe_that_no_person_wrote_is_refused_at_once(content, message):
+def test_malicious_recipes_are_refused_quickly(content, message):
     began = time.monotonic()
     with pytest.raises(UsageError) as raised:
         parse_recipe(content, source="r.toml")
@@ -68,7 +68,7 @@ def test_a_recipe_that_no_person_wrote_is_refused_at_once(content, message):
     assert time.monotonic() - began < 5
 
 
-def test_long_lines_of_numbers_and_strings_are_no_deep_keys():
+def test_long_lines_of_numbers_and_strings_are_accepted():
     rates = ", ".join(f"0.{n:03}" for n in range(1, 300))
     recipe = parse_recipe(
         f'name = "x"\nrun_dir = "{"a-b. " * 200}"\nschedule.milestones = [{rates}]\n{NETWORKS}',
@@ -77,7 +77,7 @@ def test_long_lines_of_numbers_and_strings_are_no_deep_keys():
     assert len(recipe.schedule.milestones) == 299
 
 
-def test_a_device_or_a_large_file_is_not_read_as_a_recipe(tmp_path):
+def test_devices_and_large_files_are_not_read_as_recipes(tmp_path):
     sparse = tmp_path / "sparse.toml"
     with open(sparse, "wb") as file:
         file.truncate(2**31)
@@ -93,7 +93,7 @@ def test_a_device_or_a_large_file_is_not_read_as_a_recipe(tmp_path):
         load_recipe("a" * 300)
 
 
-def test_a_pipe_is_read_until_its_end_and_not_waited_for_without_a_writer(tmp_path, monkeypatch):
+def test_a_pipe_is_read_and_times_out_without_a_writer(tmp_path, monkeypatch):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=(f'name = "piped"\n{NETWORKS}',))

@@ -1,4 +1,4 @@
-"""Every shipped recipe resolves, and its networks train on images like those of its data set."""
+"""All shipped recipes are valid, and their networks train on images of the right size."""
 
 import dataclasses
 import re
@@ -30,15 +30,15 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_a_recipe_resolves_and_comes_back_from_its_file(name):
+def test_a_shipped_recipe_is_valid_and_does_not_change_when_it_is_written_and_read(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert parse_recipe(to_toml(recipe), "again") == recipe
 
 
 @pytest.mark.parametrize("name", [n for n in shipped_recipes() if "imagenet-" not in n[:9]])
-def test_a_pair_of_the_paper_trains(name):
-    """Two steps of four images: fast enough for a WRN-16-8, and a batch norm has its samples."""
+def test_networks_of_a_shipped_recipe_train(name):
+    """Two steps with 4 images are fast even for a WRN-16-8, and batch norm needs several images."""
     recipe = load_recipe(name)
     data = recipe.data
     if data.source in SIZES:
@@ -82,7 +82,7 @@ def test_a_pair_of_the_paper_trains(name):
     ],
     ids=["no student", "two of one name", "unlike class counts", "three for two"],
 )  # fmt: skip
-def test_a_recipe_that_cannot_be_is_refused_in_one_line(recipe, needed, tmp_path, capsys):
+def test_invalid_recipes_are_refused_in_one_line(recipe, needed, tmp_path, capsys):
     path = tmp_path / "bad.toml"
     path.write_text(recipe)
     with pytest.raises(SystemExit) as exit_:
@@ -93,7 +93,7 @@ def test_a_recipe_that_cannot_be_is_refused_in_one_line(recipe, needed, tmp_path
     assert re.search(needed, message), message
 
 
-def test_a_teacher_that_does_not_fit_is_named(tmp_path, capsys):
+def test_weights_that_do_not_fit_the_teacher_are_refused(tmp_path, capsys):
     from bdkd.models import create_model
 
     torch.save(create_model("resnet8", 7, 1).state_dict(), tmp_path / "teacher.pt")
@@ -107,19 +107,19 @@ def test_a_teacher_that_does_not_fit_is_named(tmp_path, capsys):
     assert "needed" in message
 
 
-def test_a_method_that_pauses_networks_is_not_one_graph():
-    """In one graph of all networks the backward pass would reach a paused teacher."""
+def test_an_objective_that_pauses_networks_cannot_be_compiled():
+    """The backward pass of a compiled graph would include a paused teacher."""
     recipe = load_recipe("digits")
     recipe = dataclasses.replace(
         recipe,
         objective=OBJECTIVES.configure("switokd"),
         train=dataclasses.replace(recipe.train, compile=True),
     )
-    with pytest.raises(UsageError, match=r"train\.compile must be false with the method 'switokd'"):
+    with pytest.raises(UsageError, match=r"compile must be false with the objective 'switokd'"):
         components_of(recipe)
 
 
-def test_another_method_keeps_what_a_recipe_says_of_all_methods():
+def test_selecting_another_objective_keeps_shared_options():
     config = OBJECTIVES.configure(
         "bdkd", gamma=3.0, temperature=2.0, label_smoothing=0.1, backend="native"
     )
@@ -134,7 +134,7 @@ def test_another_method_keeps_what_a_recipe_says_of_all_methods():
         assert selected.objective == OBJECTIVES.configure(name, **kept)
 
 
-def test_another_optimizer_or_data_source_keeps_what_both_have():
+def test_selecting_another_optimizer_or_data_source_keeps_shared_options():
     recipe = select(load_recipe("digits"), "optimizer", "adamw")
     known = load_recipe("digits").optimizer
     assert recipe.optimizer == OPTIMIZERS.configure(

@@ -1,4 +1,4 @@
-"""Convert values of TOML to the types of options, and describe values that do not fit."""
+"""Convert TOML values to the types of options, and describe values of the wrong type."""
 
 import dataclasses
 import datetime
@@ -23,7 +23,8 @@ _MANY = {bool: "true or false", int: "integers", float: "numbers", str: "strings
 
 
 def convert(value: object, kind: Any, key: str) -> Any:
-    """Return a value of TOML as ``kind``. Raise ``UsageError`` with the key and the value."""
+    """Return a TOML value converted to the type ``kind``. Raise ``UsageError`` with the key and the
+    value if the type does not match."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -31,7 +32,7 @@ def convert(value: object, kind: Any, key: str) -> Any:
 
 
 def _describe(value: Any, kind: Any, key: str) -> str:
-    """Return a message about the innermost value that does not fit."""
+    """Return a message about the innermost value that has the wrong type."""
     kind = plain_type(kind)
     for item, item_kind, item_key in _items(value, kind, key):
         if item is dataclasses.MISSING:
@@ -49,7 +50,8 @@ def _describe(value: Any, kind: Any, key: str) -> str:
 
 
 def _items(value: Any, kind: Any, key: str) -> list[tuple[Any, Any, str]]:
-    """Return the parts of a value with their types and keys, or none if it is of another type."""
+    """Return the items of a table or array, each with its type and key. Return an empty list if
+    ``value`` is not of the type ``kind``."""
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind, include_extras=True)
         needed = [field.name for field in dataclasses.fields(kind) if _is_required(field)]
@@ -75,7 +77,11 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def needed_for(kind: Any, many: bool = False) -> str:
-    """Return what a type accepts, such as "an integer" or "an array of integers"."""
+    """Return a description of the values of a type, such as "an integer" or "an array of integers".
+
+    Args:
+        many: use the plural, for the items of an array.
+    """
     kind, kinds = plain_type(kind), typing.get_args(plain_type(kind))
     origin = typing.get_origin(kind)
     if origin is Literal:

@@ -1,4 +1,4 @@
-"""Recipes as TOML: shipped ones, files, and the ``config.toml`` of a run."""
+"""Read and write recipes as TOML: shipped recipes, files, and the ``config.toml`` of a run."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ from bdkd.text import read_text, unicode_hint_of_path
 
 Table = dict[str, typing.Any]
 MAX_RECIPE_BYTES = 4 * MAX_CHARACTERS
-# Sections that are left out select these.
+# What a recipe selects if it does not contain the section or its key
 DEFAULTS = {"data": "digits", "objective": "bdkd", "optimizer": "sgd"}
 
 
@@ -37,8 +37,12 @@ def recipe_text(name: str) -> str:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """Return a shipped recipe by name, or the recipe in a TOML file. Raise ``UsageError`` if it is
-    missing or has an invalid key or value, and ``RunError`` if the file cannot be read."""
+    """Return a shipped recipe by name, or the recipe in a TOML file.
+
+    Raises:
+        UsageError: no recipe has this name, or a key or value is invalid.
+        RunError: the file cannot be read.
+    """
     if name_or_path in shipped_recipes():
         return parse_recipe(recipe_text(name_or_path), source=f"recipe {name_or_path}")
     if not name_or_path:
@@ -61,8 +65,8 @@ def parse_recipe(text: str, source: str, of_run: bool = False) -> Recipe:
     """Return the recipe in a TOML text.
 
     Args:
-        source: names the text in error messages.
-        of_run: a run wrote the text, perhaps one of an older version.
+        source: name of the text in error messages.
+        of_run: True if a run wrote the text. An older version of bdkd may have written it.
 
     Raises:
         UsageError: a key is unknown, a value is invalid, or a plugin is missing.
@@ -114,7 +118,12 @@ def _section(value: object, kind: type, key: str) -> typing.Any:
 
 
 def refuse_foreign(keys: Iterable[str], selection: Selection, name: str) -> None:
-    """Raise ``UsageError`` for an option that only other items of a selection have."""
+    """Raise ``UsageError`` for an option of another objective, data source or optimizer.
+
+    Args:
+        keys: keys of a section of the recipe.
+        name: the selected item, such as ``kd`` for the selection of objectives.
+    """
     own = _names(selection.find(name).config)
     for key in keys:
         owners = [other for other in selection if key in _names(selection[other].config)]
@@ -130,7 +139,7 @@ def _names(config: type) -> list[str]:
 
 
 def refuse_unknown(given: Collection[str], known: Collection[str], key: str) -> None:
-    """Raise ``UsageError`` with the nearest key if one of a section's keys does not exist."""
+    """Raise ``UsageError`` for an unknown key of a section, and suggest the nearest key."""
     for name in given:
         if name not in known:
             dotted = f"{key}.{name}" if key else name
@@ -144,7 +153,7 @@ def _table(value: object, key: str) -> Table:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return a recipe as TOML. :func:`parse_recipe` of the text returns an equal recipe."""
+    """Return a recipe as TOML text. :func:`parse_recipe` converts the text to an equal recipe."""
     return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
 
 
@@ -157,20 +166,25 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
 
 
 def select(recipe: Recipe, section: str, name: str) -> Recipe:
-    """Select another objective, data source or optimizer.
+    """Return a recipe with another objective, data source or optimizer.
 
-    An option that both have keeps its value, unless it had the default. All other options have the
-    defaults of what is selected. Objectives share only ``label_smoothing`` and ``backend``, because
-    the other options have another meaning for each.
+    An option keeps its value if the old and the new selection both have it and the value is not the
+    old default. All other options get the defaults of the new selection. Objectives keep only
+    ``label_smoothing`` and ``backend``, because the meaning of the other options depends on the
+    objective.
+
+    Args:
+        section: ``"objective"``, ``"data"`` or ``"optimizer"``.
+        name: the objective, data source or optimizer to select.
 
     Raises:
-        UsageError: nothing with this name is registered, or the recipe is not valid.
+        UsageError: nothing is registered under this name, or the new recipe is not valid.
     """
     return dataclasses.replace(select_unchecked(recipe, section, name))
 
 
 def select_unchecked(recipe: Recipe, section: str, name: str) -> Recipe:
-    """Select without validating the recipe, whose options may still be set. See :func:`select`."""
+    """Like :func:`select`, but do not validate the recipe. The caller may still set options."""
     selection = next(s for s in SELECTIONS if s.section == section)
     before = getattr(recipe, section)
     if getattr(before, selection.key) == name:
@@ -188,10 +202,11 @@ def select_unchecked(recipe: Recipe, section: str, name: str) -> Recipe:
 
 
 def replace_unchecked(recipe: Recipe, **parts: typing.Any) -> Recipe:
-    """Replace fields of a recipe like ``dataclasses.replace``, without validating the result."""
+    """Return a copy of a recipe with other fields. Unlike ``dataclasses.replace``, this does not
+    validate the result."""
     changed = copy.copy(recipe)
     for name, part in parts.items():
-        object.__setattr__(changed, name, part)  # it is frozen
+        object.__setattr__(changed, name, part)  # Recipe is a frozen dataclass
     return changed
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 Table = dict[str, Any]
 
-# Until format 3 of checkpoints, [data] had the options of all sources, and [optimizer] those of all
-# optimizers. The defaults of those options:
+# Before format 3 of checkpoints, [data] contained the options of all sources, and [optimizer]
+# contained the options of all optimizers. These are the defaults of those options.
 _IMAGENET: Table = {
     "format": "folder", "loader": "auto", "smallest_crop": 0.08, "progressive": [], "erasing": 0.0,
     "mixup": 0.0, "cutmix": 0.0,
@@ -16,7 +16,7 @@ _IN_MEMORY: Table = {"pixel_noise": 0.0, "crop": 0, "crop_padding": "zero", "cut
 def migrate(recipe: Table) -> Table:
     """Return the tables of a recipe in the current layout.
 
-    A recipe that a run wrote in the old layout contains ``[data.synthetic]`` for every source.
+    In the old layout, every ``config.toml`` of a run contains ``[data.synthetic]``.
     """
     data, optimizer = recipe.get("data"), recipe.get("optimizer")
     if not isinstance(data, dict) or not isinstance(data.get("synthetic"), dict):
@@ -36,11 +36,10 @@ def migrate(recipe: Table) -> Table:
 
 
 def migrate_of_run(recipe: Table) -> Table:
-    """Return the tables of a recipe that a run wrote. Only in these, a missing option has the value
-    that it had when the run was started.
+    """Return a run's recipe with the options that an old run used but did not store.
 
-    The source folder had images of 32x32 pixels by default, which runs did not store, and did not
-    read ``val`` next to ``test``.
+    Runs of older versions with the source ``folder`` resized images to 32x32 pixels by default, and
+    did not read a ``val`` folder if there was a ``test`` folder.
     """
     data = recipe.get("data")
     if not isinstance(data, dict) or data.get("source") != "folder" or "image_size" in data:

@@ -1,7 +1,7 @@
 """The options of a recipe. TOML files and the command line both set the fields of these classes.
 
-The bounds of an option are in its type. Each objective, data source and optimizer has options of
-its own, in a subclass of :class:`ObjectiveConfig`, :class:`DataConfig` or :class:`OptimizerConfig`.
+The type of an option contains its bounds. Each objective, data source and optimizer defines its
+options in a subclass of :class:`ObjectiveConfig`, :class:`DataConfig` or :class:`OptimizerConfig`.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ class Options:
     """A section of a recipe."""
 
     def check(self) -> None:
-        """Raise ``UsageError`` if options that depend on each other do not fit. This is called when
-        a recipe is created, after the bounds of each option were checked."""
+        """Raise ``UsageError`` if two options conflict. A recipe calls this when it is created,
+        after it has checked the bounds of each option."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,22 @@ class DataConfig(Options):
     """The data set, and the options that all data sources share."""
 
     source: str
-    """The data source."""
+    """Name of the data source."""
     root: str | None = None
-    """Folder of the data set, for sources that read one."""
+    """Folder of the data set, for sources that read one. The source images also accepts a .parquet
+    file, or hf:NAME for a Hugging Face data set."""
     image_size: Side | None = None
-    """Side in pixels, for sources that resize. Default for images and folder: the size that the
-    networks were made for (the teacher's first), or the pictures' own, at most 224. Default for
-    others: synthetic 32, tiny-imagenet 64, imagenet 224."""
+    """Width and height of the images in pixels, for sources that resize images. Default for images
+    and folder: the input size of the teacher, or else of a student. If the networks accept any
+    size, it is the size of the stored images, but at most 224. Default for other sources:
+    synthetic 32, tiny-imagenet 64, imagenet 224."""
     validation: Rate = 0.1
-    """Share of the training images held out to select the best checkpoint. 0: train on all images,
-    which requires train.select = last."""
+    """Share of the training images that is held out to select the best checkpoint. 0 trains on all
+    images and requires train.select = last."""
 
     def training_sizes(self) -> set[int | None]:
-        """Return the sides of the training images in pixels. None is the side of the source."""
+        """Return the widths of the square training images in pixels. None means that the source
+        decides."""
         return {self.image_size}
 
     def has_validation(self) -> bool:
@@ -57,8 +60,7 @@ class DataConfig(Options):
         return self.validation > 0
 
     def image_size_from_networks(self) -> bool:
-        """Return whether image_size, if it is not set, is the size that the networks were made
-        for."""
+        """Return whether the networks determine ``image_size`` if it is not set."""
         return False
 
 
@@ -71,27 +73,30 @@ class NetworkConfig(Options):
     """One network of the recipe."""
 
     model: str
-    """Name of a registered model."""
+    """Name of the model. bdkd models lists them."""
     role: Literal["student", "teacher"]
     """Role of the network in the objective."""
     weights: str | None = None
-    """Initial weights: a file of torch or safetensors, which any trainer may have written, or the
-    folder of a run (its selected checkpoint). pretrained: the weights that timm or torchvision
-    publish for the model. random: random weights, also if frozen."""
+    """Initial weights: the path of a torch or safetensors file from any trainer, or the folder of a
+    run, whose selected checkpoint is loaded. pretrained: the weights that timm or torchvision
+    publish for the model. random: random weights. A frozen network requires this option. The
+    default for other networks is random weights."""
     weights_key: str | None = None
-    """Key of the weights in the file, if it holds several (such as model or state_dict_ema).
-    Default: the moving average if there is one. In a checkpoint of a run: name of the network."""
+    """Key of the weights in a file that contains several, such as model or state_dict_ema. For the
+    checkpoint of a run: the name of a network in that run. Default: the network with the same name,
+    and its moving average if the file contains one."""
     reset_head: bool = False
-    """Do not load the classifier, so that the file may be for another number of classes. With
-    pretrained weights of another number this is the default."""
+    """Train a new classifier instead of loading it, for weights with another number of classes.
+    Pretrained weights with another number of classes always get a new classifier."""
     frozen: bool = False
-    """Do not train this network, for offline distillation. Batch norm is in evaluation mode."""
+    """Do not train this network (offline distillation). Its batch norm layers stay in evaluation
+    mode."""
     learning_rate: Positive | None = None
     """Peak learning rate of this network. Default: optimizer.learning_rate."""
     shard: bool = False
-    """Shard the weights of a large teacher across the ranks (FSDP2), to save memory."""
+    """Shard the weights of this teacher across the ranks (FSDP2) to save memory."""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Options of the model, as pairs of name and value."""
+    """Options of the model, as pairs of a name and a value."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +104,22 @@ class ObjectiveConfig(Options):
     """The objective and its options."""
 
     name: str
-    """The objective."""
+    """Name of the objective."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Options):
-    """One optimizer for all networks, with parameter groups for each."""
+    """The optimizer. It updates all networks, and each network has its own parameter groups."""
 
     name: str
-    """The optimizer. lamb and novograd require a GPU and NVIDIA's apex."""
+    """Name of the optimizer. lamb and novograd require a GPU and NVIDIA's apex."""
     learning_rate: Positive = 0.1
-    """Peak learning rate for the whole batch."""
+    """Peak learning rate of the schedule. It is not scaled by the batch size or the number of
+    ranks."""
     weight_decay: NotNegative[float] = 5e-4
-    """Weight decay. It does not apply to norms and biases, unless decay_norms is set."""
+    """Weight decay. It does not apply to norms and biases unless decay_norms is set."""
     decay_norms: bool = False
-    """Apply weight decay to norms and biases too, as common distillation code does."""
+    """Also apply weight decay to norms and biases, as common distillation code does."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +127,21 @@ class ScheduleConfig(Options):
     """The learning rate schedule: a linear warm-up, then a decay."""
 
     name: Literal["cosine", "step", "constant"] = "cosine"
-    """Decay: a cosine to the final factor, steps at milestones, or none."""
+    """Decay of the learning rate after the warm-up. cosine: follow a half cosine down to the final
+    learning rate. step: multiply the learning rate by factor at each milestone. constant: no
+    decay."""
     unit: Literal["epochs", "steps"] = "epochs"
-    """Unit of warmup and milestones. A step has the batch size with which the run started."""
+    """Unit of warmup and milestones. If a run is resumed with another batch size, the schedule
+    still counts steps of the first batch size."""
     warmup: NotNegative[float] = 0.0
-    """Length of the linear warm-up, in epochs (or steps)."""
+    """Length of the linear warm-up in epochs, or in steps if unit is steps."""
     milestones: tuple[NotNegative[float], ...] = ()
-    """step: numbers of completed epochs (or steps) after which the learning rate is multiplied by
-    the factor."""
+    """For the step schedule: numbers of completed epochs (or steps) after which the learning rate
+    is multiplied by factor."""
     factor: Annotated[float, Bounds(gt=0, le=1)] = 0.1
-    """step: the factor."""
+    """For the step schedule: factor of the learning rate at each milestone."""
     final: Share = 0.0
-    """cosine: the final learning rate as a share of the peak."""
+    """For the cosine schedule: the final learning rate as a share of the peak."""
 
 
 @dataclass(frozen=True)
@@ -140,42 +149,45 @@ class TrainConfig(Options):
     """The training loop."""
 
     epochs: Count = 30
-    """Number of passes over the training images, which is also the length of the schedule. If a
-    run is resumed with another number, its decay continues from the current learning rate. A decay
-    that has ended starts again."""
+    """Number of passes over the training images. It is also the length of the learning rate
+    schedule. If a run is resumed with another number of epochs, the decay continues from the
+    current learning rate. If the decay has already ended, the learning rate rises again."""
     batch_size: Annotated[int, Bounds(ge=2)] = 128
-    """Images of one optimizer step, over all ranks and micro-batches."""
+    """Number of images in one optimizer step, over all ranks and micro-batches."""
     accumulate: int = 1
-    """Number of micro-batches in a batch (gradient accumulation)."""
+    """Number of micro-batches in a batch (gradient accumulation). Must divide train.batch_size."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32, or mixed precision: bf16 autocast, or fp16 autocast with a loss scale."""
+    """fp32: single precision. bf16: mixed precision with bf16 autocast. fp16: mixed precision with
+    fp16 autocast and a loss scale."""
     channels_last: bool = True
     """Keep images and weights in the channels-last layout."""
     compile: bool = False
-    """Compile the forward passes, losses and backward passes of all networks with torch.compile as
-    one graph. The backward passes are a separate graph with several ranks, because DDP reduces
-    gradients during the backward pass, and with torch versions that do not support one graph."""
+    """Compile the forward passes, losses and backward passes of all networks into one graph with
+    torch.compile. With several ranks the backward passes are a second graph, because DDP reduces
+    gradients during the backward pass. They are also a second graph with torch 2.8."""
     cuda_graph: bool = False
     """Capture a whole step as one CUDA graph for each batch shape, and replay it. Use this for
-    small networks, whose kernels the host launches more slowly than the GPU runs them. Not measured
-    yet."""
+    small networks, whose kernels run faster than the host can launch them."""
     overlap: bool = False
     """Run the networks concurrently on one GPU, each on a separate stream. Use this for networks
-    that do not fill the GPU, preferably with cuda_graph. Not measured yet."""
+    that do not fill the GPU. It saves more time together with cuda_graph."""
     tf32: bool = True
     """Use TF32 for float32 matrix products and convolutions on a GPU."""
     deterministic: bool = False
     """Use only deterministic operators. A resumed run then equals an uninterrupted run bit for bit.
     This is slower on a GPU. Runs on a CPU are always deterministic."""
     clip_norm: Positive | None = None
-    """Clip the gradients of each network to this norm."""
+    """Clip the gradients of each network to this norm. Default: no clipping."""
     ema_decay: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of each student with this decay per step. It averages
-    weights and batch norm statistics. The decay warms up as in timm's ModelEmaV3."""
+    weights and batch norm statistics. The decay warms up as in timm's ModelEmaV3. Default: no
+    moving average."""
     max_skipped: Count = 20
-    """Stop after this number of consecutive steps with non-finite losses or gradients."""
+    """End the run with an error after this number of consecutive steps with non-finite losses or
+    gradients."""
     select: Literal["best", "last"] = "best"
-    """Weights to evaluate on the test images: the best on the validation images, or the last."""
+    """Weights to evaluate on the test images. best: the weights with the highest top-1 accuracy on
+    the validation images. last: the weights after the last step."""
 
     def check(self) -> None:
         if self.accumulate < 1 or self.batch_size % self.accumulate:
@@ -190,25 +202,30 @@ class CheckpointConfig(Options):
     """When to save checkpoints, and how many to keep."""
 
     every_steps: Count = 500
-    """Optimizer steps between checkpoints. The end of a run and signals also save one."""
+    """Optimizer steps between checkpoints. A checkpoint is also saved at the end of the run and
+    when a signal stops it."""
     every_minutes: Positive | None = None
-    """Also save a checkpoint this number of minutes after the last one."""
+    """Also save a checkpoint when this number of minutes has passed since the last one."""
     keep: Count = 2
-    """Number of the newest checkpoints to keep."""
+    """Number of recent checkpoints to keep. The best checkpoint is kept in addition."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig(Options):
-    """Training on several ranks, started by torchrun."""
+    """Training on several ranks that torchrun starts."""
 
     timeout: Positive = 600.0
-    """Seconds that a rank waits for another rank. Then the run ends and names the missing rank."""
+    """Seconds that a rank waits for another rank. After this time the run ends with a message that
+    names the missing rank."""
     grace: Positive = 25.0
-    """Seconds after a signal within which the ranks save and exit. torchrun kills them after 30."""
+    """Seconds that the ranks have to save a checkpoint and exit after a signal. torchrun kills them
+    after 30 seconds."""
     compress: Literal["none", "bf16"] = "none"
-    """Round gradients to bf16 for the all-reduce, which halves the bytes, or not."""
+    """Compression of the gradients for the all-reduce. bf16: round them to bf16, which halves the
+    number of bytes. none: no compression."""
     sync_batch_norm: bool = False
-    """Compute batch norm statistics over the images of all ranks, not of each rank separately."""
+    """Compute batch norm statistics over the images of all ranks instead of each rank
+    separately."""
 
 
 @dataclass(frozen=True)
@@ -229,25 +246,26 @@ class Recipe:
     run_dir: str | None = None
     """Folder of the run. Default: runs/<recipe>-<objective>-seed<seed>."""
     seed: Annotated[int, Bounds(ge=0, lt=2**63)] = 0
-    """Random seed of weights, data order and augmentation."""
+    """Random seed for weights, data order and augmentation."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """The device: auto (a GPU if available), cpu, cuda or cuda:N."""
     threads: Annotated[int, Bounds(ge=1, le=4096)] | None = None
-    """Number of CPU threads of torch. Default: torch decides."""
+    """Number of CPU threads that torch uses. Default: torch decides."""
     max_steps: Count | None = None
-    """Stop after this number of optimizer steps. The schedule does not change."""
+    """Stop after this number of optimizer steps. The learning rate schedule does not change."""
     evaluate_every: Count = 1
-    """Evaluate after each time that this number of epochs is completed, and at the end of the
+    """Number of epochs between evaluations. The networks are also evaluated at the end of the
     run."""
     watch_test: bool = False
-    """Also evaluate on the test images, for an accuracy curve without validation images. The
-    results are only logged. They never select a checkpoint."""
+    """Also evaluate on the test images during training, for an accuracy curve without validation
+    images. The results are only logged and never select a checkpoint."""
     log_every: Count = 10
-    """Optimizer steps between log lines. Nothing is read from the device between log lines."""
+    """Optimizer steps between log lines. The trainer reads no values from the device between log
+    lines."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Destinations of metrics in addition to metrics.jsonl."""
+    """Where to write metrics in addition to metrics.jsonl."""
     plugins: tuple[str, ...] = ()
-    """The plugins that the recipe needs. The command line must name them with --plugin."""
+    """Plugins that the recipe needs. The command line must name each one with --plugin."""
 
     def __post_init__(self) -> None:
         """Raise ``UsageError`` with the key of the first invalid value."""
@@ -276,40 +294,40 @@ class Recipe:
     def _relations(self) -> list["Check"]:
         return [
             ("name", self.name, NAME.fullmatch(self.name) is not None,
-             "letters, digits, -, _ and ."),
-            ("networks", "none", len(self.networks) > 0, "at least one network"),
+             "made of letters, digits, -, _ and ."),
+            ("networks", "none", len(self.networks) > 0, "a table with at least one network"),
             ("train.select", self.train.select,
              self.train.select == "last" or self.data.validation > 0,
              "last if data.validation is 0 (no images are held out to select the best weights)"),
         ]  # fmt: skip
 
     def _networks(self) -> Iterator["Check"]:
-        from torch import nn  # names of attributes of nn.ModuleDict cannot be names of networks
+        from torch import nn  # a network cannot have the name of an attribute of nn.ModuleDict
 
         for name, network in self.networks.items():
             usable = NAME.fullmatch(name) is not None and "." not in name and name not in RESERVED
             usable = usable and not hasattr(nn.ModuleDict(), name) and not name.endswith("_ema")
             yield (
                 f"the network name {name!r}", name, usable,
-                "letters, digits, - and _, not ending in _ema, no key of metrics.jsonl and no "
-                "attribute of torch.nn.ModuleDict",
+                "made of letters, digits, - and _, not end in _ema, and not be a key of "
+                "metrics.jsonl or an attribute of torch.nn.ModuleDict",
             )  # fmt: skip
             for fits, needed in (
                 (network.role == "teacher",
-                 "a teacher's option: an exported student is on one device"),
+                 "false for a student (only a teacher can be sharded)"),
                 (self.train.precision != "fp16",
-                 "off with train.precision fp16, whose loss scale needs all gradients: use bf16"),
+                 "false with train.precision fp16 (its loss scale needs all gradients; use bf16)"),
             ):  # fmt: skip
                 yield f"networks.{name}.shard", network.shard, fits or not network.shard, needed
             loads = network.weights not in (None, RANDOM)
             chooses = loads and network.weights != PRETRAINED
             for option, fits, needed in (
                 ("weights_key", chooses or network.weights_key is None,
-                 f"left out unless networks.{name}.weights is a file or run"),
+                 f"left out unless networks.{name}.weights is a file or the folder of a run"),
                 ("reset_head", loads or not network.reset_head,
                  f"false without networks.{name}.weights"),
                 ("reset_head", not (network.reset_head and network.frozen),
-                 "false if the network is frozen: its new classifier would never train"),
+                 "false for a frozen network (its new classifier would never train)"),
             ):  # fmt: skip
                 yield f"networks.{name}.{option}", repr(getattr(network, option)), fits, needed
 

@@ -1,18 +1,21 @@
-"""Parse TOML of unknown origin in bounded time and memory."""
+"""Parse untrusted TOML in bounded time and memory."""
 
 import re
 import tomllib
 from typing import Any
 
 MAX_CHARACTERS = 1_000_000
-MAX_KEY_PARTS = 100  # tomllib needs quadratic memory for the parts of a dotted key
+MAX_KEY_PARTS = 100  # the memory of tomllib is quadratic in the parts of a dotted key
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'[^\']*\'')
 _KEY_PART = re.compile(r"\s*[\w-]+\s*")
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the tables of a TOML text. Raise ``ValueError`` if it is not valid, too long, or
-    nested too deeply."""
+    """Return the tables of a TOML text.
+
+    Raises:
+        ValueError: the text is not valid TOML, too long, or nested too deeply.
+    """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read")
     for number, line in enumerate(text.split("\n"), 1):

@@ -1,1 +1,1 @@
-"""Several ranks: what they exchange, how torchrun starts them, FSDP."""
+"""Training on several ranks: collectives, joining the ranks that torchrun starts, and FSDP."""

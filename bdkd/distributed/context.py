@@ -1,10 +1,10 @@
 """The processes that train together, and the collectives that the trainer needs.
 
-One process is one rank; ``torchrun`` starts the ranks. A run with one rank uses the same code: each
-collective then returns its input.
+One process is one rank, and ``torchrun`` starts the ranks. A run with one rank uses the same code,
+but each collective then returns its input.
 
-There are two process groups. ``group`` carries tensors (NCCL for GPUs, gloo for CPUs). ``control``
-carries what the hosts agree on (gloo) while the devices train.
+There are two process groups. ``group`` transfers tensors, with NCCL on GPUs and gloo on CPUs.
+``control`` transfers decisions of the hosts with gloo while the devices train.
 """
 
 import re
@@ -22,12 +22,12 @@ from bdkd.errors import Interrupted, RunError, UsageError, first_line
 
 Value = TypeVar("Value")
 
-# Messages of gloo and NCCL about a rank that is gone or silent. gloo has no exception type.
+# Messages of gloo and NCCL about a rank that ended or does not answer. gloo has no exception type.
 _LOST = re.compile(
     r"gloo|NCCL|ncclComm|pair closure|Connection (closed|reset|refused)|Broken pipe|Timed out",
     re.IGNORECASE,
 )
-_REPORT_SECONDS = 5.0  # how long a rank that lost another one waits for the reports of the rest
+_REPORT_SECONDS = 5.0  # time that a rank waits for reports of the other ranks after losing one
 
 
 class RankLostError(RunError):
@@ -35,11 +35,13 @@ class RankLostError(RunError):
 
 
 class DistributedContext:
-    """This process and the others that train with it.
+    """This process and the other processes that train with it.
 
     Attributes:
-        rank, world_size: the number of this process, and how many there are.
-        location: where this rank is in its run. Named if another rank does not answer.
+        rank: the number of this process, from 0.
+        world_size: the number of processes.
+        location: the current phase of this rank, such as ``"step 5"``. A message contains it if
+            another rank does not answer.
     """
 
     def __init__(
@@ -69,17 +71,17 @@ class DistributedContext:
 
     @property
     def shard(self) -> Shard:
-        """The images of this rank."""
+        """The part of each batch that this rank processes."""
         return Shard(self.rank, self.world_size)
 
     def all_reduce_sum(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over the ranks. Does not synchronise a GPU."""
+        """Replace each tensor by its sum over the ranks, without synchronizing with a GPU."""
         if self.is_distributed:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.group)
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors by those of rank 0, in one message for each dtype."""
+        """Overwrite the tensors with those of rank 0, with one collective for each dtype."""
         if not self.is_distributed:
             return
         for group in by_dtype(tensors):
@@ -88,7 +90,8 @@ class DistributedContext:
             copy_flat(group, flat)
 
     def broadcast_from_rank0(self, make: Callable[[], Value]) -> Value:
-        """Call ``make`` on rank 0. Returns its result, or raises its error, on all ranks."""
+        """Call ``make`` on rank 0, and return its result on all ranks. If ``make`` raises an error,
+        raise it on all ranks."""
         if not self.is_distributed:
             return make()
         answer: list[Any] = [None, None]
@@ -103,7 +106,8 @@ class DistributedContext:
         return answer[0]
 
     def gather_objects(self, value: Value) -> list[Value] | None:
-        """Return every rank's value in order of rank on rank 0, and None on the others."""
+        """Return the values of all ranks in the order of the ranks. Only rank 0 gets them, other
+        ranks get None."""
         if not self.is_distributed:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_rank0 else None
@@ -111,11 +115,11 @@ class DistributedContext:
         return values
 
     def async_all_reduce_max(self, *values: int) -> tuple[int, ...]:
-        """Return the largest value of any rank for each argument of the previous call.
+        """Return the maximum over the ranks of each argument of the previous call.
 
-        All ranks must call this once a step, with the same number of values. The hosts exchange
-        the values during the next step, so the result is one step late; the first result is zeros.
-        With one rank the values are returned at once.
+        All ranks must call this once per step, with the same number of values. The hosts exchange
+        the values during the next step, so the result is one step late, and the first result is
+        zeros. With one rank, the method returns the values of this call.
         """
         if not self.is_distributed:
             return values
@@ -136,7 +140,8 @@ class DistributedContext:
     def average_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Replace gradients by their means over the ranks, after the backward pass.
 
-        DDP does this during the backward pass, but needs to know before it which networks train.
+        DDP averages gradients during the backward pass, but it requires that the same networks
+        train in each step.
         """
         if not self.is_distributed:
             return
@@ -153,7 +158,7 @@ class DistributedContext:
         return self.is_distributed and (known or text)
 
     def describe_missing_ranks(self) -> str:
-        """Return one line that names the ranks that do not report, after waiting for reports."""
+        """Wait for reports of the other ranks, and return a line that names the silent ranks."""
         assert self.store is not None
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         deadline = time.monotonic() + _REPORT_SECONDS
@@ -164,19 +169,22 @@ class DistributedContext:
                 silent = [rank for rank in silent if not self.store.check([f"lost/{rank}"])]
                 time.sleep(0.05)
             named = [f"{rank} on {self.store.get(f'host/{rank}').decode()}" for rank in silent]
-        except (RuntimeError, dist.DistError) as error:  # torchrun itself, or its machine, is gone
+        except (RuntimeError, dist.DistError) as error:  # torchrun or its machine ended
             return (
-                f"rank {self.rank} lost the others at {self.location}, and cannot ask torchrun's "
-                f"store who is left ({first_line(error)})"
+                f"rank {self.rank} lost the connection to the other ranks at {self.location}, and "
+                "cannot reach torchrun's store to find out which ranks are left "
+                f"({first_line(error)})"
             )
-        who = f"rank {', rank '.join(named)}" if named else "no single rank is silent: the network"
+        who = "a network connection (all ranks still report)"
+        if named:
+            who = f"rank {', rank '.join(named)}"
         return (
             f"{who}: ended, or no answer for {self.timeout:g} s (distributed.timeout), while rank "
             f"{self.rank} was at {self.location}"
         )
 
     def close(self) -> None:
-        """Finish the reduction that the other ranks still wait for."""
+        """Finish the pending reduction, because the other ranks wait for it."""
         self._wait_for_reduction()
 
 
@@ -184,9 +192,9 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Return whether a network's weights are distributed over the ranks (FSDP), so that all ranks
-    must call it together."""
-    from torch.distributed.tensor import DTensor  # a second to import
+    """Return whether the weights of a network are sharded across the ranks (FSDP). All ranks must
+    then call the network together."""
+    from torch.distributed.tensor import DTensor  # this import takes a second
 
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
@@ -200,7 +208,8 @@ def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _buckets(tensors: list[Tensor], limit: int = 2**25) -> Iterator[list[Tensor]]:
-    """Split tensors into parts of about 32 MiB, so that a flat copy needs little memory."""
+    """Split a list of tensors into lists of about 32 MiB, so that a flat copy needs little
+    memory."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -220,6 +229,6 @@ def flatten(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def copy_flat(tensors: list[Tensor], flat: Tensor) -> None:
-    """Copy a flat tensor of :func:`flatten` back into the tensors."""
+    """Copy the elements of a flat tensor, as :func:`flatten` returns it, into the tensors."""
     pieces = flat.split([tensor.numel() for tensor in tensors])
     foreach_copy_(tensors, [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])

@@ -1,7 +1,8 @@
-"""Networks whose weights are distributed over the ranks with FSDP2, for large teachers.
+"""Shard the weights of large teachers across the ranks with FSDP2.
 
-The optimizer updates each rank's part as a plain tensor, so that the fused kernels, which skip a
-step on the device, work for it too. A checkpoint holds whole tensors, whatever the number of ranks.
+The optimizer updates the part of each rank as a plain tensor, so that the fused kernels, which can
+skip a step on the device, also work with sharded networks. A checkpoint contains whole tensors and
+does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from bdkd.distributed.context import DistributedContext
 
 
 def shard(network: nn.Module, context: DistributedContext, device: torch.device) -> None:
-    """Shard a network's parameters in place, child by child, so that only one child's weights are
-    whole at a time."""
+    """Shard the parameters of a network in place.
+
+    Each child module is sharded separately, so that a rank gathers the weights of only one child at
+    a time.
+    """
     assert context.group is not None
     # FSDP rejects parameters in the channels-last layout.
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -32,9 +36,12 @@ def shard(network: nn.Module, context: DistributedContext, device: torch.device)
 
 
 class Sharding:
-    """The parameters of sharded networks and this rank's parts of them.
+    """The parameters of sharded networks, and the parts of them that this rank updates.
 
-    All ranks must call the methods that gather.
+    All ranks must call the ``gather`` methods.
+
+    Args:
+        names: names of the sharded networks.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -42,7 +49,7 @@ class Sharding:
         self._parts: list[tuple[nn.Parameter, DTensor]] = []
 
     def local_part(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Return this rank's part of a parameter as a plain tensor in the same memory."""
+        """Return this rank's part of a parameter as a plain tensor that shares its memory."""
         if not isinstance(parameter, DTensor):
             return parameter
         part = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
@@ -50,13 +57,13 @@ class Sharding:
         return part
 
     def set_local_gradients(self) -> None:
-        """Give each local part its gradient."""
+        """Set the gradient of each local part."""
         for part, parameter in self._parts:
             gradient = parameter.grad
             part.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Return the whole of a tensor that may be sharded."""
+        """Return the whole tensor if the tensor is sharded, or else the tensor itself."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def gather_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,7 +73,7 @@ class Sharding:
     def distribute_weights(
         self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return a state dict of whole tensors, sharded as the state dict ``like``."""
+        """Return a state dict whose tensors are sharded like those of the state dict ``like``."""
         return {
             name: _distribute(value, own) if isinstance(own := like.get(name), DTensor) else value
             for name, value in state.items()
@@ -81,7 +88,7 @@ class Sharding:
     def distribute_moments(
         self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return an optimizer's state dict of whole tensors, reduced to this rank's parts."""
+        """Return an optimizer's state dict with this rank's parts, from one with whole tensors."""
         return self._change_moments(
             optimizer, state, lambda value, like: _distribute(value, like).to_local()
         )
@@ -98,7 +105,7 @@ class Sharding:
         for index, moments in state["state"].items():
             like = of_part.get(id(parameters[index]))
             changed[index] = {
-                # AdamW's count of steps has no dimension
+                # a 0-dim value, such as the step count of AdamW, is not sharded
                 key: value if like is None or not value.ndim else change(value, like)
                 for key, value in moments.items()
             }
@@ -112,7 +119,8 @@ def _gather(part: Tensor, like: DTensor) -> Tensor:
 
 
 def _distribute(whole: Tensor, like: DTensor) -> DTensor:
-    """Return this rank's part of a tensor that every rank has whole. No communication."""
+    """Return a sharded tensor from the whole tensor, which each rank has. The ranks do not
+    communicate."""
     return distribute_tensor(
         whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )

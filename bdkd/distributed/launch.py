@@ -1,4 +1,4 @@
-"""The start and the end of a rank: process groups, output, failures, exit."""
+"""Start and end a rank: create process groups, redirect output, report failures, exit."""
 
 import contextlib
 import datetime
@@ -27,23 +27,25 @@ from bdkd.distributed.rendezvous import (
 from bdkd.errors import Interrupted, RunError, UsageError, first_line
 from bdkd.interrupts import exit_now
 
-_own_files: list[IO[str]] = []  # log files of this process, if it does not print on the terminal
-_terminals: list[IO[str]] = []  # the terminal that this process printed on before
+_own_files: list[IO[str]] = []  # the log file of this process, if its output is redirected
+_terminals: list[IO[str]] = []  # the standard error of this process before the redirection
 _stores: list[dist.Store] = []  # stores of the process groups that this process has joined
 _SPEAK_SECONDS = 2.0  # time for rank 0 to print before another rank exits
-_FIRST_SECONDS = 1.0  # time for rank 0 to print an error that other ranks have too
+_FIRST_SECONDS = 1.0  # time for rank 0 to print an error that all ranks have
 
 
 @contextlib.contextmanager
 def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext]:
-    """Join the ranks that ``torchrun`` started. Yields :data:`SINGLE_PROCESS` without ``torchrun``.
+    """Join the ranks that ``torchrun`` started. Yield :data:`SINGLE_PROCESS` without ``torchrun``.
 
     Args:
-        timeout: seconds that a rank waits for another one before the run ends.
-        device: the recipe's ``device``. NCCL is initialised if it may be a GPU.
+        timeout: seconds that a rank waits for another rank before the run ends.
+        device: ``device`` of the recipe. If it may be a GPU, NCCL is initialised.
 
     Raises:
-        JoinError: the launcher's variables are invalid, or the other ranks cannot be reached.
+        JoinError: an environment variable of the launcher is invalid, or the other ranks cannot be
+            reached.
+        RankLostError: another rank ended or does not answer.
     """
     launch = read_launch() if is_launched() else None
     if launch is None or launch.world_size == 1:
@@ -55,7 +57,8 @@ def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext
     store = open_store(launch, timeout)
     wait_for_ranks(store, launch, timeout)
     try:
-        # NCCL waits longer: its watchdog ends the process without saying which rank is missing.
+        # NCCL gets a longer timeout, because its watchdog ends the process without a message that
+        # names the missing rank.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             store=store, rank=rank, world_size=world_size,
@@ -64,8 +67,8 @@ def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext
         control = dist.new_group(backend="gloo", timeout=seconds)
     except RuntimeError as error:
         raise JoinError(
-            f"{launch.describe()} cannot connect to the ranks that it met at {launch.host}:"
-            f"{launch.port}: {first_line(error)}; check the network between the machines"
+            f"{launch.describe()} found the other ranks at {launch.host}:{launch.port}, but cannot "
+            f"connect to them: {first_line(error)}; check the network between the machines"
         ) from error
     _stores.append(store)
     context = DistributedContext(
@@ -77,15 +80,16 @@ def init_distributed(timeout: float, device: str) -> Iterator[DistributedContext
         if not context.is_rank_lost(error):
             raise
         raise RankLostError(
-            f"{context.describe_missing_ranks()}; what was saved is whole, continue with --resume"
+            f"{context.describe_missing_ranks()}; saved checkpoints are complete, continue with "
+            "--resume"
         ) from error
     else:
         context.close()
-        dist.destroy_process_group()  # after a failure the process ends anyway
+        dist.destroy_process_group()  # not needed after a failure, which ends the process
 
 
 def is_initialized() -> bool:
-    """Return whether this process has been one of several ranks. It must end with
+    """Return whether this process has joined other ranks. It must then end with
     :func:`exit_rank`."""
     return bool(_stores)
 
@@ -93,34 +97,35 @@ def is_initialized() -> bool:
 def exit_rank(code: int) -> NoReturn:
     """End the process of a rank.
 
-    The interpreter's own exit is not safe: a gloo thread that releases the last reference to a
-    tensor waits for the interpreter, and the process aborts if the interpreter ends meanwhile
-    (``terminate called without an active exception``). ``destroy_process_group`` does not
-    necessarily end those threads, because they live as long as anything refers to their group.
+    The normal exit of the interpreter is not safe. A gloo thread that releases the last reference
+    to a tensor waits for the interpreter. If the interpreter ends in the meantime, the process
+    aborts with ``terminate called without an active exception``. ``destroy_process_group`` may not
+    end these threads, because they live as long as an object refers to their group.
     """
     exit_now(code)
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine, which is the number of its GPU."""
+    """Return the number of this process on its machine. It uses the GPU with this number."""
     return int(os.environ.get("LOCAL_RANK", 0)) if is_launched() else 0
 
 
 def launch_id() -> str | None:
-    """Return an identifier that one call of ``torchrun`` shares with its own restarts only, or None
-    without ``torchrun``."""
+    """Return an identifier of a ``torchrun`` call that stays the same when it restarts the ranks.
+    Return None without ``torchrun``."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return None
-    # Without --rdzv-id every launch is called "none". The parent of its ranks is its agent.
+    # Without --rdzv-id, each launch has the ID "none". The parent process is torchrun's agent.
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
 @contextlib.contextmanager
 def only_rank0_prints() -> Iterator[None]:
-    """Silence all ranks but rank 0 while they do the same work.
+    """Discard the output of all ranks except rank 0 while they do the same work.
 
-    A silent rank delays its exit, because torchrun ends rank 0 as soon as another rank exits.
+    A rank without output delays its exit, because torchrun ends rank 0 as soon as another rank
+    exits.
     """
     if not is_launched() or os.environ["RANK"] == "0":
         yield
@@ -137,10 +142,10 @@ def only_rank0_prints() -> Iterator[None]:
 
 
 def redirect_output(folder: Path, rank: int) -> None:
-    """Append everything that this process and its libraries print to ``folder/rank-N.log``."""
+    """Redirect the output of this process and its libraries to the file ``folder/rank-N.log``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f"rank-{rank}.log", "a", buffering=1)  # noqa: SIM115 - till the end
+        file = open(folder / f"rank-{rank}.log", "a", buffering=1)  # noqa: SIM115 - stays open
     except OSError as error:
         raise RunError(
             f"cannot write the log of rank {rank} in {folder}: {error.strerror or error}"
@@ -156,9 +161,14 @@ def redirect_output(folder: Path, rank: int) -> None:
 
 
 def report_failure(error: BaseException) -> bool:
-    """Record an error where torchrun looks for the first failure. Returns whether this rank should
-    print it: rank 0 on the terminal, another rank in its log file, with the traceback. An error of
-    joining is printed once on each machine."""
+    """Record an error in the file in which torchrun looks for the first failure.
+
+    Rank 0 prints errors on the terminal. Other ranks write them to their log files, with the
+    traceback. One rank of each machine prints a ``JoinError``.
+
+    Returns:
+        Whether the caller should print the error.
+    """
     number = os.environ.get("LOCAL_RANK" if isinstance(error, JoinError) else "RANK", "0")
     first, failed = number == "0", not isinstance(error, Interrupted)
     if failed and _own_files:
@@ -166,7 +176,7 @@ def report_failure(error: BaseException) -> bool:
     if failed and "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        if isinstance(error, RunError | UsageError):  # one line says it all
+        if isinstance(error, RunError | UsageError):  # users need only the line, no traceback
             error = error.with_traceback(None)
             error.__cause__, error.__suppress_context__ = None, True
         try:
@@ -181,11 +191,11 @@ def report_failure(error: BaseException) -> bool:
 
 
 def _print_on_terminal(error: Exception, first: bool) -> None:
-    """Print the error of another rank than rank 0 once, unless rank 0 prints the same one."""
+    """Print an error of a rank other than 0 once, unless rank 0 prints the same error."""
     if not first:
         time.sleep(_FIRST_SECONDS)
     digest = hashlib.sha256(str(error).encode(errors="replace")).hexdigest()
-    with contextlib.suppress(RuntimeError, dist.DistError, OSError):  # the store may be gone
+    with contextlib.suppress(RuntimeError, dist.DistError, OSError):  # the store may have ended
         if all(store.add(f"said/{digest}", 1) == 1 for store in _stores):
             for terminal in _terminals:
                 print(f"bdkd: rank {os.environ['RANK']}: {error}", file=terminal)

@@ -1,7 +1,7 @@
-"""The meeting of the ranks: the launcher's variables, the store, and the wait for all ranks.
+"""The rendezvous of the ranks: read the launcher's variables, open the store, wait for all ranks.
 
-A rank that cannot meet the others fails within ``distributed.timeout``, with one line. torch's own
-attempts take up to three times as long and print the stack of each one.
+A rank that cannot reach the others fails within ``distributed.timeout`` with a message of one line.
+The rendezvous of torch takes up to three times as long and prints a stack trace for each attempt.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from bdkd.errors import RunError, first_line, reason_of
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_SECONDS = 0.1
-_ANSWER_SECONDS = 2.0  # for the answer of a store that is connected
+_ANSWER_SECONDS = 2.0  # time for a store to answer after the connection
 
 
 class JoinError(RunError):
-    """This rank cannot join the others. No other rank can say so in its place."""
+    """This rank cannot join the others. It must report this itself, because the others cannot."""
 
 
 class Launch(NamedTuple):
-    """What the launcher has told this process."""
+    """The values of the launcher's environment variables."""
 
     rank: int
     world_size: int
@@ -46,7 +46,8 @@ def is_launched() -> bool:
 
 
 def read_launch() -> Launch:
-    """Return the launcher's variables. Raise ``JoinError`` if one is invalid."""
+    """Return the values of the launcher's environment variables. Raise ``JoinError`` if one is
+    invalid."""
     world_size = _number("WORLD_SIZE", 1)
     rank = _number("RANK", 0, world_size - 1, f" (WORLD_SIZE is {world_size})")
     if "LOCAL_RANK" in os.environ:
@@ -71,11 +72,16 @@ def _number(name: str, low: int, high: int | None = None, why: str = "") -> int:
 
 
 def open_store(launch: Launch, seconds: float) -> dist.Store:
-    """Return a store that no earlier attempt of this launch has written to. A restart hangs or
-    fails if it reads stale addresses (pytorch#135712).
+    """Return the store that the ranks share.
+
+    Each attempt of a launch uses separate keys, because a restart hangs or fails if it reads the
+    addresses of an earlier attempt (pytorch#135712).
+
+    Args:
+        seconds: time limit.
 
     Raises:
-        JoinError: the store cannot be reached within so many seconds, or rank 0 cannot open it.
+        JoinError: the store cannot be reached within this time, or rank 0 cannot open it.
     """
     deadline = time.monotonic() + seconds
     serves = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -83,7 +89,7 @@ def open_store(launch: Launch, seconds: float) -> dist.Store:
         _check_port(launch)
     else:
         _wait_for_server(launch, seconds)
-    # A server needs no route to its own address.
+    # Rank 0 runs the server itself, so it does not need a route to its public address.
     host = "127.0.0.1" if serves else launch.host
     left = max(1.0, deadline - time.monotonic())
     try:
@@ -93,13 +99,16 @@ def open_store(launch: Launch, seconds: float) -> dist.Store:
         raise _unreachable(launch, first_line(error), seconds) from error
     store.set_timeout(datetime.timedelta(seconds=seconds))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # An elastic change of the number of machines restarts the ranks and keeps that count.
+    # If the number of machines changes, torchrun restarts the ranks without increasing this count.
     return dist.PrefixStore(f"bdkd/{attempt}/{launch.world_size}", store)
 
 
 def _connect(host: str, port: int, world_size: int, serves: bool, seconds: float) -> dist.TCPStore:
-    """Return a store. torch waits without end for an answer of a program that is no store, so
-    another thread calls it. Ctrl-C then works, too."""
+    """Return a store.
+
+    If another program answers at this port, torch waits forever. Therefore another thread connects,
+    and this thread waits with a timeout. Ctrl-C then works too.
+    """
     results: list[dist.TCPStore | RuntimeError] = []
 
     def connect() -> None:
@@ -117,17 +126,20 @@ def _connect(host: str, port: int, world_size: int, serves: bool, seconds: float
     thread.start()
     thread.join(seconds + _ANSWER_SECONDS)
     if not results:
-        raise TimeoutError("the program at that port does not answer as a store of torch")
+        raise TimeoutError("the program at this port is not a torch store")
     if isinstance(results[0], RuntimeError):
         raise results[0]
     return results[0]
 
 
 def wait_for_ranks(store: dist.Store, launch: Launch, seconds: float) -> None:
-    """Wait until every rank has called this function.
+    """Wait until all ranks have called this function.
+
+    Args:
+        seconds: time limit.
 
     Raises:
-        JoinError: ranks are missing after so many seconds, or the store is gone.
+        JoinError: ranks are missing after this time, or the store cannot be reached.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -162,7 +174,7 @@ def _check_port(launch: Launch) -> None:
 
 
 def _wait_for_server(launch: Launch, seconds: float) -> None:
-    """Wait until a program listens at the address. A name may resolve late, too."""
+    """Wait until the host name can be resolved and a program listens at the address."""
     deadline = time.monotonic() + seconds
     while True:
         left = max(0.1, deadline - time.monotonic())
@@ -179,14 +191,14 @@ def _wait_for_server(launch: Launch, seconds: float) -> None:
 def _unreachable(launch: Launch, reason: str, seconds: float) -> JoinError:
     return JoinError(
         f"{launch.describe()} cannot reach the others at {launch.host}:{launch.port} within "
-        f"{seconds:g} s (distributed.timeout): {reason}; start rank 0 there, and check "
+        f"{seconds:g} s (distributed.timeout): {reason}; start rank 0 on that machine, and check "
         "MASTER_ADDR, MASTER_PORT and the network between the machines"
     )
 
 
 @contextlib.contextmanager
 def _without_torch_messages() -> Iterator[None]:
-    """Discard what C++ code prints on standard error. The exceptions say the same in one line."""
+    """Discard the output of C++ code on standard error. The exceptions contain the same reason."""
     sys.stderr.flush()
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,6 @@
-"""One optimizer step of all networks: forward passes, losses, gradients, optimizer, meter.
+"""One optimizer step of all networks: forward passes, losses, gradients, optimizer and meter.
 
-It needs the extra ``bdkd[train]``.
+Requires ``bdkd[train]``.
 """
 
 from bdkd.extras import missing_packages

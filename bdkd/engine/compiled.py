@@ -1,8 +1,8 @@
-"""Forward passes, losses and backward passes of all networks through ``torch.compile``.
+"""Compile the forward passes, losses and backward passes of all networks with ``torch.compile``.
 
-With one rank they are one graph: dynamo takes the backward pass into the graph of the forward pass,
-if torch can (after 2.8). With several ranks DDP's hooks must see the gradients during autograd's
-backward pass, so that the forward passes and losses are one graph and their backward is another.
+With one rank and torch 2.9 or later, all of them are one graph. With several ranks, the hooks of
+DDP must receive the gradients during autograd's backward pass. The forward passes and losses are
+then one graph, and the backward passes are another graph.
 """
 
 import time
@@ -33,7 +33,7 @@ from bdkd.objectives import Objective
 
 
 def choose_forward_backward(state: TrainingState, objective: Objective) -> ForwardBackward:
-    """Return the implementation that the recipe asks for."""
+    """Return the implementation that the recipe selects."""
     train = state.recipe.train
     if train.compile:
         forward_backward = compiled(state, objective, count_shapes(state.recipe))
@@ -50,8 +50,9 @@ def compiled(
     """Compile the work on a micro-batch.
 
     Args:
-        shapes: number of batch shapes. Each one is compiled by itself, because a graph for images
-            of any size does without inductor's choice of layout (pytorch#102670).
+        shapes: number of batch shapes. Each shape is compiled separately, because inductor does not
+            optimize the memory layout in graphs with dynamic shapes (pytorch#102670).
+        backend: the backend of ``torch.compile``.
     """
     forward = make_forward(state.model, objective, state.recipe.train, state.context)
     if state.context.is_distributed or not traces_backward():
@@ -70,7 +71,7 @@ def compiled(
 
 
 def _with_backward(forward: Forward) -> Callable:
-    """Return the one graph: logits, losses and the gradients of the parameters."""
+    """Return a function that computes logits, losses and the gradients of the parameters."""
 
     def losses_and_gradients(
         parameters: Sequence[nn.Parameter], batch: Batch, loss_scale: Tensor
@@ -78,7 +79,7 @@ def _with_backward(forward: Forward) -> Callable:
         logits, output = forward(batch, loss_scale)
         tensors, upstream = outputs_and_gradients(logits, output, loss_scale)
         gradients = torch.autograd.grad(tensors, parameters, upstream, allow_unused=True)
-        # The results must not refer to autograd's graph, which is used up.
+        # The results must not refer to autograd's graph, whose buffers are freed.
         losses = {name: loss.detach() for name, loss in output.losses.items()}
         logits = {name: x.detach() for name, x in logits.items()}
         return logits, losses, output.statistics, gradients
@@ -87,11 +88,16 @@ def _with_backward(forward: Forward) -> Callable:
 
 
 def announce_compilation(forward_backward: ForwardBackward, prints: bool) -> ForwardBackward:
-    """Print when a new batch shape is compiled, which takes minutes.
+    """Return a function that also prints a message when it compiles a new batch shape.
+
+    Compilation may take minutes.
+
+    Args:
+        prints: whether this rank prints.
 
     Raises:
-        RunError: when called, if torch cannot compile the step.
-        CompilationInterrupted: when called, if a signal came while torch compiled.
+        RunError: raised by the returned function if torch cannot compile the step.
+        CompilationInterrupted: raised by the returned function if a signal came during compilation.
     """
     seen = set()
     say = _say if prints else lambda line: None
@@ -102,7 +108,7 @@ def announce_compilation(forward_backward: ForwardBackward, prints: bool) -> For
         if shape in seen:
             return forward_backward(micro_batch)
         size = "x".join(map(str, micro_batch.views[0].shape))
-        say(f"compiling the step for batches of {size}, which may take minutes")
+        say(f"compiling the step for batches of {size}; this may take minutes")
         began = time.monotonic()
         try:
             with interruptible():
@@ -111,31 +117,34 @@ def announce_compilation(forward_backward: ForwardBackward, prints: bool) -> For
             if (reason := compile_error(error)) is None:
                 raise
             raise RunError(
-                f"train.compile: torch could not compile the step: {reason}; mend that or train "
-                "without train.compile"
+                f"train.compile: torch could not compile the step: {reason}; fix the cause or "
+                "train without train.compile"
             ) from error
         seen.add(shape)
-        say(f"compiled, and done once, in {time.monotonic() - began:.0f} s")
+        say(f"compiled and ran the step once in {time.monotonic() - began:.0f} s")
         return result
 
     return announced
 
 
 def _say(line: str) -> None:
-    with tqdm.external_write_mode():  # clears a progress bar first
+    with tqdm.external_write_mode():  # clears the progress bar before printing
         print(line, flush=True)
 
 
 def count_shapes(recipe: Recipe) -> int:
-    """Return how many shapes the batches of a run have."""
+    """Return the number of different micro-batch shapes in a run."""
     return len(recipe.data.training_sizes()) * (
         1 if recipe.train.accumulate == 1 else 2
-    )  # the last part may be smaller
+    )  # the last micro-batch may be smaller
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    """Add gradients to those of the parameters. As after autograd's backward pass, each has the
-    layout of its parameter and memory of its own: fused optimizers and clipping rely on it."""
+    """Add gradients to ``p.grad`` of each parameter.
+
+    As after autograd's backward pass, each ``p.grad`` has the layout of its parameter and does not
+    share memory with another gradient. Fused optimizers and gradient clipping rely on this.
+    """
     held, added, taken = [], [], set()
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
@@ -144,7 +153,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
             held.append(p.grad)
             added.append(gradient)
             continue
-        # A compiler computes equal gradients once, for example those of two biases that are added.
+        # A compiler may return one tensor for equal gradients, for example for two added biases.
         if gradient.stride() != p.stride() or gradient.data_ptr() in taken:
             gradient = torch.empty_like(p).copy_(gradient)
         taken.add(gradient.data_ptr())

@@ -1,4 +1,4 @@
-"""The parts of a run, built from its recipe. Training, evaluation and export share them."""
+"""Build the parts of a run from its recipe. Training, evaluation and export use them."""
 
 import sys
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from bdkd.registry import OBJECTIVES
 
 @dataclass(frozen=True)
 class Components:
-    """What a recipe describes, on this process's device."""
+    """The objects that a recipe describes, on the device of this process."""
 
     recipe: Recipe
     context: DistributedContext
@@ -32,7 +32,7 @@ class Components:
 
     @property
     def sharded(self) -> list[str]:
-        """Names of the networks whose weights are distributed over the ranks."""
+        """Names of the networks whose weights are sharded across the ranks."""
         shards = self.context.is_distributed
         return [name for name, config in self.recipe.networks.items() if config.shard and shards]
 
@@ -44,19 +44,21 @@ def build_components(
     training: bool = True,
     create: Callable[..., DataSource] = create_source,
 ) -> Components:
-    """Build device, objective, data source and networks, and set the flags of torch.
+    """Build the device, objective, data source and networks, and set the flags of torch.
+
+    The networks have random weights.
 
     Args:
-        context: the processes that work together.
-        training: check first, before any data is read, that a training step can run here.
-        create: creates the data source. Called like :func:`bdkd.data.create_source`.
+        context: the processes that train together.
+        training: check that a training step can run here, before any data is read.
+        create: creates the data source, with the signature of :func:`bdkd.data.create_source`.
 
     Raises:
-        UsageError: a value of the recipe does not fit, or names something that does not exist.
-        RunError: data are missing or cannot be read, or a package is missing.
+        UsageError: a value of the recipe is invalid, or names something that does not exist.
+        RunError: the data set is missing or cannot be read, or a package is missing.
     """
     device = choose_device(recipe.device, local_rank())
-    # The files of a run contain every option that was used.
+    # Resolve defaults, so that the files of a run contain the value of each option.
     recipe = with_image_size(with_model_options(recipe))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

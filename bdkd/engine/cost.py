@@ -1,5 +1,7 @@
-"""The cost of a step by its shapes alone: floating-point operations and memory. Computed on the
-meta device, so that nothing is allocated."""
+"""Compute the floating-point operations and memory of a training step from its shapes.
+
+The networks run on the meta device, so no memory is allocated.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +22,14 @@ from bdkd.engine.optim import optimizer_entry
 class Cost:
     """The cost of one network.
 
-    FLOPs are those of convolutions and matrix products, as ``torch.utils.flop_counter`` counts
-    them: a multiplication and an addition are two.
+    ``torch.utils.flop_counter`` counts the FLOPs of convolutions and matrix products. A
+    multiplication and an addition are two FLOPs.
     """
 
     parameters: int
-    forward: int  # FLOPs per image
-    step: int  # FLOPs per image, forward and backward; of a frozen network the forward pass alone
-    kept: int  # bytes per image that autograd keeps from the forward for the backward pass
+    forward: int  # FLOPs per image of the forward pass
+    step: int  # FLOPs per image, forward and backward; a frozen network has no backward pass
+    kept: int  # bytes per image that autograd keeps for the backward pass
     largest: int  # bytes per image of the largest output of a layer
 
 
@@ -35,10 +37,11 @@ def costs(components: Components, image_size: tuple[int, int] | None = None) -> 
     """Return the cost of each network of a run, by name.
 
     Args:
-        image_size: height and width in pixels. Default: those of the data.
+        image_size: height and width in pixels. Default: the size of the images in the data set.
     """
     recipe, info = components.recipe, components.source.info
-    # Built anew: those of a run may be sharded, or have batch norms that only a GPU computes.
+    # Build new networks, because those of a run may be sharded, or have SyncBatchNorm layers that
+    # only run on a GPU.
     with torch.device("meta"):
         networks = build_networks(
             recipe.networks, components.objective.frozen, info.num_classes, info.channels
@@ -54,17 +57,20 @@ def costs(components: Components, image_size: tuple[int, int] | None = None) -> 
 def cost_of(
     network: nn.Module, shape: tuple[int, ...], trains: bool, dtype: torch.dtype = torch.float32
 ) -> Cost:
-    """Return the cost of a network for images of ``shape``. Moves the network to the meta device.
+    """Return the cost of a network, and move the network to the meta device.
 
     Args:
-        dtype: of the activations. Autocast does not reach the meta device, so the whole network
-            takes this dtype. It then keeps what autocast keeps, except for normalisations that
-            autocast leaves in float32.
+        shape: shape of an image ``(C, H, W)``.
+        trains: whether the network trains.
+        dtype: dtype of the activations. Autocast does not support the meta device, so the whole
+            network is converted to this dtype. The activations that it keeps are the same as under
+            autocast, except for normalisations that autocast computes in float32.
     """
     parameters = sum(p.numel() for p in network.parameters())
     network = network.to("meta", dtype).train(trains)
-    # 2 images at least, because batch norm refuses one value. The difference of two batches leaves
-    # out what does not depend on the images, such as the transposed weights of a linear layer.
+    # Use at least 2 images, because batch norm refuses a single value. The difference between two
+    # batches excludes tensors that do not depend on the images, such as the transposed weights of a
+    # linear layer.
     images, more = (torch.empty(n, *shape, device="meta", dtype=dtype) for n in (2, 4))
     kept = _bytes_kept(network, more, trains) - _bytes_kept(network, images, trains)
     largest = 0
@@ -95,9 +101,9 @@ def cost_of(
 
 
 def _bytes_kept(network: nn.Module, images: Tensor, trains: bool) -> int:
-    """Return the bytes that autograd keeps from a forward pass, besides the parameters."""
+    """Return the bytes that autograd keeps from a forward pass, without the parameters."""
     own = {id(p) for p in network.parameters()}
-    kept: dict[int, Tensor] = {}  # an id is unique only while its tensor lives
+    kept: dict[int, Tensor] = {}  # keep the tensors, because ids are unique only among live objects
 
     def pack(tensor: Tensor) -> Tensor:
         if id(tensor) not in own:
@@ -126,9 +132,12 @@ def _convolution_backward(
     output_mask: Sequence[bool],
     **_: object,
 ) -> int:
-    """Return the FLOPs of a convolution's backward pass: each of the two gradients takes as many as
-    the forward pass. torch's own count of a grouped weight gradient is too large by the number of
-    groups, which makes a step of MobileNetV1 3.5 times too large."""
+    """Return the FLOPs of a convolution's backward pass.
+
+    Each of the two gradients takes as many FLOPs as the forward pass. torch's count for the weight
+    gradient of a grouped convolution is too large by the number of groups. For a step of
+    MobileNetV1, the total would be 3.5 times too large.
+    """
     once = 2 * math.prod(images if transposed else grad_out) * math.prod(weight[1:])
     return once * sum(output_mask[:2])
 
@@ -138,13 +147,13 @@ class Memory:
     """The estimated peak memory of a run on one rank, in bytes."""
 
     process: int  # Python, torch and other code; 0 on a GPU
-    data: int  # the images of a source that keeps them in memory
+    data: int  # images, if the data source keeps them in memory
     weights: int
     gradients: (
         int  # gradients, state of the optimizer, averages of students, casts to low precision
     )
     activations: int  # kept for the backward pass of a micro-batch
-    workspace: int  # a batch, and what operators need for a moment
+    workspace: int  # the batch and the temporary memory of operators
 
     @property
     def total(self) -> int:
@@ -152,23 +161,25 @@ class Memory:
 
     @property
     def to_come(self) -> int:
-        """Memory that is allocated after the data set and the networks were built."""
+        """Memory that a run allocates after it has built the data set and the networks."""
         return self.gradients + self.activations + self.workspace
 
 
-# Besides the activations that are kept, operators hold several at a time: a convolution's
-# workspace, an input and its gradient, and the gradient of a shortcut. In units of the largest one,
-# fitted to the peaks of seven pairs of networks on a CPU (tests/training/test_memory.py).
+# In addition to the kept activations, several temporary tensors exist at the same time: the
+# workspace of a convolution, an input and its gradient, and the gradient of a shortcut. Their
+# number is in units of the largest activation. It was fitted to the measured peaks of seven pairs
+# of networks on a CPU (tests/training/test_memory.py).
 HELD_IN_TRAINING, HELD_IN_EVALUATION = 4, 3
-# Code and tables that torch and oneDNN load in the first step of a CPU.
+# Code and tables that torch and oneDNN load in the first step on a CPU
 FIRST_STEP = 28 * 2**20
 
 
 def estimate_memory(components: Components, each: Mapping[str, Cost], ranks: int = 1) -> Memory:
-    """Estimate the memory of a run whose data set and networks were built and not trained yet.
+    """Estimate the peak memory of a run on one rank.
 
     Args:
-        each: the :func:`costs` of its networks.
+        components: a data set and networks that were built but not trained.
+        each: the result of :func:`costs`.
         ranks: number of ranks that share a batch.
     """
     recipe, info, source = components.recipe, components.source.info, components.source
@@ -183,14 +194,14 @@ def estimate_memory(components: Components, each: Mapping[str, Cost], ranks: int
         share = ranks if config.shard else 1
         weights += 4 * values // share
         if train.precision != "fp32":
-            gradients += 2 * values  # autocast keeps the casts of the weights
+            gradients += 2 * values  # autocast caches the weights in low precision
         if name in trained:
             averaged = train.ema_decay is not None and config.role == "student"
             gradients += 4 * values * (1 + moments + averaged) // share
             kept += cost.kept * micro_batch
     largest = max(cost.largest for cost in each.values())
     batch = 2 * components.objective.views * images * 4 * info.channels * math.prod(info.image_size)
-    # An evaluation keeps nothing, but its batch is not divided into micro-batches.
+    # An evaluation keeps no activations, but its batch is not divided into micro-batches.
     evaluation = HELD_IN_EVALUATION * largest * images - kept
     workspace = max(HELD_IN_TRAINING * largest * micro_batch, evaluation) + batch
     data = 0

@@ -1,9 +1,9 @@
-"""A whole step as one CUDA graph: forward passes, losses, backward passes, optimizer, statistics.
+"""Capture a whole step as one CUDA graph: forward, losses, backward, optimizer and statistics.
 
-The host needs longer to launch some thousand small kernels than the device needs to run those of
-small networks; a graph is launched once. The capture is explicit, because the graphs of
-``torch.compile`` cover one compiled function each, and chained ones of two networks fail
-(pytorch#160281).
+A step of small networks launches thousands of small kernels, which the device runs faster than the
+host launches them. A graph needs only one launch. This module captures explicitly, because the CUDA
+graphs of ``torch.compile`` cover only one compiled function each, and the chained graphs of two
+networks fail (pytorch#160281).
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from bdkd.data import Batch
 from bdkd.engine.ranges import named_range
 
-# Steps that run without a graph before the capture. After them the optimizer's moments, cuDNN's
-# choices and compiled code exist, and the allocator has settled.
+# Steps that run without a graph before the capture. They create the moments of the optimizer and
+# compiled code, select cuDNN algorithms, and let the allocator reach a steady state.
 WARM_UP = 3
 
 Replay = Callable[[], None]
@@ -24,17 +24,19 @@ Capture = Callable[[Replay], Replay]
 
 
 class CapturedStep:
-    """The device work of a training step, captured once for each shape of a batch.
+    """Run a training step as a CUDA graph that is captured once for each batch shape.
 
-    Every call trains: the first ones of a shape run eagerly on a side stream, and the next one is
-    captured and replayed. Everything that changes between steps is in tensors: the batch, and the
-    learning rates, which become float32 (AdamW otherwise computes with float64 rates).
+    Each call is a training step. The first ``WARM_UP`` calls for a shape run eagerly on a side
+    stream. The next call captures the step and replays it. All values that change between steps are
+    in tensors: the batch and the learning rates. The learning rates become float32, while AdamW
+    computes with float64 learning rates otherwise.
 
     Args:
-        step: the work on one batch. It must not read the device or change Python state.
+        step: runs the step on one batch. It must not read values from the device or change the
+            state of Python objects.
         optimizer: its learning rates become tensors.
-        capture: captures a function without running it and returns its replay. Default: CUDA
-            graphs with a shared memory pool.
+        capture: captures a function without running it, and returns a function that replays it.
+            Default: CUDA graphs with a shared memory pool.
     """
 
     def __init__(
@@ -44,14 +46,14 @@ class CapturedStep:
         device: torch.device,
         capture: Capture | None = None,
     ) -> None:
-        # The steps before a capture and the captures share a stream, because torch keeps free
-        # memory, workspaces and autograd state for each stream.
+        # The warm-up steps and the captures use the same stream, because torch keeps free memory,
+        # workspaces and autograd state separately for each stream.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.step = step
         self.capture: Capture = capture or _Graphs(self.stream)
         for group in optimizer.param_groups:
             group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
-            if "capturable" in group:  # AdamW requires it; its fused step is always capturable
+            if "capturable" in group:  # AdamW requires this flag; its fused step is capturable
                 group["capturable"] = True
         self.warm: dict[tuple, int] = {}
         self.captured: dict[tuple, tuple[Batch, Replay]] = {}
@@ -77,7 +79,8 @@ class CapturedStep:
 
 @contextlib.contextmanager
 def _on_side_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on another stream, after everything before and before everything after."""
+    """Run the body on another stream: after all earlier work of the current stream, and before all
+    its later work."""
     if stream is None:
         yield
         return
@@ -89,14 +92,14 @@ def _on_side_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 class _Graphs:
-    """CUDA graphs that share one memory pool, because only one of them runs at a time."""
+    """Capture CUDA graphs that share one memory pool. Only one of them runs at a time."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream, self.pool = stream, torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Replay) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: threads of a data loader, such as DALI's, may allocate meanwhile
+        # thread_local: threads of a data loader such as DALI may allocate during the capture
         with torch.cuda.graph(
             graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
         ):

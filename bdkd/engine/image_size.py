@@ -1,4 +1,4 @@
-"""The size of the images that a run uses, and whether the networks take it."""
+"""Determine the image size of a run, and check that the networks support it."""
 
 import dataclasses
 
@@ -6,16 +6,18 @@ from bdkd.config import Recipe
 from bdkd.errors import UsageError
 from bdkd.models.registry import fixed_image_size_of, image_size_of, list_models
 
-LARGEST_SMALL_IMAGE = 112  # pixels; the networks for small images do not reduce them at first
+LARGEST_SMALL_IMAGE = 112  # pixels; networks for small images do not downsample in the first layers
 
 
 def with_image_size(recipe: Recipe, side: int | None = None) -> Recipe:
-    """Return a recipe with ``data.image_size``, if it is not set and the data source leaves it to
-    the networks.
+    """Return a recipe whose ``data.image_size`` is set.
+
+    The recipe does not change if the option is already set, or if the networks do not determine the
+    size of this data source.
 
     Args:
-        side: the size. Default: the one that the first teacher was made for, or else the first
-            other network; unchanged if all networks take small images of any size.
+        side: the size in pixels. Default: the input size of the first teacher, or else of the first
+            student. The recipe does not change if all networks accept any size.
 
     Raises:
         RunError: timm is missing or cannot be imported.
@@ -33,30 +35,30 @@ def with_image_size(recipe: Recipe, side: int | None = None) -> Recipe:
 
 
 def mistaken_models(recipe: Recipe, side: int) -> list[str]:
-    """Return a warning for each network for small images that sees large ones, if there is a
-    network of the same name for large images.
+    """Return a warning for each network for small images that would train on large images, if bdkd
+    has a model ``imagenet_NAME`` for large images.
 
     Args:
-        side: of the images, in pixels.
+        side: width of the images in pixels.
     """
     return [
-        f"networks.{name}: {network.model} is a network for small images, as in CIFAR, and these "
-        f"have {side} pixels: for large images there is imagenet_{network.model}"
+        f"networks.{name}: {network.model} is a network for small images such as CIFAR's, and the "
+        f"images have {side} pixels: use imagenet_{network.model} for large images"
         for name, network in recipe.networks.items()
         if side > LARGEST_SMALL_IMAGE and f"imagenet_{network.model}" in list_models()
     ]
 
 
 def with_image_size_of(recipe: Recipe, stored: Recipe) -> Recipe:
-    """Return a recipe for comparison with the recipe of a run, whose ``data.image_size`` was
-    resolved."""
+    """Return a recipe with the ``data.image_size`` of a run's stored recipe, so that the two can be
+    compared. A run stores the size that it determined."""
     if recipe.data.source != stored.data.source:
         return recipe
     return with_image_size(recipe, stored.data.image_size)
 
 
 def check_image_size(recipe: Recipe) -> None:
-    """Raise ``UsageError`` if a network takes images of another size only.
+    """Raise ``UsageError`` if a network only supports images of another size.
 
     Raises:
         RunError: timm is missing or cannot be imported.

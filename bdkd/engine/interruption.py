@@ -1,10 +1,11 @@
-"""Interrupt the compilation of a step when a signal requests to stop.
+"""Interrupt the compilation of a step when a signal stops the run.
 
-A compilation takes minutes, and changes nothing that a checkpoint contains. All other work of a
-step is finished first, because a step rarely takes more than a second.
+A compilation may take minutes and does not change the state that a checkpoint contains, so it is
+interrupted. Other work of a step is finished first, because a step rarely takes more than a second.
 
-The compilers are killed, so that the compilation fails. An exception in the signal's handler would
-not do: some of torch's C++ code aborts the process if a function that it calls raises one.
+To interrupt a compilation, this module kills the compilers, so that the compilation fails. The
+signal handler cannot raise an exception instead, because some C++ code of torch aborts the process
+if a Python function that it calls raises an exception.
 """
 
 import contextlib
@@ -18,23 +19,23 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# After this time, the process ends without the compilation's failure: torch still traces, or waits
-# for a process that was killed.
+# After this time, the process ends although the compilation has not failed. torch may still trace,
+# or wait for a process that was killed.
 PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-# Processes that torch.compile starts. Workers that load images go on.
+# Processes that torch.compile starts. Workers of a data loader do not match.
 _COMPILERS = re.compile(
     r"(^|-)(cc1plus|[gc]\+\+|clang|collect2|ld|as|nvcc|ptxas|cicc|hipcc)(\+\+|[-.].*)?$"
 )
 _WORKER = b"_inductor/compile_worker"
 
-_compilation: object | None = None  # the present one
+_compilation: object | None = None  # the current compilation
 _requested = False
 
 
 class CompilationInterrupted(BaseException):
-    """A signal came while torch compiled the step. As a ``BaseException`` it is not taken for an
-    error of the compiler."""
+    """A signal came during compilation. This is a ``BaseException``, so that handlers of compiler
+    errors do not catch it."""
 
 
 def reset() -> None:
@@ -44,12 +45,17 @@ def reset() -> None:
 
 
 def request(number: int) -> None:
-    """End the present compilation and prevent later ones. Call this in the handler of the signal
-    with this number. If the compilation does not fail within ``PATIENCE_SECONDS``, the process
-    ends with the exit code of the signal."""
+    """Interrupt the current compilation and prevent later ones. Call this in a signal handler.
+
+    If the compilation does not fail within ``PATIENCE_SECONDS``, the process ends with the exit
+    code of the signal.
+
+    Args:
+        number: the number of the signal.
+    """
     global _requested
     if _compilation is not None and not _requested:
-        # Torch traces the backward pass in anomaly mode, which explains every exception.
+        # torch traces the backward pass in anomaly mode, which prints a warning for each exception.
         warnings.filterwarnings("ignore", "Error detected in", UserWarning)
         arguments = (_compilation, number)
         threading.Thread(target=_end_compilation, args=arguments, daemon=True).start()
@@ -61,7 +67,8 @@ def interruptible() -> Iterator[None]:
     """Allow :func:`request` to end the compilation in this context.
 
     Raises:
-        CompilationInterrupted: it failed after a request, or the request had come before.
+        CompilationInterrupted: the compilation failed after a request, or the request came before
+            the compilation.
     """
     global _compilation
     if _requested:
@@ -78,8 +85,8 @@ def interruptible() -> Iterator[None]:
 
 
 def _end_compilation(compilation: object, number: int) -> None:
-    """Kill compilers until a compilation has failed. Run this in a thread. A later compilation of
-    this process goes on."""
+    """Kill compilers until ``compilation`` has failed. This runs in a thread. It does not affect a
+    later compilation of this process."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if _compilation is not compilation:
@@ -95,7 +102,7 @@ def _end_compilation(compilation: object, number: int) -> None:
 
 
 def _kill_compilers() -> None:
-    """End the compilers and the compiling workers among the descendants of this process."""
+    """Kill the compilers and the compile workers among the descendants of this process."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):  # there is no /proc on macOS
         with contextlib.suppress(OSError, ValueError, IndexError):

@@ -1,4 +1,5 @@
-"""Running means over a log interval. They stay on the device until they are logged."""
+"""Means of the training metrics over a log interval. They stay on the device until they are
+logged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,16 +20,20 @@ class StepOutput(NamedTuple):
 
     target: Tensor  # (B,) labels, or (B, C) soft labels
     logits: Mapping[str, Tensor]  # (B, C) by network
-    losses: Mapping[str, Tensor]  # 0-dim, each a share of the step's mean; of networks that train
+    losses: Mapping[str, Tensor]  # 0-dim share of the step's mean, for each network that trains
     statistics: Mapping[str, Tensor]  # (B,) each
 
 
 class TrainingMeter:
-    """Means over the training batches since the last read, at temperature 1: for each network loss,
-    top-1, top-5, NLL, entropy and ECE, and the objective's per-sample statistics.
+    """Compute means over the training batches since the last read.
 
-    The weights change during an interval, so these are no evaluation. All networks are one tensor,
-    so that a step needs a handful of launches, however many there are.
+    The metrics of each network are the loss, top-1, top-5, NLL, entropy and ECE, at temperature 1.
+    The per-sample statistics of the objective are averaged too. The weights change during an
+    interval, so the means do not replace an evaluation. The sums of all networks are in one tensor,
+    so that the number of launches does not grow with the number of networks.
+
+    Args:
+        networks: names of the networks.
     """
 
     def __init__(self, networks: Sequence[str], device: torch.device) -> None:
@@ -37,7 +42,7 @@ class TrainingMeter:
         self.samples = torch.zeros((), dtype=torch.float64, device=device)
         self.trained = torch.zeros(count, dtype=torch.float64, device=device)  # samples with a loss
         self.sums = torch.zeros(count, len(_SUMS), dtype=torch.float64, device=device)
-        # Sum of (correct - confidence) by network and bin, which is all that the ECE needs
+        # Sum of (correct - confidence) by network and bin, from which the ECE is computed
         self.gaps = torch.zeros(count * BINS, dtype=torch.float64, device=device)
         self.statistics: dict[str, Tensor] = {}  # 0-dim sums
         self.edges = bin_edges(BINS, device)
@@ -45,12 +50,12 @@ class TrainingMeter:
 
     @torch.no_grad()
     def update(self, output: StepOutput, step_samples: float) -> None:
-        """Add one micro-batch. Does not synchronise with the device.
+        """Add one micro-batch, without synchronizing with the device.
 
         Args:
-            step_samples: images of the whole step, over all ranks and micro-batches.
+            step_samples: number of images in the step, over all ranks and micro-batches.
         """
-        target = output.target  # soft labels count as their likeliest class
+        target = output.target  # a soft label counts as its most likely class
         target = target.argmax(-1) if target.ndim == 2 else target
         x = torch.stack([output.logits[name].detach().float() for name in self.networks])
         log_p = torch.log_softmax(x, -1)  # (K, B, C)
@@ -81,8 +86,10 @@ class TrainingMeter:
             self._statistic(name).add_(value.detach().double().sum())
 
     def read(self, context: DistributedContext = SINGLE_PROCESS) -> dict[str, object]:
-        """Return the means over all ranks, as ``metrics.jsonl`` holds them, and reset. The loss of
-        a network that did not train is None. Synchronises with the device."""
+        """Return the means over all ranks in the format of ``metrics.jsonl``, and reset the sums.
+
+        The loss of a network that did not train is None. This synchronizes with the device.
+        """
         context.all_reduce_sum(
             self.samples, self.trained, self.sums, self.gaps, *self.statistics.values()
         )
@@ -104,7 +111,7 @@ class TrainingMeter:
         return {**networks, **statistics}
 
     def reset(self) -> None:
-        """Forget all samples. The tensors stay, because a captured step adds to them."""
+        """Set all sums to 0, in place, because a captured step adds to these tensors."""
         sums = (self.samples, self.trained, self.sums, self.gaps, *self.statistics.values())
         for tensor in sums:
             tensor.zero_()
@@ -126,7 +133,7 @@ class TrainingMeter:
         }  # fmt: skip
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Load the sums of a saved meter. Several meters are counted as one."""
+        """Load the sums of one or more saved meters. The sums of several meters are added."""
         self.reset()
         for state in states:
             for name in ("samples", "trained", "sums", "gaps"):

@@ -1,4 +1,4 @@
-"""K networks as one module, so that they are evaluated, compiled, wrapped and saved as one."""
+"""Combine K networks in one module, so that they are compiled, wrapped and saved together."""
 
 import dataclasses
 import warnings
@@ -21,16 +21,17 @@ RunAll = Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]]
 
 
 def run_sequentially(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """Return the results of the calls, made one after the other."""
+    """Run the calls one after the other, and return their results."""
     return [call() for call in calls]
 
 
 class Networks(nn.Module):
-    """The networks of a recipe by name. The forward pass returns the logits of each.
+    """The networks of a recipe as one module, whose forward pass returns the logits of each.
 
     Args:
-        frozen: names of networks that never train. They stay in evaluation mode, and autograd
-            records nothing of them.
+        members: the networks by name.
+        frozen: names of networks that never train. They stay in evaluation mode, and autograd does
+            not record their operations.
     """
 
     def __init__(
@@ -55,7 +56,12 @@ class Networks(nn.Module):
     def forward(
         self, views: tuple[Tensor, ...], run_all: RunAll = run_sequentially
     ) -> dict[str, Tensor]:
-        """Return logits ``(B, C)`` by network. Several views are one for each network."""
+        """Return the logits ``(B, C)`` of each network by name.
+
+        Args:
+            views: one batch of images ``(B, C, H, W)``, or one batch for each network.
+            run_all: runs the forward passes, for example on several CUDA streams.
+        """
         inputs = views if len(views) > 1 else views * len(self.members)
         calls = [
             partial(self._logits, name, images)
@@ -70,8 +76,8 @@ class Networks(nn.Module):
 
 
 def with_model_options(recipe: Recipe) -> Recipe:
-    """Return a recipe with a value for every option of its models. Models of timm and torchvision
-    have only the options that were given."""
+    """Return a recipe with a value for each option of its models. Models of timm and torchvision
+    keep only the options that the recipe sets."""
     networks = {
         name: dataclasses.replace(
             network, options={**default_options(network.model), **network.options}
@@ -86,6 +92,10 @@ def build_networks(
 ) -> Networks:
     """Build networks with random weights.
 
+    Args:
+        configs: the networks of a recipe by name.
+        frozen: names of networks that never train.
+
     Raises:
         ValueError: a model or one of its options does not exist.
     """
@@ -93,8 +103,8 @@ def build_networks(
         for option in ("num_classes", "in_channels"):
             if option in config.options:
                 raise ValueError(
-                    f"networks.{name}.options must not hold {option}: the data set says it, the "
-                    "same for every network"
+                    f"networks.{name}.options must not contain {option}: the data set determines "
+                    "it for all networks; remove it"
                 )
     members = {}
     for name, config in configs.items():
@@ -113,16 +123,17 @@ def parallelize(
     device: torch.device,
     ddp: bool = True,
 ) -> nn.Module:
-    """Prepare networks for several ranks, in place: synchronised batch norm, FSDP, then DDP.
+    """Prepare networks for several ranks, in place: synchronized batch norm, FSDP, then DDP.
 
     One DDP wraps all networks, because separate wrappers can issue collectives in different orders.
-    It averages the gradients over the ranks during the backward pass. FSDP averages those of the
-    sharded networks. Running statistics belong to each rank; those of rank 0 are saved and
-    evaluated. The graph must be the same in every step.
+    It averages the gradients over the ranks during the backward pass. FSDP averages the gradients
+    of the sharded networks. Each rank has its own running statistics, and the statistics of rank 0
+    are saved and evaluated. The autograd graph must be the same in each step.
 
     Args:
-        sharded: names of networks whose weights are distributed over the ranks.
-        ddp: DDP waits for a gradient of every network. Without it, call
+        sharded: names of networks whose weights are sharded across the ranks.
+        ddp: whether to wrap the networks in DDP. DDP waits for a gradient of each network, so it
+            does not support paused networks. Without DDP, call
             :meth:`DistributedContext.average_gradients` after the backward pass.
 
     Returns:
@@ -158,7 +169,8 @@ def parallelize(
 def average_in_bf16(
     group: dist.ProcessGroup, bucket: dist.GradBucket
 ) -> torch.futures.Future[Tensor]:
-    """Average a bucket of gradients over the ranks in bf16. torch's own hook rejects gloo."""
+    """Average a bucket of gradients over the ranks in bf16. The hook of torch does not support
+    gloo."""
     rounded = (bucket.buffer() / group.size()).bfloat16()
     work = dist.all_reduce(rounded, group=group, async_op=True)
     assert work is not None
@@ -172,7 +184,8 @@ def average_in_bf16(
 class SavedBuffers:
     """A copy of the buffers of networks (the running statistics of batch norm).
 
-    One flat tensor for each dtype, so that hundreds of buffers need a handful of launches.
+    The copy is one flat tensor for each dtype, so that hundreds of buffers need only a few kernel
+    launches.
     """
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
@@ -183,5 +196,5 @@ class SavedBuffers:
     def restore(self, where: Tensor) -> None:
         """Restore the copy if the 0-dim condition is true, without reading it on the host."""
         for group, saved in zip(self.groups, self.saved, strict=True):
-            # A selection, not a blend: 0 * NaN would carry the NaN over.
+            # torch.where instead of a weighted sum, because 0 * NaN is NaN.
             copy_flat(group, torch.where(where, saved, flatten(group)))

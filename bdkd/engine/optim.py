@@ -1,7 +1,8 @@
 """The optimizers of a recipe.
 
-All of them can skip a step. torch's fused kernels read ``found_inf`` on the device and never ask
-the host. LAMB and NovoGrad come from NVIDIA's apex, whose kernels cannot, so the host waits.
+With each optimizer the trainer can skip a step. The fused kernels of torch read ``found_inf`` on
+the device, so the host does not wait. LAMB and NovoGrad come from NVIDIA's apex, whose kernels do
+not support this, so the host waits for the gradients of each step.
 """
 
 import importlib
@@ -29,7 +30,7 @@ Build = Callable[[Any, Groups], Optimizer]
 
 @dataclass(frozen=True)
 class OptimizerEntry(Entry):
-    """One optimizer, and what the rest of the trainer must know about it."""
+    """A registered optimizer. See :func:`register_optimizer` for the fields."""
 
     moments: Callable[[Any], int]
     skips_on_device: bool
@@ -48,21 +49,24 @@ def register_optimizer(
 ) -> Callable[[Build], Build]:
     """Return a decorator that registers an optimizer.
 
-    It decorates a function of a ``config`` and parameter groups, which returns a
-    :class:`torch.optim.Optimizer`. Each group has its ``weight_decay``. The trainer sets the key
-    ``lr`` of the groups before each step.
+    The decorated function receives a ``config`` and parameter groups, and returns a
+    :class:`torch.optim.Optimizer`. Each group contains its ``weight_decay``. The trainer sets the
+    key ``lr`` of the groups before each step.
 
     Args:
         name: the value of ``optimizer.name``.
         config: a frozen dataclass with the options of the optimizer, a subclass of
             :class:`bdkd.config.OptimizerConfig`.
-        moments: how many tensors of a parameter's size it keeps, for the estimate of memory.
-        skips_on_device: it reads ``found_inf`` on the device, as torch's fused optimizers do. It
-            can then be captured in a CUDA graph. Otherwise the trainer waits for the device in each
-            step, and does not call it if gradients are not finite.
-        check: raises ``UsageError`` or ``RunError`` if it cannot run on a device. It is called
-            before data and networks are created.
-        foreign_moments: whether the loaded state of a parameter belongs to another optimizer.
+        moments: returns how many tensors of a parameter's size the optimizer keeps. The estimate
+            of the memory uses it.
+        skips_on_device: whether the optimizer reads ``found_inf`` on the device, like the fused
+            optimizers of torch. It can then be captured in a CUDA graph. Otherwise the trainer
+            waits for the device in each step, and does not call the optimizer if gradients are not
+            finite.
+        check: raises ``UsageError`` or ``RunError`` if the optimizer cannot run on a device. The
+            trainer calls it before it creates the data source and the networks.
+        foreign_moments: returns whether the loaded state of a parameter belongs to another
+            optimizer.
     """
 
     return OPTIMIZERS.decorator(
@@ -72,7 +76,7 @@ def register_optimizer(
 
 
 def optimizer_entry(config: OptimizerConfig) -> OptimizerEntry:
-    """Return the registered optimizer that a recipe names."""
+    """Return the registered optimizer of a configuration."""
     entry = OPTIMIZERS.find(config.name)
     assert isinstance(entry, OptimizerEntry)
     return entry
@@ -83,9 +87,9 @@ class SGDConfig(OptimizerConfig):
     """Options of sgd: stochastic gradient descent with momentum."""
 
     momentum: Rate = 0.9
-    """Momentum."""
+    """Momentum. 0 disables it."""
     nesterov: bool = True
-    """Use Nesterov momentum."""
+    """Use Nesterov momentum. Ignored if momentum is 0."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,12 @@ class AdamConfig(OptimizerConfig):
     """Options of adamw, lamb and novograd."""
 
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    """Decay rates of the two moments."""
+    """Decay rates of the moving averages of the gradient and of its square."""
 
 
 @register_optimizer(
     "sgd", SGDConfig, moments=lambda config: int(config.momentum > 0), skips_on_device=True,
-    # torch loads AdamW's moments into SGD, which ignores them and starts without momentum.
+    # torch loads the moments of AdamW into SGD without an error. SGD then starts without momentum.
     foreign_moments=lambda moments: bool(moments.keys() - {"momentum_buffer"}),
 )  # fmt: skip
 def sgd(config: SGDConfig, groups: Groups) -> Optimizer:
@@ -108,7 +112,7 @@ def sgd(config: SGDConfig, groups: Groups) -> Optimizer:
         groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True
     )
     if config.momentum:
-        # The fused kernel leaves new momentum uninitialised if the very first step is skipped.
+        # If the first step is skipped, the fused kernel does not initialise the momentum.
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -132,8 +136,8 @@ def _check_apex(config: AdamConfig, device: torch.device) -> None:
 
 @register_optimizer("lamb", AdamConfig, check=_check_apex)
 def lamb(config: AdamConfig, groups: Groups) -> Optimizer:
-    """Build apex's LAMB without its own clipping: ``train.clip_norm`` clips each network before."""
-    # A limit of 0 would divide by it.
+    """Build apex's LAMB without its own clipping. ``train.clip_norm`` clips each network before."""
+    # apex divides by max_grad_norm, so 0 does not disable the clipping.
     return _build_apex("FusedLAMB", config, groups, max_grad_norm=math.inf)
 
 
@@ -144,7 +148,7 @@ def novograd(config: AdamConfig, groups: Groups) -> Optimizer:
 
 
 def _build_apex(name: str, config: AdamConfig, groups: Groups, **own: Any) -> Optimizer:
-    """Build an apex optimizer with its own defaults, except for what the recipe says."""
+    """Build an apex optimizer. Options that the recipe does not set have the defaults of apex."""
     _check_apex(config, groups[0]["params"][0].device)
     try:
         return getattr(_import_apex(config.name), name)(
@@ -164,10 +168,13 @@ def build_optimizer(
     config: OptimizerConfig,
     local_part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> Optimizer:
-    """Build one optimizer with two parameter groups for each network that trains: with weight decay
-    and without. Each group has its network's name and its peak learning rate.
+    """Build one optimizer for all networks that train.
+
+    Each network has two parameter groups, one with weight decay and one without. Each group
+    contains the name of its network and its peak learning rate.
 
     Args:
+        configs: the networks of the recipe by name.
         local_part: returns the part of a sharded parameter that this rank updates.
 
     Raises:
@@ -187,8 +194,8 @@ def build_optimizer(
     optimizer = optimizer_entry(config).build(config, groups)
     if not all("peak_rate" in group for group in optimizer.param_groups):
         raise UsageError(
-            f"the optimizer {config.name!r} must be built from the parameter groups that it is "
-            "given, not from their parameters"
+            f"the optimizer {config.name!r} must be built from the parameter groups that its "
+            "function receives, not from their parameters"
         )
     return optimizer
 
@@ -203,7 +210,7 @@ def _import_apex(option: str) -> Any:
                 f"optimizer.name = {option!r} needs NVIDIA's apex, which is not installed: {remedy}"
             ) from error
         if importlib.util.find_spec("amp_C") is not None:
-            raise  # NVIDIA's extensions are there, so this is its own failure
+            raise  # NVIDIA's apex is installed, and its import failed
         raise RunError(
             f"optimizer.name = {option!r} needs NVIDIA's apex, and the installed apex is PyPI's "
             f"unrelated package: {sys.executable} -m pip uninstall apex, then {remedy}"

@@ -1,4 +1,4 @@
-"""Named ranges: labels for parts of a step in the trace of ``bdkd train --profile``."""
+"""Named ranges: labels for the parts of a step in the trace of ``bdkd train --profile``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,25 +8,25 @@ import torch
 from torch.profiler import record_function
 
 _NOTHING: AbstractContextManager = contextlib.nullcontext()
-_recorded: set[str] | None = None  # names of the ranges since recording began; None: not recording
+_recorded: set[str] | None = None  # names of the recorded ranges; None: not recording
 
 
 def start_recording() -> None:
-    """Record named ranges from now on."""
+    """Start recording named ranges."""
     global _recorded
     _recorded = set()
 
 
 def stop_recording() -> set[str]:
-    """Stop recording. Returns the names of the ranges since :func:`start_recording`."""
+    """Stop recording, and return the names of the ranges since :func:`start_recording`."""
     global _recorded
     names, _recorded = _recorded or set(), None
     return names
 
 
 def named_range(name: str) -> AbstractContextManager:
-    """Return a context that labels its time in the trace. It does nothing while no profiler records
-    and inside a compiled graph."""
+    """Return a context manager that labels its body in the trace. It does nothing if no profiler
+    is recording, or inside a compiled graph."""
     if torch.compiler.is_compiling() or _recorded is None:
         return _NOTHING
     _recorded.add(name)
@@ -35,6 +35,6 @@ def named_range(name: str) -> AbstractContextManager:
 
 @contextlib.contextmanager
 def in_range(name: str) -> Iterator[None]:
-    """Run a function, as its decorator, inside :func:`named_range`."""
+    """Decorate a function so that it runs inside :func:`named_range`."""
     with named_range(name):
         yield

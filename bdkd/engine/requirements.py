@@ -1,4 +1,4 @@
-"""What options require of each other, of the device and of the number of ranks: one table."""
+"""Check that the options of a recipe fit each other, the device and the number of ranks."""
 
 import torch
 
@@ -13,10 +13,10 @@ from bdkd.objectives import Objective
 def check_requirements(
     recipe: Recipe, device: torch.device, context: DistributedContext, objective: Objective
 ) -> None:
-    """Check that training steps of a recipe can run here, before any data are read.
+    """Check that training steps of a recipe can run here, before any data is read.
 
     Raises:
-        UsageError: an option does not fit another one, the device or the number of ranks.
+        UsageError: an option conflicts with another option, the device or the number of ranks.
         RunError: a compiler or a package is missing.
     """
     for applies, holds, message in _requirements(recipe, device, context, objective):
@@ -30,7 +30,8 @@ def check_requirements(
 def _requirements(
     recipe: Recipe, device: torch.device, context: DistributedContext, objective: Objective
 ) -> list[tuple[bool, bool, str]]:
-    """Return rows: where the requirement applies, whether it holds, and the message if not."""
+    """Return a row for each requirement: whether it applies, whether it is met, and the message for
+    a recipe that does not meet it."""
     train, name, optimizer = recipe.train, recipe.objective.name, optimizer_entry(recipe.optimizer)
     several, pauses = context.is_distributed, objective.has_dynamic_active_set
     on_gpu, least = device.type == "cuda", context.world_size * train.accumulate
@@ -38,27 +39,28 @@ def _requirements(
     graph, overlap = "train.cuda_graph can be true only", "train.overlap can be true only"
     return [
         (several, train.batch_size >= least,
-         f"train.batch_size must be at least {least}, an image for each of the "
-         f"{context.world_size} ranks and parts, got {train.batch_size}"),
+         f"train.batch_size must be at least {least} (one image for each micro-batch of each of "
+         f"{context.world_size} ranks), got {train.batch_size}"),
         (several and shards, not pauses,
-         f"networks.NAME.shard must be false with the method {name!r}, which lets a teacher pause"),
+         f"networks.NAME.shard must be false with the objective {name!r}, which pauses networks"),
         (several and recipe.distributed.sync_batch_norm, on_gpu,
-         "distributed.sync_batch_norm must be false on CPUs: torch has it on GPUs"),
+         "distributed.sync_batch_norm must be false on a CPU: torch supports it only on GPUs"),
         (train.compile, not pauses,
-         f"train.compile must be false with the method {name!r}, which pauses networks: one graph "
-         "of all networks would train them all"),
+         f"train.compile must be false with the objective {name!r}, which pauses networks: a "
+         "compiled graph would train all networks"),
         (train.accumulate > 1, not pauses,
-         f"train.accumulate must be 1 with the method {name!r}, which decides on whole batches, "
-         f"got {train.accumulate}"),
+         f"train.accumulate must be 1 with the objective {name!r}, which selects the networks to "
+         f"train from the whole batch, got {train.accumulate}"),
         (train.cuda_graph, on_gpu, f"{graph} on a GPU (device is {device})"),
         (train.cuda_graph, not several, f"{graph} with one rank"),
         (train.cuda_graph, not pauses,
-         f"{graph} with a method whose steps are alike, and not with {name}"),
+         f"{graph} if all steps run the same operations, and the objective {name!r} pauses "
+         "networks"),
         (train.cuda_graph, optimizer.skips_on_device,
          f"{graph} with optimizer.name sgd or adamw, and not with {recipe.optimizer.name}"),
         (train.overlap, on_gpu, f"{overlap} on a GPU (device is {device})"),
-        # A DDP bucket holds gradients of several networks and waits for the last one's stream.
+        # A DDP bucket contains gradients of several networks, so it waits for all their streams.
         (train.overlap, not several, f"{overlap} with one rank"),
         (train.overlap, not train.compile,
-         f"{overlap} without train.compile, whose graph has one order"),
+         f"{overlap} without train.compile (a compiled graph runs the networks in one order)"),
     ]  # fmt: skip

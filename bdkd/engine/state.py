@@ -1,4 +1,4 @@
-"""The state of training: everything that a checkpoint holds, and the operations of a step on it."""
+"""The training state: everything that a checkpoint contains, and the operations of a step."""
 
 import contextlib
 import copy
@@ -30,10 +30,11 @@ class TrainingState:
 
     Attributes:
         networks: the networks by name.
-        model: the networks as a step calls them, inside DDP if there are several ranks.
-        ema: the students' exponential moving averages by name, ``NAME_ema``.
-        skipped: ``(3,)`` int64 on the device: steps skipped, the current run of skipped steps, and
-            the longest such run since it was last read.
+        model: the module that a step calls: ``networks``, wrapped in DDP if there are several
+            ranks.
+        ema: the exponential moving average of each student, with the name ``NAME_ema``.
+        skipped: ``(3,)`` int64 on the device: the number of skipped steps, the current number of
+            consecutive skipped steps, and the largest such number since it was last read.
     """
 
     def __init__(self, components: Components) -> None:
@@ -46,7 +47,7 @@ class TrainingState:
         )  # fmt: skip
         self.sharding: Sharding | None = None
         if components.sharded:
-            from bdkd.distributed import fsdp  # a second to import
+            from bdkd.distributed import fsdp  # this import takes a second
 
             self.sharding = fsdp.Sharding(components.sharded)
         local_part = self.sharding.local_part if self.sharding else lambda parameter: parameter
@@ -64,9 +65,10 @@ class TrainingState:
                 name + EMA_SUFFIX: copy.deepcopy(self.networks.members[name]).requires_grad_(False)
                 for name in self.students
             }
-        # The number of updates of the averages is on the device, because a captured step counts it.
+        # The number of updates of the averages is on the device, so that a captured step counts it.
         self.ema_updates = torch.zeros((), dtype=torch.int64, device=self.device)
-        # Updates until which an older version copied the statistics of batch norm; None: never.
+        # Number of updates in which an older version copied the batch norm statistics instead of
+        # averaging them. None: no update.
         self.ema_copied_until: int | None = None
         self.meter = TrainingMeter(list(recipe.networks), self.device)
         self.info = components.source.info
@@ -75,16 +77,19 @@ class TrainingState:
         self.span = Span(recipe.train.batch_size, recipe.train.epochs)
         self.best: Best | None = None
         self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
-        if not self.context.is_rank0:  # each rank has its own dropout
+        if not self.context.is_rank0:  # each rank draws its own dropout masks
             torch.manual_seed(mix_seed(recipe.seed, 2, self.context.rank))
 
     def evaluated_networks(self) -> dict[str, nn.Module]:
-        """Return every network by name, including the students' averages."""
+        """Return all networks by name, including the averages of the students."""
         return {**dict(self.networks.members.items()), **self.ema}
 
     def selection_networks(self) -> list[str]:
-        """Return the networks that choose the best checkpoint: the students' averages if there are
-        any, else the students, else all."""
+        """Return the names of the networks whose accuracy selects the best checkpoint.
+
+        These are the averages of the students if the run has any, or else the students, or else all
+        networks.
+        """
         return list(self.ema) or self.students or list(self.networks.members)
 
     def remaining_steps(self) -> int:
@@ -94,16 +99,16 @@ class TrainingState:
     # -- one step ----------------------------------------------------------------------------------
 
     def schedule_step(self) -> float:
-        """Return the steps of the schedule that are done: the optimizer's steps, unless a resume
-        changed the batch size."""
+        """Return the number of completed schedule steps. It equals the number of optimizer steps
+        unless the run was resumed with another batch size."""
         return self.span.step(self.progress.epoch, self.progress.seen, self.train_images)
 
     def epochs_done(self) -> float:
-        """Return the number of completed epochs, with the completed share of this one."""
+        """Return the number of completed epochs, including the completed fraction of this epoch."""
         return self.progress.epoch + self.progress.seen / self.train_images
 
     def set_learning_rate(self) -> None:
-        """Set the learning rates of the next step."""
+        """Set the learning rate of each parameter group for the next step."""
         factor = self.span.factor(self.recipe.schedule, self.schedule_step(), self.train_images)
         for group in self.optimizer.param_groups:
             rate = group["peak_rate"] * factor
@@ -113,20 +118,24 @@ class TrainingState:
                 group["lr"] = rate
 
     def loss_scale(self) -> Tensor:
-        """Return the factor of the losses, 0-dim on the device. Each rank's losses are shares of
-        the whole batch's mean, and DDP averages where a sum is needed."""
+        """Return the factor that multiplies the losses, 0-dim on the device.
+
+        It includes the number of ranks: the losses of each rank are shares of the mean over the
+        whole batch, so the gradients must be added up over the ranks, but DDP averages them.
+        """
         scale = torch.full((), float(self.context.world_size), device=self.device)
         return self.scaler.scale(scale)
 
     def sync_gradients(self, enabled: bool) -> AbstractContextManager:
-        """Return a context in which a backward pass exchanges gradients between ranks, or not: only
-        the last micro-batch of a step does."""
+        """Return a context manager in which a backward pass averages gradients over the ranks if
+        ``enabled``. Only the last micro-batch of a step needs this."""
         if enabled or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
     def unscale_gradients(self) -> None:
-        """Remove the loss scale from the gradients, after they were averaged over the ranks."""
+        """Divide the gradients by the loss scale. If DDP did not average them over the ranks,
+        average them first."""
         if self.model is self.networks:
             self.context.average_gradients(
                 p.grad for p in self.networks.parameters() if p.grad is not None
@@ -134,13 +143,19 @@ class TrainingState:
         self.scaler.unscale_(self.optimizer)
 
     def check_and_clip(self, clip_norm: float | None) -> Tensor:
-        """Clip each network's gradients by its own norm. Returns a 0-dim bool tensor: True if all
-        norms are finite."""
+        """Clip the gradients of each network separately.
+
+        Args:
+            clip_norm: the largest norm. None: do not clip.
+
+        Returns:
+            A 0-dim bool tensor on the device. It is True if the norms of all networks are finite.
+        """
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for name, network in self.networks.trained().items():
             parameters = [p for p in network.parameters() if p.grad is not None]
             if not parameters:
-                continue  # not in this batch's active set
+                continue  # this network does not train on this batch
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.sharding is not None and name in self.sharding.names:
                 norm = self.sharding.full_tensor(norm)
@@ -150,11 +165,11 @@ class TrainingState:
         return finite
 
     def optimizer_step(self, finite: Tensor) -> None:
-        """Update the parameters if ``finite`` is true. The fused optimizers decide on the device;
-        for the others the host waits."""
+        """Update the parameters if ``finite`` is true. Fused optimizers read ``finite`` on the
+        device. For other optimizers the host waits for its value."""
         optimizer: Any = self.optimizer
         if self.skips_on_device:
-            optimizer.grad_scale = None  # gradients are unscaled
+            optimizer.grad_scale = None  # the gradients are already unscaled
             optimizer.found_inf = (~finite).float()
         if self.sharding is not None:
             self.sharding.set_local_gradients()
@@ -164,11 +179,11 @@ class TrainingState:
 
     @torch.no_grad()
     def update_ema(self, finite: Tensor) -> None:
-        """Move the students' averages towards the students if ``finite`` is true.
+        """Update the moving averages of the students if ``finite`` is true.
 
-        Parameters and floating-point buffers (the statistics of batch norm) are averaged with the
-        same decay; counters are copied. The decay warms up as in timm's ``ModelEmaV3``:
-        ``min(ema_decay, 1 - (1 + updates)^(-2/3))``.
+        Parameters and floating-point buffers (batch norm statistics) are averaged with the same
+        decay. Integer buffers (counters) are copied. The decay warms up as in timm's
+        ``ModelEmaV3``: ``min(ema_decay, 1 - (1 + updates)^(-2/3))``.
         """
         if not self.ema:
             return
@@ -186,22 +201,26 @@ class TrainingState:
         self.ema_updates += finite.long()
 
     def count_skipped(self, finite: Tensor) -> None:
-        """Count a skipped step, on the device."""
+        """Update the counters ``skipped`` on the device. The step was skipped if ``finite`` is
+        false."""
         total, row, longest = self.skipped
         skipped = (~finite).long()
         row = (row + skipped) * skipped
         self.skipped.copy_(torch.stack((total + skipped, row, torch.maximum(longest, row))))
 
     def last_step_was_skipped(self) -> bool:
-        """Return whether the last step was skipped: no good checkpoint should make way for this
-        one. Synchronises with the device."""
+        """Return whether the last step was skipped. A checkpoint of such a step should not replace
+        an older one. Synchronizes with the device."""
         return int(self.skipped[1]) > 0
 
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return tensors and plain values that ``torch.load(weights_only=True)`` can read. All
-        ranks must call this; rank 0 gets the whole state, the others None."""
+        """Return the whole state on rank 0, and None on other ranks. All ranks must call this.
+
+        The state contains only tensors and plain values, so that ``torch.load(weights_only=True)``
+        can read it.
+        """
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
         own = {"rng": rng, "meter": self.meter.state_dict()}
@@ -231,10 +250,11 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a saved state, bit for bit if recipe and number of ranks are the same.
+        """Load a saved state.
 
-        State that the saved run did not have (averages, a loss scale) starts anew. A changed number
-        of epochs changes the schedule as :meth:`Span.with_epochs` describes.
+        Training continues bit for bit if the recipe and the number of ranks are the same. Averages
+        and a loss scale that the saved run did not have are initialised. If the number of epochs
+        differs, :meth:`Span.with_epochs` changes the schedule.
         """
         networks, optimizer = saved["networks"], saved["optimizer"]
         if self.sharding is not None:
@@ -247,8 +267,8 @@ class TrainingState:
         if saved["ema"]:
             self.ema_updates.copy_(torch.as_tensor(saved["ema_updates"]))
             self.ema_copied_until = saved["ema_copied_until"]
-        # Moments come from the checkpoint. Rates and decays come from the recipe, which may differ
-        # from that of the saved run.
+        # Load the moments from the checkpoint. Take learning rates and weight decays from the
+        # recipe, which may differ from the recipe of the saved run.
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.optimizer.load_state_dict(optimizer)
@@ -268,8 +288,11 @@ class TrainingState:
         self._load_of_ranks(saved["ranks"])
 
     def _load_of_ranks(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Load each rank's own random state and meter. For another number of ranks the random state
-        starts anew, and the meter of rank 0 takes over what all ranks had counted."""
+        """Load the random state and the meter of each rank.
+
+        If the number of ranks differs, each rank gets a new random state, and the meter of rank 0
+        loads the sums of all saved meters.
+        """
         rank, world_size = self.context.rank, self.context.world_size
         if len(saved) != world_size:
             self.meter.load_state_dict(*(own["meter"] for own in saved if rank == 0))
@@ -283,13 +306,15 @@ class TrainingState:
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
-    """Return parameters and buffers in the order of the module."""
+    """Return the parameters of a network, followed by its buffers."""
     return [*network.parameters(), *network.buffers()]
 
 
 def snapshot(value: Any) -> Any:
-    """Copy tensors nested in dictionaries and lists to the CPU, so that later steps do not change
-    them. Waits for the device once."""
+    """Return a copy of nested dictionaries and lists in which all tensors are copies on the CPU.
+
+    Later steps do not change the copies. This waits for the device once.
+    """
     copied = _copy_to_cpu(value)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,9 +1,9 @@
 """Forward passes, losses and backward passes of all networks on one micro-batch.
 
-:data:`ForwardBackward` is what a step calls for each micro-batch. It has three implementations:
-eager, overlapped (each network on a CUDA stream of its own) and compiled
-(:mod:`bdkd.engine.compiled`). A CUDA graph (:mod:`bdkd.engine.cuda_graph`) captures a whole step,
-with any of them inside.
+A step calls a :data:`ForwardBackward` function for each micro-batch. It has three implementations:
+eager, overlapped (each network on a separate CUDA stream) and compiled
+(:mod:`bdkd.engine.compiled`). A CUDA graph (:mod:`bdkd.engine.cuda_graph`) captures a whole step
+with any of these implementations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,10 @@ from bdkd.engine.state import TrainingState
 from bdkd.objectives import Objective, ObjectiveOutput
 
 ForwardBackward = Callable[[Batch], StepOutput]
-"""Computes the losses of a micro-batch and adds its gradients to those of the parameters."""
+"""Compute the losses of a micro-batch, and add its gradients to the gradients of the parameters."""
 
 Forward = Callable[[Batch, Tensor], tuple[dict[str, Tensor], ObjectiveOutput]]
-"""Computes logits and losses of a micro-batch for a 0-dim loss scale."""
+"""Compute the logits and losses of a micro-batch, given a 0-dim loss scale."""
 
 
 def make_forward(
@@ -35,9 +35,10 @@ def make_forward(
     context: DistributedContext,
     run_all: RunAll = run_sequentially,
 ) -> Forward:
-    """Return the forward passes and losses as a function of what changes from call to call.
+    """Return a function that computes the forward passes and losses of a micro-batch.
 
-    A closure rather than a method, so that ``torch.compile`` guards on nothing but what it uses.
+    It is a closure and not a method, so that ``torch.compile`` only adds guards for the variables
+    that it uses.
     """
     precision, normaliser = options.precision, float(options.batch_size)
 
@@ -45,7 +46,7 @@ def make_forward(
         with autocast(batch.target.device, precision):
             logits = model(batch.views, run_all)
         active = None
-        if objective.has_dynamic_active_set:  # on the whole batch, so that all ranks decide alike
+        if objective.has_dynamic_active_set:  # all ranks decide from the sums over the whole batch
             sums = objective.measure(logits, batch.target)
             context.all_reduce_sum(sums)
             active = objective.active((sums / normaliser).cpu())
@@ -63,9 +64,12 @@ def _total(losses: Mapping[str, Tensor]) -> Tensor:
 
 
 def _spread_nan(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-    """If a loss is not finite, make a gradient NaN. All networks on all ranks then skip the step
-    together, or they would drift apart. One NaN is enough: the ranks share each gradient, and a
-    step is skipped if any norm is not finite."""
+    """If a loss is not finite, set an element of a gradient to NaN.
+
+    All networks on all ranks must skip the same steps, or their weights would diverge. One NaN is
+    sufficient, because gradients are averaged over the ranks and a step is skipped if the norm of
+    any network is not finite.
+    """
     gradient = next(iter(gradients.values()))
     gradient[:1, :1] += torch.where(_total(losses).isfinite(), 0.0, torch.nan)
 
@@ -73,7 +77,7 @@ def _spread_nan(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -
 def outputs_and_gradients(
     logits: Mapping[str, Tensor], output: ObjectiveOutput, loss_scale: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors that a backward pass starts from, and the gradient of each."""
+    """Return the tensors from which the backward pass starts, and their gradients."""
     if output.gradients is not None:
         return [logits[name] for name in output.gradients], list(output.gradients.values())
     # See _spread_nan.
@@ -83,7 +87,7 @@ def outputs_and_gradients(
 
 
 def backward_of(forward: Forward, state: TrainingState) -> ForwardBackward:
-    """Return ``forward`` followed by autograd's backward pass."""
+    """Return a function that calls ``forward`` and then runs autograd's backward pass."""
 
     def forward_backward(micro_batch: Batch) -> StepOutput:
         loss_scale = state.loss_scale()
@@ -98,35 +102,38 @@ def backward_of(forward: Forward, state: TrainingState) -> ForwardBackward:
 def eager(
     state: TrainingState, objective: Objective, run_all: RunAll = run_sequentially
 ) -> ForwardBackward:
-    """Run the networks one after the other, or as ``run_all`` does."""
+    """Return a function that runs the forward passes with ``run_all``, without compilation."""
     train = state.recipe.train
     return backward_of(make_forward(state.model, objective, train, state.context, run_all), state)
 
 
 def overlapped(state: TrainingState, objective: Objective) -> ForwardBackward:
-    """Run each network on a CUDA stream of its own.
+    """Return a function that runs each network on a separate CUDA stream.
 
-    A small network leaves multiprocessors free that another one can use. Only the forward passes
-    are put on streams here: autograd runs each backward pass on the stream of its forward pass,
-    after the loss's gradients, and joins the streams at its end. In a CUDA graph the streams become
-    branches, which start without the host.
+    A small network does not use all multiprocessors, so another network can run at the same time.
+    This function only assigns the forward passes to streams. Autograd runs each backward pass on
+    the stream of its forward pass, after the gradients of the loss, and joins the streams at the
+    end. In a CUDA graph the streams become parallel branches.
     """
     streams = Streams(state.device, len(state.networks.members))
     return eager(state, objective, streams.run_all)
 
 
 class Streams:
-    """``count`` streams of a device, one of which is the current stream."""
+    """``count`` streams of a device. The current stream is one of them."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.device, self.module = device, torch.get_device_module(device)
         self.others = [self.module.Stream(device) for _ in range(count - 1)]
 
     def run_all(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Run each call on its stream, after all earlier work of the current stream. Later work of
-        the current stream waits for all calls."""
+        """Run each call on a separate stream and return the results.
+
+        The calls start after all earlier work of the current stream. Later work of the current
+        stream waits for all calls.
+        """
         current = self.module.current_stream(self.device)
-        for stream in self.others:  # before the first call, for which they need not wait
+        for stream in self.others:  # before the first call, so that they do not wait for it
             stream.wait_stream(current)
         results = []
         for stream, call in zip((current, *self.others), calls, strict=True):
@@ -135,12 +142,12 @@ class Streams:
         for stream, result in zip(self.others, results[1:], strict=True):
             current.wait_stream(stream)
             if result.is_cuda:
-                result.record_stream(current)  # its memory belongs to the other stream
+                result.record_stream(current)  # the other stream allocated its memory
         return results
 
 
 def warm_up(state: TrainingState, forward_backward: ForwardBackward, micro_batch: Batch) -> None:
-    """Run two passes over a micro-batch and discard the gradients. The state does not change."""
+    """Run two passes over a micro-batch and discard the gradients, without changing the state."""
     buffers, rng = SavedBuffers(state.networks.buffers()), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None
     training = state.networks.training

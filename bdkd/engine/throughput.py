@@ -1,5 +1,8 @@
-"""The speed of training: time of single steps, and for each log interval the wait for data, memory
-and utilisation."""
+"""Measure the speed of training.
+
+:class:`StepClock` measures the time of single steps. :class:`ThroughputMeter` measures the wait for
+data, the memory and the utilisation of each log interval.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -18,10 +21,10 @@ from bdkd.engine.ranges import named_range
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The times of some consecutive steps."""
+    """The times of consecutive steps."""
 
-    seconds: tuple[float, ...]  # of each step, with the wait for its batch
-    images: int  # of a step, over all ranks
+    seconds: tuple[float, ...]  # time of each step, including the wait for its batch
+    images: int  # images in a step, over all ranks
     data_wait: float  # share of the time in which the loop waited for its next batch
     memory_mib: float  # peak of the process so far; see peak_memory_mib()
 
@@ -34,27 +37,34 @@ class StepTimes:
         return self.images / self.mean
 
     def percentile(self, share: float) -> float:
-        """Return the time in seconds that this percentage of the steps do not exceed."""
+        """Return a percentile of the step times in seconds.
+
+        Args:
+            share: the percentile, in [0, 100].
+        """
         return float(np.percentile(self.seconds, share))
 
 
 class StepClock:
-    """Measures the time between marks. On a GPU the marks are events of its stream, so that the
-    host can prepare the next step while the GPU computes this one, as it does in training."""
+    """Measure the time between marks.
+
+    On a GPU the marks are CUDA events, so that the host can prepare the next step while the GPU
+    computes the current step, as in training.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[Any] = []  # seconds on a CPU, events on a GPU
 
     def restart(self) -> None:
-        """Wait for the device, forget all marks, and set the first one."""
+        """Wait for the device, delete all marks, and set the first mark."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.marks = []
         self.mark()
 
     def mark(self) -> None:
-        """Set a mark. The host gets ahead of a GPU by at most one mark."""
+        """Set a mark. On a GPU, wait until the GPU has reached the previous mark."""
         if self.device.type != "cuda":
             self.marks.append(time.monotonic())
             return
@@ -65,7 +75,7 @@ class StepClock:
             self.marks[-2].synchronize()
 
     def seconds(self) -> tuple[float, ...]:
-        """Return the times between the marks. Waits for the device."""
+        """Wait for the device, and return the seconds between consecutive marks."""
         pairs = pairwise(self.marks)
         if self.device.type != "cuda":
             return tuple(end - begin for begin, end in pairs)
@@ -74,17 +84,17 @@ class StepClock:
 
 
 class ThroughputMeter:
-    """Counts between two log lines."""
+    """Measure the wait for data, the memory and the utilisation between two log lines."""
 
     def __init__(self, components: Components) -> None:
         self.components = components
         self.peak = peak_flops(components.device, components.recipe.train)  # FLOP/s, or None
         self.waited = 0.0  # seconds since the last read
         self.image_size = components.source.info.image_size
-        self._flops: dict[tuple[int, int], int] = {}  # of a step, for an image, by image size
+        self._flops: dict[tuple[int, int], int] = {}  # FLOPs per image of a step, by image size
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches and count the time that each is waited for."""
+        """Yield the batches, and measure the time that the loop waits for each."""
         iterator = iter(batches)
         while True:
             began = time.monotonic()
@@ -98,15 +108,17 @@ class ThroughputMeter:
             yield batch
 
     def read(self, images: int, seconds: float) -> dict[str, float | None]:
-        """Return the values of an interval for the log, and reset.
-
-        ``data_wait`` is the share of the interval in which this rank waited for its next batch.
-        ``memory_mib`` is the peak memory of this rank so far. ``mfu`` is the share of the devices'
-        published peak that the networks' operations are, or None if the peak is unknown.
+        """Return the values of an interval for the log, and reset the meter.
 
         Args:
-            images: trained on in the interval, over all ranks.
+            images: number of images in the interval, over all ranks.
             seconds: length of the interval.
+
+        Returns:
+            ``data_wait``: the share of the interval in which this rank waited for its next batch.
+            ``memory_mib``: the peak memory of this rank so far. ``mfu`` (model FLOPs utilisation):
+            the operations of the networks as a share of the published peak of the devices, or None
+            if the peak is unknown.
         """
         values = {
             "data_wait": min(self.waited / seconds, 1.0),
@@ -120,7 +132,7 @@ class ThroughputMeter:
         return values
 
     def flops_per_image(self) -> int:
-        """Return the FLOPs of a step for one image of the current size, over all networks."""
+        """Return the FLOPs per image of a step of all networks, for the current image size."""
         if self.image_size not in self._flops:
             from bdkd.engine.cost import costs
 

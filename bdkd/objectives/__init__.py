@@ -27,6 +27,12 @@ __all__ = [
 
 
 def create_objective(config: ObjectiveConfig, networks: Mapping[str, NetworkConfig]) -> Objective:
-    """Create the objective that a configuration names. Raise ``UsageError`` if it does not exist,
-    or if the networks do not fit it."""
+    """Create the objective that a configuration names.
+
+    Args:
+        networks: the networks of the recipe, by name.
+
+    Raises:
+        UsageError: the objective does not exist, or it does not support these networks.
+    """
     return OBJECTIVES.find(config.name).build(config, networks)

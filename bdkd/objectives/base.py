@@ -22,28 +22,33 @@ class ObjectiveOutput:
     """The result of an objective on one batch."""
 
     losses: dict[str, Tensor]
-    """A 0-dim loss for each network that trains on this batch. It depends on the logits of its own
-    network only."""
+    """A 0-dim loss for each network that trains on this batch. The loss of a network depends only
+    on the logits of this network."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Per-sample values for the log, ``(B,)`` each, detached."""
+    """Per-sample values for the log, by name. Each is detached and has the shape ``(B,)``."""
     gradients: dict[str, Tensor] | None = None
     """Gradients of ``grad_scale * loss`` with respect to the logits ``(B, C)``, for each network
-    that trains. None: call ``backward`` on the losses."""
+    that trains. If it is None, the trainer calls ``backward`` on the losses."""
 
 
 class Objective(ABC):
     """Compute one loss for each network from the logits of K networks and the labels.
 
-    An objective depends on no device, precision or process group. Register it with
+    An objective does not depend on the device, the precision or the process group. Register it with
     :func:`register_objective`.
 
     An objective with ``has_dynamic_active_set`` decides for each batch which networks train. All
-    ranks must make the same decision, based on the whole batch. So the decision has two parts:
-    :meth:`measure` returns sums over samples, which the trainer adds up over the ranks, and
-    :meth:`active` turns their means into the names of the networks that train. Reading the means
-    synchronizes with the device.
+    ranks must make the same decision, based on the whole batch. Therefore the decision has two
+    steps. :meth:`measure` returns sums over samples, which the trainer adds up over the ranks.
+    :meth:`active` receives the means and returns the names of the networks that train. Reading the
+    means synchronizes with the device.
 
-    Raise ``UsageError`` if the networks or their roles do not fit the objective.
+    Args:
+        config: the options of the objective.
+        networks: the networks of the recipe, by name.
+
+    Raises:
+        UsageError: the objective does not support these networks or their roles.
     """
 
     has_dynamic_active_set: ClassVar[bool] = False
@@ -56,9 +61,9 @@ class Objective(ABC):
         self.frozen = frozenset(name for name, network in networks.items() if network.frozen)
         """Networks that never train."""
         self.views = 1
-        """Augmentations of each image that the objective needs: 1, or one for each network."""
+        """Number of augmented views of each image: 1, or one view for each network."""
         self.warmup = 0.0
-        """Number of epochs after which all weights have their full values; see :meth:`advance`."""
+        """Number of epochs after which all weights have their full values. See :meth:`advance`."""
         if not self.students:
             key = f"networks.{(self.teachers or ['NAME'])[0]}.role"
             remedy = f"set {key}, or add a network with role = 'student'"
@@ -83,34 +88,38 @@ class Objective(ABC):
     ) -> ObjectiveOutput:  # fmt: skip
         """Compute the losses for a backward pass that follows immediately.
 
-        The arguments are those of ``__call__``. An objective that computes gradients together with
-        its losses overrides this method and returns ``gradients``. Then no kernel has to check in
-        the backward pass that the saved gradients are still valid.
+        The arguments are the same as for ``__call__``. Override this method if the objective can
+        compute the gradients together with the losses, and return them in ``gradients``. The kernel
+        then does not have to check in the backward pass that its saved gradients are still valid.
         """
         return self(logits, target, normaliser, grad_scale, active)
 
     def measure(self, logits: Logits, target: Tensor) -> Tensor:
-        """Return the inputs of :meth:`active` as sums over the samples, ``(k,)``."""
+        """Return the values that :meth:`active` needs, as sums over the samples, ``(k,)``."""
         raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
 
     def active(self, means: Tensor) -> frozenset[str]:
-        """Return the networks that train on a batch with these means ``(k,)``, on the CPU."""
+        """Return the names of the networks that train on a batch.
+
+        Args:
+            means: the result of :meth:`measure` divided by the batch size, ``(k,)``, on the CPU.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no dynamic active set")
 
     def advance(self, epochs: float, device: torch.device) -> None:  # noqa: B027 - optional
-        """Prepare the next step. The trainer calls this before each step, and before the passes
-        that warm up DDP.
+        """Prepare the next step. The trainer calls this method before each step, and before the
+        passes that warm up DDP.
 
-        Override it to change weights during the training. Change tensors in place, because a
-        compiled or captured step reads them.
+        Override it to change weights of the loss during training. Store such a weight in a tensor
+        and change the tensor in place, because a compiled or captured step reads this tensor.
 
         Args:
-            epochs: number of completed epochs, with the completed share of this one.
-            device: of the logits.
+            epochs: number of completed epochs, including the completed fraction of this epoch.
+            device: device of the logits.
         """
 
     def need_frozen_teachers(self, networks: Mapping[str, NetworkConfig]) -> None:
-        """Freeze every teacher. Raise ``UsageError`` if there is no teacher, or a teacher has no
+        """Freeze every teacher. Raise ``UsageError`` if there is no teacher or if a teacher has no
         trained weights."""
         named = f"objective.name = {self.config.name!r}"
         if not self.teachers:

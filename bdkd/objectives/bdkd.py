@@ -1,8 +1,8 @@
-"""BD-KD: online distillation with forward and reverse KL, balanced sample by sample.
+"""BD-KD: online distillation that balances forward and reverse KL for each sample.
 
-Source: Amara et al., arXiv 2212.12965. See ``bdkd_kernels.reference`` for the equations. The losses
-of more than two networks, and the ablations that change more than ``gamma`` or a weight, are our
-definitions, because we had no access to the body of the paper.
+Source: Amara et al., arXiv 2212.12965. See ``bdkd_kernels.reference`` for the equations. Two parts
+are our own definitions, because we had no access to the body of the paper: the losses of more than
+two networks, and the ablations that change more than ``gamma`` or a weight.
 """
 
 from collections.abc import Mapping
@@ -34,27 +34,35 @@ class BDKDConfig(MutualConfig):
     """Options of bdkd."""
 
     gamma: float = 2.0
-    """The larger one of the two weights of a sample, in [1, 1e9]. 1: unweighted."""
+    """The larger of the weights of a sample's two divergences, in [1, 1e9]. The smaller weight is
+    1, so gamma 1 means no weighting."""
     teacher_divergence: Literal["reverse", "forward"] = "reverse"
-    """The teacher's regulariser: KL(student || teacher) or KL(teacher || student)."""
+    """Divergence in the teacher's loss. reverse: KL(student || teacher). forward: KL(teacher ||
+    student)."""
     student_divergence: Literal["both", "forward", "reverse"] = "both"
-    """Ablation: divergences in the student's loss."""
+    """Ablation: the divergences in the student's loss. forward: KL(teacher || student). reverse:
+    KL(student || teacher). both: their weighted sum."""
     weighting: Literal["entropy", "swapped"] = "entropy"
-    """Ablation: the weights from the entropy gap, or the exchanged weights."""
+    """Ablation: how the entropies of a sample determine the two weights. entropy: as in BD-KD.
+    swapped: exchange the weights of the two divergences."""
     soften_entropy: bool = True
-    """Compare the entropies at the temperature. false: at temperature 1."""
+    """Compute the entropies from logits divided by the temperature. false: from the logits
+    themselves (temperature 1)."""
 
 
 @register_objective("bdkd", BDKDConfig)
 class BDKD(Objective):
     """Train each student with each teacher, and regularise each teacher with each student.
 
-    The loss of a network is the mean of :func:`bdkd_kernels.bdkd_loss` over its partners. Without a
-    teacher, the students are peers: each is a student of every other network.
+    The loss of a network is the mean of :func:`bdkd_kernels.bdkd_loss` over its partners. If no
+    network is a teacher, each student learns from all other students.
 
-    Ablations: ``gamma = 1`` (no weighting), ``student_divergence`` (one of the student's two
-    divergences, with its weight), ``weighting = "swapped"`` (exchange the weights of the two
-    divergences), ``teacher_kd = 0`` (do not regularise the teacher).
+    Ablations:
+
+    - ``gamma = 1``: both divergences have the same weight.
+    - ``student_divergence``: use only one of the student's two divergences, with its weight.
+    - ``weighting = "swapped"``: exchange the weights of the two divergences.
+    - ``teacher_kd = 0``: do not regularise the teacher.
     """
 
     def __init__(self, config: BDKDConfig, networks: Mapping[str, NetworkConfig]) -> None:
@@ -81,8 +89,8 @@ class BDKD(Objective):
         plain = config.student_divergence == "both" and config.weighting == "entropy"
         self.ablation = None if plain else _Ablation(config)
         shared = {field.name for field in fields(config)} & {"backend", *NAMES}
-        # The sum over the counted rows of a micro-batch is divided by the counted rows of the whole
-        # step, so that micro-batches and ranks add up to the mean.
+        # The losses are sums over a micro-batch, divided by the number of counted samples in the
+        # whole step. The results of all micro-batches and ranks then add up to the mean.
         self.arguments = {name: getattr(config, name) for name in shared}
         self.loss = BDKDLoss(**self.arguments, reduction="sum")
 
@@ -93,8 +101,8 @@ class BDKD(Objective):
         output = ObjectiveOutput({})
         for student, teacher in self.edges:
             s, t = logits[student], logits[teacher]
-            # The fused loss has one scale for both gradients. If a student and its teacher have
-            # different numbers of partners, the backward pass recomputes one gradient exactly.
+            # The fused loss scales both gradients by the same factor. If a student and its teacher
+            # have different numbers of partners, the backward pass computes one gradient again.
             share = normaliser * self.partners[student]
             learner = s.detach() if self.ablation else s
             partner = t.detach() if self.peers else t
@@ -143,9 +151,10 @@ class BDKD(Objective):
 
 
 class _Ablation:
-    """Compute the student's loss with one divergence, or with its two weights exchanged, as a sum.
+    """Compute the student's loss with only one divergence or with exchanged weights.
 
-    Each divergence is a separate one-sided loss. Its sample weights come from the fused kernel.
+    The loss is a sum over the samples. Each divergence is a separate one-sided loss, with the
+    sample weights that the fused kernel computed.
     """
 
     def __init__(self, config: BDKDConfig) -> None:

@@ -1,4 +1,4 @@
-"""Check an objective of a plugin once, on random logits, before anything is trained."""
+"""Check an objective from a plugin on random logits before training starts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,12 +13,17 @@ from bdkd.objectives.base import Objective, ObjectiveOutput
 def check_objective(
     objective: Objective, networks: Iterable[str], samples: int, classes: int, device: torch.device
 ) -> None:
-    """Check that an objective fulfils its interface, on random logits ``(samples, classes)``. Pass
-    an instance that is not used otherwise. Random states do not change.
+    """Check that an objective implements its interface, on random logits ``(samples, classes)``.
+
+    Random states do not change. The objective may change its own state, so pass an instance that
+    is not used for training.
+
+    Args:
+        networks: names of the networks.
 
     Raises:
-        UsageError: it raises an error; a loss is missing, has another shape or depends on the
-            logits of another network; or a statistic does not have a value for each sample.
+        UsageError: the objective raises an error, a loss is missing or not 0-dim, a loss depends on
+            the logits of another network, or a statistic does not have one value per sample.
     """
     generator = torch.Generator().manual_seed(0)
     logits = {
@@ -48,7 +53,7 @@ def check_objective(
 
 
 def _shapes(output: Any, trained: list[str], logits: Mapping[str, Tensor]) -> str:
-    """Return what is wrong with an output, or an empty text."""
+    """Return what is wrong with the shapes and names of an output, or an empty string."""
     if not isinstance(output, ObjectiveOutput):
         return f"must return an ObjectiveOutput, got {type(output).__name__}"
     if output.losses.keys() != set(trained):
@@ -59,25 +64,28 @@ def _shapes(output: Any, trained: list[str], logits: Mapping[str, Tensor]) -> st
     for name, loss in output.losses.items():
         if loss.ndim:
             found = tuple(loss.shape)
-            return f"must return losses that are sums over the samples; {name} has {found}"
+            return f"must return 0-dim losses; the loss of {name} has the shape {found}"
     for name, statistic in output.statistics.items():
         samples = len(next(iter(logits.values())))
         if statistic.shape != (samples,):
             found = tuple(statistic.shape)
             return (
-                f"must return statistics with a value for each of the {samples} samples; {name} "
-                f"has {found}"
+                f"must return statistics of the shape ({samples},), one value for each sample; "
+                f"{name} has the shape {found}"
             )
     for name, gradient in (output.gradients or {}).items():
         if name not in output.losses or gradient.shape != logits[name].shape:
-            return f"must return gradients like the logits of networks that train; {name} has other"
+            return (
+                "must return gradients with the shapes of the logits, and only for networks that "
+                f"train; {name} does not match"
+            )
     return ""
 
 
 def _dependence(output: ObjectiveOutput, logits: Mapping[str, Tensor], trained: list[str]) -> str:
-    """Return which loss does not depend on its own logits alone, or an empty text."""
+    """Return which loss does not depend on exactly its own logits, or an empty string."""
     if output.gradients is not None:
-        return ""  # nothing is differentiated
+        return ""  # the trainer does not differentiate these losses
     for name, loss in output.losses.items():
         if not loss.requires_grad:
             return f"returns a loss of {name} that does not depend on its logits"

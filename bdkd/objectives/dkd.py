@@ -1,7 +1,7 @@
 """Decoupled knowledge distillation: separate weights for the target class and the other classes.
 
 Source: Zhao, Cui, Song, Qiu, Liang, *Decoupled Knowledge Distillation*, CVPR 2022, arXiv
-2203.08679, equation 7, with the weights and the warm-up of mdistiller.
+2203.08679, equation 7. The default weights and the warm-up are those of mdistiller.
 """
 
 import math
@@ -39,11 +39,12 @@ class DKDConfig(ObjectiveConfig):
     student_ce: Weight = 1.0
     """Weight of the cross entropy."""
     target_kd: Weight = 1.0
-    """Weight of the divergence of the target class (alpha)."""
+    """Weight of the divergence between the target class and all other classes (alpha)."""
     other_kd: Weight = 8.0
     """Weight of the divergence among the other classes (beta)."""
     warmup: NotNegative[float] = 20.0
-    """Number of epochs in which the weights of both divergences grow linearly from 0."""
+    """Number of epochs during which the weights of both divergences grow linearly from 0 to their
+    full values."""
     label_smoothing: Share = 0.0
     """Label smoothing of the cross entropy."""
 
@@ -59,10 +60,11 @@ class DKDConfig(ObjectiveConfig):
 class DKD(Objective):
     """Compute ``student_ce CE(s, y) + ramp tau^2 (target_kd TCKD + other_kd NCKD)``.
 
-    TCKD is KL(b_t || b_s) of the two probabilities of the target class and of all other classes.
-    NCKD is KL(q_t || q_s) of the probabilities among the other classes. Every teacher is frozen.
-    With several teachers, the divergences are the means over the teachers. The target class of a
-    soft label is its most likely class.
+    TCKD is KL(b_t || b_s), where b contains two probabilities: that of the target class and that of
+    all other classes together. NCKD is KL(q_t || q_s), where q contains the probabilities of the
+    other classes, divided by their sum. Every teacher is frozen. With several teachers, each
+    divergence is the mean over the teachers. The target class of a soft label is its most likely
+    class.
     """
 
     def __init__(self, config: DKDConfig, networks: Mapping[str, NetworkConfig]) -> None:
@@ -101,11 +103,12 @@ def _wide(logits: Tensor) -> Tensor:
 def decoupled(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``tau^2 TCKD`` and ``tau^2 NCKD``, summed over the samples.
+    """Return ``tau^2 TCKD`` and ``tau^2 NCKD``, each summed over the samples, 0-dim.
 
     Args:
         student, teacher: logits ``(B, C)``.
         target: ``(B,)`` labels, or ``(B, C)`` soft labels.
+        temperature: the divisor tau of the logits.
     """
     label = target.argmax(-1) if target.ndim == 2 else target
     counted = (label != IGNORED)[:, None]  # (B, 1)
@@ -121,7 +124,7 @@ def decoupled(
     of_target, of_others = (
         F.kl_div(s, t, reduction="none", log_target=True) for s, t in (binary, without)
     )
-    # A class to which the teacher assigns no probability adds 0, also where kl_div returns NaN.
+    # A class adds 0 if the teacher gives it the probability 0. kl_div may return NaN there.
     of_target = torch.where(counted & (binary[1] != -math.inf), of_target, 0.0)
     of_others = torch.where(counted & (without[1] != -math.inf), of_others, 0.0)
     return (of_target * temperature**2).sum(), (of_others * temperature**2).sum()

@@ -15,8 +15,11 @@ from bdkd.objectives.options import MutualConfig
 
 @register_objective("dml", MutualConfig)
 class DML(OneSidedObjective):
-    """Compute ``CE(x, y) + tau^2 mean over peers of KL(p_peer || p_x)`` with constant peers. The
-    role of a network determines its two weights."""
+    """Compute ``ce CE(x, y) + kd tau^2 mean over peers of KL(p_peer || p_x)`` for each network.
+
+    The gradient does not flow into the peers. The role of a network determines its weights:
+    ``student_ce`` and ``student_kd``, or ``teacher_ce`` and ``teacher_kd``.
+    """
 
     def __init__(self, config: MutualConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)

@@ -1,4 +1,4 @@
-"""Independent training from the labels alone: the baseline of the other objectives."""
+"""Independent training from labels only, without distillation. It is the baseline."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class IndependentConfig(ObjectiveConfig):
 
 @register_objective("independent", IndependentConfig)
 class Independent(Objective):
-    """Compute ``CE(x, y)`` for each of any number of networks."""
+    """Compute ``CE(x, y)`` for each network. The number of networks is arbitrary."""
 
     def __call__(
         self, logits: Logits, target: Tensor, normaliser: Scalar, grad_scale: Scalar,

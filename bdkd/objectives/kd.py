@@ -1,6 +1,6 @@
-"""Knowledge distillation: students learn from teachers that were trained before.
+"""Offline knowledge distillation: students learn from trained, frozen teachers.
 
-Source: Hinton, Vinyals, Dean, arXiv 1503.02531, with the weights and the temperature of
+Source: Hinton, Vinyals, Dean, arXiv 1503.02531. The default weights and temperature are those of
 RepDistiller and mdistiller.
 """
 
@@ -29,8 +29,10 @@ class KDConfig(FusedConfig):
 
 @register_objective("kd", KDConfig)
 class KD(OneSidedObjective):
-    """Compute ``student_ce CE(s, y) + student_kd tau^2 KL(p_t || p_s)``. Every teacher is frozen.
-    With several teachers, the divergence is the mean over the teachers."""
+    """Compute ``student_ce CE(s, y) + student_kd tau^2 KL(p_t || p_s)`` for each student.
+
+    Every teacher is frozen. With several teachers, the divergence is the mean over the teachers.
+    """
 
     def __init__(self, config: KDConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)

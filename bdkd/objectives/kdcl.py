@@ -1,4 +1,4 @@
-"""Online distillation by collaborative learning: every network learns from an ensemble of all.
+"""Online distillation by collaborative learning: each network learns from an ensemble of all.
 
 Source: Guo et al., *Online Knowledge Distillation via Collaborative Learning*, CVPR 2020,
 sections 3.2 (naive, MinLogit) and 3.3 (each network on a different augmentation).
@@ -23,13 +23,19 @@ class KDCLConfig(MutualConfig):
     """Options of kdcl."""
 
     ensemble: Literal["minlogit", "naive"] = "minlogit"
-    """Method that combines the networks' logits into one target."""
+    """How the logits of all networks are combined into one target. minlogit: for each class, the
+    smallest logit relative to the logit of the label. naive: for each sample, the logits of the
+    network with the smallest cross entropy."""
 
 
 @register_objective("kdcl", KDCLConfig)
 class KDCL(OneSidedObjective):
-    """Compute ``CE(x, y) + tau^2 KL(p_ensemble || p_x)`` with a constant ensemble. Each network
-    sees a different view of an image. The role of a network determines its two weights."""
+    """Compute ``ce CE(x, y) + kd tau^2 KL(p_ensemble || p_x)`` for each network.
+
+    The gradient does not flow into the ensemble. Each network receives a different augmented view
+    of an image. The role of a network determines its weights: ``student_ce`` and ``student_kd``, or
+    ``teacher_ce`` and ``teacher_kd``.
+    """
 
     def __init__(self, config: KDCLConfig, networks: Mapping[str, NetworkConfig]) -> None:
         super().__init__(config, networks)
@@ -47,8 +53,15 @@ class KDCL(OneSidedObjective):
 
 
 def naive(logits: Tensor, target: Tensor) -> Tensor:
-    """Return for every sample the logits ``(B, C)`` of the network with the smallest cross entropy,
-    from ``(K, B, C)``."""
+    """Return for each sample the logits of the network with the smallest cross entropy.
+
+    Args:
+        logits: logits of all networks ``(K, B, C)``.
+        target: ``(B,)`` labels, or ``(B, C)`` soft labels.
+
+    Returns:
+        Logits ``(B, C)``.
+    """
     networks, samples, classes = logits.shape
     targets = target.expand(networks, *target.shape).flatten(0, 1)
     losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (K B,)
@@ -57,9 +70,17 @@ def naive(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def minlogit(logits: Tensor, target: Tensor) -> Tensor:
-    """Return for every class the smallest difference from the label's logit, ``(B, C)`` from
-    ``(K, B, C)``. This takes the network with the largest margin, class by class. A soft label
-    ``(B, C)`` counts as its most likely class."""
+    """Return for each class the smallest logit of any network, relative to the label's logit.
+
+    For each class, this is the network with the largest margin between the label and this class.
+
+    Args:
+        logits: logits of all networks ``(K, B, C)``.
+        target: ``(B,)`` labels, or ``(B, C)`` soft labels, which count as their most likely class.
+
+    Returns:
+        Logits ``(B, C)``. The logit of the label is 0.
+    """
     label = target.argmax(-1) if target.ndim == 2 else target
     index = label.expand(len(logits), -1)[..., None]
     return (logits - logits.gather(-1, index)).amin(0)

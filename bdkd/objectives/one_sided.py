@@ -1,4 +1,7 @@
-"""Losses of one network that learns from constant partners: DML, KDCL, KD, SwitOKD, ablations."""
+"""The loss of one network that learns from partners without changing them.
+
+DML, KD, KDCL, LSKD, SwitOKD and the ablations of BD-KD use it.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,9 +18,14 @@ from bdkd.objectives.options import FusedConfig, MutualConfig
 class OneSided:
     """Compute ``ce CE(x, y) + kd tau^2 mean over partners of KL`` with the fused kernel.
 
-    The kernel computes the teacher's half of BD-KD's loss: the learner is its teacher and a partner
-    is its student. Of the partner, the kernel computes only the probabilities. ``divergence`` is
-    ``"forward"``, KL(partner || learner), or ``"reverse"``, KL(learner || partner).
+    The kernel computes the teacher's half of BD-KD's loss. The learner takes the place of the
+    teacher, and a partner takes the place of the student. The partner gets no gradient.
+
+    Args:
+        config: temperature, label smoothing and backend.
+        ce, kd: weights of the cross entropy and of the divergence.
+        divergence: ``"forward"`` is KL(partner || learner), ``"reverse"`` is KL(learner ||
+            partner).
     """
 
     def __init__(
@@ -26,7 +34,7 @@ class OneSided:
     ) -> None:  # fmt: skip
         self.loss = BDKDLoss(
             student_ce=0.0, student_kd=0.0, teacher_ce=ce, teacher_kd=kd,
-            # The partner is the kernel's student, so the direction is reversed.
+            # The kernel names the directions from the student's side, which is the partner here.
             teacher_divergence="reverse" if divergence == "forward" else "forward",
             temperature=config.temperature, label_smoothing=config.label_smoothing,
             backend=config.backend, reduction="sum",
@@ -36,7 +44,17 @@ class OneSided:
         self, learner: Tensor, partners: Sequence[Tensor], target: Tensor | None,
         normaliser: Scalar, grad_scale: Scalar, sample_weight: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the loss for the logits ``(B, C)`` of the learner and of at least one partner."""
+        """Return the 0-dim loss of the learner.
+
+        Args:
+            learner: logits ``(B, C)``.
+            partners: logits ``(B, C)`` of one or more networks.
+            target: ``(B,)`` labels, or ``(B, C)`` soft labels. None: no labels, which requires
+                that the cross entropy has the weight 0.
+            normaliser: the divisor of the sum over the samples.
+            grad_scale: the loss scale that will multiply the loss.
+            sample_weight: ``(B,)``, default 1.
+        """
         share = normaliser * len(partners)
         scale = grad_scale / share
         total = sum(
@@ -47,7 +65,7 @@ class OneSided:
 
 
 def check_teachers_learn(objective: Objective) -> None:
-    """Raise ``UsageError`` if both weights of the teachers are 0, and a teacher trains."""
+    """Raise ``UsageError`` if a teacher trains although both of its weights are 0."""
     config = objective.config
     trained = [name for name in objective.teachers if name not in objective.frozen]
     if trained and config.teacher_ce == 0 and config.teacher_kd == 0:
@@ -59,12 +77,12 @@ def check_teachers_learn(objective: Objective) -> None:
 
 
 class OneSidedObjective(Objective):
-    """An objective in which every network learns from partners that are held constant."""
+    """An objective in which each network learns from partners that get no gradient."""
 
     losses: Mapping[str, OneSided]
 
     def losses_by_role(self) -> dict[str, OneSided]:
-        """Return the loss of every network by name, with the two weights of the network's role."""
+        """Return the loss of each network by name, with the two weights of the network's role."""
         check_teachers_learn(self)
         config: MutualConfig = self.config
         return {

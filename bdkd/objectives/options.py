@@ -11,18 +11,18 @@ from bdkd.errors import UsageError
 
 @dataclass(frozen=True)
 class FusedConfig(ObjectiveConfig):
-    """Options of the objectives that use the fused loss, which has the bounds of most of them."""
+    """Options of the objectives that use the fused loss. ``bdkd_kernels`` defines their bounds."""
 
     backend: Literal["auto", "triton", "native", "reference"] = "auto"
-    """Implementation of the fused loss."""
+    """Implementation of the fused loss. auto: the fastest one that supports the tensors."""
     temperature: float = 1.0
     """Temperature of the divergences, in [1e-4, 1e4]."""
     student_ce: float = 1.0
-    """Weight of the students' cross entropy: 0, or in [1e-30, 1e9]."""
+    """Weight of the cross entropy in a student's loss: 0, or in [1e-30, 1e9]."""
     student_kd: float = 1.0
-    """Weight of the students' divergences: 0, or in [1e-30, 1e9]."""
+    """Weight of the divergence in a student's loss: 0, or in [1e-30, 1e9]."""
     label_smoothing: Share = 0.0
-    """Label smoothing of every cross entropy."""
+    """Label smoothing of the cross entropy of all networks."""
 
     def check(self) -> None:
         for option in TABLE:
@@ -43,6 +43,6 @@ class MutualConfig(FusedConfig):
     """Options of the objectives in which students and teachers learn from each other."""
 
     teacher_ce: float = 1.0
-    """Weight of the teachers' cross entropy: 0, or in [1e-30, 1e9]."""
+    """Weight of the cross entropy in a teacher's loss: 0, or in [1e-30, 1e9]."""
     teacher_kd: float = 1.0
-    """Weight of the teachers' divergence: 0, or in [1e-30, 1e9]."""
+    """Weight of the divergence in a teacher's loss: 0, or in [1e-30, 1e9]."""

@@ -5,10 +5,13 @@ from torch import Tensor
 
 
 class Ramp:
-    """The share ``min(epochs / length, 1)`` of a ramp that is ``length`` epochs long; 1 if it is 0.
+    """A weight that grows linearly from 0 to 1: ``min(epochs / length, 1)``.
 
-    The value is a tensor that :meth:`advance` changes in place, so that a compiled or captured step
+    ``value`` is a tensor that :meth:`advance` changes in place, so that a compiled or captured step
     reads the current value. Before the first call of :meth:`advance` it is 1.
+
+    Args:
+        length: number of epochs until the weight is 1. 0: the weight is always 1.
     """
 
     def __init__(self, length: float) -> None:

@@ -1,7 +1,8 @@
 """Switchable online distillation: the teacher pauses while the student is too far behind.
 
-Source: Qian et al., *Switchable Online Knowledge Distillation*, ECCV 2022, arXiv 2209.04996: the
-gap and the adaptive threshold of section 3, the losses of learning and of expert mode.
+Source: Qian et al., *Switchable Online Knowledge Distillation*, ECCV 2022, arXiv 2209.04996. The
+gap and the adaptive threshold are those of section 3. The losses are those of learning mode and
+expert mode.
 """
 
 import math
@@ -30,10 +31,10 @@ class SwitOKD(Objective):
     """Compute ``CE(s, y) + tau^2 KL(p_t || p_s)`` for the student and ``CE(t, y) + tau^2
     KL(p_s || p_t)`` for the teacher.
 
-    The mean L1 distances of a batch are ``a = |p_s - y|``, ``b = |p_t - y|``, ``g = |p_s - p_t|``.
-    The teacher pauses (*expert mode*) if ``b < a`` and ``g > a - exp(-b / (a + b)) b``. A paused
-    teacher has no loss, no backward pass and no step. Its forward pass runs and updates its batch
-    norm statistics. Otherwise both networks train (*learning mode*).
+    Let ``a = |p_s - y|``, ``b = |p_t - y|`` and ``g = |p_s - p_t|`` be mean L1 distances over a
+    batch. If ``b < a`` and ``g > a - exp(-b / (a + b)) b``, the teacher pauses (*expert mode*). A
+    paused teacher has no loss, no backward pass and no optimizer step, but its forward pass runs
+    and updates its batch norm statistics. Otherwise both networks train (*learning mode*).
     """
 
     has_dynamic_active_set = True

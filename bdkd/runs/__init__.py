@@ -1,4 +1,4 @@
-"""The files of a run: folder, checkpoints, logs, profile, summary. Requires ``bdkd[train]``."""
+"""The files of a run: folder, checkpoints, logs, profile and summary. Requires ``bdkd[train]``."""
 
 from bdkd.extras import missing_packages
 

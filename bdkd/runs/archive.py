@@ -1,11 +1,11 @@
 """Check a zip file of ``torch.save`` or ``torch.export.save`` before its contents are loaded.
 
-torch stores members without compression, names each member once and writes no file comment. A file
-with those properties cannot inflate to more than its size.
+torch stores members without compression, uses each name once and writes no file comment. The
+contents of such a file cannot be larger than the file itself.
 
-Fields that Python's reader and torch's (miniz) interpret differently are checked too. If a member
-has the DOS attribute of a folder, miniz copies nothing and torch returns uninitialised memory.
-Python ignores the attribute.
+This module also checks fields that Python's zip reader and torch's zip reader (miniz) interpret
+differently. For example, if a member has the DOS attribute of a folder, miniz copies nothing and
+torch returns uninitialised memory, while Python ignores the attribute.
 """
 
 import struct
@@ -20,7 +20,7 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 
-_ENCRYPTED = 0x0001 | 0x0040 | 0x2000  # flag bits of encrypted contents and directories
+_ENCRYPTED = 0x0001 | 0x0040 | 0x2000  # flag bits for encrypted contents and directories
 _FOLDER = 0x10  # DOS attribute
 MAX_DIRECTORY_BYTES = 64 * 2**20
 """Python needs about ten times the size of the central directory to list its entries. A checkpoint
@@ -28,18 +28,18 @@ with 100,000 tensors has a directory of 8 MiB."""
 
 
 class ArchiveError(Exception):
-    """A zip file that is damaged or that torch did not write. The message is the reason."""
+    """A zip file is damaged, or torch did not write it. The message is the reason."""
 
 
 class ForeignArchive(ArchiveError):
-    """A file that another program wrote. It may be undamaged."""
+    """Another program wrote the file. The file may be intact."""
 
 
 def check_stored_zip(file: BinaryIO) -> None:
-    """Check that members are stored once, without compression or overlaps, with a valid checksum.
+    """Check that each member is stored once, uncompressed, without overlaps and undamaged.
 
-    This reads every byte of every member once, in blocks of 1 MiB. Nothing is decompressed, and
-    memory is only allocated for the central directory. The position of ``file`` changes.
+    This reads all members once, in blocks of 1 MiB, and compares their checksums. It allocates
+    memory only for the central directory. The position of ``file`` changes.
 
     Raises:
         ForeignArchive: the file is not a zip file, or another program wrote it.
@@ -60,12 +60,12 @@ def check_stored_zip(file: BinaryIO) -> None:
                 raise ArchiveError(f"its directory lists {listed} members, its end {entries}")
             _check_members(file, members, start)
             for member in members:
-                # Reading compares the names in header and directory, and the CRC-32 at the end.
+                # zipfile compares the names in header and directory, and at the end the CRC-32.
                 with archive.open(member) as content:
                     while content.read(2**20):
                         pass
     except (zipfile.BadZipFile, zlib.error, struct.error) as error:
-        if isinstance(error.__context__, OSError):  # zipfile hides errors of the disk
+        if isinstance(error.__context__, OSError):  # zipfile replaces errors of the disk
             raise error.__context__ from None
         raise ArchiveError(str(error)) from error
     except NotImplementedError as error:
@@ -75,7 +75,7 @@ def check_stored_zip(file: BinaryIO) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return whether a file is one of ``torch.jit.save``, whose code is compressed."""
+    """Return whether ``torch.jit.save`` wrote a file. Such a file contains compressed code."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -86,8 +86,8 @@ def is_torchscript(path: Path) -> bool:
 def _read_end(file: BinaryIO) -> tuple[int, int]:
     """Return the number of members and the offset of the central directory.
 
-    Files with a comment or with bytes before the first member are refused, because readers look for
-    their directory in different places.
+    Raise an error for a file with a comment, or with bytes before the first member. Zip readers
+    search for the directory of such a file in different places.
     """
     end = file.seek(0, 2) - _END.size
     if end < 0:
@@ -100,7 +100,7 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
             raise ForeignArchive("it has a comment, or bytes after its end")
         raise ArchiveError("its end is missing")
     if comment:
-        raise ArchiveError("its end announces a comment that is missing")
+        raise ArchiveError("its end record has a comment length, but the comment is missing")
     short = (here, entries, length, start)
     locator = end - _END64_LOCATOR.size
     if locator >= 0:
@@ -129,23 +129,23 @@ def _read_end(file: BinaryIO) -> tuple[int, int]:
 
 
 def _check_members(file: BinaryIO, members: list[zipfile.ZipInfo], start: int) -> None:
-    """Compare the entries of the directory at the offset ``start`` with each other and with the
-    headers. No member may extend beyond ``start``."""
+    """Compare the entries of the directory with each other and with the headers of the members. No
+    member may extend beyond ``start``, the offset of the directory."""
     names: set[str] = set()
     for member in members:
         name = member.filename
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise ForeignArchive(f"{name!r} is compressed, which torch never does")
+            raise ForeignArchive(f"{name!r} is compressed, but torch never compresses")
         if member.flag_bits & _ENCRYPTED:
             raise ForeignArchive(f"{name!r} is encrypted")
         if member.external_attr & _FOLDER and not name.endswith("/"):
             raise ArchiveError(f"{name!r} is marked as a folder")
         if member.volume:
-            raise ArchiveError(f"{name!r} would be on disk {member.volume} of several")
+            raise ArchiveError(f"{name!r} is in part {member.volume} of several zip files")
         if member.orig_filename != name:
-            raise ArchiveError(f"{name!r} has a name with a NUL in it")
+            raise ArchiveError(f"the name of {name!r} contains a NUL character")
         if name.lower() in names:  # torch's reader ignores case
-            raise ArchiveError(f"{name!r} is there twice")
+            raise ArchiveError(f"it contains {name!r} twice")
         names.add(name.lower())
     total = sum(member.file_size for member in members)
     if total > start:

@@ -35,14 +35,19 @@ def check_folder(path: Path) -> None:
     """Raise ``FolderGoneError`` if a folder does not exist any more."""
     if not path.is_dir():
         raise FolderGoneError(
-            f"the folder {path} was deleted or moved during the run, with what was saved in it: "
+            f"the folder {path} was deleted or moved during the run, with the checkpoints in it: "
             "put it back and continue with --resume, or train again with another --run-dir"
         )
 
 
 @contextlib.contextmanager
 def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
-    """Convert an ``OSError`` to a ``RunError`` that says what failed, why, and what to do."""
+    """Convert an ``OSError`` in the body to a ``RunError``.
+
+    Args:
+        what: what failed, such as ``"cannot write FILE"``.
+        remedy: what the user can do.
+    """
     try:
         yield
     except OSError as error:
@@ -53,11 +58,11 @@ def explain_oserror(what: str, remedy: str = "") -> Iterator[None]:
 def write_atomically(
     path: Path, content: bytes | Callable[[BinaryIO], object], then: str = "continue with --resume"
 ) -> None:  # fmt: skip
-    """Write a file so that at any time its path has the complete old or the complete new content.
+    """Write a file atomically: at any time, the path has either the old or the new content.
 
     Args:
         content: the bytes, or a function that writes them to an open file.
-        then: what the user must do after fixing the cause of an error.
+        then: for the error message: what the user must do after fixing the cause.
 
     Raises:
         FolderGoneError: the folder does not exist.
@@ -93,10 +98,10 @@ def write_atomically(
 
 
 class BackgroundWriter:
-    """Write files on a separate thread during training, one set of files at a time and in order.
+    """Write checkpoints on a separate thread during training, one after the other.
 
-    If a set is submitted while another one is being written, ``submit`` waits. A slow disk slows
-    the run down, but no checkpoint is left out.
+    If a checkpoint is submitted while another one is being written, ``submit`` waits. A slow disk
+    slows down the run, but no checkpoint is skipped.
     """
 
     def __init__(self) -> None:
@@ -109,9 +114,11 @@ class BackgroundWriter:
     ) -> None:
         """Call ``lasting``, then ``newest``, on the thread.
 
-        If ``lasting`` fails, it is called again before each later set, until it succeeds or another
-        ``lasting`` replaces it. A failed ``newest`` is not retried, because the next set contains a
-        newer checkpoint.
+        Args:
+            newest: writes the newest checkpoint. If it fails, it is not called again, because the
+                next call writes a newer checkpoint.
+            lasting: writes the best checkpoint. If it fails, each later ``submit`` calls it again
+                until it succeeds or another ``lasting`` replaces it.
         """
         self.wait()
         if lasting is not None:
@@ -139,7 +146,8 @@ class BackgroundWriter:
             self._thread.join()
 
     def take_failure(self) -> RunError | None:
-        """Return the error of the last set once. Return None while the set is being written."""
+        """Return the error of the last write, and forget it. Return None if there is no error, or
+        while the write is in progress."""
         if self.busy():
             return None
         error, self._failure = self._failure, None
@@ -148,7 +156,7 @@ class BackgroundWriter:
         return error
 
     def finish(self) -> None:
-        """Wait for the last set. Raise ``RunError`` if it was not written."""
+        """Wait for the last write. Raise ``RunError`` if it failed."""
         self.wait()
         if error := self.take_failure():
             raise error
@@ -157,20 +165,26 @@ class BackgroundWriter:
 def save_checkpoint(
     path: Path, recipe_toml: str, state: Mapping[str, Any], then: str = "continue with --resume"
 ) -> None:
-    """Write a checkpoint: a recipe as TOML, and the state of a :class:`TrainingState`. ``then``
-    says what the user must do after fixing the cause of an error."""
+    """Write a checkpoint.
+
+    Args:
+        recipe_toml: the recipe as TOML text.
+        state: the result of :meth:`TrainingState.state_dict`.
+        then: for the error message: what the user must do after fixing the cause.
+    """
     content = {"format": FORMAT, "recipe": recipe_toml, "state": dict(state)}
     write_atomically(path, lambda file: torch.save(content, file), then)
 
 
 def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the recipe's text and the state of a checkpoint, on the CPU.
+    """Return the text of the recipe and the state in a checkpoint, on the CPU.
 
-    A checkpoint of an older format is migrated (:mod:`bdkd.runs.migration`).
+    A checkpoint of an older format is converted (:mod:`bdkd.runs.migration`).
 
     Raises:
-        DamagedFile: the checksums prove that the file is cut off or damaged.
-        RunError: the file cannot be read, is not a checkpoint, or would run code.
+        DamagedFile: the checksums prove that the file is truncated or damaged.
+        RunError: the file cannot be read, is not a checkpoint, or contains objects that could run
+            code.
     """
     content = load_file(path, checkpoint=True)
     if not is_checkpoint(content) or type(content["format"]) is not int:
@@ -189,7 +203,7 @@ def load_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_types(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise ``RunError`` for a part of a state that has the wrong type. bdkd did not write it."""
+    """Raise ``RunError`` if a part of a state has a type that bdkd does not write."""
     for key, kinds in _TYPES.items():
         if key in state and not isinstance(state[key], kinds):
             found = f"its {key} is a {type(state[key]).__name__}"
@@ -208,17 +222,20 @@ def is_checkpoint(content: Any) -> bool:
 
 
 def load_file(path: Path, checkpoint: bool = False) -> Any:
-    """Return the content of a torch file. All checksums are verified before loading. A
-    ``checkpoint`` must be a zip file, because bdkd writes checkpoints in that format. In other
-    files, classes that torch does not know are replaced by stand-ins (:mod:`bdkd.runs.pickled`).
+    """Return the content of a torch file on the CPU, after verifying its checksums.
 
-    A temporary failure (permissions, memory, open files, an I/O error) never raises
-    :class:`DamagedFile`, because damaged files are renamed.
+    A temporary failure (permissions, memory, number of open files, an I/O error) never raises
+    :class:`DamagedFile`, because bdkd renames damaged files.
+
+    Args:
+        checkpoint: whether the file must be a checkpoint of bdkd, which is always a zip file. In
+            other files, stand-ins replace classes that torch does not know
+            (:mod:`bdkd.runs.pickled`).
     """
     verified = False
     try:
         with open_regular(path) as file:
-            if checkpoint or file.read(4) == b"PK\3\4":  # the format before torch 1.6 is no zip
+            if checkpoint or file.read(4) == b"PK\3\4":  # before torch 1.6: not a zip file
                 check_stored_zip(file)
                 verified = True
             unknown = stand_ins(file) if not checkpoint else []
@@ -255,7 +272,7 @@ def _load_error(path: Path, error: Exception, verified: bool) -> RunError:
         case pickle.UnpicklingError():
             return RunError(
                 f"refused to read {path}: it is not a file of torch, or contains more than tensors "
-                "and plain values, which could run code; use another file"
+                "and plain values, and could run code; use another file"
             )
     if isinstance(error, RecursionError):
         return RunError(f"cannot read {path}: its content is nested too deeply; use another file")

@@ -11,8 +11,11 @@ from bdkd.runs.folder import RunFolder
 
 
 class Checkpointer:
-    """Save the state of a run in its folder. All ranks must make the same calls. ``warn`` is called
-    with a line of text if a checkpoint could not be written."""
+    """Save checkpoints of a run in its folder. All ranks must make the same calls.
+
+    Args:
+        warn: called with a line of text if a checkpoint could not be written.
+    """
 
     def __init__(
         self, state: TrainingState, folder: RunFolder, warn: Callable[[str], object]
@@ -22,26 +25,31 @@ class Checkpointer:
         self.writer, self._saved = BackgroundWriter(), time.monotonic()
 
     def is_overdue(self) -> bool:
-        """Return whether ``checkpoint.every_minutes`` have passed on rank 0's clock."""
+        """Return on rank 0 whether ``checkpoint.every_minutes`` have passed. Return False on other
+        ranks."""
         minutes = self.options.every_minutes
         late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
         return late and self.state.context.is_rank0
 
     def is_due(self, overdue: bool, last: bool) -> bool:
-        """Return whether this step, which may be the last one of the run, must be saved as the
-        newest checkpoint. ``overdue`` is the result of :meth:`is_overdue` on rank 0."""
+        """Return whether this step must be saved as the newest checkpoint.
+
+        Args:
+            overdue: the result of :meth:`is_overdue` on rank 0.
+            last: whether this is the last step of the run.
+        """
         due = overdue or self.state.progress.step % self.options.every_steps == 0
         return last or (due and not self.state.last_step_was_skipped())
 
     def last_step_is_unsaved(self) -> bool:
-        """Return whether the last step has no ``step`` checkpoint. The run was then killed after
-        its last evaluation, and resumed from a ``best`` checkpoint."""
+        """Return whether the current step has no ``step`` checkpoint. This happens if a run was
+        killed after its last evaluation and resumed from a ``best`` checkpoint."""
         return not self.folder.step_path(self.state.progress.step).exists()
 
     def save(self, newest: bool, best: bool) -> None:
         """Save this step as the newest checkpoint, the best checkpoint, or both.
 
-        A failure to write does not end the run. The next checkpoint tries again.
+        If a checkpoint cannot be written, the run continues with a warning.
 
         Raises:
             FolderGoneError: the folder was deleted or moved since the last call.
@@ -63,15 +71,16 @@ class Checkpointer:
         self._saved = time.monotonic()
 
     def newest_path(self) -> Path | None:
-        """Wait for the last checkpoint. Return the newest one that a run can be resumed from."""
+        """Wait until no checkpoint is being written, and return the newest one that a run can be
+        resumed from."""
         self.writer.wait()
         return next(iter(self.folder.resumable_paths()), None)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raise ``RunError`` if it was not written."""
+        """Wait until the last checkpoint is written. Raise ``RunError`` if writing it failed."""
         if self.state.context.is_rank0:
             self.writer.finish()
 
     def close(self) -> None:
-        """Wait until no file is being written. Ignore failures."""
+        """Wait until no checkpoint is being written. Ignore failures."""
         self.writer.wait()

@@ -10,21 +10,21 @@ from tqdm import tqdm
 from bdkd.runs.progress_table import ProgressTable
 
 WIDTH = 80
-HEADER_EVERY = 20  # lines between two headers: the last one is visible on a terminal of 24 lines
+HEADER_EVERY = 20  # lines between two headers, so that one is visible on a terminal of 24 lines
 
 
 class Console:
-    """Show the progress: a live line on a terminal, else a row for each log interval.
+    """Show the progress of a run: one updated line on a terminal, else a row for each log interval.
 
-    On a terminal, a progress bar counts the steps until the first log interval. Then the row of the
-    newest interval replaces the bar, and its step is always the current one. Rows have a header,
-    which is printed again after 20 lines, or if a column gets wider.
+    On a terminal, a progress bar counts the steps until the end of the first log interval. Then the
+    row of the newest interval replaces the bar, and the step in this row is updated. The header of
+    the rows is printed again after 20 lines, and if a column gets wider.
 
     Args:
-        total: number of steps.
-        done: steps that an earlier session did.
-        bar: draw on standard error if that is a terminal.
-        unit: what a step is, in the progress bar.
+        total: number of steps in the run.
+        done: number of steps that earlier sessions completed.
+        bar: draw on standard error if it is a terminal.
+        unit: name of a step in the progress bar.
         stream: where to print lines. Default: standard output.
     """
 
@@ -43,7 +43,7 @@ class Console:
 
     @property
     def width(self) -> int:
-        """Largest width of a line in columns: 80, or that of a terminal that is narrower."""
+        """Maximum width of a line in columns: 80, or the width of a narrower terminal."""
         printed = self.stream or sys.stdout
         return _columns(printed if self.bar.disable else sys.stderr)
 
@@ -57,7 +57,7 @@ class Console:
         """Show a line of training metrics.
 
         Args:
-            values: the line as ``metrics.jsonl`` has it.
+            values: the values of the line in ``metrics.jsonl``.
             epochs: number of epochs of the run.
             seconds_left: estimated time until the end of the run.
         """
@@ -74,7 +74,7 @@ class Console:
     def _print_header(self, header: str) -> None:
         if self.bar.disable:
             print(header, file=self.stream, flush=True)
-        else:  # standard output may be a file, where a header without rows is of no use
+        else:  # standard output may be a file, which gets no rows
             self.bar.write(header, file=sys.stderr)
 
     def line(self, text: str) -> None:
@@ -105,7 +105,7 @@ def wrap(parts: Sequence[str], width: int) -> str:
 def _is_terminal(stream: IO[str] | None) -> bool:
     try:
         return stream is not None and stream.isatty()
-    except ValueError:  # it is closed
+    except ValueError:  # the stream is closed
         return False
 
 
@@ -115,6 +115,6 @@ def _columns(stream: IO[str] | None) -> int:
     assert stream is not None
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError):  # an object that only looks like a terminal
+    except (OSError, ValueError):  # an object that claims to be a terminal
         return WIDTH
     return min(WIDTH, columns or WIDTH)  # some pseudo-terminals have 0 columns

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its lock, and the checkpoints to resume from."""
+"""The folder of a run: its files, its lock and its checkpoints."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from bdkd.evaluation.predictions import Predictions, to_bytes
 from bdkd.runs.checkpoint import explain_oserror, load_checkpoint, save_checkpoint, write_atomically
 from bdkd.text import open_regular, read_text, unicode_hint_of_path, without_waiting
 
-# Wait for processes of the same launch that have not ended when torchrun restarts the ranks.
+# When torchrun restarts the ranks, processes of the previous attempt may still hold the lock.
 LOCK_SECONDS = 20.0
 MAX_SUMMARY_BYTES = 2**26
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8})\.pt")
@@ -43,24 +43,26 @@ class RunFolder:
         self.figures = path / "figures"
         self.events = path / "events"
         self.logs = path / "logs"
-        self.saved = path / ".saved"  # exists if a checkpoint has been written
+        self.saved = path / ".saved"  # exists if the run has written a checkpoint
         self._lock: IO[str] | None = None
         self._unwritten: list[str] = []
 
     def launched_by(self, identity: str) -> bool:
-        """Return whether the launch with this identity was the last one to train here."""
+        """Return whether the launch with this identifier was the last one to train here."""
         try:
             return read_text(self.path / ".lock") == identity
         except (OSError, RunError):
             return False
 
     def open_for_training(self, resume: str, identity: str | None = None) -> bool:
-        """Create and lock the folder. Return whether it contains a run to continue, which may have
-        been stopped before its first checkpoint.
+        """Create and lock the folder.
 
         Args:
             resume: ``never``, ``auto`` (resume if there is a run) or ``require``.
-            identity: identity of the launch, stored for :meth:`launched_by`.
+            identity: identifier of the launch, stored for :meth:`launched_by`.
+
+        Returns:
+            Whether the folder contains a run to continue. The run may have no checkpoint yet.
 
         Raises:
             RunError: the folder cannot be written, another process trains in it, ``resume`` forbids
@@ -74,12 +76,12 @@ class RunFolder:
         with explain_oserror(failed, "choose another with --run-dir"):
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-            # "a" does not change the file if this run is refused.
+            # Mode "a" does not change the file if this run is refused below.
             self._lock = open(self.path / ".lock", "a", opener=without_waiting)  # noqa: SIM115
         self._wait_for_lock(LOCK_SECONDS if identity and self.launched_by(identity) else 0.0)
         started = self._holds_run()  # another process may have started one in the meantime
         for leftover in chain.from_iterable(folder.glob(".*.tmp") for folder in folders):
-            leftover.unlink()  # a writer was killed; no other process writes under the lock
+            leftover.unlink()  # left by a killed process; no other process writes while we lock
         if started and resume == "never":
             raise RunError(
                 f"{self.path} already contains a run: continue it with --resume or choose another "
@@ -92,17 +94,18 @@ class RunFolder:
         return started
 
     def open_run(self, resume: str, identity: str | None) -> tuple[bool, Saved | None]:
-        """Call :meth:`open_for_training`. Return its result and the newest checkpoint, if any."""
+        """Call :meth:`open_for_training`. Return its result and the newest checkpoint, or None."""
         continues = self.open_for_training(resume, identity)
         return continues, self.newest_state(warn=print) if continues else None
 
     def has_begun(self) -> bool:
-        """Return whether a run has written metrics, a checkpoint or results. Before, only its
-        ``config.toml`` is here."""
+        """Return whether the run has written metrics, a checkpoint or results. A run writes only
+        ``config.toml`` before it starts to train."""
         return self.metrics.exists() or self.summary.exists() or bool(self.resumable_paths())
 
     def _holds_run(self) -> bool:
-        """Return whether a run has started here. Raise ``RunError`` if ``config.toml`` is gone."""
+        """Return whether a run has started here. Raise ``RunError`` if its ``config.toml`` is
+        missing."""
         with explain_oserror(f"cannot read {self.path}"):
             if self.config.exists():
                 return True
@@ -142,11 +145,13 @@ class RunFolder:
         return parse_recipe(self._config_text(), source=str(self.config), of_run=True)
 
     def selects_best(self) -> bool:
-        """Return whether ``train.select`` is ``best``. This needs no plugin of the run."""
+        """Return whether ``train.select`` is ``best``. This does not load plugins of the recipe."""
         try:
             return parse_toml(self._config_text())["train"]["select"] == "best"
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.config} has no train.select: write one back") from error
+            raise RunError(
+                f"{self.config} has no train.select: add the key, or restore the file"
+            ) from error
 
     def _config_text(self) -> str:
         try:
@@ -159,15 +164,21 @@ class RunFolder:
         write_atomically(self.summary, (to_json(summary, indent=2) + "\n").encode())
 
     def read_summary(self, remedy: str) -> dict[str, Any]:
-        """Return the content of ``summary.json``. Raise ``RunError`` if the file is missing or
-        contains no results of networks. ``remedy`` says how to write it again."""
+        """Return the content of ``summary.json``.
+
+        Args:
+            remedy: for the error message: how to write the file again.
+
+        Raises:
+            RunError: the file is missing or contains no results of networks.
+        """
         try:
             summary = json.loads(read_text(self.summary, limit=MAX_SUMMARY_BYTES))
             networks = summary["networks"]
             if not networks or not all(isinstance(x, dict) for x in networks.values()):
                 raise ValueError("it contains no networks")
             if not summary["wall_seconds"] >= 0:
-                raise ValueError("it contains no time")
+                raise ValueError("it contains no wall_seconds")
         except OSError as error:
             failed = f"cannot read {self.summary}: {reason_of(error)}"
             raise RunError(f"{failed}; {remedy}") from error
@@ -180,14 +191,14 @@ class RunFolder:
         write_atomically(self.predictions, to_bytes(predictions))
 
     def checkpoint_paths(self, kind: str = "step") -> list[Path]:
-        """Return the ``step`` or ``best`` checkpoints, starting with the newest. Raise ``RunError``
+        """Return the checkpoints of a kind (``step`` or ``best``), newest first. Raise ``RunError``
         if the folder exists but cannot be read."""
         named = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in self._checkpoint_files())
         return sorted((p for match, p in named if match and match[1] == kind), reverse=True)
 
     def resumable_paths(self) -> list[Path]:
-        """Return all checkpoints, starting with the newest. A ``best`` checkpoint also has the
-        complete state, and is the newest one if the run was killed before it saved again."""
+        """Return all checkpoints, newest first. ``best`` checkpoints also contain the complete
+        state. One of them is the newest if the run was killed before it saved again."""
         saved = [*self.checkpoint_paths("step"), *self.checkpoint_paths("best")]
         return sorted(saved, key=step_of, reverse=True)
 
@@ -205,19 +216,19 @@ class RunFolder:
         return self.checkpoints / f"best-{step:08d}.pt"
 
     def save(self, step: int, recipe: Recipe, state: Mapping[str, Any], keep: int) -> Path:
-        """Write the checkpoint of a step. Keep the newest ``keep`` checkpoints and the ``best``
-        checkpoints that they refer to."""
+        """Write the checkpoint of a step, and delete old checkpoints. Keep the newest ``keep``
+        checkpoints and the ``best`` checkpoints that they refer to."""
         self._save(path := self.step_path(step), recipe, state)
         kept, dropped = self.checkpoint_paths()[:keep], self.checkpoint_paths()[keep:]
         known = [p for p in self.checkpoint_paths("best") if step_of(p) <= step_of(kept[-1])]
         for old in (*dropped, *known[1:]):
-            with contextlib.suppress(OSError):  # the next checkpoint tries again
+            with contextlib.suppress(OSError):  # retried when the next checkpoint is saved
                 old.unlink()
         return path
 
     def save_best(self, step: int, recipe: Recipe, state: Mapping[str, Any]) -> None:
-        """Write the ``best`` checkpoint of a step. The previous one is kept until a ``step``
-        checkpoint refers to the new one."""
+        """Write the ``best`` checkpoint of a step. The previous ``best`` checkpoint is kept until a
+        ``step`` checkpoint refers to the new one."""
         self._save(self.best_path(step), recipe, state)
 
     def _save(self, path: Path, recipe: Recipe, state: Mapping[str, Any]) -> None:
@@ -226,20 +237,20 @@ class RunFolder:
             self.saved.touch()
 
     def drop_after(self, step: int) -> None:
-        """Remove the metrics after ``step``, which a resumed run writes again. Convert the other
-        lines to the current version."""
+        """Remove the metrics of later steps, because a resumed run writes them again. Convert the
+        remaining lines to the current format."""
         kept = [to_json(line) for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def newest_state(self, warn: Callable[[str], object]) -> Saved | None:
         """Return the newest checkpoint, or None if the run was stopped before its first one.
 
-        If checksums prove that a checkpoint is damaged, it is renamed to ``*.damaged``, ``warn`` is
-        called with a message, and the previous checkpoint is used. Other failures may be temporary,
-        so they raise an error and change nothing.
+        If checksums prove that a checkpoint is damaged, this method renames it to ``*.damaged``,
+        calls ``warn`` with a message, and uses the previous checkpoint. Other failures may be
+        temporary, so they raise an error and change no files.
 
         Raises:
-            RunError: a checkpoint cannot be read, or all checkpoints of the run are gone.
+            RunError: a checkpoint cannot be read, or all checkpoints of the run are missing.
         """
         for path in self.resumable_paths():
             try:
@@ -248,7 +259,7 @@ class RunFolder:
                 suffixes = [".damaged", *(f".damaged.{number}" for number in range(2, 1000))]
                 aside = _first_free(map(path.with_suffix, suffixes))
                 try:
-                    path.rename(aside)  # otherwise it counts as one of the checkpoints to keep
+                    path.rename(aside)  # so that it does not count as a checkpoint to keep
                 except OSError as reason:
                     failed = f"it could not be renamed to {aside.name}"
                     raise RunError(f"{error}; {failed}: {reason.strerror or reason}") from error
@@ -257,12 +268,12 @@ class RunFolder:
         return None
 
     def _refuse_to_start_over(self) -> None:
-        """Raise ``RunError`` if the run had checkpoints: restarting from step 0 would overwrite the
-        remaining files."""
+        """Raise ``RunError`` if the run had checkpoints, because a restart from step 0 would
+        overwrite its files."""
         files = self._checkpoint_files()
         aside = [p.name for p in files if ".damaged" in p.suffixes or p.suffix == ".unreadable"]
         last = max((line["step"] for line in self.read_metrics()), default=0)
-        # Runs of older versions have no file .saved, but they have saved before 2 * every_steps.
+        # Runs of older versions have no file .saved, but saved a checkpoint before 2 * every_steps.
         written = self.saved.exists() or last > 2 * self.read_config().checkpoint.every_steps
         if aside:
             found = f"the folder contains {', '.join(sorted(aside))}"
@@ -274,8 +285,8 @@ class RunFolder:
         raise RunError(f"no checkpoint in {self.checkpoints} to resume from ({found}): {remedy}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the valid lines, converted to the current version. The last line may be cut off if
-        the run was killed."""
+        """Return the valid lines of ``metrics.jsonl``, converted to the current format. The last
+        line may be incomplete if the run was killed."""
         with explain_oserror(f"cannot read {self.metrics}"):
             content = b""
             if self.metrics.exists():
@@ -290,17 +301,17 @@ class RunFolder:
         return lines
 
     def append_metrics(self, values: Mapping[str, Any]) -> str | None:
-        """Append one line of JSON. If it cannot be written, for example to a full disk, keep it for
-        the next call and return a warning."""
+        """Append one line of JSON. If it cannot be written, for example because the disk is full,
+        keep it for the next call and return a warning."""
         self._unwritten.append(to_json(values) + "\n")
         try:
             self._write_metrics()
         except OSError as error:
-            return f"cannot write {self.metrics}: {error.strerror}; the lines are written later"
+            return f"cannot write {self.metrics}: {error.strerror}; bdkd tries again later"
         return None
 
     def flush_metrics(self) -> None:
-        """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
+        """Write the lines that could not be written before. Raise ``RunError`` if this fails."""
         remedy = "fix the cause and continue with --resume"
         with explain_oserror(f"cannot write {self.metrics}", remedy):
             self._write_metrics()
@@ -320,13 +331,17 @@ class RunFolder:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of a checkpoint's run, or the checkpoint's folder if there is no run."""
+    """Return the folder of the run that wrote a checkpoint, or else the checkpoint's folder."""
     run = checkpoint.parent.parent
     return run if (run / "config.toml").exists() else checkpoint.parent
 
 
 def selected_checkpoint(path: Path) -> Path:
-    """Return a path to a file unchanged, and the selected checkpoint of a run's folder."""
+    """Return the selected checkpoint of a run's folder. Return the path itself if it is a file.
+
+    Raises:
+        RunError: there is no run at the path, or the run has no checkpoint yet.
+    """
     if path.is_file():
         return path
     folder = RunFolder(path)
@@ -354,7 +369,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
-    """Return strict JSON. Numbers that are not finite become null."""
+    """Return strict JSON. NaN and infinity become null."""
     return json.dumps(_finite(values), indent=indent, allow_nan=False)
 
 
@@ -365,8 +380,8 @@ def _finite(value: Any) -> Any:
 
 
 def default_run_dir(recipe: Recipe, resume: str) -> Path:
-    """Return ``runs/<recipe>-<objective>-seed<seed>``, with a number if there are several: the
-    newest one to resume, or the first one that does not exist."""
+    """Return ``runs/<recipe>-<objective>-seed<seed>``, with a number such as ``-2`` if there are
+    several. A new run gets the first folder that does not exist, a resumed run the newest one."""
     base = Path("runs") / f"{recipe.name}-{recipe.objective.name}-seed{recipe.seed}"
     numbered = [base, *(base.with_name(f"{base.name}-{k}") for k in range(2, 1000))]
     taken = [p for p in numbered if os.path.lexists(p)]

@@ -24,11 +24,12 @@ from bdkd.runs.remaining_time import Phase, RemainingTime
 class MetricsLogger(contextlib.AbstractContextManager):
     """Write the metrics of a run, and measure the time of its log intervals.
 
-    All ranks create a logger, but only rank 0 writes and prints. The time of evaluations and
-    checkpoints does not count (:meth:`paused`).
+    All ranks create a logger, but only rank 0 writes and prints. Intervals do not include the time
+    of evaluations and checkpoints (:meth:`paused`).
 
     Args:
         state: the state after resuming. Metrics of later steps are removed from the folder.
+        last_step: the last step of the run.
         progress_bar: show a progress bar if standard error is a terminal.
     """
 
@@ -40,14 +41,14 @@ class MetricsLogger(contextlib.AbstractContextManager):
         self.sinks: list[Sink] = []
         step = state.progress.step
         if self.is_rank0:
-            folder.write_config(state.recipe)  # not earlier, because resuming may fail
+            folder.write_config(state.recipe)  # after resuming, which may fail
             folder.drop_after(step)
             self.sinks = open_sinks(state.recipe, folder.path, folder.events, step)
         self.console = Console(last_step, step, progress_bar and self.is_rank0)
         self.line = self.console.line
         self.remaining = RemainingTime()
         self.start_interval()
-        self._counted = time.monotonic()  # progress.seconds includes the time until here
+        self._counted = time.monotonic()  # progress.seconds includes the time before this moment
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -60,16 +61,16 @@ class MetricsLogger(contextlib.AbstractContextManager):
         self.sinks = []
 
     def start_interval(self) -> None:
-        """Start a log interval."""
+        """Start a new log interval."""
         self._clock, self._images, self._first = time.monotonic(), 0, self.state.progress.step
 
     def step(self, images: int) -> None:
-        """Count a step and its images."""
+        """Count a step of ``images`` images."""
         self.console.step()
         self._images += images
 
     def interval(self) -> tuple[int, float]:
-        """Return the images and the seconds of the current interval."""
+        """Return the number of images and the seconds of the current interval."""
         return self._images, time.monotonic() - self._clock
 
     @contextlib.contextmanager
@@ -93,7 +94,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
         _, seconds = self.interval()
         self.remaining.add_interval(progress.step - self._first, seconds)
         evaluations = progress.remaining_evaluations(state.recipe, state.train_images)
-        evaluations += progress.validation_due  # of this step
+        evaluations += progress.validation_due  # the evaluation after this step
         left = self.remaining.seconds(self.last_step - progress.step, evaluations)
         line = self._write("train", values)
         self.console.metrics(self._students_first(line), state.recipe.train.epochs, left)
@@ -114,7 +115,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
         self.line(wrap([epoch, title, *shown], width))
 
     def _students_first(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return values with those of students and their averages before all others."""
+        """Return the values with the students and their averages first."""
         recipe = self.state.recipe.networks
         students = {name for name, network in recipe.items() if network.role == "student"}
         names = sorted(values, key=lambda name: name.removesuffix(EMA_SUFFIX) not in students)
@@ -123,8 +124,11 @@ class MetricsLogger(contextlib.AbstractContextManager):
     def _write(self, split: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Write one line of metrics of the current step, and return it.
 
-        A sink that fails is removed with a warning, because ``metrics.jsonl`` contains all metrics.
-        Raise ``FolderGoneError`` if the folder was deleted or moved.
+        If a sink fails, remove it with a warning. No metrics are lost, because ``metrics.jsonl``
+        contains all of them.
+
+        Raises:
+            FolderGoneError: the folder was deleted or moved.
         """
         self.count_time()
         progress = self.state.progress
@@ -146,7 +150,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
         return line
 
     def flush(self) -> None:
-        """Write the lines that could not be written yet. Raise ``RunError`` if that fails again."""
+        """Write the lines that could not be written before. Raise ``RunError`` if this fails."""
         if self.is_rank0:
             self.folder.flush_metrics()
 
@@ -172,31 +176,32 @@ class TensorBoardSink:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         failed = f"cannot write TensorBoard events in {self.folder}"
         remedy = "fix the cause and continue with --resume, or pass --log without a value"
-        with explain_oserror(failed, remedy):  # the writer's thread may have failed earlier
+        with explain_oserror(failed, remedy):  # also raises earlier errors of the writer's thread
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # scalars() has reported it
+        with contextlib.suppress(OSError):  # scalars() has already reported the error
             self.writer.close()
 
 
 def _without_tensorboard(
     otherwise: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs
 ) -> None:
-    """Print no traceback of TensorBoard's writing thread, whose error ``scalars`` reports."""
+    """Handle exceptions of threads, except for errors of TensorBoard's writer, which ``scalars``
+    reports."""
     thread = type(failure.thread).__module__.partition(".")[0]
     if thread != "tensorboard" or not isinstance(failure.exc_value, OSError):
         otherwise(failure)
 
 
 class WandbSink:
-    """Log to Weights & Biases. WANDB_MODE=offline keeps the data in the run's folder."""
+    """Log to Weights & Biases. With WANDB_MODE=offline, the data stay in the run's folder."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         import wandb
 
-        # A resumed run has the same folder, so it gets the same identifier.
+        # The identifier depends on the folder, so a resumed run has the same identifier.
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = wandb.init(
             project="bdkd", name=folder.name, dir=str(folder), id=identity, resume="allow",
@@ -233,7 +238,7 @@ def open_sinks(recipe: Recipe, folder: Path, events: Path, start_step: int) -> l
 
 
 def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return a line of metrics as ``{"train/student/loss": ...}``, without those that are None."""
+    """Return a line of metrics as ``{"train/student/loss": ...}``, without values that are None."""
     split = values["split"]
     flat: dict[str, float] = {}
     for key, value in values.items():

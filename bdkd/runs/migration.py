@@ -1,9 +1,9 @@
 """Convert checkpoints of older versions to the current format, one version at a time.
 
 Each function converts the content of a file (``format``, ``recipe``, ``state``) from one format to
-the next. To change the format, raise :data:`FORMAT`, add a function to :func:`migrate`, and add
-checkpoints of the old format to ``tests/training/old_runs``. Lines of ``metrics.jsonl`` are
-converted by :class:`bdkd.evaluation.metric_lines.LineReader`.
+the next. To change the format, increase :data:`FORMAT`, add a function to :func:`migrate`, and add
+checkpoints of the old format to ``tests/training/old_runs``.
+:class:`bdkd.evaluation.metric_lines.LineReader` converts lines of ``metrics.jsonl``.
 """
 
 from typing import Any
@@ -23,8 +23,11 @@ def migrate(content: Content) -> Content:
 
 
 def _from_2(content: Content) -> Content:
-    """Convert format 2, in which averages had a copy of their student's batch norm statistics,
-    schedules counted optimizer steps, and the data set had no identity."""
+    """Convert format 2 to format 3.
+
+    In format 2, averages contained a copy of the student's batch norm statistics, the schedule
+    counted optimizer steps, and checkpoints did not identify their data set.
+    """
     train, state = parse_toml(content["recipe"])["train"], content["state"]
     skipped = int(state["skipped"][0]) if "skipped" in state else 0
     updates = max(0, state["position"]["step"] - skipped) if state["ema"] else 0

@@ -1,5 +1,4 @@
-"""Describe why the weights in a file do not fit a network: one line, with what came and what is
-needed."""
+"""Describe in one line why the weights in a file do not fit a network."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,21 +11,22 @@ from torch import Tensor
 from bdkd.errors import shown
 from bdkd.runs.state_dicts import Match, Target
 
-_SEARCHED = 2000  # names of a file that are compared with a key
-_SHOWN = 80  # characters of a name
+_SEARCHED = 2000  # maximum number of names that are compared with a key
+_SHOWN = 80  # maximum number of characters of a name in a message
 
 
 def describe(match: Match, target: Target, others: Sequence[str]) -> str:
-    """Return what the file holds, and what the network needs.
+    """Return what the file contains, what the network needs, and what the user can do.
 
     Args:
-        match: the state dict that was chosen.
-        others: places in the file that fit. ``weights_key`` can choose one.
+        match: the selected state dict in the file.
+        target: the network.
+        others: values of ``weights_key`` for other weights in the file, which fit.
     """
     if others:
         reason = _reason(match, target)
         choice = ", ".join(repr(place) for place in others[:4])
-        return f"{reason}; set weights_key to {choice} for other weights in the file, which fit"
+        return f"{reason}; set weights_key to {choice} to load other weights of the file, which fit"
     if match.missing and set(match.missing) <= target.classifier:
         return f"{_reason(match, target)}; set reset_head = true to train a new classifier"
     if match.wrong and not match.missing and not match.extra and _is_resized(match, target):
@@ -44,8 +44,8 @@ def _reason(match: Match, target: Target) -> str:
         listed = _tensor(*held[0]) + (f" to {_tensor(*held[-1])}" if len(held) > 1 else "")
         count = f"{len(held)} tensor{'s' * (len(held) > 1)}"
         return (
-            f"it holds {count} {match.where}, {listed}; the network needs {_tensor(*keys[0])} to "
-            f"{_tensor(*keys[-1])}"
+            f"it contains {count} {match.where}, {listed}; the network needs {_tensor(*keys[0])} "
+            f"to {_tensor(*keys[-1])}"
         )
     if match.missing:
         key = match.missing[0]
@@ -57,7 +57,7 @@ def _reason(match: Match, target: Target) -> str:
         return f"it lacks {_tensor(key, own[key])}{_and_more(match.missing)}{hint}"
     if match.extra:
         name, more = match.extra[0], _and_more(match.extra)
-        return f"it has {_tensor(name, tensors[name])}{more}, which the network has not"
+        return f"it contains {_tensor(name, tensors[name])}{more}, but the network does not"
     key = match.wrong[0]
     name, tensor = match.names[key], tensors[match.names[key]]
     more = _and_more(match.wrong)
@@ -77,7 +77,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _is_resized(match: Match, target: Target) -> bool:
-    """Return whether only the number of classes differs."""
+    """Return whether the weights differ from the network only in the number of classes."""
     pairs = [(target.own[k].shape, match.tensors[match.names[k]].shape) for k in match.wrong]
     return set(match.wrong) <= target.classifier and all(
         len(own) == len(came) and own[1:] == came[1:] for own, came in pairs
@@ -93,7 +93,7 @@ def _and_more(keys: list[str]) -> str:
 
 
 def _known_as(tensors: Mapping[str, Tensor], model: str) -> str:
-    """Return which built-in network has the shapes of some tensors, if there is one."""
+    """Return a hint if a built-in network has the shapes of the tensors, else an empty string."""
     from bdkd.models import create_model, list_models
 
     shapes = Counter(tuple(t.shape) for t in tensors.values() if t.ndim)
@@ -112,23 +112,23 @@ def _known_as(tensors: Mapping[str, Tensor], model: str) -> str:
 
 def several(places: Sequence[str]) -> str:
     names = ", ".join(shown(place, _SHOWN) for place in places[:6])
-    return f"it holds several networks that fit: {names}; set weights_key to one of them"
+    return f"it contains several networks that fit: {names}; set weights_key to one of them"
 
 
 def no_such_key(key: str, places: Sequence[str]) -> str:
     names = [place for place in dict.fromkeys(places) if place]
     if not names:
-        return f"it holds no weights under {key!r}: it is one state dict, so leave weights_key out"
+        return f"it contains no weights under {key!r}: it is one state dict, so remove weights_key"
     listed = ", ".join(shown(name, _SHOWN) for name in names[:6])
     near = get_close_matches(key, names[:_SEARCHED], n=1, cutoff=0.0)[0]
     hint = f", the nearest is {shown(near, _SHOWN)}" if len(names) > 1 else ""
-    return f"it holds no weights under {key!r}: there are {listed}{hint}"
+    return f"it contains no weights under {key!r}: there are {listed}{hint}"
 
 
 def no_state_dict(content: Any) -> str:
     if isinstance(content, Mapping) and content:
         keys = ", ".join(shown(key, 40) for key in list(content)[:5])
         more = ", ..." if len(content) > 5 else ""
-        return f"it holds no state dict, but a dictionary with the keys {keys}{more}"
+        return f"it contains no state dict, but a dictionary with the keys {keys}{more}"
     found = "an empty dictionary" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    return f"it holds no state dict, but {found}"
+    return f"it contains no state dict, but {found}"

@@ -1,8 +1,9 @@
-"""The classes in files of ``torch.save``, and stand-ins for those that hold no weights.
+"""Find the classes in files of ``torch.save``, and replace those that contain no weights.
 
-Checkpoints of other trainers contain namespaces of options, NumPy numbers or dates next to the
-weights. Torch's reader refuses every class that it does not know, because calling a class can run
-code. Here, inert stand-ins replace these classes: the file loads, and nothing in it is called.
+Checkpoints of other trainers contain namespaces of options, NumPy numbers or dates in addition to
+the weights. ``torch.load`` refuses classes that it does not know, because creating an object of a
+class can run code. This module replaces these classes with stand-ins that do nothing. The file can
+then be loaded without running its code.
 """
 
 import pickle
@@ -13,17 +14,17 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of the format before torch 1.6
-MAX_NESTING = 10_000  # tuples in a row
+MAX_NESTING = 10_000  # consecutive tuples
 _NESTING = {"MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 _NOT_NESTED = {"APPEND", "APPENDS", "BUILD", "NEWOBJ", "REDUCE", "SETITEM", "SETITEMS"}
 _LEGACY_HEADER = 3  # pickles before the content: magic number, protocol, system
 
-# A file that names one of these is an attack: no weights and no options need them.
+# A file that refers to one of these is an attack, because neither weights nor options need them.
 _MODULES = {
     "bdb", "code", "ctypes", "importlib", "marshal", "nt", "os", "pdb", "pickle", "posix", "pty",
     "runpy", "shutil", "socket", "subprocess", "sys", "timeit", "webbrowser",
 }  # fmt: skip
-# Torch reads the names of Python 2 that pickle writes in protocol 2.
+# Pickle protocol 2 uses the names of Python 2. torch converts them.
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "long": "int", "unicode": "str",
             "xrange": "range"}  # fmt: skip
 _FUNCTIONS = {
@@ -33,29 +34,29 @@ _FUNCTIONS = {
 
 
 class CodeError(Exception):
-    """A file names a function that could run code. The message is the reason."""
+    """A file refers to a function that could run code. The message is the reason."""
 
 
 class ForeignFile(Exception):
-    """The file is not one of ``torch.save``. The message is the reason."""
+    """``torch.save`` did not write the file. The message is the reason."""
 
 
 class _Record:
-    """Stands for a class whose instances have attributes or items. Creates a dictionary."""
+    """Replaces a class whose instances have attributes or items. Creates a dictionary."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return OrderedDict()  # torch's reader sets items and attributes of this type only
+        return OrderedDict()  # torch.load sets items and attributes only for this type
 
 
 class _List:
-    """Stands for a class whose instances have elements. Creates a list."""
+    """Replaces a class whose instances have elements. Creates a list."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return []
 
 
 class _Value:
-    """Stands for a class whose state is no dictionary, such as NumPy's."""
+    """Replaces a class whose pickled state is not a dictionary, such as NumPy's classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -63,12 +64,13 @@ class _Value:
 
 
 def stand_ins(file: BinaryIO) -> list[Callable | tuple[Callable, str]]:
-    """Return a stand-in for each class in a file, for ``torch.serialization.safe_globals``. Torch
-    prefers the classes that it knows.
+    """Return a stand-in for each class in a file, for ``torch.serialization.safe_globals``.
+
+    torch still uses the classes that it knows.
 
     Raises:
-        CodeError: the file names a function that could run code.
-        ForeignFile, pickle.UnpicklingError: the file is no file of ``torch.save``.
+        CodeError: the file refers to a function that could run code.
+        ForeignFile, pickle.UnpicklingError: ``torch.save`` did not write the file.
     """
     found: list[Callable | tuple[Callable, str]] = []
     for pair in sorted(_classes(file)):
@@ -84,7 +86,7 @@ def stand_ins(file: BinaryIO) -> list[Callable | tuple[Callable, str]]:
 
 
 def _classes(file: BinaryIO) -> set[tuple[str, str]]:
-    """Return module and name of every class in the pickles of a file."""
+    """Return the module and the name of each class in the pickles of a file."""
     file.seek(0)
     begin = file.read(len(_LEGACY_MAGIC))
     file.seek(0)
@@ -94,7 +96,7 @@ def _classes(file: BinaryIO) -> set[tuple[str, str]]:
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(names) != 1:
-                raise ForeignFile("it is a zip file, but not one of torch.save")
+                raise ForeignFile("it is a zip file that torch.save did not write")
             with archive.open(names[0]) as content:
                 return _named(content)
     if begin != _LEGACY_MAGIC:
@@ -103,7 +105,7 @@ def _classes(file: BinaryIO) -> set[tuple[str, str]]:
 
 
 def not_weights(begin: bytes) -> str:
-    """Return what a file is that a failed download leaves in place of weights, or an empty string.
+    """Return a reason if a file is the result of a failed download, else an empty string.
 
     Args:
         begin: the first bytes of the file.
@@ -124,10 +126,10 @@ def _named(content: Any) -> set[tuple[str, str]]:
             elif code.name in _NOT_NESTED:
                 depth = 0
             if depth > MAX_NESTING:
-                raise pickle.UnpicklingError("nested too deeply")  # which crashes Python
+                raise pickle.UnpicklingError("nested too deeply")  # it would crash Python
             if code.name == "GLOBAL" and isinstance(text, str):
                 module, _, name = text.partition(" ")
                 found.add((module, name))
-    except Exception as error:  # genops raises several types for what is no pickle
+    except Exception as error:  # genops raises several types if the file is not a pickle
         raise pickle.UnpicklingError(str(error)) from error
     return found

@@ -1,4 +1,4 @@
-"""Describe a run before it begins: the lines of ``--dry-run`` and those that training prints."""
+"""Describe a run before it starts, for ``bdkd train`` and ``bdkd train --dry-run``."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,25 +13,26 @@ from bdkd.engine.progress import Progress
 from bdkd.engine.throughput import StepTimes
 
 if TYPE_CHECKING:
-    from bdkd.engine.cost import Cost, Memory  # a quarter of a second to import
+    from bdkd.engine.cost import Cost, Memory  # this import takes a quarter of a second
 
 WIDTH = 80
-Row = tuple[str, list[str]]  # a label, and pieces of text between which a line may break
+Row = tuple[str, list[str]]  # a label, and pieces of text; a line may break between two pieces
 
 _Costs = Mapping[str, "Cost"]
 
 
 def banner(components: Components, folder: Path, step: int = 0) -> str:
-    """Return the lines that training prints before its first step.
+    """Return the lines that ``bdkd train`` prints before its first step.
 
     Args:
+        folder: the folder of the run.
         step: the step from which the run continues.
     """
     return format_rows(run_rows(components, components.context.world_size, folder, step))
 
 
 def summary_of_run(components: Components) -> str:
-    """Return the lines of a run's banner that affect the speed of its steps."""
+    """Return the lines of :func:`banner` that describe what affects the speed of a step."""
     rows = run_rows(components, components.context.world_size, Path(), 0)
     return format_rows([row for row in rows if row[0] not in ("optimizer", "steps", "folder")])
 
@@ -43,9 +44,9 @@ def describe(
 
     Args:
         ranks: number of ranks of the run.
-        each: the costs of the networks.
-        memory: from :func:`memory_row`.
-        time: from :func:`measured_rows` or :func:`assumed_row`.
+        each: the cost of each network by name.
+        memory: the result of :func:`memory_row`.
+        time: the result of :func:`measured_rows` or :func:`assumed_row`.
     """
     step = sum(cost.step for cost in each.values())
     batch = components.recipe.train.batch_size
@@ -61,10 +62,12 @@ def describe(
 def run_rows(
     components: Components, ranks: int, folder: Path, step: int, each: _Costs | None = None
 ) -> list[Row]:
-    """Return the rows that the plan and the banner of training share. The last one is the folder.
+    """Return the rows that :func:`describe` and :func:`banner` share. The last row is the folder.
 
     Args:
-        each: the costs of the networks. None: show none.
+        ranks: number of ranks of the run.
+        step: the step from which the run continues.
+        each: the cost of each network by name. None: do not show the costs.
     """
     recipe, info = components.recipe, components.source.info
     o, s = recipe.optimizer, recipe.schedule
@@ -154,7 +157,7 @@ def _precision(recipe: Recipe, device: torch.device) -> list[str]:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 epoch" and "2 epochs"."""
+    """Return a number and its noun, such as "1 epoch" or "2 epochs"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
@@ -171,7 +174,12 @@ def _steps(recipe: Recipe, train_images: int, step: int) -> list[str]:
 
 
 def memory_row(memory: "Memory", available: int | None, ranks: int) -> Row:
-    """Return the estimate of a rank's memory, its parts, and what is available."""
+    """Return a row with the estimated memory of a rank, its parts, and the free memory.
+
+    Args:
+        available: free memory in bytes. None: unknown.
+        ranks: number of ranks of the run.
+    """
     parts = {
         "Python and torch": memory.process,
         "images in memory": memory.data,
@@ -188,7 +196,7 @@ def memory_row(memory: "Memory", available: int | None, ranks: int) -> Row:
 
 
 def memory_warning(memory: "Memory", available: int | None, recipe: Recipe) -> str | None:
-    """Return a line if the estimated memory is not available, else None."""
+    """Return a warning if the estimated memory exceeds the free memory, else None."""
     if available is None or memory.to_come <= available:
         return None
     return (
@@ -198,7 +206,7 @@ def memory_warning(memory: "Memory", available: int | None, recipe: Recipe) -> s
 
 
 def memory_remedy(recipe: Recipe) -> str:
-    """Return what saves memory."""
+    """Return the options of a recipe that reduce its memory, as text."""
     remedies = ["raise train.accumulate", "lower train.batch_size or data.image_size"]
     if recipe.train.precision == "fp32":
         remedies.append("set train.precision to bf16")
@@ -209,22 +217,23 @@ def memory_remedy(recipe: Recipe) -> str:
 
 
 def measured_rows(components: Components, steps: StepTimes, evaluation: float) -> list[Row]:
-    """Return the measured speed and memory, and the time of the whole run.
+    """Return rows with the measured speed and memory, and the estimated time of the whole run.
 
     Args:
-        steps: the times of some steps.
-        evaluation: seconds of an evaluation for each image.
+        steps: the measured times of some steps.
+        evaluation: seconds per evaluated image.
     """
     recipe, counts = components.recipe, components.source.info.counts
     train_images = counts["train"]
     total = Progress().remaining_steps(recipe, train_images)
     evaluations = count_evaluations(recipe, train_images)
-    # At the end, the validation images once more for the temperatures, and the test images.
+    # At the end of the run, the validation images are evaluated once more to fit temperatures,
+    # and then the test images.
     val = (evaluations + 1) * counts["val"]
     test = (evaluations * recipe.watch_test + 1) * counts["test"]
     training, evaluating = total * steps.mean, (val + test) * evaluation
     passes = evaluations * ((counts["val"] > 0) + recipe.watch_test) + (counts["val"] > 0) + 1
-    # Steps are timed at the largest size of the images (data.progressive).
+    # The steps were timed with the largest images (data.progressive): the time is an upper bound.
     bound = "at most " * (len(recipe.data.training_sizes()) > 1)
     what = "tensors on the GPU" if components.device.type == "cuda" else "the whole process"
     return [
@@ -244,7 +253,7 @@ def measured_rows(components: Components, steps: StepTimes, evaluation: float) -
 
 
 def assumed_row(components: Components, images_per_second: float) -> Row:
-    """Return the time of the training steps at a given speed."""
+    """Return a row with the time of the training steps at a given speed."""
     recipe, train_images = components.recipe, components.source.info.counts["train"]
     images = Progress().remaining_steps(recipe, train_images) * recipe.train.batch_size
     time = duration(images / images_per_second)
@@ -252,8 +261,8 @@ def assumed_row(components: Components, images_per_second: float) -> Row:
 
 
 def count_evaluations(recipe: Recipe, train_images: int) -> int:
-    """Return how often a run is evaluated while it trains: after every ``evaluate_every`` epochs,
-    and after the last step."""
+    """Return the number of evaluations during training. A run is evaluated every
+    ``evaluate_every`` epochs and after the last step."""
     total = Progress().remaining_steps(recipe, train_images)
     between = recipe.evaluate_every * (train_images // recipe.train.batch_size)
     return math.ceil(total / between)
@@ -263,7 +272,7 @@ def count_evaluations(recipe: Recipe, train_images: int) -> int:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """Return aligned lines of at most ``WIDTH`` columns, if every piece fits into one."""
+    """Return aligned lines of at most ``WIDTH`` columns. A longer piece is not broken."""
     indent = max(len(label) for label, _ in rows) + 2
     lines = []
     for label, pieces in rows:
@@ -280,7 +289,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return hours, or minutes or seconds if there are few of them."""
+    """Return a time in seconds below 2 minutes, in minutes below 2 hours, or else in hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

@@ -1,7 +1,7 @@
-"""Profile the steps of a run: write a trace, and a table of the time of each named range.
+"""Profile steps of a run: write a trace, and print the time of each named range as a table.
 
-``torch.profiler.tensorboard_trace_handler`` writes the trace for torch-tb-profiler, Perfetto and
-Holistic Trace Analysis. The table is computed from the trace.
+``torch.profiler.tensorboard_trace_handler`` writes the trace. torch-tb-profiler, Perfetto and
+Holistic Trace Analysis can read it. The table is computed from the trace.
 """
 
 import bisect
@@ -21,17 +21,17 @@ from bdkd.engine.ranges import start_recording, stop_recording
 from bdkd.errors import RunError
 from bdkd.runs.checkpoint import first_line, write_atomically
 
-# Compilation, cuDNN's benchmarks and the first allocations are finished after these steps.
+# Steps before the profile, in which compilation, cuDNN's benchmarks and the first allocations end
 SETTLING_STEPS = 10
 OTHER, IDLE = "other", "device idle"
-NOT_OF_A_STEP = ("evaluation", "checkpoint")  # ranges between two steps, left out of the table
-_STEP = "ProfilerStep#"  # prefix of the steps' names in torch.profiler
+NOT_OF_A_STEP = ("evaluation", "checkpoint")  # ranges between steps, which the table leaves out
+_STEP = "ProfilerStep#"  # prefix of the names that torch.profiler gives to steps
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     share: float  # of the recorded time; the shares of all rows add up to 1
@@ -39,9 +39,17 @@ class Row(NamedTuple):
 
 
 class StepProfiler:
-    """Record ``steps``, but at most ``remaining``, steps of the run in ``folder``. Each rank writes
-    ``profile/*.pt.trace.json``. Rank 0 also writes ``profile.json`` and calls ``show`` with
-    each line of the table."""
+    """Record training steps of a run with ``torch.profiler``.
+
+    Each rank writes ``profile/*.pt.trace.json``. Rank 0 also writes ``profile.json`` and shows the
+    table.
+
+    Args:
+        steps: number of steps to record. 0: do nothing.
+        remaining: number of steps until the end of the run.
+        folder: the folder of the run.
+        show: called with each line of the table.
+    """
 
     def __init__(
         self, steps: int, remaining: int, folder: Path, device: torch.device,
@@ -58,7 +66,7 @@ class StepProfiler:
         warm_up = min(2, settling)
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
         with warnings.catch_warnings():
-            # The table says so if no step is left for the warm-up.
+            # If no step is left for the warm-up, the table contains a note instead.
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
             plan = schedule(wait=settling - warm_up, warmup=warm_up, active=self.steps, repeat=1)
         self.profiler = torch.profiler.profile(
@@ -88,7 +96,7 @@ class StepProfiler:
         try:
             for line in self._write(profiler, names):
                 self.show(line)
-        except (OSError, RuntimeError, ValueError, RunError) as error:  # ValueError: cut-off trace
+        except (OSError, RuntimeError, ValueError, RunError) as error:  # ValueError: partial trace
             failed = f"cannot write {self.traces}: {first_line(error)}; free some space"
             self.show(f"warning: training continues without the profile: {failed}")
 
@@ -115,7 +123,7 @@ class StepProfiler:
 
 
 class _Segment(NamedTuple):
-    """A time interval of a range, without the ranges inside it. In microseconds."""
+    """A time interval of a range, without the ranges inside it, in microseconds."""
 
     begin: float
     end: float
@@ -125,15 +133,22 @@ class _Segment(NamedTuple):
 def where_time_goes(
     events: Iterable[dict[str, Any]], names: Iterable[str]
 ) -> tuple[list[Row], list[Row]]:
-    """Return the rows of the host's and of the device's wall time. Without a device, its rows are
-    empty.
+    """Return the rows of the host's wall time and the rows of the device's wall time.
 
-    The host's time is the time of the training thread. It counts for the innermost named range, or
-    for "other" outside of all ranges. Evaluations and checkpoints are left out, with all that is
-    inside them. The device's work counts for the range in which it was launched, from any thread:
-    autograd launches backward passes from other threads. Overlapping work on several streams is
-    divided evenly. The remaining time counts as idle. ``events`` are Chrome trace events from
-    torch.profiler, ``names`` those of the ranges.
+    Host time is the time of the training thread. It counts for the innermost named range, or for
+    "other" outside of all ranges. Evaluations and checkpoints are left out, including the ranges
+    inside them.
+
+    Device time counts for the range in which the work was launched. The launching thread does not
+    matter, because autograd launches backward passes from other threads. If work on several streams
+    overlaps, the time is divided evenly. The remaining time counts as "device idle".
+
+    Args:
+        events: Chrome trace events from torch.profiler.
+        names: names of the ranges.
+
+    Returns:
+        The rows of the host and the rows of the device. The latter are empty without a device.
     """
     events = [event for event in events if event.get("ph") == "X"]
     annotations = [event for event in events if event.get("cat") == "user_annotation"]
@@ -171,7 +186,7 @@ def where_time_goes(
 
 
 def _without_inner_names(spans: Sequence[_Segment]) -> list[_Segment]:
-    """Rename the spans inside a span of ``NOT_OF_A_STEP`` to that name."""
+    """Give the spans inside a span of ``NOT_OF_A_STEP`` the name of the outer span."""
     outer = [span for span in spans if span.name in NOT_OF_A_STEP]
     renamed = []
     for span in spans:
@@ -200,9 +215,11 @@ def _innermost(spans: Sequence[_Segment]) -> list[_Segment]:
 
 
 def _divide(work: Sequence[_Segment]) -> dict[str, float]:
-    """Return the microseconds of each name between the begin of the first and the end of the last
-    segment. Overlapping segments share their time, and gaps are idle. Work of ``NOT_OF_A_STEP`` is
-    left out, with the gaps before and after it."""
+    """Return the microseconds of each name between the first and the last segment.
+
+    Overlapping segments share their time evenly. Gaps count as idle. The result excludes work of
+    ``NOT_OF_A_STEP`` and the gaps before and after it.
+    """
     edges = sorted([(begin, 1, name) for begin, _, name in work]
                    + [(end, -1, name) for _, end, name in work])  # fmt: skip
     totals: dict[str, float] = defaultdict(float)
@@ -225,7 +242,12 @@ def _rows(times: Mapping[str, float], order: Iterable[str], steps: int) -> list[
 
 
 def table(host: Sequence[Row], device: Sequence[Row], steps: int, cold: bool) -> str:
-    """Format the rows as text: the device's time if there is a device, and the host's time."""
+    """Return the rows as a table: the device's time, if there is a device, and the host's time.
+
+    Args:
+        steps: number of recorded steps.
+        cold: whether the recorded steps include compilation and warm-up.
+    """
     rows = device or host
     waits = {row.name: row.milliseconds for row in host}
     by_name = {name: Row(name, 0.0, 0.0) for name in waits} | {row.name: row for row in rows}

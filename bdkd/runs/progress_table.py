@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-# Sets of columns that are left out, in the order in which they are tried.
+# Sets of columns to leave out, in the order in which they are tried
 _LEFT_OUT: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
@@ -14,21 +14,21 @@ _LEFT_OUT: tuple[frozenset[str], ...] = tuple(
     )
 )  # fmt: skip
 _SHORTEST_NAME = 7  # of a network: "student" and "teacher" are never shortened
-_STEP = "\0"  # stands for a digit of the step
+_STEP = "\0"  # placeholder for a digit of the step
 
 
 class Layout(NamedTuple):
-    """What the rows of a table show."""
+    """The contents of the rows of a table."""
 
-    networks: int  # number of networks, from the first one
-    whole_names: bool  # do not shorten names of networks
-    left_out: frozenset[str]
+    networks: int  # number of shown networks, starting with the first
+    whole_names: bool  # do not shorten the names of networks
+    left_out: frozenset[str]  # titles of columns
 
 
 class Cell(NamedTuple):
     """One value of a row."""
 
-    network: str  # name above the title; the run's own columns have none
+    network: str  # name above the title; empty for columns of the run
     title: str
     text: str
 
@@ -44,16 +44,18 @@ class Row(NamedTuple):
 
 
 class ProgressTable:
-    """Format rows of epoch, step, loss and top-1 of each network, images per second, wait for data,
-    memory and time left.
+    """Format training metrics as rows of a table.
 
-    If a row is too wide, names are shortened first. Then the total number of steps, memory, losses,
-    the wait and the speed are left out, in the order of ``_LEFT_OUT``, and at last the networks
-    that do not fit. ``metrics.jsonl`` always has everything. Columns never get narrower, so a
-    header is valid for all rows until it changes.
+    The columns are the epoch, the step, the loss and top-1 of each network, images per second, the
+    wait for data, the memory and the remaining time.
+
+    If a row is too wide, the names of networks are shortened first. Then columns are left out in
+    the order of ``_LEFT_OUT``, and at last the networks that do not fit. ``metrics.jsonl`` always
+    contains all values. Columns never get narrower, so a header is valid for all rows until the
+    next header.
 
     Args:
-        steps: number of steps of the run.
+        steps: number of steps in the run.
     """
 
     def __init__(self, steps: int) -> None:
@@ -63,7 +65,14 @@ class ProgressTable:
     def format(
         self, values: Mapping[str, Any], epochs: int, seconds_left: float, width: int
     ) -> tuple[str, Row]:
-        """Return the header, of one or two lines, and the row of a line of training metrics."""
+        """Return the header (one or two lines) and the row for a line of training metrics.
+
+        Args:
+            values: the values of the line in ``metrics.jsonl``.
+            epochs: number of epochs in the run.
+            seconds_left: estimated time until the end of the run.
+            width: maximum width in columns.
+        """
         networks = {name: v for name, v in values.items() if isinstance(v, dict)}
         header, row = "", ""
         for layout in _layouts(len(networks)):
@@ -76,7 +85,7 @@ class ProgressTable:
         return header, Row(row[:width].rstrip(), len(str(self.steps)))
 
     def _width(self, layout: Layout, cell: Cell) -> int:
-        """Return the width of a cell's column, which is the widest cell so far."""
+        """Return the width of a cell's column: the width of its widest cell so far."""
         key = (layout, cell.network, cell.title)
         width = max(len(cell.title), len(cell.text), self._widths.get(key, 0))
         self._widths[key] = width
@@ -108,7 +117,7 @@ class ProgressTable:
 
 
 def _layouts(networks: int) -> Iterator[Layout]:
-    """Yield the layouts of a table, the most complete one first."""
+    """Yield the layouts of a table, starting with the most complete one."""
     for shown in range(networks, 0, -1) or (0,):
         for left_out in _LEFT_OUT:
             for whole_names in (True, False):
@@ -117,7 +126,7 @@ def _layouts(networks: int) -> Iterator[Layout]:
 
 
 def _lay_out(cells: Sequence[Cell], widths: Sequence[int], whole_names: bool) -> tuple[str, str]:
-    """Return header and row. The columns of a network are below its name and close together."""
+    """Return the header and the row. The columns of a network are grouped below its name."""
     grouped = groupby(range(len(cells)), lambda i: (cells[i].network, cells[i].network or i))
     groups = [(name, list(indices)) for (name, _), indices in grouped]
     spans = [sum(widths[i] for i in indices) + len(indices) - 1 for _, indices in groups]
@@ -140,8 +149,11 @@ def _lay_out(cells: Sequence[Cell], widths: Sequence[int], whole_names: bool) ->
 
 
 def shorten(names: Sequence[str], limit: int) -> list[str]:
-    """Cut off names that are longer than a limit, and mark them with ``~``. If two names would then
-    be equal, number them: no name of a network contains ``~``."""
+    """Shorten names that are longer than a limit, and mark them with ``~``.
+
+    If two shortened names are equal, number them. The result is unique, because the name of a
+    network cannot contain ``~``.
+    """
     cut = [name if len(name) <= limit else f"{name[: limit - 1]}~" for name in names]
     clipped = [name for name in cut if name.endswith("~")]
     if len(set(clipped)) == len(clipped):
@@ -154,7 +166,7 @@ def shorten(names: Sequence[str], limit: int) -> list[str]:
 
 
 def percent(share: float | None) -> str:
-    """Return a share in percent, in at most 5 characters."""
+    """Return a share as a percentage with at most 5 characters. None becomes a dash."""
     if share is None:
         return "-"
     return f"{100 * share:.{0 if share >= 0.9995 else 1}f}%"

@@ -6,24 +6,26 @@ Phase = Literal["evaluation", "checkpoint"]
 
 
 class RemainingTime:
-    """Estimates the time until the last step and its evaluation, from what this session measured.
+    """Estimate the time until the last step and its evaluation from the times of this session.
 
-    An earlier session may have run on another machine, so its times do not count. Steps,
+    Times of earlier sessions do not count, because they may have run on another machine. Steps,
     evaluations and checkpoints are estimated separately:
 
-    - A step takes the mean of the log intervals. The first interval includes compilation and the
-      start of the data's workers, so it only counts until there is a second one.
-    - Evaluations are few and long, and their number is known: each one that is left takes the mean
-      of those that were measured. Until the first one, they are not in the estimate.
-    - Checkpoints depend on steps, minutes and the best result, so their time so far is spread over
-      the steps of the session.
+    - Steps: the estimate is the mean time of a step over the log intervals. The first interval
+      includes compilation and the start of the data loader, so it only counts until the second
+      interval ends.
+    - Evaluations: they are few and long, and their number is known. The estimate is the mean time
+      of the measured evaluations. It is 0 before the first evaluation.
+    - Checkpoints: their number depends on steps, minutes and the best result. Their time so far is
+      divided by the steps of the session.
 
-    The evaluation on the test images at the end is not included: it is measured only once.
+    The estimate does not include the evaluation on the test images at the end of the run, because
+    no earlier evaluation measures it.
     """
 
     def __init__(self) -> None:
         self._intervals = 0
-        self._steps, self._seconds = 0, 0.0  # of the intervals that count
+        self._steps, self._seconds = 0, 0.0  # sums over the intervals that count
         self._session_steps = 0
         self._evaluations, self._evaluating, self._saving = 0, 0.0, 0.0
 
@@ -45,8 +47,11 @@ class RemainingTime:
             self._saving += seconds
 
     def seconds(self, steps: int, evaluations: int) -> float:
-        """Return the time of ``steps`` and ``evaluations`` that are left. At least one interval
-        must have been added."""
+        """Return the estimated time in seconds. Call :meth:`add_interval` at least once before.
+
+        Args:
+            steps, evaluations: the remaining number.
+        """
         step = self._seconds / self._steps + self._saving / self._session_steps
         evaluation = self._evaluating / self._evaluations if self._evaluations else 0.0
         return steps * step + evaluations * evaluation

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a run, check that it matches, and print the differences."""
+"""Resume a run: load a checkpoint, check that it fits the recipe, and print the differences."""
 
 import math
 import sys
@@ -15,7 +15,16 @@ from bdkd.identity import difference
 
 
 def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
-    """Load a checkpoint's state. Raise ``RunError`` for other networks or another data set."""
+    """Load the state of a checkpoint.
+
+    Args:
+        path: the file, for messages.
+        saved: the state in the checkpoint.
+
+    Raises:
+        RunError: the checkpoint contains other networks or another optimizer, or it was trained on
+            another data set.
+    """
     try:
         check_data(path, saved, state.info)
         state.load_state_dict(saved)
@@ -33,8 +42,12 @@ def restore(state: TrainingState, path: Path, saved: Mapping[str, Any]) -> None:
 
 
 def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -> None:
-    """Continue a run from its newest checkpoint (``found``, with its state), if there is one, and
-    print its step."""
+    """Continue a run from its newest checkpoint, and print the step.
+
+    Args:
+        found: the path and the state of the checkpoint. None: the run has no checkpoint yet, so it
+            starts from step 0.
+    """
     where = "the beginning: no checkpoint was written"
     if found is not None:
         path, saved = found
@@ -51,13 +64,21 @@ def resume(state: TrainingState, found: tuple[Path, Mapping[str, Any]] | None) -
 
 
 def warn_of_copied_statistics(path: Path, saved: Mapping[str, Any], decay: float | None) -> None:
-    """Warn on standard error if the averages in a checkpoint of an old version have batch norm
-    statistics of which more than 1% are copied from their students."""
+    """Print a warning if a checkpoint contains averages with wrong batch norm statistics.
+
+    Older versions copied the batch norm statistics from the students. The warning is printed if
+    the copies still have a weight of more than 1% in the averages.
+
+    Args:
+        saved: the state in the checkpoint.
+        decay: ``train.ema_decay``.
+    """
     until, updates = saved.get("ema_copied_until"), int(saved.get("ema_updates", 0))
     if until is not None and (decay or 1.0) ** (updates - until) > 0.01:
         print(
             f"{path}: the batch norm statistics of its averaged networks are those of the "
-            "students, an error of an earlier version: recompute them with bdkd update-bn",
+            "students, because of an error in an earlier version: recompute them with bdkd "
+            "update-bn",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
@@ -67,7 +88,7 @@ def check_data(path: Path, saved: Mapping[str, Any], info: DataInfo) -> None:
     if differs := difference(saved["data"], info.identity()):
         raise RunError(
             f"the data set here is not the one that {path} was trained on: {differs}; restore it, "
-            "or give the right folder with --data.root (train) or --data-root (evaluate, export)"
+            "or pass its folder with --data.root (train) or --data-root (evaluate, export)"
         )
     if saved["train_images"] != (images := info.counts["train"]):
         found = f"{path} was trained on {saved['train_images']} images, the data now has {images}"
@@ -80,9 +101,9 @@ def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
     before, now = len(saved["ranks"]), state.context.world_size
     if before != now:
         print(
-            f"resuming on {now} rank{'s' * (now > 1)} a run of {before}: each rank gets other "
-            "images, so sums round differently, dropout masks change, and batch norm without "
-            "distributed.sync_batch_norm normalises over "
+            f"resuming on {now} rank{'s' * (now > 1)} a run that trained on {before}: each rank "
+            "gets other images, so sums round differently, dropout masks change, and batch norm "
+            "without distributed.sync_batch_norm normalises over "
             f"{state.recipe.train.batch_size // now} images", flush=True,
         )  # fmt: skip
     step, images = state.schedule_step(), state.train_images
@@ -92,7 +113,10 @@ def print_changes(state: TrainingState, saved: Mapping[str, Any]) -> None:
         return
     epochs = state.span.epochs
     if math.isclose(old, new, abs_tol=1e-6):
-        print(f"the schedule now ends with epoch {epochs}; the rate is {new:.3g} of its peak here")
+        print(
+            f"the schedule now ends with epoch {epochs}; the learning rate continues at {new:.3g} "
+            "of its peak"
+        )
     else:
         print(
             f"the schedule of {span.epochs} epochs had ended: for train.epochs {epochs} the "

@@ -1,4 +1,4 @@
-"""Turn Ctrl-C, SIGTERM and Slurm's SIGUSR1 into a request to stop after the current step."""
+"""Convert Ctrl-C, SIGTERM and Slurm's SIGUSR1 to a request to stop after the current step."""
 
 import os
 import signal
@@ -9,15 +9,20 @@ from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A rank receives a Ctrl-C twice, from the terminal and from torchrun.
+# A rank receives Ctrl-C twice: from the terminal and from torchrun.
 _SECOND_SIGINT_SECONDS = 2.0
 
 
 class StopRequest:
-    """A context in which the first signal only sets ``signal``. A SIGINT more than 2 s later raises
-    ``KeyboardInterrupt``. Unless ``grace`` is None, the process ends without a checkpoint so many
-    seconds after the first signal, because another rank may hang. ``first`` is called with the
-    number of the first signal, and may raise an exception."""
+    """A context manager in which the first signal sets ``signal`` and does not stop the process.
+
+    A SIGINT more than 2 seconds later raises ``KeyboardInterrupt``.
+
+    Args:
+        grace: seconds after the first signal at which the process ends without a checkpoint,
+            because another rank may hang. None: never.
+        first: called with the number of the first signal. It may raise an exception.
+    """
 
     def __init__(
         self, grace: float | None = None, first: Callable[[int], object] | None = None
@@ -54,8 +59,9 @@ class StopRequest:
 
 def _end(number: int, grace: float) -> None:
     print(
-        f"bdkd: {grace:g} s after {signal.Signals(number).name} (distributed.grace) the step or "
-        "its checkpoint is not finished: stopped; --resume continues from the previous checkpoint",
+        f"bdkd: stopped without a checkpoint: the step or its checkpoint was not finished "
+        f"{grace:g} s after {signal.Signals(number).name} (distributed.grace); --resume continues "
+        "from the previous checkpoint",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(128 + number)

@@ -1,8 +1,8 @@
-"""Find the state dicts in the content of any file, and match their names with a network.
+"""Find the state dicts in a file of any trainer, and match their names with those of a network.
 
-A file may hold the weights under a key (``state_dict``, ``model``, ``ema``) and each name may begin
-with the names of wrappers (``module.``, ``_orig_mod.``, ``model.``). Both are found by comparing
-names.
+A file may contain the weights under a key (``state_dict``, ``model``, ``ema``). Each name may have
+a prefix that a wrapper added (``module.``, ``_orig_mod.``, ``model.``). The key and the prefix are
+found by comparing names.
 """
 
 import re
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from bdkd.models.key_names import Layout
 
-# Limits for forged files
+# Limits, because a file may be malicious
 MAX_DEPTH = 4  # of wrappers, such as {"checkpoint": {"model": {"module": ...}}}
 MAX_PARTS, MAX_NAME, MAX_DOTS = 10_000, 1000, 64
-# Parts of a checkpoint that hold tensors and no weights
+# Parts of a checkpoint that contain tensors other than weights
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|criterion|rng|momentum|loss", re.I)
 EMA = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.I)
-WRAPPERS = {"model", "module", "net", "network", "state_dict", "weights"}  # not names of networks
+WRAPPERS = {"model", "module", "net", "network", "state_dict", "weights"}  # generic names
 # Names that torch inserts: torch.compile, FSDP, activation checkpointing
 _INSERTED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-# torchvision's files of DenseNet have the names of an older version.
+# torchvision's published DenseNet weights use the names of an older version.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])(?=\.)")
-# Tensors that belong to no layer: counters of torch and of FLOP counters, and the auxiliary
+# Tensors that a network does not need: counters of torch and of FLOP counters, and the auxiliary
 # classifiers of GoogLeNet and Inception, which bdkd does not build
 _COUNTER = "num_batches_tracked"
 _EXTRA = re.compile(
@@ -41,33 +41,33 @@ class Target(NamedTuple):
     own: dict[str, Tensor]  # its state dict
     layouts: dict[str, Layout]
     classifier: set[str]  # keys of its classifier
-    left_out: set[str]  # keys that are not loaded: those of the classifier, or none
+    left_out: set[str]  # keys that are not loaded: the keys of the classifier, or none
 
 
 class Match(NamedTuple):
-    """How the tensors under one key of a file fit a network."""
+    """The result of matching a state dict in a file with a network."""
 
-    key: str  # of the state dict in the file; empty: the file is one
-    prefix: str  # of all its names
-    layout: str  # the origin of its names, see bdkd.models.key_names
+    key: str  # key of the state dict in the file; empty: the file is the state dict
+    prefix: str  # prefix of all its names
+    layout: str  # the library whose names it uses, see bdkd.models.key_names
     names: dict[str, str]  # the network's key -> the name in the state dict, with the prefix
-    tensors: dict[str, Tensor]  # of the file, by name
+    tensors: dict[str, Tensor]  # the tensors in the state dict, by name
     wrong: list[str]  # keys of the network whose tensor has another shape or kind
-    missing: list[str]  # keys of the network
-    extra: list[str]  # names in the file, with the prefix
+    missing: list[str]  # keys of the network that the state dict does not contain
+    extra: list[str]  # names in the state dict, with the prefix, that the network does not have
 
     @property
     def fits(self) -> bool:
         return not (self.wrong or self.missing or self.extra)
 
     def weights(self, target: Target) -> dict[str, Tensor]:
-        """Return a part of a state dict: the tensors that fit, without those that are left out."""
+        """Return the tensors that fit, by key of the network, without ``target.left_out``."""
         names = [(k, n) for k, n in self.names.items() if k not in target.left_out]
         return {k: self.tensors[n] for k, n in names if fits(target.own[k], self.tensors[n])}
 
     @property
     def place(self) -> str:
-        """The key and the prefix, which ``weights_key`` selects."""
+        """The key and the prefix, joined by a dot. ``weights_key`` selects it."""
         return ".".join(part for part in (self.key, self.prefix.rstrip(".")) if part)
 
     @property
@@ -82,7 +82,8 @@ class Misfit(Exception):
 
 
 def fits(own: Tensor, tensor: Tensor) -> bool:
-    """Return whether a tensor of a file has the shape and the kind of a network's tensor."""
+    """Return whether a tensor from a file can replace a network's tensor: it is a plain tensor of
+    the same shape, and both or neither are floating-point."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     plain = plain and not (tensor.is_meta or tensor.is_quantized)
     same_kind = own.is_floating_point() == tensor.is_floating_point()
@@ -93,8 +94,12 @@ def fits(own: Tensor, tensor: Tensor) -> bool:
 
 
 def state_dicts(content: Any, everything: bool) -> dict[str, dict[str, Tensor]]:
-    """Return all state dicts in a content by key. Unless ``everything``, skip the parts of a
-    checkpoint that hold no weights."""
+    """Return all state dicts in the content of a file, by key.
+
+    Args:
+        everything: also search the parts of a checkpoint that usually contain no weights, such as
+            the optimizer.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     pending, seen = [("", content, 0)], set()
     for key, value, depth in pending:
@@ -116,7 +121,7 @@ def state_dicts(content: Any, everything: bool) -> dict[str, dict[str, Tensor]]:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_nested  # whose shape cannot be read
+    return isinstance(value, Tensor) and not value.is_nested  # nested tensors have no shape
 
 
 def _is_short(name: str) -> bool:
@@ -124,14 +129,15 @@ def _is_short(name: str) -> bool:
 
 
 def _module_tensors(content: Any) -> dict[str, Tensor] | None:
-    """Return the tensors of a whole module that was pickled, whose class has a stand-in."""
+    """Return the tensors of a pickled module, whose class a stand-in replaces. Return None if the
+    content is not a module."""
     if _attributes(content) is None:
         return None
     tensors: dict[str, Tensor] = {}
     pending: list[tuple[str, Any, frozenset[int]]] = [("", content, frozenset())]
     for prefix, module, outer in pending:
         attributes = _attributes(module)
-        # A forged file may contain a module in itself.
+        # In a malicious file, a module may contain itself.
         if attributes is None or id(module) in outer or not _is_short(prefix):
             continue
         for kind in ("_parameters", "_buffers"):
@@ -157,7 +163,7 @@ def _attributes(module: Any) -> dict[str, Any] | None:
 
 
 def match_names(key: str, tensors: Mapping[str, Tensor], target: Target) -> Iterator[Match]:
-    """Yield how a state dict fits, for each layout and each prefix that fits best."""
+    """Yield a match for each layout of names and each prefix with which the most names match."""
     cleaned = {_cleaned(name): tensor for name, tensor in tensors.items()}
     if len(cleaned) < len(tensors):  # {"conv.weight", "_orig_mod.conv.weight"}: two networks
         cleaned = dict(tensors)
@@ -168,8 +174,8 @@ def match_names(key: str, tensors: Mapping[str, Tensor], target: Target) -> Iter
             inside = {n.removeprefix(prefix) for n in cleaned if n.startswith(prefix)}
             names = {own: prefix + foreign for foreign, own in by_name.items() if foreign in inside}
             needed = [k for k in layout if not k.endswith(_COUNTER) and k not in target.left_out]
-            # A larger network may contain all keys of this one, so none may be left, except those
-            # of another network: {"conv.weight", "ema.conv.weight"}.
+            # A larger network may contain all keys of this network, so extra names are an error.
+            # Names of a second network are allowed: {"conv.weight", "ema.conv.weight"}.
             left = [prefix + n for n in inside if n not in by_name and not _EXTRA.search(n)]
             inner = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
             yield Match(
@@ -187,7 +193,7 @@ def _cleaned(name: str) -> str:
 
 
 def _prefixes(names: Mapping[str, Tensor], wanted: Mapping[str, str]) -> list[str]:
-    """Return the prefixes with which most names are wanted."""
+    """Return the prefixes with which the most names match a wanted name."""
     counts: Counter[str] = Counter()
     for name in names:
         ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]

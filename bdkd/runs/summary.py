@@ -1,4 +1,4 @@
-"""Evaluate the test images at the end of a run, and write the results."""
+"""Evaluate networks on the test images at the end of a run, and write the results."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,7 +23,7 @@ from bdkd.runs.folder import RunFolder
 
 
 def evaluator_of(components: Components, networks: Mapping[str, nn.Module]) -> Evaluator:
-    """Return an evaluator for networks with the data and the precision of a run."""
+    """Return an evaluator that uses the data set and the precision of a run."""
     train = components.recipe.train
     return Evaluator(
         networks, components.source, train.batch_size, train.precision, components.context
@@ -31,16 +31,20 @@ def evaluator_of(components: Components, networks: Mapping[str, nn.Module]) -> E
 
 
 def summarise(components: Components, state: TrainingState, folder: RunFolder) -> dict[str, Any]:
-    """Evaluate the selected weights on the test images. Write ``summary.json``, predictions and
-    figures.
+    """Evaluate the selected weights on the test images.
 
-    All ranks must call this function. Rank 0 returns the content of ``summary.json``. Raise
-    ``RunError`` if the best checkpoint is gone, or a file cannot be written.
+    Write ``summary.json``, predictions and figures. All ranks must call this function.
+
+    Returns:
+        The content of ``summary.json`` on rank 0, an empty dictionary on other ranks.
+
+    Raises:
+        RunError: the best checkpoint is missing, or a file cannot be written.
     """
     recipe, context, seconds = components.recipe, components.context, state.progress.seconds
     context.location = "the evaluation on the test images"
     if recipe.train.select == "best" and state.best is not None:
-        # The last weights are saved, so the best weights can replace them in memory.
+        # The best weights can replace the last weights in memory, because those are saved.
         path = folder.best_path(state.best.step)
 
         def load() -> dict[str, Any]:
@@ -51,8 +55,8 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
         state.load_state_dict(context.broadcast_from_rank0(load))
     elif recipe.train.select == "best" and context.is_rank0:
         print(
-            "warning: train.select is best, but it was last while this run trained, so no "
-            "checkpoint was selected: the last weights are evaluated", flush=True,
+            "warning: train.select is best, but it was last during training, so no best "
+            "checkpoint exists: the last weights are evaluated", flush=True,
         )  # fmt: skip
     networks = state.evaluated_networks()
     evaluator = evaluator_of(components, networks)
@@ -81,8 +85,8 @@ def summarise(components: Components, state: TrainingState, folder: RunFolder) -
         reliability_diagram(results, folder.figures / "reliability.png", title)
         try:
             training_curves(folder.metrics, folder.figures / "curves.png")
-        except ValueError as error:  # the results are complete nevertheless
-            print(f"warning: {error}: there are no curves", flush=True)
+        except ValueError as error:  # the results are complete without the figure
+            print(f"warning: {error}: curves.png was not written", flush=True)
     return summary
 
 

@@ -30,11 +30,17 @@ class Updated(NamedTuple):
 def update_bn(
     checkpoint: Path, output: Path, images: int | None, device: str, data_root: str | None
 ) -> Updated:
-    """Write a copy of a checkpoint whose networks have new batch norm statistics.
+    """Write a copy of a checkpoint with new batch norm statistics.
 
     The statistics are means over complete training batches with the augmentation of training
-    (``torch.optim.swa_utils.update_bn``) of ``images`` images, at least one batch, or of one epoch
-    if that is None. Weights do not change. Frozen networks do not change.
+    (``torch.optim.swa_utils.update_bn``). Weights and frozen networks do not change.
+
+    Args:
+        checkpoint: the checkpoint to read.
+        output: the file to write.
+        images: number of training images to use, at least one batch. None: one epoch.
+        device: the device to use, as in a recipe.
+        data_root: the folder of the data set. None: the folder in the recipe.
 
     Raises:
         RunError: no network has batch norm, a file cannot be read or written, or the data set is
@@ -75,7 +81,7 @@ def update_bn(
 def _update(
     network: nn.Module, source: DataSource, batch_size: int, precision: str, batches: int
 ) -> int:
-    """Recompute a network's statistics on some batches. Return the number of images."""
+    """Recompute the statistics of a network on some batches. Return the number of images."""
     used = 0
 
     def images() -> Iterator[Tensor]:

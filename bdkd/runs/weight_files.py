@@ -1,6 +1,6 @@
-"""Read files of weights: of torch, of safetensors, and folders that hold one.
+"""Read weights from torch files, safetensors files, and folders that contain one of them.
 
-No code from a file is run.
+Reading a file never runs code from it.
 """
 
 import json
@@ -22,7 +22,7 @@ from bdkd.runs.pickled import not_weights
 from bdkd.runs.state_dicts import Misfit
 from bdkd.text import open_regular, read_text
 
-# Files of weights in a folder of Accelerate, transformers or the Hugging Face Hub
+# Names of weight files in a folder of Accelerate, transformers or the Hugging Face Hub
 _NAMES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -34,11 +34,14 @@ _MAX_INDEX_BYTES = 2**26
 
 
 def weight_file(path: Path) -> Path:
-    """Return the file of weights that a path means: a file, the selected checkpoint of a run, or
-    the file of weights in a folder.
+    """Return the weight file of a path.
+
+    Args:
+        path: a file, the folder of a run (its selected checkpoint is returned), or a folder that
+            contains one weight file.
 
     Raises:
-        RunError: the folder has no file of weights, or several.
+        RunError: the folder contains no weight file, or several.
     """
     if not path.is_dir():
         return path
@@ -51,7 +54,7 @@ def weight_file(path: Path) -> Path:
             "torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
     if any((path / name).exists() for name in _SECOND):  # Accelerate saves one for each model
-        raise RunError(f"{path} contains the weights of several networks: name the file of one")
+        raise RunError(f"{path} contains the weights of several networks: pass the path of a file")
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
@@ -62,22 +65,24 @@ def weight_file(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise RunError(f"{path} is not the folder of a run, and contains no file of weights")
+        raise RunError(f"{path} is not the folder of a run, and contains no weight file")
     names = ", ".join(file.name for file in found[:5])
-    raise RunError(f"{path} contains several files: name one of {names}")
+    raise RunError(f"{path} contains several weight files: pass the path of one of {names}")
 
 
 class WeightFile(NamedTuple):
-    """The content of a file, and what it says about its network."""
+    """The content of a weight file, and the description of its network."""
 
     content: Any
-    classes: list[str] | None = None
-    architecture: str | None = None  # in timm
-    options: Mapping[str, Any] = MappingProxyType({})  # of timm's network
+    classes: list[str] | None = None  # names of the classes that the network was trained on
+    architecture: str | None = None  # name of the model in timm
+    options: Mapping[str, Any] = MappingProxyType({})  # arguments of the model in timm
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read a file of weights. The classes come from ``bdkd export`` or from timm's
+    """Read a weight file.
+
+    The names of the classes come from the metadata that ``bdkd export`` writes, or from timm's
     ``config.json`` in the same folder.
 
     Raises:
@@ -102,14 +107,17 @@ def read_weights(path: Path) -> WeightFile:
 
 
 def check_architecture(file: WeightFile, config: NetworkConfig) -> None:
-    """Raise ``Misfit`` if the file says that it is of another network than ``config``. Networks of
-    timm may have the same shapes and compute other functions."""
+    """Raise ``Misfit`` if the description in the file names another network than ``config``.
+
+    Comparing shapes is not sufficient, because two networks of timm may have the same shapes and
+    compute different functions.
+    """
     name = counterpart(config.model, "timm")
     if name is None or file.architecture is None:
         return
     came, needed = file.architecture.partition(".")[0], name.partition(".")[0]  # without the tag
     if came != needed and _is_of_timm(came):
-        raise Misfit(f"it is of timm's {came}, and the network is timm's {needed}")
+        raise Misfit(f"it contains weights of timm's {came}, and the network is timm's {needed}")
     for option, value in file.options.items():
         given_by_data = option in ("in_chans", "num_classes")
         if not (given_by_data or option.startswith("drop")) and config.options.get(option) != value:
@@ -124,7 +132,7 @@ def _is_of_timm(name: str) -> bool:
 
 
 def _architecture(content: Any) -> str | None:
-    """Return the network that a checkpoint of timm's train.py or of a similar script names."""
+    """Return the model name in a checkpoint of timm's train.py or a similar script, or None."""
     if not isinstance(content, Mapping):
         return None
     arguments = getattr(content.get("args"), "__dict__", {})
@@ -153,13 +161,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     except OSError as error:
         raise RunError(f"cannot read the weights {path}: {reason_of(error)}") from error
     except SafetensorError as error:
-        reason = f"it is cut off, or not a safetensors file ({first_line(error)})"
+        reason = f"it is truncated, or not a safetensors file ({first_line(error)})"
         raise RunError(f"cannot read the weights {path}: {reason}; use another file") from error
     return tensors, _classes(metadata)
 
 
 def _classes(metadata: Mapping[str, str]) -> list[str] | None:
-    """Return the classes in the facts of ``bdkd export``."""
+    """Return the class names in the metadata that ``bdkd export`` writes, or None."""
     try:
         return _names(json.loads(metadata.get("bdkd", "{}")).get("classes"))
     except (ValueError, AttributeError, RecursionError):
@@ -172,7 +180,7 @@ def _names(classes: Any) -> list[str] | None:
 
 
 def _read_parts(index: Path) -> dict[str, Any]:
-    """Return the tensors of a checkpoint that is divided into several files."""
+    """Return the tensors of a checkpoint that consists of several files."""
     try:
         with open_regular(index) as file:
             places = json.loads(file.read(_MAX_INDEX_BYTES))["weight_map"].items()

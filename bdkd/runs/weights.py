@@ -29,18 +29,23 @@ from bdkd.runs.weight_files import check_architecture, read_weights, weight_file
 
 
 def relocate(recipe: Recipe, device: str, data_root: str | None) -> Recipe:
-    """Return a recipe with another device and, unless it is None, another data folder."""
+    """Return a recipe with another device and another ``data.root``.
+
+    Args:
+        data_root: None: keep the ``data.root`` of the recipe.
+    """
     root = recipe.data.root if data_root is None else data_root
     data = dataclasses.replace(recipe.data, root=root)
     return dataclasses.replace(recipe, device=device, data=data)
 
 
 def check_pretrained(recipe: Recipe) -> None:
-    """Check that pretrained weights exist for the networks of a new run that ask for them. Reads
-    neither the weights nor the data set.
+    """Check that pretrained weights are published for each network that requests them.
+
+    This reads neither the weights nor the data set.
 
     Raises:
-        UsageError: a model has none.
+        UsageError: no pretrained weights of a model are published.
         RunError: timm or torchvision is missing or cannot be imported.
     """
     for name, network in recipe.networks.items():
@@ -49,12 +54,14 @@ def check_pretrained(recipe: Recipe) -> None:
 
 
 def check_initial_weights(components: Components) -> None:
-    """Check that networks that never train get weights. This is a check of new runs, because runs
-    of older versions may have frozen networks with random weights.
+    """Check that frozen networks get weights.
+
+    Call this only for new runs, because runs of older versions may contain frozen networks with
+    random weights.
 
     Raises:
-        UsageError: a frozen network would have random weights, and the recipe does not ask for it,
-            or it would have a random classifier.
+        UsageError: a frozen network would have random weights that the recipe does not request, or
+            a random classifier.
     """
     needed = components.source.info.num_classes
     for name in sorted(components.objective.frozen):
@@ -63,7 +70,7 @@ def check_initial_weights(components: Components) -> None:
             raise UsageError(
                 f"networks.{name} is frozen and has no weights: set networks.{name}.weights to a "
                 "file or to the folder of the run that trained it, to pretrained for the weights "
-                "that timm or torchvision publish, or to random if random weights are meant"
+                "that timm or torchvision publish, or to random for random weights"
             )
         if network.weights != PRETRAINED:
             continue
@@ -72,8 +79,8 @@ def check_initial_weights(components: Components) -> None:
             raise UsageError(
                 f"networks.{name} is frozen, and its pretrained weights are for "
                 f"{published.num_classes} classes, needed {needed}: its new classifier would never "
-                f"train; let {name} train, or set networks.{name}.weights to a teacher of this "
-                "data set"
+                f"train; set networks.{name}.weights to a teacher that was trained on this data "
+                "set, or do not freeze the network"
             )
 
 
@@ -107,14 +114,14 @@ def load_initial_weights(components: Components) -> None:
         if differs := class_difference(loaded.classes, info.classes):
             raise RunError(
                 f"networks.{name}.weights: {config.weights} was trained on other classes than "
-                f"those of this data set: {differs}; give a teacher of this data set, or let "
-                f"{name} train"
+                f"those of this data set: {differs}; use a teacher that was trained on this data "
+                "set, or do not freeze the network"
             )
 
 
 def _other_pixels(name: str, config: NetworkConfig, info: DataInfo) -> str | None:
-    """Return a warning if the pretrained weights of a network were trained on images with another
-    normalisation than those of the data set."""
+    """Return a warning if the pretrained weights of a network expect another normalisation of the
+    images than that of the data set."""
     published = published_weights(config.model, config.options)
     if published is None or info.normalisation is None or info.channels != len(published.mean):
         return None
@@ -128,16 +135,22 @@ def _other_pixels(name: str, config: NetworkConfig, info: DataInfo) -> str | Non
         [" ".join(f"{x:.3f}" for x in values) for values in each] for each in (own, theirs)
     )
     return (
-        f"the pretrained weights of {name} expect images with mean {needed_mean} and std "
-        f"{needed_std}, and those of this data set have {mean} and {std}: it starts less accurate"
+        f"the pretrained weights of {name} expect images that are normalised with mean "
+        f"{needed_mean} and std {needed_std}, but this data set uses {mean} and {std}: the network "
+        "starts less accurate"
     )
 
 
 def load_networks(
     components: Components, path: Path, saved: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
-    """Load the networks of a checkpoint with the state ``saved`` into ``components`` and return
-    them by name, including the students' averages. ``path`` is for messages.
+    """Load the networks of a checkpoint into ``components``, and return them by name.
+
+    The result includes the averages of the students.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: the state in the checkpoint.
 
     Raises:
         RunError: the networks do not match the recipe, or were trained on another data set.
@@ -159,18 +172,23 @@ def load_networks(
 
 
 class Loaded(NamedTuple):
-    """Weights that were loaded."""
+    """A description of loaded weights."""
 
-    classes: list[str] | None  # that the network was trained on, if the file contains them
-    text: str  # which weights, for the log
+    classes: list[str] | None  # names of the classes of the training data; None: unknown
+    text: str  # a line for the log
 
 
 def load_weights(network: nn.Module, name: str, config: NetworkConfig) -> Loaded:
     """Load the weights that a recipe names into a network.
 
-    ``config.weights`` is a file of torch or safetensors that any trainer wrote, a checkpoint of a
-    run with a network called ``name``, or a folder with one of these. See :func:`find_weights` for
-    what is found in a file.
+    ``config.weights`` is a torch or safetensors file from any trainer, a checkpoint of a run with a
+    network called ``name``, or a folder that contains one of these. :func:`find_weights` describes
+    how the weights are found in a file.
+
+    Args:
+        network: the network to change.
+        name: name of the network in the recipe.
+        config: options of the network.
 
     Raises:
         RunError: the file cannot be read, or its weights do not fit this network.
@@ -198,18 +216,22 @@ def load_weights(network: nn.Module, name: str, config: NetworkConfig) -> Loaded
 def load_pretrained(
     network: nn.Module, name: str, config: NetworkConfig, num_classes: int, in_channels: int
 ) -> Loaded:
-    """Load the weights that timm or torchvision publish for a network. They are downloaded if they
-    are not on this machine. The network keeps its classifier if its number of classes differs.
+    """Load the weights that timm or torchvision publish for a network.
+
+    The weights are downloaded if they are not on this machine. If the number of classes differs,
+    the network keeps its random classifier.
 
     Args:
-        name: of the network in the recipe.
-        num_classes, in_channels: of the network.
+        network: the network to change.
+        name: name of the network in the recipe.
+        config: options of the network.
+        num_classes, in_channels: number of classes and of input channels of the network.
 
     Raises:
         RunError: the weights cannot be downloaded or read, or do not fit this network.
     """
     published = published_weights(config.model, config.options)
-    if published is None:  # check_pretrained has raised already, unless it was not called
+    if published is None:  # only if the caller did not call check_pretrained
         raise RunError(f"networks.{name}.weights: no weights of {config.model} are published")
     try:
         path = locate(published)
@@ -242,8 +264,8 @@ def load_pretrained(
 def _copy(
     content: Any, network: nn.Module, model: str, name: str, key: str | None, reset_head: bool
 ) -> tuple[int, Match]:
-    """Copy the weights in the content of a file into a network. Return the number of tensors and
-    where they were found. Raise ``Misfit`` if they do not fit, or are not finite."""
+    """Copy weights from the content of a file into a network. Return the number of tensors, and
+    where they were found. Raise ``Misfit`` if they do not fit the network, or are not finite."""
     own = network.state_dict()
     weights, found = find_weights(content, network, model, name, key=key, reset_head=reset_head)
     for k, tensor in weights.items():
@@ -256,8 +278,13 @@ def _copy(
 def _of_checkpoint(
     state: Mapping[str, Any], name: str, key: str | None, path: Path
 ) -> tuple[list[str] | None, str, dict[str, Any]]:
-    """Return the classes of a checkpoint's data, the name of one of its networks, and its weights:
-    of the network ``key``, or else of ``name``, and of its average if it has one."""
+    """Find the weights of a network in a checkpoint of bdkd.
+
+    The network is ``key``, or else the average of ``name``, or else ``name`` itself.
+
+    Returns:
+        The classes of the training data, the name of the network, and its weights.
+    """
     try:
         average = f"{name}{EMA_SUFFIX}"
         name = key or (average if average in state["ema"] else name)
@@ -274,18 +301,21 @@ def find_weights(
     """Return the weights of a network from the content of a file, and where they were found.
 
     Args:
-        content: what the file holds, of any structure.
-        network: the network that bdkd calls ``model``.
-        name: of the network in the recipe, which decides between several networks in the file.
-        key: of the state dict in the file, a prefix in it, or both. Default: the network with the
-            same name, then moving averages, as in timm.
-        reset_head: leave the classifier out.
+        content: the content of the file, with any structure.
+        network: the network that needs the weights.
+        model: name of the network's model.
+        name: name of the network in the recipe. If the file contains several networks, the one with
+            this name is preferred.
+        key: the key of the state dict in the file, a prefix of its names, or both. Default: the
+            network with the same name, then moving averages, as in timm.
+        reset_head: do not return the weights of the classifier.
 
     Returns:
-        A part of a state dict, without the classifier or counters that are not in the file.
+        The tensors by key of the network, and the match. Counters that are not in the file are
+        missing.
 
     Raises:
-        Misfit: no state dict in the content fits, or several do.
+        Misfit: no state dict in the content fits the network, or several fit.
     """
     head = head_keys(network)
     target = Target(
@@ -315,14 +345,15 @@ def _is_at(place: str, key: str) -> bool:
 
 
 def _preferred(matches: list[Match], name: str) -> list[Match]:
-    """Return the matches of the network that has the same name, and of these the averages."""
+    """Return the matches with the same name if there are any, and of these the moving averages if
+    there are any."""
     same = {name, f"{name}_ema", f"ema_{name}"} if name not in WRAPPERS else set()
     matches = [m for m in matches if same & set(m.place.split("."))] or matches
     return [m for m in matches if EMA.search(m.place)] or matches
 
 
 def _distinct(matches: list[Match], target: Target) -> list[Match]:
-    """Return the matches with other tensors than those before. Two layouts may find the same."""
+    """Return the matches without duplicates. Two layouts of names may find the same tensors."""
     found: list[tuple[Match, dict[str, Tensor]]] = []
     for match in matches:
         weights = match.weights(target)
@@ -335,7 +366,11 @@ def _distinct(matches: list[Match], target: Target) -> list[Match]:
 
 
 def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """Return the state dict of one network in a checkpoint's state."""
+    """Return the state dict of a network or an average from the state in a checkpoint of bdkd.
+
+    Raises:
+        RunError: the checkpoint (``path``) contains no such network.
+    """
     if name in state["ema"]:
         return state["ema"][name]
     prefix, tensors = f"members.{name}.", state["networks"].items()
@@ -347,7 +382,7 @@ def network_weights(state: Mapping[str, Any], name: str, path: Path) -> dict[str
 
 
 def mismatched_keys(module: nn.Module, weights: Mapping[str, Any]) -> str:
-    """Describe the first mismatch between a state dict and a module, or return an empty string."""
+    """Return the first mismatch between a state dict and a module, or an empty string."""
     own = module.state_dict()
     for key in own:
         if key not in weights:
@@ -356,4 +391,4 @@ def mismatched_keys(module: nn.Module, weights: Mapping[str, Any]) -> str:
             came = tuple(getattr(weights[key], "shape", ()))
             return f"{key!r} has shape {came}, needed {tuple(own[key].shape)}"
     extra = [key for key in weights if key not in own]
-    return f"it has {extra[0]!r}, which the network has not" if extra else ""
+    return f"it contains {extra[0]!r}, but the network does not" if extra else ""

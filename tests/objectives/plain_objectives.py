@@ -1,4 +1,4 @@
-"""The methods a second time, in plain float64 PyTorch, from their papers and nothing of ours.
+"""Independent float64 implementations of all objectives in plain PyTorch, written from the papers.
 
 Sources: BD-KD arXiv 2212.12965 (with several partners: their mean); KD arXiv 1503.02531; DML
 arXiv 1706.00384; KDCL, CVPR 2020; SwitOKD arXiv 2209.04996; logit standardisation arXiv 2403.01427;
@@ -35,7 +35,7 @@ DEFAULTS = {
 
 
 def probabilities(target: Tensor, classes: int) -> Tensor:
-    """Labels (B,) or soft labels (B, C) as (B, C)."""
+    """Return labels (B,) or soft labels (B, C) as probabilities (B, C)."""
     return target if target.ndim == 2 else torch.eye(classes, dtype=torch.float64)[target]
 
 
@@ -46,7 +46,7 @@ def cross_entropy(x: Tensor, target: Tensor, smoothing: float) -> Tensor:  # (B,
 
 
 def kl(p: Tensor, q: Tensor, tau: float) -> Tensor:  # (B,)
-    """KL(softmax(p / tau) || softmax(q / tau))."""
+    """Return KL(softmax(p / tau) || softmax(q / tau))."""
     log_p, log_q = F.log_softmax(p / tau, -1), F.log_softmax(q / tau, -1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
@@ -57,7 +57,7 @@ def entropy(x: Tensor, tau: float) -> Tensor:  # (B,)
 
 
 def weights(s: Tensor, t: Tensor, o: dict) -> tuple[Tensor, Tensor]:
-    """The weights of the forward and the reverse KL of each sample, by the entropy gap."""
+    """Return the weights of each sample's forward and reverse KL, from the entropy gap."""
     tau = o["temperature"] if o["soften_entropy"] else 1.0
     gap = entropy(t, tau) - entropy(s, tau)
     gap[gap.abs() < 1e-12] = 0.0
@@ -97,7 +97,8 @@ def bdkd(x: Logits, target: Tensor, o: dict) -> Logits:
 
 
 def learns_from(name: str, partners: list[Tensor], x: Logits, target: Tensor, o: dict) -> Tensor:
-    """The cross entropy of a network and its mean divergence from partners, by its role."""
+    """Return the cross entropy of a network plus its mean divergence from its partners, with the
+    weights of the network's role."""
     role = {"s": "student", "t": "teacher"}[name[0]]
     tau = o["temperature"]
     soft = torch.stack([kl(partner.detach(), x[name], tau) for partner in partners]).mean(0)
@@ -111,7 +112,7 @@ def kd(x: Logits, target: Tensor, o: dict) -> Logits:
 
 
 def standardised(x: Tensor) -> Tensor:
-    """The z-score of each row."""
+    """Return the z-scores of each row."""
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
     variance = centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)
     return centred / (variance.sqrt() + 1e-7)
@@ -129,12 +130,12 @@ def lskd(x: Logits, target: Tensor, o: dict) -> Logits:
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL of two distributions (K,)."""
+    """Return KL(p || q) of two distributions (K,)."""
     return (p * (p / q).log()).sum()
 
 
 def decoupled(s: Tensor, t: Tensor, label: int, tau: float) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of one sample with logits (C,): equations 1 to 6 of DKD."""
+    """Return TCKD and NCKD of one sample with logits (C,): equations 1 to 6 of DKD."""
     p_s, p_t = F.softmax(s / tau, -1), F.softmax(t / tau, -1)
     others = [c for c in range(len(s)) if c != label]
     b_s, b_t = (torch.stack([p[label], p[others].sum()]) for p in (p_s, p_t))
@@ -143,7 +144,7 @@ def decoupled(s: Tensor, t: Tensor, label: int, tau: float) -> tuple[Tensor, Ten
 
 
 def dkd(x: Logits, target: Tensor, o: dict) -> Logits:
-    """After the warm-up."""
+    """Return the loss after the warm-up."""
     teachers = [logits.detach() for name, logits in x.items() if name[0] == "t"]
     labels = (target.argmax(-1) if target.ndim == 2 else target).tolist()
     losses = {}
@@ -183,7 +184,7 @@ def independent(x: Logits, target: Tensor, o: dict) -> Logits:
 
 
 def switokd_distances(x: Logits, target: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """L1 distances (B,): student to label, teacher to label, student to teacher."""
+    """Return L1 distances (B,): student to label, teacher to label, student to teacher."""
     (s,), (t,) = ([v for name, v in x.items() if name[0] == role] for role in "st")
     p_s, p_t = F.softmax(s / tau, -1), F.softmax(t / tau, -1)
     y = probabilities(target, s.shape[-1])
@@ -191,13 +192,13 @@ def switokd_distances(x: Logits, target: Tensor, tau: float) -> tuple[Tensor, Te
 
 
 def switokd_teacher_pauses(a: float, b: float, g: float) -> bool:
-    """Section 3 of the paper: the gap is larger than the adaptive threshold, and the teacher is
-    the better one."""
+    """Return whether the teacher pauses, as section 3 of the paper defines: it is better than the
+    student, and the gap exceeds the adaptive threshold."""
     return b < a and g > a - math.exp(-b / (a + b)) * b
 
 
 METHODS: dict[str, Callable[[Logits, Tensor, dict], Logits]] = {
     "bdkd": bdkd, "dkd": dkd, "dml": dml, "independent": independent, "kd": kd, "kdcl": kdcl,
     "lskd": lskd,
-    "switokd": dml,  # of two networks, each learns from the other, but for the pauses
+    "switokd": dml,  # without pauses: each of two networks learns from the other
 }  # fmt: skip

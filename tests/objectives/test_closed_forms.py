@@ -1,4 +1,4 @@
-"""Every method is its paper's equation: each network's loss, whom it trains, and its statistics."""
+"""Losses, gradients and statistics of all objectives equal those of plain implementations."""
 
 import plain_objectives as plain
 import pytest
@@ -9,8 +9,8 @@ from bdkd.config import NetworkConfig
 from bdkd.objectives import create_objective
 from bdkd.registry import OBJECTIVES
 
-# Ten samples, so that each weight and each branch of the ensembles occurs; more than there are
-# classes, so that a mean over the wrong axis has another value.
+# Ten samples are enough that each weight and each branch of the ensembles occurs. There are fewer
+# classes than samples, so that a mean over the wrong axis has another value.
 SAMPLES, CLASSES = 10, 6
 LABELS = torch.arange(SAMPLES) % CLASSES
 SOFT_LABELS = torch.rand(
@@ -18,7 +18,7 @@ SOFT_LABELS = torch.rand(
 ).softmax(-1)
 SOFT_LABELS[:5] = F.one_hot(LABELS[:5], CLASSES).double()
 
-# No two options of a method have one value, and none has its default.
+# All options of an objective have different values, and none has its default.
 TUNED = {
     "temperature": 3.0, "gamma": 2.5, "student_ce": 0.7, "student_kd": 1.3, "teacher_ce": 0.6,
     "teacher_kd": 0.4, "label_smoothing": 0.1, "teacher_divergence": "forward",
@@ -30,10 +30,11 @@ LEARN_FROM_TRAINED = {"dkd", "kd", "lskd"}
 
 
 def cohort(names: str, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """Logits of the networks in "t0 s0 s1".
+    """Return logits for names such as "t0 s0 s1" (t: teacher, s: student).
 
-    All networks have the same logits of the first sample. The first network has the smallest cross
-    entropy of the second sample, but not with smoothed labels: it rules a wrong class out.
+    All networks have the same logits for the first sample. For the second sample, the first network
+    has the smallest cross entropy with hard labels. With smoothed labels it has not, because its
+    logit of a wrong class is -60.
     """
     generator = torch.Generator().manual_seed(len(names))
     x = {}
@@ -62,7 +63,7 @@ def tuned(method: str, **changed) -> dict:
     return {k: v for k, v in TUNED.items() if k in plain.DEFAULTS[method]} | changed
 
 
-# Method, networks, frozen ones, options.
+# Objective, networks, frozen networks, options
 CASES = {
     "bdkd": ("bdkd", "t0 s0", "", {}),
     "bdkd tuned": ("bdkd", "t0 s0", "", tuned("bdkd")),
@@ -108,19 +109,19 @@ CASES = {
 
 @pytest.mark.parametrize("target", [LABELS, SOFT_LABELS], ids=["labels", "soft"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_method_is_its_equation(case, target):
+def test_losses_and_gradients_match_the_equations_of_the_papers(case, target):
     method, names, frozen, options = CASES[case]
     x = cohort(names)
     settings = plain.DEFAULTS[method] | options
     expected = plain.METHODS[method](x, target, settings)
-    # The samples of a whole optimizer step: those of other ranks and micro-batches, too.
+    # The normaliser also counts samples of other ranks and micro-batches.
     normaliser, scale = 24.0, 8.0
     out = objective(method, names, frozen, **options)(x, target, normaliser, scale)
     assert out.losses.keys() == set(names.split()) - set(frozen.split())
     for name, loss in out.losses.items():
         wanted = expected[name].sum() / normaliser
         torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-12)
-        # Its own network's logits get the gradient, and those of no other network.
+        # Only the logits of the network itself get a gradient.
         for other, logits in x.items():
             (gradient,) = torch.autograd.grad(
                 loss * scale, logits, retain_graph=True, materialize_grads=True
@@ -134,7 +135,7 @@ def test_a_method_is_its_equation(case, target):
 
 @pytest.mark.parametrize("names", ["t0 s0", "t0 t1 s0 s1 s2", "s0 s1"])
 @pytest.mark.parametrize("options", [{}, tuned("bdkd"), tuned("bdkd", weighting="swapped")])
-def test_statistics_of_bdkd_are_of_each_pair_and_their_mean(names, options):
+def test_bdkd_returns_statistics_for_each_pair_and_their_mean(names, options):
     x = cohort(names)
     o = plain.DEFAULTS["bdkd"] | options
     statistics = objective("bdkd", names, **options)(x, LABELS, 24.0, 1.0).statistics
@@ -162,18 +163,18 @@ def test_statistics_of_bdkd_are_of_each_pair_and_their_mean(names, options):
 
 @pytest.mark.parametrize("target", [LABELS, SOFT_LABELS], ids=["labels", "soft"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_switokd_measures_distances_at_its_temperature(temperature, target):
+def test_switokd_measures_distances_at_the_configured_temperature(temperature, target):
     x = cohort("t0 s0")
     sums = objective("switokd", "t0 s0", temperature=temperature).measure(x, target)
     distances = plain.switokd_distances(x, target, temperature)
     torch.testing.assert_close(sums, torch.stack([d.sum() for d in distances]).detach())
     assert not sums.requires_grad
-    # In float64 whatever the logits are: the decision must be that of every rank.
+    # The sums are float64 for any dtype of the logits, because all ranks must decide alike.
     low = {name: logits.detach().bfloat16() for name, logits in x.items()}
     assert objective("switokd", "t0 s0").measure(low, target).dtype is torch.float64
 
 
-def test_switokd_pauses_the_teacher_by_its_rule():
+def test_switokd_pauses_the_teacher_according_to_the_paper():
     method = objective("switokd", "t0 s0")
     generator = torch.Generator().manual_seed(0)
     pauses = []
@@ -187,19 +188,19 @@ def test_switokd_pauses_the_teacher_by_its_rule():
 @pytest.mark.parametrize(
     "distances",
     [
-        (1.0, 1.0, 2.0),  # the teacher is no better
-        (1.0, 0.0, 1.0),  # the gap is exactly the threshold
-        (0.0, 0.0, 0.0),  # both are perfect
+        (1.0, 1.0, 2.0),  # the teacher is not better than the student
+        (1.0, 0.0, 1.0),  # the gap equals the threshold
+        (0.0, 0.0, 0.0),  # both networks are perfect
         (float("nan"),) * 3,
     ],
 )
-def test_switokd_lets_both_train_at_the_edge_of_its_rule(distances):
+def test_switokd_trains_both_networks_in_edge_cases(distances):
     active = objective("switokd", "t0 s0").active(torch.tensor(distances))
     assert active == {"s0", "t0"}
 
 
 @pytest.mark.parametrize("pauses", [False, True])
-def test_a_paused_teacher_has_no_loss_and_its_student_learns_as_before(pauses):
+def test_a_paused_teacher_has_no_loss_and_the_students_loss_is_unchanged(pauses):
     x = cohort("t0 s0")
     active = frozenset({"s0"} if pauses else {"s0", "t0"})
     method = objective("switokd", "t0 s0")
@@ -211,7 +212,7 @@ def test_a_paused_teacher_has_no_loss_and_its_student_learns_as_before(pauses):
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_logits_of_half_precision_are_computed_in_single(method):
+def test_losses_of_bfloat16_logits_are_computed_in_float32(method):
     low = {name: x.detach() for name, x in cohort("t0 s0", torch.bfloat16).items()}
     single = {name: x.float() for name, x in low.items()}
     of_low, of_single = (objective(method, "t0 s0")(x, LABELS, 24.0, 1.0) for x in (low, single))
@@ -226,8 +227,8 @@ def test_logits_of_half_precision_are_computed_in_single(method):
     [(method, {}) for method in OBJECTIVES if hasattr(OBJECTIVES.configure(method), "backend")]
     + [("bdkd", {"weighting": "swapped"})],
 )
-def test_the_named_backend_computes(method, options):
-    """Only the reference has second derivatives."""
+def test_the_selected_backend_computes_the_loss(method, options):
+    """Only the reference backend supports second derivatives."""
     x = cohort("t0 s0")
     losses = objective(method, "t0 s0", backend="reference", **options)(x, LABELS, 24.0, 1.0).losses
     (first,) = torch.autograd.grad(losses["s0"], x["s0"], create_graph=True)
@@ -236,9 +237,9 @@ def test_the_named_backend_computes(method, options):
 
 
 @pytest.mark.parametrize("ensemble", ["naive", "minlogit"])
-def test_an_ensemble_is_as_exact_as_its_most_exact_network(ensemble):
+def test_kdcl_computes_the_ensemble_in_the_widest_dtype(ensemble):
     x = cohort("t0 s0")
-    x["t0"] = x["t0"].detach().float()  # rounded, and then as exact as any
+    x["t0"] = x["t0"].detach().float()
     exact = x | {"t0": x["t0"].double()}
     mixed, wanted = (
         objective("kdcl", "t0 s0", ensemble=ensemble)(logits, LABELS, 24.0, 1.0).losses["s0"]
@@ -248,11 +249,11 @@ def test_an_ensemble_is_as_exact_as_its_most_exact_network(ensemble):
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_what_the_trainer_asks_of_a_method(method):
+def test_objectives_declare_views_frozen_networks_and_dynamic_active_sets(method):
     names = "t0 s0"
     needs = objective(method, names)
-    assert needs.views == (2 if method == "kdcl" else 1)  # KDCL: an image is seen by each network
-    assert needs.has_dynamic_active_set == (method == "switokd")  # only its teacher pauses
+    assert needs.views == (2 if method == "kdcl" else 1)  # KDCL: one view for each network
+    assert needs.has_dynamic_active_set == (method == "switokd")  # its teacher pauses
     assert needs.frozen == ({"t0"} if method in LEARN_FROM_TRAINED else set())
     assert (needs.students, needs.teachers) == (["s0"], ["t0"])
     if method != "switokd":
@@ -261,7 +262,7 @@ def test_what_the_trainer_asks_of_a_method(method):
                 call()
 
 
-DIRECT = [  # networks, frozen networks, options: those whose gradients come with the losses
+DIRECT = [  # networks, frozen networks and options for which loss_and_grad returns gradients
     ("t s", "", {}),
     ("t s", "t", {}),
     ("t0 t1 s0 s1", "", {"teacher_divergence": "forward"}),
@@ -271,7 +272,7 @@ DIRECT = [  # networks, frozen networks, options: those whose gradients come wit
 
 @pytest.mark.parametrize("grad_scale", [1.0, torch.tensor(512.0, dtype=torch.float64)])
 @pytest.mark.parametrize(("names", "frozen", "options"), DIRECT)
-def test_gradients_that_come_with_the_losses_are_those_of_a_backward_pass(
+def test_gradients_of_loss_and_grad_equal_those_of_a_backward_pass(
     names, frozen, options, grad_scale
 ):
     method = objective("bdkd", names, frozen, **options)
@@ -295,13 +296,13 @@ def test_gradients_that_come_with_the_losses_are_those_of_a_backward_pass(
 @pytest.mark.parametrize(
     ("method", "names", "options"),
     [
-        ("bdkd", "t0 t1 s", {}),  # unlike numbers of partners
+        ("bdkd", "t0 t1 s", {}),  # the networks have different numbers of partners
         ("bdkd", "t s", {"student_divergence": "forward"}),
         ("dml", "s0 s1", {}),
         ("independent", "s0 s1", {}),
     ],
 )
-def test_other_objectives_leave_the_gradients_to_autograd(method, names, options):
+def test_other_objectives_return_no_gradients(method, names, options):
     output = objective(method, names, **options).loss_and_grad(cohort(names), LABELS, 1.0, 1.0)
     assert output.gradients is None
     assert all(loss.requires_grad for loss in output.losses.values())

@@ -1,4 +1,4 @@
-"""Which networks and options suit a method, and what a method fills in."""
+"""Which networks and options each objective supports, and the defaults of its options."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ PAIR = {"t": TEACHER, "s": STUDENT}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_option_that_is_left_out_has_the_methods_default(name):
+def test_options_have_the_documented_defaults(name):
     backend = {} if name in ("dkd", "independent") else {"backend": "auto"}
     read = dataclasses.asdict(OBJECTIVES.configure(name))
     assert read == {"name": name, **plain.DEFAULTS[name], **backend}
@@ -25,17 +25,17 @@ def test_an_option_that_is_left_out_has_the_methods_default(name):
 @pytest.mark.parametrize(
     ("config", "networks"),
     [
-        # Nothing to learn, and nothing that learns.
+        # A teacher without a loss is accepted if it does not train.
         ({"teacher_ce": 0.0, "teacher_kd": 0.0}, PAIR | {"t": FROZEN}),
         ({"teacher_ce": 0.0, "teacher_kd": 0.0}, {"r": STUDENT, "s": STUDENT}),
-        # One term is enough.
+        # One term with a weight above 0 is sufficient.
         ({"teacher_ce": 0.0, "student_kd": 0.0}, PAIR),
-        # A trained teacher: from a file, or from timm.
+        # A trained teacher from a file or from timm.
         ({"name": "kd"}, PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")}),
         ({"name": "kd"}, PAIR | {"t": NetworkConfig("x", "teacher", options={"pretrained": True})}),
         ({"name": "lskd"}, PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")}),
         ({"name": "dkd"}, PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")}),
-        # One term is enough.
+        # One term with a weight above 0 is sufficient.
         (
             {"name": "dkd", "student_ce": 0.0, "target_kd": 0.0},
             PAIR | {"t": NetworkConfig("x", "teacher", weights="t.pt")},
@@ -45,7 +45,7 @@ def test_an_option_that_is_left_out_has_the_methods_default(name):
         ({"name": "kdcl"}, PAIR),
     ],
 )
-def test_what_suits_a_method_is_taken(config, networks):
+def test_supported_networks_and_options_are_accepted(config, networks):
     create_objective(OBJECTIVES.configure(**{"name": "bdkd", **config}), networks)
 
 
@@ -88,6 +88,6 @@ def test_what_suits_a_method_is_taken(config, networks):
         ({"name": "dlm"}, PAIR, "unknown objective 'dlm': did you mean 'dml'"),
     ],
 )  # fmt: skip
-def test_what_does_not_suit_a_method_is_named(config, networks, needed):
+def test_unsupported_networks_and_options_are_refused(config, networks, needed):
     with pytest.raises(UsageError, match=needed):
         create_objective(OBJECTIVES.configure(**{"name": "bdkd", **config}), networks)

@@ -1,4 +1,4 @@
-"""lskd and dkd: shapes, unusual logits and labels, and what each loss does not depend on."""
+"""lskd and dkd: shapes, unusual logits and labels, and invariances of each loss."""
 
 import math
 
@@ -27,7 +27,7 @@ def labels(shape: tuple[int, int]) -> torch.Tensor:
 
 
 def loss_and_gradient(method: str, x: dict, target: torch.Tensor, **options):
-    """The student's loss, summed over the samples, and its gradient."""
+    """Return the student's loss, summed over the samples, and its gradient."""
     loss = objective(method, "t0 s0", **options)(x, target, 1.0, 1.0).losses["s0"]
     (gradient,) = torch.autograd.grad(loss, x["s0"])
     return loss.detach(), gradient
@@ -37,11 +37,13 @@ def with_student(x: dict, s: torch.Tensor) -> dict:
     return x | {"s0": s.detach().requires_grad_()}
 
 
-# With two classes, one class is not the target class; 1,000 are ImageNet's.
+# With 2 classes there is only one other class. ImageNet has 1,000 classes.
 @pytest.mark.parametrize("shape", [(5, 2), (7, 3), (3, 1000), (1, 10)])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_is_its_equation_for_any_shape_and_temperature(method, temperature, shape):
+def test_loss_and_gradient_match_the_equation_for_all_shapes_and_temperatures(
+    method, temperature, shape
+):
     x, target = logits(shape), labels(shape)
     loss, gradient = loss_and_gradient(method, x, target, temperature=temperature)
     settings = plain.DEFAULTS[method] | {"temperature": temperature}
@@ -59,7 +61,7 @@ def test_the_loss_is_its_equation_for_any_shape_and_temperature(method, temperat
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 7)])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_gradient_is_that_of_the_loss(method, shape):
+def test_gradients_pass_gradcheck(method, shape):
     x, target = logits(shape), labels(shape)
     learner = objective(method, "t0 s0", label_smoothing=0.1)
 
@@ -71,7 +73,7 @@ def test_the_gradient_is_that_of_the_loss(method, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_of_half_precision_have_the_loss_of_their_single_values(method, dtype):
+def test_half_precision_logits_have_the_loss_of_the_same_values_in_float32(method, dtype):
     x, target = logits((6, 10)), labels((6, 10))
     low = {name: value.detach().to(dtype) for name, value in x.items()}
     single = {name: value.float() for name, value in low.items()}
@@ -85,8 +87,8 @@ def test_logits_of_half_precision_have_the_loss_of_their_single_values(method, d
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parts_of_a_batch_add_up_to_the_batch(method):
-    """Micro-batches and the shards of ranks, of unlike sizes, with the step's normaliser."""
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_batch(method):
+    """Micro-batches and the shards of ranks have different sizes and the normaliser of the step."""
     shape, parts = (9, 5), [slice(0, 4), slice(4, 5), slice(5, 9)]
     x, target, learner = logits(shape), labels(shape), objective(method, "t0 s0")
     whole = learner(x, target, 9.0, 1.0).losses["s0"]
@@ -102,7 +104,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(method):
 
 @pytest.mark.parametrize("grad_scale", [512.0, torch.tensor(65536.0)])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_scale_scales_the_gradient_alone(method, grad_scale):
+def test_the_loss_scale_changes_only_the_gradient(method, grad_scale):
     x, target, learner = logits((6, 5)), labels((6, 5)), objective(method, "t0 s0")
     plain_loss = learner(x, target, 6.0, 1.0).losses["s0"]
     (wanted,) = torch.autograd.grad(plain_loss, x["s0"])
@@ -113,7 +115,7 @@ def test_the_loss_scale_scales_the_gradient_alone(method, grad_scale):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_sample_with_the_label_minus_100_does_not_count(method):
+def test_samples_with_the_label_minus_100_are_ignored(method):
     shape = (6, 5)
     x, target = logits(shape), labels(shape)
     target[[1, 4]] = -100
@@ -128,7 +130,7 @@ def test_a_sample_with_the_label_minus_100_does_not_count(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_in_which_no_sample_counts_has_no_loss(method):
+def test_a_batch_with_only_ignored_samples_has_loss_0(method):
     loss, gradient = loss_and_gradient(method, logits((3, 5)), torch.full((3,), -100))
     assert loss == 0
     assert not gradient.any()
@@ -151,16 +153,16 @@ def test_without_divergences_the_loss_is_the_cross_entropy(off):
 @pytest.mark.parametrize("who", ["t0", "s0"])
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 30.0), (1e4, 0.0), (0.01, -7.0)])
 def test_lskd_does_not_depend_on_the_shift_and_scale_of_logits(who, factor, shift):
-    """Of each network and each sample, except for the 1e-7 that is added to the deviation."""
+    """This is true for each network and sample, except for the 1e-7 added to the deviation."""
     x, target = logits((6, 5)), labels((6, 5))
-    rows = torch.linspace(0.5, 2, 6, dtype=torch.float64)[:, None]  # another one for each sample
+    rows = torch.linspace(0.5, 2, 6, dtype=torch.float64)[:, None]  # different for each sample
     changed = x | {who: (x[who].detach() * factor * rows + shift * rows).requires_grad_()}
     loss, gradient = loss_and_gradient("lskd", x, target, student_ce=0.0)
     other, moved = loss_and_gradient("lskd", changed, target, student_ce=0.0)
     torch.testing.assert_close(other, loss, rtol=1e-4, atol=0)
     scale = factor * rows if who == "s0" else 1.0
     torch.testing.assert_close(moved * scale, gradient, rtol=1e-4, atol=1e-4)
-    # So the gradient changes neither the mean nor, to first order, the deviation of a row.
+    # The gradient does not change the mean of a row, nor to first order its deviation.
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(6, dtype=torch.float64))
     along = (gradient * (x["s0"] - x["s0"].mean(-1, keepdim=True))).sum(-1)
     torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-4)
@@ -173,7 +175,7 @@ def test_standardised_logits_have_mean_0_and_deviation_1_in_single_precision(shi
     torch.testing.assert_close(x.std(-1), torch.ones(6))
 
 
-def test_lskd_of_a_student_with_scaled_logits_of_its_teacher_is_0():
+def test_lskd_is_0_if_the_student_has_scaled_logits_of_the_teacher():
     x = logits((6, 5))
     x = with_student(x, 3 * x["t0"] - 8)
     loss, gradient = loss_and_gradient("lskd", x, labels((6, 5)), student_ce=0.0)
@@ -184,8 +186,8 @@ def test_lskd_of_a_student_with_scaled_logits_of_its_teacher_is_0():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("equal", ["t0", "s0", "t0 s0"])
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
-def test_lskd_of_equal_logits_is_finite(value, equal, dtype):
-    """Their standard deviation is 0. The final layer of a network may begin with zeros."""
+def test_lskd_is_finite_if_all_logits_of_a_sample_are_equal(value, equal, dtype):
+    """The standard deviation is then 0. This happens if the final layer is initialised to 0."""
     x = {name: own.detach().to(dtype) for name, own in logits((4, 10)).items()}
     for name in equal.split():
         x[name][1:3] = value
@@ -194,13 +196,13 @@ def test_lskd_of_equal_logits_is_finite(value, equal, dtype):
     loss, gradient = loss_and_gradient("lskd", x, target)
     assert loss.isfinite()
     assert gradient.isfinite().all()
-    if equal == "t0 s0" and value == 0:  # nothing to learn from such a teacher
+    if equal == "t0 s0" and value == 0:  # the divergence from such a teacher has no gradient
         _, from_labels = loss_and_gradient("lskd", x, target, student_kd=0.0)
         torch.testing.assert_close(gradient[1:3], from_labels[1:3])
 
 
-def test_lskd_of_a_masked_class_is_nan():
-    """It has no mean, so that the trainer skips the step."""
+def test_lskd_is_nan_if_a_class_is_masked():
+    """The mean of the row is not finite, so the trainer skips the step."""
     x = logits((4, 5))
     x["t0"][2, 1] = -math.inf
     loss, _ = loss_and_gradient("lskd", x, labels((4, 5)))
@@ -227,7 +229,7 @@ def test_the_parts_of_dkd_add_up_to_kd(shape, temperature):
     torch.testing.assert_close(torch.autograd.grad(total, x["s0"])[0], needed)
 
 
-def test_dkd_of_two_classes_has_no_other_classes():
+def test_nckd_is_0_for_two_classes():
     x, target = logits((6, 2)), labels((6, 2))
     loss, gradient = loss_and_gradient("dkd", x, target, student_ce=0.0, target_kd=0.0)
     assert loss == 0
@@ -255,8 +257,9 @@ def test_other_kd_gives_no_gradient_to_the_target_class():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dkd_of_large_logits_does_not_underflow(dtype):
-    """The student is sure of the target class 0 and the teacher of class 1, so that TCKD is
-    -log(1 - p_s) = (3 - 1) 1e4 / tau. Both are sure of class 1 among the other classes."""
+    """The student predicts the target class 0 and the teacher predicts class 1, each with a
+    probability of almost 1. Therefore TCKD is -log(1 - p_s) = (3 - 1) 1e4 / tau. Among the other
+    classes, both predict class 1."""
     s = (1e4 * torch.tensor([[3.0, 1.0, 0.0, -1.0]])).to(dtype).requires_grad_()
     t = (1e4 * torch.tensor([[0.0, 2.0, 1.0, -1.0]])).to(dtype)
     tau = 4.0
@@ -289,7 +292,7 @@ def test_a_class_that_is_masked_in_both_networks_adds_nothing_to_dkd():
     torch.testing.assert_close(gradient, F.pad(needed, (0, 1)))
 
 
-def test_a_class_that_only_the_teacher_masks_is_one_that_it_rules_out():
+def test_a_class_that_only_the_teacher_masks_has_probability_0():
     x, target = logits((6, 5)), labels((6, 4))
     low, masked = x["t0"].clone(), x["t0"].clone()
     low[:, 4], masked[:, 4] = -1e4, -math.inf
@@ -300,7 +303,7 @@ def test_a_class_that_only_the_teacher_masks_is_one_that_it_rules_out():
         torch.testing.assert_close(came, needed)
 
 
-def test_a_teacher_that_masks_the_target_class_is_sure_of_the_other_classes():
+def test_tckd_of_a_teacher_that_masks_the_target_class():
     s = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
     t = torch.tensor([[-math.inf, 2.0, 2.0]], dtype=torch.float64)
     of_target, _ = decoupled(s, t, torch.tensor([0]), 1.0)
@@ -321,7 +324,7 @@ def test_the_target_class_of_a_soft_label_is_its_most_likely_class():
 # --- the warm-up of dkd ---------------------------------------------------------------------------
 
 
-def test_a_ramp_is_that_of_mdistiller_at_the_end_of_each_epoch():
+def test_the_ramp_equals_mdistillers_warm_up_at_the_end_of_each_epoch():
     """mdistiller counts epochs from 1 and changes the weight once an epoch."""
     ramp = Ramp(20.0)
     for epoch in range(1, 41):

@@ -37,8 +37,8 @@ def refused(content, tmp_path, match, **options):
         ({**ONE, **prefixed("_orig_mod.", TWO)}, "several networks that fit: '', '_orig_mod'"),
         # The network with the right name, or the average, does not fit.
         (prefixed("student.", ONE) | prefixed("teacher.", OTHER),
-         r"shape \(100, 64\), needed \(10, 64\); set weights_key to 'student' for other weights"),
-        ({"model": ONE, "model_ema": OTHER}, "set weights_key to 'model' for other weights"),
+         r"shape \(100, 64\), needed \(10, 64\); set weights_key to 'student' to load other"),
+        ({"model": ONE, "model_ema": OTHER}, "set weights_key to 'model' to load other"),
     ],
 )  # fmt: skip
 def test_an_ambiguous_network_is_not_guessed(content, match, tmp_path):
@@ -98,11 +98,11 @@ def cyclic_module():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (cyclic, "it holds 1 tensor"),
-        (cyclic_module, "it holds 300 tensors"),
-        (lambda: {"." * 200_000: torch.ones(1)}, "it holds no state dict"),
-        (lambda: {"x" * 5000: ONE}, "it holds no state dict"),
-        (lambda: {"model": nn.Sequential(nn.ReLU())}, "it holds no state dict"),
+        (cyclic, "it contains 1 tensor"),
+        (cyclic_module, "it contains 300 tensors"),
+        (lambda: {"." * 200_000: torch.ones(1)}, "it contains no state dict"),
+        (lambda: {"x" * 5000: ONE}, "it contains no state dict"),
+        (lambda: {"model": nn.Sequential(nn.ReLU())}, "it contains no state dict"),
         (lambda: {"w": torch.nested.nested_tensor([torch.ones(1)])}, "no state dict"),
         (lambda: {"format": 3, "recipe": "", "state": {"networks": torch.ones(1), "ema": {},
                   "position": 1}}, "is not a complete checkpoint"),
@@ -138,7 +138,7 @@ def test_another_network_of_timm_with_the_same_shapes_is_refused(timm, tmp_path)
     theirs = timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=10)
     content = {"arch": "mobilenetv3_small_050.lamb_in1k", "state_dict": theirs.state_dict()}
     path = saved(tmp_path / "w.pth.tar", content)
-    with pytest.raises(RunError, match="it is of timm's mobilenetv3_small_050, and the network is"):
+    with pytest.raises(RunError, match="weights of timm's mobilenetv3_small_050, and"):
         load(path, "timm:tf_mobilenetv3_small_minimal_100")
     saved(path, {**content, "arch": "my_own_name"})
     load(path, "timm:tf_mobilenetv3_small_minimal_100")
@@ -202,7 +202,7 @@ def test_the_average_of_a_student_is_loaded_from_a_run(tmp_path):
 def test_a_folder_of_two_models_is_refused(tmp_path):
     for name in ("model.safetensors", "model_1.safetensors"):
         (tmp_path / name).touch()
-    with pytest.raises(RunError, match="weights of several networks: name the file of one"):
+    with pytest.raises(RunError, match="weights of several networks: pass the path of a file"):
         load(tmp_path)
 
 

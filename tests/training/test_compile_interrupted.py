@@ -64,7 +64,7 @@ def test_a_signal_during_compilation_ends_the_run(number, whom, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(3)  # into the compilation, which takes half a minute
-        assert "compiled, and done once" not in output.read_text()
+        assert "compiled and ran the step once" not in output.read_text()
         (os.killpg if whom == "all" else os.kill)(process.pid, number)
         # The time depends on the load. Without an interruption the run would stop in step 1.
         assert process.wait(100) == 128 + number

@@ -144,7 +144,7 @@ def test_an_error_on_rank_0_is_raised_on_all_ranks(world, found):
     ("changes", "said"),
     [
         ({"train": {"batch_size": 8, "accumulate": 4}}, "train.batch_size must be at least 12"),
-        ({"distributed": {"sync_batch_norm": True}}, "sync_batch_norm must be false on CPUs"),
+        ({"distributed": {"sync_batch_norm": True}}, "sync_batch_norm must be false on a CPU"),
         ({"shard": True}, "shard must be false"),
     ],
     ids=["batch", "batch norm", "shard"],

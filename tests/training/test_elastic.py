@@ -88,7 +88,7 @@ def test_a_run_resumes_at_the_same_image_on_another_number_of_ranks(tmp_path):
     done = bdkd("train", "--resume", "--run-dir", str(launch.run), timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"continuing at step {stopped[1]}, from {stopped[2]}" in done.stdout
-    assert "resuming on 1 rank a run of 2" in done.stdout
+    assert "resuming on 1 rank a run that trained on 2" in done.stdout
     assert "normalises over 64 images" in done.stdout
     assert f" {int(stopped[1]) + 1}/19 " in done.stdout
 

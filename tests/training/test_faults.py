@@ -162,7 +162,7 @@ def test_a_hanging_rank_is_named_with_its_host(tmp_path):
         assert launch.end() == 1, launch.text()
     said = re.search(
         r"^bdkd: rank 1 on .*: ended, or no answer for 4 s .* while rank 0 was at step (\d+); "
-        r"what was saved is whole, continue with --resume$",
+        r"saved checkpoints are complete, continue with --resume$",
         launch.text(),
         re.MULTILINE,
     )

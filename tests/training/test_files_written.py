@@ -148,7 +148,9 @@ def test_weights_that_do_not_fit_are_named():
     assert mismatched_keys(network, {"weight": weights["weight"]}) == "it lacks 'bias'"
     wide = mismatched_keys(nn.Linear(4, 3), weights)
     assert wide == "'weight' has shape (3, 2), needed (3, 4)"
-    assert "'more', which the network has not" in mismatched_keys(network, {**weights, "more": 1})
+    assert "it contains 'more', but the network does not" in mismatched_keys(
+        network, {**weights, "more": 1}
+    )
     assert "'bias' has shape ()" in mismatched_keys(network, {**weights, "bias": 1.0})
 
 

@@ -305,7 +305,7 @@ def test_rank_0_plans_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     text = unwrapped(done.stdout)
     assert text.count("recipe      tiny") == 1
-    assert "time        not measured: rank 0 plans alone (without torchrun it times steps)" in text
+    assert "time        not measured: not supported with several ranks (run it without" in text
     assert "batch       4 images, 2 on each of 2 ranks" in text
     assert "timing steps" not in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -93,7 +93,7 @@ def test_an_extended_run_prints_the_rate_at_which_it_continues(tmp_path, capsys)
     main(["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "34"])
     main(["train", "--resume", "--run-dir", str(run), "--train.epochs", "4", "--max-steps", "35"])
     said = capsys.readouterr().out
-    assert "the schedule now ends with epoch 4; the rate is 0.017 of its peak" in said
+    assert "ends with epoch 4; the learning rate continues at 0.017 of its peak" in said
 
 
 @pytest.mark.parametrize(("stopped", "batch_size"), [(20, 32), (35, 8)])

@@ -43,7 +43,7 @@ def line_of(process: subprocess.Popen) -> str:
     ("variables", "expected"),
     [
         ({}, "cannot reach the others at 127.0.0.1:{port} within 2 s (distributed.timeout): "
-             "Connection refused; start rank 0 there"),
+             "Connection refused; start rank 0 on that machine"),
         ({"MASTER_ADDR": "no-such-host.invalid"}, "cannot reach the others at no-such-host"),
         ({"RANK": "0"}, "waited 2 s (distributed.timeout) for rank 1: start every rank with"),
         ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a whole number from 1 to 65535, got 'abc'"),

@@ -121,10 +121,10 @@ def test_a_changed_number_of_ranks_is_printed(capsys):
     assert capsys.readouterr().out == ""
     print_changes(state, {**saved, "ranks": saved["ranks"] * 4})
     said = capsys.readouterr().out
-    assert said.startswith("resuming on 1 rank a run of 4: ")
+    assert said.startswith("resuming on 1 rank a run that trained on 4: ")
     assert "normalises over 16 images" in said
     state.context = DistributedContext(0, 2)
     print_changes(state, saved)
     said = capsys.readouterr().out
-    assert said.startswith("resuming on 2 ranks a run of 1: ")
+    assert said.startswith("resuming on 2 ranks a run that trained on 1: ")
     assert "normalises over 8 images" in said

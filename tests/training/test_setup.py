@@ -65,7 +65,7 @@ def test_options_of_a_network_apply_only_to_it():
     members = components_of(recipe).networks.members
     assert members["teacher"].conv.out_channels == 2 * members["student"].conv.out_channels
     for option in ("num_classes", "in_channels"):
-        with pytest.raises(UsageError, match=f"networks.teacher.options must not hold {option}"):
+        with pytest.raises(UsageError, match=f"networks.teacher.options must not contain {option}"):
             components_of(with_network(tiny_recipe(), "teacher", options={option: 3}))
 
 
@@ -208,13 +208,13 @@ def test_every_rank_needs_an_image_of_every_micro_batch(world, batch_size, accum
     if fits:
         components_of(recipe, context=DistributedContext(0, world))
         return
-    with pytest.raises(UsageError, match=f"at least {world * accumulate}, an image for each"):
+    with pytest.raises(UsageError, match=f"at least {world * accumulate} .one image for each"):
         components_of(recipe, context=DistributedContext(0, world))
 
 
 def test_sync_batch_norm_is_refused_on_cpus_and_ignored_in_one_process():
     recipe = tiny_recipe(distributed={"sync_batch_norm": True})
-    with pytest.raises(UsageError, match="sync_batch_norm must be false on CPUs"):
+    with pytest.raises(UsageError, match="sync_batch_norm must be false on a CPU"):
         components_of(recipe, context=DistributedContext(0, 2))
     alone = components_of(recipe)
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in alone.networks.modules())
@@ -229,8 +229,8 @@ def test_networks_are_sharded_only_by_option_and_on_several_ranks():
 def test_switokd_refuses_accumulation_and_compiled_steps():
     switokd = OBJECTIVES.configure("switokd")
     for train, said in (
-        ({"accumulate": 2}, "train.accumulate must be 1 with the method 'switokd'.*, got 2"),
-        ({"compile": True}, "train.compile must be false with the method 'switokd'"),
+        ({"accumulate": 2}, "train.accumulate must be 1 with the objective 'switokd'.*, got 2"),
+        ({"compile": True}, "train.compile must be false with the objective 'switokd'"),
     ):
         with pytest.raises(UsageError, match=said):
             components_of(tiny_recipe(objective=switokd, train=train))

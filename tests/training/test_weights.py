@@ -172,10 +172,10 @@ def test_reset_head_keeps_a_new_classifier(tmp_path):
 @pytest.mark.parametrize(
     ("given", "reasons"),
     [
-        ("resnet20", ["it has 'stages.0.1.bn1.bias' (16,)", "shapes are those of 'resnet20'"]),
-        ("vgg8", ["it holds 37 tensors under 'model'", "'stages.0.0.weight' (64, 3, 3, 3) to",
+        ("resnet20", ["it contains 'stages.0.1.bn1.bias' (16,)", "shapes are those of 'resnet20'"]),
+        ("vgg8", ["it contains 37 tensors under 'model'", "'stages.0.0.weight' (64, 3, 3, 3) to",
                   "needs 'conv.weight' (16, 3, 3, 3)", "shapes are those of 'vgg8'"]),
-        ("imagenet_resnet18", ["it has 'layer1.1.bn1.bias' (64,)", "those of 'imagenet_resnet18'"]),
+        ("imagenet_resnet18", ["'layer1.1.bn1.bias' (64,)", "those of 'imagenet_resnet18'"]),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_described(given, reasons, tmp_path):
@@ -235,9 +235,9 @@ def script(path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer: run git lfs pull"),
         (b"\n<!doctype html><html>", "a web page: download the file again"),
         (b"\x80\x04N.", "not a file of torch.save"),
-        ({}, "it holds no state dict, but an empty dictionary"),
+        ({}, "it contains no state dict, but an empty dictionary"),
         ({"epoch": 1, "optimizer": ODD["optimizer"]}, "keys 'epoch', 'optimizer'"),
-        ([1], "it holds no state dict, but a list"),
+        ([1], "it contains no state dict, but a list"),
         (script, r"TorchScript program; save torch.jit.load\('w.pt'\).state_dict\(\)"),
     ],
 )
@@ -265,14 +265,12 @@ def test_folders_of_weights_load(tmp_path):
 
     given, folder = network(), tmp_path / "saved"
     folder.mkdir()
-    with pytest.raises(
-        RunError, match="is not the folder of a run, and contains no file of weights"
-    ):
+    with pytest.raises(RunError, match="is not the folder of a run, and contains no weight file"):
         load(folder)
     saved(folder / "only.pth", given.state_dict())
     assert_same(load(folder)[0], given)
     saved(folder / "other.pth", given.state_dict())
-    with pytest.raises(RunError, match=r"contains several files: name one of only.pth, other.pth"):
+    with pytest.raises(RunError, match=r"several weight files: pass .* only.pth, other.pth"):
         load(folder)
     items = list(given.state_dict().items())
     parts = {"model-1.safetensors": dict(items[:20]), "model-2.safetensors": dict(items[20:])}
@@ -312,7 +310,10 @@ def test_a_frozen_network_needs_weights_or_says_random(tmp_path):
     [
         (["reset-head"], "reset_head must be false without networks.teacher.weights"),
         (["weights-key", "ema"], "weights_key must be left out unless networks.teacher.weig"),
-        (["weights", "x.pt", "reset-head", "frozen"], "reset_head must be false if the network is"),
+        (
+            ["weights", "x.pt", "reset-head", "frozen"],
+            "reset_head must be false for a frozen",
+        ),
         (["weights", "pretrained", "weights-key", "ema"], "weights_key must be left out unless"),
     ],
 )
