@@ -71,7 +71,7 @@ def _field(field: StructFieldSpec, default: Any) -> StructFieldSpec:
     for selection, kind in _SELECTED:
         if isinstance(default, kind) and field.name == selection.key:
             note = f"One of {', '.join(selection)}."
-    if bounds := _element_bounds(field.type):
+    if bounds := element_bounds(field.type):
         note = f"{str(bounds).capitalize()}."
     elif isinstance(default, NetworkConfig) and field.name == "options":
         note = "; ".join(
@@ -81,7 +81,7 @@ def _field(field: StructFieldSpec, default: Any) -> StructFieldSpec:
     return dataclasses.replace(field, helptext=_appended(field.helptext, note)) if note else field
 
 
-def _element_bounds(hint: Any) -> Bounds | None:
+def element_bounds(hint: Any) -> Bounds | None:
     """Return the bounds in a type, or those that all elements of a tuple have."""
     kinds = [kind for kind in get_args(plain_type(hint)) if kind is not Ellipsis]
     of_elements = {bounds_of(kind) for kind in kinds}
