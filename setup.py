@@ -1,7 +1,7 @@
-"""The CMake step: builds kernels/csrc into one shared library inside ``bdkd_kernels``.
+"""Build kernels/csrc with CMake into one shared library inside ``bdkd_kernels``.
 
-The step is optional: without a compiler the package still installs, and ``bdkd doctor`` says what
-is missing. The library needs no Python headers, so one wheel works with every Python 3 of a
+This step is optional: without a compiler, the package still installs, and ``bdkd doctor`` says what
+is missing. The library does not use Python's headers, so one wheel works with every Python 3 of a
 platform.
 """
 

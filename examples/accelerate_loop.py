@@ -1,4 +1,4 @@
-"""A loop under Hugging Face Accelerate: one CPU, one GPU or many (`accelerate launch`).
+"""A training loop with Hugging Face Accelerate, on one CPU, one GPU or many (`accelerate launch`).
 
 What changes in your loop:
 
@@ -15,7 +15,7 @@ from bdkd import bdkd_loss
 
 
 class Pair(nn.Module):
-    """Both networks in one module: wrapped once, in one order of collectives."""
+    """Both networks in one module, so that one wrapper issues all collectives."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Pair(nn.Module):
 if __name__ == "__main__":
     torch.manual_seed(0)
     labels = torch.randint(10, (1280,))
-    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
+    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten Gaussian classes
     train = DataLoader(TensorDataset(images[:1024], labels[:1024]), batch_size=64, shuffle=True)
 
     accelerator = Accelerator()

@@ -1,4 +1,4 @@
-"""DistributedDataParallel by hand: torchrun --nproc-per-node 2 examples/ddp_by_hand.py
+"""DistributedDataParallel: torchrun --nproc-per-node 2 examples/ddp_by_hand.py
 
 What changes in your script:
 
@@ -11,7 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group: imported later, by DDP, it would hold it
+import torch.distributed.nn  # import before the group exists: DDP's late import would keep it alive
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -20,7 +20,7 @@ from bdkd import bdkd_loss
 
 
 class Pair(nn.Module):
-    """Both networks under one DDP: one order of collectives, whatever the backward order."""
+    """Both networks in one DDP module, so that all ranks issue collectives in the same order."""
 
     def __init__(self):
         super().__init__()
@@ -32,9 +32,9 @@ class Pair(nn.Module):
 
 
 def main(device):
-    torch.manual_seed(0)  # the same data and the same first weights on every rank
+    torch.manual_seed(0)  # the same data and the same initial weights on every rank
     labels = torch.randint(10, (1280,))
-    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
+    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten Gaussian classes
     train = TensorDataset(images[:1024], labels[:1024])
     sampler = DistributedSampler(train)
     batch_size = 64 // dist.get_world_size()
@@ -46,12 +46,13 @@ def main(device):
         sampler.set_epoch(epoch)
         for x, y in loader:
             x, y = x.to(device), y.to(device)
-            out = bdkd_loss(*pair(x), y)  # this rank's mean; DDP averages the gradients
+            out = bdkd_loss(*pair(x), y)  # the mean on this rank; DDP averages the gradients
             optimizer.zero_grad()
             (out.student + out.teacher).backward()
             optimizer.step()
 
-    # Ranks count whole images and sum the counts: averages of averages would be wrong.
+    # Sum the counts of all ranks. The average of the ranks' accuracies would be wrong if they have
+    # different numbers of images.
     mine = slice(1024 + dist.get_rank(), 1280, dist.get_world_size())
     with torch.no_grad():
         student_logits = pair.module.student(images[mine].to(device))
@@ -66,5 +67,5 @@ def main(device):
 on_gpu = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 dist.init_process_group("nccl" if on_gpu else "gloo")
-main(device)  # DDP holds the group: it is gone before gloo's threads are to end
+main(device)  # frees the DDP module, which references the group, before the group is destroyed
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: both networks in one module, the loss in `compute_loss`.
+"""Hugging Face's Trainer, with both networks in one module and the loss in `compute_loss`.
 
 What changes in your Trainer:
 
@@ -41,7 +41,7 @@ def accuracy(prediction):
 if __name__ == "__main__":
     torch.manual_seed(0)
     labels = torch.randint(10, (1280,))
-    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
+    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten Gaussian classes
     rows = [{"images": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Token logits of two small language models, (batch, time, vocabulary), with padding ignored.
+"""Two small language models: logits (batch, time, vocabulary), with padding tokens ignored.
 
 What changes in your loop:
 
@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
 
 
 def sentences(count):
-    """Each counts on from its first token in its own stride, ends early, and is padded."""
+    """Return padded sequences. Each one counts from its first token, with its own step."""
     start, stride = torch.randint(1, 32, (count, 1)), torch.randint(1, 4, (count, 1))
     tokens = (start + stride * torch.arange(17) - 1) % 31 + 1
     return tokens.masked_fill(torch.arange(17) >= torch.randint(8, 18, (count, 1)), PAD)
@@ -40,11 +40,11 @@ for _ in range(60):
     tokens = sentences(64)
     inputs = tokens[:, :-1]
     labels = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, -100)
-    out = bdkd_loss(student(inputs), teacher(inputs), labels)  # the mean of the tokens that count
+    out = bdkd_loss(student(inputs), teacher(inputs), labels)  # the mean of tokens without padding
     optimizer.zero_grad()
     (out.student + out.teacher).backward()
     optimizer.step()
 
-counted = labels != -100  # statistics have the labels' shape (B, T); ignored tokens hold 0
+counted = labels != -100  # statistics have the labels' shape (B, T), and ignored tokens have 0
 accuracy = out.stats.student_correct.sum() / counted.sum()
 print(f"student accuracy {accuracy:.1%} of {counted.sum()} next tokens")

@@ -1,4 +1,4 @@
-"""Two networks in one LightningModule, each with its own optimizer: manual optimization.
+"""Two networks in one LightningModule, each with its own optimizer (manual optimization).
 
 What changes in your module:
 
@@ -44,7 +44,7 @@ class Pair(lightning.LightningModule):
 if __name__ == "__main__":
     torch.manual_seed(0)
     labels = torch.randint(10, (1280,))
-    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds
+    images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten Gaussian classes
     train = DataLoader(TensorDataset(images[:1024], labels[:1024]), batch_size=64, shuffle=True)
     test = DataLoader(TensorDataset(images[1024:], labels[1024:]), batch_size=256)
 

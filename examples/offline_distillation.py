@@ -1,4 +1,4 @@
-"""Offline distillation: the teacher is trained already and frozen, the student learns from it.
+"""Offline distillation: the student learns from a trained, frozen teacher.
 
 What changes in your loop:
 
@@ -15,23 +15,23 @@ from bdkd import bdkd_loss
 
 torch.manual_seed(0)
 labels = torch.randint(10, (1280,))
-images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds; the last 256 test
+images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # the last 256 are for test
 teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
 student = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
-optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)  # stands for a downloaded teacher
+optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)  # replaces loading a trained teacher
 for _ in range(60):
     batch = torch.randint(1024, (64,))
     optimizer.zero_grad()
     F.cross_entropy(teacher(images[batch]), labels[batch]).backward()
     optimizer.step()
-teacher.eval().requires_grad_(False)  # eval: its batch norms would move otherwise, had it any
+teacher.eval().requires_grad_(False)  # eval() also stops updates of batch-norm statistics
 
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
 for _ in range(60):
     batch = torch.randint(1024, (64,))
     x, y = images[batch], labels[batch]
-    # Logits that need no gradient: nothing is computed, allocated or written for the teacher.
+    # The teacher's logits need no gradient, so no gradient is computed or allocated for them.
     out = bdkd_loss(student(x), teacher(x), y, temperature=4.0, student_ce=0.1, student_kd=0.9)
     optimizer.zero_grad()
     out.student.backward()
@@ -40,4 +40,4 @@ for _ in range(60):
 with torch.no_grad():
     correct = student(images[1024:]).argmax(1) == labels[1024:]
     agree = student(images[1024:]).argmax(1) == teacher(images[1024:]).argmax(1)
-print(f"student accuracy {correct.float().mean():.1%}, as its teacher {agree.float().mean():.1%}")
+print(f"student accuracy {correct.float().mean():.1%}, same as teacher {agree.float().mean():.1%}")

@@ -1,4 +1,4 @@
-"""An objective of your own: samples weighed by what the loss itself says of them.
+"""Your own objective: each sample is weighted by statistics of the loss.
 
 What changes in your loop:
 
@@ -14,7 +14,7 @@ from bdkd import bdkd_loss
 
 torch.manual_seed(0)
 truth = torch.randint(10, (1280,))
-images = torch.randn(10, 64)[truth] + 2 * torch.randn(1280, 64)  # ten clouds; the last 256 test
+images = torch.randn(10, 64)[truth] + 2 * torch.randn(1280, 64)  # the last 256 are for test
 noisy = torch.rand(1280) < 0.3  # three in ten labels are drawn at random
 labels = torch.where(noisy, torch.randint(10, (1280,)), truth)
 teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -25,9 +25,9 @@ for _ in range(80):
     batch = torch.randint(1024, (64,))
     x, y = images[batch], labels[batch]
     s, t = student(x), teacher(x)
-    # Statistics alone: one sweep over the logits, no gradient. (N,) each, see bdkd.BDKDStats.
+    # Only the statistics, without gradients. Each one is (N,); see bdkd.BDKDStats.
     stats = bdkd_loss(s.detach(), t.detach(), y).stats
-    # A label that the teacher does not believe counts little, for both networks.
+    # Labels that the teacher does not predict get a small weight in both losses.
     trust = 0.2 + 0.8 * stats.teacher_correct * stats.teacher_confidence
     out = bdkd_loss(s, t, y, sample_weight=trust)  # the mean divides by the sum of the weights
     optimizer.zero_grad()

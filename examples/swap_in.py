@@ -1,4 +1,4 @@
-"""You have a distillation loop with somebody's KL module: the import changes, no value does.
+"""Replace the KL module of your distillation loop by changing its import. All values stay the same.
 
 What changes in your script:
 
@@ -13,11 +13,11 @@ from bdkd import DistillKL
 
 torch.manual_seed(0)
 labels = torch.randint(10, (1280,))
-images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # ten clouds; the last 256 test
+images = torch.randn(10, 64)[labels] + 2 * torch.randn(1280, 64)  # the last 256 are for test
 teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
 student = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 optimizer = torch.optim.AdamW([*teacher.parameters(), *student.parameters()], lr=1e-2)
-criterion_div = DistillKL(T=4.0)  # RepDistiller's; kd_loss, LigerJSD and LigerKLDIVLoss likewise
+criterion_div = DistillKL(T=4.0)  # RepDistiller's name; also kd_loss, LigerJSD, LigerKLDIVLoss
 
 for _ in range(60):
     batch = torch.randint(1024, (64,))

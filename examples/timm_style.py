@@ -1,4 +1,4 @@
-"""A timm-style script: its models, mixup's soft labels, optimizer, schedule and EMA.
+"""A script with timm's models, mixup (soft labels), optimizer, schedule and EMA.
 
 What changes in your script:
 
@@ -18,7 +18,7 @@ from bdkd import bdkd_loss
 
 timm.utils.random_seed(0)  # mixup draws from NumPy
 labels = torch.randint(4, (256,))
-images = torch.randn(4, 3, 32, 32)[labels] + 0.5 * torch.randn(256, 3, 32, 32)  # the last 64 test
+images = torch.randn(4, 3, 32, 32)[labels] + 0.5 * torch.randn(256, 3, 32, 32)  # last 64: test
 
 options = {"num_classes": 4, "in_chans": 3, "pretrained": False}
 teacher = timm.create_model("resnet14t", **options)
@@ -31,7 +31,7 @@ average = timm.utils.ModelEmaV3(student, decay=0.8)
 
 for step in range(24):
     batch = torch.randint(192, (32,))
-    x, y = mixup(images[batch], labels[batch])  # y: (32, 4) soft labels, smoothed
+    x, y = mixup(images[batch], labels[batch])  # y: (32, 4), smoothed soft labels
     out = bdkd_loss(student(x), teacher(x), y)
     optimizer.zero_grad()
     (out.student + out.teacher).backward()

@@ -1,7 +1,8 @@
-"""Check an installed bdkd with torch only: the loss on every backend, and what each module imports.
+"""Check an installed bdkd without the packages of the trainer.
 
-The wheel test and cibuildwheel run this file in an environment that has the wheel, torch and the
-packages that torch requires.
+The script checks the loss on every backend, and which modules of ``bdkd`` can be imported. The
+wheel test and cibuildwheel run it in an environment that has only the wheel, torch and the packages
+that torch requires.
 """
 
 import pkgutil
@@ -40,9 +41,9 @@ def check_backend(backend: str, device: str) -> None:
 
 
 def refused_modules() -> list[str]:
-    """Import every module of ``bdkd``; return those that ask for the extra.
+    """Import every module of ``bdkd``. Return those whose error names the missing extra.
 
-    The modules of single commands are left out: ``bdkd.cli.main`` asks for the extra.
+    The modules of commands are skipped, because ``bdkd.cli.main`` checks for the extra.
     """
     refused = []
     for module in pkgutil.walk_packages(bdkd.__path__, "bdkd.", onerror=lambda _: None):

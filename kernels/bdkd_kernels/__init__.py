@@ -1,6 +1,6 @@
-"""The BD-KD loss, forward and reverse KL balanced sample by sample, and its kernels.
+"""The BD-KD loss and its kernels. For each sample, the loss balances the forward and reverse KL.
 
-The package imports torch and nothing heavier, and nothing of the trainer.
+Importing this package imports torch, but no other large package and no part of the trainer.
 """
 
 from .backends import available_backends

@@ -1,7 +1,7 @@
 """The private APIs of torch and triton that the package uses. No other file uses any.
 
-For each: the question that no public API answers, or answers as fast; its source; and what replaces
-it in a torch that lacks it, so that importing the package never fails.
+The comment of each one states what it is needed for, where its source is, and what replaces it in a
+version of torch without it. Importing the package never fails because of a missing private API.
 ``tests/kernels/test_torch_compat.py`` removes each one and compares the results. ``make versions``
 runs the tests of the kernels with each version of torch and triton.
 """
@@ -18,7 +18,7 @@ PLAIN = (Tensor, torch.nn.Parameter)  # exact types: a subclass may redefine its
 
 _FROM_2_12 = torch.__version__ >= "2.12"
 
-# DTensor before torch 2.10 computes neither argmax nor the gradient of gather.
+# Before torch 2.10, DTensor supports neither argmax nor the gradient of gather.
 DTENSORS_WORK = torch.__version__ >= "2.10"
 
 
@@ -36,13 +36,13 @@ _peek_transform = _private("_C._functorch.peek_interpreter_stack")
 
 
 def _has_transform() -> bool:
-    """:func:`_transforms_active`, as ``torch/_functorch/pyfunctorch.py`` finds out."""
+    """Replace :func:`_transforms_active` with the check in ``torch/_functorch/pyfunctorch.py``."""
     return _peek_transform is not None and _peek_transform() is not None
 
 
 # Whether a transform of torch.func (grad, vmap, jvp, ...) or a batched backward pass is active.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/utils/python_dispatch.cpp
-# Without both ways to know, such a call ends with an error of torch about storage.
+# If torch has neither of the two functions, such a call raises torch's error about storage.
 _transforms_active: Callable[[], bool] = (
     _private("_C._are_functorch_transforms_active") or _has_transform
 )
@@ -54,7 +54,7 @@ _dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or
 
 
 class _Levels:
-    """The level of forward-mode AD by the public API, which takes 1.8 us: it mostly raises."""
+    """The level of forward-mode AD from the public API. It mostly raises, which takes 1.8 us."""
 
     @property
     def _current_level(self) -> int:
@@ -78,7 +78,7 @@ def is_plain(student: Tensor, teacher: Tensor) -> bool:
     dispatch mode, and for subclasses of ``Tensor``.
     """
     return not (
-        torch.compiler.is_dynamo_compiling()  # the later stages of torch.compile: a dispatch mode
+        torch.compiler.is_dynamo_compiling()  # later stages of torch.compile use a dispatch mode
         or _dispatch_modes()
         or _transforms_active()
         or _levels._current_level >= 0
@@ -100,7 +100,7 @@ def needs_torch_operators() -> bool:
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """Whether Python may read the values. Not if they are traced, faked or batched."""
+    """Whether Python may read the values. False if they are traced, fake or batched."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_recording():
         return False
     if is_fake(tensor) or tensor.is_meta:
@@ -154,30 +154,30 @@ def vjp_needs_to_leave_inference_mode() -> bool:
 
 
 def is_fake(tensor: object) -> bool:
-    """Whether it is a ``FakeTensor``, which has a shape and a device but no values.
+    """Whether this is a ``FakeTensor``, which has a shape and a device but no values.
 
-    By name: the class is in the private module ``torch._subclasses``.
+    The class is recognised by its name, because it is in the private module ``torch._subclasses``.
     """
     return any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__)
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is a ``torch.distributed.tensor.DTensor``, without importing that module."""
+    """Whether this is a ``torch.distributed.tensor.DTensor``, without importing that module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether it represents zeros that were never stored, which forward-mode AD creates.
+    """Whether the tensor represents zeros without storing them. Forward-mode AD creates such zeros.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/ZeroTensorFallback.cpp
-    Without ``_is_zerotensor``: such a tensor is refused, because it has no memory.
+    Without ``_is_zerotensor``: such a tensor raises an error, because it has no memory.
     """
     return getattr(tensor, "_is_zerotensor", bool)()
 
 
 def _version(value: float | Tensor) -> object:
-    """A number that changes when a tensor is written to; 0 for floats and inference tensors.
+    """Return a number that changes when a tensor is written to; 0 for floats, inference tensors.
 
     https://docs.pytorch.org/docs/stable/notes/autograd.html (in-place correctness checks)
     """
@@ -188,7 +188,7 @@ def _version(value: float | Tensor) -> object:
 
 
 def _new_version(value: float | Tensor) -> object:
-    """:func:`_version` without the version counter: the gradient is recomputed more often."""
+    """Replace :func:`_version` if torch has no version counter: gradients are recomputed more."""
     return object() if isinstance(value, Tensor) else 0
 
 
@@ -204,7 +204,7 @@ def register_pytree(
     """Let ``torch.func`` and ``torch.export`` handle a class as a container of tensors.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_pytree.py
-    Without it: they refuse functions that return the class.
+    Without it: they do not support functions that return the class.
     """
     try:
         from torch.utils._pytree import register_pytree_node
@@ -214,12 +214,12 @@ def register_pytree(
 
 
 def _owner_counter() -> Callable[[torch.UntypedStorage], tuple[int, int]] | None:
-    """Return a function that counts the owners of a storage, if it counts right in this torch.
+    """Return a function that counts the owners of a storage, or None if its result is wrong.
 
     Tensors, views and NumPy arrays are owners of the memory. References to the Python object are
     counted too, because ``untyped_storage()`` returns the same object to every caller.
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/cudagraph_trees.py
-    Without it: ``buffers.py`` recycles nothing.
+    Without it: ``buffers.py`` reuses no memory.
     """
     use_count = _private("_C._storage_Use_Count")
 
@@ -245,8 +245,8 @@ owners = _owner_counter()
 # -- triton ----------------------------------------------------------------------------------------
 
 # Triton's launcher of a compiled kernel, which `kernel[grid]` calls after binding its arguments.
-# The direct call saves the binding, about 20 us of a call. tests/kernels/triton_launches.py
-# compares what both hand to the driver, with each of these versions of triton.
+# Calling it directly skips the binding, which takes about 20 us. tests/kernels/triton_launches.py
+# compares the arguments that both ways pass to the driver, with each of these versions of triton.
 # https://github.com/triton-lang/triton/blob/v3.7.1/python/triton/runtime/jit.py (JITFunction.run)
 _FAST_LAUNCH = ((3, 6), (3, 7), (3, 8), (3, 9))
 
@@ -257,7 +257,7 @@ def fast_launch_is_tested(version: str) -> bool:
 
 
 def launch_compiled(compiled, programs: int, stream: int, arguments: tuple) -> None:
-    """Launch a compiled Triton kernel: ``arguments`` are all of the kernel's, pointers as numbers.
+    """Launch a compiled Triton kernel with all of its ``arguments``. Pointers are numbers.
 
     Raises:
         TypeError: If the kernel takes other arguments. Nothing was launched.

@@ -1,4 +1,4 @@
-"""The autograd nodes of a plain eager call, whose gradients the forward pass has computed."""
+"""The autograd nodes of plain eager calls. They return gradients that the forward pass computed."""
 
 from collections.abc import Sequence
 from ctypes import c_float
@@ -29,13 +29,13 @@ def connect(
     """Return the losses, connected to the logits of the networks in ``needs_grad``."""
     student, teacher = losses
     try:
-        # The node that is created last goes backward first: the student's.
+        # Autograd runs the node that was created last first. This is the student's node.
         if needs_grad.teacher:
             teacher = _NetworkLoss.apply(inputs.teacher, (teacher, saved, call, TEACHER))
         if needs_grad.student:
             student = _NetworkLoss.apply(inputs.student, (student, saved, call, STUDENT))
     except RuntimeError:
-        # Autograd does not save inference tensors. They do not need its version check: only
+        # Autograd cannot save inference tensors. They do not need its version check, because only
         # inference mode can change their values.
         if not call.keep_inference_tensors(saved):
             raise
@@ -45,18 +45,18 @@ def connect(
 
 
 class SavedGradients:
-    """The gradients of one call that are computed and not returned yet. Both nodes share it.
+    """The gradients of one call that are computed but not yet returned. Both nodes share them.
 
-    If the upstream gradient of a node is not the assumed one, the node computes the gradients of
-    both networks with it, in one pass, because a loss scale that is applied late applies to both
-    losses. The other node then finds a gradient that was computed with its own upstream gradient,
-    and recomputes it only if that differs again.
+    The forward pass assumes an upstream gradient. If a node receives another one, it recomputes the
+    gradients of both networks with it in one pass, because a loss scale that is applied after the
+    forward pass usually multiplies both losses. The other node then recomputes its gradient only if
+    its own upstream gradient differs from that one.
     """
 
     __slots__ = ("fused", "gradients", "inference", "made_with", "options")
     gradients: list[Tensor | None]  # of the student and of the teacher
     made_with: list["GradScale"]  # the upstream gradient that each was computed with
-    inference: Sequence[Tensor | None] | None  # saved tensors that autograd refuses to save
+    inference: Sequence[Tensor | None] | None  # tensors that autograd cannot save
 
     def __init__(
         self,
@@ -70,10 +70,10 @@ class SavedGradients:
         self.gradients, self.made_with = [*gradients], [made_with, made_with]
 
     def keep_inference_tensors(self, saved: tuple[Tensor | None, ...]) -> bool:
-        """Keep the inference tensors among those to save. False if there are none.
+        """Keep the inference tensors among the tensors to save. Return False if there are none.
 
-        Called only after autograd has refused to save them: checking the tensors of every call
-        takes 0.6 us.
+        Called only after autograd has failed to save the tensors, because checking them takes
+        0.6 us per call.
         """
         self.inference = [x if x is not None and x.is_inference() else None for x in saved]
         return any(x is not None for x in self.inference)
@@ -93,8 +93,8 @@ class SavedGradients:
         ctx: Any,
         unpacked: tuple[LossInputs, Tensor | None] | None = None,  # inputs(ctx), if known
     ) -> Tensor:
-        """Return the gradient of one network. From now on it belongs to the caller alone."""
-        # Take the gradient before anything is written into it, so that no other thread finds it.
+        """Return the gradient of one network, and keep no reference to it."""
+        # Take the gradient before writing into it, so that no other thread uses it.
         gradient, self.gradients[network] = self.gradients[network], None
         made_with = self.made_with[network]
         try:
@@ -131,8 +131,8 @@ class SavedGradients:
     def _batched_gradient(self, network: int, upstream: Tensor, ctx: Any) -> Tensor:
         """Return the gradient for a batch of upstream gradients, which a kernel cannot read.
 
-        The gradient is linear in the upstream gradient. The gradient for 1 is computed in
-        ``compute_dtype``, multiplied, and rounded once.
+        The gradient is linear in the upstream gradient. So it is computed in ``compute_dtype`` for
+        an upstream gradient of 1, multiplied by the batch, and rounded once.
         """
         if torch.is_grad_enabled():
             raise RuntimeError(double_backward_error(self.fused.name))
@@ -154,7 +154,7 @@ class SavedGradients:
 
 
 def _is_batched(upstream: Tensor) -> bool:
-    """Whether it is a batch of upstream gradients, which has no memory that a kernel could read."""
+    """Whether this is a batch of upstream gradients, whose memory a kernel cannot read."""
     try:
         upstream.untyped_storage()
     except NotImplementedError:
@@ -172,24 +172,24 @@ class GradScale:
         self.version = 0 if type(value) is float else version(value)
 
     def scale(self) -> float | Tensor | None:
-        """Return the number that a backend may compare an upstream gradient with.
+        """Return the number that a backend may compare with an upstream gradient.
 
-        None if it is a tensor that has changed since, or that has one number per row.
+        None if the value is a tensor that was changed later, or a tensor with one number per row.
         """
         if not isinstance(self.value, Tensor):
             return self.value
         return self.value if self.value.ndim == 0 and version(self.value) == self.version else None
 
     def is_like(self, upstream: Tensor) -> bool:
-        """Whether ``upstream`` is this value. False also if only the device could tell."""
-        if upstream is self.value:  # as from the sum of both losses
+        """Whether ``upstream`` is this value. Also False if a comparison needs a device sync."""
+        if upstream is self.value:  # for example after backward of the sum of both losses
             return version(upstream) == self.version
         scale = self.value if type(self.value) is float else self.scale()
         if scale is None or upstream.ndim != 0 or not upstream.is_cpu:
             return False
         value, assumed = upstream.item(), float(scale)
         if value != assumed and upstream.dtype == torch.float32:
-            assumed = c_float(assumed).value  # 0.1 was rounded to float32 on its way here
+            assumed = c_float(assumed).value  # the loss scale, such as 0.1, was rounded to float32
         if value != assumed:
             return False
         # The upstream gradient of the other network is usually the same tensor.
@@ -199,17 +199,18 @@ class GradScale:
 
 
 class _NetworkLoss(torch.autograd.Function):
-    """Connects the loss of one network to its logits and its gradient from the forward pass.
+    """Connect the loss of one network to its logits.
 
-    Each network has its own node. With a common node, the backward pass of one loss would enter the
-    other network and free the tensors that it saved. The first backward returns the gradient and
-    drops its reference, because ``AccumulateGrad`` clones a gradient that has other references. A
-    second backward (``retain_graph=True``) computes it again from the saved logits.
+    The backward pass returns the gradient that the forward pass computed. Each network has its own
+    node: with a common node, the backward pass of one loss would also run through the other network
+    and free its saved tensors. The first backward returns the gradient and drops its reference,
+    because ``AccumulateGrad`` clones a gradient that has other references. A second backward
+    (``retain_graph=True``) recomputes the gradient from the saved logits.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, known: tuple[Tensor, tuple, SavedGradients, int]) -> Tensor:
-        # In a tuple: autograd would return a loss that is itself an argument as a view.
+        # The loss is in a tuple, because autograd would return a tensor argument as a view.
         loss, saved, ctx.call, ctx.network = known
         ctx.save_for_backward(*saved)
         return loss
@@ -219,8 +220,8 @@ class _NetworkLoss(torch.autograd.Function):
         call = ctx.call
         if not torch.is_grad_enabled():
             return call.gradient(ctx.network, upstream, ctx), None
-        # create_graph=True: an error, but only if it is used. Checkpointing allows the saved
-        # tensors to be unpacked once.
+        # create_graph=True: raise an error only if the second derivative is computed. Unpack the
+        # saved tensors once, because checkpointing does not allow it twice.
         unpacked = call.inputs(ctx)
         gradient = call.gradient(ctx.network, upstream, ctx, unpacked)
         gradient = _NoDoubleBackward.apply(*unpacked[0].logits, upstream, gradient, call.fused.name)
@@ -228,7 +229,7 @@ class _NetworkLoss(torch.autograd.Function):
 
 
 class _NoDoubleBackward(torch.autograd.Function):
-    """The gradient as a function of its inputs, which cannot be differentiated again."""
+    """Return the gradient, and raise an error if it is differentiated again."""
 
     @staticmethod
     def forward(

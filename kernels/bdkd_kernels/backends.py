@@ -20,7 +20,11 @@ _warned = False
 
 
 def available_backends() -> dict[str, Availability]:
-    """Return every backend by name. A value is truthy if the backend can run, and says why not."""
+    """Return the availability of every backend on this machine, by name.
+
+    A value is truthy if the backend can run. ``str(value)`` describes the backend, or explains why
+    it cannot run.
+    """
     return {
         "triton": _triton_availability(),
         "native": native.AVAILABILITY,
@@ -37,11 +41,11 @@ def check_name(backend: str) -> None:
 def choose(backend: str, inputs: LossInputs) -> ModuleType:
     """Return the module whose ``loss`` and ``loss_and_grad`` compute this call.
 
-    Calls under a transform that only torch's own operators support run the reference, whatever
-    ``backend`` is.
+    Calls under a transform that supports only torch's own operators always run the reference.
 
     Raises:
-        RuntimeError: If the named backend cannot run here, or not on this device.
+        RuntimeError: If the named backend cannot run on this machine, or with tensors on this
+            device.
     """
     student = inputs.student
     if not inputs.plain and backend != "reference":
@@ -99,12 +103,12 @@ def _triton_availability() -> Availability:
                 too_old = _too_old_triton()
                 _triton = _triton_module().availability() if too_old is None else too_old
             except ImportError as error:
-                _triton = Availability(False, f"the triton kernel does not import: {error}")
+                _triton = Availability(False, f"the triton kernel cannot be imported: {error}")
     return _triton
 
 
 def _too_old_triton() -> Availability | None:
-    """Return an error if triton is older than 3.6, with which the kernel does not import."""
+    """Return the reason if triton is older than 3.6, where importing the kernel fails."""
     version = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) >= (3, 6):
         return None

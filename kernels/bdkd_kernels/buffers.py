@@ -1,10 +1,10 @@
-"""Memory for large gradients on the CPU, which is reused once it has no owner.
+"""Reuse the memory of large gradients on the CPU.
 
-The C library returns a large block to the system when it is freed. A step whose new gradients fault
-in their pages again can take longer for that than for the loss: 3.9 instead of 1.2 ms at
-1024 x 1000. So the storages of the latest large gradients are kept, and a storage that has no other
-owner is reused. At most ``LIMIT`` bytes and ``COUNT`` storages are kept. The environment variable
-``BDKD_BUFFER_MB`` sets the limit; 0 keeps nothing.
+The C library returns a large block to the system when it is freed. If each step allocates its
+gradients again, their page faults can take longer than the loss: 3.9 ms instead of 1.2 ms for both
+at 1024 x 1000. Therefore this file keeps the storages of the latest large gradients, and reuses a
+storage that has no other owner. It keeps at most ``LIMIT`` bytes and ``COUNT`` storages. The
+environment variable ``BDKD_BUFFER_MB`` sets the limit. 0 keeps no storages.
 """
 
 import os
@@ -32,7 +32,7 @@ LIMIT = _limit(os.environ.get("BDKD_BUFFER_MB"))
 
 
 class _Kept:
-    """A block of memory. The tensors that are returned share it with ``tensor``."""
+    """A kept storage. ``tensor`` and the tensors that are returned to callers share it."""
 
     __slots__ = ("address", "alone", "bytes", "dtype", "shape", "storage", "tensor")
 
@@ -49,7 +49,7 @@ class _Kept:
         return owners(self.storage)
 
     def is_free(self) -> bool:
-        # The address differs if somebody has resized the storage.
+        # The address differs if the caller has resized the storage.
         return self._owners() == self.alone and self.tensor.data_ptr() == self.address
 
 
@@ -66,16 +66,17 @@ def empty_like(logits: Tensor) -> Tensor:
 def empty_rows(logits: Tensor, contiguous: bool) -> Tensor:
     """Return :func:`empty_like` of a plain tensor in an eager call.
 
-    It is 0.4 us faster, and 0.3 us more for logits that are known to be contiguous.
+    It is 0.4 us faster than :func:`empty_like`. It is another 0.3 us faster if ``contiguous`` is
+    True, which says that the logits are contiguous.
     """
     size = logits.nbytes
     if size < SMALLEST or size > LIMIT or owners is None or not logits.is_cpu:
         if contiguous:
             return torch.empty_like(logits)
-        # Dense, whatever the strides of the logits are.
+        # The result is dense even if the logits are not.
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     shape, dtype = logits.shape, logits.dtype
-    # The latest first: it may still be in the caches.
+    # Search from the latest to the oldest: the latest may still be in the caches.
     others, again = [], None
     while _kept and again is None:
         try:
@@ -98,7 +99,7 @@ def empty_rows(logits: Tensor, contiguous: bool) -> Tensor:
 
 
 def release() -> None:
-    """Keep none of the present storages."""
+    """Drop all kept storages."""
     _kept.clear()
 
 

@@ -1,5 +1,7 @@
-"""Checks of the loss's arguments. Each error is one line: the argument, what came, what is needed
-and what to do."""
+"""Check the arguments of the loss.
+
+Each error message is one line: the argument, what is needed, what the call passed, and what to do.
+"""
 
 import os
 from typing import TypeGuard
@@ -37,7 +39,7 @@ def prepare(
     The rows are views if a view exists. ``options`` are already checked.
 
     Raises:
-        TypeError, ValueError: If an argument does not fit. The message names it.
+        TypeError, ValueError: If an argument is invalid. The message names it.
     """
     shape = check_logits("student_logits", student)
     teacher_shape = check_logits("teacher_logits", teacher)
@@ -63,7 +65,7 @@ def prepare(
         if plain:
             in_memory("grad_scale", grad_scale)
     if plain:
-        # As nearly always. Each call of a tensor's method takes 0.1 us of a step of 60 us.
+        # The usual case is fast: each call of a tensor's method takes 0.1 us of a step of 60 us.
         dense = (
             sample_weight is None and is_dense(student) and is_dense(teacher)
             and (target is None or is_dense(target))
@@ -77,7 +79,7 @@ def prepare(
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if len(shape) != 2:
-        # -1 instead of the number of rows is ambiguous if the leading shape holds a 0.
+        # Do not pass -1 for the number of rows: it is ambiguous if the leading shape contains a 0.
         rows, classes = leading.numel(), shape[-1]
         student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
         if target is not None:
@@ -103,7 +105,7 @@ def _in_memory(
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise ``ValueError`` for the first label outside [0, classes) that is not ``ignore_index``.
 
-    Reads the labels on the host: on the CPU, or elsewhere if ``BDKD_CHECK_LABELS=1`` is set.
+    Reads the labels on the host. Call it only if :func:`labels_can_be_read`.
     """
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
@@ -121,8 +123,8 @@ def raise_bad_label(row: int, label: int, classes: int, ignore_index: int) -> No
 def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
     """Whether to check the labels on the host.
 
-    True if they are values (neither traced nor batched) and either reading them needs no device
-    sync or ``BDKD_CHECK_LABELS=1`` asks for it.
+    True if they have values (they are neither traced nor batched) and either reading them needs no
+    device sync or ``BDKD_CHECK_LABELS=1`` is set.
     """
     if target is None or target.is_floating_point() or torch.compiler.is_compiling():
         return False
@@ -137,8 +139,8 @@ def labels_can_be_read(target: Tensor | None) -> TypeGuard[Tensor]:
 def check_logits(name: str, logits: object) -> torch.Size:
     """Check the logits of one network, ``(..., C)``, and return their shape.
 
-    The shape is returned because reading it again takes a large part of the time of a check. The
-    layout is checked by :func:`in_memory`.
+    The caller uses the returned shape, because reading it again takes a large part of the time of a
+    check. :func:`in_memory` checks the layout.
     """
     if not isinstance(logits, Tensor):
         raise not_a_tensor(name, logits)
@@ -176,7 +178,7 @@ def _check_target(
     if type(target) is Tensor and target.dtype == torch.int64:
         try:
             if target.shape == leading and target.device == device:
-                return target  # as nearly always; in_memory checks its layout
+                return target  # the usual case; in_memory checks the layout
         except RuntimeError:  # a nested tensor has no shape
             pass
     check_dense("target", target, "a tensor or None")
@@ -184,22 +186,23 @@ def _check_target(
     if target.dtype in _STORAGE:
         if target.shape != shape:
             raise ValueError(
-                f"a floating target holds soft labels of the logits' shape {tuple(shape)}, "
-                f"got {tuple(target.shape)}; labels need an integer type, target.long()"
+                "a floating-point target holds soft labels, and must have the logits' shape "
+                f"{tuple(shape)}, got {tuple(target.shape)}: convert integer labels with "
+                "target.long()"
             )
         target = target.detach()
     elif target.dtype in INTEGERS:
         if target.shape != leading:
             raise ValueError(
-                f"target must have shape {tuple(leading)}, one label a sample, "
+                f"target must have shape {tuple(leading)}, one label per sample, "
                 f"got {tuple(target.shape)}{_label_remedy(target.shape, shape, leading)}"
             )
         if is_plain(target, target):
-            in_memory("target", target)  # before it is read
+            in_memory("target", target)  # checks the memory before target.to reads it
         target = target.to(torch.int64)
     else:
         raise TypeError(
-            f"target must hold integer labels or floating soft labels, got {target.dtype}: "
+            f"target must hold integer labels or floating-point soft labels, got {target.dtype}: "
             "convert with .long() or .float()"
         )
     check_device("target", target, device)
@@ -207,9 +210,9 @@ def _check_target(
 
 
 def _label_remedy(came: torch.Size, shape: torch.Size, leading: torch.Size) -> str:
-    """The conversion of labels in another common form."""
+    """Return the conversion for labels of another common shape."""
     if came == shape:
-        return ": one-hot labels need a floating type, target.float()"
+        return ": convert one-hot labels to soft labels with target.float()"
     if came == (*leading, 1):
         return ": pass target.squeeze(-1)"
     return ""
@@ -227,7 +230,7 @@ def _check_sample_weight(
         )
     if sample_weight.shape != leading:
         raise ValueError(
-            f"sample_weight must have shape {tuple(leading)}, one weight a sample, "
+            f"sample_weight must have shape {tuple(leading)}, one weight per sample, "
             f"got {tuple(sample_weight.shape)}"
         )
     check_device("sample_weight", sample_weight, device)
@@ -239,7 +242,7 @@ def _check_grad_scale(grad_scale: object, device: torch.device) -> None:
         check_dense("grad_scale", grad_scale)
         if grad_scale.ndim != 0 or grad_scale.dtype not in _STORAGE:
             raise ValueError(
-                "grad_scale must be a number or a floating 0-dim tensor, "
+                "grad_scale must be a number or a floating-point 0-dim tensor, "
                 f"got {tuple(grad_scale.shape)} {grad_scale.dtype}"
             )
         check_device("grad_scale", grad_scale, device)
@@ -257,7 +260,7 @@ def _check_tensors_of_one_kind(
     sample_weight: Tensor | None,
     grad_scale: float | Tensor,
 ) -> None:
-    """Check the tensors of a call that is not plain."""
+    """Check the tensors of a call that is not plain (see :class:`LossInputs`)."""
     tensors = {
         "student_logits": student, "teacher_logits": teacher, "target": target,
         "sample_weight": sample_weight, "grad_scale": grad_scale,
@@ -277,10 +280,10 @@ def check_one_kind(tensors: dict[str, Tensor]) -> None:
             (one, *_), (other, *_) = ([n for n in are if are[n]], [n for n in are if not are[n]])
             raise TypeError(
                 f"{one} is a {kind} and {other} is not, got {type(tensors[other]).__name__}: "
-                "give all tensors of one kind"
+                f"pass either all tensors as {kind}s or none"
             )
         if kind == "DTensor" and all(are.values()) and not DTENSORS_WORK:
             raise RuntimeError(
                 "the tensors are DTensors, which need torch 2.10 or newer, got torch "
-                f"{torch.__version__}: give their to_local(), or upgrade torch"
+                f"{torch.__version__}: pass .to_local() of each tensor, or upgrade torch"
             )

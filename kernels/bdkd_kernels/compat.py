@@ -1,18 +1,18 @@
-"""The distillation losses of other libraries, by their names, on the fused kernels.
+"""Distillation losses of other libraries, under their original names, on the fused kernels.
 
 =====================  =========================================================================
 ``DistillKL``          RepDistiller, ``distiller_zoo/KD.py``
-``kd_loss``            mdistiller, ``mdistiller/distillers/KD.py``; ``reduce`` as its descendants
+``kd_loss``            mdistiller, ``mdistiller/distillers/KD.py``, with ``reduce`` as in its forks
 ``LigerJSD``           Liger-Kernel, ``liger_kernel.transformers.LigerJSD``
 ``LigerKLDIVLoss``     Liger-Kernel, ``liger_kernel.transformers.LigerKLDIVLoss``
 =====================  =========================================================================
 
-Change one import: values and gradients are those of the original.
+Change one import. The values and gradients equal those of the original.
 
-Each of these losses is one divergence, a part of a :func:`bdkd_kernels.bdkd_loss` call: the network
-that learns is passed as the teacher, its partner as the student, and every weight but
-``teacher_kd`` is 0. To add cross entropy, or to train both networks, call
-:func:`bdkd_kernels.bdkd_loss`, which computes everything in one pass.
+Each of these losses is one divergence. It is computed by :func:`bdkd_kernels.bdkd_loss`, with the
+network that learns as the teacher, its partner as the student, and every weight except
+``teacher_kd`` set to 0. To add cross entropy, or to train both networks, call
+:func:`bdkd_kernels.bdkd_loss` directly: it computes all terms in one pass.
 
 The arithmetic is float32 (float64 for float64 inputs), even if the original rounds to the dtype of
 its inputs. An upstream gradient other than 1, as in ``0.9 * loss``, costs one more pass.
@@ -31,7 +31,7 @@ from .loss import bdkd_loss
 from .memory import check_dense, in_memory
 from .options import TEMPERATURE, Divergence, as_float, shown
 
-_IGNORED = -100  # the label of an ignored sample, whatever the caller's ignore_index is
+_IGNORED = -100  # replaces the caller's ignore_index
 
 
 class DistillKL(nn.Module):
@@ -42,7 +42,7 @@ class DistillKL(nn.Module):
         backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: If a value or a tensor does not fit. The message names it.
+        TypeError, ValueError: If a value or a tensor is invalid. The message names it.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
@@ -57,8 +57,8 @@ class DistillKL(nn.Module):
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         """Return the loss of student and teacher logits ``(N, C)``, a scalar.
 
-        As in the original, a gradient also flows into ``y_t`` if it requires one. Detach it, or
-        compute it under ``torch.no_grad()``.
+        As in the original, a gradient also flows into ``y_t`` if it requires one. To train only the
+        student, detach ``y_t``, or compute it under ``torch.no_grad()``.
         """
         _check_pair("y_s", y_s, "y_t", y_t)
         return _forward_kl(y_s, y_t, self.T, "mean", self.backend)
@@ -78,15 +78,15 @@ def kd_loss(
     """mdistiller's function: ``temperature**2 * KL(p_t || p_s)``.
 
     Args:
-        logits_student, logits_teacher: Logits ``(N, C)``. A gradient flows into each that requires
-            one.
+        logits_student, logits_teacher: Logits ``(N, C)``. Gradients flow into both if they require
+            them.
         temperature: Temperature of both networks, in [1e-4, 1e4].
-        reduce: Return the mean over samples. If False, return ``(N,)``. A keyword argument only,
-            because the fourth positional argument differs between mdistiller's descendants.
+        reduce: Return the mean over samples. If False, return ``(N,)``. Keyword-only, because the
+            fourth positional argument differs between the forks of mdistiller.
         backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: If an argument does not fit. The message names it.
+        TypeError, ValueError: If an argument is invalid. The message names it.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
@@ -99,16 +99,16 @@ def kd_loss(
 
 
 class LigerJSD(nn.Module):
-    """Liger's generalised Jensen-Shannon divergence; ``beta`` 0 is KL(P || Q), 1 is KL(Q || P).
+    """Liger's generalised Jensen-Shannon divergence.
 
-    With ``M = beta P + (1 - beta) Q``, P the teacher and Q the student, it is
+    P is the teacher, Q the student, and ``M = beta P + (1 - beta) Q``. The loss is
     ``beta KL(P || M) + (1 - beta) KL(Q || M)``, averaged over the samples that are not ignored.
-    For ``beta`` 0 and 1, the one-sided divergences, it runs the fused kernel. For other values it
-    runs eager PyTorch on any device; on a GPU, Liger's own kernel is faster then.
+    A ``beta`` of 0 is KL(P || Q), and a ``beta`` of 1 is KL(Q || P). Both run the fused kernel.
+    Other values run eager PyTorch on any device. On a GPU, Liger's own kernel is faster for these.
 
-    Both inputs are log-probabilities, as in Liger. They are normalised once more, which does not
-    change them: the logits behind a ``log_softmax`` receive the same gradient as from Liger. You
-    can leave that ``log_softmax`` out.
+    Both inputs are log-probabilities, as in Liger. They are normalised again, which does not change
+    log-probabilities. You can also pass logits directly, without ``log_softmax``: they receive the
+    same gradient.
 
     Args:
         beta: Weight of the teacher in the mixture, in [0, 1].
@@ -116,7 +116,7 @@ class LigerJSD(nn.Module):
         backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: If a value or a tensor does not fit. The message names it.
+        TypeError, ValueError: If a value or a tensor is invalid. The message names it.
 
     Source: Hsu et al., arXiv 2410.10989.
     """
@@ -134,13 +134,16 @@ class LigerJSD(nn.Module):
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar.
 
-        ``log_q`` of the student and ``log_p`` of the teacher are ``(BT, V)``, the labels ``(BT,)``.
-        As in the original, no gradient flows into ``log_p``.
+        Args:
+            log_q: Log-probabilities of the student, ``(BT, V)``.
+            log_p: Log-probabilities of the teacher, ``(BT, V)``. As in the original, no gradient
+                flows into them.
+            shift_labels: Integer labels ``(BT,)``, of which only ``ignore_index`` has a meaning.
         """
         _check_pair("log_q", log_q, "log_p", log_p)
         if shift_labels is not None:
             _check_labels("shift_labels", shift_labels, log_q)
-            # Labels only say which samples count. One outside the vocabulary is no error.
+            # Labels only select the samples that count: a label >= V is not an error.
             ignored = shift_labels == self.ignore_index
             shift_labels = torch.where(ignored, _IGNORED, 0)
         if self.beta in (0, 1):
@@ -155,22 +158,22 @@ class LigerJSD(nn.Module):
 
 
 class LigerKLDIVLoss(nn.Module):
-    """Liger's KL(true || pred) from log-probabilities, as :class:`torch.nn.KLDivLoss`.
+    """Liger's KL(true || pred) from log-probabilities, as in :class:`torch.nn.KLDivLoss`.
 
-    Both inputs are distributions over the classes. They are normalised once more, which does not
-    change them: the logits behind a ``log_softmax`` receive the same gradient as from Liger. There
-    is no ``eps``, Liger's first argument, because ``0 log 0`` is 0 here. So the arguments are
-    keyword arguments only.
+    Both inputs are distributions over the classes. They are normalised again, which does not change
+    distributions. The logits before a ``log_softmax`` receive the same gradient as from Liger.
+    Liger's first argument, ``eps``, does not exist here, because ``0 log 0`` is 0. Therefore all
+    arguments are keyword-only.
 
     Args:
         reduction: ``"mean"`` (over samples and classes, as in torch), ``"batchmean"`` or ``"sum"``.
-            ``"none"``, a value for every class, is not supported: use
+            ``"none"``, which returns a value for every class, is not supported: use
             :class:`torch.nn.KLDivLoss`.
         log_target: Whether ``y_true`` holds log-probabilities.
         backend: Backend of the kernel; see :func:`bdkd_kernels.available_backends`.
 
     Raises:
-        TypeError, ValueError: If a value or a tensor does not fit. The message names it.
+        TypeError, ValueError: If a value or a tensor is invalid. The message names it.
     """
 
     def __init__(
@@ -182,7 +185,7 @@ class LigerKLDIVLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(reduction, str) or reduction not in ("mean", "batchmean", "sum"):
-            hint = ": use torch.nn.KLDivLoss for a value of every class"
+            hint = ": use torch.nn.KLDivLoss for a value per class"
             raise ValueError(
                 f"reduction must be 'mean', 'batchmean' or 'sum', got {shown(reduction)}"
                 + (hint if isinstance(reduction, str) and reduction == "none" else "")
@@ -239,13 +242,13 @@ def _learner_kl(
 
 
 def _mixture_divergence(log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float) -> Tensor:
-    """Return the divergence of both from their mixture, ``0 < beta < 1``."""
+    """Return the divergence of both networks from their mixture, for ``0 < beta < 1``."""
     dtype = torch.promote_types(torch.promote_types(log_q.dtype, log_p.dtype), torch.float32)
     counted = None if labels is None else labels != _IGNORED  # (N,)
-    if counted is not None:  # an ignored row must bring no NaN, also through 0 * NaN in backward
+    if counted is not None:  # a NaN in an ignored row must not reach the loss or the gradients
         log_q = torch.where(counted[:, None], log_q, 0.0)
         log_p = torch.where(counted[:, None], log_p, 0.0)
-    # exp(-1e4) is 0 in every type: a masked class adds 0, and no inf - inf.
+    # exp(-1e4) is 0 in every type, so a masked class adds 0, and inf - inf does not occur.
     log_q, log_p = (x.to(dtype).log_softmax(-1).clamp(min=-1e4) for x in (log_q, log_p))
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))  # (N, C)
     terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
@@ -277,7 +280,7 @@ def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) 
     partner_shape = check_logits(partner_name, partner)
     if len(shape) != 2:
         raise ValueError(
-            f"{name} must have shape (N, C), one row a sample, got {tuple(shape)}"
+            f"{name} must have shape (N, C), one row per sample, got {tuple(shape)}"
             + ": move the classes to the last dimension, then flatten(0, -2)" * (len(shape) > 2)
         )
     if shape != partner_shape:
@@ -290,7 +293,7 @@ def _check_pair(name: str, learner: Tensor, partner_name: str, partner: Tensor) 
             f"{name} and {partner_name} must be on one device, "
             f"got {learner.device} and {partner.device}"
         )
-    if is_plain(learner, partner):  # or bdkd_loss would name its own arguments
+    if is_plain(learner, partner):  # checked here, because bdkd_loss would name its own arguments
         in_memory(name, learner)
         in_memory(partner_name, partner)
     elif not torch.compiler.is_compiling():
@@ -304,7 +307,7 @@ def _check_labels(name: str, labels: object, logits: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor of integer labels or None, got {labels.dtype}")
     if labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"{name} must have shape ({logits.shape[0]},), one label a sample, "
+            f"{name} must have shape ({logits.shape[0]},), one label per sample, "
             f"got {tuple(labels.shape)}"
         )
     if labels.device != logits.device:

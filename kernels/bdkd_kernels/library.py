@@ -1,16 +1,16 @@
-"""The names of this package in torch's global registries, and its operator without a backend."""
+"""The namespace of this package in torch's registries, and an operator that all backends use."""
 
 import torch
 from torch import Tensor
 
-# Of operators and of types in exported programs. A copy of the package under another name, such as
-# acme.vendored.bdkd_kernels, has another namespace, so that both can be loaded in one process.
+# The namespace of operators, and of types in exported programs. A copy of the package under another
+# name, such as acme.vendored.bdkd_kernels, has another namespace. So one process can load both.
 NAMESPACE = "bdkd" if __package__ == "bdkd_kernels" else (__package__ or "").replace(".", "_")
 
 _COPIES = f"{NAMESPACE}::copies"
 
-# An operator, because torch.compile recomputes a plain clone in the backward pass, and saves the
-# tensor that was cloned.
+# The copy must be an operator: torch.compile would recompute a plain clone in the backward pass,
+# and would save the original tensor for that.
 torch.library.define(_COPIES, "(Tensor[] tensors) -> Tensor[]")
 
 

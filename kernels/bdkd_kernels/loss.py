@@ -1,4 +1,4 @@
-"""The public functions and the module: they check the arguments and choose a backend."""
+"""The public functions and the module. They check the arguments and call the chosen backend."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
@@ -43,8 +43,9 @@ def bdkd_loss(
         d1 = gamma where H(p_t) > H(p_s), else 1
         d2 = gamma where H(p_s) > H(p_t), else 1
 
-    The other network's probabilities and both weights are constants for the gradient, so each loss
-    trains its own network only: ``(out.student + out.teacher).backward()`` trains both.
+    With ``teacher_divergence="forward"``, the teacher's loss contains F instead of R. In each
+    gradient, d1, d2 and the other network's probabilities are constants. So each loss trains its
+    own network only, and ``(out.student + out.teacher).backward()`` trains both networks.
 
     Args:
         student_logits, teacher_logits: Logits ``(..., C)``, fp16, bf16, fp32 or fp64. The two
@@ -57,23 +58,24 @@ def bdkd_loss(
         sample_weight: Weights ``(...)`` that multiply each sample's losses. ``mean`` divides by
             their sum over the counted samples. They are constants: no gradient flows into them.
         grad_scale: The upstream gradient of the later backward pass, for example the loss scale of
-            fp16 training: a number in float32's range or a 0-dim tensor. Backends that compute the
-            gradients in the forward pass apply it before rounding. It does not change the result.
+            fp16 training: a number in float32's range or a 0-dim tensor. Backends that compute
+            gradients in the forward pass multiply them by it before rounding. The losses do not
+            depend on it.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see
             :func:`available_backends`. Calls under ``torch.func``, forward-mode AD or
-            ``torch.jit.trace`` run the reference, whatever the backend is.
+            ``torch.jit.trace`` always run the reference.
 
-    A loss without any term is 0, and its gradients are 0.
+    Terms of weight 0 and cross entropies without a target are omitted. A loss without terms is 0.
 
     Returns:
         :class:`BDKDOutput`: ``student`` and ``teacher``, float32 (float64 for float64 logits), and
         ``stats``, the :class:`BDKDStats` of every sample.
 
     Raises:
-        ValueError, TypeError: If an argument does not fit. The message names it. A label outside
-            [0, C) raises on the CPU, with its row. On other devices the loss of that row is NaN,
-            unless ``BDKD_CHECK_LABELS=1`` is set.
-        RuntimeError: If ``backend`` is not available here, or does not accept these tensors.
+        ValueError, TypeError: If an argument is invalid. The message names it. For a label outside
+            [0, C), the message also names the row. On devices other than the CPU, labels are
+            checked only if ``BDKD_CHECK_LABELS=1`` is set. Otherwise the loss of that row is NaN.
+        RuntimeError: If ``backend`` is not available, or does not support these tensors.
 
     Source: Amara et al., arXiv 2212.12965.
     """
@@ -97,10 +99,11 @@ def bdkd_loss_and_grad(
 ) -> tuple[BDKDOutput, tuple[Tensor | None, Tensor | None]]:
     """Compute :func:`bdkd_loss` and both gradients in one pass.
 
-    For trainers that call ``torch.autograd.backward([s, t], [ds, dt])`` themselves. ``ds`` is the
-    gradient of ``out.student`` (of its sum, with ``reduction="none"``) with respect to the
-    student's logits, times ``grad_scale``. ``dt`` is the gradient of ``out.teacher`` with respect
-    to the teacher's logits, times ``grad_scale``. Each has the shape and dtype of its logits.
+    Use it in a training loop that calls ``torch.autograd.backward([s, t], [ds, dt])`` itself.
+    ``ds`` is the gradient of ``out.student`` (of its sum, with ``reduction="none"``) with respect
+    to the student's logits, times ``grad_scale``. ``dt`` is the gradient of ``out.teacher`` with
+    respect to the teacher's logits, times ``grad_scale``. Each has the shape and dtype of its
+    logits.
 
     If neither network's logits require a gradient, both gradients are computed. If only one does,
     the other gradient is None (offline distillation).
@@ -110,15 +113,15 @@ def bdkd_loss_and_grad(
         {options}
         sample_weight, grad_scale, backend: See :func:`bdkd_loss`.
         grads: Tensors ``(ds, dt)`` to write the gradients into, each of the shape, dtype and device
-            of its logits. A buffer may be its own network's logits. It must not share memory with
-            any other argument, with the other buffer or within itself. Pass None in one place to
-            skip that gradient.
+            of its logits. A buffer may be the logits of its own network. It must not share memory
+            with any other argument or with the other buffer, and its elements must not overlap.
+            Pass None instead of a buffer to skip that gradient.
 
     Returns:
         ``(out, (ds, dt))``; ``out`` is detached.
 
     Raises:
-        ValueError, TypeError, RuntimeError: As :func:`bdkd_loss`, and if a buffer does not fit.
+        ValueError, TypeError, RuntimeError: As :func:`bdkd_loss`, and if a buffer is invalid.
     """
     checked = _checked(bdkd_loss_and_grad, options)
     inputs = prepare(student_logits, teacher_logits, target, sample_weight, checked, grad_scale)
@@ -131,20 +134,23 @@ def bdkd_loss_and_grad(
         gradients = fast_new(Pair, grads) if inputs.plain else Pair(*grads)
     rows = gradients if student_logits.ndim == 2 else as_rows(gradients)
     losses, stats = backends.choose(backend, inputs).loss_and_grad(inputs, grad_scale, rows)
-    # A plain tuple: torch.export.save knows no named tuples of other libraries.
+    # Return a plain tuple: torch.export.save cannot serialize named tuples of other libraries.
     return _output(losses, stats, student_logits, checked), (gradients.student, gradients.teacher)
 
 
 @shows_options
 class BDKDLoss(nn.Module):
-    """:func:`bdkd_loss` as a module: options in the constructor, tensors in the call.
+    """Compute :func:`bdkd_loss` as a module.
+
+    Pass the options to the constructor, and the tensors and ``grad_scale`` to the call.
 
     Args:
         {options}
-        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see
+            :func:`available_backends`.
 
     Raises:
-        ValueError, TypeError: If an option does not fit. The message names it.
+        ValueError, TypeError: If an option is invalid. The message names it.
     """
 
     def __init__(self, *, backend: str = "auto", **options: Unpack[LossArguments]) -> None:
@@ -161,6 +167,7 @@ class BDKDLoss(nn.Module):
         sample_weight: Tensor | None = None,  # (...)
         grad_scale: float | Tensor = 1.0,
     ) -> BDKDOutput:
+        """Return the losses and statistics. See :func:`bdkd_loss` for the arguments."""
         options = self.options
         inputs = prepare(student_logits, teacher_logits, target, sample_weight, options, grad_scale)
         losses, stats = backends.choose(self.backend, inputs).loss(inputs, grad_scale)
@@ -177,7 +184,7 @@ def _checked(function: Callable, values: Mapping[str, Any]) -> LossOptions:
         try:
             return cached_options(**values)
         except (TypeError, KeyError):
-            pass  # the checks below raise a clear error, or accept what cannot be hashed
+            pass  # the checks below raise a clear error, or accept values that cannot be hashed
     check_names(function, values)
     return checked_options(values)
 
@@ -194,7 +201,7 @@ def _gradient_buffers(student: Tensor, teacher: Tensor) -> Pair[Tensor | None]:
 def _output(
     losses: Pair[Tensor], stats: BDKDStats, logits: Tensor, options: LossOptions
 ) -> BDKDOutput:
-    """Give the rows the leading shape of the logits."""
+    """Return the output of a call, with its rows reshaped to the leading shape of the logits."""
     student, teacher = losses
     if logits.ndim != 2:
         leading = logits.shape[:-1]

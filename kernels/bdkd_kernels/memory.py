@@ -1,5 +1,8 @@
-"""Checks of tensors' memory. Kernels read and write raw pointers, so they need dense tensors whose
-values are in memory, and gradient buffers that share no memory with other arguments."""
+"""Check the memory of tensors.
+
+Kernels read and write raw pointers. So they need dense tensors whose values are in memory, and
+gradient buffers that share no memory with other arguments.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ _REMEDY = "make it with torch.empty_like(logits)"
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is contiguous, fills its storage and has its values there."""
+    """Whether a tensor is contiguous and its storage holds exactly its values."""
     try:
         storage = tensor.untyped_storage()
         return (
@@ -23,14 +26,14 @@ def is_dense(tensor: Tensor) -> bool:
             and storage.data_ptr() == tensor.data_ptr()
             and not tensor.is_neg()
         )
-    except (RuntimeError, NotImplementedError):  # sparse tensors have no storage, and zero tensors
-        return False  # no pointer: in_memory raises or converts
+    except (RuntimeError, NotImplementedError):  # no storage (sparse) or no pointer (zero tensor)
+        return False  # in_memory converts the tensor or raises
 
 
 def in_memory(name: str, tensor: Tensor) -> Tensor:
     """Return the tensor, or a dense copy if its values differ from the contents of its memory.
 
-    Negative-bit views (``x.conj().imag``) and zero tensors are copied, and their gradients too.
+    Copies negative-bit views (``x.conj().imag``) and zero tensors.
 
     Raises:
         ValueError: If the storage was freed or is too small, as after
@@ -41,7 +44,7 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
     except (RuntimeError, NotImplementedError):  # sparse and similar tensors have no storage
         check_dense(name, tensor)
         raise
-    whole = size == tensor.nbytes and not tensor.storage_offset()  # as most tensors
+    whole = size == tensor.nbytes and not tensor.storage_offset()  # the usual case
     if not whole and size < _bytes_needed(tensor):
         raise ValueError(
             f"{name} must have its values in memory, got {tuple(tensor.shape)} {tensor.dtype} over "
@@ -52,7 +55,7 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
     if size and not tensor.data_ptr() and tensor.numel() and not tensor.is_meta:
         if is_zero_tensor(tensor):
             return tensor.clone()  # allocates the zeros
-        raise ValueError(f"{name} must have its values in memory, got a tensor without any")
+        raise ValueError(f"{name} must have its values in memory, got a tensor without memory")
     return tensor
 
 
@@ -85,7 +88,7 @@ def check_dense(name: str, value: object, needed: str = "a tensor") -> None:
 
 
 def not_a_tensor(name: str, value: object, needed: str = "a tensor") -> TypeError:
-    """The error for a value that is not a tensor, with the usual conversion."""
+    """Return the error for a value that is not a tensor. Its message names the usual conversion."""
     remedy = ""
     if isinstance(value, torch.fx.Proxy):
         remedy = ": trace with torch.export or make_fx instead of symbolic_trace"
@@ -134,13 +137,13 @@ def check_gradient_buffers(
 ) -> None:
     """Check the tensors that :func:`bdkd_loss_and_grad` writes into.
 
-    A buffer may be its own network's logits. Any other memory that it shares with an input, with
-    the other buffer or within itself would be read after it was overwritten, and is an error.
-    Memory is checked only in a ``plain`` call (see :class:`LossInputs`). In other calls, torch
-    copies into the buffers.
+    A buffer may be the logits of its own network. If it shares other memory with an input or with
+    the other buffer, or if its elements overlap, values would be overwritten before they are read,
+    so this raises an error. Memory is checked only in a ``plain`` call (see :class:`LossInputs`).
+    In other calls, torch copies the gradients into the buffers.
 
     Raises:
-        TypeError, ValueError: If a buffer does not fit. The message names it.
+        TypeError, ValueError: If a buffer is invalid. The message names it.
     """
     if not isinstance(grads, tuple | list) or len(grads) != 2:
         kind = type(grads).__name__
@@ -155,7 +158,7 @@ def check_gradient_buffers(
     if not plain:
         return
     names = ("student_logits", "teacher_logits", "target", "sample_weight", "grad_scale")
-    # The tensors that are in use while the gradients are written, then the first buffer too.
+    # The tensors that are in use while the gradients are written. The loop adds the first buffer.
     used = {name: _Extent(x) for name, x in zip(names, inputs, strict=True)
             if isinstance(x, Tensor)}  # fmt: skip
     for i, buffer in enumerate(grads):
@@ -173,7 +176,10 @@ def check_gradient_buffers(
 
 
 def _are_dense_and_disjoint(grads: Sequence[object], inputs: tuple[object, ...]) -> bool:
-    """A fast check that accepts dense buffers in separate memory. If False, check in detail."""
+    """Whether all tensors are dense and in separate memory.
+
+    This check is fast. If it returns False, the buffers need the detailed check.
+    """
     spans = []
     for x, logits in zip(grads, inputs, strict=False):  # the first two inputs are the logits
         if x is None:
@@ -259,12 +265,12 @@ class _Extent:
     def overlaps(self, other: "_Extent") -> bool:
         """Whether the tensors may share an element.
 
-        False if their columns or rows alternate in one piece of memory. True if only a search of
-        every element could tell.
+        False also for tensors whose columns or rows alternate in the same memory. True also for
+        tensors that only a search of all elements could tell apart.
         """
         if self.begin >= other.end or other.begin >= self.end:
             return False
-        # Every element of both tensors is at a multiple of this from its tensor's first element.
+        # The distance of each element from the first element of its tensor is a multiple of this.
         step = math.gcd(*(x * self.width for x in self.strides),
                         *(x * other.width for x in other.strides))  # fmt: skip
         if _are_apart((other.begin - self.begin) % (step or 1), self.width, other.width, step):
@@ -275,7 +281,7 @@ class _Extent:
         return not _are_apart((other.begin - self.begin) % row[0], row[1], other_row[1], row[0])
 
     def _rows(self) -> tuple[int, int] | None:
-        """Return the bytes from row to row and the bytes of a row.
+        """Return the distance between rows and the length of a row, in bytes.
 
         None unless the tensor is ``(N, C)`` with unit stride in C.
         """
@@ -294,14 +300,14 @@ def _are_apart(offset: int, width: int, other_width: int, step: int) -> bool:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices may refer to one element.
+    """Whether two indices of a tensor may refer to the same element.
 
-    They cannot if every dimension, in the order of the strides, steps past all the elements that
-    the dimensions with smaller strides cover.
+    They cannot if each stride is larger than the range of elements that all dimensions with smaller
+    strides cover.
     """
     if tensor.is_contiguous():
         return False
-    covered = 0  # elements past the first that the dimensions so far reach
+    covered = 0  # the range of elements that the dimensions so far cover, without the first one
     dimensions = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted(x for x in dimensions if x[1] > 1):
         if stride <= covered:

@@ -1,10 +1,11 @@
 """The C++ CPU kernel of ``kernels/csrc``, loaded through ctypes.
 
-ctypes needs neither torch's headers nor Python's, and it releases the GIL during a call.
+With ctypes, the build needs neither torch's nor Python's headers. ctypes releases the GIL during a
+call.
 
-In a source checkout the library contains a hash of its sources. If the sources have changed, the
-library is rebuilt at import. If that fails, the kernel is unavailable, and the reason says what to
-do.
+The library contains a hash of the sources that it was built from. If the sources of a checkout have
+changed since, importing this file rebuilds the library. If the build fails, the kernel is
+unavailable, and the reason says what to do.
 """
 
 import ctypes
@@ -32,14 +33,14 @@ _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = Path(__file__).with_name(f"libbdkd_native{_SUFFIX}")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 CHECKOUT_SOURCES = _CHECKOUT / "kernels" / "csrc"  # missing in an installed package
-_REMEDY = "with a C++ compiler, run: pip install -e . (or pip install . for a copy)"
+_REMEDY = "install a C++ compiler, then run pip install -e . (or pip install .)"
 
 _STORAGE = {getattr(torch, name): index for index, name in enumerate(STORAGE)}
 _NO_TARGET, _LABELS, _PROBABILITIES = map(
     TARGET_KIND.index, ("no_target", "labels", "probabilities")
 )
 # Templates for allocating outputs: new_empty is faster than torch.empty with a dtype, and it
-# allocates on the CPU whatever the default device is.
+# ignores the default device.
 _WIDE, _NARROW = (torch.empty((), dtype=d, device="cpu") for d in (torch.float64, torch.float32))
 _SCALARS = {
     (s, t): _WIDE if torch.float64 in (s, t) else _NARROW for s in _STORAGE for t in _STORAGE
@@ -48,10 +49,10 @@ _OPTIONS = struct.Struct(f"={struct_format()}")
 
 
 def _packed(o: LossOptions) -> bytes:
-    """Return the options as the kernel reads them.
+    """Return the bytes of the options for the kernel.
 
-    The bytes are stored with the options. A cache keyed by the options would hash them, which takes
-    1 us of every call.
+    The bytes are stored in the options. A cache with the options as its keys would need their hash,
+    which takes 1 us per call.
     """
     packed = o.__dict__.get("_packed")
     if packed is None:
@@ -70,7 +71,7 @@ def _run(
 ) -> None:
     """Call the kernel, which writes ``gradients``, ``losses`` and ``stats``.
 
-    ``upstreams`` are the gradients of the losses, (N,); None stands for ``scales``.
+    ``upstreams`` are the gradients of the losses, (N,). For None, the kernel uses ``scales``.
     """
     student, teacher, target, weight, options, _, dense = inputs
     rows, classes = student.shape
@@ -79,9 +80,9 @@ def _run(
         target_kind = _LABELS
         if target.ndim == 2:
             target_kind, target_storage = _PROBABILITIES, _STORAGE[target.dtype]
-    assert _library is not None  # else `choose` does not select this backend
-    # One packed argument: passing each field through ctypes takes longer than a small batch. And a
-    # function for the addresses would take 0.9 us of a call.
+    assert _library is not None  # otherwise `choose` does not select this backend
+    # All fields are packed into one argument: passing each through ctypes takes longer than a small
+    # batch. A helper function for the addresses would take 0.9 us per call.
     invalid = _library.bdkd_run(native_call.pack(
         options=_packed(options),
         student=_network(student, classes, dense, gradients[0], upstreams[0], scales[0], losses[0]),
@@ -158,10 +159,10 @@ def _backward(
 def _upstream(
     upstream: Tensor | None, dtype: torch.dtype, assumed: float | Tensor | None
 ) -> tuple[float, Tensor | None, bool]:
-    """Return the upstream gradient as a scale or as (N,), and whether ``assumed`` differs."""
+    """Return the upstream gradient, as a scale or as (N,), and whether it is not ``assumed``."""
     if upstream is None:
         return 0.0, None, False
-    if upstream.ndim == 0:  # the caller has compared a scalar with `assumed` already
+    if upstream.ndim == 0:  # the caller has already compared a scalar with `assumed`
         return upstream.item(), None, True
     rows = upstream.to(dtype).contiguous()  # (N,)
     return 0.0, rows, assumed is None or not bool((rows == assumed).all())
@@ -175,8 +176,10 @@ def set_instruction_set(name: str | None = None) -> str:
 
 
 def _sources_hash() -> str | None:
-    """Return the hash of the library's sources that CMakeLists.txt computes, or None if there is no
-    checkout."""
+    """Return the hash of the library's sources, computed as in CMakeLists.txt.
+
+    None if the sources are not here, as in an installed package.
+    """
     recipe = _CHECKOUT / "CMakeLists.txt"
     if not (recipe.exists() and CHECKOUT_SOURCES.is_dir()):
         return None
@@ -198,7 +201,7 @@ def _rebuild(sources: str) -> str:
     python = Path(sys.executable)
     cmake = shutil.which("cmake", path=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
     if cmake is None:
-        return "there is no cmake here"
+        return "cmake was not found"
     folder = _CHECKOUT / "build" / "native"
     configure = ["-S", str(_CHECKOUT), "-B", str(folder), f"-DPython3_EXECUTABLE={python}"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The structs that ``native.py`` passes to the C++ kernel, described once.
 
-The tables below give the functions that pack a call in Python and the structs that the kernel reads
-in C++. The build of the native kernel runs this file to generate a C++ header:
-``python -I native_call.py > arguments.h``. This file needs the standard library only.
+The tables below define both the functions that pack a call in Python and the structs that the
+kernel reads in C++. The build of the native kernel runs this file to generate a C++ header:
+``python -I native_call.py > arguments.h``. This file needs only the standard library.
 
 Every field takes 8 bytes, so the structs have no padding. An address of 0 is a null pointer.
 """
@@ -19,8 +19,8 @@ class Field(NamedTuple):
     meaning: str = ""
 
 
-# The index of a name is the value of the C++ enum.
-STORAGE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}  # and its bytes
+# The index of a name is its value in the C++ enum.
+STORAGE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}  # by name, the bytes
 TARGET_KIND = ("no_target", "labels", "probabilities")
 
 # The compute type is float64 if a network's storage is, and float32 otherwise.

@@ -1,4 +1,4 @@
-"""The code that the fused backends share: the calls of a backend and its torch.library operators.
+"""The shared code of the fused backends: eager calls and torch.library operators.
 
 A backend provides two functions over rows and registers them once::
 
@@ -10,29 +10,31 @@ A backend provides two functions over rows and registers them once::
 
 ``losses``, ``gradients`` and ``upstreams`` are pairs: student, teacher.
 
-``forward`` returns losses reduced as ``reduction`` says, in ``compute_dtype``. It writes the
-gradients that are not None, (N, C): each network's gradient times ``grad_scale`` (a float, or a
-0-dim tensor on the device). If ``check_labels`` is True, it raises ``ValueError`` for a bad label.
-If it is False, or if the labels cannot be read, the row of a bad label is NaN. ``state`` holds what
-``backward`` needs of each row.
+``forward`` returns losses reduced by ``reduction``, in ``compute_dtype``. It writes the gradients
+that are not None, (N, C): each network's gradient times ``grad_scale`` (a float, or a 0-dim tensor
+on the device). If ``check_labels`` is True, it raises ``ValueError`` for a bad label. If it is
+False, or if the labels cannot be read, the row of a bad label is NaN. ``state`` holds the values of
+each row that ``backward`` needs.
 
 ``backward`` writes the gradients that are not None: each network's gradient times its upstream
-gradient (0-dim, or (N,) for ``"none"``). If ``assumed`` is a float or a 0-dim
-tensor, the buffers already hold the gradients times that number: the ``grad_scale`` of the forward
-pass. Rows whose upstream gradient equals it need no work. If it is None, the buffers hold nothing.
+gradient (0-dim, or (N,) for ``"none"``). If ``assumed`` is a float or a 0-dim tensor, it is the
+``grad_scale`` of the forward pass, and the buffers already hold the gradients times that number.
+``backward`` can skip the rows whose upstream gradient equals it. If ``assumed`` is None, the
+buffers are uninitialised.
 
 Logits and gradients have unit stride in the class dimension, any row stride, and at least one row.
 ``target`` and ``sample_weight`` (in ``compute_dtype``) are contiguous. A network without a term
-never has a gradient buffer. A buffer may be the memory of its own network's logits, and of no other
-tensor.
+never has a gradient buffer. A buffer may be the logits of its own network. It shares no memory with
+other tensors.
 
 There are three paths:
 
-- A plain eager call bypasses the dispatcher. ``forward`` computes the gradients, and each network
-  has its own autograd node, so that the two losses can go backward separately and in any order.
-- A compiled call uses one operator, whose backward computes both gradients from the logits. That
-  moves 6 units of memory traffic. Gradients in the forward and a functional copy would move 8.
-- An eager call under a dispatch mode or with a tensor subclass uses that operator too, once for
+- A plain eager call bypasses the dispatcher. ``forward`` computes the gradients. Each network has
+  its own autograd node, so that users can call backward on the two losses separately, in any order.
+- A compiled call uses one operator, whose backward computes both gradients from the logits. In
+  total, it reads or writes 6 tensors of N x C. Computing the gradients in the forward pass and
+  copying them in the backward pass would take 8.
+- An eager call under a dispatch mode or with a tensor subclass also uses that operator, once for
   each network.
 """
 
@@ -137,7 +139,7 @@ class FusedBackend:
     def loss_and_grad(
         self, inputs: LossInputs, grad_scale: float | Tensor, gradients: Gradients
     ) -> Losses:
-        """Return :meth:`loss`, detached, and write the gradients, times ``grad_scale``.
+        """Return the detached :meth:`loss`, and write the gradients, times ``grad_scale``.
 
         The gradients are written into the buffers that are not None.
         """
@@ -147,7 +149,8 @@ class FusedBackend:
         if inputs.plain:
             made = _with_unit_stride(wanted)
             losses, stats, _ = self.forward(inputs, grad_scale, made, True)
-            # The kernel wrote without torch: autograd must notice if it saved this memory.
+            # The kernel writes without torch. Raise the versions, so that autograd notices if it
+            # has saved one of these tensors.
             _raise_versions([x for x in made if x is not None])
             if made is gradients:
                 return losses, BDKDStats(stats)
@@ -156,7 +159,7 @@ class FusedBackend:
                 losses, stats, made = self._call_forward_op(
                     inputs, grad_scale, Pair(*(x is not None for x in wanted))
                 )
-        # Only now, because a buffer may be the logits.
+        # Write only after the kernel has read its inputs, because a buffer may be the logits.
         for buffer, value, term in zip(gradients, made, terms, strict=True):
             if buffer is not None and value is not buffer:
                 write(buffer, value if term and value is not None else 0.0)
@@ -185,7 +188,7 @@ class FusedBackend:
             return
         for name, x in zip(_INPUT_NAMES, inputs[:4], strict=True):
             if x is not None:
-                in_memory(name, x)  # its storage may have been freed since
+                in_memory(name, x)  # the storage may have been freed since the forward pass
         above = (None if x is None else in_memory("the gradient of the loss", x) for x in upstreams)
         self._backward(_laid_out(inputs), state, Pair(*above), gradients, assumed)
 
@@ -206,8 +209,8 @@ class FusedBackend:
             check_labels(inputs.target, inputs.student.shape[-1], inputs.options.ignore_index)
         if torch.compiler.is_compiling() or not (needs_grad.student and needs_grad.teacher):
             return self._call_once(inputs, needs_grad)
-        # Two nodes: in eager mode, the backward pass of a common node would free the tensors that
-        # the other network saved.
+        # Create two nodes: in eager mode, the backward pass of a common node would free the tensors
+        # that the other network saved.
         losses, stats = self._call_once(inputs, Pair(True, False))
         (_, teacher), _ = self._call_once(inputs, Pair(False, True))
         return Pair(losses.student, teacher), stats
@@ -254,7 +257,7 @@ class FusedBackend:
             )
             if state is None:
                 state = stats.new_empty((0, stats.shape[1]))
-            stats = stats.clone(memory_format=torch.contiguous_format)  # no view of the state
+            stats = stats.clone(memory_format=torch.contiguous_format)  # may be a view of the state
             return *losses, stats, state.contiguous(), ds, dt
 
         @register_fake(name)
@@ -286,7 +289,7 @@ class FusedBackend:
             ctx.inputs = len(inputs)
 
         def backward(ctx, student_upstream, teacher_upstream, *_):
-            saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+            saved = ctx.saved_tensors  # read once: checkpointing unpacks a tensor only once
             student, teacher, target, weight, _ = saved
             options = LossOptions(*ctx.options)
             terms = LossInputs(student, teacher, target, weight, options).has_terms()
@@ -322,7 +325,7 @@ def _zero_with_graph(logits: Tensor, options: LossOptions) -> Tensor:
 
 
 def _gradients(inputs: LossInputs, student: bool, teacher: bool) -> Pair[Tensor]:
-    """Allocate the outputs of an operator: (N, C) each, (0,) if the gradient is not wanted.
+    """Allocate the gradients of an operator: (N, C), or (0,) if a gradient is not requested.
 
     The gradient of a network without a term is zero.
     """
@@ -354,7 +357,7 @@ def _laid_out(inputs: LossInputs) -> LossInputs:
 
 
 def _has_unit_stride(rows: Tensor) -> bool:
-    # The first check is the cheapest, and settles most calls.
+    # The first check is the cheapest and is True in most calls.
     return rows.is_contiguous() or rows.stride(1) == 1 or rows.shape[1] == 1
 
 
@@ -363,7 +366,10 @@ def _unit_stride(rows: Tensor) -> Tensor:
 
 
 def _with_unit_stride(gradients: Gradients) -> Gradients:
-    """Return the buffers, or a dense one to copy from later for a buffer of other class stride."""
+    """Return the buffers, but a new dense one in place of each with another class stride.
+
+    The caller later copies the values of the new one.
+    """
     student, teacher = gradients
     if (student is None or _has_unit_stride(student)) and (
         teacher is None or _has_unit_stride(teacher)

@@ -31,8 +31,8 @@ class Bounds(NamedTuple):
     accept: Callable[[Any], bool]
 
 
-# The bounds keep every product of options, and its square, within float32: a value beyond them
-# would become 0 or inf in a kernel and turn a loss into NaN.
+# With these bounds, every product of options and its square are in the range of float32. Beyond
+# them, a product could become 0 or inf in a kernel and turn a loss into NaN.
 TEMPERATURE = Bounds("a number in [0.0001, 10000]", lambda x: 1e-4 <= x <= 1e4)
 GAMMA = Bounds("a number in [1, 1e9]", lambda x: 1 <= x <= 1e9)
 WEIGHT = Bounds("0 or a number in [1e-30, 1e9]", lambda x: x == 0 or 1e-30 <= x <= 1e9)
@@ -49,7 +49,8 @@ class LossOptions:
     ] = 1.0
     gamma: Annotated[
         float,
-        "The larger of a sample's two weights, in [1, 1e9]. 1 turns the weighting off.",
+        "The larger of the two divergence weights of a sample, in [1, 1e9]. The smaller weight is "
+        "1. A ``gamma`` of 1 turns the weighting off.",
         GAMMA,
     ] = 2.0
     student_ce: Annotated[
@@ -59,13 +60,13 @@ class LossOptions:
         WEIGHT,
     ] = 1.0
     student_kd: Annotated[
-        float, "Weight of the student's two divergences, with the same bounds.", WEIGHT
+        float, "Weight of the student's two divergences: 0, or in [1e-30, 1e9].", WEIGHT
     ] = 1.0
     teacher_ce: Annotated[
-        float, "Weight of the teacher's cross entropy, with the same bounds.", WEIGHT
+        float, "Weight of the teacher's cross entropy: 0, or in [1e-30, 1e9].", WEIGHT
     ] = 1.0
     teacher_kd: Annotated[
-        float, "Weight of the teacher's divergence, with the same bounds.", WEIGHT
+        float, "Weight of the teacher's divergence: 0, or in [1e-30, 1e9].", WEIGHT
     ] = 1.0
     teacher_divergence: Annotated[
         Divergence,
@@ -85,7 +86,9 @@ class LossOptions:
         "Samples with this label have loss 0 and gradients 0, and ``mean`` does not count them.",
         INT64,
     ] = -100
-    reduction: Annotated[Reduction, '``"mean"``, ``"sum"`` or ``"none"``.'] = "mean"
+    reduction: Annotated[
+        Reduction, 'Reduction over the samples: ``"mean"``, ``"sum"`` or ``"none"``.'
+    ] = "mean"
 
 
 class LossArguments(TypedDict, total=False):
@@ -154,16 +157,17 @@ TABLE = _table()
 NAMES = tuple(option.name for option in TABLE)
 _BY_NAME = {option.name: option for option in TABLE}
 
-# The names that other losses use, in lower case without underscores ("kd_T" is "kdt"), and the
-# option with the same meaning. RepDistiller: T, kd_T. mdistiller: CE_WEIGHT, KD_WEIGHT. Liger:
-# weight_hard_loss, weight_soft_loss. timm: smoothing.
+# Names of arguments in other libraries, and the option with the same meaning. The names are in
+# lower case without underscores: "kd_T" becomes "kdt". RepDistiller: T, kd_T. mdistiller:
+# CE_WEIGHT, KD_WEIGHT. Liger: weight_hard_loss, weight_soft_loss. timm: smoothing.
 SYNONYMS = {
     **dict.fromkeys(("t", "tau", "temp", "kdt", "kdtemperature"), "temperature"),
     **dict.fromkeys(("ceweight", "celossweight", "weighthardloss", "lambdace"), "student_ce"),
     **dict.fromkeys(("kdweight", "kdlossweight", "weightsoftloss", "lambdakd"), "student_kd"),
     "smoothing": "label_smoothing",
 }
-# Names without one counterpart, and the hint for them. Libraries disagree about alpha and beta.
+# Names without a single matching option, and the hint for them. The meaning of alpha and beta
+# differs between libraries.
 _WEIGHTS = "the weights of the student's terms are 'student_ce' and 'student_kd'"
 NO_COUNTERPART = {
     "alpha": _WEIGHTS,
@@ -176,20 +180,20 @@ NO_COUNTERPART = {
 STATISTICS = {
     "forward_kl": "KL(p_t || p_s), in nats.",
     "reverse_kl": "KL(p_s || p_t), in nats.",
-    "student_entropy": "Entropy of the student, in nats, at ``temperature`` or "
-    "(``soften_entropy=False``) at 1.",
-    "teacher_entropy": "Entropy of the teacher, in nats, at ``temperature`` or "
-    "(``soften_entropy=False``) at 1.",
+    "student_entropy": "Entropy of the student, in nats, at ``temperature``, or at 1 if "
+    "``soften_entropy`` is False.",
+    "teacher_entropy": "Entropy of the teacher, in nats, at ``temperature``, or at 1 if "
+    "``soften_entropy`` is False.",
     "student_ce": "Cross entropy of the student, in nats.",
     "teacher_ce": "Cross entropy of the teacher, in nats.",
-    "forward_weight": "d1: ``gamma`` or 1.",
-    "reverse_weight": "d2: ``gamma`` or 1.",
+    "forward_weight": "The weight d1 of the forward KL: ``gamma`` or 1.",
+    "reverse_weight": "The weight d2 of the reverse KL: ``gamma`` or 1.",
     "student_confidence": "The student's largest probability at temperature 1.",
     "teacher_confidence": "The teacher's largest probability at temperature 1.",
-    "student_correct": "1.0 if the first of the student's largest logits is the label's. 0.0 "
-    "otherwise, and without a target.",
-    "teacher_correct": "1.0 if the first of the teacher's largest logits is the label's. 0.0 "
-    "otherwise, and without a target.",
+    "student_correct": "1.0 if the student predicts the label (of tied logits, the first class is "
+    "the prediction), else 0.0. Without a target, 0.0.",
+    "teacher_correct": "1.0 if the teacher predicts the label (of tied logits, the first class is "
+    "the prediction), else 0.0. Without a target, 0.0.",
 }
 
 
@@ -210,7 +214,7 @@ def as_float(name: str, value: object, needed: str) -> float:
 
 
 def shown(value: object) -> str:
-    """The value and its type for an error message, on one line and cut to a readable length."""
+    """Return the value and its type for an error message, on one line and shortened."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python refuses to print an int of more than 4300 digits
@@ -220,28 +224,28 @@ def shown(value: object) -> str:
 
 
 def checked_options(values: Mapping[str, Any]) -> LossOptions:
-    """Return ``LossOptions(**values)``, checked.
+    """Return the checked ``LossOptions(**values)``.
 
-    Numbers of other types, such as NumPy's, are converted to Python's, because operators accept no
-    others.
+    Other number types, such as NumPy's, are converted to Python numbers, because the operators
+    accept only these.
 
     Raises:
-        ValueError, TypeError: If an option does not fit. The message names the first one.
+        ValueError, TypeError: If an option is invalid. The message names the first such option.
         KeyError: If a name is not an option; see :func:`check_names`.
     """
     return LossOptions(**{name: _BY_NAME[name].check(value) for name, value in values.items()})
 
 
-@lru_cache(maxsize=256, typed=True)  # typed: True is not 1.0
+@lru_cache(maxsize=256, typed=True)  # typed: distinguishes True from 1.0
 def cached_options(**values: Any) -> LossOptions:
-    """Return :func:`checked_options` of the values: the same values return the same object.
+    """Return :func:`checked_options` of the values. Equal values return the same object.
 
-    A training loop repeats them, and creating and checking the options takes longer than the kernel
-    of a small batch.
+    A training loop passes the same options in every step. Creating and checking them takes longer
+    than the kernel of a small batch.
 
     Raises:
-        TypeError: Also if a value cannot be hashed. :func:`checked_options` accepts such a value or
-            raises the error that names it.
+        TypeError: Also if a value cannot be hashed. Then call :func:`checked_options`, which
+            accepts the value or raises an error that names the option.
     """
     return checked_options(values)
 
@@ -290,7 +294,7 @@ def fill_doc(definition: Any, placeholder: str, entries: Mapping[str, str]) -> N
 
 
 def check_names(function: Callable, names: Iterable[str]) -> None:
-    """Raise Python's ``TypeError`` for a keyword that is not an option, with the right name."""
+    """Raise ``TypeError`` for a keyword that is not an option, with a hint at the right name."""
     for name in names:
         if name in _BY_NAME:
             continue
@@ -313,12 +317,15 @@ def check_names(function: Callable, names: Iterable[str]) -> None:
 
 
 def struct_format() -> str:
-    """The layout of the options for :mod:`struct`: 8 bytes each, in the order of the table."""
+    """Return the options' format for :mod:`struct`: 8 bytes each, in the order of the table."""
     return "".join("d" if option.type is float else "q" for option in TABLE)
 
 
 def struct_values(options: LossOptions) -> list[float | int]:
-    """The options as numbers, in the order of :func:`struct_format`. A choice is its index."""
+    """Return the options as numbers, in the order of :func:`struct_format`.
+
+    A string is represented by its index among the choices of its option.
+    """
     values = [getattr(options, option.name) for option in TABLE]
     return [
         option.choices.index(value) if option.choices else value

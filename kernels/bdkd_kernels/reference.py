@@ -1,9 +1,9 @@
 """BD-KD in eager PyTorch, written as its equations. Tests compare every kernel with this file.
 
 Amara et al., *Balancing the Divergences for Online Knowledge Distillation*, arXiv 2212.12965.
-The gradients are autograd's, so they are independent of the closed forms that the kernels use.
+Autograd computes the gradients, independently of the closed forms that the kernels use.
 
-All tensors here are rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
+All inputs are flattened to rows: logits ``(N, C)``, labels ``(N,)``, losses ``(N,)``.
 """
 
 import torch
@@ -17,7 +17,7 @@ from .types import BDKDStats, LossInputs, Pair
 
 
 def loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0) -> tuple[Pair[Tensor], BDKDStats]:
-    """Return the losses, reduced as the options say, and the statistics, ``(N,)`` each.
+    """Return the losses, reduced by ``options.reduction``, and the statistics, ``(N,)`` each.
 
     ``grad_scale`` is not used: autograd computes the gradients from the upstream gradient.
     """
@@ -31,8 +31,8 @@ def loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0) -> tuple[Pair[Ten
     counted = None  # (N,) bool; None: every row counts
     if inputs.target is not None and not inputs.target.is_floating_point():
         counted = inputs.target != o.ignore_index
-        # Replace an ignored row before anything is computed from it, so that neither its values
-        # nor, through 0 * NaN in the backward pass, its gradients can carry a NaN.
+        # Replace ignored rows before anything is computed from them. Otherwise a NaN in such a row
+        # could reach the gradients, through 0 * NaN in the backward pass.
         s = torch.where(counted[:, None], s, 0.0)
         t = torch.where(counted[:, None], t, 0.0)
 
@@ -55,7 +55,7 @@ def loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0) -> tuple[Pair[Ten
 def loss_and_grad(
     inputs: LossInputs, grad_scale: float | Tensor, gradients: Pair[Tensor | None]
 ) -> tuple[Pair[Tensor], BDKDStats]:
-    """Return :func:`loss`, detached, and write the gradients, times ``grad_scale``.
+    """Return the detached :func:`loss`, and write the gradients, times ``grad_scale``.
 
     The gradients are written into the buffers that are not None.
     """
@@ -78,7 +78,7 @@ def loss_and_grad(
         return tuple(losses), stats.table
 
     wanted = {net: getattr(inputs, net) for net in buffers}
-    # torch's annotation forgets what has_aux returns.
+    # The type annotation of torch.func.vjp lacks the third value that has_aux=True returns.
     (student, teacher), pull_back, table = torch.func.vjp(losses, wanted, has_aux=True)  # type: ignore[misc]
     scale = grad_scale.detach() if isinstance(grad_scale, Tensor) else grad_scale
     upstream = tuple((torch.ones_like(x) * scale).to(x.dtype) for x in (student, teacher))
@@ -90,7 +90,7 @@ def loss_and_grad(
 
 
 def write(buffer: Tensor, values: Tensor | float) -> None:
-    """Set a tensor of the caller. Only inference mode may write to an inference tensor."""
+    """Write values into a buffer. An inference tensor can be written only in inference mode."""
     if torch.compiler.is_compiling() or not buffer.is_inference():
         buffer.copy_(values) if isinstance(values, Tensor) else buffer.fill_(values)
         return
@@ -101,7 +101,7 @@ def write(buffer: Tensor, values: Tensor | float) -> None:
 def row_losses(
     s: Tensor, t: Tensor, target: Tensor | None, o: LossOptions
 ) -> tuple[Pair[Tensor], Tensor]:
-    """The losses and statistics of every row, before ``ignore_index``, weights and reduction."""
+    """Return each row's losses and statistics, before ``ignore_index``, weights and reduction."""
     zero = s.new_zeros(s.shape[0])  # (N,)
     student_loss = teacher_loss = zero
     F = R = H_s = H_t = CE_s = CE_t = d1 = d2 = zero
@@ -155,41 +155,44 @@ def row_losses(
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """float64 if either network's logits are float64, float32 otherwise."""
+    """Return float64 if either network's logits are float64, float32 otherwise."""
     wide = student.dtype == torch.float64 or teacher.dtype == torch.float64
     return torch.float64 if wide else torch.float32
 
 
 def log_softmax(logits: Tensor, τ: float = 1.0) -> Tensor:
-    """log softmax(logits / τ).
+    """Return log softmax(logits / τ).
 
-    The logits are shifted before they are divided: dividing logits of 1e4 first would round away
-    5e-4 of each exponent. torch.log_softmax adds the exponentials one after the other, which makes
-    a probability of 0.94 wrong by 2e-5 (float32, 100,000 classes). ``sum`` adds them pairwise.
+    The logits are shifted before they are divided. Dividing logits of 1e4 first would cause a
+    rounding error of 5e-4 in each exponent. torch.log_softmax adds the exponentials one after the
+    other, which makes a probability of 0.94 wrong by 2e-5 (float32, 100,000 classes). ``sum`` adds
+    them pairwise.
     """
     u = (logits - logits.amax(-1, keepdim=True).detach()) / τ
     return u - u.exp().sum(-1, keepdim=True).log()
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """H(p) = -Σ p log p in nats, with 0 log 0 = 0."""
+    """Return H(p) = -Σ p log p in nats, with 0 log 0 = 0."""
     p = log_p.exp()
     return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
 
 
 def balance(H_s: Tensor, H_t: Tensor, γ: float) -> tuple[Tensor, Tensor]:
-    """The weights d1 of the forward and d2 of the reverse KL, by the entropy gap of each row."""
+    """Return the weights d1 of the forward and d2 of the reverse KL, by each row's entropy gap."""
     one = torch.ones_like(H_s)
-    d1 = torch.where(H_t > H_s, γ, one)  # more certain than its teacher: cover the mass
-    d2 = torch.where(H_s > H_t, γ, one)  # less certain: seek the mode
+    d1 = torch.where(H_t > H_s, γ, one)  # student more certain than teacher: cover all its mass
+    d2 = torch.where(H_s > H_t, γ, one)  # student less certain than teacher: seek its mode
     return d1, d2
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) = Σ p (log p - log q), with 0 log 0 = 0 (a class masked in both adds nothing).
+    """Return KL(p ‖ q) = Σ p (log p - log q), with 0 log 0 = 0.
 
-    Computed as Σ [p (log p - log q) + q - p]. The two added sums are both 1, and with them every
-    term is >= 0: for nearly equal distributions, no digits cancel between classes.
+    With 0 log 0 = 0, a class that is masked in both networks adds nothing. The KL is computed as
+    Σ [p (log p - log q) + q - p]. Adding q and subtracting p does not change the sum, because both
+    sum to 1, but every term becomes >= 0. So no digits cancel between classes, even if the
+    distributions are nearly equal.
     """
     p, q = log_p.exp(), log_q.exp()
     log_ratio = torch.where(p == 0, 0.0, log_p - log_q)
@@ -199,24 +202,25 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def where_mass(logits: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return the logits, detached where p is 0, for the gradient of KL(p ‖ q).
 
-    With them, d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is 0 there, even if the KL is
-    infinite. Autograd would compute 0 * inf. If q is NaN, the whole row of the gradient is NaN.
+    Where p_i is 0, the gradient d KL(p ‖ q) / du_i = p_i (log p_i - log q_i - KL) is then 0, even
+    if the KL is infinite. Autograd would compute 0 * inf. If q has a NaN, nothing in its row is
+    detached, so that the whole row of the gradient is NaN.
     """
     massless = (log_p.exp() == 0) & ~log_q.isnan().any(-1, keepdim=True)
     return torch.where(massless, logits.detach(), logits)
 
 
 def zero_with_graph(logits: Tensor) -> Tensor:
-    """Zeros ``(N,)`` whose gradient is 0 for every logit, NaN and infinite ones included."""
+    """Return zeros ``(N,)`` whose gradient is 0 for every logit, even for NaN and inf."""
     return logits[:, :0].sum(-1)
 
 
 def savable(inputs: LossInputs, logits: bool = False) -> LossInputs:
     """Return the inputs with copies of the tensors that autograd cannot save.
 
-    These are the tensors of ``torch.inference_mode()``. ``torch.compile`` cannot recognise them, so
-    it copies every floating tensor that needs no gradient; logits only if ``logits`` is True, which
-    says that the backward pass reads them.
+    Autograd cannot save tensors that were created in ``torch.inference_mode()``. A compiled call
+    cannot recognise them, so there every floating tensor that needs no gradient is copied. Logits
+    are copied only if ``logits`` is True, which means that the backward pass reads them.
     """
     if not torch.compiler.is_compiling():
         if torch.is_inference_mode_enabled():
@@ -236,7 +240,7 @@ def savable(inputs: LossInputs, logits: bool = False) -> LossInputs:
 
 
 def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
-    """-Σ q log p of each row. q is the label or the soft label, smoothed as in torch."""
+    """Return -Σ q log p of each row. q is the label or the soft label, smoothed as in torch."""
     ε = o.label_smoothing
     C = log_p.shape[-1]
     if target.is_floating_point():
@@ -247,17 +251,18 @@ def cross_entropy(log_p: Tensor, target: Tensor, o: LossOptions) -> Tensor:
     label = torch.where(in_range, target, 0)
     loss = -log_p.gather(-1, label[:, None]).squeeze(-1)
     if ε:
-        own = (1 - ε) * loss if ε < 1 else 0.0  # not 0 * inf
+        own = (1 - ε) * loss if ε < 1 else 0.0  # 0 * inf would be NaN
         loss = own - ε * log_p.mean(-1)
-    # No such class: NaN, gradients too. As 0 / 0, because torch 2.8 exports no NaN constant.
+    # For a label that is not a class, the loss and its gradients are NaN, computed as 0 / 0:
+    # torch 2.8 cannot export a NaN constant.
     exists = in_range.to(loss.dtype)
     return loss * (exists / exists)
 
 
 def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest probability at temperature 1, and 1.0 if the first largest logit is the label's.
+    """Return the largest probability at temperature 1, and 1.0 where the argmax is the label.
 
-    Without a target, the second is 0.
+    The second value is 0.0 in other rows, and in all rows if there is no target.
     """
     largest = log_q.amax(-1).exp()
     if target is None:
@@ -270,7 +275,7 @@ def confidence(logits: Tensor, log_q: Tensor, target: Tensor | None) -> tuple[Te
 def reduce(
     rows: Tensor, counted: Tensor | None, sample_weight: Tensor | None, reduction: str
 ) -> Tensor:
-    """The weighted rows, their sum, or their sum over the weights of the counted rows."""
+    """Return the weighted rows, their sum, or their weighted mean over the counted rows."""
     weight = torch.ones_like(rows) if sample_weight is None else sample_weight.to(rows.dtype)
     if counted is not None:
         weight = torch.where(counted, weight, 0.0)
@@ -281,4 +286,4 @@ def reduce(
     if reduction == "sum":
         return rows.sum()
     total = weight.sum()
-    return rows.sum() / torch.where(total == 0, 1.0, total)  # nothing counted: 0, not 0 / 0
+    return rows.sum() / torch.where(total == 0, 1.0, total)  # 0 instead of 0 / 0

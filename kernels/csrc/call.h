@@ -1,4 +1,4 @@
-// One call of the loss as the row kernels see it, and the queue that gives its rows to threads.
+// The arguments of one call for the row kernels, and the queue that distributes its rows to threads.
 #pragma once
 #include "arguments.h"  // generated from native_call.py, with options.h from options.py
 
@@ -16,7 +16,7 @@ struct Call : Arguments {
 
 // Each thread takes blocks of rows from its own range, then from the ranges of slower threads.
 struct WorkQueue {
-  struct alignas(64) Range {  // a cache line each, so that threads do not share one
+  struct alignas(64) Range {  // one cache line, so that threads do not share cache lines
     int64_t next, end;
   };
   Range* ranges;  // (range_count,)
@@ -30,5 +30,5 @@ using RowKernel = void (*)(const Call&, WorkQueue&);
 // The kernels of one instruction set.
 struct RowKernels {
   RowKernel by_storage[4];         // both networks have this Storage
-  RowKernel mixed, mixed_float64;  // they have two types; two types of which one is float64
+  RowKernel mixed, mixed_float64;  // the networks have different types; one of the types is float64
 };

@@ -1,13 +1,13 @@
-// The pass over a row that computes its gradients from saved or repeated exponentials.
+// The pass over a row that computes its gradients from saved or recomputed exponentials.
 #pragma once
 #include "sums.h"
 
 namespace BDKD_ISA {
 namespace {
 
-// A row's gradients, one vector of classes after the other. Terms that are absent have coefficients of
-// 0. `fused` loops run together with the sums of another row. They write the gradients of both
-// networks past the caches, and their only target is a label.
+// Computes a row's gradients, one vector of classes after the other. Absent terms have coefficients of
+// 0. A `fused` loop runs together with the sums of another row. It writes the gradients of both
+// networks with non-temporal stores, and supports no target but a label.
 template <class S, int version, bool saved, bool fused>
 class GradientLoop {
   using Plan = RowPlan<S>;
@@ -25,7 +25,7 @@ class GradientLoop {
 
   const Pair<LaneCoefficients> k;
   const V log2_scale, floor = (R)kFloor / log2_scale, floor_at_1 = V{} + (R)(kFloor / kLog2E);
-  const int64_t classes, label, vector_stride;  // label: -1 if the target is no label
+  const int64_t classes, label, vector_stride;  // label: -1 if the target is not a label
   const int plan_version;
   const R *const probabilities, *const memory;
   const bool has_probabilities, smooths_labels, nontemporal, teacher_forward;
@@ -62,7 +62,7 @@ class GradientLoop {
     if (i < classes) write<false>(classes);
   }
 
-  INLINE void write_vector() {  // if one is left
+  INLINE void write_vector() {  // does nothing after the last vector
     if (i + W <= classes) write<true>(i + W);
     else if (i < classes) write<false>(classes);
   }
@@ -109,7 +109,7 @@ class GradientLoop {
     of.g = x.teacher - x.student;
     of.e = both([&](V x) INLINE_LAMBDA { return exp2_of<R>(general ? larger<V>(floor, x) : x, log2_scale); }, x);
     of.e1 = both([&](V e, V x, S* gradient, bool has_ce) INLINE_LAMBDA {
-      if (version <= kAnyTemperature && !(gradient && has_ce)) return V{};  // another exponential: only if needed
+      if (version <= kAnyTemperature && !(gradient && has_ce)) return V{};  // saves an exponential
       return e1_of<version>(e, general ? larger<V>(floor_at_1, x) : x, plan_version);
     }, of.e, x, gradient, has_ce);
     return of;
@@ -124,7 +124,7 @@ class GradientLoop {
             gradient_of(of.e.teacher, of.e.student, of.e1.teacher, k.teacher)};
   }
 
-  // The same for a masked row, where 0 inf and inf - inf must not arise: g may be infinite.
+  // Returns the same for a masked row. There g may be infinite, so 0 * inf and inf - inf are avoided.
   INLINE Pair<V> general_linear(const Exponentials& of) const {
     const auto gradient_of = [&](V e, V other_e, V e1, const LaneCoefficients& k, bool has_g, bool has_kd,
                                  bool has_ce) INLINE_LAMBDA {
@@ -147,16 +147,16 @@ class GradientLoop {
   }
 };
 
-// Computes the gradients of the row pending in this slot, or the rest of them.
+// Computes the pending gradients of the row in this slot.
 template <class S, int version, bool saved>
 NOINLINE void gradients(RowState<S>& state, int slot) {
   GradientLoop<S, version, saved, false> loop(state, state.plan, state.pending[slot], slot);
   loop.run();
 }
 
-// Computes a chunk's sums, and as many gradients of the row that was in its slot before. The sums wait
-// for arithmetic and loads, the gradients for stores. The chunk's saved exponentials replace those of
-// that row vector by vector.
+// Computes a chunk's sums, and the gradients of as many classes of the row that was in its slot
+// before. The sums are limited by arithmetic and loads, the gradients by stores. The chunk's saved
+// exponentials replace those of that row vector by vector.
 template <class S, int version, bool saved>
 NOINLINE void sums_and_gradients(RowState<S>& state, const Chunk<S>& chunk, Group& group) {
   GradientLoop<S, version, saved, true> gradients(state, state.plan, state.pending[chunk.slot], chunk.slot);

@@ -1,5 +1,5 @@
-// The C interface: checks the labels, chooses the instruction set, reduces the losses in a fixed
-// order. Nothing here depends on torch or Python.
+// The C interface. It checks the labels, chooses the instruction set, and reduces the losses in a
+// fixed order. It does not depend on torch or Python.
 #include "kernel.h"
 
 #include <atomic>
@@ -63,7 +63,7 @@ int64_t first_invalid_label(const Arguments& a) {
   const auto is_invalid = [&](int64_t i) {
     return (uint64_t)labels[i] >= (uint64_t)a.classes && labels[i] != a.options.ignore_index;
   };
-  int64_t invalid = 0;  // counted first: a loop without an exit is vectorised
+  int64_t invalid = 0;  // counted first, because a loop without an early exit can be vectorised
   for (int64_t i = 0; i < a.rows; ++i) invalid += is_invalid(i);
   if (!invalid) return -1;
   int64_t row = 0;
@@ -71,7 +71,7 @@ int64_t first_invalid_label(const Arguments& a) {
   return row;
 }
 
-// Returns the weight of all rows that are not ignored: what the mean divides by.
+// Returns the sum of the weights of all rows that are not ignored. The mean divides by this sum.
 double total_weight(const Arguments& a) {
   const auto* labels = a.target_kind == kLabels ? (const int64_t*)a.target : nullptr;
   const auto is_counted = [&](int64_t i) { return !labels || labels[i] != a.options.ignore_index; };
@@ -87,8 +87,8 @@ double total_weight(const Arguments& a) {
   return total;
 }
 
-// Non-temporal stores pay for gradients that are too large to stay in the caches until they are
-// read. They write whole cache lines, and one loop writes both gradients, so the lines of both must
+// Non-temporal stores are faster for gradients that are too large to stay in the caches until they are
+// read. They write whole cache lines. One loop writes both gradients, so the cache lines of both must
 // begin at the same classes of a row.
 bool use_nontemporal_stores(const Arguments& a) {
   constexpr int64_t kMinBytes = 4 << 20;
@@ -110,7 +110,7 @@ RowKernel choose_kernel(const Arguments& a) {
   return computes_in_float64(a) ? kernels.mixed_float64 : kernels.mixed;
 }
 
-// Eight partial sums in a fixed order: the same bits for any number of threads.
+// Adds eight partial sums in a fixed order, so that the number of threads does not change the result.
 double ordered_sum(const double* x, int64_t n) {
   double partial[8] = {};
   int64_t i = 0;

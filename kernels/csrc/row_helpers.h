@@ -1,4 +1,4 @@
-// Passes over a row that need no exponential: maxima, labels, conversion of the storage type.
+// Passes over a row without exponentials: maxima, labels, conversion of the storage type.
 #pragma once
 #include <limits>
 
@@ -7,9 +7,9 @@
 namespace BDKD_ISA {
 namespace {
 
-// Returns the maximum of a 2-byte type without converting it. As integers, the bits of positive numbers
-// are in order, those of negative numbers in reverse order, and any positive number is larger. The row
-// must have a full vector.
+// Returns the maximum of a row of a 2-byte type without converting the row. Compared as integers, the
+// bits of positive numbers are in order, and those of negative numbers are in reverse order. Positive
+// numbers are larger than negative ones. The row must have at least one full vector.
 template <class R, class S>
 NOINLINE double row_max_of_bits(const S* row, int64_t count) {
   constexpr int W = BDKD_BYTES / 2, half = lanes<R>;
@@ -28,7 +28,7 @@ NOINLINE double row_max_of_bits(const S* row, int64_t count) {
   return lane_max(larger<V>(halves[0], halves[1]));
 }
 
-// Returns the maximum of a row. A row with a NaN may return any value: its sums are NaN in any case.
+// Returns the maximum of a row. For a row with a NaN, the value is arbitrary, because its sums are NaN.
 template <class R, class S>
 INLINE double row_max(const S* row, int64_t count) {
   constexpr int W = lanes<R>;
@@ -61,8 +61,8 @@ bool is_first(const S* row, int64_t label, double max) {
   return !any(equal);
 }
 
-// Returns whether `label` is the argmax, comparing bits: where subnormal numbers are flushed to 0, a
-// comparison of floats finds them equal.
+// Returns whether `label` is the argmax. Compares bits, because a comparison of floats finds subnormal
+// numbers equal if they are flushed to 0.
 template <class S>
 NOINLINE bool is_argmax_by_bits(const S* row, int64_t label, int64_t count) {
   using I = std::conditional_t<sizeof(S) == 2, int16_t, std::conditional_t<sizeof(S) == 4, int32_t, int64_t>>;

@@ -18,17 +18,17 @@
 //   of forward: student (p_s - p_t) / tau,                  teacher p_t (ln(p_t / p_s) - forward) / tau
 //   of reverse: student p_s (ln(p_s / p_t) - reverse) / tau, teacher (p_t - p_s) / tau
 //
-// Both divergences use g, class by class, and Z_t / Z_s comes from sum(e_t - e_s): these are small if
-// the distributions are similar. The difference of two sums over the classes, such as two cross
-// entropies, would lose a small divergence to rounding.
+// Both divergences are computed from g of each class, and Z_t / Z_s from sum(e_t - e_s). If the
+// distributions are similar, these values are small and keep their digits. The difference of two sums
+// over the classes, such as two cross entropies, would round a small divergence away.
 #pragma once
 #include "row_plan.h"
 
 namespace BDKD_ISA {
 namespace {
 
-// Rows slot .. slot + D of a group, one per lane of a vector of doubles. Lanes of ignored rows may hold
-// anything until they are written as 0.
+// Rows slot .. slot + D of a group, one per lane of a vector of doubles. The lanes of ignored rows are
+// arbitrary, and are written as 0.
 template <class S>
 class RowMath {
   static constexpr int D = lanes<double>;
@@ -61,7 +61,8 @@ class RowMath {
   }
 
   INLINE void write_coefficients(Pair<Coefficients<R>>& to) const {
-    // A NaN of either network reaches every class, also classes whose e is 0. Sums are finite or NaN.
+    // A NaN of either network must reach every class, also classes whose e is 0. The sums are finite or
+    // NaN, so 0 times their sum is 0 or NaN.
     const Doubles nan = plan.any_kd ? 0 * (lanes_of(group.student.e) + lanes_of(group.teacher.e)) : Doubles{};
     const Call& call = plan.call;
     const NetworkTerms &s = terms.student, &t = terms.teacher;
@@ -120,7 +121,7 @@ class RowMath {
     if (plan.has_probabilities) return lanes_of(group.target_sum) * log_z1 - lanes_of(sums.q_x);
     const Doubles loss = log_z1 - lanes_of(sums.label_x);
     if (!plan.smooths_labels) return loss;
-    // With a smoothing of 1 the label's term is absent, also where the label is masked.
+    // With a smoothing of 1, the label's term is 0, even if the class of the label is masked.
     const double smoothing = options.label_smoothing;
     const Doubles label = smoothing < 1 ? (1 - smoothing) * loss : Doubles{};
     return label + smoothing * (log_z1 - lanes_of(sums.x) / (double)plan.classes);
@@ -132,7 +133,8 @@ class RowMath {
         of.inv_z = 1 / lanes_of(sums.e), of.log_z = log_of<Doubles>(lanes_of(sums.e));
       }, terms, group);
     NetworkTerms &s = terms.student, &t = terms.teacher;
-    // For similar distributions the rounding of each sum, 1e-7 of it, would exceed the divergence.
+    // For similar distributions, the relative rounding error of each sum (1e-7) would be larger than
+    // the divergence.
     const Doubles change = lanes_of(group.e_difference) * s.inv_z;
     log_z_ratio = (change < 0.25) & (change > -0.25) ? log1p_near_0<Doubles>(change) : t.log_z - s.log_z;
     both([&](NetworkTerms& of, const NetworkSums& sums) INLINE_LAMBDA {

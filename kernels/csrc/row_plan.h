@@ -1,11 +1,11 @@
-// What the rows of one call have in common, and what is stored of the rows in progress.
+// The data that all rows of a call share, and the state of the rows in progress.
 //
 // For one row, each network has logits z and
 //
 //   x = z - max z      e = exp(x / temperature)      e1 = exp(x)
 //
-// and both have g = x_teacher - x_student. Sums over the classes of these give the losses
-// (row_math.h), and a linear function of e, e g and e1 gives the gradients (gradients.h).
+// and both share g = x_teacher - x_student. Sums of these over the classes give the losses
+// (row_math.h). A linear function of e, e g and e1 gives the gradients (gradients.h).
 #pragma once
 #include <memory>
 
@@ -19,21 +19,21 @@ constexpr double kLog2E = 1.44269504088896341;
 constexpr bool kHas32Registers = BDKD_BYTES == 64;
 
 constexpr int64_t kBlockVectors = 64;         // vectors summed in the compute type; float64 adds up the blocks
-constexpr int64_t kChunkClasses = 1024;       // of a long row that go through maxima and sums while they are cached
-constexpr int64_t kPrefetchBytes = 16 << 10;  // of logits between the row in work and the row that is prefetched
+constexpr int64_t kChunkClasses = 1024;       // classes of a long row that stay cached from maxima to sums
+constexpr int64_t kPrefetchBytes = 16 << 10;  // bytes of logits between the current and the prefetched row
 
-// Rows whose logarithms, losses and coefficients are computed together, one per lane. For few classes
-// this arithmetic takes longer than the classes do. No row's result depends on the others.
+// Number of rows whose logarithms, losses and coefficients are computed together, one per lane. With few
+// classes, this arithmetic takes longer than the loops over the classes. The rows are independent.
 constexpr int kGroupRows = 8;
 constexpr int64_t kGroupBytes = 96 << 10;  // of a group's saved exponentials
 
-// A loop's version. For temperatures of 1, 2, 4 and 8, exp(x) is a power of exp(x / temperature).
-// kGeneral has run-time branches for what rows rarely need, so that the other versions keep their
-// sums in registers.
+// The version of a loop: a temperature or one of these constants. For temperatures of 1, 2, 4 and 8,
+// exp(x) is a power of exp(x / temperature). Only kGeneral has run-time branches for rare cases, so that
+// the other versions keep their sums in registers.
 constexpr int kAnyTemperature = 0, kGeneral = -1;
 
-// General loops raise x to at least kFloor / log2(e) (times the temperature for e): the lowest power of
-// 2 is then 0, also for a class that is masked by -inf.
+// General loops limit x to at least kFloor / log2(e) (times the temperature for e). Then the smallest
+// exponentials are 0, also for a class that is masked by -inf.
 constexpr int kFloor = -4096;
 
 // Calls f once for each network, with the .student and the .teacher of all arguments. Returns the
@@ -55,7 +55,7 @@ struct AlignedDelete {
   void operator()(R* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
 
-// Returns this thread's memory of at least `count` values. A later call with the same R reuses it.
+// Returns memory of this thread for at least `count` values. A later call with the same R reuses it.
 template <class R>
 R* scratch(int64_t count) {
   static thread_local std::unique_ptr<R[], AlignedDelete<R>> memory;
@@ -69,7 +69,7 @@ R* scratch(int64_t count) {
   return memory.get();
 }
 
-// How a call's rows of storage type S are computed. Made once for each thread.
+// The plan for the rows of a call with storage type S. Each thread creates it once per call.
 template <class S>
 struct RowPlan {
   using R = std::conditional_t<std::is_same_v<S, double>, double, float>;  // compute type
@@ -96,29 +96,29 @@ struct RowPlan {
   const int version = temperature == 1 || temperature == 2 || temperature == 4 || temperature == 8 ? (int)temperature
                                                                                                    : kAnyTemperature;
 
-  // The sums' exponentials are saved for the gradients if those of a row fit into the second cache.
-  // In float32 with 32 registers and one exponential a class, the limit is lower: computing them again
-  // takes no time, because the loop waits for memory.
+  // The exponentials of the sums are saved for the gradients if those of a row fit into the L2 cache. In
+  // float32, with 32 registers and one exponential per class, the limit is lower: recomputing them costs
+  // no time, because the loop waits for memory.
   const int64_t saved_vectors = version == kAnyTemperature ? 5 : 3;  // e of both, g, and e1 of both
   const int64_t saved_limit = (kHas32Registers && sizeof(S) == 4 && version != kAnyTemperature ? 48 : 512) << 10;
   const bool saves = saved_vectors * padded * (int64_t)sizeof(R) <= saved_limit;
-  const int64_t vector_stride = padded + W;  // one more vector, so that no two begin a power of two apart
+  const int64_t vector_stride = padded + W;  // with a vector more, arrays are not a power of two apart
   const int64_t slot_size = vector_stride * (has_probabilities + (saves ? saved_vectors : 0));
   const int64_t slots = saves ? kGroupBytes / (slot_size * (int64_t)sizeof(R)) : 1;
   const int group_rows = slots > kGroupRows ? kGroupRows : slots > 1 ? (int)slots : 1;
   R* const memory = scratch<R>(group_rows * slot_size);
 
-  // Logits are prefetched so many rows below a row with saved exponentials, and so many classes on.
+  // In rows with saved exponentials, logits are prefetched this many rows and classes ahead.
   const bool is_long = classes > 2 * kChunkClasses;
   const int64_t prefetch_rows = is_long ? 1 : 1 + (kPrefetchBytes - 1) / (2 * classes * (int64_t)sizeof(S));
   const int64_t prefetch_classes = is_long ? 2 * kChunkClasses : 0;
 
-  // Rows of few classes fill no cache lines, so they are stored through the caches.
+  // Rows with few classes do not fill whole cache lines, so they use ordinary stores.
   const bool nontemporal = call.nontemporal && classes >= 16 * W;
 
-  // (padded,) the smoothed probabilities of the row in this slot, padded with 0.
+  // Returns (padded,): the smoothed target probabilities of the row in this slot, padded with 0.
   INLINE R* probabilities(int slot) const { return memory + slot * slot_size; }
-  // (saved_vectors, padded) e of student and teacher, g, and for kAnyTemperature e1 of both.
+  // Returns (saved_vectors, padded): e of student and teacher, g, and for kAnyTemperature e1 of both.
   INLINE R* saved(int slot) const { return probabilities(slot) + vector_stride * has_probabilities; }
 
   Pair<const S*> rows_below(Pair<const S*> row, int64_t n) const {
@@ -145,7 +145,7 @@ struct Group {
   Slots is_counted{};    // 0: the row is ignored
   Slots target_sum{}, weight{};
   int64_t label[kGroupRows]{};
-  bool is_masked[kGroupRows]{};  // some value is not finite: the general loops are needed
+  bool is_masked[kGroupRows]{};  // a value is not finite, so the row needs the general loops
 
   void clear(int slot) {
     student.clear(slot), teacher.clear(slot);
@@ -173,14 +173,14 @@ struct PendingGradient {
   int64_t classes_done = 0;
 };
 
-// Maxima of a row or chunk, which the sums of the one before have computed on the way.
+// The maxima of a row or chunk. The loop over the sums of the previous row or chunk has computed them.
 template <class S>
 struct NextMax {
   Pair<const S*> row{};
   Pair<typename RowPlan<S>::R> max{};
 };
 
-// What one thread keeps from row to row.
+// The state of one thread.
 template <class S>
 struct RowState {
   const RowPlan<S> plan;
@@ -189,14 +189,14 @@ struct RowState {
   NextMax<S> next_max{};
 };
 
-// Classes begin .. end of a row, and what the sums do besides.
+// Classes begin .. end of a row for the sums, and the other work of the same loop.
 template <class S>
 struct Chunk {
   int slot;
   Pair<const S*> row;       // the logits, from class 0 on
   int64_t begin, end;
-  Pair<const S*> next{};    // as many classes whose maxima are computed; or null
-  Pair<const S*> prefetch;  // as many classes
+  Pair<const S*> next{};      // as many classes, whose maxima are computed; or null
+  Pair<const S*> prefetch;    // as many classes, which are prefetched
   Pair<const S*> gradient{};  // the row's gradients, prefetched for writing; or null
   bool is_masked = false;
 };

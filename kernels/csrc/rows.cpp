@@ -1,8 +1,8 @@
-// The row kernels of one instruction set: BDKD_ISA names it, and the namespace of everything here.
+// The row kernels of one instruction set. BDKD_ISA is its name and the namespace of this code.
 //
-// A row goes through four steps: the maxima of both networks, all sums (sums.h), the arithmetic of its
-// few numbers (row_math.h), the gradients (gradients.h). With 32 registers one loop runs three of them
-// at once: the maxima of the next row, the sums of this row, the gradients of an earlier row.
+// A row is computed in four steps: the maxima of both networks, all sums (sums.h), the losses and
+// coefficients (row_math.h), the gradients (gradients.h). With 32 registers, one loop computes three
+// steps at once: the maxima of the next row, the sums of this row, the gradients of an earlier row.
 #include "gradients.h"
 #include "row_math.h"
 
@@ -19,7 +19,7 @@ struct Loops {
 
 template <class S, int version, bool saved>
 Loops<S> loops_of_version() {
-  // 2-byte gradients from repeated exponentials wait for arithmetic too, so they gain nothing in one loop.
+  // Gradients of 2 bytes with recomputed exponentials also wait for arithmetic. One loop is not faster then.
   if constexpr (kHas32Registers && RowPlan<S>::W == 16 && (saved || sizeof(S) == 4))
     return {sums<S, version, saved>, sums_and_gradients<S, version, saved>, gradients<S, version, saved>};
   else
@@ -69,8 +69,9 @@ class RowWorker {
 
   explicit RowWorker(const Call& call) : state{{call}} {}
 
-  // Computes `count` <= group_rows rows. This thread's next row may be any before `end`, and is
-  // prefetched. The gradients may still be pending afterwards; `finish` computes them.
+  // Computes `count` <= group_rows rows. Prepares the row after each one if it is before `end`, because
+  // this thread probably computes it next. Gradients may still be pending afterwards: `finish` computes
+  // them.
   void run(const Row<S>& first, int count, int64_t end) {
     Group group;
     Row<S> rows[kGroupRows];
@@ -80,7 +81,7 @@ class RowWorker {
       if (group.is_counted[slot]) add_row(row, slot, end, group);
       else both([&](S* gradient) { if (gradient) memset((void*)gradient, 0, classes * sizeof(S)); }, row.gradient);
     }
-    finish();  // the slots that this group has not used
+    finish();  // computes the gradients that are still pending in slots of the last group
     scalars(state, group, first.number, count);
     if (!first.gradient.student && !first.gradient.teacher) return;
     for (int slot = 0; slot < count; ++slot) {
@@ -114,7 +115,7 @@ class RowWorker {
     return plan.has_labels && ((const int64_t*)call.target)[row] == plan.options.ignore_index;
   }
 
-  // Computes a row's sums and everything else that the group needs of it.
+  // Computes a row's sums and the other values of the row in its group.
   void add_row(const Row<S>& row, int slot, int64_t end, Group& group) {
     int64_t label = plan.has_labels ? ((const int64_t*)call.target)[row.number] : -1;
     const bool is_invalid = plan.has_labels && (label < 0 || label >= classes);
@@ -159,7 +160,7 @@ class RowWorker {
         loop(state, {slot, logits, begin, stop, next, logits + (begin + 2 * kChunkClasses), to_prefetch}, group);
       }
     }
-    compute_pending(slot);  // the rest of them
+    compute_pending(slot);  // the gradients that the loop has not computed
     // A value that is not finite, such as -inf of a masked class, has made a sum NaN.
     const auto is_finite = [slot](const NetworkSums& of) {
       return std::isfinite(of.e1[slot] + of.e_x[slot] + of.e1_x[slot] + of.e_g[slot]);
@@ -174,15 +175,15 @@ class RowWorker {
     sums<S, kGeneral, false>(state, {slot, logits, 0, classes, {}, logits, {}, true}, group);
   }
 
-  // Returns maxima of `count` classes. Usually an earlier loop has computed them.
+  // Returns the maxima of `count` classes. Usually an earlier loop has already computed them.
   Pair<R> maxima(Pair<const S*> logits, int64_t count) const {
     const NextMax<S>& next = state.next_max;
     if (next.row.student == logits.student && next.row.teacher == logits.teacher) return next.max;
     return both([count](const S* row) { return (R)row_max<R>(row, count); }, logits);
   }
 
-  // Non-temporal stores do not need the gradients in the caches, except for the lines that a row shares
-  // with its neighbours. Returns the gradients that the sums prefetch.
+  // Returns the gradients that the loop over the sums prefetches. With non-temporal stores, only the
+  // cache lines that a row shares with its neighbours are prefetched, here.
   Pair<const S*> prefetch_gradient(const Row<S>& row) const {
     if (!plan.nontemporal) return {row.gradient.student, row.gradient.teacher};
     both([&](const S* gradient) {
@@ -192,7 +193,7 @@ class RowWorker {
   }
 };
 
-// Exponentials below the normal range would take 150 cycles each. On x86 they are flushed to 0.
+// On x86, flushes exponentials below the normal range to 0. Otherwise each would take 150 cycles.
 struct FlushSubnormals {
 #if defined(__x86_64__)
   const unsigned mode = _mm_getcsr();
@@ -240,7 +241,7 @@ void run(const Call& call, WorkQueue& queue) {
   worker.finish();
 }
 
-// Two storage types: each row is copied to the compute type, and its gradients replace the copy.
+// For two storage types. Each row is copied to the compute type, and its gradients replace the copy.
 template <class R>
 void run_mixed(const Call& mixed, WorkQueue& queue) {
   Call call = mixed;
@@ -251,7 +252,7 @@ void run_mixed(const Call& mixed, WorkQueue& queue) {
   const Pair<R*> copy{memory.get(), memory.get() + padded};
   for (BlockReader block{queue}; block.next();)
     for (int64_t row = block.begin; row < block.end; ++row) {
-      // Outside of FlushSubnormals: float32's subnormal numbers are normal in float64.
+      // Convert outside of FlushSubnormals: subnormal float32 numbers are normal in float64.
       both([&](const Network& of, R* to) { widen<R>(of.storage, of.logits, row * of.stride, call.classes, to); },
            call, copy);
       {

@@ -1,6 +1,6 @@
-// Calls the kernel over a grid of shapes, types and options, for AddressSanitizer,
-// UndefinedBehaviorSanitizer and valgrind. Each buffer is an allocation of exactly the size needed.
-// Prints the number of calls.
+// Calls the kernel with a grid of shapes, types and options, for AddressSanitizer,
+// UndefinedBehaviorSanitizer and valgrind. Each buffer is a separate allocation of exactly the needed
+// size. Prints the number of calls.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -88,7 +88,7 @@ void call_all() {
             const auto& target = targets[variant < 4 ? 0 : (variant + s) % 6];
             call(s, t, rows, classes, target.kind, target.storage, variant);
           }
-  // Gradients that are large enough for non-temporal stores, which have loops of their own.
+  // Gradients that are large enough for non-temporal stores, which use other loops.
   for (Storage storage : storages)
     for (int64_t classes : {1001, 9001})
       for (int variant : {0, 2, 3, 4, 7})

@@ -1,7 +1,7 @@
 """Run the native kernel's test grid under AddressSanitizer, UBSan and valgrind.
 
     python kernels/csrc/sanitize.py            all instruction sets of this machine, and valgrind
-    python kernels/csrc/sanitize.py --short    the portable one, without optimisation or valgrind
+    python kernels/csrc/sanitize.py --short    only portable code, unoptimised, without valgrind
 
 Exits with the status of the first program that fails. If valgrind is not installed, a message says
 so. valgrind does not support AVX-512.
@@ -46,7 +46,7 @@ def main() -> None:
     environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
 
     if arguments.short:
-        # Most of the time goes to the compiler, which is much faster without optimisation.
+        # Compiling takes most of the time, and it is much faster without optimisation.
         program = build(
             arguments.folder / "short", sanitizers, "-DBDKD_PORTABLE=ON", "-DBDKD_OPTIMIZE=0"
         )

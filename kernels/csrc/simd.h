@@ -1,6 +1,6 @@
-// Vectors as wide as the machine's registers, and their loads and stores, with the compiler's vector
-// extensions. Intrinsics are only used for what those do not cover: half precision, masked loads and
-// stores, non-temporal stores.
+// Vectors as wide as the machine's registers, and their loads and stores. The code uses the compiler's
+// vector extensions. It uses intrinsics only for operations that these do not cover: half precision,
+// masked loads and stores, non-temporal stores.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,8 +20,8 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 
-// Each instruction set compiles this file into its own namespace. In one namespace the linker would
-// keep one copy of a function for all instruction sets, and smaller machines cannot execute it.
+// Each instruction set compiles this file into its own namespace. In a common namespace, the linker
+// would keep one copy of a function for all instruction sets, which older machines cannot execute.
 namespace BDKD_ISA {
 
 template <class T, int N>
@@ -148,7 +148,7 @@ INLINE void store(S* p, Vec<R, lanes<R>> v) {
   memcpy((void*)p, &bits, sizeof bits);
 }
 
-// Stores past the caches. `p` must be a multiple of the stored vector's size.
+// Stores without writing to the caches. `p` must be aligned to the size of the stored vector.
 template <class R, class S>
 INLINE void store_nontemporal(S* p, Vec<R, lanes<R>> v) {
   const auto bits = narrowed<R, S>(v);
@@ -161,7 +161,7 @@ INLINE void store_nontemporal(S* p, Vec<R, lanes<R>> v) {
   memcpy((void*)p, &bits, sizeof bits);
 }
 
-// Loads the first n < lanes values; the other lanes are 0. Reads nothing past them.
+// Loads the first n < lanes values, and reads no memory after them. The other lanes are 0.
 template <class R, class S>
 INLINE Vec<R, lanes<R>> load_partial(const S* p, int64_t n) {
   using B = Vec<Bits<S>, lanes<R>>;

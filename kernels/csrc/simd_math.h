@@ -4,7 +4,7 @@
 
 namespace BDKD_ISA {
 
-// Returns the larger value; b if b is NaN, and b if a is NaN.
+// Returns the larger value, or b if a or b is NaN.
 template <class V>
 INLINE V larger(V a, V b) {
 #if defined(__AVX512F__)
@@ -14,8 +14,9 @@ INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// Returns a b + c, rounded once if the machine can. In a sum of two products the compiler chooses which
-// product it fuses, and two loops can differ. Use this where two loops must give the same bits.
+// Returns a b + c, rounded once if the machine can. In a sum of two products, the compiler chooses the
+// product that it fuses, and its choice can differ between loops. Use this function if two loops must
+// give the same bits.
 template <class V>
 INLINE V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
@@ -37,7 +38,7 @@ constexpr double kExp2<double>[] = {  // error at most 5.9e-16
     1.32154516332214344e-6, 1.02059054137655958e-7, 7.07097786650813856e-9};
 
 #if defined(__AVX512F__)
-// 2^(k/32) in two registers: the polynomial then needs two terms, which saves three instructions.
+// 2^(k/32) in two registers. With this table, the polynomial needs two terms, which saves three instructions.
 alignas(64) constexpr float kRootsOf2[32] = {
     1.0f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
     1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
@@ -45,9 +46,9 @@ alignas(64) constexpr float kRootsOf2[32] = {
     1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f, 1.91520655f, 1.95714414f};
 #endif
 
-// Returns 2^(x c) for x <= 0 and c > 0: 1 at x = 0, 0 below the normal range, NaN if x is NaN. With
-// AVX-512 the result is also NaN if x c overflows or x is -inf; callers that can meet those give x a
-// floor.
+// Returns 2^(x c) for x <= 0 and c > 0. The result is 1 at x = 0, 0 below the normal range, and NaN if x
+// is NaN. With AVX-512 the result is also NaN if x c overflows or x is -inf. Callers with such inputs
+// limit x from below.
 template <class R>
 INLINE Vec<R, lanes<R>> exp2_of(Vec<R, lanes<R>> x, Vec<R, lanes<R>> c) {
   using V = Vec<R, lanes<R>>;
@@ -101,7 +102,7 @@ INLINE V log_of(V x) {
 // ---- reductions of a vector's lanes ------------------------------------------------------------
 
 template <class V>
-INLINE double sum(V v) {  // of doubles, pairwise
+INLINE double sum(V v) {  // a vector of doubles, added pairwise
   constexpr int N = sizeof v / sizeof(double);
   if constexpr (N == 2) {
     return v[0] + v[1];

@@ -1,12 +1,13 @@
-// The pass over a row that computes all its sums.
+// The pass over a row that computes all of its sums.
 #pragma once
 #include "row_helpers.h"
 
 namespace BDKD_ISA {
 namespace {
 
-// e1 = exp(x) is e = exp(x / temperature) to the power of the temperature. This returns e1's root if
-// the temperature is 2, 4 or 8, so that the caller can fuse the last multiplication; else e1 itself.
+// e1 = exp(x) is e = exp(x / temperature) to the power of the temperature. If the temperature is 2, 4 or
+// 8, this returns the square root of e1, so that the caller can fuse the last multiplication. Otherwise
+// it returns e1.
 template <int version, class V>
 INLINE V root_of_e1(V e, V x, int plan_version) {
   using R = std::decay_t<decltype(e[0])>;
@@ -28,14 +29,14 @@ INLINE V e1_of(V e, V x, int plan_version) {
   return is_root<version>(plan_version) ? root * root : root;
 }
 
-// Returns e x. In a masked row x can be infinite where e is 0; the product is then 0.
+// Returns e x. In a masked row, x can be infinite if e is 0. The product is then 0.
 template <int version, class V>
 INLINE V product(V e, V x, bool is_masked) {
   return version == kGeneral && is_masked ? (e == 0 ? V{} : e * x) : e * x;
 }
 
-// The sums of a chunk. This loop has the most arithmetic, so the memory's work goes on under it: it
-// prefetches logits, and with 32 registers it computes the maxima of the next chunk.
+// Computes the sums of a chunk. This loop has the most arithmetic, so memory accesses can overlap with
+// it: it prefetches logits, and with 32 registers it also computes the maxima of the next chunk.
 template <class S, int version, bool saved>
 class SumLoop {
   using Plan = RowPlan<S>;
@@ -94,7 +95,7 @@ class SumLoop {
     else return load_partial<R>(from + i, classes - i);
   }
 
-  // Adds the vector of classes from i on; if not `whole`, the row ends within it.
+  // Adds the vector of classes that begins at i. If it is not `whole`, the row ends within it.
   template <bool whole, bool prefetch_gradient>
   INLINE void add(int64_t i) {
     Pair<V> x = both([&](const S* from, R max) INLINE_LAMBDA { return load_classes<whole>(from, i) - max; }, row, max);
@@ -134,7 +135,7 @@ class SumLoop {
       store<R>(to += vector_stride, e1.student), store<R>(to += vector_stride, e1.teacher);
   }
 
-  // e1 may be its root.
+  // e1 may be the square root of e1; see root_of_e1.
   INLINE void accumulate(const Pair<V>& x, const Pair<V>& e, const Pair<V>& e1, V g) {
     both([](LaneSums& to, V e) INLINE_LAMBDA { to.e += e; }, sums, e);
     if constexpr (version != 1)
@@ -166,7 +167,7 @@ NOINLINE void sums(RowState<S>& state, const Chunk<S>& chunk, Group& group) {
   if constexpr (kHas32Registers) state.next_max = loop.maxima(chunk.next);
 }
 
-// Rescales a row's sums so far to the maxima of a further chunk, if those are larger.
+// Rescales the sums of a row to the maxima of its next chunk, if these are larger.
 template <class S>
 NOINLINE void raise_max(const RowPlan<S>& plan, int slot, Pair<double> max, Group& group) {
   NetworkSums &s = group.student, &t = group.teacher;

@@ -1,4 +1,4 @@
-// Shares the rows of a call among threads.
+// Distributes the rows of a call to threads.
 #include "threads.h"
 
 #include <algorithm>
@@ -13,10 +13,10 @@
 #include <pthread.h>
 #endif
 
-// The threads are those of torch's own OpenMP team, found by name in the process. They are awake
-// after the network's last layer, and a second team would compete with them for the cores. A forked
-// child must not use that team, because libgomp hangs there. It starts plain threads, and so does a
-// process whose torch has no OpenMP.
+// The threads are those of torch's own OpenMP team, whose function is found by its name in the
+// process. After the network's last layer they are still awake, and a second team would compete with
+// them for the cores. In a forked child, libgomp hangs. So a forked child starts plain threads, as
+// does a process whose torch has no OpenMP.
 
 namespace {
 
@@ -52,15 +52,15 @@ void run(Work& work, int64_t threads) {
   try {
     for (int64_t i = 1; i < threads; ++i) others.emplace_back(std::ref(work));
   } catch (const std::system_error&) {
-    // The system has no more threads. Those that started do the work.
+    // The system cannot start more threads. The started threads do the work.
   }
   work();
   for (auto& thread : others) thread.join();
 }
 
-// Thirty-two blocks a thread, so that nobody waits long for a thread that was interrupted. A block
-// covers whole cache lines of the statistics (16 rows of float32): two threads that write one line
-// take it from each other row by row.
+// There are 32 blocks per thread, so that the other threads do not wait long for an interrupted one. A
+// block covers whole cache lines of the statistics (16 rows of float32). If two threads wrote to the
+// same line, it would move between their caches with every row.
 int64_t rows_per_block(const Call& call, int64_t threads) {
   if (threads == 1) return std::max<int64_t>(call.rows, 1);
   const int64_t rows = call.rows / (32 * threads);
@@ -71,12 +71,12 @@ int64_t rows_per_block(const Call& call, int64_t threads) {
 }  // namespace
 
 void run_on_threads(const Call& call, RowKernel kernel) {
-  constexpr int64_t kMinElements = 8192;  // of one network: below it, waking a thread costs more than it gains
+  constexpr int64_t kMinElements = 8192;  // of one network; for fewer, waking a thread costs more than it saves
   const bool small = call.rows * call.classes < kMinElements || call.rows < 2;
   const int64_t threads = small ? 1 : std::max<int64_t>(call.threads, 1);
   const int64_t block_rows = rows_per_block(call, threads);
   const int64_t blocks = (call.rows + block_rows - 1) / block_rows;
-  // A thread's rows are contiguous, so that it prefetches its own rows and not those of another.
+  // The rows of a thread are contiguous, so that it prefetches its own rows.
   std::vector<WorkQueue::Range> ranges(threads);
   const auto begin_of = [&](int64_t n) { return std::min(blocks * n / threads * block_rows, call.rows); };
   for (int64_t i = 0; i < threads; ++i) ranges[i] = {begin_of(i), begin_of(i + 1)};

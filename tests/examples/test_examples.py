@@ -1,4 +1,4 @@
-"""Every example runs to its end here and learns; what it says changes is what stands in it."""
+"""Every example runs and its student learns. The lines that its docstring lists are in its code."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ from vision import mended_torchvision
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
-IN_A_PROCESS = [name for name in EXAMPLES if name != "ddp_by_hand"]  # that one wants two
+IN_A_PROCESS = [name for name in EXAMPLES if name != "ddp_by_hand"]  # that one needs two processes
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _torchvision_imports():
 
 
 def accuracy(printed: str) -> float:
-    """The student's on data it has not trained on, as a fraction."""
+    """Return the student's accuracy on test data that an example has printed, as a fraction."""
     return float(re.findall(r"student accuracy ([\d.]+)%", printed)[-1]) / 100
 
 
@@ -43,7 +43,7 @@ def test_an_example_runs_and_its_student_learns(name, capsys, monkeypatch):
 
 
 def test_ddp_by_hand_runs_on_two_ranks_and_ends_its_threads(tmp_path):
-    # A thread of gloo that outlives the group aborts the process now and then as Python ends.
+    # A thread of gloo that is still running when Python exits sometimes aborts the process.
     script = tmp_path / "train.py"
     script.write_text(
         f"import pathlib, runpy\nrunpy.run_path({str(FOLDER / 'ddp_by_hand.py')!r})\n"
@@ -81,8 +81,8 @@ def test_the_index_names_every_example():
     assert sorted(listed) == EXAMPLES
 
 
-def test_no_example_leaves_anything_behind(tmp_path, monkeypatch):
-    """Run where a user stands: nothing is written beside it."""
+def test_examples_write_no_files(tmp_path, monkeypatch):
+    """An example writes nothing into the current folder."""
     copy = tmp_path / "here"
     copy.mkdir()
     shutil.copy(FOLDER / "huggingface_trainer.py", copy)

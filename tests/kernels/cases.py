@@ -1,5 +1,4 @@
-"""Random calls of the loss that every backend must get right, and their judge, with the contract's
-tolerances.
+"""Random calls of the loss for every backend, and a function that checks their results.
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_agrees_with_float64(case):
@@ -7,8 +6,8 @@ tolerances.
 
 ``CASES`` samples the product of sizes, kinds of rows, storage types, layouts, targets and every
 option of the loss. A batch mixes rows of many kinds, so that masked classes, NaN and infinite rows,
-denormal and huge logits meet every combination of options. The truth is ``reference.py``, evaluated
-in float64 on the same, already rounded inputs.
+denormal and huge logits meet every combination of options. The expected result is that of
+``reference.py`` in float64, on the same rounded inputs.
 """
 
 import math
@@ -26,7 +25,8 @@ from bdkd_kernels.options import STATISTICS
 from torch import Tensor
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-# Half a unit in the last place, relative, and below the normal range, absolute.
+# The rounding error of each type: half a unit in the last place (relative), and the absolute error
+# below the normal range.
 ROUNDING = {
     FP64: (0.0, 0.0),
     FP32: (0.0, 0.0),
@@ -37,21 +37,21 @@ ROUNDING = {
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call of the loss, its inputs drawn from a seed made of its name."""
+    """One call of the loss. Its name is the seed of its random inputs."""
 
     name: str
     shape: tuple[int, ...] = (6, 10)  # of the logits
-    logits: str = "ordinary"  # a key of DISTRIBUTIONS; "any" or "finite": another kind each row
+    logits: str = "ordinary"  # a key of DISTRIBUTIONS; "any", "finite": a random one for each row
     storage: tuple[torch.dtype, torch.dtype] = (FP32, FP32)  # student's, teacher's
     target: str | None = "labels"  # "labels", "soft" or None
-    options: dict[str, Any] = field(default_factory=dict)  # of bdkd_loss, but for the tensors
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of bdkd_loss but the tensors
     sample_weight: bool = False
     ignored: bool = False  # about a third of the labels are ignore_index
     offline: bool = False  # the teacher needs no gradient
     layout: str = "contiguous"  # or "rows", "classes", "expanded": see lay_out
     label_type: torch.dtype = torch.int64
     soft_type: torch.dtype = FP32
-    upstream: float | str | None = None  # of backward; "rows": one for each; None: grad_scale
+    upstream: float | str | None = None  # upstream gradient; "rows": (N,) values; None: grad_scale
 
     def __str__(self) -> str:
         return self.name
@@ -100,7 +100,7 @@ def _masked(rng, n, c):
 
 
 def _one_sided(rng, n, c):
-    """A class masked in one network, or one in each, where the other network has mass."""
+    """Mask a class in one network, or one class in each, where the other network has mass."""
     s, t = _ordinary(rng, n, c)
     for row in range(n):
         which = int(torch.randint(3, (), generator=rng))
@@ -112,7 +112,7 @@ def _one_sided(rng, n, c):
 
 
 def _spoiled(value):
-    """Rows in which one network, or both, has this value somewhere."""
+    """Return a function that draws rows in which one network or both contain this value."""
 
     def draw(rng, n, c):
         s, t = _masked(rng, n, c)
@@ -126,7 +126,7 @@ def _spoiled(value):
 
 
 def _empty(rng, n, c):
-    """No class at all in one network or in both."""
+    """Mask all classes in one network or in both."""
     s, t = _ordinary(rng, n, c)
     which = torch.randint(3, (n,), generator=rng)
     s[which != 1] = -math.inf
@@ -142,28 +142,28 @@ def _tied(rng, n, c):
     return tuple(torch.randint(-1, 2, (2, n, c), generator=rng).to(FP64))
 
 
-# By name, functions of a generator, a number of rows and a number of classes: both logits (n, c).
+# Functions that return both logits (n, c) from a generator, the number of rows and of classes.
 DISTRIBUTIONS: dict[str, Callable] = {
     "ordinary": _ordinary,
-    "flat": _flat,  # entropies at their largest, divergences near 0
+    "flat": _flat,  # entropies near their maximum, divergences near 0
     "peaked": _peaked,  # entropies near 0, as late in training
-    "near": _near,  # KL about 1e-8: lost by a difference of two large sums
+    "near": _near,  # KL about 1e-8: the difference of two large sums would lose it
     "equal": _equal,
-    "huge": _huge,  # +-1e4: exp of anything but a shifted logit overflows
-    "offset": _offset,  # ordinary spread around +-1e4: lost by logsumexp(x) - x_y unshifted
+    "huge": _huge,  # +-1e4: exp overflows unless the logits are shifted
+    "offset": _offset,  # ordinary spread around +-1e4: logsumexp(x) - x_y would lose it
     "masked": _masked,  # -inf in both networks
     "tied": _tied,  # several largest classes; few distinct values
-    "denormal": _denormal,  # order of the classes below the normal range of float32
+    "denormal": _denormal,  # logits below the normal range of float32
     "one-sided": _one_sided,  # an infinite divergence in a batch with finite rows
     "nan": _spoiled(math.nan),
-    "infinite": _spoiled(math.inf),  # no such distribution: as NaN
+    "infinite": _spoiled(math.inf),  # not a distribution: the results are NaN
     "empty": _empty,
 }
-FINITE = list(DISTRIBUTIONS)[:10]  # of finite losses, which a sum over rows shows
+FINITE = list(DISTRIBUTIONS)[:10]  # with finite losses, so that sums over rows can be compared
 
 
 def draw_rows(rng: torch.Generator, kinds: list[str], c: int) -> tuple[Tensor, Tensor]:
-    """Both networks' logits ``(N, C)``, row by row of these kinds."""
+    """Return both networks' logits ``(N, C)``, with these kinds of rows."""
     s, t = torch.empty(2, len(kinds), c, dtype=FP64).unbind()
     for kind in dict.fromkeys(kinds):
         rows = torch.tensor([other == kind for other in kinds])
@@ -172,8 +172,8 @@ def draw_rows(rng: torch.Generator, kinds: list[str], c: int) -> tuple[Tensor, T
 
 
 class Inputs(NamedTuple):
-    student: Tensor  # (..., C), a leaf; likewise teacher
-    teacher: Tensor
+    student: Tensor  # (..., C), a leaf
+    teacher: Tensor  # (..., C), a leaf
     target: Tensor | None
     sample_weight: Tensor | None  # (...)
     options: dict[str, Any]
@@ -181,16 +181,16 @@ class Inputs(NamedTuple):
 
 
 def lay_out(logits: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
+    """Return the same values in another memory layout."""
     if layout == "contiguous":
         return logits
     *leading, c = logits.shape
-    if layout == "rows":  # row stride > C, and rows that start off any vector's alignment
+    if layout == "rows":  # row stride > C, and rows that are not aligned to vectors
         wide = torch.full((*leading, c + 5), math.nan, dtype=logits.dtype, device=logits.device)
         return wide[..., 1 : c + 1].copy_(logits)
     if layout == "classes":  # the classes are strided
         return logits.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "expanded":  # one row seen many times: row stride 0
+    if layout == "expanded":  # every row is the first row: row stride 0
         return logits[:1].expand_as(logits)
     raise ValueError(layout)
 
@@ -247,23 +247,24 @@ def make(case: Case, device: str = "cpu") -> Inputs:
     return Inputs(student, teacher, target, weight, options, upstream)
 
 
-# Sizes, and how many calls of each: every way a row can meet a vector, a block and a regime.
+# Sizes, and the number of calls of each. They cover every way in which a row can fill vectors and
+# blocks, and every kernel.
 SIZES: dict[tuple[int, ...], int] = {
     (5, 1): 6,  # one class: all divergences and entropies 0
     (6, 2): 10,
     (33, 7): 30,  # fewer classes than a vector; rows that fill no block; every kind of row
     (17, 10): 30,  # CIFAR-10
     (9, 16): 12,  # exactly one AVX-512 vector
-    (9, 17): 12,  # and one class over
-    (12, 40): 30,  # rows of two vectors and a rest
+    (9, 17): 12,  # one class more than an AVX-512 vector
+    (12, 40): 30,  # rows of two vectors and a remainder
     (8, 100): 20,  # CIFAR-100
-    (131, 33): 4,  # more rows than one program or one thread's share
+    (131, 33): 4,  # more rows than one program or one thread computes
     (5, 1000): 8,  # ImageNet
     (3, 1023): 4, (3, 1024): 4, (3, 1025): 4,  # around a power of two, where blocks are padded
-    (4, 4097): 8,  # just past a row that fits on chip
-    (3, 5000): 6,  # in parts, whose maxima rise
-    (2, 33000): 3,  # the loop over blocks, with a ragged last block
-    (1, 100_000): 3,  # where adding one after the other loses digits
+    (4, 4097): 8,  # one class more than the longest row that stays in registers
+    (3, 5000): 6,  # computed in parts, with rising maxima
+    (2, 33000): 3,  # the loop over blocks, with a partial last block
+    (1, 100_000): 3,  # where adding the classes one by one loses digits
     (300, 10): 2,
     (10,): 4,  # one sample without a leading dimension
     (2, 3, 10): 10,  # (batch, time, classes)
@@ -271,13 +272,13 @@ SIZES: dict[tuple[int, ...], int] = {
     (2, 0, 10): 2,
 }  # fmt: skip
 
-# Temperatures with powers by squaring, those without, and extremes: a low one turns every other
-# class's probability into 0.
+# Temperatures whose powers are computed by squaring, other temperatures, and extremes. With a low
+# temperature, the probabilities of all classes but the largest are 0.
 TEMPERATURES = (1.0, 4.0, 2.0, 8.0, 3.0, 1.7, 0.5, 0.1, 0.02, 0.01, 20.0, 100.0, 1e-4, 1e4)
 
 
 def sampled_case(name: str, shape: tuple[int, ...]) -> Case:
-    """A call of this size with everything else drawn at random, seeded by its name."""
+    """Return a call of this size. Everything else is random, with its name as the seed."""
     draw = random.Random(name)
     half = draw.choice([BF16, FP16])
     labels = [torch.int64] * 4 + [torch.int32] + [torch.int8] * (shape[-1] < 128)
@@ -296,7 +297,7 @@ def sampled_case(name: str, shape: tuple[int, ...]) -> Case:
         "label_smoothing": draw.choice([0.0, 0.0, 0.1, 1 / 3, 1.0]),
         "ignore_index": draw.choice([-100, -100, 0, -1]),
         "reduction": reduction,
-        # 0.1 is rounded by float32, where float64 gradients must not be.
+        # float32 rounds 0.1. Gradients in float64 must not contain this rounding.
         "grad_scale": draw.choice([1.0, 0.1, 7.0, 2.0**-10, 1024.0]),
     }
     for weight in ("student_ce", "student_kd", "teacher_ce", "teacher_kd"):
@@ -322,7 +323,7 @@ def sampled_case(name: str, shape: tuple[int, ...]) -> Case:
 
 
 def sample(scale: float, salt: str = "") -> list[Case]:
-    """``scale`` times as many calls of each size as ``SIZES`` says; another salt, other calls."""
+    """Return ``scale`` times as many calls of each size as in ``SIZES``. ``salt`` is a seed."""
     return [
         sampled_case(f"{'x'.join(map(str, shape))}-{salt}{i}", shape)
         for shape, count in SIZES.items()
@@ -334,7 +335,7 @@ CASES = sample(1.0)
 
 
 def short_sample(scale: float) -> list[Case]:
-    """Calls for backends that are slow per element or per program (the Triton interpreter)."""
+    """Return small calls, for backends that are slow (the Triton interpreter)."""
     return [
         case
         for case in sample(scale)
@@ -351,7 +352,7 @@ class Result(NamedTuple):
 
 
 def backward_from(x: Inputs, backend: str) -> Result:
-    """Losses by ``bdkd_loss``, gradients by ``backward`` of both from ``x.upstream``."""
+    """Return the losses of ``bdkd_loss``, and the gradients of ``backward`` from ``x.upstream``."""
     student = x.student.detach().requires_grad_(x.student.requires_grad)
     teacher = x.teacher.detach().requires_grad_(x.teacher.requires_grad)
     out = bdkd_loss(student, teacher, x.target, sample_weight=x.sample_weight, backend=backend,
@@ -367,14 +368,14 @@ def backward_from(x: Inputs, backend: str) -> Result:
 
 
 def at_once(x: Inputs, backend: str) -> Result:
-    """Losses and gradients by ``bdkd_loss_and_grad``."""
+    """Return the losses and gradients of ``bdkd_loss_and_grad``."""
     out, (ds, dt) = bdkd_loss_and_grad(x.student, x.teacher, x.target, backend=backend,
                                        sample_weight=x.sample_weight, **x.options)  # fmt: skip
     return Result(*out, ds, dt)
 
 
 def truth(x: Inputs, weights: tuple[Tensor, Tensor] | None = None) -> Result:
-    """The reference in float64 on the same values; ``weights``: d1, d2 instead of its own."""
+    """Return the result of the reference in float64. ``weights`` (d1, d2) replace its own."""
 
     def wide(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point():
@@ -395,8 +396,10 @@ def truth(x: Inputs, weights: tuple[Tensor, Tensor] | None = None) -> Result:
 
 
 def judge(case: Case, backend: str, device: str = "cpu") -> None:
-    """Both ways through a backend against float64: dtypes, shapes, 2 losses, 12 statistics, 2
-    gradients; and both ways the same losses."""
+    """Compare ``bdkd_loss`` and ``bdkd_loss_and_grad`` of a backend with the reference in float64.
+
+    Compares dtypes, shapes, the losses, the statistics and the gradients.
+    """
     x = make(case, device)
     result = backward_from(x, backend)
     compare(x, result, f"{case} bdkd_loss")
@@ -406,19 +409,19 @@ def judge(case: Case, backend: str, device: str = "cpu") -> None:
 
 
 def compare(x: Inputs, got: Result, name: str) -> None:
-    """Assert that a backend's result for these inputs is the truth, within SPEC's tolerances."""
+    """Assert that a backend's result for these inputs equals the reference, within tolerances."""
     wide = FP64 in (x.student.dtype, x.teacher.dtype)
     relative, absolute = (1e-12, 1e-12) if wide else (2e-6, 1e-6)
     want = truth(x, either_branch(x, got, relative, absolute))
     o = dict.fromkeys(("temperature", "student_ce", "student_kd", "teacher_ce", "teacher_kd"), 1.0)
     o.update(x.options)
 
-    # A sum of rows may be off by what each row may be off.
+    # The error of a sum of rows may be the sum of the errors of the rows.
     rows = x.student.shape[:-1].numel() if o.get("reduction") == "sum" else 1
     for side in ("student", "teacher"):
         value = getattr(got, side)
         assert value.dtype == (FP64 if wide else FP32), f"{name} {side}: {value.dtype}"
-        # A divergence's absolute error is multiplied by all that its term is.
+        # The absolute error of a divergence is multiplied by the factors of its term.
         weight = o[f"{side}_kd"] * (max(1.0, o.get("gamma", 2.0) / 2) if side == "student" else 1.0)
         amplified = rows * absolute * max(1.0, o[f"{side}_ce"], weight * o["temperature"] ** 2)
         truth_value = getattr(want, side)
@@ -438,24 +441,26 @@ def compare(x: Inputs, got: Result, name: str) -> None:
             assert value is None, f"{name} {side}: a gradient for logits that need none"
             continue
         if value is None and not truth_value.any():
-            continue  # every term of this network is switched off: its loss is a constant
+            continue  # this network's loss has no terms, so it is a constant
         assert value is not None, f"{name} {side}: no gradient"
         assert value.dtype == logits.dtype, f"{name} {side}: {value.dtype}"
-        # One rounding of the storage type more than the arithmetic's error.
+        # The error of the arithmetic, plus one rounding to the storage type.
         error = (1e-11 if wide and logits.dtype == FP64 else 5e-6) * terms[..., None]
         unit, smallest = ROUNDING[logits.dtype]
         rounding = (unit * (truth_value.abs() + error)).clamp(min=smallest)
         overflow = truth_value.isfinite() & truth_value.to(logits.dtype).isinf()
         truth_value = torch.where(overflow, truth_value.sign() * math.inf, truth_value)
-        # A probability that some type cannot hold, times an infinity, is 0 or infinite.
+        # A probability that underflows in some types, times an infinity, is 0 or infinite.
         infinite = ~(truth_value.isfinite() & value.isfinite())
         value = torch.where(tiny & infinite, truth_value, value.to(FP64))
         close(f"{name} {side}", value, truth_value, error + rounding + 1e-37)
 
 
 def underflows_in(x: Inputs, smallest: float) -> Tensor:
-    """Classes ``(..., C)`` with a softened probability below ``smallest``, but not masked, in a
-    network."""
+    """Return a mask ``(..., C)`` of the classes whose softened probability underflows.
+
+    Their probability is below ``smallest`` in one of the networks, but they are not masked there.
+    """
     τ = float(x.options.get("temperature", 1.0))
     logits = (x.student.detach().to(FP64), x.teacher.detach().to(FP64))
     log_p_s, log_p_t = (reference.log_softmax(u, τ) for u in logits)
@@ -464,7 +469,7 @@ def underflows_in(x: Inputs, smallest: float) -> Tensor:
 
 
 def close(name: str, got: Tensor, want: Tensor, tolerance: Tensor | float) -> None:
-    """NaN where NaN is wanted, the same infinity, and otherwise within the tolerance."""
+    """Assert that values are within the tolerance, and that NaN and infinities are the same."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
     got, want = got.detach().to(FP64), want.detach().to(FP64)
     error = (got - want).abs()
@@ -481,8 +486,11 @@ def close(name: str, got: Tensor, want: Tensor, tolerance: Tensor | float) -> No
 
 
 def either_branch(x: Inputs, got: Result, relative: float, absolute: float):
-    """The weights d1, d2 that the truth must take to follow the backend's choice in rows whose
-    entropies differ by less than rounding; None where there is no such row."""
+    """Return weights d1, d2 for the reference, or None if it can use its own.
+
+    In rows whose entropies differ by less than their rounding errors, the backend may choose either
+    weight. In these rows, the returned weights are those that the backend has chosen.
+    """
     own = truth(x).stats
     if not x.options.get("student_kd", 1.0) and not x.options.get("teacher_kd", 1.0):
         return None
@@ -493,7 +501,7 @@ def either_branch(x: Inputs, got: Result, relative: float, absolute: float):
     if not undecided.any():
         return None
     γ = float(x.options.get("gamma", 2.0))
-    one = torch.ones((), dtype=FP64, device=gap.device)  # not of two numbers, which makes float32
+    one = torch.ones((), dtype=FP64, device=gap.device)  # torch.where of two numbers is float32
     weights = []
     for taken, true in (
         (got.stats.forward_weight, own.forward_weight),
@@ -508,10 +516,10 @@ def either_branch(x: Inputs, got: Result, relative: float, absolute: float):
 
 
 def gradient_terms(x: Inputs, want: Result) -> tuple[Tensor, Tensor]:
-    """Each row's largest gradient term before cancellation, ``(...)``, student's and teacher's.
+    """Return each row's largest gradient term before cancellation, ``(...)``, for both networks.
 
-    The terms as SPEC writes them: Σq·softmax and q of the cross entropy; p_s and p_t of the KL
-    whose second argument is trained; p log p, p log q and p KL of the one whose first is.
+    The terms are Σq·softmax and q of the cross entropy, p_s and p_t of the KL whose second argument
+    is trained, and p log p, p log q and p KL of the KL whose first argument is trained.
     """
     o = {"temperature": 1.0, "student_ce": 1.0, "student_kd": 1.0, "teacher_ce": 1.0,
          "teacher_kd": 1.0, "teacher_divergence": "reverse", "reduction": "mean",
@@ -528,7 +536,8 @@ def gradient_terms(x: Inputs, want: Result) -> tuple[Tensor, Tensor]:
 
     def first(p, log_p, log_q, kl):
         # p / 16: the log-ratio of two p near 1 comes from two float32 sums near 1, each rounded by
-        # 6e-8, however small it is. (An H200 was off by 1.8e-7, where p / 32 allowed 1.6e-7.)
+        # 6e-8, even if the log-ratio is tiny. (The error of an H200 was 1.8e-7, and p / 32 would
+        # allow 1.6e-7.)
         terms = (p * log_p, p * log_q, p * kl[..., None], p / 16)
         return torch.stack([largest(x) for x in terms]).amax(0)
 

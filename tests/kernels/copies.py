@@ -1,4 +1,4 @@
-"""Copies of the package under other names, as a project that vendors it has."""
+"""Copies of the package under other names, as in a project that vendors it."""
 
 import importlib
 import shutil

@@ -1,10 +1,10 @@
-"""A second derivation of the loss, in NumPy float64, from the contract's formulas alone: losses,
-statistics and closed-form gradients. It shares no line with ``reference.py``, whose gradients are
-autograd's.
+"""A second derivation of the loss in NumPy float64: losses, statistics, closed-form gradients.
+
+It shares no code with ``reference.py``, whose gradients come from autograd.
 
 Conventions: a class of probability 0 adds nothing to a sum and has no gradient (0 log 0 = 0). If a
-network that a term reads is no distribution (NaN, +inf, only -inf), the whole row of that term's
-gradient is NaN.
+term reads a network whose logits are not a distribution (NaN, +inf, only -inf), the whole row of
+its gradient is NaN.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Derived(NamedTuple):
 
 
 def softmax(x: Array, tau: float) -> tuple[Array, Array]:
-    """Probabilities and their logarithms."""
+    """Return the probabilities and their logarithms."""
     z = (x - x.max(-1, keepdims=True)) / tau
     e = np.exp(z)
     total = e.sum(-1, keepdims=True)
@@ -32,7 +32,7 @@ def softmax(x: Array, tau: float) -> tuple[Array, Array]:
 
 
 def dot(p: Array, x: Array) -> Array:
-    """sum p x, with 0 * anything = 0."""
+    """Return sum p x, with 0 * x = 0 for every x."""
     return times(p, x).sum(-1)
 
 
@@ -41,7 +41,7 @@ def times(p: Array, x: Array) -> Array:
 
 
 def targets(target: NDArray | None, n: int, classes: int, smoothing: float) -> Array | None:
-    """The distribution q that the cross entropy is taken from, ``(N, C)``; NaN: no such class."""
+    """Return the target distribution q of the cross entropy, ``(N, C)``. NaN for a bad label."""
     if target is None:
         return None
     if target.dtype.kind == "f":
@@ -58,8 +58,8 @@ def targets(target: NDArray | None, n: int, classes: int, smoothing: float) -> A
 
 @np.errstate(all="ignore")
 def derive(
-    s: Array,  # (N, C), as is t
-    t: Array,
+    s: Array,  # (N, C)
+    t: Array,  # (N, C)
     target: NDArray | None,  # (N,) integers or (N, C) floats
     sample_weight: Array | None = None,  # (N,)
     upstream: tuple[Array | float, Array | float] = (1.0, 1.0),  # () or (N,)
@@ -104,7 +104,7 @@ def derive(
     for name, value in zip(names, (F, R, H_s, H_t, d1, d2), strict=True):
         stats[name] = value if kd else zero
 
-    # NaN in the rows in which a network is no distribution, else 0.
+    # NaN in rows in which a network's logits are not a distribution, else 0.
     no_student = np.where(np.isnan(log_p_s).any(-1, keepdims=True), np.nan, 0.0)
     no_pair = no_student + np.where(np.isnan(log_p_t).any(-1, keepdims=True), np.nan, 0.0)
     if student_kd > 0:

@@ -1,5 +1,6 @@
-"""SPEC section 1's table of edge cases, and what users of PyTorch expect of autograd, as checks
-that run on any backend.
+"""Edge cases of the loss, and the behaviour that users of PyTorch expect from autograd.
+
+The checks run on any backend:
 
     @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
     def test_edge(edge):
@@ -40,14 +41,14 @@ def edge(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def draw(name: str, n: int = 5, c: int = 11, device: str = "cpu", dtype=FP32):
-    """Student's and teacher's logits ``(n, c)``, not yet leaves, and labels."""
+    """Return the student's and the teacher's logits ``(n, c)``, without gradients, and labels."""
     rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     s, t = (2.0 * torch.randn(2, n, c, generator=rng, dtype=FP64)).to(device, dtype)
     return s, t, torch.randint(c, (n,), generator=rng).to(device)
 
 
 def run(s, t, y, backend: str, *, sample_weight=None, offline=False, **options) -> list[Result]:
-    """Results of both ways through a backend, from fresh leaves of these values."""
+    """Return the results of ``bdkd_loss`` and ``bdkd_loss_and_grad`` for new leaves."""
     shape = s.shape[:-1] if options.get("reduction") == "none" else ()
     x = Inputs(
         s.detach().requires_grad_(),
@@ -61,7 +62,7 @@ def run(s, t, y, backend: str, *, sample_weight=None, offline=False, **options) 
 
 
 def judged(s, t, y, backend: str, **options) -> list[Result]:
-    """:func:`run`, each result compared with float64."""
+    """Return :func:`run`, after each result was compared with the reference in float64."""
     results = run(s, t, y, backend, **options)
     weight, offline = options.pop("sample_weight", None), options.pop("offline", False)
     shape = s.shape[:-1] if options.get("reduction") == "none" else ()
@@ -103,7 +104,7 @@ def ignored_rows_are_zero_and_not_counted(backend, device="cpu"):
 
 
 @edge
-def an_ignored_row_wins_over_nan_and_infinity(backend, device="cpu"):
+def an_ignored_row_with_nan_or_inf_is_zero(backend, device="cpu"):
     s, t, y = draw("ignored nan", device=device)
     y[1] = y[3] = -100
     clean = run(s, t, y, backend)
@@ -158,7 +159,7 @@ def all_sample_weights_zero_is_zero(backend, device="cpu"):
 
 
 @edge
-def no_target_is_no_cross_entropy(backend, device="cpu"):
+def without_a_target_there_is_no_cross_entropy(backend, device="cpu"):
     s, t, y = draw("unlabelled", device=device)
     without = judged(s, t, y, backend, student_ce=0.0, teacher_ce=0.0)
     for a, b in zip(judged(s, t, None, backend), without, strict=True):
@@ -181,9 +182,11 @@ def soft_one_hot_labels_are_labels(backend, device="cpu"):
 
 
 @edge
-def of_equal_soft_labels_the_first_is_the_label(backend, device="cpu"):
-    """As two classes mixed half and half, or a row without a label. The last classes of a row are
-    read first in some kernels, and rows with a masked class by other code."""
+def the_first_of_tied_soft_labels_is_the_label(backend, device="cpu"):
+    """Soft labels tie, for example, if two classes are mixed half and half, or if all are 0.
+
+    Some kernels read the last classes of a row first, and rows with a masked class run other code.
+    """
     for classes, first, last in ((33, 0, 32), (5000, 3, 4099)):
         s, t, _ = draw("equal soft", 4, classes, device=device)
         soft = torch.zeros(4, classes, device=device)
@@ -206,7 +209,7 @@ def soft_labels_need_not_sum_to_one(backend, device="cpu"):
 
 
 @edge
-def a_term_of_weight_zero_cannot_bring_a_nan(backend, device="cpu"):
+def a_term_of_weight_zero_adds_no_nan(backend, device="cpu"):
     s, t, y = draw("absent", device=device)
     bad = torch.full_like(s, math.nan)
     kd_off = {"student_kd": 0.0, "teacher_kd": 0.0}
@@ -230,7 +233,7 @@ def a_term_of_weight_zero_cannot_bring_a_nan(backend, device="cpu"):
 
 
 @edge
-def cross_entropy_is_torchs(backend, device="cpu"):
+def cross_entropy_equals_torch(backend, device="cpu"):
     s, t, y = draw("torch", device=device)
     y[2] = -100
     kd_off = {"student_kd": 0.0, "teacher_kd": 0.0}
@@ -242,7 +245,7 @@ def cross_entropy_is_torchs(backend, device="cpu"):
 
 
 @edge
-def a_class_masked_in_both_is_as_if_absent(backend, device="cpu"):
+def a_class_masked_in_both_networks_has_no_effect(backend, device="cpu"):
     s, t, y = draw("masked", device=device)
     y %= 7
     kept = [0, 1, 2, 3, 4, 5, 6]
@@ -280,8 +283,11 @@ def a_target_in_a_masked_class_is_infinite(backend, device="cpu"):
 
 @edge
 def a_class_masked_in_one_network_only(backend, device="cpu"):
-    """KL is inf where the other has mass; the gradients are the closed forms with 0 log 0 = 0, so
-    -inf where p (finite - inf), NaN where p (inf - inf), 0 where p = 0."""
+    """The KL is infinite if the other network has mass in a masked class.
+
+    The gradients are the closed forms with 0 log 0 = 0: -inf for p (finite - inf), NaN for
+    p (inf - inf), and 0 for p = 0.
+    """
     for divergence in ("reverse", "forward"):
         for τ in (1.0, 4.0):
             options = {"temperature": τ, "teacher_divergence": divergence, "reduction": "none"}
@@ -306,7 +312,7 @@ def a_class_masked_in_one_network_only(backend, device="cpu"):
 
 
 @edge
-def no_gradient_wanted_none_made(backend, device="cpu"):
+def no_gradient_is_computed_unless_required(backend, device="cpu"):
     s, t, y = draw("no grad", device=device)
     want = run(s, t, y, backend)[0]
     out = bdkd_loss(s, t, y, backend=backend)
@@ -330,7 +336,7 @@ def nan_stays_in_its_row(backend, device="cpu"):
         options = {"reduction": "none", **options}
         for c in (11, 4099):
             s, t, y = draw(f"nan {c}", c=c, device=device)
-            y[1], y[3], y[4] = c - 1, 2, 0  # where an argmax that prefers NaN would be right
+            y[1], y[3], y[4] = c - 1, 2, 0  # an argmax that prefers NaN would be counted as correct
             clean = run(s, t, y, backend, **options)
             s[1, c - 1], t[3, 2], s[4] = math.nan, math.nan, math.nan
             for a, b in zip(judged(s, t, y, backend, **options), clean, strict=True):
@@ -345,7 +351,7 @@ def nan_stays_in_its_row(backend, device="cpu"):
 def infinite_and_fully_masked_rows_are_nan(backend, device="cpu"):
     s, t, y = draw("infinite", device=device)
     clean = run(s, t, y, backend, reduction="none")
-    s[1, 4], s[2], t[3] = math.inf, -math.inf, -math.inf  # no such distributions
+    s[1, 4], s[2], t[3] = math.inf, -math.inf, -math.inf  # these rows are not distributions
     for a, b in zip(judged(s, t, y, backend, reduction="none"), clean, strict=True):
         same(a, b, torch.tensor([0, 4], device=device))
         assert a.ds[1:4].isnan().all()
@@ -383,14 +389,14 @@ def one_class_and_huge_logits_are_finite(backend, device="cpu"):
 
 
 @edge
-def a_label_out_of_range_is_named(backend, device="cpu"):
-    """On the CPU. A GPU does not look: the row's loss and gradients are NaN."""
+def a_label_out_of_range_raises_with_its_row(backend, device="cpu"):
+    """On a GPU, labels are not checked: the loss and the gradients of the row are NaN."""
     for label in (11, -1, 2**40, -101):
         s, t, y = draw("labels", device=device)
         clean = run(s, t, y, backend, reduction="none")
         y[2] = y[4] = label
         if device == "cpu":
-            y[0] = -100  # no wrong one, though no class either
+            y[0] = -100  # ignore_index is a valid label although it is not a class
             for function in (bdkd_loss, bdkd_loss_and_grad):
                 with pytest.raises(ValueError, match=rf"target\[2\] is {label}.*\[0, 11\)"):
                     function(s, t, y, backend=backend)
@@ -430,7 +436,7 @@ def equal_logits_have_no_divergence(backend, device="cpu"):
 
 @edge
 def nearly_equal_logits_keep_their_divergence(backend, device="cpu"):
-    """A difference of two large sums would leave 1e-7 of noise, or a negative KL, here."""
+    """The difference of two large sums would have an error of 1e-7, or give a negative KL."""
     s, t, y = draw("nearly", c=1003, device=device)
     t = s + 1e-4 * t
     want = truth(Inputs(s, t, y, None, {}, (torch.ones((), device=device),) * 2)).stats
@@ -442,7 +448,7 @@ def nearly_equal_logits_keep_their_divergence(backend, device="cpu"):
 
 
 @edge
-def losses_go_backward_apart_and_in_either_order(backend, device="cpu"):
+def each_loss_can_go_backward_alone_in_either_order(backend, device="cpu"):
     s, t, y = draw("apart", device=device)
     together = run(s, t, y, backend)[0]
     for order in (("student", "teacher"), ("teacher", "student")):
@@ -470,7 +476,7 @@ def retain_graph_gives_the_gradient_again(backend, device="cpu"):
     (3 * out.student).backward()
     close("ds", s.grad, 6 * want.ds, 2e-6)
     s.grad, out = None, bdkd_loss(s, t, y, backend=backend)
-    for times in (1, 2):  # the teacher's, made beside it, waits meanwhile
+    for times in (1, 2):  # the teacher's gradient, computed in the same pass, is still kept
         (3 * out.student).backward(retain_graph=True)
         close("ds", s.grad, 3 * times * want.ds, 2e-6)
     (3 * out.teacher).backward()
@@ -480,8 +486,11 @@ def retain_graph_gives_the_gradient_again(backend, device="cpu"):
 
 
 @edge
-def a_scale_put_in_late_comes_to_both(backend, device="cpu"):
-    """However the losses are led back, also where the host cannot see which upstream came."""
+def a_late_loss_scale_multiplies_both_gradients(backend, device="cpu"):
+    """In any order of the backward passes, and also if the host cannot read the upstream gradient.
+
+    A loss scale that is applied to the losses, instead of passed as ``grad_scale``, is late.
+    """
     s, t, y = draw("late", 2, 5, device)
     blind = mock.patch.object(autograd.GradScale, "is_like", return_value=False)
     for reduction, seen in (("mean", True), ("mean", False), ("none", False)):
@@ -498,14 +507,14 @@ def a_scale_put_in_late_comes_to_both(backend, device="cpu"):
                     else:
                         order = (0, 1) if way == "student first" else (1, 0)
                         out[order[0]].backward(ups[order[0]])
-                        ups[order[0]].fill_(math.nan)  # it is the caller's to write into
+                        ups[order[0]].fill_(math.nan)  # the caller may write into this tensor
                         out[order[1]].backward(ups[order[1]])
                 close("ds", a.grad, above[0] * one.ds, 1e-6 * above[0])
                 close("dt", b.grad, above[1] * one.dt, 1e-6 * above[1])
 
 
 @edge
-def an_assumption_that_was_changed_counts_for_nothing(backend, device="cpu"):
+def a_grad_scale_changed_before_backward_is_not_used(backend, device="cpu"):
     s, t, y = draw("changed", device=device)
     want = run(s, t, y, backend)[0]
     s.requires_grad_()
@@ -533,15 +542,15 @@ def gradients_kept_by_the_caller_are_never_overwritten(backend, device="cpu"):
     out = bdkd_loss(s, t, y, backend=backend)
     (one,) = torch.autograd.grad(out.student, s)
     before = one.clone()
-    (two,) = torch.autograd.grad(7 * out.teacher, t)  # it could write both, were one not gone
+    (two,) = torch.autograd.grad(7 * out.teacher, t)  # must not write into the student's gradient
     assert torch.equal(one, before)
 
 
 @edge
-def logits_that_need_a_gradient_through_a_network(backend, device="cpu"):
+def gradients_flow_through_a_shared_network(backend, device="cpu"):
     s, t, y = draw("network", device=device)
     net = torch.nn.Linear(11, 11, device=device)
-    shared = torch.nn.functional.gelu(net(s))  # both logits hang on one parameter
+    shared = torch.nn.functional.gelu(net(s))  # both logits depend on the same parameters
     out = bdkd_loss(shared, net(t), y, backend=backend)
     (out.student + out.teacher).backward()
     got = net.weight.grad.clone()
@@ -557,13 +566,14 @@ def gradients_are_written_into_given_tensors(backend, device="cpu"):
         s, t, y = draw("buffers", device=device, dtype=storage)
         out, want = bdkd_loss_and_grad(s, t, y, backend=backend)
         nan = torch.full((5, 20), math.nan, dtype=storage, device=device)
-        wide = nan.clone()[:, 3:14], nan.clone()[:, 2:13]  # rows apart
+        wide = nan.clone()[:, 3:14], nan.clone()[:, 2:13]  # row stride > C
         columns = tuple(torch.full_like(s.mT, math.nan).contiguous().mT for _ in range(2))
         for grads in (tuple(torch.full_like(s, math.nan) for _ in range(2)), wide, columns):
             again, given = bdkd_loss_and_grad(s, t, y, backend=backend, grads=grads)
             assert given[0] is grads[0]
             assert given[1] is grads[1]
-            # Other strides, or one gradient less, are another kernel, which may round otherwise.
+            # With other strides or only one gradient, another kernel runs, which may round
+            # differently.
             torch.testing.assert_close(given, want)
             torch.testing.assert_close(again.student, out.student)
         around = wide[0]._base
@@ -619,7 +629,7 @@ def every_run_gives_the_same_bits(backend, device="cpu"):
 
 
 @edge
-def double_backward_works_or_says_why_not(backend, device="cpu"):
+def double_backward_works_or_raises(backend, device="cpu"):
     s, t, y = draw("double", device=device, dtype=FP64)
     s.requires_grad_()
     out = bdkd_loss(s, t, y, backend=backend)
@@ -633,12 +643,14 @@ def double_backward_works_or_says_why_not(backend, device="cpu"):
 
 
 @edge
-def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
-    """Next to contiguous logits, which need no copy. A kernel that took labels or weights for
-    contiguous too would read a neighbour's."""
+def labels_and_weights_may_have_any_strides(backend, device="cpu"):
+    """Here the logits are contiguous and need no copy, but labels and weights are not.
+
+    A kernel that assumed contiguous labels or weights would read those of another row.
+    """
     n, c = 4, 11
     s, t, y = draw("lie anywhere", n, c, device)
-    s, t = s.clone(), t.clone()  # each alone in its memory, as a network's logits are
+    s, t = s.clone(), t.clone()  # each in its own storage, as a network's logits
     rng = torch.Generator().manual_seed(3)
     soft, weight = torch.rand(n, c, generator=rng).to(device), torch.rand(n, generator=rng)
     weight = weight.to(device)
@@ -647,7 +659,7 @@ def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
         larger = torch.full([2 * size for size in x.shape], -7, dtype=x.dtype, device=device)
         return larger[(slice(1, None, 2),) * x.ndim].copy_(x)
 
-    def expanded(x):  # the first row, seen n times
+    def expanded(x):  # every row is the first row
         return x[:1].expand_as(x)
 
     columns = soft.mT.contiguous().mT
@@ -659,8 +671,8 @@ def labels_and_weights_are_read_from_any_memory(backend, device="cpu"):
 
 
 @edge
-def gradients_from_above_are_read_from_any_memory(backend, device="cpu"):
-    """A sum over samples brings one number, seen N times. Some may be what was assumed, 1."""
+def upstream_gradients_may_have_any_strides(backend, device="cpu"):
+    """A sum over the samples expands one number to N. Some numbers may equal the assumed 1."""
     s, t, y = draw("above", device=device)
     one = run(s, t, y, backend, reduction="none")[0]
     many = torch.arange(1.0, 11.0, device=device)
@@ -677,7 +689,7 @@ def gradients_from_above_are_read_from_any_memory(backend, device="cpu"):
 
 @edge
 def soft_labels_and_weights_are_constants(backend, device="cpu"):
-    """No gradient flows into them, as the documentation says: also where they ask for one."""
+    """No gradient flows into them, even if they require one."""
     s, t, _ = draw("constants", device=device)
     soft, weight = torch.softmax(s + t, -1), torch.rand(5).to(device)
     want = run(s, t, soft, backend, sample_weight=weight)[0]
@@ -694,7 +706,7 @@ def soft_labels_and_weights_are_constants(backend, device="cpu"):
     assert not any(x.requires_grad for x in (*out[:2], *out.stats, *grads))
 
 
-# -- what PyTorch's users do to a loss -------------------------------------------------------------
+# -- usual operations of PyTorch on a loss ---------------------------------------------------------
 
 
 @edge
@@ -702,7 +714,7 @@ def a_loss_without_a_term_is_zero_with_zero_gradients(backend, device="cpu"):
     off = {"student_ce": 0.0, "student_kd": 0.0, "teacher_ce": 0.0, "teacher_kd": 0.0}
     for storage in (FP32, FP16, FP64):
         s, t, y = draw("no term", device=device, dtype=storage)
-        s[1], t[2, 3] = math.nan, math.inf  # 0 * NaN would show
+        s[1], t[2, 3] = math.nan, math.inf  # 0 * NaN would be visible
         for target, options in (
             (y, off), (None, {"student_kd": 0.0, "teacher_kd": 0.0}),
             (y, {"teacher_ce": 0.0, "teacher_kd": 0.0}), (y, {**off, "reduction": "none"}),
@@ -721,7 +733,7 @@ def a_loss_without_a_term_is_zero_with_zero_gradients(backend, device="cpu"):
 
 @edge
 def gradients_of_no_term_may_be_written_over_the_logits(backend, device="cpu"):
-    """They are 0, and the other network's loss has to read the logits before."""
+    """These gradients are 0, and are written after the other network's loss has read the logits."""
     s, t, y = draw("over, no term", device=device)
     options = {"student_ce": 0.0, "student_kd": 0.0, "backend": backend}
     out, (_, dt) = bdkd_loss_and_grad(s, t, y, **options)
@@ -736,7 +748,7 @@ def gradients_of_no_term_may_be_written_over_the_logits(backend, device="cpu"):
 
 @edge
 def tensors_of_inference_mode_are_accepted_everywhere(backend, device="cpu"):
-    """A teacher under inference_mode is the usual way to run a frozen one."""
+    """A frozen teacher usually runs under inference_mode."""
     s, t, y = draw("inference", device=device)
     soft = torch.softmax(t, -1)
     weight = torch.rand(5).to(device)
@@ -745,7 +757,7 @@ def tensors_of_inference_mode_are_accepted_everywhere(backend, device="cpu"):
             options = {"teacher_ce": kd, "teacher_kd": kd, "temperature": 2.0, "backend": backend}
             with torch.inference_mode():
                 theirs = [None if x is None else x.clone() for x in (t, target, weight)]
-            for above in (1.0, 3.0):  # 3: computed again from what was saved
+            for above in (1.0, 3.0):  # 3: recomputed from the saved tensors
                 gradients = []
                 for teacher, labels, weights in ((t, target, weight), theirs):
                     leaf = s.clone().requires_grad_()
@@ -762,12 +774,12 @@ def tensors_of_inference_mode_are_accepted_everywhere(backend, device="cpu"):
         bdkd_loss_and_grad(other, other, y, grads=(buffers := (t.clone(), t.clone())),
                            backend=backend)  # fmt: skip
         assert bdkd_loss(other, other, y, backend=backend).student.isfinite()
-    bdkd_loss_and_grad(s, t, y, grads=buffers, backend=backend)  # written outside
+    bdkd_loss_and_grad(s, t, y, grads=buffers, backend=backend)  # outside of inference mode
     close("ds", buffers[0], run(s, t, y, backend)[0].ds, 1e-7)
 
 
 @edge
-def a_batch_of_upstream_gradients_is_differentiated_at_once(backend, device="cpu"):
+def batched_upstream_gradients_are_supported(backend, device="cpu"):
     """``is_grads_batched=True``, as in ``jacobian(vectorize=True)``."""
     for storage in (FP32, FP16):
         for reduction in ("mean", "none"):
@@ -784,8 +796,12 @@ def a_batch_of_upstream_gradients_is_differentiated_at_once(backend, device="cpu
 
 
 @edge
-def a_row_with_a_nan_is_nan_wholly(backend, device="cpu"):
-    """Whatever reads it, also where a class has no mass; nothing else does."""
+def a_nan_makes_the_whole_gradient_row_nan(backend, device="cpu"):
+    """In a row with a NaN, the gradients of all classes are NaN, also of classes without mass.
+
+    This applies only to a loss with a term that reads the network with the NaN. The gradients of
+    other rows are finite.
+    """
     for value, τ, c in ((math.nan, 1.0, 3), (math.inf, 0.01, 16), (math.nan, 4.0, 40)):
         for terms, divergence in (("kd", "reverse"), ("kd", "forward"), ("ce", "reverse")):
             off = "kd" if terms == "ce" else "ce"
@@ -806,8 +822,8 @@ def a_row_with_a_nan_is_nan_wholly(backend, device="cpu"):
 
 
 @edge
-def entropies_at_one_survive_a_low_temperature(backend, device="cpu"):
-    """A class whose probability is 0 at the temperature has one at 1, masked neighbours or not."""
+def entropies_at_temperature_1_are_right_at_low_temperatures(backend, device="cpu"):
+    """A probability that is 0 at the temperature may be > 0 at 1, also next to masked classes."""
     for c, τ in ((10, 0.5), (10, 0.01), (40, 0.05), (40, 1e-4), (5000, 0.01)):
         s, t, y = draw(f"low {c}", 3, c, device)
         s[:, 3] = t[:, 3] = -math.inf
@@ -818,7 +834,7 @@ def entropies_at_one_survive_a_low_temperature(backend, device="cpu"):
 
 @edge
 def an_ignored_row_of_distant_logits_is_zero(backend, device="cpu"):
-    """Its factors are 0; an exponential of its own that overflows must not meet them."""
+    """Its losses and gradients are multiplied by 0, which must not meet an overflow."""
     for storage in (FP16, BF16, FP32):
         for c in (16, 128, *([4224] if storage == FP16 else [])):
             s, t, y = draw("distant", c=c, device=device, dtype=storage)
@@ -846,7 +862,7 @@ def logits_below_the_normal_range_keep_their_order(backend, device="cpu"):
 
 @edge
 def full_smoothing_ignores_the_label(backend, device="cpu"):
-    """``label_smoothing=1``: also a label in a masked class, whose own part would be 0 * inf."""
+    """With ``label_smoothing=1``, the part of a label in a masked class would be 0 * inf."""
     s, t, y = draw("smooth", device=device)
     s[1, 2] = t[1, 2] = -math.inf
     y[1] = 2

@@ -1,5 +1,7 @@
-"""Which implementation a call takes, what it says where that one cannot run, and what a GPU's
-tensors are spared. No GPU is needed: a tensor that says it is on one is enough for the choice."""
+"""The choice of a backend, the message if it cannot run, and calls that must not wait for a GPU.
+
+The tests need no GPU: they use tensors that only report a GPU as their device.
+"""
 
 import sys
 import warnings
@@ -17,9 +19,9 @@ ABSENT = Availability(False, "there is none here: do this")
 
 
 class OnGPU(torch.Tensor):
-    """A tensor of the CPU that says it is on a GPU, and the functions that were called with any."""
+    """A CPU tensor that reports a GPU as its device. Records the functions that are called."""
 
-    called: list[str] = []  # noqa: RUF012  # one list for all of them
+    called: list[str] = []  # noqa: RUF012  # shared by all instances
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -33,7 +35,7 @@ class OnGPU(torch.Tensor):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Logits and labels on a GPU, for which there is no triton."""
+    """Return logits and labels on a GPU, without triton."""
     monkeypatch.setattr(backends, "_triton", ABSENT)
     monkeypatch.setattr(backends, "_warned", False)
     monkeypatch.delenv("BDKD_CHECK_LABELS", raising=False)
@@ -41,7 +43,7 @@ def gpu(monkeypatch):
     return [x.clone().as_subclass(OnGPU) for x in (S, T, Y)]
 
 
-def test_without_triton_a_gpu_runs_the_reference_and_says_so_once(gpu):
+def test_without_triton_a_gpu_runs_the_reference_and_warns_once(gpu):
     want = bdkd_loss(S, T, Y, backend="reference")
     with pytest.warns(UserWarning, match=r"reference on the GPU.*there is none here: do this"):
         out = bdkd_loss(*gpu)
@@ -56,9 +58,12 @@ def test_without_triton_a_gpu_runs_the_reference_and_says_so_once(gpu):
         bdkd_loss(*gpu, backend="native")
 
 
-def test_a_gpu_is_not_waited_for(gpu):
-    """The host reads no value, which would stop it until the GPU has caught up: a wrong label makes
-    its row NaN. ``BDKD_CHECK_LABELS=1`` reads them, and then it is named."""
+def test_a_call_does_not_wait_for_the_gpu(gpu):
+    """The host reads no values, because that would synchronize with the GPU.
+
+    So a wrong label makes its row NaN. With ``BDKD_CHECK_LABELS=1``, labels are read and an error
+    names the label.
+    """
     s, t, y = gpu
     y[2] = 5
     for weight in (None, torch.ones(4).as_subclass(OnGPU)):
@@ -70,7 +75,7 @@ def test_a_gpu_is_not_waited_for(gpu):
         assert not read & {*OnGPU.called}
 
 
-def test_a_gpus_labels_are_checked_where_that_is_asked_for(gpu, monkeypatch):
+def test_labels_on_a_gpu_are_checked_on_request(gpu, monkeypatch):
     s, t, y = gpu
     y[2] = 5
     monkeypatch.setenv("BDKD_CHECK_LABELS", "0")
@@ -80,7 +85,7 @@ def test_a_gpus_labels_are_checked_where_that_is_asked_for(gpu, monkeypatch):
         bdkd_loss(s, t, y, backend="reference")
 
 
-def test_with_triton_a_gpu_takes_it(gpu, monkeypatch):
+def test_gpu_tensors_use_triton(gpu, monkeypatch):
     pytest.importorskip("triton", minversion="3.6", reason="no triton here: nothing to choose")
     monkeypatch.setattr(backends, "_triton", Availability(True, "here"))
     problem = prepare(*gpu[:2], None, None, LossOptions(), 1.0)
@@ -89,7 +94,7 @@ def test_with_triton_a_gpu_takes_it(gpu, monkeypatch):
     assert backends.choose("reference", problem).__name__ == "bdkd_kernels.reference"
 
 
-def test_without_the_native_kernel_auto_is_the_reference(monkeypatch):
+def test_auto_is_the_reference_without_the_native_kernel(monkeypatch):
     monkeypatch.setattr(native, "AVAILABILITY", ABSENT)
     s = S.clone().requires_grad_()
     out = bdkd_loss(s, T, Y)
@@ -104,8 +109,8 @@ def test_without_the_native_kernel_auto_is_the_reference(monkeypatch):
     assert str(available_backends()["native"]) == str(ABSENT)
 
 
-def test_a_device_that_no_kernel_serves_runs_the_reference(monkeypatch):
-    monkeypatch.setenv("BDKD_CHECK_LABELS", "1")  # of which there are none here
+def test_a_device_without_a_kernel_runs_the_reference(monkeypatch):
+    monkeypatch.setenv("BDKD_CHECK_LABELS", "1")  # labels on the meta device have no values
     s, t = S.to("meta"), T.to("meta")
     out = bdkd_loss(s, t, None)
     assert out.student.device.type == "meta"
@@ -116,13 +121,13 @@ def test_a_device_that_no_kernel_serves_runs_the_reference(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", ""])
-def test_an_interpreter_that_is_switched_off_interprets_nothing(value, monkeypatch):
+def test_triton_refuses_cpu_tensors_without_the_interpreter(value, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", value)
     with pytest.raises(RuntimeError, match=r"takes CUDA or ROCm tensors, got cpu.*INTERPRET=1"):
         bdkd_loss(S, T, Y, backend="triton")
 
 
-def test_a_name_is_checked_also_where_the_reference_runs_whatever_it_is():
+def test_an_unknown_backend_raises_even_if_the_reference_runs_anyway():
     for call in (
         lambda: torch.func.grad(lambda s: bdkd_loss(s, T, Y, backend="cuda").student)(S),
         lambda: bdkd_loss(S.as_subclass(OnGPU), T.as_subclass(OnGPU), None, backend="cuda"),
@@ -131,7 +136,7 @@ def test_a_name_is_checked_also_where_the_reference_runs_whatever_it_is():
             call()
 
 
-def test_a_triton_that_does_not_import_says_why(monkeypatch):
+def test_a_failed_triton_import_gives_its_reason(monkeypatch):
     pytest.importorskip("triton", reason="no triton for this platform: it says that instead")
 
     def broken():
@@ -145,7 +150,7 @@ def test_a_triton_that_does_not_import_says_why(monkeypatch):
     assert "it lacks a symbol" in str(availability)
 
 
-def test_a_triton_that_is_too_old_is_not_imported_from(monkeypatch):
+def test_an_old_triton_is_unavailable_and_not_imported(monkeypatch):
     triton = pytest.importorskip("triton", reason="no triton for this platform: none is too old")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     monkeypatch.setattr(backends, "_triton", None)
@@ -177,13 +182,13 @@ def test_a_native_kernel_that_does_not_load_says_what_to_do(make, words, monkeyp
         assert word in str(availability)
 
 
-def test_an_older_kernel_that_cannot_be_built_again_is_not_loaded(monkeypatch, tmp_path):
-    """Of another checkout's sources, say: its arguments may have another order."""
+def test_an_outdated_kernel_is_not_loaded_if_its_rebuild_fails(monkeypatch, tmp_path):
+    """A kernel that was built from other sources may expect its arguments in another order."""
     monkeypatch.setattr(native, "_sources_hash", lambda: "0" * 64)
-    monkeypatch.setattr(native, "_rebuild", lambda sources: "there is no cmake here")
+    monkeypatch.setattr(native, "_rebuild", lambda sources: "cmake was not found")
     library, availability = native._load()
     assert library is None
-    assert "older than kernels/csrc (there is no cmake here)" in str(availability)
+    assert "older than kernels/csrc (cmake was not found)" in str(availability)
 
 
 CMAKE = """#!/bin/sh
@@ -194,8 +199,8 @@ exit 0
 """
 
 
-def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
-    """With a script in place of cmake, found in the folder of the interpreter."""
+def test_changed_sources_are_built_once(tmp_path, monkeypatch):
+    """The test replaces cmake with a script in the folder of the Python interpreter."""
     library = tmp_path / "package" / native._LIBRARY.name
     library.parent.mkdir()
     library.write_text("built from old sources")
@@ -205,7 +210,7 @@ def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_CHECKOUT", tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "/usr/bin/nowhere")
-    assert native._rebuild("new") == "there is no cmake here"  # it cannot be executed
+    assert native._rebuild("new") == "cmake was not found"  # it cannot be executed
     cmake.chmod(0o755)
     (tmp_path / "broken").touch()
     assert native._rebuild("new") == "the last line"
@@ -229,10 +234,10 @@ def test_a_changed_checkout_builds_its_library_once(tmp_path, monkeypatch):
         ("4.0.0", None, True, (12, 0), ""),
         ("3.6.0", None, False, (9, 0), "no CUDA or ROCm device"),
         ("3.6.0", None, True, (7, 5), "sm_75: sm_80 or newer is needed"),
-        ("3.6.0", "6.4", True, (7, 5), ""),  # AMD counts otherwise
+        ("3.6.0", "6.4", True, (7, 5), ""),  # AMD has other version numbers
     ],
 )
-def test_which_gpus_triton_serves(version, hip, seen, capability, words, monkeypatch):
+def test_which_gpus_triton_supports(version, hip, seen, capability, words, monkeypatch):
     pytest.importorskip("triton", minversion="3.6", reason="no triton here: it serves none")
     from bdkd_kernels.triton import arguments
     from bdkd_kernels.triton import backend as triton_backend

@@ -1,4 +1,4 @@
-"""The ranges that the documentation gives are closed: their ends are values like any other."""
+"""The documented ranges of the options are closed: both ends are valid values."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_the_documented_bounds_are_accepted(options):
     BDKDLoss(**{name: x for name, x in options.items() if name != "grad_scale"})
 
 
-def test_the_swap_ins_bounds_are_accepted():
+def test_the_bounds_of_compat_losses_are_accepted():
     for tau in (1e-4, 1e4):
         assert DistillKL(tau)(S, T).isfinite()
         assert kd_loss(S, T, tau).isfinite()

@@ -1,4 +1,4 @@
-"""Gradient memory that is used again: only once nobody holds it, within a limit, never by two."""
+"""Gradient memory is reused only if it has no other owner, within a limit, never by two tensors."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ def leaves(rows=ROWS, seed=0):
     return s.requires_grad_(), t.requires_grad_(), y
 
 
-def test_the_next_gradients_take_the_last_one_s_memory():
+def test_the_next_call_reuses_gradient_memory():
     s, t, y = leaves()
     _, (ds, dt) = bdkd_loss_and_grad(s, t, y)
     first, addresses = (ds.clone(), dt.clone()), {ds.data_ptr(), dt.data_ptr()}
@@ -39,7 +39,7 @@ def test_the_next_gradients_take_the_last_one_s_memory():
     assert torch.equal(dt, first[1])
 
 
-def test_a_torch_that_does_not_count_owners_keeps_none(monkeypatch):
+def test_without_an_owner_count_no_memory_is_kept(monkeypatch):
     monkeypatch.setattr(buffers, "owners", None)
     s, t, y = leaves()
     _, (ds, _) = bdkd_loss_and_grad(s, t, y)
@@ -48,7 +48,7 @@ def test_a_torch_that_does_not_count_owners_keeps_none(monkeypatch):
 
 
 def values(held) -> torch.Tensor:
-    """A copy of what a tensor, an array or a storage holds."""
+    """Return a copy of the values of a tensor, an array or a storage."""
     if isinstance(held, torch.UntypedStorage):
         return torch.empty(0).set_(held).clone()
     return torch.as_tensor(held).clone()
@@ -56,7 +56,7 @@ def values(held) -> torch.Tensor:
 
 @pytest.mark.parametrize("keep", [lambda g: g, lambda g: g[3:, 2], lambda g: g.numpy(),
                                   lambda g: g.detach(), lambda g: g.untyped_storage()])  # fmt: skip
-def test_what_anybody_holds_is_left_alone(keep):
+def test_memory_with_other_references_is_not_reused(keep):
     s, t, y = leaves()
     _, (ds, dt) = bdkd_loss_and_grad(s, t, y)
     expected, held, address = ds.clone(), keep(ds), ds.data_ptr()
@@ -71,7 +71,7 @@ def test_what_anybody_holds_is_left_alone(keep):
     assert address in {buffers.empty_like(s.detach()).data_ptr() for _ in range(1)}
 
 
-def test_two_live_tensors_never_share():
+def test_live_tensors_never_share_memory():
     like = torch.empty(ROWS, CLASSES)
     for _ in range(3):
         live = [buffers.empty_like(like) for _ in range(2 * buffers.COUNT)]
@@ -79,7 +79,7 @@ def test_two_live_tensors_never_share():
         assert len(buffers._kept) <= buffers.COUNT
 
 
-def test_threads_never_share():
+def test_threads_never_share_memory():
     like = torch.empty(ROWS, CLASSES)
     wrong = []
 
@@ -98,24 +98,24 @@ def test_threads_never_share():
     assert not wrong
 
 
-def test_the_limit_holds(monkeypatch):
+def test_kept_memory_stays_within_the_limit(monkeypatch):
     monkeypatch.setattr(buffers, "LIMIT", 8 << 20)
     for rows in range(300, 900, 50):
         assert buffers.empty_like(torch.empty(rows, CLASSES)).shape == (rows, CLASSES)
         assert sum(kept.bytes for kept in buffers._kept) <= buffers.LIMIT
     buffers.empty_like(torch.empty(850, CLASSES)).fill_(7.0)
     assert (buffers.empty_like(torch.empty(850, CLASSES)) == 7).all()  # the latest stays
-    large = buffers.empty_like(torch.empty(3000, CLASSES))  # more than all that may be kept
+    large = buffers.empty_like(torch.empty(3000, CLASSES))  # larger than the limit
     assert all(kept.address != large.data_ptr() for kept in buffers._kept)
-    assert (buffers.empty_like(torch.empty(850, CLASSES)) == 7).all()  # and makes no other go
+    assert (buffers.empty_like(torch.empty(850, CLASSES)) == 7).all()  # others are still kept
 
 
-def test_small_ones_are_not_kept():
+def test_small_gradients_are_not_kept():
     buffers.empty_like(torch.empty(128, 100))
     assert not buffers._kept
 
 
-def test_types_shapes_and_strides():
+def test_memory_is_reused_only_for_the_same_type_and_shape():
     double = buffers.empty_like(torch.empty(ROWS, CLASSES, dtype=torch.float64))
     address = double.data_ptr()
     del double
@@ -130,9 +130,11 @@ def test_types_shapes_and_strides():
 
 @pytest.mark.parametrize("second", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
-def test_gradients_have_the_type_of_their_own_logits_whatever_came_before(first, second):
-    """Of one shape, as where float64 checks float32 or a network goes from bf16 to fp16. And of
-    another shape with as many bytes and the same type."""
+def test_gradients_have_the_type_of_their_own_logits(first, second):
+    """Two calls may have the same shape but other types, for example float64 and float32.
+
+    They may also have another shape with the same type and the same number of bytes.
+    """
     shapes = (2 * ROWS, CLASSES), (ROWS, 2 * CLASSES), (2 * ROWS, CLASSES)
     for shape, dtype in zip(shapes, (first, first, second), strict=True):
         made = buffers.empty_like(torch.empty(shape, dtype=dtype))
@@ -142,7 +144,7 @@ def test_gradients_have_the_type_of_their_own_logits_whatever_came_before(first,
 
 
 @pytest.mark.parametrize("rows", [3, ROWS])  # too small to be kept, and kept
-def test_a_fresh_gradient_is_dense_whatever_its_logits_strides(rows):
+def test_gradients_are_dense_for_any_strides_of_the_logits(rows):
     for logits in (torch.empty(CLASSES, rows).t(), torch.empty(rows, 2 * CLASSES)[:, ::2],
                    torch.empty(1, CLASSES).expand(rows, CLASSES)):  # fmt: skip
         made = buffers.empty_like(logits)
@@ -151,7 +153,7 @@ def test_a_fresh_gradient_is_dense_whatever_its_logits_strides(rows):
         assert made.untyped_storage().nbytes() == made.nbytes
 
 
-def test_a_subclass_gets_its_own_kind():
+def test_a_tensor_subclass_gets_a_gradient_of_its_type():
     class Mine(torch.Tensor):
         pass
 
@@ -161,7 +163,7 @@ def test_a_subclass_gets_its_own_kind():
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_resized_storage_is_not_used_again(size):
+def test_a_resized_storage_is_not_reused(size):
     like = torch.empty(ROWS, CLASSES)
     taken = buffers.empty_like(like)
     taken.untyped_storage().resize_(size)
@@ -170,18 +172,18 @@ def test_a_resized_storage_is_not_used_again(size):
     buffers.empty_like(like).fill_(1.0)
 
 
-def test_what_inference_mode_has_made_trains():
+def test_memory_from_inference_mode_is_reused_in_training():
     s, t, y = leaves()
     with torch.inference_mode():
         address = bdkd_loss_and_grad(s, t, y)[1][0].data_ptr()
-    for _ in range(2):  # the second time the gradients are added up in place
+    for _ in range(2):  # the second backward accumulates the gradients in place
         out = bdkd_loss(s, t, y)
         (out.student + out.teacher).backward()
     assert address in {s.grad.data_ptr(), t.grad.data_ptr()}
     assert not s.grad.is_inference()
 
 
-def test_a_second_backward_makes_its_own():
+def test_a_second_backward_allocates_a_new_gradient():
     s, t, y = leaves()
     out = bdkd_loss(s, t, y)
     out.student.backward(retain_graph=True)
@@ -199,7 +201,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_the_environment_sets_the_limit():
-    """In MiB; one process shows that it is read, the function what it makes of other texts."""
+    """The limit is in MiB. One process shows that the variable is read.
+
+    The other values are passed to the function that parses it.
+    """
     code = ("import torch; from bdkd_kernels import buffers; "
             "buffers.empty_like(torch.empty(300, 1000)); print(len(buffers._kept))")  # fmt: skip
     assert run(code, BDKD_BUFFER_MB="0").stdout.strip() == "0"

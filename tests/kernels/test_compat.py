@@ -1,6 +1,6 @@
-"""The names of other people's divergences give their values and their gradients.
+"""The losses of other libraries have the same values and gradients as the originals.
 
-Each is held to its public definition, written out here in float64 with torch's own functions.
+Each is compared with its published definition, written here in float64 with torch's functions.
 """
 
 from functools import partial
@@ -16,14 +16,14 @@ BACKENDS = ["auto", "reference"]
 
 
 def logits(n=7, c=13, dtype=torch.float64, scale=3.0):
-    """Student's and teacher's, leaves that ask for gradients."""
+    """Return the student's and the teacher's logits, leaves that require gradients."""
     g = torch.Generator().manual_seed(0)
     pair = (scale * torch.randn(2, n, c, generator=g, dtype=torch.float64)).to(dtype)
     return [x.clone().requires_grad_() for x in pair]
 
 
 def assert_same(ours, theirs, leaves, upstream=1.0, tolerance=1e-12):
-    """Values and the leaves' gradients."""
+    """Compare the values and the gradients of the leaves."""
     torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
     came = torch.autograd.grad(ours * upstream, leaves, retain_graph=True, allow_unused=True)
     expected = torch.autograd.grad(theirs * upstream, leaves, retain_graph=True, allow_unused=True)
@@ -34,7 +34,7 @@ def assert_same(ours, theirs, leaves, upstream=1.0, tolerance=1e-12):
 
 
 def hinton(s, t, tau):
-    """RepDistiller: the sum over all, times tau^2, over the number of rows."""
+    """RepDistiller: the sum over all elements, times tau^2, divided by the number of rows."""
     total = F.kl_div(F.log_softmax(s / tau, 1), F.softmax(t / tau, 1), reduction="sum")
     return total * tau**2 / s.shape[0]
 
@@ -46,7 +46,7 @@ def hinton_rows(s, t, tau):
 
 
 def jsd(log_q, log_p, beta, labels=None, ignore_index=-100):
-    """Liger's note: beta KL(P || M) + (1 - beta) KL(Q || M); 0 and 1: forward and reverse KL."""
+    """Liger: beta KL(P || M) + (1 - beta) KL(Q || M); forward KL for 0, reverse KL for 1."""
     p, q = log_p.exp(), log_q.exp()
     if beta == 0:
         rows = (p * (log_p - log_q)).sum(-1)
@@ -63,17 +63,17 @@ def jsd(log_q, log_p, beta, labels=None, ignore_index=-100):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tau", [1, 4.0])
 @pytest.mark.parametrize("upstream", [1.0, 0.9])
-def test_distill_kl_is_repdistillers(backend, tau, upstream):
+def test_distill_kl_equals_repdistiller(backend, tau, upstream):
     s, t = logits()
     assert_same(DistillKL(tau, backend=backend)(s, t.detach()), hinton(s, t.detach(), tau), [s],
                 upstream)  # fmt: skip
-    # Where the teacher is not detached it learns too, in the original as here.
+    # A teacher that is not detached receives a gradient too, as in the original.
     assert_same(DistillKL(tau, backend=backend)(s, t), hinton(s, t, tau), [s, t], upstream)
     assert_same(DistillKL(tau, backend=backend)(s.detach(), t), hinton(s.detach(), t, tau), [t])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kd_loss_is_mdistillers(backend):
+def test_kd_loss_equals_mdistiller(backend):
     s, t = logits()
     came = kd_loss(s, t, 4.0, backend=backend)
     assert_same(came, hinton_rows(s, t, 4.0).mean(), [s, t])
@@ -87,7 +87,7 @@ def test_kd_loss_is_mdistillers(backend):
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("labels", [None, [3, -100, 5, 0, -100, 1, 2]])
 def test_liger_jsd(backend, beta, labels):
-    """Behind a log_softmax, as it is used; the teacher receives no gradient, there as here."""
+    """The inputs come from log_softmax, as in Liger. The teacher receives no gradient, as there."""
     s, t = logits()
     labels = None if labels is None else torch.tensor(labels)
     log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
@@ -100,8 +100,8 @@ def test_liger_jsd(backend, beta, labels):
 
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
 @pytest.mark.parametrize("ignore_index", [-100, 2, 99])
-def test_liger_jsd_ignores_the_label_it_is_given_and_no_other(beta, ignore_index):
-    """The labels only say which samples count: classes beyond the vocabulary are no error."""
+def test_liger_jsd_ignores_only_its_ignore_index(beta, ignore_index):
+    """The labels only select the samples that count: a label outside the vocabulary is valid."""
     s, t = logits()
     labels = torch.tensor([2, -100, 99, 2, 5, -100, 10**6])
     ours = LigerJSD(beta, ignore_index)
@@ -111,11 +111,11 @@ def test_liger_jsd_ignores_the_label_it_is_given_and_no_other(beta, ignore_index
         assert_same(came, jsd(log_q, log_p, beta, labels, ignore_index), [s])
 
 
-@pytest.mark.filterwarnings("ignore:reduction")  # torch on its own 'mean'
+@pytest.mark.filterwarnings("ignore:reduction")  # torch's own warning about 'mean'
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
 @pytest.mark.parametrize("log_target", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_liger_kl_div_is_torchs(reduction, log_target, backend):
+def test_liger_kl_div_equals_torch(reduction, log_target, backend):
     s, t = logits()
     log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
     truth = log_p if log_target else log_p.exp()
@@ -124,22 +124,22 @@ def test_liger_kl_div_is_torchs(reduction, log_target, backend):
     assert_same(ours(log_q, truth), theirs(log_q, truth), [s])
 
 
-@pytest.mark.filterwarnings("ignore:reduction")  # torch on its own 'mean'
-def test_the_defaults_are_the_originals():
+@pytest.mark.filterwarnings("ignore:reduction")  # torch's own warning about 'mean'
+def test_defaults_equal_the_originals():
     s, t = logits()
     log_q, log_p = s.log_softmax(-1), t.detach().log_softmax(-1)
     labels = torch.tensor([3, -100, 5, 0, -100, 1, 2])
     assert_same(LigerJSD()(log_q, log_p, labels), jsd(log_q, log_p, 0.5, labels), [s])
     assert_same(LigerKLDIVLoss()(log_q, log_p.exp()), nn.KLDivLoss()(log_q, log_p.exp()), [s])
     assert_same(kd_loss(s, t, 4.0), hinton_rows(s, t, 4.0).mean(), [s, t])
-    with pytest.raises(TypeError):  # the fourth argument means another thing in each descendant
+    with pytest.raises(TypeError):  # the meaning of the fourth argument differs between forks
         kd_loss(s, t, 4.0, False)
     with pytest.raises(TypeError):  # Liger's first argument is eps
         LigerKLDIVLoss(1e-8)
 
 
-def test_truth_given_as_probabilities_loses_nothing_to_its_type():
-    """A logarithm rounded to bf16 would be off by up to 2**-9, and the loss with it."""
+def test_half_precision_probabilities_lose_no_precision():
+    """A logarithm rounded to bf16 would have an error of up to 2**-9, as would the loss."""
     s, t = logits(n=40, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         truth = t.detach().softmax(-1).to(dtype)
@@ -166,7 +166,7 @@ def test_one_network_in_float64_makes_the_arithmetic_float64(which):
 
 
 X = torch.zeros(4, 5)
-WRONG = {  # what is called, the error and what it must name
+WRONG = {  # the call, the error, and the words that its message must contain
     "DistillKL temperature": (lambda: DistillKL(0.0), ValueError, ["T must be", "0.0"]),
     "DistillKL no number": (lambda: DistillKL("4"), TypeError, ["T must be", "'4'"]),
     "DistillKL backend": (lambda: DistillKL(4.0, "cuda"), ValueError, ["backend", "cuda"]),
@@ -218,7 +218,7 @@ WRONG = {  # what is called, the error and what it must name
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_argument_is_named_as_the_caller_knows_it(name):
+def test_an_error_names_the_argument_as_in_the_original(name):
     call, error, words = WRONG[name]
     with pytest.raises(error) as raised:
         call()
@@ -228,8 +228,8 @@ def test_a_wrong_argument_is_named_as_the_caller_knows_it(name):
 
 
 @pytest.mark.skipif(not native.AVAILABILITY, reason=f"{native.AVAILABILITY}: one backend to take")
-def test_the_backend_that_is_asked_for_is_taken():
-    """Only the reference has a double backward."""
+def test_the_requested_backend_runs():
+    """The test recognises the backend by its double backward, which only the reference supports."""
     for make in (
         lambda backend: DistillKL(4.0, backend=backend),
         lambda backend: partial(kd_loss, temperature=4.0, backend=backend),
@@ -246,8 +246,8 @@ def test_the_backend_that_is_asked_for_is_taken():
                 ds.square().sum().backward()
 
 
-def test_kl_div_takes_one_hot_truth():
-    """A probability of 0 adds 0; it needs no eps."""
+def test_kl_div_supports_one_hot_targets():
+    """A probability of 0 adds 0 to the loss, so no eps is needed."""
     s, _ = logits()
     truth = F.one_hot(torch.arange(7), 13).double()
     ours = LigerKLDIVLoss(reduction="batchmean")(s.log_softmax(-1), truth)
@@ -255,7 +255,7 @@ def test_kl_div_takes_one_hot_truth():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_other_storage_types_come_out_in_float32(dtype):
+def test_losses_of_other_storage_types_are_float32(dtype):
     s, t = logits(dtype=dtype)
     wide_s, wide_t = s.detach().double().requires_grad_(), t.detach().double()
     came = DistillKL(4.0)(s, t.detach())
@@ -269,7 +269,7 @@ def test_other_storage_types_come_out_in_float32(dtype):
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
-def test_ignored_rows_and_masked_classes_bring_no_nan(beta):
+def test_ignored_rows_and_masked_classes_add_no_nan(beta):
     s, t = logits()
     labels = torch.tensor([-100, 1, 2, 3, 4, 5, 6])
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_ignored_rows_and_masked_classes_bring_no_nan(beta):
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
-def test_nothing_counted_is_zero(beta):
+def test_the_loss_is_zero_if_no_sample_counts(beta):
     s, t = logits()
     ignored = torch.full((7,), -100)
     loss = LigerJSD(beta)(s, t, ignored)
@@ -295,7 +295,7 @@ def test_nothing_counted_is_zero(beta):
     assert LigerJSD(beta)(s[:0], t[:0]) == 0
 
 
-def test_they_are_among_the_names_of_bdkd():
+def test_bdkd_exports_the_compat_losses():
     import bdkd
 
     for name in ("DistillKL", "kd_loss", "LigerJSD", "LigerKLDIVLoss"):
@@ -304,7 +304,7 @@ def test_they_are_among_the_names_of_bdkd():
         assert name in dir(bdkd)
 
 
-def test_the_options_show_in_the_repr():
+def test_the_repr_shows_the_options():
     assert repr(DistillKL(4)) == "DistillKL(T=4, backend='auto')"
     assert "beta=0.5" in repr(LigerJSD())
     assert "batchmean" in repr(LigerKLDIVLoss(reduction="batchmean"))
@@ -321,7 +321,7 @@ def test_the_options_show_in_the_repr():
     ],
     ids=["DistillKL", "kd_loss", "LigerJSD-0", "LigerJSD-0.5", "LigerKLDIVLoss"],
 )
-def test_they_compile_to_one_graph(divergence):
+def test_compat_losses_compile_to_one_graph(divergence):
     s, t = logits(dtype=torch.float32)
     compiled = torch.compile(divergence, fullgraph=True, backend="aot_eager")
     assert_same(compiled(s, t.detach()), divergence(s, t.detach()), [s], tolerance=1e-6)

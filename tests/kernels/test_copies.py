@@ -1,4 +1,4 @@
-"""Two copies of the package in one process: one that another project vendors, and ours."""
+"""Copies of the package in one process, such as ours and one that another project vendors."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import torch
 from compiler import COMPILER
 from copies import copy_package, import_copy
 
-# Interpreted, Triton takes CPU tensors too; the process must begin with TRITON_INTERPRET=1.
+# In the interpreter, Triton supports CPU tensors. This needs TRITON_INTERPRET=1 at the start.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
     name
@@ -36,7 +36,7 @@ def renamed(tmp_path_factory):
 
 
 def step(package, backend, compiled=False):
-    """The losses, statistics and gradients of one step."""
+    """Return the losses, statistics and gradients of one step."""
 
     def loss(s, t, y):
         return package.bdkd_loss(s, t, y, temperature=2.0, backend=backend)
@@ -55,7 +55,7 @@ def test_copies_do_not_disturb_each_other(vendored, renamed, backend, compiled):
     torch.compiler.reset()
     packages = (bdkd_kernels, vendored, renamed)
     assert len({package.BDKDStats for package in packages}) == 3
-    for _ in range(2):  # each before and after the others
+    for _ in range(2):  # so that each copy runs before and after the others
         ours, *others = (step(package, backend, compiled) for package in packages)
         for package, other in zip(packages[1:], others, strict=True):
             assert type(other.stats) is package.BDKDStats
@@ -66,7 +66,7 @@ def test_copies_do_not_disturb_each_other(vendored, renamed, backend, compiled):
 
 
 def test_each_copy_has_its_own_names(vendored, renamed):
-    """Ours are those of exported files."""
+    """Our own copy keeps the names that exported programs contain."""
     for package, namespace in (
         (bdkd_kernels, "bdkd"),
         (vendored, "acme_vendored_bdkd_kernels"),
@@ -95,9 +95,11 @@ def test_statistics_of_both_are_in_one_exported_program(vendored):
     assert torch.equal(ours.forward_kl, theirs.forward_kl)
 
 
-def test_a_new_option_is_an_entry_of_the_table_and_its_mathematics(tmp_path):
-    """In a copy to which a developer adds an option and a statistic: signature, checks, schema and
-    rows follow."""
+def test_a_new_option_needs_only_a_table_entry_and_its_mathematics(tmp_path):
+    """The test adds an option and a statistic to a copy of the package.
+
+    The signature, the checks, the operators' schema and the rows of the statistics follow.
+    """
     package = copy_package("bdkd_kernels_developed", tmp_path)
     edit(
         package / "options.py",

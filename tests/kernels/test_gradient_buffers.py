@@ -1,5 +1,7 @@
-"""Gradients written into the caller's memory: refused where one would overwrite the other, held to
-a search of every byte; taken everywhere else."""
+"""Gradient buffers of the caller are refused if they overlap, and accepted otherwise.
+
+The tests search every byte to find out whether two buffers overlap.
+"""
 
 import numpy as np
 import pytest
@@ -7,11 +9,11 @@ import torch
 from bdkd_kernels import bdkd_loss_and_grad
 
 S, T = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).unbind()
-N, C = 3, 2  # enough for rows that meet a neighbour's, and for every byte to be looked at
+N, C = 3, 2  # large enough for overlapping rows, small enough to check every byte
 
 
 def elements(x: torch.Tensor) -> list[set[int]]:
-    """The addresses of each element's bytes, element by element."""
+    """Return the addresses of each element's bytes."""
     starts = [
         x.data_ptr() + (i * x.stride(0) + j * x.stride(1)) * x.itemsize
         for i in range(x.shape[0])
@@ -24,9 +26,11 @@ STEPS = [(2, 1), (4, 1), (4, 1), (5, 1), (6, 1), (6, 1), (4, 2), (1, 3), (1, 4),
          (1, 1)]  # fmt: skip
 
 
-def test_no_gradient_is_written_where_another_lies():
-    """Pairs of views of one memory, in fp32 and fp16: those that share a byte are refused. Those
-    that are taken hold the gradients, and nothing else has changed."""
+def test_overlapping_gradient_buffers_are_refused():
+    """Pairs of views of the same memory, in fp32 and fp16, are refused if they share a byte.
+
+    Accepted views contain the gradients afterwards, and no other byte has changed.
+    """
     random = np.random.default_rng(0)
     refused = taken = 0
     for _ in range(300):
@@ -49,7 +53,7 @@ def test_no_gradient_is_written_where_another_lies():
             continue
         try:
             bdkd_loss_and_grad(s, t, None, grads=grads)
-        except ValueError:  # where only a search could tell
+        except ValueError:  # only a search of all elements could show that they do not overlap
             refused += 1
             continue
         taken += 1
@@ -61,9 +65,11 @@ def test_no_gradient_is_written_where_another_lies():
     assert taken > 2 * refused
 
 
-def test_gradients_in_records_are_taken_up_to_the_last_byte():
-    """A row of each gradient in one record, of 4 bytes a number and of 2: taken exactly where
-    neither reaches into the other."""
+def test_interleaved_buffers_are_accepted_unless_they_share_a_byte():
+    """Each record contains a row of both gradients, with 4 and 2 bytes per number.
+
+    The buffers are accepted exactly if the two rows do not overlap.
+    """
     for types in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
         s, t = S[:N, :C].to(types[0]), T[:N, :C].to(types[1])
         want = bdkd_loss_and_grad(s, t, None)[1]

@@ -1,4 +1,4 @@
-"""The launch of every number of classes fits the hardware, covers the row and wastes no thread."""
+"""For every number of classes, the launch fits the hardware, covers the row, wastes no thread."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 from bdkd_kernels.triton import launch_table
 from bdkd_kernels.triton.launch_table import Loop, Tile
 
-# Every small number, then around powers of two, where blocks are padded, and the usual data sets.
+# All small numbers, numbers around powers of two (where blocks are padded), and usual data sets.
 CLASSES = [*range(1, 70), *(2**k + d for k in range(7, 13) for d in (-1, 0, 1)), 100, 1000, 5000,
            8192, 12288, 21841, 24576, 24577, 49152, 49153, 100_000, 262_144, 10**6]  # fmt: skip
 ALIGNED = [(size, vector) for size in (2, 4, 8) for vector in (1, 2, 4, 8) if size * vector <= 16]
@@ -19,7 +19,7 @@ def test_every_launch_fits_its_rows_and_the_hardware(classes):
         launch = launch_table.choose(classes, itemsize, vector, shifted)
         threads = LANES * launch.warps
         assert launch.warps in (1, 2, 4, 8, 16, 32)
-        no_limit = (0, 255)  # the compiler's choice, and all that a thread can have
+        no_limit = (0, 255)  # the compiler's choice, and the maximum per thread
         assert launch.registers in no_limit or threads * launch.registers <= REGISTERS
         if isinstance(launch, Tile):
             assert classes <= launch_table.TILE_CLASSES
@@ -41,13 +41,13 @@ def test_every_launch_fits_its_rows_and_the_hardware(classes):
         assert launch.lanes == threads
         assert launch.block == launch.outer * threads * launch.inner
         assert launch.block < classes or launch.prefetch == 0
-        # 16 bytes an access where all rows allow it, as they are or shifted, else a logit.
+        # An access loads 16 bytes if the alignment of the rows allows it, otherwise one logit.
         whole = vector * itemsize == 16
         assert launch.inner * itemsize == (16 if whole or shifted else itemsize)
         assert launch.shifted == (shifted and not whole)
 
 
-def test_one_class_more_than_a_tile_holds_is_looped_over():
+def test_rows_longer_than_a_tile_use_the_loop_kernel():
     limit = launch_table.TILE_CLASSES
     assert isinstance(launch_table.choose(limit, 4, 4), Tile)
     assert isinstance(launch_table.choose(limit + 1, 4, 4), Loop)
@@ -56,8 +56,8 @@ def test_one_class_more_than_a_tile_holds_is_looped_over():
 
 @pytest.mark.parametrize("classes", [4100, 12288, 12289, 24576, 24577])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_long_rows_of_both_networks_wait_in_the_second_cache(classes, itemsize):
-    """Up to 96 KB of them, with 8 warps a row; of longer ones fewer at once, with 16."""
+def test_long_rows_of_both_networks_stay_in_the_l2_cache(classes, itemsize):
+    """Rows of up to 96 KB use 8 warps. Longer rows use 16 warps, so fewer rows run at once."""
     launch = launch_table.choose(classes, itemsize, 16 // itemsize)
     assert launch.warps == (8 if 2 * classes * itemsize <= 96 * 1024 else 16)
     assert launch.registers == (0 if itemsize == 8 else 80 if launch.warps == 8 else 64)

@@ -1,4 +1,4 @@
-"""What a user of the loss meets before any arithmetic: bad input, defaults, modules, imports."""
+"""The interface of the loss: bad input, defaults, the module, the output, imports."""
 
 import copy
 import pickle
@@ -21,8 +21,8 @@ S, T = torch.zeros(4, 5), torch.ones(4, 5)
 Y = torch.tensor([0, 1, 2, 3])
 NAN, INF = float("nan"), float("inf")
 
-# What is wrong: the arguments, the error, and what its one line must say: the argument's name,
-# what came, and what is needed.
+# Wrong arguments, the error, and the words that its one-line message must contain: the name of the
+# argument, the value, and what is needed.
 BAD = [
     ({"student_logits": S.numpy()}, TypeError, ["student_logits", "ndarray", "tensor"]),
     ({"student_logits": [1.0, 2.0]}, TypeError, ["student_logits", "list", "tensor"]),
@@ -149,7 +149,7 @@ def test_bad_input_is_named(wrong, error, words):
         with pytest.raises(error) as raised:
             function(**{**arguments, **wrong})
         assert_one_line(raised, words)
-    if wrong.keys() & PER_CALL:  # of a module's call, or else of its constructor
+    if wrong.keys() & PER_CALL:  # arguments of the module's call, others are of its constructor
         tensors = {**arguments, **wrong}
         del tensors["backend"]
         with pytest.raises(error) as raised:
@@ -185,7 +185,7 @@ def test_a_bad_gradient_buffer_is_named(grads, error, words):
     assert_one_line(raised, words)
 
 
-def test_each_gradient_buffer_is_held_to_its_own_logits():
+def test_each_gradient_buffer_must_match_its_own_logits():
     ds, dt = torch.empty(4, 5), torch.empty(4, 5, dtype=torch.float16)
     for grads in ((ds, dt), (ds, None), (None, dt)):
         bdkd_loss_and_grad(S, T.half(), Y, grads=grads)
@@ -194,7 +194,7 @@ def test_each_gradient_buffer_is_held_to_its_own_logits():
             bdkd_loss_and_grad(S, T.half(), Y, grads=grads)
 
 
-def test_a_gradient_buffer_that_is_no_rows_is_named():
+def test_a_gradient_buffer_that_cannot_be_flattened_is_named():
     s, t = torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)
     columns = torch.zeros(3, 2, 5).transpose(0, 1)
     with pytest.raises(ValueError, match=r"grads\[1\].*flatten to rows.*\(2, 3, 5\)"):
@@ -227,7 +227,7 @@ def test_an_error_names_its_remedy(wrong, remedy):
     assert_one_line(raised, [remedy])
 
 
-def test_numbers_of_any_kind_are_numbers():
+def test_options_accept_numbers_of_any_type():
     want = bdkd_loss(S, T, Y, temperature=2.0, gamma=3.0, label_smoothing=0.5, ignore_index=1)
     for kind in (np.float16, np.float32, np.float64, Fraction, np.int64, int):
         half = kind(0.5) if kind(0.5) else 0.5
@@ -237,7 +237,7 @@ def test_numbers_of_any_kind_are_numbers():
         assert torch.equal(got.teacher, want.teacher)
         options = BDKDLoss(temperature=kind(2), gamma=kind(3), ignore_index=np.int64(1)).options
         types = [type(x) for x in (options.temperature, options.gamma, options.ignore_index)]
-        assert types == [float, float, int]  # operators of torch.library take no others
+        assert types == [float, float, int]  # operators of torch.library accept only these
 
 
 OTHER = {"temperature": 4.0, "gamma": 3.0, "student_ce": 0.5, "student_kd": 0.7, "teacher_ce": 0.2,
@@ -246,7 +246,7 @@ OTHER = {"temperature": 4.0, "gamma": 3.0, "student_ce": 0.5, "student_kd": 0.7,
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_the_module_is_the_function(reduction):
+def test_the_module_equals_the_function(reduction):
     rng = torch.Generator().manual_seed(0)
     s, t = torch.randn(2, 2, 2, 5, generator=rng)  # a batch of sequences
     s.requires_grad_()
@@ -266,7 +266,7 @@ def test_the_module_is_the_function(reduction):
     assert module.state_dict() == {}
 
 
-def test_the_modules_repr_makes_it_again():
+def test_the_repr_of_a_module_can_be_evaluated():
     module = BDKDLoss(**OTHER, backend="reference")
     text = repr(module)
     for name, value in {**OTHER, "backend": "reference"}.items():
@@ -276,14 +276,14 @@ def test_the_modules_repr_makes_it_again():
     assert again.backend == module.backend
 
 
-def test_losses_unpack_and_name_their_parts():
+def test_the_output_is_a_named_tuple():
     out = bdkd_loss(S, T, Y)
     student, teacher, stats = out
     assert student is out.student
     assert teacher is out.teacher
     assert stats is out.stats
     assert type(out) is bdkd.BDKDOutput
-    assert tuple(stats._asdict()) == (  # by hand: these names are public
+    assert tuple(stats._asdict()) == (  # written out, because these names are public
         "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "student_ce",
         "teacher_ce", "forward_weight", "reverse_weight", "student_confidence",
         "teacher_confidence", "student_correct", "teacher_correct",
@@ -292,7 +292,7 @@ def test_losses_unpack_and_name_their_parts():
         assert torch.equal(getattr(stats, name), row)
 
 
-def test_loss_and_grad_is_detached_and_its_gradients_are_autograds():
+def test_loss_and_grad_is_detached_and_equals_autograd():
     s, t = S.clone().requires_grad_(), T.clone().requires_grad_()
     net = torch.nn.Linear(5, 5)
     out, (ds, dt) = bdkd_loss_and_grad(net(s), net(t), Y)
@@ -330,7 +330,7 @@ def test_backward_of_the_output_names_the_call_that_works():
         assert str(raised.value) == CALLED_ON_THE_OUTPUT + hint
 
 
-def test_other_names_of_a_tensor_lead_to_the_losses():
+def test_tensor_methods_of_the_output_hint_at_the_losses():
     out = bdkd_loss(S, T, Y)
     with pytest.raises(AttributeError, match=r"'item': the tensors are out\.student and out"):
         out.item()
@@ -422,7 +422,7 @@ def test_the_repr_of_values_that_cannot_be_read():
     assert "forward_kl=FakeTensor" in shown[3]
 
 
-def test_available_backends_says_which_and_why():
+def test_available_backends_describes_each_backend():
     backends = available_backends()
     assert list(backends) == ["triton", "native", "reference"]
     assert backends["reference"]
@@ -432,7 +432,7 @@ def test_available_backends_says_which_and_why():
     assert bdkd_loss(S, T, Y, backend="auto").student.isfinite()
 
 
-def test_both_packages_offer_the_same_names():
+def test_bdkd_exports_the_names_of_bdkd_kernels():
     for name in ("bdkd_loss", "bdkd_loss_and_grad", "BDKDLoss", "BDKDOutput", "BDKDStats",
                  "available_backends"):  # fmt: skip
         assert getattr(bdkd, name) is getattr(sys.modules["bdkd_kernels"], name)
@@ -442,7 +442,10 @@ def test_both_packages_offer_the_same_names():
 
 
 def test_importing_bdkd_imports_torch_and_nothing_heavier():
-    """Counted, not timed: new modules are ours or the standard library's, and few."""
+    """Only a few modules are new, and all of them are our own or of the standard library.
+
+    The test counts modules, because timings vary.
+    """
     code = (
         "import sys, torch; torchs = {*sys.modules}; import bdkd; print(*{*sys.modules} - torchs)"
     )

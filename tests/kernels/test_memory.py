@@ -1,5 +1,8 @@
-"""Memory that is not what its tensor seems: shared, freed, never stored. Kernels read and write raw
-pointers, so each is either right or refused by the argument's name."""
+"""Tensors with unusual memory: shared, freed, or without stored values.
+
+Kernels read and write raw pointers. So for each such tensor, the result is right, or an error names
+the argument.
+"""
 
 import pytest
 import torch
@@ -79,11 +82,11 @@ def test_a_gradient_over_another_argument_is_refused(backend):
             bdkd_loss_and_grad(**call, backend=backend)
     two = torch.cat([S.flatten(), T.flatten()])
     near = two[: N * C].view(N, C)
-    for offset in (1, 3, C, N * C - 1):  # over its own logits, but not element by element
+    for offset in (1, 3, C, N * C - 1):  # overlaps its own logits at other elements
         with pytest.raises(ValueError, match=r"grads\[0\] must not overlap.*student_logits"):
             bdkd_loss_and_grad(near, T, Y, grads=(two[offset : offset + N * C].view(N, C), None),
                                backend=backend)  # fmt: skip
-    columns = near.as_strided((N, C), (1, N))  # all of its logits' memory, in another order
+    columns = near.as_strided((N, C), (1, N))  # the memory of its logits, in another order
     for other in (columns, near.as_strided((N, C), (1, C))):
         with pytest.raises(ValueError, match=r"grads\[0\] must (not overlap.*student|hold each)"):
             bdkd_loss_and_grad(near, T, Y, grads=(other, None), backend=backend)
@@ -95,14 +98,14 @@ def test_autograd_notices_gradients_written_over_what_it_saved(backend):
     leaf = S.clone().requires_grad_()
     logits = leaf * 1.0
     saved = logits.exp().sum()  # its backward needs exp(logits)
-    squared = logits.square().sum()  # and this one the logits
+    squared = logits.square().sum()  # its backward needs the logits
     bdkd_loss_and_grad(logits.detach(), T, Y, grads=(logits.detach(), None), backend=backend)
     saved.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
     logits = leaf * 1.0
     squared = logits.square().sum()
-    with torch.inference_mode():  # which has no version, and takes none from the other
+    with torch.inference_mode():  # this tensor has no version; the other one's must still change
         ds = torch.empty(N, C)
     bdkd_loss_and_grad(T, logits.detach(), Y, grads=(ds, logits.detach()), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -138,7 +141,7 @@ def test_freed_storage_is_refused(size, backend):
     "columns apart": lambda x: x.as_strided((N, C), (1, N), 1),
     "contiguous, further on": lambda x: x.as_strided((N, C), (C, 1), 5),
 }.items(), ids=lambda item: item[0])  # fmt: skip
-def test_a_storage_may_end_with_the_last_element_and_no_earlier(make, backend):
+def test_a_storage_must_contain_the_last_element(make, backend):
     memory = torch.randn(100, generator=RNG)
     view = make[1](memory)
     want = bdkd_loss(view.clone(), T, Y, backend=backend).student
@@ -153,26 +156,26 @@ def test_a_storage_may_end_with_the_last_element_and_no_earlier(make, backend):
 def test_storage_freed_before_backward_is_refused(backend):
     s, t = S.clone().requires_grad_(), T.clone()
     out = bdkd_loss(s, t, Y, backend=backend)
-    if backend == "reference":  # which has saved tensors of its own
+    if backend == "reference":  # it has saved other tensors
         t.untyped_storage().resize_(0)
         (3 * out.student).backward()
         return torch.testing.assert_close(s.grad.double(), 3 * expected()[0], rtol=1e-5, atol=1e-5)
     t.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"teacher_logits.*freed"):
-        (3 * out.student).backward()  # not the assumed gradient: computed from the logits
+        (3 * out.student).backward()  # the gradient is recomputed from the logits
 
 
 def negative(x: torch.Tensor) -> torch.Tensor:
-    """A view whose memory holds -x: the imaginary part of a conjugate."""
+    """Return a view of x whose memory contains -x: the imaginary part of a conjugate."""
     view = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert view.is_neg()
     torch.testing.assert_close(view, x)
     return view
 
 
-def test_negative_bit_views_are_read_as_what_they_mean(backend):
-    dense = torch._neg_view(-S)  # the same, contiguous
-    alone = T.clone()  # in its memory: such tensors are looked at least
+def test_negative_bit_views_give_the_right_values(backend):
+    dense = torch._neg_view(-S)  # the same values, contiguous
+    alone = T.clone()  # fills its storage: such tensors take the shortest checks
     for student in (negative(S), dense):
         out, grads = bdkd_loss_and_grad(
             student, negative(T), negative(SOFT), sample_weight=negative(WEIGHT), backend=backend
@@ -185,7 +188,7 @@ def test_negative_bit_views_are_read_as_what_they_mean(backend):
         student.grad = None
         rows = bdkd_loss(student, T, Y, reduction="none", backend=backend).student
         above = WEIGHT - 2
-        rows.backward(torch._neg_view(-above))  # dense, so that a kernel could take it as it lies
+        rows.backward(torch._neg_view(-above))  # dense, so a kernel could read it without a copy
         want = above[:, None] * expected(reduction="sum")[0]
         torch.testing.assert_close(student.grad.double(), want, rtol=1e-5, atol=1e-5)
         student.requires_grad_(False)
@@ -193,7 +196,7 @@ def test_negative_bit_views_are_read_as_what_they_mean(backend):
         bdkd_loss_and_grad(S, T, Y, grads=(negative(S), None), backend=backend)
 
 
-def test_zeros_that_were_never_stored_are_zeros(backend):
+def test_zero_tensors_without_memory_are_zeros(backend):
     zeros = torch._efficientzerotensor(N, C)
     out = bdkd_loss(zeros, T, Y, backend=backend)
     want = bdkd_loss(torch.zeros(N, C), T, Y, backend=backend)

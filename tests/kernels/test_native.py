@@ -1,7 +1,7 @@
 """Test the native CPU kernel.
 
-The cases and edge rows of all backends, and what only this backend has: instruction sets, threads,
-forks, rows at the end of a page.
+The file runs the cases and edge cases of all backends, and tests of this backend only: instruction
+sets, threads, forks, rows at the end of a page.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def instruction_sets() -> list[str]:
-    """Those of this machine but the best, which every other test runs on."""
+    """Return the instruction sets of this machine, except the best, which all other tests use."""
     if not native.AVAILABILITY:
         return []
     names = ("portable", "avx2", "avx512", "avx512bf16")
@@ -34,7 +34,7 @@ def instruction_sets() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small cases in float64 by the hundred: threads would only wait for each other."""
+    """Use one thread: for hundreds of small cases, a second thread costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -82,20 +82,22 @@ def everything(s, t, y, **options):
 @pytest.mark.parametrize(
     ("storage", "classes", "student_begins", "teacher_begins", "soft"),
     [
-        (FP32, 21841, 0, 0, False),  # no row but the first begins a cache line
-        (FP32, 21841, 3, 3, True),  # nor does that one
-        (FP32, 21841, 3, 5, False),  # the two gradients lie apart: not stored past the cache
-        (FP32, 1000, 1, 1, False),  # rows that keep their exponentials, likewise
-        (FP32, 16384, 0, 0, False),  # every row begins a line
+        (FP32, 21841, 0, 0, False),  # only the first row begins at a cache line
+        (FP32, 21841, 3, 3, True),  # no row begins at a cache line
+        (FP32, 21841, 3, 5, False),  # the gradients begin at different offsets: ordinary stores
+        (FP32, 1000, 1, 1, False),  # rows whose exponentials are saved
+        (FP32, 16384, 0, 0, False),  # every row begins at a cache line
         (BF16, 21841, 7, 7, False),
         (FP64, 10007, 1, 1, False),
     ],
 )
-def test_gradients_stored_past_the_cache(
+def test_nontemporal_gradients_equal_those_of_few_rows(
     storage, classes, student_begins, teacher_begins, soft, name
 ):
-    """16 MiB of gradients or more: the same bits as those of few rows, wherever the rows begin, and
-    nothing beside them written."""
+    """Gradients of at least 16 MiB have the same bits as those of few rows, at any alignment.
+
+    No memory before or after the gradients is written.
+    """
     rows = (16 << 20) // (2 * classes * storage.itemsize) + 1
     s, t = (3 * torch.randn(2, rows, classes)).to(storage)
     target = torch.rand(rows, classes) if soft else torch.randint(classes, (rows,))
@@ -121,27 +123,29 @@ def test_gradients_stored_past_the_cache(
     ):
         expected = torch.cat([gradients[k] for gradients in few])
         assert torch.equal(grads[k], expected)
-        assert torch.equal((s, t)[k], expected)  # in the place of the logits
+        assert torch.equal((s, t)[k], expected)  # written over the logits
         assert (buffer[:begin] == 7).all()
         assert (buffer[begin + rows * classes :] == 7).all()
 
 
 @pytest.mark.parametrize("name", [None, *instruction_sets()])
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 8.0])  # 3: no power of another
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 8.0])  # 3: another exponential
 @pytest.mark.parametrize(
     ("storage", "classes"),
     [
         (FP32, 999),  # rows begin anywhere in a cache line
         (FP32, 2560),  # several blocks of sums
-        (FP32, 5000),  # exponentials are made anew, in parts of the row
+        (FP32, 5000),  # exponentials are recomputed, in parts of the row
         (BF16, 3001),
         (FP16, 4999),
     ],
 )
 def test_no_row_depends_on_its_neighbours(storage, classes, temperature, name, two_threads):
-    """Large batches go through loops that work on several rows at once: the same bits as few rows,
-    ignored and masked ones, and those that follow them, included."""
-    rows = (4 << 20) // (2 * classes * storage.itemsize) + 7  # past the cache, and no whole group
+    """Loops for large batches work on several rows at once, and give the same bits as for few rows.
+
+    The batch includes ignored and masked rows.
+    """
+    rows = (4 << 20) // (2 * classes * storage.itemsize) + 7  # nontemporal; a partial last group
     rng = torch.Generator().manual_seed(11)
     s, t = (3 * torch.randn(2, rows, classes, generator=rng)).to(storage)
     y = torch.randint(classes, (rows,), generator=rng)
@@ -172,7 +176,7 @@ def test_no_row_depends_on_its_neighbours(storage, classes, temperature, name, t
 
 
 @pytest.mark.parametrize("storage", [FP32, BF16])
-def test_threads_change_no_bit(storage, two_threads):
+def test_the_number_of_threads_changes_no_bit(storage, two_threads):
     rng = torch.Generator().manual_seed(5)
     # Many short rows; rows of several blocks; fewer rows than threads.
     for n, c in ((4001, 10), (300, 1003), (37, 5000), (1, 40000)):
@@ -216,15 +220,15 @@ def test_several_python_threads_at_once(two_threads):
     not hasattr(os, "fork"), reason="no fork on this platform, so no forked child to compute in"
 )
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_computes_too(two_threads):
-    """As a DataLoader's worker would, after its parent has used its threads. Also with threads."""
+def test_the_kernel_runs_in_a_forked_child(two_threads):
+    """A DataLoader worker, for example, is a child of a process that has already used threads."""
     rng = torch.Generator().manual_seed(7)
     s, t = torch.randn(2, 600, 200, generator=rng)
     y = torch.randint(200, (600,), generator=rng)
     want = everything(s, t, y)
     child = os.fork()
     if child == 0:
-        status = 4  # an error: the child must not go on as a second pytest
+        status = 4  # for an error: the child must exit, and not continue as a second pytest
         try:
             got = everything(s, t, y)
             pairs = zip(got, want, strict=True)
@@ -240,7 +244,7 @@ def test_a_forked_child_computes_too(two_threads):
 
 
 class PageEnd:
-    """Memory whose last byte is followed by a page that must not be touched."""
+    """Memory between two pages that cannot be read or written."""
 
     def __init__(self, size: int) -> None:
         page = mmap.PAGESIZE
@@ -251,7 +255,7 @@ class PageEnd:
         libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         private_anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         start = libc.mmap(None, self.whole + 2 * page, 3, private_anonymous, -1, 0)
-        assert libc.mprotect(start, page, 0) == 0  # and one before it
+        assert libc.mprotect(start, page, 0) == 0
         assert libc.mprotect(start + page + self.whole, page, 0) == 0
         self.first, self.end = start + page, start + page + self.whole
 
@@ -265,11 +269,11 @@ class PageEnd:
 
 @pytest.mark.skipif(
     sys.platform == "win32",
-    reason="no mprotect here: waits for Windows' own call; sanitize.py is its twin",
+    reason="Windows has no mprotect; kernels/csrc/sanitize.py covers the same accesses",
 )
 @pytest.mark.parametrize("storage", [FP64, FP32, FP16, BF16])
 def test_rows_at_the_end_of_a_page(storage):
-    """Nothing before or after a row is read or written: the neighbouring page would kill us."""
+    """Nothing before or after a row is read or written: that would end the process."""
     rng = torch.Generator().manual_seed(8)
     for n, c in ((1, 1), (3, 2), (2, 15), (2, 16), (1, 17), (3, 67), (1, 1000), (1, 33000)):
         y = torch.randint(c, (n,), generator=rng)
@@ -285,9 +289,9 @@ def test_rows_at_the_end_of_a_page(storage):
                     assert torch.equal(got, right)
 
 
-def test_large_gradients_go_past_the_cache_unharmed():
+def test_large_nontemporal_gradients_equal_those_of_halves():
     rng = torch.Generator().manual_seed(9)
-    s, t = torch.randn(2, 40, 65536, generator=rng)  # 2 x 10 MB: streamed; the halves are not
+    s, t = torch.randn(2, 40, 65536, generator=rng)  # 2 x 10 MB: nontemporal stores
     y = torch.randint(65536, (40,), generator=rng)
     whole = everything(s, t, y, reduction="sum")
     halves = [everything(s[k], t[k], y[k], reduction="sum") for k in (slice(20), slice(20, 40))]
@@ -295,8 +299,8 @@ def test_large_gradients_go_past_the_cache_unharmed():
         assert torch.equal(whole[network], torch.cat([half[network] for half in halves]))
 
 
-def test_it_is_what_auto_takes():
-    """Which shows in what it cannot do."""
+def test_auto_selects_the_native_kernel():
+    """The test recognises the native kernel by its error for a double backward."""
     s, t = torch.randn(2, 3, 4)
     s.requires_grad_()
     (ds,) = torch.autograd.grad(bdkd_loss(s, t, None).student, s, create_graph=True)
@@ -305,7 +309,7 @@ def test_it_is_what_auto_takes():
 
 
 def test_no_gradient_buffers_without_gradients(monkeypatch):
-    """Nothing of size N x C is allocated under no_grad, or for a teacher that needs no gradient."""
+    """No N x C tensor is allocated under no_grad, or for a teacher that needs no gradient."""
     made = []
 
     def watch(factory):
@@ -328,8 +332,8 @@ def test_no_gradient_buffers_without_gradients(monkeypatch):
     assert sum(x.shape == s.shape for x in made) == 1
 
 
-def test_a_step_takes_the_last_one_s_memory():
-    """Autograd hands the gradients over as they are, and their memory comes back (buffers.py)."""
+def test_backward_reuses_gradient_memory():
+    """Autograd does not copy the gradients, and buffers.py reuses their memory in the next step."""
     s, t = (x.requires_grad_() for x in torch.randn(2, 300, 1000))
     y = torch.zeros(300, dtype=torch.int64)
     buffers.release()
@@ -354,9 +358,8 @@ def test_outputs_follow_the_logits_not_the_default_device():
 
 
 def against_float64(s, t, y, temperature):
-    """Losses, statistics and gradients beside the reference's in float64, by the contract's
-    tolerances (SPEC, section 1)."""
-    # gamma 1: nearly equal entropies may take either branch of the weights.
+    """Compare losses, statistics and gradients with those of the reference in float64."""
+    # gamma 1: with nearly equal entropies, either network may get the larger weight.
     options = {"temperature": temperature, "reduction": "none", "gamma": 1.0}
     right, right_gradients = bdkd_loss_and_grad(
         s.double(), t.double(), y, backend="reference", **options
@@ -376,8 +379,11 @@ def against_float64(s, t, y, temperature):
 @pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0, 4.0, 8.0])
 def test_masks_and_rising_maxima_in_parts_of_a_row(temperature, name):
-    """Rows of up to five chunks whose maxima rise, fall, or lie in one of them; classes masked by
-    -inf or by the lowest float, singly and chunk by chunk; distributions that are nearly equal."""
+    """Long rows are computed in chunks of classes.
+
+    The maxima of the chunks rise, fall, or one chunk has the maximum. Classes are masked by -inf or
+    by the lowest float, alone or in whole chunks. Some distributions are nearly equal.
+    """
     rng = torch.Generator().manual_seed(11)
     best = native.set_instruction_set()
     native.set_instruction_set(name or best)

@@ -19,7 +19,7 @@ def cpp_structs(header: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def test_cpp_reads_each_field_where_python_packs_it():
-    """Unpack a call by the generated C++ declarations."""
+    """The test unpacks a call according to the generated C++ declarations."""
     headers = options.cpp_header() + native_call.cpp_header()
     structs = cpp_structs(headers)
 
@@ -68,15 +68,15 @@ def test_a_call_with_a_missing_field_raises():
 
 
 def test_a_changed_source_is_noticed():
-    """In a checkout the library says which sources it was built from."""
+    """In a checkout, the library contains the hash of the sources that it was built from."""
     sources = native._sources_hash()
     if sources is None:
-        pytest.skip("installed without its sources: there is nothing to be stale against")
+        pytest.skip("the package is installed without its sources, so they cannot change")
     assert native._is_built_from(sources)
     assert not native._is_built_from("0" * 64)
 
 
-def test_importing_it_imports_no_triton():
+def test_import_does_not_import_triton():
     code = "import sys, bdkd_kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -85,7 +85,7 @@ def test_importing_it_imports_no_triton():
 def test_clean_under_sanitizers(tmp_path):
     """The short form of ``make sanitize``: the portable kernel, built and run under ASan, UBSan."""
     if not native.CHECKOUT_SOURCES.is_dir():
-        pytest.skip("installed without its sources: make sanitize runs this in a checkout")
+        pytest.skip("the package is installed without its sources: run this test in a checkout")
     program = native.CHECKOUT_SOURCES / "sanitize.py"
     done = subprocess.run([sys.executable, program, "--short", "--folder", tmp_path],
                           capture_output=True, text=True)  # fmt: skip

@@ -1,5 +1,4 @@
-"""What the fused backends share: operators that pass opcheck, whole graphs under torch.compile, and
-an autograd node that gives its gradients away."""
+"""The shared code of the fused backends: operators, torch.compile, autograd nodes."""
 
 import gc
 import threading
@@ -92,7 +91,7 @@ def test_loss_and_grad_compiles_to_one_graph():
     torch.testing.assert_close((out.student, ds, dt), (want.student, want_ds, want_dt))
 
 
-def test_a_bad_label_is_nan_where_it_cannot_be_looked_at():
+def test_a_bad_label_gives_nan_in_a_compiled_call():
     s, t, y = draw(4, 6, 4)
     y[2] = 6
     compiled = torch.compile(bdkd_loss, fullgraph=True, backend=COMPILER)
@@ -103,8 +102,8 @@ def test_a_bad_label_is_nan_where_it_cannot_be_looked_at():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_operator_names_no_label(reduction):
-    """It may be part of a graph, in which nothing is raised: forward and backward make NaN."""
+def test_an_operator_gives_nan_for_a_bad_label(reduction):
+    """An operator may be part of a graph, where it cannot raise. Forward and backward give NaN."""
     s, t, y = (x.detach() for x in draw(4, 6, 4))
     y[2] = 6
     flat, ops = flat_options(LossOptions(reduction=reduction)), torch.ops.bdkd
@@ -119,7 +118,7 @@ def test_an_operator_names_no_label(reduction):
 
 
 class Watching(TorchDispatchMode):
-    """A dispatch mode that notes every operator."""
+    """A dispatch mode that records every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ def test_a_dispatch_mode_sees_the_operators(order):
     with Watching() as mode:
         out = bdkd_loss(s, t, y, backend="native")
         bdkd_loss_and_grad(s, t, y, backend="native")
-        for network in order:  # apart, in either order
+        for network in order:  # one after the other
             out[network].backward()
     assert "bdkd.native_forward.default" in mode.seen
     assert "bdkd.native_backward.default" in mode.seen
@@ -148,13 +147,13 @@ def test_a_dispatch_mode_sees_the_operators(order):
         torch.testing.assert_close(scaled, want, atol=1e-6, rtol=1e-5)
 
 
-def test_transforms_of_torch_func_take_the_reference():
+def test_transforms_of_torch_func_run_the_reference():
     s, t, y = draw(5, 7, 6)
     ds = torch.func.grad(lambda s: bdkd_loss(s, t.detach(), y).student)(s.detach())
     torch.testing.assert_close(ds, gradients(s, t, y)[0])
 
 
-def test_vmap_gives_what_every_batch_gives_alone():
+def test_vmap_equals_one_call_per_batch():
     batches = [draw(5, 7, seed) for seed in (14, 15, 16)]
     s, t, y = (torch.stack(x).detach() for x in zip(*batches, strict=True))
     out = torch.func.vmap(bdkd_loss)(s, t, y)
@@ -166,8 +165,8 @@ def test_vmap_gives_what_every_batch_gives_alone():
         torch.testing.assert_close(ds[k], gradients(*batch)[0])
 
 
-def test_gradients_are_given_away_not_copied():
-    """Accumulation into an empty ``.grad`` clones a gradient that anything else refers to."""
+def test_backward_returns_gradients_without_a_copy():
+    """Accumulation into an empty ``.grad`` clones a gradient that has other references."""
     s, t, y = draw(64, 1000, 7)
     out = bdkd_loss(s, t, y, backend="native")
     made = [x.data_ptr() for x in out.student.grad_fn.call.gradients]
@@ -176,8 +175,8 @@ def test_gradients_are_given_away_not_copied():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_each_loss_goes_back_through_its_own_network_only(order):
-    """Else the first backward would free what the other network has saved for its own."""
+def test_backward_of_a_loss_runs_through_its_own_network_only(order):
+    """Otherwise the first backward would free tensors that the other network has saved."""
     s, t, y = draw(5, 7, 8)
     hidden = [(2 * s).exp(), (3 * t).exp()]
     gone = [weakref.ref(x) for x in hidden]
@@ -189,12 +188,12 @@ def test_each_loss_goes_back_through_its_own_network_only(order):
     assert s.grad.any()
     assert t.grad.any()
     gc.collect()
-    assert [x() for x in gone] == [None, None]  # the logits are not kept after that
+    assert [x() for x in gone] == [None, None]  # the logits are freed after both backward passes
     with pytest.raises(RuntimeError, match="second time"):
         out.student.backward()
 
 
-def test_logits_changed_before_another_upstream_are_noticed():
+def test_logits_changed_before_a_recomputation_raise():
     s, t, y = draw(5, 7, 9)
     hidden = s * 2
     out = bdkd_loss(hidden, t, y, backend="native")
@@ -204,8 +203,8 @@ def test_logits_changed_before_another_upstream_are_noticed():
         (3 * out.student).backward()
 
 
-def test_another_upstream_is_computed_not_rescaled():
-    """fp16 gradients made for a scale of 1 have lost what a scale of 2^16 would have kept."""
+def test_another_upstream_gradient_is_recomputed_not_rescaled():
+    """In fp16, gradients for a scale of 1 underflow where those for a scale of 2^16 do not."""
     rng = torch.Generator().manual_seed(10)
     s, t = (torch.randn(2, 512, 1000, generator=rng)).to(FP16)
     y = torch.randint(1000, (512,), generator=rng)
@@ -225,14 +224,17 @@ def test_another_upstream_is_computed_not_rescaled():
     [
         (1.0, 1.0),
         (64.0, 64.0),
-        (0.1, 0.1),  # which float32 rounds
+        (0.1, 0.1),  # float32 rounds 0.1
         (torch.tensor(64.0), 64.0),
-        (1.0, 64.0),  # a scale that comes late comes to both, in the first backward pass
+        (1.0, 64.0),  # the first backward pass recomputes both gradients with the late scale
     ],
 )
-def test_a_gradient_that_was_assumed_needs_no_logits(scale, above, storage, module):
-    """It was made in the forward pass, so that the logits may be written over. And so may they be,
-    of both networks, once one has gone backward with another scale."""
+def test_backward_with_the_assumed_scale_reads_no_logits(scale, above, storage, module):
+    """The forward pass computed the gradients, so the logits may be overwritten before backward.
+
+    If the upstream gradient is another one, the first backward recomputes the gradients of both
+    networks. After that, the logits of both networks may be overwritten.
+    """
     s, t, y = draw(5, 7, 12, storage)
     hidden = [1 * s, 1 * t]
     call = BDKDLoss(backend="native") if module else partial(bdkd_loss, backend="native")
@@ -241,7 +243,7 @@ def test_a_gradient_that_was_assumed_needs_no_logits(scale, above, storage, modu
         (above * out.teacher).backward()
     with torch.no_grad():
         for logits in hidden:
-            logits.zero_()  # autograd refuses a backward pass that would read them
+            logits.zero_()  # autograd raises if a backward pass reads them now
     if above == scale:
         (above * out.teacher).backward()
     (above * out.student).backward()
@@ -250,9 +252,12 @@ def test_a_gradient_that_was_assumed_needs_no_logits(scale, above, storage, modu
     assert torch.equal(t.grad, want[1])
 
 
-def test_a_scale_that_was_written_into_is_another():
-    """One tensor is the scale of every step: neither the assumption nor the other network's
-    backward pass may take its new value for the old one."""
+def test_a_scale_tensor_with_a_new_value_is_noticed():
+    """A loop may keep its scale in one tensor and change the value of that tensor.
+
+    Neither the assumed scale nor the scale of the other network's backward pass may then be
+    mistaken for the new value.
+    """
     s, t, y = draw(5, 7, 12)
     scale = torch.tensor(8.0)
     out = bdkd_loss(s, t, y, grad_scale=scale, backend="native")
@@ -268,18 +273,18 @@ def test_a_scale_that_was_written_into_is_another():
 
 
 @pytest.mark.parametrize("above", [(1.0, 1.0), (8.0, 8.0), (1.0, 8.0), (8.0, 1.0), (8.0, 3.0)])
-def test_gradients_are_given_away_whatever_scale_comes(above):
+def test_backward_copies_no_gradient_for_any_scale(above):
     s, t, y = draw(5, 7, 12)
     out = bdkd_loss(s, t, y, backend="native")
     made = {x.data_ptr() for x in out.student.grad_fn.call.gradients}
     (above[0] * out.student + above[1] * out.teacher).backward()
-    assert {s.grad.data_ptr(), t.grad.data_ptr()} == made  # still given away, not copied
+    assert {s.grad.data_ptr(), t.grad.data_ptr()} == made  # not copied
     want = gradients(s.double(), t.double(), y, above, backend="reference")
     torch.testing.assert_close((s.grad.double(), t.grad.double()), want, atol=1e-5, rtol=1e-5)
 
 
-def test_two_threads_go_backward_at_once():
-    """Each through one loss; the one that comes first would make the other's gradient too."""
+def test_two_threads_run_backward_at_the_same_time():
+    """Each thread runs backward on one loss. The first one also recomputes the other gradient."""
     s, t, y = draw(64, 1000, 13)
     want = [gradients(s, t, y, (scale, scale)) for scale in (8.0, 3.0)]
     for same in (True, False) * 20:

@@ -1,5 +1,7 @@
-"""One table holds the options and the statistics. Signatures, docstrings, operators' schemas and
-the C header are derived from it."""
+"""Signatures, docstrings, operator schemas and the C++ header are derived from one table.
+
+The table contains the options and the statistics of the loss.
+"""
 
 import inspect
 import pydoc
@@ -39,7 +41,7 @@ def test_the_functions_and_the_module_have_the_same_arguments():
     assert at_once == function | {"grads"}
     call = set(inspect.signature(BDKDLoss.forward).parameters) - {"self"}
     assert module | call == function
-    # Of an instance, the signature is that of its call.
+    # The signature of an instance is that of its call.
     assert set(inspect.signature(BDKDLoss()).parameters) != module
 
 
@@ -97,12 +99,15 @@ def test_an_unknown_option_is_named_with_the_nearest(definition):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             definition(*arguments, **{wrong: 2.0})
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-            definition(*arguments, **{wrong: [2.0]})  # which cannot be hashed
+            definition(*arguments, **{wrong: [2.0]})  # a list cannot be hashed
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
-def test_the_names_of_other_losses_lead_to_ours(definition):
-    """The option is named as it was typed. A name that libraries disagree about gets a hint."""
+def test_option_names_of_other_libraries_get_a_hint(definition):
+    """The message repeats the name as typed, and names our option.
+
+    If the meaning of a name differs between libraries, the message explains our options.
+    """
     name = definition.__init__.__qualname__ if isinstance(definition, type) else definition.__name__
     arguments = () if isinstance(definition, type) else (S, T, Y)
     weights = ": the weights of the student's terms are 'student_ce' and 'student_kd'"
@@ -124,7 +129,7 @@ def test_the_names_of_other_losses_lead_to_ours(definition):
             definition(*arguments, **{typed: 4})
 
 
-def test_a_synonym_is_no_option_and_means_one():
+def test_synonyms_map_to_options_and_are_not_options():
     for typed in options.SYNONYMS.keys() | options.NO_COUNTERPART:
         assert typed == typed.lower().replace("_", "")
         assert typed not in {name.replace("_", "") for name in NAMES}
@@ -154,7 +159,7 @@ def test_every_statistic_is_a_documented_row():
 
 
 def test_the_c_header_holds_the_table():
-    """The build of the native kernel runs the file with any Python, without torch."""
+    """The build of the native kernel runs options.py with any Python, without torch."""
     done = subprocess.run([sys.executable, "-S", "-I", options.__file__],
                           capture_output=True, text=True, check=True)  # fmt: skip
     header = done.stdout

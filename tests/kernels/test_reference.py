@@ -1,5 +1,8 @@
-"""The reference is the truth for every kernel, so it is held to what does not come from it: a
-second derivation, numerical differentiation, and properties of the mathematics."""
+"""Test the reference, with which all kernels are compared.
+
+It is compared with a second derivation and with numerical differentiation, and it has the
+mathematical properties of the loss.
+"""
 
 import math
 
@@ -31,7 +34,7 @@ from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float32_and_below_within_the_tolerances(case):
+def test_agrees_with_float64(case):
     judge(case, "reference")
 
 
@@ -41,7 +44,7 @@ def test_edge(edge):
 
 
 def assert_derivation_agrees(x: Inputs, name: str) -> None:
-    """The reference in float64 against the closed forms, to a few roundings of float64."""
+    """Compare the reference in float64 with the closed forms, up to rounding errors."""
     *leading, c = x.student.shape
     n = math.prod(leading)
 
@@ -61,12 +64,12 @@ def assert_derivation_agrees(x: Inputs, name: str) -> None:
         **x.options,
     )
 
-    # Entropies that are equal but for rounding: the reference follows the derivation's choice.
+    # If entropies differ only by rounding, the reference uses the weights of the derivation.
     stats = {k: torch.from_numpy(v).reshape(tuple(leading)) for k, v in derived.stats.items()}
     table = BDKDStats(torch.stack([stats[name] for name in STATISTICS]))
     chosen = Result(torch.empty(()), torch.empty(()), table, None, None)
     want = truth(x, either_branch(x, chosen, 1e-12, 1e-12))
-    tiny = underflows_in(x, 1e-300)  # a probability that is 0 or not, times an infinity
+    tiny = underflows_in(x, 1e-300)  # such a probability, possibly 0, times inf may be NaN or inf
 
     def check(what, got, exact, tolerance):
         close(f"{name} {what}", torch.from_numpy(np.asarray(exact)).reshape(got.shape), got,
@@ -164,8 +167,11 @@ GRADCHECK = [
 @pytest.mark.parametrize("options", GRADCHECK, ids=str)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_gradcheck(side, options, target):
-    """Each loss as a function of its own network's logits, the other a constant: numerically, once
-    and twice, with classes masked in both and rows that are ignored or weighted."""
+    """Compare first and second derivatives with numerical ones.
+
+    Each loss is a function of its own network's logits, and the other network's logits are
+    constants. Some classes are masked in both networks, and rows are ignored or weighted.
+    """
     s, t, y = draw(f"gradcheck {target} {options}", n=4, c=5, dtype=FP64)
     hidden = torch.zeros(4, 5, dtype=torch.bool)
     hidden[:2, 3] = True
@@ -204,7 +210,7 @@ def test_each_loss_trains_its_own_network_only(divergence):
 
 
 def test_direction_of_the_divergences():
-    """F.kl_div(log q, p) is KL(p ‖ q): two well-known trainers had it the wrong way round."""
+    """F.kl_div(log q, p) is KL(p ‖ q): two well-known trainers had the arguments swapped."""
     s, t, y = draw("direction", dtype=FP64)
     τ = 4.0
     log_p_s, log_p_t = F.log_softmax(s / τ, -1), F.log_softmax(t / τ, -1)
@@ -226,7 +232,7 @@ def test_the_weights_follow_the_entropy_gap():
     for s, t, weight in ((sure, unsure, (3, 1)), (unsure, sure, (1, 3)), (sure, sure, (1, 1))):
         stats = bdkd_loss(s, t, y, gamma=3.0, backend="reference").stats
         assert (stats.forward_weight.item(), stats.reverse_weight.item()) == weight
-    # Softened, a peak over nine low classes is flatter than a tie of two.
+    # At temperature 10, one peak over nine lower classes has a larger entropy than two tied peaks.
     s, t = torch.tensor([[9.0, *[0] * 9]]), torch.tensor([[50.0, 49, *[-50] * 8]])
     for soften, weight in ((True, (1, 2)), (False, (2, 1))):
         stats = bdkd_loss(
@@ -296,7 +302,7 @@ def test_a_divergence_is_never_negative(drawn, τ, distance):
 
 
 @given(logit_pairs, temperatures, st.randoms(use_true_random=False))
-def test_the_order_of_the_classes_is_nothing(drawn, τ, random):
+def test_the_order_of_the_classes_has_no_effect(drawn, τ, random):
     s, t, y = pair(drawn)
     order = list(range(s.shape[-1]))
     random.shuffle(order)
@@ -338,8 +344,10 @@ def test_temperature_is_a_scale_of_the_logits(drawn, τ):
 
 
 def test_compiles_without_a_graph_break():
-    """For any batch size and loss scale at once. And there, as on a GPU, no label is read on the
-    host: a wrong one makes its row NaN."""
+    """One graph serves all batch sizes and loss scales.
+
+    A compiled call does not read labels on the host: a wrong label makes its row NaN.
+    """
 
     def step(s, t, y, scale):
         return bdkd_loss(s, t, y, temperature=4, label_smoothing=0.1, reduction="none",

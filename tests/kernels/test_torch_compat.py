@@ -1,6 +1,7 @@
-"""With a torch that lacks one of the private APIs of _torch_compat.py, the package imports and
-computes the same. Each API is removed while a copy of the package is imported, and put back for
-torch itself."""
+"""Without one of the private APIs in _torch_compat.py, the package works and computes the same.
+
+A fixture removes an API, imports a copy of the package, and restores the API for torch itself.
+"""
 
 import sys
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ REMOVED = {
     "owners": [(torch._C, "_storage_Use_Count")],
     "pytree": [],
 }
-# What a torch without the pytree cannot do: functions that return BDKDStats.
+# The features that do not work without the pytree: functions that return BDKDStats.
 NEEDS_PYTREE = {"func_vmap"}
 
 
@@ -41,7 +42,7 @@ def without(name: str):
 
 @pytest.fixture(scope="module", params=REMOVED)
 def package(request, tmp_path_factory):
-    """A copy that was imported without one of them."""
+    """A copy of the package that was imported without one of the APIs."""
     folder = tmp_path_factory.mktemp("copy")
     copy_package(f"bdkd_without_{request.param}", folder)
     with without(request.param):
@@ -53,7 +54,7 @@ def package(request, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning",
                             "ignore::UserWarning")  # fmt: skip
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.run.__name__)
-def test_features_are_the_same_without_it(package, row, tmp_path):
+def test_features_work_without_a_private_api(package, row, tmp_path):
     if package.removed == "pytree" and row.run.__name__ in NEEDS_PYTREE:
         with pytest.raises(ValueError, match=r"vmap.*must only return Tensors.*BDKDStats"):
             row.run(package, BACKEND, tmp_path)
@@ -77,14 +78,14 @@ def test_each_copy_uses_its_fallback(package):
     assert ours.owners is not None
 
 
-def test_without_owners_nothing_is_recycled(package):
+def test_without_owner_counts_no_memory_is_reused(package):
     like = torch.empty(300, 1000)
     package.buffers.release()
     package.buffers.empty_like(like)
     assert bool(package.buffers._kept) == (package.removed != "owners")
 
 
-def test_without_any_way_to_see_a_transform_torch_says_so(monkeypatch):
+def test_without_a_check_for_transforms_torch_raises(monkeypatch):
     monkeypatch.setattr(_torch_compat, "_transforms_active", _torch_compat._has_transform)
     monkeypatch.setattr(_torch_compat, "_peek_transform", None)
     with pytest.raises(RuntimeError, match="Cannot access storage of TensorWrapper"):
@@ -124,8 +125,8 @@ def test_without_version_counters_gradients_are_computed_again(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_a_zero_tensor_is_refused_where_torch_does_not_tell(monkeypatch):
-    """It has no memory, and a kernel would read address 0."""
+def test_a_zero_tensor_that_is_not_recognised_raises(monkeypatch):
+    """A zero tensor has no memory: a kernel would read address 0."""
     zeros = torch._efficientzerotensor(4, 5)
     assert _torch_compat.is_zero_tensor(zeros)
     assert not _torch_compat.is_zero_tensor(torch.zeros(4, 5))
@@ -136,17 +137,17 @@ def test_a_zero_tensor_is_refused_where_torch_does_not_tell(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [lambda cdata: 1, lambda cdata: None, lambda: 1])
-def test_owners_that_are_counted_wrong_are_not_used(count, monkeypatch):
+def test_a_wrong_owner_count_is_not_used(count, monkeypatch):
     monkeypatch.setattr(torch._C, "_storage_Use_Count", count)
     assert _torch_compat._owner_counter() is None
 
 
-def test_a_python_without_reference_counts_recycles_nothing(monkeypatch):
+def test_python_without_reference_counts_reuses_no_memory(monkeypatch):
     monkeypatch.delattr(sys, "getrefcount")
     assert _torch_compat._owner_counter() is None
 
 
-def test_kinds_of_tensors_are_known_by_name():
+def test_fake_tensors_are_recognised_by_name():
     assert buffers.owners is _torch_compat.owners
     with torch._subclasses.FakeTensorMode():
         fake = torch.empty(2)

@@ -1,5 +1,7 @@
-"""Each row of torch_features.py on each backend works and equals the reference, or raises the error
-that the table names. And cases for which a row has no room."""
+"""Test each row of torch_features.py on each backend, and further cases of the same features.
+
+A feature works and equals the reference, or it raises the error in the table.
+"""
 
 import os
 import re
@@ -20,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_features import FEATURES, OPTIONS, REFERENCE, WORKS, S, T, V, Y, gradients, leaves
 from torch_features import close as assert_close
 
-# Interpreted, Triton takes CPU tensors; the process must begin with TRITON_INTERPRET=1.
+# In the interpreter, Triton supports CPU tensors. This needs TRITON_INTERPRET=1 at the start.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["reference", *(["native"] if native.AVAILABILITY else [])]
 TABLE_BACKENDS = [*BACKENDS, *(["triton"] if INTERPRETED else [])]
@@ -33,7 +35,10 @@ def student_loss(s, t=T, y=Y, **options):
 
 
 def pattern(outcome: str, backend: str) -> str:
-    """A regular expression of an error of the table. A first … is the name of the backend."""
+    """Return a regular expression for an error of the table.
+
+    ``'…'`` and ``the …`` stand for the name of the backend, and any other … for any text.
+    """
     text = re.escape(outcome.replace("'…'", repr(backend)).replace("the …", f"the {backend}"))
     return "^" + text.replace("…", ".*") + "$"
 
@@ -62,7 +67,7 @@ def test_the_docs_show_the_table():
     assert torch_features.markdown() in DOCS.read_text("utf-8")
 
 
-def test_every_row_says_something_else():
+def test_rows_of_the_table_are_unique_and_complete():
     names = [row.name for row in FEATURES]
     assert len(names) == len(set(names)) > 30
     for row in FEATURES:
@@ -71,9 +76,9 @@ def test_every_row_says_something_else():
         assert not row.note or row.note.endswith("."), row.name
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts an interpreted process from another one")
-def test_triton_has_the_features_too():
-    """Interpreted, without the rows that compile for seconds or need two threads."""
+@pytest.mark.skipif(INTERPRETED, reason="the test starts an interpreted process itself")
+def test_features_work_on_interpreted_triton():
+    """The rows run in the interpreter, except rows that compile for seconds or need two threads."""
     pytest.importorskip("triton", reason="no triton for this platform: the other backends run")
     too_old = backends._too_old_triton()
     if too_old is not None:
@@ -106,7 +111,7 @@ def test_double_backward_of_a_batch_is_right_or_refused(backend):
 
 @each_backend
 def test_a_checkpointed_step_with_create_graph(backend):
-    """Its saved tensors can be unpacked once, also where the gradient is computed from them."""
+    """Checkpointing allows saved tensors to be unpacked once, also if the gradient needs them."""
 
     def loss(s, t):
         return student_loss(2 * s, t, backend=backend)
@@ -153,7 +158,7 @@ def test_a_dispatch_mode_changes_nothing(backend):
 
 @each_backend
 def test_bad_labels_under_transforms(backend):
-    """A value that Python can read is checked; one of a batch becomes NaN."""
+    """A label that Python can read is checked. In a batched tensor of labels, its row is NaN."""
     bad = Y.clone()
     bad[0] = 7
     with pytest.raises(ValueError, match=r"target\[0\] is 7"):
@@ -177,7 +182,7 @@ def test_strict_export(backend):
         assert_close(got, want)
 
 
-def test_swap_ins_under_another_default_dtype():
+def test_compat_losses_under_another_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         for loss in (LigerJSD(0.5), LigerKLDIVLoss(log_target=True), DistillKL(2.0)):
@@ -189,7 +194,7 @@ def test_swap_ins_under_another_default_dtype():
 @each_backend
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_step_with_a_teacher_of_inference_mode(dynamic, backend):
-    """Autograd cannot save its logits, and the compiler cannot see where they were made."""
+    """Autograd cannot save inference tensors, and the compiler cannot recognise them."""
     torch.compiler.reset()
     compiled = torch.compile(
         lambda s, t, y, w: student_loss(s, t, y, sample_weight=w, backend=backend),
@@ -222,7 +227,7 @@ def test_a_compiled_loss_without_a_term(backend):
 
 @each_backend
 def test_options_that_a_compiled_function_takes_as_arguments(backend):
-    """A float that changes becomes a symbol; every value is checked."""
+    """The compiler turns a float that changes into a symbol. Each of its values is checked."""
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend=COMPILER)
@@ -235,8 +240,8 @@ def test_options_that_a_compiled_function_takes_as_arguments(backend):
 
 
 @each_backend
-def test_swap_ins_in_forward_mode_and_inference_mode(backend):
-    """Their teacher trains too, where it asks: so does its tangent."""
+def test_compat_losses_in_forward_mode_and_inference_mode(backend):
+    """The teacher of these losses has a gradient if it requires one, and also a tangent."""
     for divergence in (DistillKL(2.0, backend), lambda s, t: kd_loss(s, t, 2.0, backend=backend)):
         wide = [x.double().requires_grad_() for x in (S, T)]
         want = torch.autograd.grad(divergence(*wide), wide)
@@ -287,5 +292,5 @@ def test_distributed_tensors_do_not_mix_with_others(mesh, backend):
         student_loss(s, T, y, backend=backend)
 
 
-def test_the_named_backends_are_all_that_there_are():
+def test_the_table_covers_all_backends():
     assert {"reference", *torch_features.FUSED} == set(available_backends())

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted, on the CPU: see triton_grid.py."""
+"""Run the tests of the Triton kernels on the CPU; see triton_grid.py and triton_launches.py."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ pytest.importorskip(
 
 
 def run_by_itself(name: str, workers: str, interpreted: str, **variables: str) -> None:
-    """A file of tests whose process must begin in its own way."""
+    """Run a file of tests in a new process, because its variables must be set before it starts."""
     file = Path(__file__).with_name(name)
     command = [
         sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", str(file),
@@ -38,8 +38,8 @@ def test_a_larger_interpreted_grid():
     run_by_itself("triton_grid.py", workers="2", interpreted="1", BDKD_SOAK="1")
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler for Triton's launcher: the grid runs")
-def test_what_the_driver_is_asked_for():
+@pytest.mark.skipif(not HAS_COMPILER, reason="Triton's launcher needs a C compiler")
+def test_launches_with_a_stub_driver():
     run_by_itself("triton_launches.py", workers="0", interpreted="0")
 
 
@@ -60,7 +60,7 @@ def test_cpu_tensors_need_the_interpreter():
 
 
 def test_cache_keys_do_not_depend_on_what_is_called_first():
-    """Triton's own do: a kernel that is in the cache would be compiled again."""
+    """Triton's own keys depend on it, so cached kernels would be compiled again."""
     code = (
         "import sys\n"
         "from bdkd_kernels.triton import launcher as t\n"

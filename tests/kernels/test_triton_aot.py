@@ -1,8 +1,8 @@
-"""The Triton kernels compiled ahead for GPUs that are not here.
+"""Compile the Triton kernels ahead of time, without a GPU.
 
 They compile for every target, no loop accesses a spilled register, and no kernel needs more
-registers, stack or issue slots than are recorded for the installed version of triton. Twin of what
-a GPU's profiler shows.
+registers, stack or issue slots than are recorded for the installed version of triton. On a GPU, a
+profiler shows the same numbers.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from compiled_limits import ALWAYS, MORE, compile_ahead, exceeded, minor_version
 
-# The compilers may share two cores with the rest of the suite.
+# The compilers may share two cores with other tests.
 pytestmark = pytest.mark.timeout(1800)
 
 pytest.importorskip(
@@ -21,7 +21,7 @@ pytest.importorskip(
 )
 
 
-# Other versions of triton compile otherwise: their kernels are held to their records alone.
+# With other versions of triton, kernels are compared only with the records for that version.
 _CONSTRAINTS = (Path(__file__).parents[2] / "constraints.txt").read_text("utf-8")
 IS_PINNED = f"\ntriton=={minor_version()}." in _CONSTRAINTS
 
@@ -32,8 +32,11 @@ def all_compile(compiled: list[dict]):
 
 
 def no_register_spills_on_nvidia(compiled: list[dict]):
-    """None on sm_90, which the launch table is for. On sm_80 and sm_100 a few outside of the loops:
-    once a row, which is cheaper than fewer warps."""
+    """No register is spilled on sm_90, for which the launch table was measured.
+
+    On sm_80 and sm_100, a few are spilled outside of the loops. This happens once per row, which is
+    cheaper than fewer warps.
+    """
     for x in compiled:
         if x["target"].startswith("sm_") and x["dtype"] != "fp64":
             assert x["stack"] <= (0 if x["target"] == "sm_90" else 24), x
@@ -42,8 +45,11 @@ def no_register_spills_on_nvidia(compiled: list[dict]):
 
 
 def issue_slots_of_the_row_kernel(compiled: list[dict]):
-    """At most 82 in bf16 at temperature 4, from 1000 classes to the end of the regime: 16 pairs
-    a thread, so that 16 warps fit on a multiprocessor (32 pairs take 55, and only 8 warps fit)."""
+    """The tile kernel needs at most 82 issue slots per pair of logits in bf16 at temperature 4.
+
+    This is for 1000 to 4096 classes, with 16 pairs per thread, so that 16 warps fit on a
+    multiprocessor. (With 32 pairs it needs 55, but only 8 warps fit.)
+    """
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
     assert slots[1000] <= 82
@@ -51,8 +57,11 @@ def issue_slots_of_the_row_kernel(compiled: list[dict]):
 
 
 def few_classes_leave_room_for_warps(compiled: list[dict]):
-    """At least 12 programs of one warp fit on a multiprocessor up to 512 classes: with 32 pairs a
-    thread 8 did, and an H200 took 1.2 to 1.5 times as long (autotune.txt)."""
+    """Up to 512 classes, at least 12 programs of one warp fit on a multiprocessor.
+
+    With 32 pairs per thread, 8 programs fit, and an H200 took 1.2 to 1.5 times as long
+    (bench/results/2026-11-27-gpu-h200/autotune.txt).
+    """
     few = [x for x in compiled
            if x["target"] == "sm_90" and x["classes"] <= 512 and x["dtype"] != "fp64"]  # fmt: skip
     assert few
@@ -63,7 +72,7 @@ def few_classes_leave_room_for_warps(compiled: list[dict]):
 
 
 def issue_slots_of_the_loop_kernel(compiled: list[dict]):
-    """At most 56, also where rows are not aligned to 16 bytes (21841 classes)."""
+    """The loop kernel needs at most 56, also for rows that are not aligned (21841 classes)."""
     slots = {x["classes"]: x["slots"] for x in compiled
              if x["target"] == "sm_90" and x["dtype"] == "bf16"}  # fmt: skip
     for classes in (8192, 21841, 262144):
@@ -71,7 +80,7 @@ def issue_slots_of_the_loop_kernel(compiled: list[dict]):
 
 
 def warps_of_the_loop_kernel(compiled: list[dict]):
-    """At least 24 warps fit on a multiprocessor: with 16, an H200 waited for loads."""
+    """At least 24 warps fit on a multiprocessor. With 16, an H200 had to wait for loads."""
     for x in compiled:
         if x["target"] == "sm_90" and x["kernel"] == "loop_kernel" and x["dtype"] != "fp64":
             programs = 65536 // (-(-x["registers"] // 8) * 8 * 32 * x["warps"])
@@ -79,7 +88,7 @@ def warps_of_the_loop_kernel(compiled: list[dict]):
 
 
 def test_compiled_kernels(tmp_path):
-    """One test, because each worker that has a part of them would compile everything."""
+    """All checks are one test, because each pytest worker with one of them would compile all."""
     compiled = compile_ahead(ALWAYS, tmp_path)
     assert not exceeded(compiled)
     all_compile(compiled)
@@ -108,7 +117,7 @@ def test_more_compiled_kernels(tmp_path):
 
 
 def test_spills_in_loops_are_counted():
-    """With 40 registers a thread, where the loop kernel needs 64."""
+    """With 40 registers per thread, the loop kernel spills, because it needs 64."""
     code = (
         "import sys; sys.path.insert(0, 'bench')\n"
         "from dataclasses import replace\n"
@@ -127,8 +136,11 @@ def test_spills_in_loops_are_counted():
 
 
 def test_float64_is_computed_in_float64():
-    """No option is rounded to float32 on its way: ``tl.where`` of two Python numbers and ``tl.fma``
-    of one would do that. (Constants of float32 that are 0, 1, NaN or infinite are exact.)"""
+    """No option is rounded to float32 before it is used.
+
+    ``tl.where`` of two Python numbers and ``tl.fma`` of one would round them. (The float32
+    constants 0, 1, NaN and inf are exact.)
+    """
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "bench" / "compiled.py"
     command = [sys.executable, str(script), "--constants"]

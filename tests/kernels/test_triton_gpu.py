@@ -1,6 +1,6 @@
-"""The Triton kernels on the device: the interpreted grid again, and what only a device can show.
+"""Test the Triton kernels on a GPU: the cases of the interpreted grid, and tests that need a GPU.
 
-Run it, with the race, by ``bench/gpu.sh FOLDER --stages 2``.
+``bench/gpu.sh FOLDER --stages 2`` runs this file and the benchmark.
 """
 
 import functools
@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-        reason="no GPU: its twins are triton_grid.py, interpreted by test_triton.py, and "
-        "test_triton_aot.py, compiled for GPUs that are not there",
+        reason="no GPU; without one, test_triton.py runs triton_grid.py in the interpreter, and "
+        "test_triton_aot.py compiles the kernels",
     ),
 ]
 BF16 = torch.bfloat16
@@ -44,7 +44,7 @@ def draw(rows: int, classes: int, dtype=BF16):
 
 @pytest.mark.parametrize("classes", [10, 1000, 4096, 21841, 50000])
 def test_every_element_is_written(classes):
-    """Twin: triton_grid.py's test of this name."""
+    """Test without a GPU: the test of the same name in triton_grid.py."""
     s, t, y = draw(257, classes)
     y[3] = -100
     real = torch.empty
@@ -62,7 +62,7 @@ def test_every_element_is_written(classes):
 
 @pytest.mark.parametrize("classes", [100, 1000, 40000])
 def test_streams_do_not_race(classes):
-    """Twin: triton_grid.py's every_run_gives_the_same_bits, one call after the other."""
+    """Test without a GPU: every_run_gives_the_same_bits in triton_grid.py, with one stream."""
     inputs = [draw(300, classes) for _ in range(4)]
     call = functools.partial(bdkd_loss_and_grad, temperature=4.0, backend="triton")
     want = [call(*x) for x in inputs]
@@ -82,8 +82,10 @@ def test_streams_do_not_race(classes):
 
 @pytest.mark.parametrize("classes", [10, 1000, 40000])
 def test_calls_without_a_pause_between_them(classes):
-    """Launches begin early, in memory that the call before has just given back. Twin:
-    triton_launches.py, which looks at what waits for what."""
+    """Launches begin early, in memory that the previous call has just freed.
+
+    Test without a GPU: triton_launches.py checks which launches wait for others.
+    """
     inputs = [draw(rows, classes) for rows in (1, 33, 257, 3000, 5, 1024)]
     call = functools.partial(bdkd_loss_and_grad, temperature=4.0, backend="triton")
     want = []
@@ -104,7 +106,10 @@ def test_calls_without_a_pause_between_them(classes):
 
 @pytest.mark.parametrize("classes", [1000, 40000])
 def test_cuda_graph_replay(classes):
-    """Twin: triton_grid.py's test_compiles_without_a_graph_break (nothing is read on the host)."""
+    """Test without a GPU: test_compiles_without_a_graph_break in triton_grid.py.
+
+    It shows that the host reads no values.
+    """
     s, t, y = draw(128, classes)
     s.requires_grad_()
     t.requires_grad_()
@@ -138,7 +143,7 @@ def test_cuda_graph_replay(classes):
 
 
 def test_nothing_syncs_with_the_host():
-    """Twin: triton_grid.py's test_compiles_without_a_graph_break."""
+    """Test without a GPU: test_compiles_without_a_graph_break in triton_grid.py."""
     s, t, y = draw(64, 1000)
     s.requires_grad_()
     t.requires_grad_()
@@ -158,10 +163,12 @@ def test_nothing_syncs_with_the_host():
 
 @pytest.mark.parametrize(("rows", "classes"), [(2_200_000, 1000), (17_000, 128_256)])
 def test_more_than_2_to_the_31_elements(rows, classes):
-    """Twin: none runs in a CPU's memory; that offsets are 64-bit is seen in test_triton_aot.py's
-    kernels compiling for it. The last rows, past 2^31, against the same rows alone."""
+    """Compare the last rows, after 2^31 elements, with a call of these rows alone.
+
+    There is no such test without a GPU, because it needs too much memory.
+    """
     if torch.cuda.mem_get_info()[0] < 5 * rows * classes * 2:
-        pytest.skip("not enough memory: its twin is triton_grid.py, interpreted by test_triton.py")
+        pytest.skip("not enough GPU memory; triton_grid.py interprets smaller batches")
     s = torch.empty(rows, classes, dtype=BF16, device="cuda").normal_()
     t = torch.empty_like(s).normal_()
     y = torch.randint(classes, (rows,), device="cuda")
@@ -175,7 +182,7 @@ def test_more_than_2_to_the_31_elements(rows, classes):
 
 
 def test_inductor_compiles_it():
-    """Twin: triton_grid.py's test_compiles_without_a_graph_break."""
+    """Test without a GPU: test_compiles_without_a_graph_break in triton_grid.py."""
     s, t, y = draw(96, 1000, torch.float32)
     s.requires_grad_()
     t.requires_grad_()
@@ -192,8 +199,8 @@ def test_inductor_compiles_it():
 
 @pytest.mark.skipif(
     shutil.which("compute-sanitizer") is None,
-    reason="no compute-sanitizer: its twin is triton_grid.py, whose tensors of the loss are NaN "
-    "around rows of another stride (gradients_are_written_into_given_tensors)",
+    reason="no compute-sanitizer; triton_grid.py checks for writes outside of the gradients "
+    "(gradients_are_written_into_given_tensors)",
 )
 def test_memcheck_finds_nothing():
     code = (

@@ -1,7 +1,7 @@
-"""What PyTorch can do to a function, done to the loss: one table for the tests and for the docs.
+"""The features of PyTorch that the loss supports: one table for the tests and the docs.
 
 Each row has a function of a package, a backend and a folder for files. It raises an AssertionError
-if the result differs from the reference's. ``test_torch_features.py`` runs every row on every
+if the result differs from that of the reference. ``test_torch_features.py`` runs every row on every
 backend, and ``docs/reference/loss-features.md`` shows :func:`markdown`.
 """
 
@@ -37,11 +37,11 @@ class Feature(NamedTuple):
 
     name: str  # in Markdown
     run: Callable[[Any, str, Path], None]
-    fused: str = WORKS  # or REFERENCE, or the error that it raises, with … for what differs
+    fused: str = WORKS  # or REFERENCE, or the error, with … for parts that vary
     reference: str = WORKS
     note: str = ""
     compiles: bool = False  # takes seconds
-    threads: bool = False  # Triton's interpreter changes triton.language, for one thread at a time
+    threads: bool = False  # needs several threads, which Triton's interpreter does not support
 
     def outcome(self, backend: str) -> str:
         return self.fused if backend in FUSED else self.reference
@@ -61,7 +61,7 @@ def feature(name: str, **columns: Any) -> Callable:
 
 
 def markdown() -> str:
-    """The table of the docs."""
+    """Return the table for the docs."""
     lines = [
         '| feature | `"native"`, `"triton"` | `"reference"` | note |',
         "| --- | --- | --- | --- |",
@@ -77,7 +77,7 @@ def markdown() -> str:
 
 
 def gradients(**options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of both losses, by the reference in float64."""
+    """Return the gradients of both losses, computed by the reference in float64."""
     options = {**OPTIONS, **options, "backend": "reference"}
     return bdkd_kernels.bdkd_loss_and_grad(S.double(), T.double(), Y, **options)[1]
 
@@ -96,7 +96,7 @@ def leaves(*tensors) -> list[torch.Tensor]:
 
 
 def student_of(package, backend):
-    """The student's loss as a function of tensors."""
+    """Return the student's loss as a function of tensors."""
 
     def loss(s, t=T, y=Y, **options):
         return package.bdkd_loss(s, t, y, **{**OPTIONS, **options}, backend=backend).student
@@ -105,7 +105,7 @@ def student_of(package, backend):
 
 
 def check_step(step, **options) -> None:
-    """``step(s, t, y)`` returns both losses: compare them and their gradients."""
+    """Compare both losses that ``step(s, t, y)`` returns, and their gradients."""
     s, t = leaves()
     student, teacher = step(s, t, Y)[:2]
     (student + teacher).sum().backward()
@@ -193,7 +193,7 @@ def traced_by_make_fx(package, backend, folder):
 
 @feature("`torch.jit.trace`", fused=REFERENCE, compiles=True)
 def jit_traced(package, backend, folder):
-    """Kernels would leave outputs that nothing writes in the traced program."""
+    """A kernel would not be recorded, so the traced program would return uninitialised outputs."""
     module = Losses(package, backend)
     program = torch.jit.trace(module, (S, T, Y))
     s, t = torch.randn(2, 6, 5, generator=RNG)
@@ -211,8 +211,11 @@ def symbolically_traced(package, backend, folder):
 
 @feature("CUDA graphs", note="On a GPU. The labels are then not checked.")
 def in_a_cuda_graph(package, backend, folder):
-    """A graph replays launches: on the CPU, see that a step makes the same bits every time, and on
-    a GPU test_triton_gpu.py replays one (its twin in triton_grid.py: no value is read)."""
+    """A graph replays the launches of a step.
+
+    On the CPU, check that a step gives the same bits every time. On a GPU, test_triton_gpu.py
+    replays a graph.
+    """
     first, again = [], []
     for found in (first, again):
         s, t = leaves()
@@ -257,7 +260,7 @@ def forward_mode(package, backend, folder):
             close(forward_ad.unpack_dual(value).tangent, (gradient * V).sum())
     close(torch.func.jvp(loss, (S,), (V,))[1], (ds * V).sum())
     close(torch.func.jacfwd(loss)(S), ds)
-    # A tangent of the partner's logits alone: constants of the student's loss.
+    # The partner's logits are constants of the student's loss, so their tangent has no effect.
     assert torch.func.jvp(lambda t: loss(S, t), (T,), (V,))[1] == 0
 
 
@@ -488,8 +491,8 @@ def _with_one_rank(folder, wrap, package, backend) -> None:
     try:
         _compare_wrapped(wrap, package, backend)
     finally:
-        # The modules are freed first. Freed after the group, DDP's reducer would hold the GIL and
-        # wait for a thread of gloo, which may need the GIL to end.
+        # Free the modules before the group. Otherwise DDP's reducer would hold the GIL and wait for
+        # a thread of gloo, which may need the GIL to end.
         gc.collect()
         dist.destroy_process_group()
 

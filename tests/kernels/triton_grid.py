@@ -1,8 +1,10 @@
-"""The Triton kernels' device code on CPU tensors. It needs TRITON_INTERPRET=1 before triton is
-imported, which nothing can compile with: ``test_triton.py`` runs this file in a process of its own.
+"""Test the device code of the Triton kernels in the interpreter, on CPU tensors.
 
-Short rows run as they would on a GPU; what is long there is made short by a launch with small
-blocks, so that every regime and every boundary between blocks is crossed.
+TRITON_INTERPRET=1 must be set before triton is imported, and kernels cannot be compiled then. So
+``test_triton.py`` runs this file in a separate process.
+
+Short rows run as on a GPU. Tests of long rows use launches with small blocks, so that shorter rows
+still cross all boundaries between blocks.
 """
 
 import contextlib
@@ -23,14 +25,14 @@ from edges import EDGES
 from triton import language
 from triton.runtime.interpreter import InterpretedFunction
 
-# Masked classes are -inf - -inf until a row is found to have them: see row_math.py.
+# A row with masked classes is first computed as if it had none, with -inf - -inf: see row_math.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
 # make soak runs four times as many calls.
 SCALE = 0.2 if os.environ.get("BDKD_SOAK") else 0.05
 SHORT = short_sample(SCALE)
-# Other calls than the tile kernel's, of rows that fill a few small blocks. (One class is never
-# looped over.)
+# Calls for the loop kernel, with rows that fill a few small blocks. (The loop kernel never computes
+# rows of one class.)
 LOOPED = [
     case
     for case in sample(0.6 * SCALE, "loop")
@@ -39,22 +41,24 @@ LOOPED = [
 
 
 class Unordered(arguments.Platform):
-    """As on AMD, where a barrier does not order the stores of a program."""
+    """A platform like AMD, where a barrier does not order the stores of a program."""
 
     ordered_stores = False
 
 
 @functools.cache
 def languages_of(function: InterpretedFunction) -> list:
-    """The modules by which a function names Triton's language."""
+    """Return the modules of Triton's language that are globals of a function."""
     known = (language, language.core)
     return [module for module in known if module in function.fn.__globals__.values()]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def language_is_replaced_once():
-    """Triton replaces its language by NumPy before it runs a kernel, and again for every function
-    that the kernel calls. Once is enough, and more than twice as fast."""
+    """Replace Triton's language by NumPy once per kernel, which is more than twice as fast.
+
+    Triton replaces it before it runs a kernel, and again for every function that the kernel calls.
+    """
     replace_and_call = InterpretedFunction.__call__
 
     def call(function, *args, **kwargs):
@@ -83,8 +87,11 @@ def test_edge(edge):
 
 @contextlib.contextmanager
 def small_blocks(inner: int = 4, prefetch: int = 1):
-    """Any row in small blocks: 16 lanes of 4 classes, ``inner`` of them neighbours; or, where every
-    row has the same distance to an aligned address, 16 lanes of 16 bytes."""
+    """Launch the loop kernel with small blocks for every row.
+
+    A block has 16 lanes of 4 classes, of which ``inner`` are neighbours. If all rows have the same
+    offset from an aligned address, it has 16 lanes of 16 bytes.
+    """
 
     def choose(classes: int, itemsize: int, vector: int, shifted: bool = False):
         if shifted and vector * itemsize < 16:
@@ -102,7 +109,10 @@ def small_blocks(inner: int = 4, prefetch: int = 1):
 @pytest.mark.parametrize("loop", [False, True], ids=["tile", "loop"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["labels", "weights"])
 def test_the_denominator_of_many_rows_is_added_up_in_parts(loop, weighted, monkeypatch):
-    """As from 16,385 rows on, here with 4 rows a part: 3 parts, rounded up to 4."""
+    """Batches of more than 16,384 rows have several partial sums.
+
+    Here each one has 4 rows, so there are 3 partial sums, rounded up to 4.
+    """
     monkeypatch.setattr(triton_backend, "_ROWS_A_PARTIAL", 4)
     monkeypatch.setattr(triton_backend, "_plans", {})
     case = Case("parts", (9, 20), sample_weight=weighted, ignored=True)
@@ -120,8 +130,8 @@ def test_loop_agrees_with_float64(case):
     "edge",
     [e for e in EDGES if e.__name__ in (
         "a_class_masked_in_one_network_only", "a_target_in_a_masked_class_is_infinite",
-        "infinite_and_fully_masked_rows_are_nan", "an_ignored_row_wins_over_nan_and_infinity",
-        "a_label_out_of_range_is_named", "gradients_are_written_into_given_tensors",
+        "infinite_and_fully_masked_rows_are_nan", "an_ignored_row_with_nan_or_inf_is_zero",
+        "a_label_out_of_range_raises_with_its_row", "gradients_are_written_into_given_tensors",
     )],
     ids=lambda edge: edge.__name__,
 )  # fmt: skip
@@ -130,11 +140,11 @@ def test_loop_edge(edge):
         edge("triton")
 
 
-@pytest.mark.parametrize("classes", [5, 67, 131])  # edges alone; a block and edges; two blocks
+@pytest.mark.parametrize("classes", [5, 67, 131])  # only edges; a block and edges; two blocks
 @pytest.mark.parametrize("storage", [FP32, BF16])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_rows_that_are_not_aligned(classes, storage, prefetch):
-    """Seven rows, each at another distance to an address that 16 divides."""
+    """Seven rows, each with another offset from a 16-byte aligned address."""
     options = {"temperature": 4.0, "label_smoothing": 0.1 * (classes == 67)}
     with small_blocks(prefetch=prefetch):
         judge(Case(f"not aligned {classes} {storage}", (7, classes), "finite", (storage, storage),
@@ -144,7 +154,7 @@ def test_rows_that_are_not_aligned(classes, storage, prefetch):
 @pytest.mark.parametrize("looped", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_where_stores_are_not_ordered(smoothing, looped):
-    """As on AMD: the label is compared with every class instead of stored once more."""
+    """On AMD, every class is compared with the label instead of storing the label's class again."""
     with (
         mock.patch.object(arguments, "PLATFORM", Unordered(interpreted=True, amd=False)),
         mock.patch.dict(triton_backend._plans, clear=True),
@@ -160,7 +170,7 @@ def test_label_where_stores_are_not_ordered(smoothing, looped):
 @pytest.mark.parametrize("rows", [5, 133])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_many_programs(rows, reduction):
-    """More programs than one, a ragged last one, and labels that do not count among them."""
+    """The batch needs several programs, the last one is partial, and some rows are ignored."""
     judge(
         Case(f"programs {rows} {reduction}", (rows, 3), ignored=True, sample_weight=True,
              options={"reduction": reduction, "temperature": 4.0}),
@@ -173,7 +183,7 @@ def test_many_programs(rows, reduction):
 def test_tied_maxima_belong_to_the_first_class(classes, looped):
     last = classes - 1
     logits = torch.zeros(7, classes)
-    logits[1::2, 1] = 1.0  # the rows between have no class as large as their neighbours'
+    logits[1::2, 1] = 1.0  # the maxima of these rows are lower than those of their neighbours
     logits[[0, 2], 3] = logits[[0, 2], last] = 2.0
     logits[4, last] = 20.0
     logits[6, classes // 2] = 2.0
@@ -221,9 +231,11 @@ def test_compiles_without_a_graph_break(dynamic):
         torch.testing.assert_close(t.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_backward_of_the_assumed_scale_launches_nothing_over_the_logits(monkeypatch):
-    """Where the upstream is what was assumed, the gradients of the forward pass stay: the very
-    values, although the logits and the state have been spoiled since."""
+def test_backward_with_the_assumed_scale_keeps_the_gradients(monkeypatch):
+    """With the assumed upstream gradient, the backward pass keeps the gradients unchanged.
+
+    It does not read the logits and the state, which are NaN here.
+    """
     s, t = torch.randn(2, 6, 20).unbind()
     y = torch.arange(6)
     inputs = LossInputs(s.clone(), t.clone(), y, None, LossOptions())
@@ -239,12 +251,12 @@ def test_backward_of_the_assumed_scale_launches_nothing_over_the_logits(monkeypa
         assert torch.equal(ds, kept[0])
         assert torch.equal(dt, kept[1])
     triton_backend._backward(inputs, state, Pair(eight + 1, None), Pair(ds, None), 8.0)
-    assert ds.isnan().all()  # another upstream: made again
+    assert ds.isnan().all()  # another upstream gradient: recomputed
     assert torch.equal(dt, kept[1])
 
 
 def test_every_element_is_written():
-    """NaN is put where gradients and losses go; none stays. (On a GPU: test_triton_gpu.py.)"""
+    """Outputs are filled with NaN before the call, and none is left. (GPU: test_triton_gpu.py.)"""
     for n, c, storage in ((5, 10, FP32), (7, 1000, torch.bfloat16), (3, 300, torch.float16)):
         s, t = (torch.randn(n, c).to(storage) for _ in range(2))
         y = torch.randint(c, (n,))

@@ -1,10 +1,11 @@
-"""What a GPU's driver would be asked for, on a machine without one. A stub stands in for
-``libcuda.so.1`` and keeps what it is handed; everything between it and the backend is Triton's own,
-its launcher in C included. Tensors lie in the CPU's memory and no kernel runs. The stub must be
-loaded before torch: ``test_triton.py`` runs this file in a process of its own.
+"""Test the launches of the Triton backend without a GPU.
 
-From a kind's second call on the backend passes Triton's binding of arguments by. So it must hand
-over the same kernel and the very arguments that Triton would, whatever came before.
+A stub replaces ``libcuda.so.1`` and records its calls. Everything between the stub and the backend
+is Triton's own code, including its launcher in C. Tensors are in CPU memory and no kernel runs. The
+stub must be loaded before torch, so ``test_triton.py`` runs this file in a separate process.
+
+From the second call of a kind on, the backend skips Triton's binding of arguments. It must then
+launch the same kernel with the same arguments as Triton would, after any sequence of calls.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ subprocess.check_call(
      "-o", _library, _library.with_suffix(".c")]
 )  # fmt: skip
 _cuda = ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
-os.environ["TRITON_LIBCUDA_PATH"] = _folder.name  # what the launcher is linked with
+os.environ["TRITON_LIBCUDA_PATH"] = _folder.name  # the launcher is linked with this library
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -88,7 +89,7 @@ class _Config(ctypes.Structure):
 
 
 class H100(CudaDriver):
-    """One, as far as the host can tell."""
+    """A driver that looks to the host like that of an H100."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +104,7 @@ _loaded: dict[int, object] = {}  # compiled kernels by their handle
 
 
 def flat(signature):
-    """The types of all arguments that are not compiled in; a tuple is as many as its fields."""
+    """Yield the types of all arguments that are not compile-time constants. Flatten tuples."""
     for x in signature:
         if isinstance(x, tuple):
             yield from flat(x)
@@ -125,7 +126,7 @@ def _keep(config, function, parameters, _):
 
 
 class _Uncompiled:
-    """A kernel up to its code: with the launcher that Triton makes for its signature."""
+    """A kernel without compiled code, with the launcher that Triton creates for its signature."""
 
     def __init__(self, function: JITFunction, signature, constexprs, attrs, options, backend):
         self.src = ASTSource(function, signature, constexprs, attrs)
@@ -152,7 +153,7 @@ def _do_not_compile(self, key, signature, device, constexprs, options, attrs, wa
 
 
 class MI300:
-    """Of AMD's GPU, what the host must know to choose a kernel; it launches nothing."""
+    """A driver for an AMD GPU that launches nothing. It has the methods that choose a kernel."""
 
     def get_current_target(self):
         return GPUTarget("hip", "gfx942", 64)
@@ -197,7 +198,7 @@ def uncompiled():
 
 
 def tensor(shape, dtype=FP32, off: int = 0, stride: int | None = None, device: str = "cpu"):
-    """Zeros, ``off`` elements past an address that 16 divides, rows ``stride`` apart."""
+    """Return zeros with this row stride, ``off`` elements after a 16-byte aligned address."""
     columns = shape[1] if len(shape) == 2 else 1
     stride = columns if stride is None else stride
     count = (shape[0] - 1) * stride + columns if shape else 1
@@ -211,7 +212,7 @@ def call(
     grads=(True, True), scale=1.0, scale_off=0, upstream="one", assumed=1.0, device="cpu",
     **options,
 ):  # fmt: skip
-    """Makes a call's tensors; gives it as functions of nothing, forward and backward."""
+    """Create the tensors of a call. Return its forward and its backward pass as functions."""
     off = {**dict.fromkeys(("s", "t", "y", "w", "ds", "dt", "up"), 0), **dict.fromkeys(off, 1)}
     strides = strides or (classes,) * 4
     shape = (rows, classes)
@@ -277,7 +278,7 @@ CALLS = {
     "the same row": {"strides": (0, 0, 100, 100)},
     "rows far apart": {"rows": 2, "strides": (2**31 + 16, 100, 100, 100), "device": "meta"},
     "very many rows": {"rows": 2**31 + 9, "classes": 16, "device": "meta"},
-    # Of all these, AMD's compiler wants to know whether they lie within 2 GiB.
+    # AMD's compiler uses the information whether these tensors fit into 2 GiB.
     "few rows of one class": {"classes": 1, "device": "meta"},
     "records beyond 2 GiB": {"rows": 30_000_000, "classes": 1, "device": "meta"},
     "records, almost": {"rows": 21_000_000, "classes": 1, "device": "meta"},
@@ -308,7 +309,7 @@ CALLS = {
 
 
 class Reused:
-    """In the place of ``torch.empty``: the n-th memory of a call is the same every time."""
+    """Replace ``torch.empty``: the n-th allocation of every call returns the same memory."""
 
     def __init__(self):
         self.memory, self.used, self.real = {}, 0, torch.empty
@@ -344,8 +345,8 @@ def launches_of(forward, backward, reused: Reused, with_backward: bool) -> list[
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_later_call_launches_what_the_first_does(uncompiled, name):
-    """The first goes through Triton's binding of arguments."""
+def test_later_calls_launch_the_same_as_the_first(uncompiled, name):
+    """Only the first call uses Triton's binding of arguments."""
     has_gradient = any(CALLS[name].get("grads", (True,)))
     forward, backward = call(**CALLS[name])
     with memory() as reused:
@@ -360,7 +361,8 @@ def test_a_later_call_launches_what_the_first_does(uncompiled, name):
         *["denominator_kernel"] * (reduction == "mean" and bool(labelled)), rows,
         *["sum_kernel"] * (reduction != "none"), *["gradient_kernel"] * has_gradient,
     ]  # fmt: skip
-    # Early is what follows a launch of the same call; what comes first waits for all before it.
+    # A launch begins early if it follows another launch of the same call. The first launch of a
+    # call waits for all earlier launches.
     assert [x.early for x in first] == [
         i > 0 and x != "gradient_kernel" for i, x in enumerate(names)
     ]
@@ -372,7 +374,7 @@ def of_other_arguments(*arguments):
 
 @pytest.mark.parametrize("why", ["untested version", "other arguments", "launch hooks"])
 def test_without_the_fast_launch_every_launch_is_the_same(uncompiled, monkeypatch, why):
-    """``kernel[grid]`` hands the same arguments to the driver as the fast launch does."""
+    """``kernel[grid]`` passes the same arguments to the driver as the fast launch."""
     forward, backward = call(weight=True, temperature=4.0)
     with memory() as reused:
         launches_of(forward, backward, reused, True)
@@ -405,7 +407,7 @@ def test_without_the_fast_launch_every_launch_is_the_same(uncompiled, monkeypatc
     assert len(watched) == (len(bound) if why == "launch hooks" else 0)
 
 
-def test_the_fast_launch_is_known_to_agree_with_these_versions():
+def test_versions_with_a_tested_fast_launch():
     assert fast_launch_is_tested("3.6.0")
     assert fast_launch_is_tested(triton.__version__)
     assert not fast_launch_is_tested("3.5.1")
@@ -413,9 +415,11 @@ def test_the_fast_launch_is_known_to_agree_with_these_versions():
 
 
 @pytest.mark.parametrize("gpu", ["h100", "mi300"])
-def test_no_call_is_served_with_the_kernel_of_another(uncompiled, gpu, request):
-    """Every kind of call after every other one, three of each so that none is its kind's first:
-    what is launched is what Triton, asked anew, would have chosen."""
+def test_no_call_runs_the_kernel_of_another_kind(uncompiled, gpu, request):
+    """Each launch uses the kernel that Triton itself would choose for its arguments.
+
+    All kinds of calls run in turn, three times, so that most calls are not the first of their kind.
+    """
     request.getfixturevalue(gpu)
     plain = launcher.Launcher.__call__
     wrong, checked = [], 0
@@ -439,15 +443,18 @@ def test_no_call_is_served_with_the_kernel_of_another(uncompiled, gpu, request):
                 if any(CALLS[name].get("grads", (True,))):
                     backward(state)
                     dense = state.contiguous() if state.device.type == "cpu" else state
-                    backward(dense)  # as it comes through torch.library
+                    backward(dense)  # operators of torch.library pass a dense state
     assert checked > 3 * len(CALLS)
     assert not wrong
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"classes": 4104}])
 def test_compiled_kernels_take_these_arguments(options):
-    """The code's own parameters, as many and as wide as what is handed over, and the waits of
-    overlapping launches: a launch that begins early waits, one that nothing follows lets none."""
+    """The parameters of the compiled code have the number and the widths of the passed arguments.
+
+    A launch that begins early contains a wait. A launch allows the next one to begin early only if
+    there is a next one.
+    """
     init = CompiledKernel._init_handles
 
     def load(self):

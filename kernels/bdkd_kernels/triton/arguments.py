@@ -1,4 +1,4 @@
-"""The kernels' arguments, from the inputs of a call."""
+"""Create the kernels' arguments from the inputs of a call."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Platform:
 
     @property
     def ordered_stores(self) -> bool:
-        """See :class:`Spec`; the interpreter runs one thread."""
+        """See :class:`Spec`. Also True in the interpreter, which runs one thread."""
         return not self.amd
 
 
@@ -42,7 +42,7 @@ PLATFORM = Platform(triton.knobs.runtime.interpret, torch.version.hip is not Non
 
 
 def described(tensors: tuple[Tensor | None, ...]) -> tuple[list, list]:
-    """Return the tensors' addresses, and all of their properties that compiled code depends on."""
+    """Return the tensors' addresses, and all properties of them that compiled code depends on."""
     addresses: list[Any] = [None if x is None else x.data_ptr() for x in tensors]
     kinds: list[Any] = [None if x is None else (x.dtype, x.stride(), address % 16)
                         for x, address in zip(tensors, addresses, strict=True)]  # fmt: skip
@@ -61,8 +61,8 @@ def kind_of_scale(scale: float | Tensor | None) -> Any:
 def kind_of_count(rows: int) -> Any:
     """Return the properties of the number of rows that compiled code depends on.
 
-    It is the width of its integer and, on AMD, what the compiler makes of the size of the records:
-    those of 2**23 rows are within 2 GiB.
+    Compiled code depends on the width of the integer. On AMD, it also depends on whether the
+    records fit into 2 GiB, as those of 2**23 rows do.
     """
     return rows if PLATFORM.amd and rows > 2**23 else rows < 2**31
 
@@ -119,11 +119,12 @@ def spec_of(
 def numbers_of(o: LossOptions, spec: Spec, classes: int, dtype: torch.dtype) -> Any:
     """Return the Options of a call.
 
-    Triton rounds a float to float32, so floats are compiled in if the arithmetic is float64. The
-    interpreter keeps a float as it is, so they are rounded here.
+    Triton rounds float arguments to float32. So if the arithmetic is float64, floats are
+    compile-time constants. The interpreter does not round floats, so this function rounds them.
     """
     temperature = float(o.temperature) if spec.kd else 1.0
-    # One class has probability 1, exactly, only if no rounding of its logit is in the exponent.
+    # With one class, c is 0: otherwise a rounding error in the exponent could make its probability
+    # differ from 1.
     c = math.log2(math.e) / temperature if classes > 1 else 0.0
     numbers = {option.name: getattr(o, option.name) for option in TABLE if option.type is float}
     numbers |= {"temperature": temperature, "c": c,
@@ -139,7 +140,7 @@ def numbers_of(o: LossOptions, spec: Spec, classes: int, dtype: torch.dtype) -> 
 
 
 def exact_scale(scale: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
-    """Return a gradient's scale, as a tensor where a float32 argument would round it."""
+    """Return a gradient's scale, as a tensor if a float32 argument would round it."""
     if isinstance(scale, Tensor):
         return scale
     if dtype == torch.float32:
@@ -163,7 +164,7 @@ def launch_of(
     """Return the launch of the row kernel."""
     tensors = [x for x in (inputs.student, inputs.teacher, *gradients) if x is not None]
     itemsize = max(x.element_size() for x in tensors)
-    # Triton knows of an address that 16 divides it, or nothing.
+    # The only property of an address that Triton uses is that it is a multiple of 16.
     vector, shifted = 1, False
     if all(x.data_ptr() % 16 == 0 for x in tensors):
         strides = [x.stride(0) for x in tensors]

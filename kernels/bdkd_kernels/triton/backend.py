@@ -1,7 +1,7 @@
-"""The Triton backend: plans, allocates and launches.
+"""The host code of the Triton backend: it plans, allocates and launches.
 
-The forward pass is at most three launches: the mean's denominator where rows may not count, the
-rows, and the sum of the losses. The backward pass is one.
+The forward pass is at most three launches: the mean's denominator (if some rows may not count), the
+row kernel, and the sum of the losses. The backward pass is one launch.
 """
 
 from typing import NamedTuple
@@ -25,11 +25,11 @@ from .spec import NUM_FIELDS, NUM_STATISTICS, RECORD, Spec
 from .tile_kernel import tile_kernel
 
 _RECORD, _FIELDS, _STATISTICS = RECORD.value, NUM_FIELDS.value, NUM_STATISTICS.value
-_ROWS_A_PARTIAL = 2**14  # of the mean's denominator, which one program adds up
+_ROWS_A_PARTIAL = 2**14  # rows per partial sum of the mean's denominator; one program adds them up
 
 
 def availability() -> Availability:
-    """Whether this machine can run the kernels, or why not."""
+    """Return whether this machine can run the kernels, and the reason if it cannot."""
     version = triton.__version__
     if arguments.PLATFORM.interpreted:
         return Availability(True, f"triton {version}, interpreted on the CPU")
@@ -73,7 +73,7 @@ _NO_LOSSES = (None, None)
 
 
 def _is_on_other_device(device: torch.device) -> bool:
-    """Whether the device is not the current one, on which Triton launches."""
+    """Whether the device differs from the current device, on which Triton launches."""
     return device.index is not None and device.index != torch.cuda.current_device()
 
 
@@ -82,7 +82,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _count_partials(inputs: LossInputs) -> int:
-    """Return the number of partial sums of the mean's denominator; 0: it is the number of rows."""
+    """Return the number of partial sums of the mean's denominator. If 0, all rows count."""
     target = inputs.target
     has_labels = target is not None and target.ndim == 1
     if inputs.options.reduction != "mean" or not (has_labels or inputs.sample_weight is not None):
@@ -153,7 +153,7 @@ def _forward(
     dtype, per_row = plan.dtype, o.reduction == "none"
     programs = -(-rows // plan.rows_a_program)
 
-    # One allocation for all values that one launch passes to the next: see row_io.partial_sums.
+    # One allocation for all values that a launch passes to the next one: see row_io.partial_sums.
     records = torch.empty(rows * _RECORD + partials + 2 * programs, dtype=dtype, device=device)
     shape = (rows,) if per_row else ()
     losses = (torch.empty(shape, dtype=dtype, device=device),

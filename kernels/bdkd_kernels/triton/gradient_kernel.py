@@ -28,7 +28,7 @@ def load_record(record, field_stride):
 @triton.jit
 def store_gradient_row(g, networks, batch, options, record, field_stride, row,
                        BLOCK: tl.constexpr, SPEC: tl.constexpr):  # fmt: skip
-    """Store the gradients of one row, whose losses have the factors ``g``, a Pair."""
+    """Store the gradients of one row. ``g`` is a Pair of upstream gradients."""
     STUDENT: tl.constexpr = SPEC.student
     TEACHER: tl.constexpr = SPEC.teacher
     y, in_range, counted = load_labels(batch, row, row >= 0, options, SPEC)
@@ -81,9 +81,9 @@ def gradient_kernel(
     loss_options,  # Options; Triton has an argument `options`
     BLOCK: tl.constexpr, ASSUMED: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients again, for another upstream gradient than the forward pass expected.
+    """Recompute the gradients for an upstream gradient that the forward pass did not assume.
 
-    Rows whose upstream gradient equals ``assumed`` are left alone: their gradients are already
+    Rows whose upstream gradient equals ``assumed`` are skipped, because their gradients are already
     stored. ASSUMED is "number", "tensor" (0-dim) or "none".
     """
     networks = Pair(
@@ -93,7 +93,7 @@ def gradient_kernel(
     batch = Batch(target, None, None, None, N, C)
     g_s, g_t = tl.zeros((), SPEC.dtype), tl.zeros((), SPEC.dtype)
     for at in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
-        row = tl.cast(at, tl.int64)  # the interpreter's is Python's
+        row = tl.cast(at, tl.int64)  # in the interpreter, `at` is a Python int
         if SPEC.student.grad:
             g_s = tl.load(student_upstream + row * student_upstream_stride).to(SPEC.dtype)
         if SPEC.teacher.grad:

@@ -1,9 +1,10 @@
-"""The launch table: which kernel serves a number of classes, in which shape.
+"""The launch table: the kernel and its shape for each number of classes.
 
-Chosen by measurements on an H200: from 513 classes on in ``bench/results/2026-11-26-gpu-h200``
-(``stage1-run3.jsonl``), for fewer in ``bench/results/2026-11-27-gpu-h200`` (``autotune.txt``; 10,
-100 and 500 classes, the others by analogy). The number of warps that fit on a multiprocessor
-matters more than issue slots. ``bench/autotune.py`` prints this table anew from measurements.
+It follows from measurements on an H200. Those for 513 classes and more are in
+``bench/results/2026-11-26-gpu-h200`` (``stage1-run3.jsonl``). Those for fewer classes are in
+``bench/results/2026-11-27-gpu-h200`` (``autotune.txt``): 10, 100 and 500 classes were measured, and
+the other shapes were chosen by analogy. The number of warps that fit on a multiprocessor matters
+more than issue slots. ``bench/autotune.py`` measures again and prints a new table.
 """
 
 from dataclasses import dataclass, replace
@@ -83,17 +84,17 @@ def choose(
 
     Args:
         itemsize: Bytes of a logit, the larger of both networks'.
-        vector: How many neighbouring logits one access may take.
-        shifted: Whether each row of all tensors has the same distance to an address that 16
-            divides, so that the same classes can be loaded and stored 16 bytes at a time.
+        vector: How many neighbouring logits one access may load.
+        shifted: Whether each row has the same offset from a 16-byte aligned address in all tensors,
+            so that the same classes can be loaded and stored 16 bytes at a time.
     """
     if classes == 1:
         return Tile(128, 1, 1, 4)
     block = max(16, block_of(classes))
     if classes <= tile_classes:
         if block > 512:
-            # A warp waits for its own logits, so many warps are needed: 16 per multiprocessor
-            # with 128 registers, 24 with 80.
+            # Each warp waits for its own logits, so many warps must be resident: 16 fit on a
+            # multiprocessor with 128 registers, 24 with 80.
             warps = block // (512 if itemsize == 2 else 256)
             registers = 255 if itemsize == 8 else 80 if itemsize == 4 and warps < 16 else 128
             return Tile(1, block, block, warps, registers)
@@ -106,8 +107,8 @@ def choose(
         return Tile(1, block, block, 1, 80 if block == 128 else 128)
     if vector * itemsize < 16 and not shifted:
         return Loop(8, 1, outer=8)
-    # Both networks' rows stay in L2 for the second sweep, so few long rows may be in flight.
-    # 64 registers leave 32 warps on a multiprocessor, 80 leave 24.
+    # Both networks' rows stay in L2 for the second sweep, so few long rows may be in progress at
+    # once. With 64 registers, 32 warps fit on a multiprocessor. With 80 registers, 24 warps fit.
     warps, registers = (8, 80) if 2 * classes * itemsize <= 96 * 1024 else (16, 64)
     return Loop(warps, 16 // itemsize, prefetch=1, shifted=vector * itemsize < 16,
                 registers=0 if itemsize == 8 else registers)  # fmt: skip

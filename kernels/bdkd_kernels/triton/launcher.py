@@ -1,4 +1,4 @@
-"""Repeated launches of one kernel, with little work on the host."""
+"""Launch a kernel repeatedly, with little work on the host."""
 
 import functools
 from typing import Any
@@ -18,28 +18,28 @@ KERNELS = (denominator_kernel, tile_kernel, loop_kernel, sum_kernel, gradient_ke
 def _fix_cache_keys() -> None:
     """Compute Triton's cache keys in one order.
 
-    A key depends on which kernel's key was computed first (seen in 3.6 and 3.7). In another order,
-    kernels would be compiled again for no reason.
+    A key depends on the order in which the keys are computed (seen in triton 3.6 and 3.7). In
+    another order, kernels would be compiled again although they are in the cache.
     """
     for kernel in KERNELS:
         _ = getattr(kernel, "cache_key", None)  # an interpreted kernel has none
 
 
 class Launcher:
-    """Launches one kernel with arguments of one kind.
+    """Launch one kernel with arguments of the same kind.
 
-    The first launch is ``kernel[grid]``. With a version of Triton that this was tested with, later
-    ones call the compiled kernel directly: without binding and hashing its 30 arguments, and with
-    addresses in place of tensors, which the driver need not look up. All launches are
-    ``kernel[grid]`` with other versions of Triton, under the interpreter, and while a profiler has
-    installed launch hooks.
+    The first launch is ``kernel[grid]``. With the tested versions of Triton, later launches call
+    the compiled kernel directly. This skips binding and hashing 30 arguments, and it passes
+    addresses instead of tensors, so that the driver does not look them up. With other versions of
+    Triton, in the interpreter, and while a profiler has installed launch hooks, all launches are
+    ``kernel[grid]``.
     """
 
     def __init__(self, kernel: Any, warps: int, early: bool = False, registers: int = 0) -> None:
         _fix_cache_keys()
         self.kernel, self.compiled = kernel, None
         self.is_fast = fast_launch_is_tested(triton.__version__)
-        # The arithmetic is written for multiply-adds, which triton 3.10 will not make by default.
+        # The arithmetic needs fused multiply-adds. Triton 3.10 will not use them by default.
         self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
         if early:
             self.options["launch_pdl"] = True

@@ -1,9 +1,9 @@
 """The blocks of a long row, and how they are loaded.
 
-A block has shape (LOOP.outer, LOOP.lanes, LOOP.inner): a lane loads LOOP.inner neighbouring classes
-in one access. If rows are not aligned to 16 bytes, but have the same offset in all tensors
-(LOOP.shifted), the aligned accesses start at the first aligned class. The few classes before and
-after them are the edges, which are loaded one by one.
+A block has shape (LOOP.outer, LOOP.lanes, LOOP.inner). A lane loads LOOP.inner neighbouring classes
+in one access. Rows may be unaligned, but with the same offset from 16 bytes in all tensors
+(LOOP.shifted). Then the aligned accesses start at the first aligned class. The few classes before
+and after the aligned accesses are the edges, which are loaded one by one.
 """
 
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ class Row(NamedTuple):
     label: Any
     in_range: Any  # whether the label is
     counted: Any  # whether the row counts
-    head: Any  # classes before the first address that 16 bytes divide, if LOOP.shifted
-    end: Any  # classes in whole accesses of LOOP.inner after these; at most LOOP.inner - 1 follow
-    body: Any  # classes in whole blocks, of `end`
+    head: Any  # number of classes before the first 16-byte aligned address, if LOOP.shifted
+    end: Any  # number of classes after `head` in whole accesses of LOOP.inner
+    body: Any  # number of these classes before the last block
 
 
 class Block(NamedTuple):
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
     cols: Any
     inside: Any  # whether they are classes
-    mask: Any  # whether they are loaded
+    mask: Any  # which of them are loaded
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def bodies_of(networks, row, LOOP: tl.constexpr):
 
 @triton.jit
 def load_row(networks, row, cols, mask, SPEC: tl.constexpr):
-    """Load some classes of a row, a Pair, with PAD outside the mask."""
+    """Load some classes of a row of both networks, a Pair, with PAD outside the mask."""
     s, t = networks.student, networks.teacher
     s_row, t_row = s.logits + row.index * s.stride, t.logits + row.index * t.stride
     return Pair(load_logits(s_row + cols, mask, True, SPEC.dtype),
@@ -85,7 +85,7 @@ def load_row(networks, row, cols, mask, SPEC: tl.constexpr):
 def load_packed(body, at, mask, LOOP: tl.constexpr, POLICY: tl.constexpr):
     """Load a block of one row. Two bf16 numbers are one int32, (OUTER, LANES, INNER / 2).
 
-    As loop variables, 16-bit numbers would be extracted from their register and put back.
+    In loop variables, the compiler would unpack 16-bit numbers from their register and repack them.
     """
     if body.dtype.element_ty == tl.bfloat16 and LOOP.inner > 1 and mask is None:
         pairs = body.to(tl.pointer_type(tl.int32), bitcast=True)

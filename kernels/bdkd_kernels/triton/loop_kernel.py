@@ -177,7 +177,8 @@ def store_gradients(networks, batch, options, row, ahead, values, k, LOOP: tl.co
     bodies = bodies_of(networks, row, LOOP)
     output_rows, outputs = output_pointers(networks, row, LOOP, SPEC)
     if SPEC.target != "none":
-        tl.debug_barrier()  # gradients may replace logits: all threads have read the label's
+        # Gradients may overwrite logits. Wait until all threads have read the label's logit.
+        tl.debug_barrier()
     lanes: tl.constexpr = LOOP.lanes
     zeros = tl.zeros((lanes,), SPEC.dtype)
     sums = (zeros, zeros, zeros)
@@ -219,7 +220,7 @@ def store_gradients(networks, batch, options, row, ahead, values, k, LOOP: tl.co
 @triton.jit
 def finish_row(sums, ahead, late, networks, batch, options, row, LOOP: tl.constexpr,
                PREFETCH: tl.constexpr, SPEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Compute a row from its RowSums. Returns both weighted losses."""
+    """Compute the results of a row from its RowSums. Returns both weighted losses."""
     values = row_values(sums, late, networks, batch, row, options, LOOP, SPEC)
     row = Row(row.index, row.soft, values.label, row.in_range, row.counted, row.head, row.end,
               row.body)  # fmt: skip

@@ -1,7 +1,7 @@
-"""The first sweep over a long row: everything that is a sum over its classes.
+"""The first sweep over a long row. It computes all sums over the classes.
 
-Each lane keeps its own running maximum and sums over its classes, so no thread waits for another
-one before the end of the row.
+Each lane keeps its own running maximum and sums over its classes, so threads exchange no values
+before the end of the row.
 """
 
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class RowSums(NamedTuple):
 
 
 class Late(NamedTuple):
-    """Values that are loaded during the first sweep and used after it."""
+    """Values that are loaded in the first sweep and used after it."""
 
     label_logit: Any  # Pair
     weight: Any  # the factor of the row's losses
@@ -80,7 +80,7 @@ def add_4(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def max_lanes_2(a, b):
-    """Maxima over the lanes of two tensors (LANES,), in one exchange between warps."""
+    """Return the maxima over the lanes of two tensors (LANES,), in one exchange between warps."""
     if INTERPRETED:
         return tl.max(a), tl.max(b)
     else:
@@ -89,7 +89,7 @@ def max_lanes_2(a, b):
 
 @triton.jit
 def sum_lanes_4(a, b, c, d):
-    """Sums over the lanes of four tensors (LANES,), in one exchange between warps."""
+    """Return the sums over the lanes of four tensors (LANES,), in one exchange between warps."""
     if INTERPRETED:
         return tl.sum(a), tl.sum(b), tl.sum(c), tl.sum(d)
     else:
@@ -99,10 +99,10 @@ def sum_lanes_4(a, b, c, d):
 @triton.jit
 def rescale(sums, m, moved, partner_moved, q, options, NET: tl.constexpr, SPEC: tl.constexpr,
             MASKED: tl.constexpr):  # fmt: skip
-    """Return the sums of one network for another maximum ``m``.
+    """Return the sums of one network for a new maximum ``m``.
 
-    ``moved`` is what is added to each a, ``partner_moved`` what is added to the partner's; ``q`` is
-    TargetSums.q.
+    ``moved`` is added to each a of the network, and ``partner_moved`` to each a of its partner.
+    ``q`` is TargetSums.q.
     """
     factor = tl.exp2(moved)
     factor1 = power(factor, moved, options.temperature, SPEC.squarings)
@@ -148,7 +148,8 @@ def add_target(sums, q, block, C):
     largest = lane_max(tl.where(block.inside, q, float("-inf")))
     first = tl.where(block.inside & (q == largest[None, :, None]), block.cols, C)
     first = tl.min(tl.min(first, 2), 0)
-    # The last block comes first, so an equal class of a later block may be an earlier one.
+    # The last block of the row is added first. So if two blocks have equal maxima, take the smaller
+    # class.
     first = tl.where(largest == sums.largest, tl.minimum(first, sums.label), first)
     label = tl.where(largest >= sums.largest, first, sums.label)
     return TargetSums(sums.q, tl.maximum(sums.largest, largest), label)
@@ -230,9 +231,9 @@ def no_sums(LANES: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_late(networks, batch, row, SPEC: tl.constexpr):
-    """Load what is used after the sweep.
+    """Load the values that are used after the sweep.
 
-    These loads come after those of the first blocks of logits, and arrive with them.
+    They are loaded right after the first blocks of logits, so they arrive together with these.
     """
     label_logit = Pair(0.0, 0.0)
     if SPEC.target == "labels":
@@ -242,8 +243,10 @@ def load_late(networks, batch, row, SPEC: tl.constexpr):
 
 @triton.jit
 def load_ahead(bodies, at, last, mask, LOOP: tl.constexpr):
-    """Load the block that begins at ``at``. Beyond the ``last`` one it counts back, because the
-    second sweep begins with the last block."""
+    """Load the block that begins at ``at``.
+
+    Past the ``last`` block, count backward from it, because the second sweep begins with it.
+    """
     at = tl.maximum(tl.minimum(at, 2 * last + LOOP.block - at), 0)
     return load_block(bodies, at, mask, LOOP, "evict_last")
 
@@ -254,11 +257,11 @@ def sum_row(networks, batch, options, row, LOOP: tl.constexpr, PREFETCH: tl.cons
     """First sweep: return the row's RowSums, the first blocks of the second sweep, and its Late.
 
     PREFETCH blocks are loaded ahead, into registers, in their storage type. This requires rows of
-    more than one block. (Triton's own pipeline goes through shared memory and costs two barriers
-    per block.) The last block and the edges are added first, so that other loads need no mask.
+    more than one block. (Triton's own pipeline uses shared memory and two barriers per block.) The
+    last block and the edges are added separately, before the other blocks, which need no mask.
 
-    Ignored rows are loaded as well, so that no load waits for a label. If such a row has values
-    that are not finite, it is computed again with MASKED.
+    Ignored rows are loaded too, so that no load waits for a label. If such a row has values that
+    are not finite, it is computed again with MASKED.
     """
     bodies = bodies_of(networks, row, LOOP)
     mask = row.counted if MASKED else None

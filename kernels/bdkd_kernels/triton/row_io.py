@@ -8,17 +8,18 @@ from triton.language.target_info import is_cuda
 from .spec import RECORD
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# The logit of padding, the classes past C. It is a power of two, so that PAD * c - shift is exactly
-# 0 in a row of padding; finite, so that 0 * a is 0; and less than any logit that is not masked.
+# The logit of padding, which are the classes past C. It is a power of two, so that PAD * c - shift
+# is exactly 0 in a row of padding. It is finite, so that 0 * a is 0. It is less than any logit that
+# is not masked.
 PAD = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
 def multiple_of(x, ALIGNMENT: tl.constexpr):
-    """Return x, and tell the compiler what divides it.
+    """Return x, and tell the compiler that it is a multiple of ALIGNMENT.
 
-    The compiler knows multiples of 16 only. Without this, rows of 1000 classes would be read logit
-    by logit although they are aligned to 16 bytes.
+    The compiler itself only recognises multiples of 16. Without this function, rows of 1000 classes
+    would be read logit by logit, although they are aligned to 16 bytes.
     """
     return x // ALIGNMENT * ALIGNMENT
 
@@ -39,16 +40,16 @@ def load_storage(pointers, mask, POLICY: tl.constexpr):
 @triton.jit
 def widen(x, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
     """Convert what `load_storage` returned to the type of the arithmetic; PAD outside the mask."""
-    if x.dtype == tl.float16 and PADDED:  # PAD is no float16
+    if x.dtype == tl.float16 and PADDED:  # float16 cannot represent PAD
         return tl.where(mask, x.to(DTYPE), PAD)
     elif INTERPRETED and x.dtype == tl.bfloat16:
-        # The interpreter's cast changes numbers below the normal range.
+        # The cast in the interpreter changes subnormal numbers.
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         if mask is not None:
             x = tl.where(mask, x, PAD)
         return x.to(DTYPE)
     elif x.dtype == tl.bfloat16 and tl.float32 == DTYPE and x.numel > 1 and is_cuda():
-        # One instruction a number. The compiler's own cast takes two: it extracts 16 bits first.
+        # One instruction per number. The compiler's own cast takes two: it extracts 16 bits first.
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
             is_pure=True, pack=2,
@@ -65,7 +66,7 @@ def load_logits(pointers, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_gradient(pointers, x, mask, POLICY: tl.constexpr):
-    """Store gradients, rounded to nearest in their storage type; the interpreter would truncate."""
+    """Store gradients, rounded to nearest. In bfloat16, the interpreter itself would truncate."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
@@ -88,16 +89,19 @@ def load_labels(batch, rows, active, options, SPEC: tl.constexpr):
     else:
         y, in_range, counted = (rows * 0).to(tl.int32), rows >= 0, active & (rows >= 0)
     if INTERPRETED:
-        # The interpreter gives a comparison the type of its operands. Broadcast, a scalar one is a
-        # block of int32, which triton 3.9 refuses as a mask.
+        # In the interpreter, a comparison has the type of its operands. A scalar comparison that is
+        # broadcast becomes a block of int32, which triton 3.9 does not accept as a mask.
         counted = tl.where(counted, True, False)
     return y, in_range, counted
 
 
 @triton.jit
 def partial_sums(records, N):
-    """Pointer behind the records. There lie the partial sums of the mean's denominator, then every
-    program's sum of the student's losses, then every program's sum of the teacher's."""
+    """Return a pointer to the values after the records.
+
+    These are the partial sums of the mean's denominator, then each program's sum of the student's
+    losses, then each program's sum of the teacher's losses.
+    """
     return records + N.to(tl.int64) * RECORD
 
 
@@ -141,7 +145,7 @@ def store_record(records, rows, mask, FIRST: tl.constexpr, values):
 
 @triton.jit
 def store_program_losses(losses, records, N, loss_s, loss_t, SPEC: tl.constexpr):
-    """Store the losses of one program: of its row, or its part of the batch's sum."""
+    """Store the losses of one program: the losses of its row, or its part of the batch's sum."""
     program = tl.program_id(0)
     if SPEC.choices.reduction == "none":
         tl.store(losses.student + program, loss_s)

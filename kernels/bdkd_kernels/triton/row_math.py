@@ -12,12 +12,12 @@ For one row of one network, with ``c = log2(e) / temperature``::
     F     = KL(p_t || p_s) = sum [p_t d + p_s - p_t]      (times ln 2)
     R     = KL(p_s || p_t) = sum [p_t - p_s - p_s d]      (times ln 2)
 
-The same functions serve both kernels: a row's values have shape (1, ROWS, 1) in the tile kernel
-and are scalars in the loop kernel. A function of one network calls the network ``own`` and the
-other one its ``partner``.
+Both kernels use the same functions: a row's values have shape (1, ROWS, 1) in the tile kernel and
+are scalars in the loop kernel. A function of one network calls the network ``own`` and the other
+network its ``partner``.
 
-``0 * log 0`` is not guarded against. A masked class (-inf) makes sums of its row NaN, and only a
-row with such a NaN is computed again with MASKED, which selects 0 where a probability is 0.
+By default, ``0 * log 0`` is NaN. So a masked class (-inf) makes sums of its row NaN. Only a row
+with such a NaN is computed again with MASKED, which selects 0 where a probability is 0.
 """
 
 import math
@@ -33,7 +33,7 @@ LN2 = tl.constexpr(math.log(2.0))
 
 
 class Exponentials(NamedTuple):
-    """Of one network's logits."""
+    """The exponentials of one network's logits; see the docstring of the module."""
 
     a: Any
     e: Any
@@ -61,7 +61,7 @@ class Softmaxes(NamedTuple):
 
 
 class Divergences(NamedTuple):
-    """The divergences of a row in nats, and what their weights depend on."""
+    """The divergences of a row, the entropies (both in nats), and the weights d1 and d2."""
 
     forward: Any  # KL(p_t || p_s)
     reverse: Any  # KL(p_s || p_t)
@@ -86,10 +86,11 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def log2_of_e(x, c, shift):
-    """Return x * c - shift with one rounding. With two, logits of 1e4 lose 1e-3 of each exponent.
+    """Return x * c - shift, rounded once.
 
-    The interpreter's fma rounds twice. There, float32 is computed in float64, and float64 with
-    Dekker's exact product.
+    Rounding twice would change each exponent by up to 1e-3 for logits of 1e4. The interpreter's fma
+    rounds twice. There, this function computes float32 in float64, and float64 with Dekker's exact
+    product.
     """
     if not INTERPRETED and x.dtype == tl.float64:
         return tl.fma(x, tl.full((), c, tl.float64), -shift)  # tl.fma makes a number float32
@@ -117,8 +118,8 @@ def high_half(x):
 def shift_of(m, c):
     """Return m * c, rounded.
 
-    Adding 0 keeps the compiler from contracting the difference of two such products into one
-    multiply-add, which would turn 0 into the rounding of the shift.
+    The addition of 0 prevents the compiler from fusing the difference of two such products into a
+    multiply-add. Then the difference of equal products would be a rounding error instead of 0.
     """
     if INTERPRETED:
         return m * c
@@ -146,7 +147,10 @@ def exponentials(x, shift, options, SPEC: tl.constexpr):
 
 @triton.jit
 def fast_log2(x, SPEC: tl.constexpr):
-    """Return log2(x) within 2**-22, absolute, in one instruction; tl.log2 is a polynomial."""
+    """Return log2(x), with an absolute error of at most 2**-22.
+
+    On NVIDIA this takes one instruction in float32, where tl.log2 evaluates a polynomial.
+    """
     if SPEC.nvidia and x.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -170,7 +174,7 @@ def times(p, x, MASKED: tl.constexpr):
 @triton.jit
 def softmax_of(m, shift, z, z1, counted, SPEC: tl.constexpr):
     """Return the Softmax of one network, from the maximum of a row and its sums."""
-    # A row in which every class is masked is no distribution. (PAD would pass for one.)
+    # If every class of a row is masked, the result is NaN: the maximum is then -inf or PAD.
     z1 = tl.where((m > PAD) | (counted == 0), z1, float("nan"))
     log_z1 = fast_log2(z1, SPEC)
     z = z1 if SPEC.squarings == 0 else z + 0.0 * z1
@@ -180,7 +184,7 @@ def softmax_of(m, shift, z, z1, counted, SPEC: tl.constexpr):
 
 @triton.jit
 def softmaxes_of(m, shift, z, z1, counted, SPEC: tl.constexpr):
-    """Return the Softmaxes of a row; every argument but ``counted`` is a Pair."""
+    """Return the Softmaxes of a row. ``m``, ``shift``, ``z`` and ``z1`` are Pairs."""
     s = softmax_of(m.student, shift.student, z.student, z1.student, counted, SPEC)
     t = softmax_of(m.teacher, shift.teacher, z.teacher, z1.teacher, counted, SPEC)
     ratio = s.z / t.z
@@ -208,8 +212,8 @@ def balance(H_s, H_t, options, SPEC: tl.constexpr):
 def divergence_values(forward, reverse, excess, softmaxes):
     """Return F and R in nats, from sum e_t d, sum e_s d and sum (e_t ratio - e_s).
 
-    Every class's p_t d + p_s - p_t is >= 0, so that nothing cancels between classes. The ratio
-    whose logarithm is in d also brings p_t to the scale of p_s, so that its rounding cancels.
+    The term p_t d + p_s - p_t of every class is >= 0, so no digits cancel between classes. The same
+    rounded ratio is used in d and to scale e_t in ``excess``, so its rounding error cancels.
     """
     s, t = softmaxes.student, softmaxes.teacher
     F = t.inv_z * forward * LN2 - s.inv_z * excess
@@ -220,7 +224,7 @@ def divergence_values(forward, reverse, excess, softmaxes):
 @triton.jit
 def confidence(m, own, options, SPEC: tl.constexpr):
     """Return the largest probability at temperature 1."""
-    a = log2_of_e(m, options.c, own.shift)  # what the shift lost to rounding
+    a = log2_of_e(m, options.c, own.shift)  # the rounding error of the shift
     return power(tl.exp2(a), a, options.temperature, SPEC.squarings) * own.inv_z1
 
 
@@ -228,13 +232,13 @@ def confidence(m, own, options, SPEC: tl.constexpr):
 def cross_entropy(own, label_logit, sum_qa, mean_a, target_sum, in_range, options,
                   SPEC: tl.constexpr):  # fmt: skip
     """Return sum q * log z1 - sum q (logits - max), in nats."""
-    # The interpreter makes float32 tensors of numbers that are assigned to a name.
+    # The interpreter turns a number that is assigned to a name into a float32 tensor.
     if SPEC.target == "soft":
         return (target_sum * own.log_z1 - options.temperature * sum_qa) * LN2
     else:
         inner = log2_of_e(label_logit, options.c, own.shift)
         if SPEC.smooth:
-            # With a smoothing of 1 the label has no part of its own, even where it is masked.
+            # With a smoothing of 1, the label's own part is 0, even if its class is masked.
             label_part = (1.0 - options.label_smoothing) * inner
             inner = tl.where(options.label_smoothing < 1.0, label_part, 0.0)
             inner += options.label_smoothing * mean_a
@@ -244,7 +248,7 @@ def cross_entropy(own, label_logit, sum_qa, mean_a, target_sum, in_range, option
 
 @triton.jit
 def has_earlier(rows, y, m, C, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """Return whether a class before ``y`` is as large as ``m``, as an int."""
+    """Return whether the logit of a class before ``y`` equals the maximum ``m``, as an int."""
     found = tl.zeros_like(y)
     for start in range(0, C, CHUNK):
         cols = start + tl.arange(0, CHUNK)[None, None, :]
@@ -256,14 +260,14 @@ def has_earlier(rows, y, m, C, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def is_correct(rows, y, in_range, label_logit, m, confidences, C, CHUNK: tl.constexpr,
                DTYPE: tl.constexpr):  # fmt: skip
-    """Return a Pair: whether the first largest logit is the label's, in the shape of ``y``.
+    """Return a Pair: whether the label is the argmax, in the shape of ``y``.
 
-    ``y`` is (1, ROWS, 1); rows, label_logit, m and confidences are Pairs. If an earlier class is as
-    large, the confidence is at most a half. So only then the row is read again.
+    ``y`` is (1, ROWS, 1); rows, label_logit, m and confidences are Pairs. An earlier class can have
+    an equal logit only if the confidence is at most a half. Only then the row is read again.
     """
     s = (y >= 0) & in_range & (label_logit.student == m.student)
     t = (y >= 0) & in_range & (label_logit.teacher == m.teacher)
-    half = 0.50048828125  # and what rounding may add
+    half = 0.50048828125  # a half, plus a margin for rounding
     tied = (s & (confidences.student < half)) | (t & (confidences.teacher < half))
     if tl.max(tied.to(tl.int32)) != 0:
         s &= has_earlier(rows.student, y, m.student, C, CHUNK, DTYPE) == 0
@@ -281,11 +285,11 @@ def is_correct(rows, y, in_range, label_logit, m, confidences, C, CHUNK: tl.cons
 def network_coefficients(g, ce, kd, own, partner, in_range, target_sum, own_kl, partner_kl,
                          own_weight, partner_weight, options, NET: tl.constexpr,
                          SPEC: tl.constexpr):  # fmt: skip
-    """Return one network's Coefficients. ``g`` is the factor of the row's loss, ``ce`` and ``kd``
-    are the weights of its terms.
+    """Return one network's Coefficients.
 
-    ``own_kl`` is KL(own || partner) and ``partner_kl`` is KL(partner || own). Normalisers, weights
-    and scales are folded in here, once per row.
+    ``g`` is the factor of the row's loss. ``ce`` and ``kd`` are the weights of its terms.
+    ``own_kl`` is KL(own || partner) and ``partner_kl`` is KL(partner || own). The coefficients
+    include all normalisers, weights and scales, which are thus multiplied once per row.
     """
     label = g if SPEC.target != "labels" else g + tl.where(in_range, 0.0, float("nan"))
     q = label * ce
@@ -324,7 +328,7 @@ def coefficients(g, softmaxes, in_range, target_sum, kl, options, SPEC: tl.const
 
 @triton.jit
 def gradient(own, partner, d, q, k, NET: tl.constexpr, MASKED: tl.constexpr):
-    """Return one network's gradient of some classes; ``q`` is their target, None where it is 0.
+    """Return one network's gradient of some classes. ``q`` is their target, or None if it is 0.
 
     It is ``g CE' + temperature (w_p (p - p_partner) + w_o p (log p - log p_partner - KL))``, with
     ``d`` the log2 of the partner's over its own probabilities.
@@ -353,13 +357,13 @@ def smoothed_label(cols, y, options, DTYPE: tl.constexpr):
 @triton.jit
 def store_label_gradients(rows, y, stored, label_logit, softmaxes, k, options, SPEC: tl.constexpr,
                           MASKED: tl.constexpr):  # fmt: skip
-    """Store the gradients of the labels' classes again, now with the label.
+    """Store the gradients of the labels' classes again, now with the target's term.
 
-    Comparing every class with the label would cost issue slots of every class pair.
+    The alternative, comparing every class with the label, would take issue slots in every class.
     """
     STUDENT: tl.constexpr = SPEC.student
     TEACHER: tl.constexpr = SPEC.teacher
-    tl.debug_barrier()  # after the other threads' stores to these elements
+    tl.debug_barrier()  # wait for the stores of other threads to these elements
     s = exponentials(label_logit.student, softmaxes.student.shift, options, SPEC)
     t = exponentials(label_logit.teacher, softmaxes.teacher.shift, options, SPEC)
     d = (t.a - s.a) + softmaxes.log_ratio

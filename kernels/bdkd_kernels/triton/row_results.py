@@ -9,7 +9,7 @@ from .spec import NUM_STATISTICS, Pair, RowState, RowStats
 
 @triton.jit
 def network_loss(ce_weight, kd_weight, ce, own_kl, partner_kl, options, NET: tl.constexpr):
-    """Return one network's loss; ``own_kl`` and ``partner_kl`` are weighted."""
+    """Return one network's loss. ``own_kl`` and ``partner_kl`` are already weighted by d1, d2."""
     loss = 0.0
     if NET.ce:
         loss += ce_weight * ce

@@ -1,4 +1,4 @@
-"""The launches before and after the rows: the mean's denominator, and the sum of the losses."""
+"""The kernels before and after the row kernel: the mean's denominator, the sum of the losses."""
 
 import triton
 import triton.language as tl

@@ -40,8 +40,8 @@ class RowState(NamedTuple):
     target_sum: Any  # the sum of the row's target, 1 for a label
 
 
-# A row's record: its statistics, then its state. The fields of a row are neighbours: as a table
-# (fields, N) each would need its own address.
+# A row's record: its statistics, then its state. The fields of a row are adjacent in memory. In a
+# table (fields, N), each field would need its own address.
 RECORD_FIELDS = (*RowStats._fields, *RowState._fields)
 NUM_STATISTICS = tl.constexpr(len(RowStats._fields))
 NUM_FIELDS = tl.constexpr(len(RECORD_FIELDS))
@@ -66,11 +66,12 @@ class Spec:
     choices: Any  # Choices
     dtype: tl.dtype  # of the arithmetic: float32 or float64
     nvidia: bool  # compiled for an NVIDIA GPU
-    # A barrier orders a program's stores to one address before and after it. This is true on
-    # NVIDIA. On AMD, Triton's barrier waits for shared memory only (seen in gfx942's assembly).
+    # Whether a program's store before a barrier and one after it, to the same address, happen in
+    # this order. They do on NVIDIA. On AMD, Triton's barrier waits for shared memory only (seen in
+    # the assembly for gfx942).
     ordered_stores: bool
-    # A launch begins while the launch before it still runs, and waits before it reads what that
-    # launch writes (programmatic dependent launch).
+    # Whether a launch begins while the previous one still runs (programmatic dependent launch). It
+    # waits before it reads the results of the previous one.
     overlapped: bool = False
     num_partials: int = 0  # partial sums of the mean's denominator; 0: the denominator is N
     scale_is_tensor: bool = False
@@ -106,7 +107,7 @@ class Spec:
 
 
 class Pair(NamedTuple):
-    """The same value of both networks."""
+    """A value for each network."""
 
     student: Any
     teacher: Any
@@ -134,7 +135,7 @@ class Batch(NamedTuple):
 
 # The options of the loss that are numbers, by name, and two numbers that are derived from them:
 # ``c`` is log2(e) / temperature, ``smoothing_per_class`` is label_smoothing / C. The kernels get
-# them as one argument. Pass its fields on as arguments: an assignment, also of a tuple with them,
-# makes float32 tensors of compile-time numbers, and float64 would lose digits.
+# them as one argument. Pass its fields directly to functions. Assigning a field to a name, also
+# inside of a tuple, turns a compile-time number into a float32 tensor, and float64 loses digits.
 _NUMBERS = tuple(option.name for option in TABLE if option.type in (float, int))
 Options = _namedtuple("Options", ("c", "smoothing_per_class", *_NUMBERS))

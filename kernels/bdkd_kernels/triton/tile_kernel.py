@@ -1,10 +1,10 @@
 """The kernel for rows that stay in registers: each logit is loaded once, each gradient stored once.
 
 A program has TILE.rows rows of up to TILE.block classes, as tensors of shape (BLOCK_OUTER, ROWS,
-BLOCK_INNER): class ``outer * BLOCK_INNER + inner``. Triton distributes threads along the last
-dimension first, then along the rows, and never along the first where these two fill a warp. So
-BLOCK_INNER decides how many threads share a row. Each of these threads computes all values of the
-row, which have shape (1, ROWS, 1).
+BLOCK_INNER). The class of an element is ``outer * BLOCK_INNER + inner``. Triton distributes threads
+along the last dimension first, then along the rows, and not along the first dimension if the other
+two fill a warp. So BLOCK_INNER decides how many threads share a row. Each of these threads computes
+all values of the row, which have shape (1, ROWS, 1).
 """
 
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ class Target(NamedTuple):
 def max_2(a, b):
     """Return a Pair of the maxima over the classes.
 
-    The two tensors are joined, so that the threads exchange them at once.
+    The two tensors are joined, so that the threads exchange both values in one step.
     """
     a, b = tl.split(tl.max(tl.max(tl.join(a, b), 0), 1))
     return Pair(a[None, :, None], b[None, :, None])
@@ -116,7 +116,8 @@ def load_target(batch, tile, y, mask, options, SPEC: tl.constexpr):
 def load_label_logits(rows, y, counted, SPEC: tl.constexpr):
     """Load both logits of the labels ``y``.
 
-    They are loaded with the other logits: after the reductions the threads would wait for them.
+    They are loaded together with the other logits. After the reductions, the threads would have to
+    wait for them.
     """
     if SPEC.target == "none":
         return Pair(0.0, 0.0)
@@ -146,7 +147,7 @@ def tile_moments(s, t, target, tile, zero, SPEC: tl.constexpr):
     """Return Pairs of sum e a (soften_entropy=False: sum e1 a) and of sum q a.
 
     The first is for the entropies. The second is for the cross entropies: q is the soft label, or 1
-    for label smoothing. Both are one exchange, after which only d needs a.
+    for label smoothing. The threads exchange both in one step. After it, only d needs a.
     """
     NEEDS_QA: tl.constexpr = SPEC.target == "soft" or SPEC.smooth
     if SPEC.target == "soft":
@@ -206,12 +207,13 @@ def tile_cross_entropies(sum_qa, target, tile, label_logit, softmaxes, C, option
 @triton.jit
 def store_tile_gradients(networks, s, t, d, target, tile, stored, label_logit, softmaxes, k,
                          options, PADDED: tl.constexpr, SPEC: tl.constexpr):  # fmt: skip
-    """Store both gradients of all rows that are to be ``stored``."""
+    """Store both gradients of the rows that the mask ``stored`` selects."""
     STUDENT: tl.constexpr = SPEC.student
     TEACHER: tl.constexpr = SPEC.teacher
     mask = (stored & tile.inside) if PADDED else stored
     if SPEC.target != "none":
-        tl.debug_barrier()  # gradients may replace logits: all threads have read the label's
+        # Gradients may overwrite logits. Wait until all threads have read the label's logit.
+        tl.debug_barrier()
     q = target.q
     if SPEC.target == "labels" and not SPEC.ordered_stores:
         q = smoothed_label(tile.cols, target.label, options, SPEC.dtype)
@@ -234,15 +236,15 @@ def compute_tile(networks, batch, options, rows, PADDED: tl.constexpr, TILE: tl.
                  SPEC: tl.constexpr):  # fmt: skip
     """Compute the rows (1, ROWS, 1).
 
-    Returns both weighted losses, and which rows have a NaN: nothing was stored for these.
+    Returns both weighted losses, and a mask of the rows with a NaN, for which nothing was stored.
     """
     outer = tl.arange(0, TILE.outer)[:, None, None]
     cols = outer * TILE.inner + tl.arange(0, TILE.inner)[None, None, :]
     inside, active = cols < batch.C, rows < batch.N
     y, in_range, counted = load_labels(batch, rows, active, options, SPEC)
     tile = Tile(rows, cols, inside, active, counted, in_range)
-    # With a divergence, rows that do not count are loaded like the others, so that no load waits
-    # for a label. Their factors are 0, and if they are not finite they are computed again.
+    # With a divergence, ignored rows are loaded too, so that no load waits for a label. Their
+    # losses and gradients are multiplied by 0. If they are not finite, they are computed again.
     read = active if SPEC.kd else counted
     mask = (read & inside) if PADDED else read
     logit_rows = Pair(networks.student.logits + rows * networks.student.stride,
@@ -314,7 +316,7 @@ def tile_kernel(
     losses, has_nan = compute_tile(networks, batch, loss_options, rows, PADDED, TILE, SPEC)
     RETRY: tl.constexpr = TILE.retry
     loss_s, loss_t = losses.student, losses.teacher
-    if SPEC.has_nan_if_masked:  # noqa: SIM102  # the outer condition is the compiler's
+    if SPEC.has_nan_if_masked:  # noqa: SIM102  # evaluated at compile time
         if tl.max(has_nan.to(tl.int32)) != 0:
             for i in range(TILE.rows):
                 row = first + i
