@@ -1,4 +1,4 @@
-"""The plugin of docs/extending.md, written from the page and used from outside of this repository:
+"""The plugin of docs/how-to/extend.md, written from the page and used from outside of this repository:
 installed with its entry point, named with ``--plugin``, and missing.
 """
 
