@@ -8,13 +8,15 @@ Writes ``statistics.md`` into the folder and prints it:
   over the seeds, with label smoothing, mixup and augmentation as the recipe has them;
 - for ``bdkd``, the weights and the values of both divergences in these epochs;
 - with ``--groups N``, the top-1 of the student on each N-th part of the test images, for each seed.
-  The test images of ``glyphs`` are in the order of the faces.
+  The test images of ``glyphs`` are in the order of the faces. Then also the correlation over the
+  seeds between the test accuracy of each method and that of ``independent``.
 """
 
 import argparse
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -97,6 +99,27 @@ def groups_table(runs: dict[str, dict[int, Path]], groups: int) -> str:
     return f"## Top-1 % of the student on parts of the test images\n\n{table(head, rows)}"
 
 
+def correlations(runs: dict[str, dict[int, Path]], first: str) -> str:
+    """Return the correlation over the seeds of the student's test accuracies with those of a
+    method."""
+    accuracy = {
+        method: {s: read_accuracy(run) for s, run in seeds.items()}
+        for method, seeds in runs.items()
+    }
+    rows = []
+    for method, values in accuracy.items():
+        shared = sorted(values.keys() & accuracy[first].keys())
+        if method != first and len(shared) > 2:
+            pair = [[accuracy[m][s] for s in shared] for m in (first, method)]
+            rows.append([method, f"{statistics.correlation(*pair):+.2f}", str(len(shared))])
+    head = ["method", f"correlation with {first}", "seeds"]
+    return f"## Correlation of the student's test accuracy over the seeds\n\n{table(head, rows)}"
+
+
+def read_accuracy(run: Path) -> float:
+    return json.loads((run / "summary.json").read_text())["networks"]["student"]["top1"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path)
@@ -117,6 +140,8 @@ def main() -> None:
     parts += epochs_tables(runs, arguments.epochs)
     if arguments.groups:
         parts.append(groups_table(runs, arguments.groups))
+        if "independent" in runs:
+            parts.append(correlations(runs, "independent"))
     text = "\n\n".join(parts) + "\n"
     (arguments.folder / "statistics.md").write_text(text, "utf-8")
     print(text, end="")

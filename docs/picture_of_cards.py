@@ -6,6 +6,7 @@ The first argument is the picture and the second a regular expression of the fig
 height of the picture is that of the figures. Needs Chromium, or Google Chrome, and Pillow.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ def only(page: str, titles: str) -> str:
     return f"{head}<body>{patterns[0] if patterns else ''}<main>{grid}</main></body></html>"
 
 
-def main(picture: Path, titles: str, folders: list[Path]) -> None:
+def main(picture: Path, titles: str, folders: list[Path], tsne: bool) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     if browser is None:
         sys.exit("picture_of_cards.py needs chromium")
@@ -43,7 +44,7 @@ def main(picture: Path, titles: str, folders: list[Path]) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         page = Path(temporary, "report.html")
-        write_report(folders, page, tsne=bool(re.search("t-SNE|: (student|teacher)", titles)))
+        write_report(folders, page, tsne=tsne)
         page.write_text(only(page.read_text("utf-8"), titles), "utf-8")
         subprocess.run(
             [browser, *FLAGS, f"--user-data-dir={temporary}/profile", f"--screenshot={picture}",
@@ -60,6 +61,10 @@ def main(picture: Path, titles: str, folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2], [Path(argument) for argument in sys.argv[3:]])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("titles", help="regular expression of the titles of the figures")
+    parser.add_argument("folders", type=Path, nargs="+", help="runs, or folders of runs")
+    parser.add_argument("--tsne", action="store_true", help="draw the t-SNE maps too")
+    given = parser.parse_args()
+    main(given.picture, given.titles, given.folders, given.tsne)
