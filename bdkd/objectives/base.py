@@ -16,6 +16,8 @@ Logits = Mapping[str, Tensor]  # (B, C) each, by network
 Scalar = float | Tensor
 Active = frozenset[str] | None
 
+IGNORED = -100  # the label of samples that do not count, as in F.cross_entropy
+
 
 @dataclass
 class ObjectiveOutput:

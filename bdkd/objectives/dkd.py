@@ -17,6 +17,7 @@ from bdkd.bounds import Bounds, NotNegative, Share
 from bdkd.config import NetworkConfig, ObjectiveConfig
 from bdkd.errors import UsageError
 from bdkd.objectives.base import (
+    IGNORED,
     Active,
     Logits,
     Objective,
@@ -26,7 +27,6 @@ from bdkd.objectives.base import (
 )
 from bdkd.objectives.ramp import Ramp
 
-IGNORED = -100  # the label of samples that do not count, as in F.cross_entropy
 Weight = Annotated[float, Bounds(ge=0, le=1e9)]
 
 

@@ -81,6 +81,6 @@ def minlogit(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         Logits ``(B, C)``. The logit of the label is 0.
     """
-    label = target.argmax(-1) if target.ndim == 2 else target
+    label = target.argmax(-1) if target.ndim == 2 else target.clamp_min(0)  # ignored: any class
     index = label.expand(len(logits), -1)[..., None]
     return (logits - logits.gather(-1, index)).amin(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from bdkd.config import NetworkConfig
 from bdkd.errors import UsageError
 from bdkd.objectives.base import (
+    IGNORED,
     Active,
     Logits,
     Objective,
@@ -53,10 +54,16 @@ class SwitOKD(Objective):
 
     @torch.no_grad()
     def measure(self, logits: Logits, target: Tensor) -> Tensor:
-        """Return the L1 distances a, b and g, summed over the samples: ``(3,)``, float64."""
+        """Return the L1 distances a, b and g, summed over the samples that count: ``(3,)``,
+        float64."""
         tau = self.temperature
         p_s, p_t = ((logits[n].double() / tau).softmax(-1) for n in (self.student, self.teacher))
-        y = target if target.ndim == 2 else F.one_hot(target, p_s.shape[-1])
+        if target.ndim == 2:
+            y = target
+        else:
+            y = F.one_hot(target.clamp_min(0), p_s.shape[-1])
+            counted = (target != IGNORED)[:, None]
+            p_s, p_t, y = (torch.where(counted, x, 0) for x in (p_s, p_t, y))
         return torch.stack([(p_s - y).abs().sum(), (p_t - y).abs().sum(), (p_s - p_t).abs().sum()])
 
     def active(self, means: Tensor) -> frozenset[str]:

@@ -161,6 +161,31 @@ def test_bdkd_returns_statistics_for_each_pair_and_their_mean(names, options):
         torch.testing.assert_close(statistics[name], each[s, t][key].detach())
 
 
+@pytest.mark.parametrize(("method", "options"), [
+    ("bdkd", {}), ("dml", {}), ("kdcl", {"ensemble": "minlogit"}), ("kdcl", {"ensemble": "naive"}),
+    ("switokd", {}), ("independent", {}),
+])  # fmt: skip
+def test_samples_with_the_label_minus_100_do_not_count(method, options):
+    """The losses, their gradients and SwitOKD's decision are those of the other samples."""
+    target = LABELS.clone()
+    target[[2, 7]] = -100
+    counted = target != -100
+    tested, logits = objective(method, "t0 s0", **options), cohort("t0 s0")
+    came = tested(logits, target, 7.0, 1.0)
+    rest = {n: x.detach()[counted].requires_grad_() for n, x in logits.items()}
+    needed = tested(rest, target[counted], 7.0, 1.0)
+    for name in logits:
+        torch.testing.assert_close(came.losses[name], needed.losses[name])
+        (all_rows,) = torch.autograd.grad(came.losses[name], logits[name], retain_graph=True)
+        (rows,) = torch.autograd.grad(needed.losses[name], rest[name], retain_graph=True)
+        torch.testing.assert_close(all_rows[counted], rows)
+        assert not all_rows[~counted].any()
+    if tested.has_dynamic_active_set:
+        torch.testing.assert_close(
+            tested.measure(logits, target), tested.measure(rest, target[counted])
+        )
+
+
 @pytest.mark.parametrize("target", [LABELS, SOFT_LABELS], ids=["labels", "soft"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_switokd_measures_distances_at_the_configured_temperature(temperature, target):
