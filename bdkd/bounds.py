@@ -49,7 +49,7 @@ def check_bounds(options: Any, key: str) -> None:
     """Check every number of a dataclass, also those in tuples.
 
     Args:
-        key: of the dataclass in a recipe, such as ``networks.student``; may be empty.
+        key: key of the dataclass in a recipe, such as ``networks.student``; may be empty.
 
     Raises:
         UsageError: a number is out of its bounds or not finite. The message has its key.
@@ -64,8 +64,8 @@ def check_value(key: str, value: object, hint: Any = None) -> None:
     integer of more than 64 bits; or if a string cannot be a path or be written as UTF-8.
 
     Args:
-        value: a number, a string, a tuple of them, or anything else, which passes.
-        hint: the type of the value.
+        value: a number, a string, or a tuple of them. Other values pass.
+        hint: type of the value, with bounds.
     """
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and ("\0" in text or _is_not_utf8(text)):
@@ -80,7 +80,8 @@ def check_value(key: str, value: object, hint: Any = None) -> None:
 
 
 def _is_not_utf8(text: str) -> bool:
-    """Return whether Python has put surrogates for bytes of a command line or a file name."""
+    """Return whether a text contains surrogates. Python uses them for bytes of a command line or a
+    file name that are not UTF-8."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -122,7 +123,7 @@ def plain_type(hint: Any) -> Any:
 
 
 def bounds_of(hint: Any) -> Bounds | None:
-    """Return the bounds in a type. The type may be optional."""
+    """Return the bounds of a type, which may be optional, or None."""
     if typing.get_origin(hint) is Annotated:
         own = (item for item in hint.__metadata__ if isinstance(item, Bounds))
         return next(own, None) or bounds_of(hint.__origin__)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-# Package -> module. The rest of the extra (scikit-learn, matplotlib, tensorboard) is imported where
-# it is used, and the code there says what to install.
+# Package -> module. The other packages of the extra (scikit-learn, matplotlib, tensorboard) are
+# imported where they are used. The code there says which package to install.
 TRAINER_PACKAGES = {
     "msgspec": "msgspec",
     "numpy": "numpy",
@@ -22,7 +22,7 @@ TRAINER_PACKAGES = {
 def bdkd_version() -> str:
     """Return the installed version of bdkd. It is unknown for a source tree on ``PYTHONPATH``."""
     try:
-        return version("bdkd")  # pyproject.toml's, the only place it is written
+        return version("bdkd")  # pyproject.toml is the only file that contains it
     except PackageNotFoundError:
         return "0+unknown"
 
@@ -31,8 +31,8 @@ def missing_packages(packages: Iterable[str] = tuple(TRAINER_PACKAGES)) -> str |
     """Return one line about the packages that are not installed, or None if all are.
 
     Args:
-        packages: keys of ``TRAINER_PACKAGES``. A module passes those that it cannot be imported
-            without; the command line needs all.
+        packages: keys of ``TRAINER_PACKAGES``. A module passes the packages that it imports. The
+            command line needs all of them.
     """
     missing = [name for name in packages if find_spec(TRAINER_PACKAGES[name]) is None]
     if not missing:

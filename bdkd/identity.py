@@ -1,4 +1,4 @@
-"""The identity of a data set, as a run's checkpoints and ``summary.json`` keep it.
+"""Compare the identities of data sets. Checkpoints and ``summary.json`` contain the identity.
 
 :meth:`bdkd.data.DataInfo.identity` makes it: the source, the class names in the order of their
 labels, and for "train" and "test" the number of images and a digest of the list of files.
@@ -12,8 +12,8 @@ from bdkd.errors import RunError
 
 
 def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
-    """Describe the first difference between two identities; empty if they are equal, or if one of
-    them is not known (runs of older versions did not keep it)."""
+    """Describe the first difference between two identities. Return an empty string if they are
+    equal, or if one of them is not known, as for runs of older versions."""
     if not (_is_identity(before) and _is_identity(now)) or before == now:
         return ""
     assert before is not None and now is not None  # noqa: PT018
@@ -26,12 +26,13 @@ def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
             return f"it has {now['images'].get(split)} {split} images and had {count}"
     for split, digest in before["digests"].items():
         if now["digests"].get(split) != digest:
-            return f"its {split} images are other files, of the same number"
+            return f"its {split} images are other files, although their number is equal"
     return ""
 
 
 def class_difference(before: Sequence[str], now: Sequence[str]) -> str:
-    """Describe the first difference between two lists of classes; empty if they are equal."""
+    """Describe the first difference between two lists of classes. Return an empty string if they
+    are equal."""
     if len(before) != len(now):
         return f"it has {len(now)} classes and had {len(before)}{_odd_names(before, now)}"
     for label, (was, name) in enumerate(zip(before, now, strict=True)):
@@ -56,12 +57,12 @@ def refuse_other_data(runs: Sequence[tuple[str, Any]]) -> None:
         if differs := difference(before, data):
             raise RunError(
                 f"{name} has another data set than {first}: {differs}; their results cannot be "
-                "compared, so give the runs of one data set"
+                "compared, so pass runs on the same data set"
             )
 
 
 def _is_identity(data: Any) -> bool:
-    """Whether a value read from a file has the shape of an identity."""
+    """Return whether a value from a file has the keys and types of an identity."""
     return (
         isinstance(data, Mapping)
         and isinstance(data.get("source"), str)
@@ -74,7 +75,7 @@ def _is_identity(data: Any) -> bool:
 
 
 def _odd_names(before: Sequence[str], now: Sequence[str]) -> str:
-    """Up to three names that only one of two lists has."""
+    """Return up to three names that are in only one of two lists, as a part of a message."""
     gone = [f"without {name!r}" for name in before if name not in set(now)]
     new = [f"with {name!r}" for name in now if name not in set(before)]
     shown = (gone + new)[:3]

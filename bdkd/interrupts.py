@@ -1,4 +1,4 @@
-"""Ctrl-C in a command, also while Python imports torch: one line and the exit code 130.
+"""Handle Ctrl-C in a command, also during the import of torch: print one line, exit with 130.
 
 This module is imported before torch, and imports nothing else.
 """
@@ -18,7 +18,7 @@ _received = False
 
 def exit_during_imports() -> None:
     """Let Ctrl-C end the process at once while modules are imported, if this is the process of a
-    command (``bdkd`` or ``python -m bdkd``). Nothing has to be cleaned up then.
+    command (``bdkd`` or ``python -m bdkd``). Imports leave nothing to clean up.
 
     A ``KeyboardInterrupt`` would end with a traceback, or leave torch or numpy half imported."""
     arguments = sys.orig_argv
@@ -49,17 +49,17 @@ def remember_interrupt() -> Iterator[None]:
 
 
 def is_interrupted() -> bool:
-    """Return whether Ctrl-C came during a command. Libraries can turn the ``KeyboardInterrupt``
-    into another error, for example in an import."""
+    """Return whether Ctrl-C was pressed during a command. Libraries can turn the
+    ``KeyboardInterrupt`` into another error, for example in an import."""
     return _received
 
 
 def exit_now(code: int) -> NoReturn:
     """Run ``atexit`` functions, which end child processes, flush the output and end this process
-    without the interpreter's own exit.
+    without the exit of the interpreter.
 
-    After a ``KeyboardInterrupt`` in code that torch runs through C++, that exit would end the
-    process with the signal instead of the exit code.
+    After a ``KeyboardInterrupt`` in code that torch runs through C++, the exit of the interpreter
+    would end the process with the signal instead of the exit code.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

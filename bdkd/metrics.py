@@ -1,4 +1,4 @@
-"""The one table of metrics: their names in files, where each is written, and how it is shown."""
+"""The table of all metrics: their names in files, where they are written, how they are shown."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Metric(NamedTuple):
     description: str
     """Its name in a model card."""
     hub: str = ""
-    """Its type on Hugging Face's hub; empty: not in a model card."""
+    """Its type on the Hugging Face hub. Empty if model cards do not contain it."""
     trained: bool = False
-    """A mean over the training batches of a log interval."""
+    """Logged as the mean over the training batches of a log interval."""
     validated: bool = False
     """Logged at each validation."""
     measured: bool = True
@@ -34,22 +34,22 @@ class Metric(NamedTuple):
     """Shown in percent in tables."""
     digits: int = 4
     compared: bool = False
-    """A column of ``bdkd compare``."""
+    """Shown in a column of ``bdkd compare``."""
     tested: bool = False
     """``bdkd compare`` tests differences from the first method."""
     headline: bool = False
-    """In the figure of ``bdkd compare``, and its test in the tables."""
+    """Shown in the figure of ``bdkd compare``, with its test in the tables."""
     of_samples: Callable[[Tensor, Tensor], Tensor] | None = None
-    """The function of logits and labels that a registered metric consists of."""
+    """The function of a registered metric. It maps logits and labels to a value of each sample."""
     reduce: Callable[[Tensor], Any] | None = None
-    """What a registered metric computes from the values of all samples. None: their mean."""
+    """Reduces the values of all samples to a registered metric. None: their mean."""
 
     def show(self, value: float | None, sign: str = "") -> str:
         """Return a value as text for a table. ``sign`` is "+" for differences."""
         if value is None:
             return "–"
         text = f"{100 * value if self.percent else value:{sign}.{self.digits}f}"
-        # A difference that rounds to nothing has no sign.
+        # A difference that rounds to 0 has no sign.
         return text.lstrip("+-") if not float(text) else text
 
 
@@ -66,16 +66,16 @@ _BUILT_IN = (
            charted=True, compared=True, tested=True, headline=True),
     Metric("entropy", "entropy", "mean entropy of the predictions, nats", "entropy", trained=True,
            validated=True, charted=True),
-    Metric("mce", "MCE %", "largest gap of a bin (MCE)", "maximum_calibration_error",
+    Metric("mce", "MCE %", "maximum calibration error (MCE)", "maximum_calibration_error",
            validated=True, percent=True, digits=2),
     Metric("brier", "Brier", "Brier score", "brier_score", validated=True, compared=True,
            tested=True, headline=True),
     Metric("adaptive_ece", "adaptive ECE %", "ECE over 15 bins of equal count", "adaptive_ece",
            percent=True, digits=2),
-    Metric("classwise_ece", "class-wise ECE %", "ECE class by class", "classwise_ece",
+    Metric("classwise_ece", "class-wise ECE %", "class-wise ECE", "classwise_ece",
            percent=True, digits=2),
     Metric("ece_if_calibrated", "ECE % if calibrated",
-           "expected ECE if perfectly calibrated, on as many images", "ece_if_calibrated",
+           "expected ECE if perfectly calibrated, same number of images", "ece_if_calibrated",
            percent=True, digits=2),
     # After temperature scaling on the validation images
     Metric("ece_scaled", "ECE % at T", "ECE after temperature scaling", measured=False,
@@ -131,7 +131,7 @@ def register_metric(
         tested: ``bdkd compare`` tests differences from the first method.
 
     Raises:
-        TypeError, ValueError: the key is not a plain name, or is taken.
+        TypeError, ValueError: the key is not a valid name, or is already registered.
     """
     if key in _OF_A_NETWORK:
         raise ValueError(

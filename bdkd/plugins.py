@@ -21,7 +21,7 @@ from bdkd.text import expand_user
 
 GROUP = "bdkd.plugins"
 
-_named: list[str] = []  # by the command line
+_named: list[str] = []  # plugins that the command line names
 _installed: list[EntryPoint] | None = None
 
 
@@ -29,7 +29,7 @@ def load_plugins(names: Iterable[str]) -> None:
     """Import the plugins that a command line names. They register what they contain.
 
     Args:
-        names: modules, also of the working folder, or paths of ``.py`` files.
+        names: modules, which may be in the working folder, or paths of ``.py`` files.
 
     Raises:
         UsageError: there is no such module or file.
@@ -56,11 +56,11 @@ def plugin_arguments() -> list[str]:
 
 
 def merge_plugins(recorded: Iterable[str]) -> tuple[str, ...]:
-    """Return the plugins that a recipe records and those that the command line names, sorted. Only
-    the name of a file is recorded, without its folder.
+    """Return the plugins that a recipe records and the plugins that the command line names, sorted.
+    For a file, only its name is recorded, without its folder.
 
     Raises:
-        UsageError: a recorded plugin is neither named nor installed, or cannot be one.
+        UsageError: a recorded plugin is neither named nor installed, or its name is not valid.
     """
     recorded = list(recorded)
     for name in recorded:
@@ -103,7 +103,7 @@ def load_installed() -> None:
             _installed = None  # so that the next call fails too
             package = entry.dist.name if entry.dist else "?"
             failed = _failed(f"the plugin {entry.value} of the package {package}", error)
-            raise RunError(f"{failed}; mend it, or pip uninstall {package}") from error
+            raise RunError(f"{failed}; fix it, or pip uninstall {package}") from error
 
 
 def _import_module(name: str) -> None:
@@ -127,7 +127,7 @@ def _import_file(path: Path) -> None:
     if not os.path.isfile(path):
         raise UsageError(f"there is no plugin {path}: --plugin takes a .py file or a module")
     loaded = path.stem in sys.modules
-    with contextlib.suppress(ImportError, ValueError):  # modules that are made without a spec
+    with contextlib.suppress(ImportError, ValueError):  # the module has no spec
         known = importlib.util.find_spec(path.stem)
         if known is not None and os.path.realpath(known.origin or "") != os.path.realpath(path):
             raise UsageError(f"the plugin {path} has the name of another module: rename it")

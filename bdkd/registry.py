@@ -24,7 +24,7 @@ Build = TypeVar("Build", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that a recipe selects by name."""
+    """An objective, data source or optimizer, which a recipe selects by name."""
 
     build: Callable[..., Any]
     """The class or function."""
@@ -46,8 +46,9 @@ class Registry(Mapping[str, Item], Generic[Item]):
         load_installed()
 
     def check_name(self, name: object) -> None:
-        """Raise ``TypeError`` or ``ValueError`` unless ``name`` is a string of plain letters. A
-        decorator calls this first, because it may have been used without its arguments."""
+        """Raise ``TypeError`` or ``ValueError`` unless ``name`` is a string of letters, digits, -,
+        _ and . characters. A decorator calls this first, because a user may forget its
+        arguments."""
         if not isinstance(name, str):
             raise TypeError(
                 f"the name of the {self.kind} must be a string, got {name!r}: call the decorator "
@@ -62,8 +63,8 @@ class Registry(Mapping[str, Item], Generic[Item]):
         """Register an item.
 
         Args:
-            made_by: the class or function. The same one may be registered again, as when a notebook
-                cell is run twice.
+            made_by: the class or function. The same class or function may be registered again, for
+                example by a notebook cell that is run twice.
 
         Raises:
             TypeError, ValueError: see :meth:`check_name`; or another item has this name.
@@ -87,7 +88,7 @@ class Registry(Mapping[str, Item], Generic[Item]):
         if name not in self:
             hint = nearest(name, list(self))
             raise UsageError(
-                f"unknown {self.kind} {name!r}: {hint} (--plugin MODULE adds those of a plugin)"
+                f"unknown {self.kind} {name!r}: {hint} (--plugin MODULE adds the names of a plugin)"
             )
         return self._items[name]
 
@@ -149,17 +150,17 @@ class Selection(Registry[Entry]):
         for field in fields(options)[1:]:  # the first is the name
             option, hint = f"{config.__name__}.{field.name}", hints[field.name]
             if field.default is MISSING:
-                raise TypeError(f"{option} must have a default, which is no factory")
+                raise TypeError(f"{option} must have a default value, not a default_factory")
             if not isinstance(field.default, bool | int | float | str | tuple | None):
                 raise TypeError(
-                    f"{option} must be a number, a string or a tuple, which TOML can hold, or "
-                    f"None, got {field.default!r}"
+                    f"{option} must default to a number, a string, a tuple or None, which TOML can "
+                    f"hold, got {field.default!r}"
                 )
             if field.default is not None and NoneType in get_args(hint):
                 raise TypeError(f"{option} must have the default None, because TOML has no None")
 
     def configure(self, name: str, **options: Any) -> Any:
-        """Return the options of an item. What is not given has the item's default."""
+        """Return the options of an item. Options that are not given have their defaults."""
         return self.find(name).config(name, **options)
 
 

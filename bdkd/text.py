@@ -1,4 +1,4 @@
-"""Text files that a person wrote, on Windows too."""
+"""Read text files that people write, also on Windows."""
 
 import codecs
 import os
@@ -11,10 +11,10 @@ from unicodedata import normalize
 
 from bdkd.errors import RunError, UsageError
 
-# The exclude list of a data set of 14 million images fits; a wrong file is refused without
+# The exclude list of a data set of 14 million images is smaller. A larger file is refused without
 # reading it.
 MAX_TEXT_BYTES = 2**30
-PIPE_SECONDS = 10.0  # of waiting for the writer of a pipe
+PIPE_SECONDS = 10.0  # maximum wait for the writer of a pipe
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -34,7 +34,7 @@ def expand_user(path: str | Path, option: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        needed = "a path whose ~ is a user of this machine"
+        needed = "a path in which ~ names a user of this machine"
         raise UsageError(f"{option} must be {needed}, got {str(path)!r}") from error
 
 
@@ -57,7 +57,7 @@ def read_text(
 
     Raises:
         OSError: the file cannot be opened or read.
-        RunError: the file holds no text, is too large, or is a pipe or device.
+        RunError: the file is not text, is too large, or is a pipe or device.
     """
     if pipe and path.is_fifo():
         return decode_text(_read_pipe(path, limit), str(path), errors)
@@ -93,8 +93,9 @@ def decode_text(content: bytes, name: str, errors: str = "strict") -> str:
     removed, and every line ends in ``\n``.
 
     Args:
-        name: names the text in error messages.
-        errors: of decoding UTF-8. "surrogateescape" keeps file names that are not UTF-8.
+        name: name of the text in error messages.
+        errors: how to handle errors in UTF-8. "surrogateescape" keeps file names that are not
+            UTF-8.
 
     Raises:
         RunError: the content is in another encoding.
@@ -103,25 +104,25 @@ def decode_text(content: bytes, name: str, errors: str = "strict") -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding, errors = "utf-16", "strict"
     elif b"\0" in content:
-        raise RunError(f"{name} holds NUL bytes, so it is no UTF-8 text: save it as UTF-8")
+        raise RunError(f"{name} contains NUL bytes, so it is not UTF-8 text: save it as UTF-8")
     try:
         text = content.decode(encoding, errors)
     except UnicodeDecodeError as error:
         kind = encoding.removesuffix("-sig").upper()
-        raise RunError(f"{name} is no {kind} text ({error.reason}): save it as UTF-8") from error
+        raise RunError(f"{name} is not {kind} text ({error.reason}): save it as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_lines(text: str) -> list[str]:
-    """Return the lines of a text without the empty ones at its end. Unlike ``str.splitlines``,
-    this splits at line feeds alone: file names may hold other separators."""
+    """Return the lines of a text without the empty lines at its end. Unlike ``str.splitlines``,
+    this function splits only at line feeds, because file names may contain other separators."""
     text = text.rstrip("\n \t")
     return text.split("\n") if text else []
 
 
 def unicode_hint(names: Iterable[str], known: Iterable[str]) -> str:
-    """Return the end of a message about unknown names: a hint if one of them looks like a known
-    name, but has another Unicode form, such as a composed (NFC) and a decomposed (NFD) accent."""
+    """Return a hint for a message about unknown names if one of them looks like a known name but
+    has another Unicode form. An accent can be composed (NFC) or decomposed (NFD)."""
     odd = [name for name in names if not name.isascii()]
     forms = {normalize("NFC", name): name for name in known if not name.isascii()} if odd else {}
     for name in odd:

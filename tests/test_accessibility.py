@@ -1,6 +1,7 @@
-"""What a terminal and a script receive: colours, progress bars, quiet and JSON.
+"""Test the output on a terminal and for scripts: colours, progress bars, ``--quiet`` and
+``--json``.
 
-What a pipe receives, no bar and no colour, is held in test_cli.py.
+test_cli.py tests that output into a pipe has no progress bar and no colours.
 """
 
 import json
@@ -19,17 +20,17 @@ QUICK = [*SMALL, "--max-steps", "2", "--log"]
 
 
 def on_a_terminal(*arguments: str, **environment: str) -> str:
-    """All that a command draws on a terminal of its own."""
+    """Return the output of a command on a new terminal."""
     child, terminal = pty.fork()
     if child == 0:
-        termios.tcsetwinsize(1, (24, 120))  # a new one has no columns
+        termios.tcsetwinsize(1, (24, 120))  # a new terminal has 0 columns
         os.environ.update(environment)
         os.execv(sys.executable, [sys.executable, "-m", "bdkd", *arguments])
     drawn = b""
     while True:
         try:
             piece = os.read(terminal, 65536)
-        except OSError:  # Linux: the other end is closed
+        except OSError:  # on Linux, if the other end is closed
             break
         if not piece:
             break
@@ -39,7 +40,7 @@ def on_a_terminal(*arguments: str, **environment: str) -> str:
     return drawn.decode()
 
 
-def test_no_color_is_honoured():
+def test_no_color_disables_colours():
     coloured = on_a_terminal("doctor", "--help", TERM="xterm", NO_COLOR="")
     plain = on_a_terminal("doctor", "--help", TERM="xterm", NO_COLOR="1")
     assert "\x1b[" in coloured
@@ -48,17 +49,17 @@ def test_no_color_is_honoured():
     assert words.split() == plain.split()
 
 
-def test_a_terminal_has_a_bar_and_a_quiet_one_only_the_folder(tmp_path):
+def test_a_terminal_shows_a_progress_bar_and_with_quiet_only_the_folder(tmp_path):
     options = {"TERM": "xterm", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     loud = on_a_terminal("train", *QUICK, "--run-dir", str(tmp_path / "a"), **options)
     assert "2/2" in loud
     assert "step/s" in loud or "s/step" in loud
-    assert not re.search(r"\x1b\[[\d;]*m", loud)  # it moves the cursor, and colours nothing
+    assert not re.search(r"\x1b\[[\d;]*m", loud)  # it moves the cursor but uses no colours
     quiet = on_a_terminal("train", *QUICK, "--quiet", "--run-dir", str(tmp_path / "b"), **options)
     assert quiet.splitlines() == [str(tmp_path / "b")]
 
 
-def test_quiet_prints_the_folder_even_where_it_was_chosen_for_the_run(tmp_path, monkeypatch, capfd):
+def test_quiet_prints_a_folder_that_bdkd_chose(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     main(["train", *QUICK, "--quiet"])
     out, err = capfd.readouterr()
@@ -68,7 +69,7 @@ def test_quiet_prints_the_folder_even_where_it_was_chosen_for_the_run(tmp_path, 
     assert capfd.readouterr() == (out, "")
 
 
-def test_a_quiet_failure_is_still_heard(tmp_path, capfd):
+def test_quiet_still_prints_failures(tmp_path, capfd):
     target = tmp_path / "file"
     target.touch()
     with pytest.raises(SystemExit) as exit_:
@@ -80,7 +81,7 @@ def test_a_quiet_failure_is_still_heard(tmp_path, capfd):
     assert str(target) in err
 
 
-def test_json_is_the_only_thing_printed(tmp_path, capfd):
+def test_with_json_only_json_is_printed(tmp_path, capfd):
     main(["train", *QUICK, "--quiet", "--run-dir", str(tmp_path / "run")])
     capfd.readouterr()
     main(["evaluate", str(tmp_path / "run"), "--json"])

@@ -1,7 +1,7 @@
-"""Wrong input to every public function and every command, and what is said of it.
+"""Pass wrong input to every public function and every command, and check the messages.
 
-A row gives the words that a stranger needs in the message: what came, what is needed, and, where it
-is not plain, what to do. Files and data that are broken have their own tests beside their readers.
+A row contains words that the message must contain: the value that came, what is needed, and what to
+do if this is not obvious. Broken files and data are tested together with the code that reads them.
 """
 
 from dataclasses import dataclass, field
@@ -27,13 +27,13 @@ with_grads = partial(bdkd.bdkd_loss_and_grad, s, t, y)
 
 
 class ModelOutput:
-    """As a Hugging Face model returns."""
+    """An output as a Hugging Face model returns it."""
 
     logits = s
 
 
 class Plain:
-    """No plugin needs more to be refused."""
+    """A class without the interface of any kind of plugin."""
 
 
 class Undecorated(OptimizerConfig):
@@ -138,7 +138,7 @@ FUNCTIONS = [
      ["grads[0]", "each element once", "strides (0, 1)", ".contiguous()"]),
     ("bdkd_loss_and_grad", lambda: with_grads(grads=(g := s.clone(), g)), ValueError,
      ["grads[1] must not overlap the memory of grads[0]", "torch.empty_like(logits)"]),
-    # --- the swap-in names
+    # --- functions with the interfaces of other libraries
     ("DistillKL", lambda: bdkd.DistillKL(0), ValueError, ["T must be", "[0.0001", "got 0"]),
     ("DistillKL", lambda: bdkd.DistillKL("4"), TypeError, ["T must be", "number", "'4' (str)"]),
     ("DistillKL", lambda: bdkd.DistillKL(4)(s[None], t[None]), ValueError,
@@ -196,7 +196,7 @@ FUNCTIONS = [
     ("register_optimizer", lambda: bdkd.register_optimizer("mine", WithoutDefault)(Plain),
      TypeError, ["WithoutDefault.rate must have a default"]),
     ("register_optimizer", lambda: bdkd.register_optimizer("mine", WithComplex)(Plain),
-     TypeError, ["WithComplex.phase must be a number, a string or a tuple", "got 1j"]),
+     TypeError, ["WithComplex.phase must default to a number, a string, a tuple", "got 1j"]),
     ("register_model", lambda: bdkd.register_model("resnet8")(Plain), ValueError,
      ["the model 'resnet8' is registered by bdkd.models.resnet", "Plain", "another name"]),
     ("register_metric", lambda: bdkd.register_metric("model"), ValueError, ["'model'", "summary"]),
@@ -244,7 +244,7 @@ FUNCTIONS = [
      ["at least one network"]),
 ]  # fmt: skip
 
-# They take nothing that could be wrong, or are only ever made by the loss.
+# These take no arguments, or only the loss creates them.
 TAKE_NOTHING = {"available_backends", "list_models", "BDKDOutput", "BDKDStats"}
 
 # (arguments, exit code, words); "file" is neither a recipe nor a checkpoint, "folder" is empty
@@ -297,7 +297,7 @@ COMMAND_LINES = [
     ("train digits --objective dkd --objective.student-ce 0 --objective.target-kd 0 "
      "--objective.other-kd 0", 2, ["student_ce, target_kd and other_kd must not all be 0"]),
     ("train digits --data nowhere/", 2, ["'nowhere/'"]),
-    ("train --epochs 3 digits", 2, ["needs its recipe first", "bdkd train digits"]),
+    ("train --epochs 3 digits", 2, ["needs the recipe as its first argument", "bdkd train digits"]),
     ("train digits --device cuda:9", 1, ["no device cuda:9", "--device cpu"]),
     ("train digits --no-probe", 2, ["--no-probe needs --dry-run", "give --dry-run too"]),
     ("train digits --images-per-second 5", 2, ["--images-per-second needs --dry-run"]),
@@ -317,7 +317,7 @@ COMMAND_LINES = [
     ("benchmark digits --resume", 2, ["--resume"]),
     ("benchmark imagenet-r50-mbv1", 1, ["data/imagenet"]),
     ("benchmark nothing.onnx", 1, ["cannot read nothing.onnx", "No such file"]),
-    ("benchmark nothing.onnx digits", 2, ["digits is no exported file (.onnx, ", "one recipe"]),
+    ("benchmark nothing.onnx digits", 2, ["digits is not an exported file (.onnx, ", "one recipe"]),
     ("benchmark nothing.onnx --batch 0", 2, ["--batch must be in [1, 1048576], got 0"]),
     ("benchmark nothing.onnx --threads two", 2, ["--threads must be integers", "got 'two'"]),
     ("benchmark nothing.onnx --steps 5", 2, ["unknown option '--steps'", "--help lists"]),
@@ -350,7 +350,7 @@ COMMAND_LINES = [
     ("tune digits --methods kd", 2, ["'kd' has nothing to choose", "give an option several"]),
     ("tune digits --methods kd:temperature=1/x", 2, ["temperature must be a number, got 'x'"]),
     ("tune digits --methods kd:temperature=1/2 --seeds x", 2, ["--seeds must be integers, got"]),
-    ("report", 2, ["at least one run's folder", "runs/mine"]),
+    ("report", 2, ["the folder of at least one run", "runs/mine"]),
     ("report nothing", 1, ["nothing is not a folder", "config.toml", "metrics.jsonl"]),
     ("report folder", 1, ["folder contains no run folder", "config.toml"]),
     ("train digits --networks.teacher.weights pretrained", 2,
@@ -401,7 +401,7 @@ def identity(case) -> str:
 
 
 @pytest.mark.parametrize(("name", "call", "kind", "words"), FUNCTIONS, ids=map(identity, FUNCTIONS))
-def test_a_function_says_what_came_what_is_needed_and_what_to_do(name, call, kind, words):
+def test_an_error_of_a_function_names_the_value_the_need_and_the_fix(name, call, kind, words):
     with pytest.raises(kind) as raised:
         call()
     message = str(raised.value)
@@ -415,7 +415,7 @@ def test_a_function_says_what_came_what_is_needed_and_what_to_do(name, call, kin
 @pytest.mark.parametrize(
     ("line", "code", "words"), COMMAND_LINES, ids=[c[0] for c in COMMAND_LINES]
 )
-def test_a_command_says_what_came_what_is_needed_and_what_to_do(
+def test_an_error_of_a_command_names_the_value_the_need_and_the_fix(
     line, code, words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -429,7 +429,7 @@ def test_a_command_says_what_came_what_is_needed_and_what_to_do(
     assert exit_.value.code == code
     assert out == ""
     assert "Traceback" not in err
-    # timm and torchvision are read in any environment, but the warning is about this one.
+    # A warning about the torchvision of this environment is allowed.
     lines = [x for x in err.splitlines() if not x.startswith("warning: the installed torchvision")]
     assert len(lines) == 1
     err = lines[0]
@@ -440,6 +440,6 @@ def test_a_command_says_what_came_what_is_needed_and_what_to_do(
     assert sorted(tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
 
 
-def test_every_public_name_and_every_command_is_attacked():
+def test_every_public_name_and_every_command_has_a_row():
     assert {case[0] for case in FUNCTIONS} >= set(bdkd.__all__) - TAKE_NOTHING
     assert {line.split()[0] for line, *_ in COMMAND_LINES} >= set(COMMANDS)

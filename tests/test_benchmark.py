@@ -1,4 +1,4 @@
-"""``bdkd benchmark``: the numbers it prints, without asserting how fast this machine is."""
+"""``bdkd benchmark``: the printed numbers. No test asserts the speed of this machine."""
 
 import json
 from types import SimpleNamespace
@@ -24,10 +24,10 @@ SMALL_NETWORKS = ["--networks.teacher.model", "resnet8", "--networks.student.mod
 
 def measured(capsys, *arguments: str) -> dict:
     main(["benchmark", *arguments, *FEW, "--json"])
-    return json.loads(capsys.readouterr().out)  # one object and nothing else
+    return json.loads(capsys.readouterr().out)  # exactly one JSON object
 
 
-def test_the_numbers_fit_each_other(capsys):
+def test_the_measured_numbers_are_consistent(capsys):
     results = measured(capsys, *TINY_RUN)
     for row in (results, *results["networks"].values()):
         assert 0 < row["ms"]["median"] <= row["ms"]["p90"]
@@ -38,13 +38,13 @@ def test_the_numbers_fit_each_other(capsys):
     assert 0 <= results["data_wait"] <= 1
     assert results["memory_mib"] > 50
     assert results["flops_per_second"] > 0
-    assert results["mfu"] is None  # no published peak of a CPU
+    assert results["mfu"] is None  # the peak of a CPU is not known
     facts = {"recipe": "tiny", "method": "bdkd", "device": "cpu", "ranks": 1, "data": "synthetic",
              "image_size": [8, 8], "classes": 3, "batch_size": 4, "steps": 2}  # fmt: skip
     assert facts.items() <= results.items()
 
 
-def test_a_table_says_the_same(capsys, tmp_path, monkeypatch):
+def test_the_table_shows_the_same_numbers_as_the_json(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["benchmark", *TINY_RUN, *FEW])
     out, err = capsys.readouterr()
@@ -60,7 +60,7 @@ def test_a_table_says_the_same(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
-def test_options_of_training_apply(capsys):
+def test_training_options_apply_to_the_benchmark(capsys):
     options = ["--train.batch-size", "8", "--train.precision", "bf16", "--train.accumulate", "2"]
     results = measured(capsys, *TINY_RUN, *options)
     assert (results["batch_size"], results["precision"], results["accumulate"]) == (8, "bf16", 2)
@@ -78,12 +78,12 @@ def test_the_table_of_a_gpu_and_several_ranks():
         "training step            99.1     2.00       1.50    3.00",
         "pupil, forward only    12,346     2.00       1.50    3.00",
         "",
-        "measured 50 after 10 to warm up; data wait 12.5% of a step",
+        "measured 50 steps after 10 warm-up steps; data wait 12.5% of a step",
         "250 TFLOP/s, MFU 31.4%; peak memory of a rank 2.0 GiB (tensors on the GPU)",
     ]
 
 
-def test_the_slowest_rank_sets_the_pace():
+def test_the_times_are_those_of_the_slowest_rank():
     own = StepTimes((1.0, 2.0), 8, 0.1, 500.0)
     other = StepTimes((3.0, 1.0), 8, 0.4, 300.0)
     context = SimpleNamespace(gather_objects=lambda times: [times, other])
@@ -100,7 +100,7 @@ def test_two_ranks_print_one_result():
     assert results["images_per_second"] == pytest.approx(4000 / results["ms"]["mean"])
 
 
-def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
+def test_out_of_memory_prints_one_line(monkeypatch, capsys):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -124,7 +124,7 @@ def test_too_little_memory_is_refused_before_the_system_kills_the_process(monkey
     assert err.count("\n") == 1
 
 
-def test_help_without_a_recipe(capsys):
+def test_help_needs_no_recipe(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["benchmark", "--help"])
     assert exit_.value.code in (0, None)
@@ -137,8 +137,10 @@ def test_help_without_a_recipe(capsys):
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_can_be_measured_without_its_data(name, tmp_path, monkeypatch, capsys):
-    """With small networks, small batches and, for ImageNet, small images."""
+def test_every_shipped_recipe_can_be_measured_on_synthetic_images(
+    name, tmp_path, monkeypatch, capsys
+):
+    """The networks and batches are small, and also the images of ImageNet recipes."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name)
     large = recipe.data.source in ("imagenet", "images")
@@ -147,15 +149,15 @@ def test_every_shipped_recipe_can_be_measured_without_its_data(name, tmp_path, m
     results = measured(capsys, name, "--data", "synthetic", *SMALL_NETWORKS, *small,
                        "--train.batch-size", "4")  # fmt: skip
     shape = SHAPES[recipe.data.source]
-    characters = getattr(recipe.data, "characters", None)  # of glyphs
+    characters = getattr(recipe.data, "characters", None)  # an option of glyphs
     assert results["classes"] == (shape.classes or characters or 7)
     side = 32 if small else recipe.data.image_size or shape.side
     assert results["image_size"] == [side, side]
     assert results["data"] == "random images"
 
 
-def test_imagenet_is_measured_at_its_own_size(tmp_path):
-    """As a user runs it."""
+def test_an_imagenet_recipe_is_measured_at_its_image_size(tmp_path):
+    """This test runs the command in a separate process."""
     options = ["--train.batch-size", "2", "--steps", "1", "--warmup", "0", *SMALL_NETWORKS]
     done = bdkd("benchmark", "imagenet-r50-mbv1", "--data", "synthetic", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -168,7 +170,7 @@ def source_of(config, classes=None, batch_size=6):
     return create_random_images(config, classes, batch_size, context)
 
 
-def test_the_known_shapes_are_those_of_the_sources():
+def test_synthetic_images_have_the_shapes_of_the_data_sources():
     context = SourceContext(0, torch.device("cpu"), torch.channels_last)
     for name, options in (("digits", {}), ("synthetic", {"classes": 7, "images": 70})):
         config = SOURCES.configure(name, **options)
@@ -180,7 +182,7 @@ def test_the_known_shapes_are_those_of_the_sources():
     assert set(SHAPES) == {name for name in SOURCES if not SOURCES.is_foreign(name)}
 
 
-def test_random_images_are_as_a_source_gives_them():
+def test_random_images_have_the_dtype_and_layout_of_a_data_source():
     source = source_of(SOURCES.configure("cifar10"))
     [batch] = source.train_batches(3, 0, 6, 2)
     assert len(batch.views) == 2
@@ -217,7 +219,7 @@ def test_the_shape_of_a_plugins_source_must_be_given(tmp_path, monkeypatch):
     assert (info.num_classes, info.channels, info.image_size) == (3, 3, (16, 16))
 
 
-def test_a_recipe_file_is_parsed(tmp_path):
+def test_the_benchmark_accepts_a_recipe_file(tmp_path):
     arguments = parse([*TINY_RUN, "--data", "synthetic", "--classes", "9"])
     assert arguments == Arguments(
         recipe=TINY_RUN[0], config=tiny_recipe(), synthetic=True, classes=9

@@ -1,5 +1,5 @@
-"""``bdkd benchmark FILE...``: who is timed when, what is computed from the times, and what is
-refused. No test asserts how fast this machine is."""
+"""``bdkd benchmark FILE...``: the order of the measurements, the numbers computed from the times,
+and refused files. No test asserts the speed of this machine."""
 
 import json
 import math
@@ -37,7 +37,7 @@ SHAPE = (3, 8, 8)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A small network in all formats, and ONNX files that bdkd did not write."""
+    """Return the folder of a small network in all formats, and of ONNX files of other programs."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     network = create_model("resnet8", num_classes=3, in_channels=3).eval()
@@ -69,7 +69,7 @@ def graph_of(shape, kind=TensorProto.FLOAT, extra=False):
 
 
 def huge():
-    """A model of a few bytes that creates 2^42 bytes for an image."""
+    """Write a model of a few bytes that allocates 2^42 bytes for an image."""
     fill = helper.make_tensor("fill", TensorProto.FLOAT, [1], [1.0])
     return helper.make_graph(
         [
@@ -86,11 +86,11 @@ def huge():
 
 def measured(capsys, *arguments: object) -> dict:
     main(["benchmark", *map(str, arguments), *FEW, "--json"])
-    return json.loads(capsys.readouterr().out)  # one object and nothing else
+    return json.loads(capsys.readouterr().out)  # exactly one JSON object
 
 
 def fail(capsys, *arguments: object) -> tuple[int, str]:
-    """The exit code and the one line of a command that must fail before it measures anything."""
+    """Return the exit code and the line of a command that must fail before it measures anything."""
     with pytest.raises(SystemExit) as ended:
         main(["benchmark", *map(str, arguments)])
     out, err = capsys.readouterr()
@@ -98,7 +98,7 @@ def fail(capsys, *arguments: object) -> tuple[int, str]:
     return ended.value.code, err
 
 
-# --- turns ---------------------------------------------------------------------------------------
+# --- order of the measurements -------------------------------------------------------------------
 
 
 def test_files_take_turns_and_the_order_rotates():
@@ -116,13 +116,13 @@ def test_files_take_turns_and_the_order_rotates():
     assert len(rounds) == WARMUP_ROUNDS + 4
     assert rounds[WARMUP_ROUNDS:] == ["abc", "bca", "cab", "abc"]
     assert times.shape == (4, 3)
-    first = 3 * WARMUP_ROUNDS  # calls before the rounds that count
+    first = 3 * WARMUP_ROUNDS  # calls before the measured rounds
     assert (times[1] - first).tolist() == [6, 4, 5], "each time is in the column of its file"
 
 
 def test_only_the_last_inference_of_a_turn_is_timed(monkeypatch):
-    """By a clock that inferences move: one of 0.7 ms at first, then 0.3 ms, and 5 s for the one
-    that counts."""
+    """The inferences advance a fake clock. Short inferences run until 1 ms has passed. The last
+    inference of a turn takes 5 s, and only this time is recorded."""
     clock, calls = [0.0], []
 
     def infer_in(*seconds):
@@ -135,20 +135,20 @@ def test_only_the_last_inference_of_a_turn_is_timed(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert inference_process.timed(infer_in(0.0007, 0.0004, 5.0, 9.0)) == pytest.approx(5.0)
     calls.clear()
-    short = [0.0003] * 4 + [5.0, 9.0]  # four to reach 1 ms
+    short = [0.0003] * 4 + [5.0, 9.0]  # four inferences reach 1 ms
     assert inference_process.timed(infer_in(*short)) == pytest.approx(5.0)
     calls.clear()
     assert inference_process.timed(infer_in(2.0, 2.0, 5.0, 9.0)) == pytest.approx(5.0), "at least 2"
 
 
 def test_a_ratio_does_not_depend_on_the_drift_of_the_machine():
-    """The second file takes twice as long, on a machine that becomes 10 times slower."""
+    """The second file takes twice as long, while the machine becomes 10 times slower."""
     speed = np.linspace(1, 10, STARTS * 40).reshape(STARTS, 40)
     ratio = ratio_of(2 * speed, speed)
     assert ratio == pytest.approx((2, 2, 2))
 
 
-def test_an_interval_is_students_over_starts():
+def test_the_interval_of_a_ratio_is_students_over_starts():
     generator = np.random.default_rng(1)
     reference = generator.lognormal(0, 0.1, (STARTS, 30))
     times = 1.5 * reference * generator.lognormal(0, 0.2, (STARTS, 1))
@@ -158,15 +158,15 @@ def test_an_interval_is_students_over_starts():
     ratio = ratio_of(times, reference)
     expected = (math.exp(medians.mean()), math.exp(low), math.exp(high))
     assert ratio == pytest.approx(expected, rel=1e-3)
-    # Rounds of one start are not independent: their number does not make the interval small.
+    # The rounds of one start are not independent, so that more rounds do not narrow the interval.
     again = ratio_of(np.tile(times, 100), np.tile(reference, 100))
     assert again == pytest.approx(ratio)
-    # Exchanging the files inverts everything.
+    # Exchanging the files inverts the ratio and its interval.
     inverse = ratio_of(reference, times)
     assert inverse == pytest.approx((1 / ratio.value, 1 / ratio.high, 1 / ratio.low))
 
 
-def test_quantiles_are_numpys():
+def test_quantiles_agree_with_numpy():
     generator = np.random.default_rng(2)
     times = [generator.lognormal(-7, 0.5, (STARTS, 8)) for _ in range(2)]
     file = Runnable(Path("a.onnx"), "onnx", "fp32", 1, b"", (1,), None, "x", None)
@@ -193,8 +193,10 @@ def test_quantiles_are_numpys():
 # --- results -------------------------------------------------------------------------------------
 
 
-def test_every_format_and_a_foreign_file_are_measured_together(folder, capsys, monkeypatch):
-    monkeypatch.setattr(latency, "STARTS", 2)  # importing torch takes seconds
+def test_files_of_all_formats_and_of_other_programs_are_measured_together(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(latency, "STARTS", 2)  # each start imports torch, which takes seconds
     names = ["model.onnx", "model.pt2", "model.safetensors", "foreign.onnx"]
     results = measured(capsys, *(folder / name for name in names), "--batch", 3)
     assert [Path(file["file"]).name for file in results["files"]] == names
@@ -233,7 +235,7 @@ def test_every_number_of_threads_is_combined_with_every_batch_size(folder, capsy
     assert combined == [(1, 2), (1, 5), (2, 2), (2, 5)]
 
 
-def test_the_table_as_a_user_sees_it(folder):
+def test_the_table_shows_names_times_ratios_and_memory(folder):
     done = bdkd("benchmark", "model.onnx", "foreign.onnx", *FEW, "--batch", "1", "8", cwd=folder)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -253,7 +255,7 @@ def test_the_table_as_a_user_sees_it(folder):
     ]  # fmt: skip
 
 
-def test_the_precision_of_an_int8_file_is_that_of_its_facts(folder):
+def test_the_precision_of_an_int8_file_is_read_from_its_metadata(folder):
     file = read_runnable(folder / "model.onnx")
     assert file.facts is not None
     assert file.precision == "fp32"
@@ -280,13 +282,13 @@ def test_the_precision_of_an_int8_file_is_that_of_its_facts(folder):
          ["1 aa...aaaaaaaaa", "2 aa...aaaaaaaaa"]),
     ],
 )  # fmt: skip
-def test_names_in_tables_are_short_and_different(paths, width, expected):
+def test_file_names_in_tables_are_short_and_distinct(paths, width, expected):
     names = benchmark_files.short_names(paths, width)
     assert names == expected
     assert max(map(len, names)) <= width
 
 
-def test_wide_numbers_leave_the_table_80_columns():
+def test_tables_with_wide_numbers_fit_80_columns():
     row = {
         "ms": {"median": 12_345.6, "p95": 99_999.9}, "images_per_second": 9_876_543.0,
         "ratio": {"value": 1234.5, "low": 1000.0, "high": 2000.0},
@@ -330,8 +332,8 @@ def test_the_process_of_an_onnx_file_imports_neither_torch_nor_bdkd(folder):
     assert done.stdout.decode().strip() == "set()"
 
 
-def test_the_memory_of_the_network_is_a_part_of_the_peak(folder):
-    """Images of 154 MB: the peak rises by at least their size."""
+def test_the_peak_memory_includes_the_images(folder):
+    """The images take 154 MB. The peak rises by at least their size."""
     one = Inference(read_runnable(folder / "foreign.onnx"), threads=1, batch=200_000)
     try:
         one.start()
@@ -341,8 +343,9 @@ def test_the_memory_of_the_network_is_a_part_of_the_peak(folder):
         one.close()
 
 
-def test_memory_is_limited_in_the_process_too(folder, capsys):
-    """The others are measured, the value is null, and one line says why."""
+def test_the_inference_process_has_a_memory_limit(folder, capsys):
+    """The other files are measured. The value of the failed file is null, and one line names the
+    reason."""
     with pytest.raises(SystemExit) as ended:
         measured(capsys, folder / "foreign.onnx", folder / "huge.onnx")
     out, err = capsys.readouterr()
@@ -359,7 +362,7 @@ def test_memory_is_limited_in_the_process_too(folder, capsys):
     assert (out, err.splitlines()[-1]) == ("", line), "no table without a value"
 
 
-def test_a_process_that_is_killed_or_hangs_is_a_failure_and_ends(folder, monkeypatch):
+def test_killed_and_hanging_processes_are_reported_as_failures(folder, monkeypatch):
     file = read_runnable(folder / "foreign.onnx")
     killed, stopped, healthy = (Inference(file, threads=1, batch=1) for _ in range(3))
     try:
@@ -382,15 +385,13 @@ def test_a_process_that_is_killed_or_hangs_is_a_failure_and_ends(folder, monkeyp
     assert not any(psutil.pid_exists(one.process.pid) for one in (killed, stopped, healthy))
 
 
-def test_a_file_that_fails_in_one_start_has_no_values_and_does_not_stop_the_others(
-    folder, monkeypatch
-):
+def test_a_file_that_fails_in_one_start_does_not_stop_the_others(folder, monkeypatch):
     run, runs = Inference.run, []
 
     def run_or_kill(one: Inference) -> float:
         if one.file.path.name == "model.onnx":
             runs.append(one)
-            if len(runs) == 2 * (WARMUP_ROUNDS + 4):  # the last of the second start
+            if len(runs) == 2 * (WARMUP_ROUNDS + 4):  # the last run of the second start
                 one.process.kill()
         return run(one)
 
@@ -404,10 +405,10 @@ def test_a_file_that_fails_in_one_start_has_no_values_and_does_not_stop_the_othe
     assert np.isfinite(good.times).all()
 
 
-def test_ctrl_c_ends_in_one_line_and_leaves_no_process(folder):
+def test_ctrl_c_prints_one_line_and_leaves_no_process(folder):
     command = [sys.executable, "-m", "bdkd", "benchmark", str(folder / "foreign.onnx"),
                str(folder / "model.onnx"), "--rounds", "100000"]  # fmt: skip
-    # A background job of a shell ignores SIGINT, and so would the process that it starts.
+    # A background job of a shell ignores SIGINT, and processes that it starts inherit this.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
@@ -434,7 +435,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(folder):
 
 
 def test_a_killed_command_leaves_no_process(folder):
-    """Its processes see that their connection ended."""
+    """The inference processes notice that their connection was closed."""
     command = [sys.executable, "-m", "bdkd", "benchmark", str(folder / "foreign.onnx"),
                "--rounds", "100000"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -448,7 +449,7 @@ def test_a_killed_command_leaves_no_process(folder):
     assert alive == []
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- refused files and options -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -460,14 +461,14 @@ def test_a_killed_command_leaves_no_process(folder):
         ("two", ["2 inputs, and must have one"]),
     ],
 )
-def test_a_foreign_file_must_say_which_images_it_takes(name, words, folder, capsys):
+def test_a_file_of_another_program_must_define_its_image_shape(name, words, folder, capsys):
     code, line = fail(capsys, folder / "foreign.onnx", folder / f"{name}.onnx")
     assert code == 1
     for word in [f"{name}.onnx", *words]:
         assert word in line
 
 
-def test_a_foreign_file_may_list_its_weights_as_inputs(folder, capsys):
+def test_weights_may_be_listed_as_inputs(folder, capsys):
     graph = graph_of(["N", 4])
     graph.node[0].CopyFrom(helper.make_node("Add", ["x", "w"], ["y"]))
     graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4]))
@@ -478,7 +479,7 @@ def test_a_foreign_file_may_list_its_weights_as_inputs(folder, capsys):
     assert file["image_shape"] == [4]
 
 
-def test_a_name_that_is_not_text_is_one_line(folder, tmp_path, capsys):
+def test_a_file_name_that_is_not_utf8_causes_one_line(folder, tmp_path, capsys):
     content = onnx.load(folder / "foreign.onnx")
     content.graph.input[0].name = content.graph.node[0].input[0] = "name"
     path = tmp_path / "name.onnx"
@@ -488,7 +489,7 @@ def test_a_name_that_is_not_text_is_one_line(folder, tmp_path, capsys):
     assert f"cannot read {path}: it is corrupt" in line
 
 
-def test_a_file_with_a_fixed_batch_takes_that_batch(folder, capsys):
+def test_a_file_with_a_fixed_batch_size_runs_only_with_that_size(folder, capsys):
     code, line = fail(capsys, folder / "batch4.onnx", "--batch", 4, 1)
     assert code == 2
     assert "--batch 1: " in line
@@ -497,7 +498,7 @@ def test_a_file_with_a_fixed_batch_takes_that_batch(folder, capsys):
     assert setting["files"][0]["failure"] is None
 
 
-def test_a_changed_file_of_bdkd_is_refused_and_not_foreign(folder, tmp_path, capsys):
+def test_a_modified_file_of_bdkd_is_refused(folder, tmp_path, capsys):
     model = onnx.load(folder / "model.onnx")
     [digest] = [entry for entry in model.metadata_props if entry.key == "bdkd_sha256"]
     digest.value = "0" * 64
@@ -510,7 +511,7 @@ def test_a_changed_file_of_bdkd_is_refused_and_not_foreign(folder, tmp_path, cap
     assert fail(capsys, tmp_path / "changed.onnx")[0] == 1
 
 
-def test_a_refused_foreign_file_is_not_run(folder, tmp_path, capsys):
+def test_a_refused_file_is_not_run(folder, tmp_path, capsys):
     model = onnx.load(folder / "foreign.onnx")
     model.graph.node[0].domain = "com.microsoft"
     onnx.save(model, tmp_path / "custom.onnx")
@@ -534,11 +535,11 @@ def test_files_of_other_programs_are_refused_if_torch_would_run_them(suffix, tmp
     assert f"{path} was not written by bdkd export" in line
 
 
-def test_what_is_no_exported_file_is_named(folder, tmp_path, capsys, monkeypatch):
+def test_a_path_that_is_not_an_exported_file_is_named(folder, tmp_path, capsys, monkeypatch):
     file = folder / "foreign.onnx"
     code, line = fail(capsys, file, "digits")
     assert code == 2
-    assert "digits is no exported file (.onnx, .pt2, .safetensors)" in line
+    assert "digits is not an exported file (.onnx, .pt2, .safetensors)" in line
     code, line = fail(capsys, file, tmp_path / "missing.onnx")
     assert (code, "missing.onnx: No such file" in line) == (1, True)
     (tmp_path / "folder.onnx").mkdir()
@@ -594,7 +595,7 @@ def test_images_that_do_not_fit_into_memory_are_refused(folder, capsys, monkeypa
     assert "3,840,000 bytes, and the limit on this machine is 1,048,576" in line
 
 
-def test_too_few_cores_are_a_warning(capsys):
+def test_too_few_cores_cause_a_warning(capsys):
     processor = {"cores": 4, "load": 0.1}
     benchmark_files.warn_of_load({"processor": processor}, [1, 4])
     assert capsys.readouterr().err == ""
@@ -619,11 +620,11 @@ def test_too_few_cores_are_a_warning(capsys):
         (["digits", "--networks.student.weights", "m.safetensors"], False),
     ],
 )  # fmt: skip
-def test_files_and_recipes_are_told_apart(arguments, expected):
+def test_files_and_recipes_are_distinguished(arguments, expected):
     assert names_file(arguments) is expected
 
 
-def test_each_help_names_the_other_use(capsys):
+def test_the_help_of_recipes_and_of_files_name_each_other(capsys):
     for arguments, words in (
         (["--help"], ["bdkd benchmark RECIPE", "bdkd benchmark FILE..."]),
         (["model.onnx", "--help"], ["FILE [FILE ...]", "--threads", "GPUs are not"]),
@@ -636,7 +637,7 @@ def test_each_help_names_the_other_use(capsys):
             assert word in text
 
 
-def test_a_plugins_model_is_found_in_its_process(folder, tmp_path):
+def test_the_inference_process_loads_the_plugin_of_a_model(folder, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "from bdkd import register_model\n"

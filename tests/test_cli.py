@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, and how it fails."""
+"""The commands of the command line: what they print, and how they fail."""
 
 import json
 import os
@@ -24,29 +24,29 @@ QUICK = [*SMALL, "--max-steps", "3"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished short run."""
+    """Return the folder of a short finished run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["train", *QUICK, "--run-dir", str(folder), "--log", "tensorboard"])
     return folder
 
 
 def best_of(run: Path) -> Path:
-    """The one checkpoint of the best student that a finished run keeps."""
+    """Return the only best checkpoint of a finished run."""
     [path] = (run / "checkpoints").glob("best-*.pt")
     return path
 
 
 def fail(capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of a command that must fail, in this process."""
+    """Return the exit code and stderr of a command that must fail. It runs in this process."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     return exit_.value.code, capsys.readouterr().err
 
 
-# --- what a run leaves ---------------------------------------------------------------------------
+# --- the files of a run --------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_the_contract_names(run):
+def test_the_folder_of_a_run_contains_the_documented_files(run):
     config = parse_recipe((run / "config.toml").read_text(), "config.toml")
     assert config.networks["teacher"].model == "resnet8"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -74,7 +74,7 @@ def test_a_run_leaves_what_the_contract_names(run):
     assert not list(run.rglob("*.tmp"))
 
 
-def test_tensorboard_reads_the_events(run):
+def test_tensorboard_can_read_the_events(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "events"))
@@ -82,11 +82,11 @@ def test_tensorboard_reads_the_events(run):
     assert [e.step for e in events.Scalars("train/student/loss")] == [1, 2, 3]
 
 
-def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run, capsys):
+def test_evaluate_prints_the_metrics_of_the_run_and_of_its_checkpoint(run, capsys):
     main(["evaluate", str(run), "--split", "test", "--json"])
     came = json.loads(capsys.readouterr().out)["networks"]
     kept = json.loads((run / "summary.json").read_text())["networks"]
-    for name, network in kept.items():  # which has the recalibrated figures besides
+    for name, network in kept.items():  # also contains metrics after temperature scaling
         assert came[name].items() <= network.items()
     assert came.keys() == kept.keys()
     main(["evaluate", str(run), "--split", "test"])
@@ -105,12 +105,12 @@ def test_evaluate_gives_the_same_figures_for_run_and_checkpoint(run, capsys):
     assert "216 validation images" in out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     [validated] = [line for line in lines if line["split"] == "val"]
-    for name in ("teacher", "student"):  # which was evaluated at the same step
+    for name in ("teacher", "student"):  # the checkpoint is of the validated step
         assert f"{100 * validated[name]['top1']:.2f}%" in out
         assert f"{100 * validated[name]['ece']:.2f}%" in out
 
 
-def test_train_prints_plain_lines_in_a_pipe(tmp_path):
+def test_train_prints_no_progress_bar_into_a_pipe(tmp_path):
     done = bdkd("train", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr
@@ -119,7 +119,7 @@ def test_train_prints_plain_lines_in_a_pipe(tmp_path):
     assert "runs/digits-bdkd-seed0/figures/reliability.png" in done.stdout
 
 
-def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--train.accumulate", "2", "--max-steps", "100", "--no-probe"]
     main(["train", "digits", "--dry-run", *options])
@@ -130,7 +130,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_doctor_names_each_part_and_the_remedy(capsys):
+def test_doctor_names_every_package_and_how_to_install_it(capsys):
     main(["doctor"])
     text = capsys.readouterr().out
     for name in ("torch", "GPU", "triton kernel", "native kernel", "DALI", "apex"):
@@ -140,8 +140,8 @@ def test_doctor_names_each_part_and_the_remedy(capsys):
     assert all(finding["found"] or finding["remedy"] for finding in findings)
 
 
-def test_doctor_knows_the_impostor_apex(tmp_path):
-    """PyPI's apex is an unrelated package: an apex without fused optimizers is named so."""
+def test_doctor_recognises_the_unrelated_apex_of_pypi(tmp_path):
+    """The package apex of PyPI is unrelated to NVIDIA's. It has no fused optimizers."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -150,7 +150,7 @@ def test_doctor_knows_the_impostor_apex(tmp_path):
     assert "not NVIDIA's" in done.stdout
 
 
-def test_help_gives_every_option_its_default_and_meaning(capsys):
+def test_help_all_explains_every_option(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "digits", "--help-all"])
     assert exit_.value.code in (0, None)
@@ -166,7 +166,7 @@ def test_help_gives_every_option_its_default_and_meaning(capsys):
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_are_read_back_from_their_own_text(name):
+def test_shipped_recipes_can_be_written_and_read_back(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert parse_recipe(to_toml(recipe), "text") == recipe
@@ -254,7 +254,7 @@ def test_unknown_options_exit_2_and_name_the_nearest(arguments, expected, capsys
         ("name = 'x'", ["networks"]),
     ],
 )
-def test_a_wrong_recipe_file_is_named_with_its_key(text, expected, capsys, tmp_path):
+def test_an_error_in_a_recipe_names_the_file_and_the_key(text, expected, capsys, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(text)
     code, message = fail(capsys, "train", str(file))
@@ -267,7 +267,7 @@ def test_a_wrong_recipe_file_is_named_with_its_key(text, expected, capsys, tmp_p
 @pytest.mark.parametrize(
     "name", ["a.b", "", "step", "items", "x_ema", "a b", "train", "teacher_active"]
 )
-def test_a_network_name_that_cannot_be_a_key_is_refused(name, capsys, tmp_path):
+def test_an_invalid_network_name_is_refused(name, capsys, tmp_path):
     text = to_toml(load_recipe("digits")).replace("networks.teacher", f'networks."{name}"')
     (tmp_path / "mine.toml").write_text(text)
     code, message = fail(capsys, "train", str(tmp_path / "mine.toml"))
@@ -288,7 +288,7 @@ def test_a_refused_resume_changes_nothing(run, tmp_path, capsys):
     assert "continuing at step 3" in capsys.readouterr().out
 
 
-def test_a_refused_start_leaves_no_run_behind(tmp_path, capsys, monkeypatch):
+def test_a_refused_start_creates_no_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     target = tmp_path / "run"
     code, message = fail(capsys, "train", *QUICK, "--run-dir", str(target), "--log", "wandb")
@@ -298,7 +298,7 @@ def test_a_refused_start_leaves_no_run_behind(tmp_path, capsys, monkeypatch):
     assert not target.exists()
 
 
-def test_resume_survives_damaged_metrics_and_says_what_is_gone(run, tmp_path, capsys):
+def test_resume_repairs_damaged_metrics_and_names_a_missing_checkpoint(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     file = copy / "metrics.jsonl"
@@ -313,8 +313,8 @@ def test_resume_survives_damaged_metrics_and_says_what_is_gone(run, tmp_path, ca
     main(["train", "--resume", "--run-dir", str(copy), "--train.select", "last"])
 
 
-def test_an_edited_recipe_is_not_ignored_in_silence(tmp_path, capsys):
-    """The run keeps the values that it began with, and says which ones the file no longer has."""
+def test_resume_names_the_values_of_an_edited_recipe_that_it_ignores(tmp_path, capsys):
+    """The run uses the values with which it began, and names those that differ in the file."""
     file, target = tmp_path / "mine.toml", str(tmp_path / "run")
     text = Path(TINY_RUN[0]).read_text()
     file.write_text("max_steps = 2\n" + text)
@@ -325,14 +325,14 @@ def test_an_edited_recipe_is_not_ignored_in_silence(tmp_path, capsys):
     capsys.readouterr()
     main(["train", str(file), "--resume", "--run-dir", target])
     said = capsys.readouterr().out
-    assert f"unlike {file}: max_steps, optimizer.learning_rate\n" in said
+    assert f"which differs from {file}: max_steps, optimizer.learning_rate\n" in said
     assert "nothing is left to train" in said
     config = load_recipe(f"{target}/config.toml")
     assert (config.max_steps, config.optimizer.learning_rate) == (2, 0.05)
 
 
-def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
-    """Its own values go before those of the recipe, and those of the command line before both."""
+def test_a_resumed_run_keeps_its_options_unless_the_command_line_changes_them(tmp_path, capsys):
+    """The values of the run override the recipe. The command line overrides both."""
     run = tmp_path / "run"
     train = ["train", *TINY_RUN, "--run-dir", str(run), "--max-steps", "1"]
     main([*train, "--optimizer.learning-rate", "0.02", "--log-every", "7"])
@@ -340,8 +340,8 @@ def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
     main([*train, "--resume", "--optimizer.momentum", "0.5", "--log-every", "3"])
     said = capsys.readouterr().out
     assert "resuming with changed log_every, optimizer.momentum\n" in said
-    assert f"kept from {run / 'config.toml'}, unlike {TINY_RUN[0]}: " in said
-    kept = said.partition("unlike ")[2].splitlines()[0]
+    assert f"using {run / 'config.toml'}, which differs from {TINY_RUN[0]}: " in said
+    kept = said.partition("differs from ")[2].splitlines()[0]
     assert kept.endswith(": optimizer.learning_rate")
     config = load_recipe(str(run / "config.toml"))
     assert (config.optimizer.learning_rate, config.optimizer.momentum) == (0.02, 0.5)
@@ -363,7 +363,7 @@ def test_a_resumed_run_keeps_its_values_and_takes_new_ones(tmp_path, capsys):
         (ValueError("two\nlines"), 1, "ValueError: two lines (--debug shows where)"),
     ],
 )
-def test_the_exit_code_and_the_line_of_every_kind_of_failure(
+def test_every_kind_of_failure_has_an_exit_code_and_prints_one_line(
     error, code, line, monkeypatch, capsys
 ):
     def fail(_):
@@ -380,10 +380,10 @@ def test_the_exit_code_and_the_line_of_every_kind_of_failure(
         assert debug or said.count("\n") == 1
 
 
-def test_a_reader_that_leaves_is_no_error_message():
+def test_a_closed_pipe_causes_no_error_message():
     command = f"'{sys.executable}' -m bdkd doctor | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert done.returncode in (0, 141)  # 0 where all was written before the reader left
+    assert done.returncode in (0, 141)  # 0 if everything was written before the pipe closed
     assert done.stderr == ""
 
 
@@ -431,7 +431,7 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
             assert part in message, message
 
 
-def test_two_ranks_evaluate_a_run_as_one_process_does(run, capsys):
+def test_two_ranks_print_the_same_evaluation_as_one_process(run, capsys):
     main(["evaluate", str(run), "--split", "test", "--json", "--device", "cpu"])
     alone = json.loads(capsys.readouterr().out)
     done = subprocess.run(
@@ -440,7 +440,7 @@ def test_two_ranks_evaluate_a_run_as_one_process_does(run, capsys):
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    together = json.loads(done.stdout)  # one rank prints
+    together = json.loads(done.stdout)  # only one rank prints
     for name, values in alone.pop("networks").items():
         for key, value in together["networks"][name].items():
             same = value == values[key] if not isinstance(value, float) else None
@@ -448,8 +448,9 @@ def test_two_ranks_evaluate_a_run_as_one_process_does(run, capsys):
     assert {key: together[key] for key in alone} == alone
 
 
-def test_weights_of_a_run_start_another(run, tmp_path):
-    """From a checkpoint's network of the same name, from a state dict, and from safetensors."""
+def test_a_run_can_start_from_the_weights_of_another_run(run, tmp_path):
+    """Weights come from the network of the same name in a checkpoint, a state dict or
+    safetensors."""
     from safetensors.torch import save_file
 
     from bdkd.runs.checkpoint import load_checkpoint
@@ -457,7 +458,7 @@ def test_weights_of_a_run_start_another(run, tmp_path):
 
     best = best_of(run)
     weights = network_weights(load_checkpoint(best)[1], "student_ema", best)  # as in timm
-    weights = {key: value.contiguous() for key, value in weights.items()}  # safetensors' rule
+    weights = {key: value.contiguous() for key, value in weights.items()}  # for safetensors
     torch.save(weights, tmp_path / "weights.pt")
     save_file(weights, tmp_path / "weights.safetensors")
     for file in (best, tmp_path / "weights.pt", tmp_path / "weights.safetensors"):
@@ -471,7 +472,7 @@ def test_weights_of_a_run_start_another(run, tmp_path):
                 torch.testing.assert_close(began[key], value)
 
 
-def test_a_stranger_file_runs_no_code(tmp_path, capsys):
+def test_an_untrusted_weight_file_runs_no_code(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (os.system, (f"touch '{tmp_path}/ran'",))
@@ -484,7 +485,7 @@ def test_a_stranger_file_runs_no_code(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-def test_two_at_once_in_one_folder_the_second_is_refused(tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     from bdkd.runs.folder import RunFolder
 
     first = RunFolder(tmp_path / "run")
@@ -503,12 +504,12 @@ def test_diverging_training_stops_and_names_the_last_good_checkpoint(tmp_path, c
     assert code == 1
     assert "not finite for 3 steps in a row" in message
     assert str(run / "checkpoints" / "step-") in message
-    # Of a row of skipped steps nothing was saved: what is there is from before it.
+    # Nothing is saved during skipped steps, so the checkpoint is from an earlier step.
     assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-00000001.pt"]
 
 
-def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_is_whole(tmp_path):
-    """A file size limit stands in for the disk: the writes fail in the same place."""
+def test_a_full_disk_ends_training_with_one_line_and_an_intact_older_checkpoint(tmp_path):
+    """A file size limit replaces the full disk, because writes fail in the same place."""
     run = tmp_path / "run"
     script = (
         "import resource, sys; from bdkd.cli import main\n"
@@ -530,7 +531,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_is_wh
     warned = re.findall(
         r"^warning: .* without this checkpoint: .*step-(\d+)\.pt", done.stdout, re.M
     )
-    assert warned[:2] == ["00000002", "00000003"]  # training went on and tried again
+    assert warned[:2] == ["00000002", "00000003"]  # training tried again
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000001.pt"]
     again = bdkd("train", "--resume", "--max-steps", "3", "--run-dir", str(run))
     assert again.returncode == 0, again.stderr
@@ -542,7 +543,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_is_wh
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A small image folder of two classes."""
+    """Return a small image folder with two classes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 4)):
         for label, name in enumerate(("dark", "light")):
@@ -561,7 +562,7 @@ def folder_arguments(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_an_image_folder_trains(folder, capsys):
+def test_bdkd_trains_on_an_image_folder(folder, capsys):
     main(folder_arguments(folder, "--data.flip"))
     assert "8 test images" in capsys.readouterr().out
 
@@ -584,7 +585,7 @@ def drop_class(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [break_image, empty_class, drop_class])
-def test_broken_data_ends_in_one_line_that_names_it(damage, folder, capsys):
+def test_an_error_about_broken_data_names_the_file(damage, folder, capsys):
     named = damage(folder)
     code, message = fail(capsys, *folder_arguments(folder))
     assert code == 1
@@ -592,7 +593,7 @@ def test_broken_data_ends_in_one_line_that_names_it(damage, folder, capsys):
     assert str(named) in message
 
 
-def test_missing_data_names_the_key(folder, capsys):
+def test_an_error_about_missing_data_names_the_key_of_the_recipe(folder, capsys):
     code, message = fail(capsys, *folder_arguments(folder / "nowhere"))
     assert (code, "data.root" in message) == (1, True)
     code, message = fail(capsys, "train", "digits", "--data.source", "folder")

@@ -1,4 +1,4 @@
-"""Commands whose standard streams the caller closed (``2>&-``), as some daemons do."""
+"""Run commands with closed standard streams (``2>&-``), as some daemons do."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def with_closed(streams: str, *arguments: str) -> subprocess.CompletedProcess:
     ("streams", "prints"),
     [("2>&-", True), (">&-", False), (">&- 2>&-", False), ("<&- >&- 2>&-", False)],
 )
-def test_training_runs_to_its_end(streams, prints, tmp_path):
+def test_training_works_with_closed_streams(streams, prints, tmp_path):
     run = tmp_path / "run"
     done = with_closed(streams, "train", TINY, "--train.epochs", "1", "--run-dir", str(run))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -27,7 +27,7 @@ def test_training_runs_to_its_end(streams, prints, tmp_path):
     assert ("run folder" in done.stdout) == prints
 
 
-def test_a_comparison_starts_its_runs(tmp_path):
+def test_a_comparison_works_with_closed_streams(tmp_path):
     command = ["compare", TINY, "--methods", "dml", "--seeds", "1", "--train.epochs", "1"]
     done = with_closed(">&- 2>&-", *command, "--folder", str(tmp_path / "c"))
     assert done.returncode == 0
@@ -35,6 +35,6 @@ def test_a_comparison_starts_its_runs(tmp_path):
 
 
 @pytest.mark.parametrize("streams", ["2>&-", ">&-", "<&- >&- 2>&-"])
-def test_a_failure_keeps_its_exit_code(streams, tmp_path):
+def test_a_failure_with_closed_streams_keeps_its_exit_code(streams, tmp_path):
     assert with_closed(streams, "evaluate", str(tmp_path / "nothing")).returncode == 1
     assert with_closed(streams, "train", "no-such-recipe").returncode == 2

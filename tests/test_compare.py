@@ -1,4 +1,4 @@
-"""``bdkd compare`` as a user meets it: runs that are ordinary runs, stopped, continued, refused."""
+"""``bdkd compare``: its runs and tables, stopping and continuing, and refused command lines."""
 
 import json
 import os
@@ -36,12 +36,12 @@ LONGER = ["--methods", "independent", "bdkd", "--seeds", "1", "--max-steps", "60
 
 
 def compare(folder: Path, *arguments: str) -> None:
-    """In this process; its runs are processes of their own all the same."""
+    """Run a comparison in this process. Its runs are separate processes."""
     main(["compare", *TINY, *arguments, "--folder", str(folder)])
 
 
 def fail(capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of a comparison that must fail."""
+    """Return the exit code and stderr of a comparison that must fail."""
     with pytest.raises(SystemExit) as exit_:
         main(["compare", *arguments])
     return exit_.value.code, capsys.readouterr().err
@@ -49,7 +49,7 @@ def fail(capsys, *arguments: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
-    """The folder of a finished comparison."""
+    """Return the folder of a finished comparison."""
     folder = tmp_path_factory.mktemp("compare") / "a folder"
     compare(folder, *TWO)
     return folder
@@ -65,10 +65,10 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-# --- what it makes -------------------------------------------------------------------------------
+# --- runs and tables -----------------------------------------------------------------------------
 
 
-def test_it_makes_a_run_folder_each_and_the_tables(compared):
+def test_compare_writes_a_folder_for_each_run_and_the_tables(compared):
     runs = [f"{method}-seed{seed}" for method in ("independent", "bdkd") for seed in (0, 1)]
     for name in runs:
         summary = json.loads((compared / name / "summary.json").read_text())
@@ -93,19 +93,19 @@ def test_it_makes_a_run_folder_each_and_the_tables(compared):
     assert "±" in text
 
 
-def test_its_runs_are_those_of_bdkd_train(compared, tmp_path):
-    """Bit for bit, though they are forked from a server that serves them all."""
+def test_runs_of_compare_equal_those_of_train_bit_for_bit(compared, tmp_path):
+    """This holds although the runs are forked from a common server process."""
     config = str(compared / "bdkd-seed1" / "config.toml")
     done = bdkd("train", config, "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "run", compared / "bdkd-seed1")
 
 
-def test_again_it_trains_nothing_and_tells_the_same(compared, capsys):
+def test_a_repeated_comparison_trains_nothing_and_prints_the_same_tables(compared, capsys):
     before = {p: p.stat().st_mtime_ns for p in compared.rglob("*") if "seed" in str(p)}
     compare(compared, *TWO)
     text = capsys.readouterr().out
-    assert "4 of them finished before" in text
+    assert "4 of them already finished" in text
     assert "\r" not in text
     assert "student (resnet8, student)" in text
     assert "paired t-test" in text
@@ -113,17 +113,17 @@ def test_again_it_trains_nothing_and_tells_the_same(compared, capsys):
     compare(compared, *TWO, "--json")
     out = capsys.readouterr()
     assert json.loads(out.out) == json.loads((compared / "comparison.json").read_text())
-    assert "finished before" in out.err
+    assert "already finished" in out.err
 
 
 def test_methods_can_be_added_and_kd_takes_its_teacher_from_the_same_seed(compared, capsys):
     compare(compared, "--methods", "kd", "bdkd:gamma=1", "--seeds", "1")
     text = capsys.readouterr().out
-    assert "1 of them finished before" in text  # the teacher's
-    assert "kd: the teacher is that of the run of independent with the same seed" in text
-    assert "\nindependent" not in text  # it was not asked for
+    assert "1 of them already finished" in text  # the run of the teacher
+    assert "kd: the frozen teacher comes from the run of independent with the same seed" in text
+    assert "\nindependent" not in text  # not in --methods
     config = load_recipe(str(compared / "kd-seed0" / "config.toml"))
-    assert config.objective.temperature == 4.0  # kd's own
+    assert config.objective.temperature == 4.0  # the default of kd
     teachers = [
         {key: value for key, value in weights(compared / run).items() if ".teacher." in key}
         for run in ("kd-seed0", "independent-seed0")
@@ -140,7 +140,7 @@ def test_methods_can_be_added_and_kd_takes_its_teacher_from_the_same_seed(compar
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """A comparison in its own process group, as a terminal starts it."""
+    """Start a comparison in a new process group, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, "-m", "bdkd", "compare", *TINY, *LONGER, "--folder", str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -148,7 +148,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def start_and_train(folder: Path) -> subprocess.Popen:
-    """The same, up to some step of its first run."""
+    """Start a comparison, and wait until its first run has trained a few steps."""
     process = start(folder)
     metrics = folder / "independent-seed0" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5)
@@ -158,7 +158,7 @@ def start_and_train(folder: Path) -> subprocess.Popen:
 def wait_until(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.01)
 
 
@@ -168,15 +168,15 @@ def saved(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The comparison that is never stopped."""
+    """Return the folder of a comparison that was never stopped."""
     folder = tmp_path_factory.mktemp("whole")
     compare(folder, *LONGER)
     return folder
 
 
-def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(whole, tmp_path):
+def test_after_ctrl_c_the_same_command_continues_the_runs_bit_for_bit(whole, tmp_path):
     process = start_and_train(tmp_path)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 130, errors
     assert errors.count("\n") == 1
@@ -189,8 +189,8 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(whole, tmp_path):
         assert_same_weights(tmp_path / name, whole / name)
 
 
-def test_ctrl_c_while_everything_is_being_imported_is_not_lost(tmp_path):
-    """The server of the runs' processes gets it too, and must not die of it."""
+def test_ctrl_c_during_the_imports_stops_the_comparison(tmp_path):
+    """The server process of the runs also receives SIGINT, and must ignore it."""
     process = start(tmp_path)
     assert process.stdout is not None
     assert "2 runs in" in process.stdout.readline()
@@ -201,19 +201,19 @@ def test_ctrl_c_while_everything_is_being_imported_is_not_lost(tmp_path):
     assert "0 of 2 runs are finished" in errors
 
 
-def test_runs_do_not_outlive_a_comparison_that_is_killed(tmp_path):
+def test_runs_of_a_killed_comparison_save_and_end(tmp_path):
     process = start_and_train(tmp_path)
     process.kill()
     process.communicate()
-    wait_until(lambda: saved(tmp_path))  # they are told, and save
+    wait_until(lambda: saved(tmp_path))  # the runs get SIGTERM and save
     assert not (tmp_path / "bdkd-seed0").exists()
     assert not (tmp_path / "independent-seed0" / "summary.json").exists()
 
 
-# --- what goes wrong -----------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------
 
 
-def test_a_run_that_fails_does_not_take_the_others_along(compared, tmp_path, capsys):
+def test_a_failed_run_does_not_stop_the_others(compared, tmp_path, capsys):
     for run in ("independent-seed0", "bdkd-seed0", "independent-seed1"):
         (tmp_path / run).symlink_to(compared / run)  # finished
     (tmp_path / "bdkd-seed1").mkdir()
@@ -222,14 +222,14 @@ def test_a_run_that_fails_does_not_take_the_others_along(compared, tmp_path, cap
     assert code == 1
     assert errors.count("\n") == 1
     assert "1 of 4 runs failed; bdkd-seed1: cannot write the run's folder" in errors
-    assert "Without the runs that failed: bdkd-seed1" in (tmp_path / "comparison.md").read_text()
+    assert "leave out the runs that failed: bdkd-seed1" in (tmp_path / "comparison.md").read_text()
     (tmp_path / "bdkd-seed1" / "checkpoints").unlink()
     compare(tmp_path, *TWO)
     assert "2" in capsys.readouterr().out
     assert_same_weights(tmp_path / "bdkd-seed1", compared / "bdkd-seed1")
 
 
-def test_a_teacher_that_failed_leaves_its_student_out(tmp_path, capsys):
+def test_a_run_whose_teacher_failed_is_not_started(tmp_path, capsys):
     (tmp_path / "independent-seed0").mkdir()
     (tmp_path / "independent-seed0" / "checkpoints").write_text("in the way")
     code, errors = fail(capsys, *TINY, "--methods", "kd", "--seeds", "1", "--folder", str(tmp_path))
@@ -258,7 +258,7 @@ def test_a_broken_summary_is_named(compared, tmp_path, capsys):
     assert "remove it" in errors
 
 
-def test_a_recipe_that_no_run_can_follow_ends_it_at_once(tmp_path, capsys):
+def test_an_invalid_recipe_ends_the_comparison_at_once(tmp_path, capsys):
     code, errors = fail(capsys, *TINY, *TWO, "--folder", str(tmp_path),
                         "--networks.student.model", "resnet9")  # fmt: skip
     assert code == 2
@@ -290,7 +290,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize("case", USAGE)
-def test_wrong_usage_is_one_line_and_makes_nothing(case, tmp_path, monkeypatch, capsys):
+def test_wrong_usage_is_one_line_and_creates_no_folder(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments, words = USAGE[case]
     code, errors = fail(capsys, *arguments)
@@ -301,7 +301,7 @@ def test_wrong_usage_is_one_line_and_makes_nothing(case, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-def test_two_at_once_do_not_share_a_folder(compared, capsys):
+def test_two_comparisons_cannot_use_the_same_folder(compared, capsys):
     import fcntl
 
     with open(compared / ".lock", "w") as lock:
@@ -311,17 +311,17 @@ def test_two_at_once_do_not_share_a_folder(compared, capsys):
     assert "another bdkd compare or tune works in" in errors
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
     code, errors = fail(capsys, *TINY, *TWO, "--folder", str(tmp_path / "file" / "x"))
     assert code == 1
     assert "--folder" in errors
 
 
-# --- what is chosen ------------------------------------------------------------------------------
+# --- methods, seeds and plans --------------------------------------------------------------------
 
 
-def test_one_number_of_seeds_is_how_many_and_several_are_which():
+def test_one_number_is_the_number_of_seeds_and_several_numbers_are_seeds():
     assert chosen_seeds([3]) == [0, 1, 2]
     assert chosen_seeds([0]) == [0]
     assert chosen_seeds([5, 3]) == [5, 3]
@@ -330,14 +330,14 @@ def test_one_number_of_seeds_is_how_many_and_several_are_which():
             chosen_seeds(bad)
 
 
-def test_without_methods_all_are_compared_with_independent():
+def test_by_default_all_objectives_are_compared_with_independent():
     methods = chosen_methods([])
     assert methods[0] == "independent"
     ours = ["bdkd", "dkd", "dml", "kd", "kdcl", "lskd", "switokd"]
     assert [method for method in methods[1:] if not OBJECTIVES.is_foreign(method)] == ours
 
 
-def test_all_methods_that_need_a_trained_teacher_get_that_of_independent(tmp_path):
+def test_methods_that_need_a_trained_teacher_use_that_of_independent(tmp_path):
     runs = plan_runs(load_recipe("digits"), ["kd", "lskd", "dkd", "dml"], [0], tmp_path)
     teachers = {run.method: run.teachers for run in runs}
     trained = dict.fromkeys(["kd", "lskd", "dkd"], ("teacher",))
@@ -345,7 +345,7 @@ def test_all_methods_that_need_a_trained_teacher_get_that_of_independent(tmp_pat
     assert all(run.frozen == set(run.teachers) for run in runs)
 
 
-def test_the_recipes_objective_is_for_its_own_method(tmp_path):
+def test_options_of_the_recipes_objective_apply_only_to_that_objective(tmp_path):
     text = to_toml(load_recipe("digits")).replace("gamma = 2.0", "gamma = 3.0")
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("label_smoothing = 0.0", "label_smoothing = 0.1"))
@@ -354,10 +354,10 @@ def test_the_recipes_objective_is_for_its_own_method(tmp_path):
     assert (own.gamma, own.temperature, own.label_smoothing) == (3, 2, 0.1)
     other = recipe_of_method("kd", recipe).objective
     assert other.temperature == 4
-    assert other.label_smoothing == 0.1  # of the labels, which all methods learn from
+    assert other.label_smoothing == 0.1  # a common option of all objectives
 
 
-def test_a_plan_is_even_over_seeds_and_brings_the_teachers(tmp_path):
+def test_runs_are_ordered_by_seed_and_include_the_teachers_runs(tmp_path):
     recipe = load_recipe("digits")
     runs = plan_runs(recipe, ["bdkd", "kd", "kd:temperature=2"], [0, 1], tmp_path)
     assert [run.seed for run in runs] == [0] * 4 + [1] * 4
@@ -367,7 +367,7 @@ def test_a_plan_is_even_over_seeds_and_brings_the_teachers(tmp_path):
     assert run_name("kd:temperature=2,student_kd=1", 3) == "kd-temperature=2-student_kd=1-seed3"
 
 
-def test_a_teacher_with_weights_of_its_own_is_taken_as_it_is(tmp_path):
+def test_a_teacher_with_given_weights_is_not_trained(tmp_path):
     import dataclasses
 
     recipe = load_recipe("digits")
@@ -377,13 +377,13 @@ def test_a_teacher_with_weights_of_its_own_is_taken_as_it_is(tmp_path):
     assert (run.teachers, run.frozen) == ((), {"teacher"})
 
 
-def test_a_folder_of_runs_of_something_else_is_refused(compared):
+def test_a_folder_with_runs_of_another_recipe_is_refused(compared):
     recipe = load_recipe("digits")
     with pytest.raises(RunError, match=r"bdkd-seed0 contains a run with other .*max_steps"):
         plan_runs(recipe, ["bdkd"], [0], compared)
 
 
-def test_runs_at_a_time_leave_each_its_threads():
+def test_the_number_of_concurrent_runs_depends_on_cores_threads_and_device():
     import dataclasses
 
     recipe = load_recipe("digits")
@@ -412,7 +412,7 @@ def test_a_method_may_set_keys_of_the_recipe():
             recipe_of_method(label, recipe)
 
 
-def test_runs_have_the_options_of_their_method(tmp_path):
+def test_only_runs_of_the_method_have_its_options(tmp_path):
     label = "kd:optimizer.learning_rate=0.02"
     runs = plan_runs(load_recipe("digits"), [label], [0], tmp_path)
     assert {run.method: run.recipe.optimizer.learning_rate for run in runs} == {

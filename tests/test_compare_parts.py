@@ -20,8 +20,8 @@ def test_the_first_column_is_aligned_to_the_left_and_the_others_to_the_right():
     assert lines == ["a      bb", "---  ----", "xxx     1", "y    1234"]
 
 
-def test_the_teacher_of_a_seed_is_that_seeds_run(tmp_path):
-    """Its selected checkpoint: the best one of the independent run."""
+def test_kd_loads_the_best_checkpoint_of_the_independent_run_with_its_seed(tmp_path):
+    """The weights are the selected checkpoint of the independent run."""
     recipe = load_recipe("digits")
     runs = {run.name: run for run in plan_runs(recipe, ["kd"], [0, 1], tmp_path)}
     for seed in (0, 1):
@@ -39,8 +39,8 @@ def test_the_teacher_of_a_seed_is_that_seeds_run(tmp_path):
         assert config.networks["teacher"].weights == str(best)
         assert config.networks["student"].weights is None
         assert (config.objective.name, config.seed) == ("kd", seed)
-    plan_runs(recipe, ["kd"], [0, 1], tmp_path)  # its weights make it no other run
-    # but those of another teacher do
+    plan_runs(recipe, ["kd"], [0, 1], tmp_path)  # these weights do not count as a changed option
+    # The weights of another teacher count as a changed option.
     planned = runs["kd-seed0"]
     stored = RunFolder(planned.path)
     networks = dict(planned.recipe.networks)
@@ -52,7 +52,7 @@ def test_the_teacher_of_a_seed_is_that_seeds_run(tmp_path):
 
 
 NAMES = ("independent", "kd")
-# By method and seed, made up
+# Arbitrary values by method and seed
 TOP1 = {("independent", 0): 0.5, ("independent", 1): 0.7, ("kd", 0): 0.6, ("kd", 1): 0.9}
 
 
@@ -70,9 +70,9 @@ def a_summary(method: str, seed: int) -> dict:
     }  # fmt: skip
 
 
-def test_the_tables_are_of_the_summaries(tmp_path, monkeypatch, capsys):
-    """Means over seeds by method, differences of the same seed; one run of another method failed.
-    The figure is not what is looked at here."""
+def test_tables_agree_with_the_summaries_of_the_runs(tmp_path, monkeypatch, capsys):
+    """Tables show means over seeds, and differences of the same seed. One run of another method
+    failed. This test does not draw the figure."""
     monkeypatch.setattr("bdkd.cli.compare_report.comparison_figure", lambda *_: None)
     recipe = load_recipe("digits")
     planned = plan_runs(recipe, NAMES, [0, 1], tmp_path)
@@ -98,8 +98,8 @@ def test_the_tables_are_of_the_summaries(tmp_path, monkeypatch, capsys):
     assert line.split()[-2:] == ["2", "12"]
     assert "differences of student from independent" in tables
     assert "differences of teacher" not in tables  # kd does not train it
-    assert "kd: the teacher is that of the run of independent" in tables.replace("\n", " ")
-    assert "Without the runs that failed: dml-seed0." in tables
+    assert "kd: the frozen teacher comes from the run of independent" in tables.replace("\n", " ")
+    assert "The tables leave out the runs that failed: dml-seed0." in tables
     assert headline(a_summary("kd", 1)).startswith(
         "teacher top-1 95.00% ECE 6.25%  student top-1 9"
     )
@@ -108,8 +108,8 @@ def test_the_tables_are_of_the_summaries(tmp_path, monkeypatch, capsys):
     assert text.index("## student") < text.index("## teacher")
 
 
-def test_jobs_run_in_order_so_many_at_a_time_and_after_what_they_need(tmp_path):
-    """Five commands, of which the second fails."""
+def test_jobs_run_in_order_with_limited_concurrency_after_their_dependencies(tmp_path):
+    """The second of five commands fails."""
     running, most, ended = set(), [], {}
 
     def job(name: str, arguments: list[str], *needs: str) -> Job:

@@ -1,5 +1,5 @@
-"""``bdkd compare --quantize int8`` and the table of ``bdkd report``: int8 students over methods and
-seeds, recomputed from the files of the exports."""
+"""``bdkd compare --quantize int8`` and the table of ``bdkd report``: the results of int8 students
+over methods and seeds are recomputed from the exported files."""
 
 import csv
 import json
@@ -32,14 +32,14 @@ COMMAND = [*TINY, "--max-steps", "12", "--train.ema-decay", "0.5", "--methods", 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
-    """The folder of a finished comparison with int8 files."""
+    """Return the folder of a finished comparison with int8 files."""
     folder = tmp_path_factory.mktemp("compare") / "q"
     main(["compare", *COMMAND, "--folder", str(folder)])
     return folder
 
 
 def files(folder: Path) -> dict:
-    """The comparisons of the int8 files by method and seed."""
+    """Return the comparisons of the int8 files by method and seed."""
     return {
         (method, seed): json.loads(
             (folder / f"{method}-seed{seed}/export/student_ema/model-int8.json").read_text()
@@ -49,7 +49,7 @@ def files(folder: Path) -> dict:
     }
 
 
-def test_the_averages_are_quantised(compared):
+def test_moving_averages_are_quantised(compared):
     assert {"student_ema"} == {
         path.parent.name for path in compared.glob("*/export/*/model-int8.onnx")
     }
@@ -57,7 +57,7 @@ def test_the_averages_are_quantised(compared):
     assert exported_networks(summary) == ["student_ema"]
 
 
-def test_the_table_is_what_numpy_and_scipy_find(compared):
+def test_the_int8_table_agrees_with_numpy_and_scipy(compared):
     written = (compared / "comparison.md").read_text()
     table = written.partition("## student_ema, fp32 and int8")[2].partition("##")[0]
     rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line[:1] == "|"][2:]
@@ -91,7 +91,7 @@ def test_the_table_is_what_numpy_and_scipy_find(compared):
 
 def test_the_changes_of_all_metrics_are_tested_in_the_table(compared):
     written = (compared / "comparison.md").read_text()
-    head = "## changes of student_ema (int8 - fp32) against those of bdkd"
+    head = "## changes of student_ema (int8 - fp32) compared with those of bdkd"
     table = written.partition(head)[2].partition("\n\nMean")[0]
     rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line[:1] == "|"][2:]
     assert [row[:2] for row in rows] == [
@@ -121,7 +121,7 @@ def test_the_csv_has_the_int8_networks_and_their_changes(compared):
     assert float(line["p_t_holm"]) == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue, rel=1e-6)
 
 
-def test_a_second_time_nothing_is_exported(compared, capsys):
+def test_a_repeated_comparison_exports_nothing(compared, capsys):
     before = {path: path.stat().st_mtime_ns for path in compared.glob("*/export/*/*")}
     capsys.readouterr()
     main(["compare", *COMMAND, "--folder", str(compared), "--json"])
@@ -137,7 +137,7 @@ SCALED = {"temperature_gain": {"temperature": 0.5, "changes": {"ece": GAIN}}}
 
 
 @pytest.mark.parametrize("damage", ["step", "broken", "no file", "temperature", "other file"])
-def test_files_of_other_weights_are_made_again(damage, compared, tmp_path):
+def test_outdated_int8_files_are_exported_again(damage, compared, tmp_path):
     folder = shutil.copytree(compared, tmp_path / "q")
     runs = plan_runs(load_recipe("digits"), METHODS, [0, 1], tmp_path / "none")
     runs = [
@@ -151,7 +151,7 @@ def test_files_of_other_weights_are_made_again(damage, compared, tmp_path):
         path.write_text(path.read_text().replace('"step": 12', '"step": 6'))
     elif damage == "broken":
         path.write_text("{")
-    elif damage == "temperature":  # a scaled student must not be averaged with the others
+    elif damage == "temperature":  # must not be averaged with other students
         path.write_text(json.dumps(json.loads(path.read_text()) | SCALED))
     elif damage == "other file":  # bdkd export --no-evaluate --force leaves the old comparison
         file = path.with_name("model-int8.onnx")
@@ -171,7 +171,7 @@ def _with_folder(recipe, folder):
 
 
 def test_a_signal_says_how_many_students_are_quantised(compared, tmp_path, monkeypatch):
-    """The export that was running gets a signal too, and does not count."""
+    """The running export also gets the signal, and is not counted."""
     folder = shutil.copytree(compared, tmp_path / "q")
     runs = []
     for run in plan_runs(load_recipe("digits"), METHODS, [0, 1], tmp_path / "none"):
@@ -201,8 +201,8 @@ def test_a_failed_export_does_not_stop_the_others(compared, tmp_path, capsys):
     assert "run the same command again" in last
     assert (folder / "bdkd-seed1/export/student_ema/model-int8.onnx").exists()
     written = (folder / "comparison.md").read_text()
-    assert "Without the int8 files of bdkd seed 0 student_ema." in written
-    assert "Without the runs" not in written
+    assert "The tables leave out these int8 files: bdkd seed 0 student_ema." in written
+    assert "leave out the runs" not in written
     content = json.loads((folder / "comparison.json").read_text())
     assert list(content["failed"]) == ["bdkd-seed0 student_ema"]
     assert "cannot write" in content["failed"]["bdkd-seed0 student_ema"]
@@ -217,7 +217,7 @@ def test_a_failed_export_does_not_stop_the_others(compared, tmp_path, capsys):
     ],
     ids=["int4", "no validation"],
 )  # fmt: skip
-def test_what_cannot_be_quantised_is_refused_before_the_training(
+def test_options_that_prevent_quantisation_are_refused_before_the_training(
     arguments, code, words, tmp_path, capsys
 ):
     folder = tmp_path / "q"
@@ -241,7 +241,7 @@ def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch, c
 
 
 def runs_with(changes: dict[str, list[float]]) -> list[QuantizedRun]:
-    """Runs of methods whose ECE changes by given amounts, one for each seed."""
+    """Return runs of methods whose ECE changes by given amounts, one for each seed."""
     made = []
     for method, values in changes.items():
         for seed, value in enumerate(values):
@@ -269,8 +269,8 @@ def test_a_method_that_loses_calibration_is_found():
     ]  # fmt: skip
 
 
-def test_what_only_wilcoxons_test_finds_is_said():
-    """One outlier hides a change of all seeds from the t-test."""
+def test_a_difference_that_only_wilcoxons_test_finds_is_named():
+    """All seeds change, but the t-test does not find it because of one outlier."""
     change = [0.01, 0.012, 0.009, 0.011, 0.013, 0.008, 0.014, 0.3]
     runs = runs_with({"a": [0.0] * 8, "b": change})
     t, w = stats.ttest_1samp(change, 0).pvalue, stats.wilcoxon(change, method="exact").pvalue
@@ -281,17 +281,18 @@ def test_what_only_wilcoxons_test_finds_is_said():
     )
 
 
-def test_runs_without_files_are_no_error():
+def test_runs_without_int8_files_cause_no_error():
     [run] = runs_with({"a": [0.0]})
     empty = QuantizedRun(run.run, [], ["student"])
-    assert quantized.notes([empty], ["a"]) == ["Without the int8 files of a seed 0 student."]
+    note = "The tables leave out these int8 files: a seed 0 student."
+    assert quantized.notes([empty], ["a"]) == [note]
     assert quantized.labelled([empty], ["a"]) == []
 
 
-def test_a_student_without_a_file_is_named_though_another_student_has_one():
+def test_a_student_without_an_int8_file_is_named():
     [run] = runs_with({"a": [0.0]})
     text = quantized.notes([QuantizedRun(run.run, run.students, ["student2"])], ["a"])
-    assert "Without the int8 files of a seed 0 student2." in text
+    assert "The tables leave out these int8 files: a seed 0 student2." in text
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def report(folder: Path, output: Path) -> str:
     return output.read_text()
 
 
-def test_the_report_shows_both_precisions(compared, tmp_path):
+def test_the_report_shows_fp32_and_int8_metrics(compared, tmp_path):
     page = report(compared, tmp_path / "r.html")
     table = page.partition("Students in fp32 and int8, on the test images")[2]
     table = table.partition("</table>")[0]
@@ -318,7 +319,7 @@ def test_the_report_shows_both_precisions(compared, tmp_path):
         assert cell == f"{100 * ece.mean():.2f} ± {100 * ece.std(ddof=1):.2f}%"
 
 
-def test_the_report_shows_what_a_temperature_gains(compared, tmp_path):
+def test_the_report_shows_the_ece_with_and_without_a_temperature(compared, tmp_path):
     folder = shutil.copytree(compared, tmp_path / "q")
     for path in folder.glob("*/export/*/model-int8.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | SCALED))
@@ -327,7 +328,7 @@ def test_the_report_shows_what_a_temperature_gains(compared, tmp_path):
     assert "25.00 ± 0.00%" in page
 
 
-def test_broken_files_are_notes(compared, tmp_path, capsys):
+def test_the_report_has_a_note_for_each_broken_int8_file(compared, tmp_path, capsys):
     folder = shutil.copytree(compared, tmp_path / "q")
     paths = sorted(folder.glob("*/export/*/model-int8.json"))
     good = paths[0].read_text()
@@ -337,7 +338,7 @@ def test_broken_files_are_notes(compared, tmp_path, capsys):
     page = report(folder, tmp_path / "r.html")
     assert "Students in fp32 and int8" not in page
     errors = capsys.readouterr().err
-    assert errors.count("is no comparison of an int8 file") == 3
+    assert errors.count("is not the comparison of an int8 file") == 3
     assert "weights of another step" in errors
 
 
@@ -372,12 +373,12 @@ VALUE = {"before": 0.1, "after": 0.1, "difference": 0.0, "low": 0.0, "high": 0.0
         {"temperature_gain": {"temperature": 0.0, "changes": {}}},
     ],
 )  # fmt: skip
-def test_numbers_that_no_export_writes_are_refused(change, compared, tmp_path):
-    """A report of untrusted folders would divide by them or overflow."""
+def test_numbers_out_of_range_are_refused(change, compared, tmp_path):
+    """A report of untrusted folders would divide by zero or overflow."""
     path = sorted(compared.glob("*/export/*/model-int8.json"))[0]
     other = tmp_path / "model-int8.json"
     other.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match="is no comparison"):
+    with pytest.raises(ValueError, match="is not the comparison"):
         read_quantized(other)
 
 
@@ -388,11 +389,11 @@ def test_numbers_that_no_export_writes_are_refused(change, compared, tmp_path):
         {"networks": {"a": {"model": "m", "role": "r", "bytes": None}}},
     ],
 )  # fmt: skip
-def test_other_content_is_refused(change, compared, tmp_path):
+def test_files_with_other_content_are_refused(change, compared, tmp_path):
     path = next(iter(sorted(compared.glob("*/export/*/model-int8.json"))))
     assert math.isfinite(read_quantized(path).value("ece", "after"))
     assert math.isnan(read_quantized(path).value("none", "after"))
     other = tmp_path / "model-int8.json"
     other.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match="is no comparison"):
+    with pytest.raises(ValueError, match="is not the comparison"):
         read_quantized(other)

@@ -1,4 +1,4 @@
-"""``bdkd completion``: the scripts, run in the shells."""
+"""``bdkd completion``: the scripts are run in the shells."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ _bdkd
 printf '%s\\n' "${COMPREPLY[@]}"
 """
 
-# (words of the command line, of which the last is completed; some of the completions)
+# (words of a command line, some completions of the last word)
 LINES = [
     (["tr"], {"train"}),
     (["train", "digi"], {"digits", "digits-hard"}),
@@ -52,20 +52,21 @@ def output(*command: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("words", "expected"), LINES, ids=[" ".join(w) for w, _ in LINES])
-def test_bash_completes(words, expected, scripts):
+def test_bash_completes_command_lines(words, expected, scripts):
     found = output("bash", "-c", BASH, "bash", str(scripts / "bash"), "bdkd", *words)
     assert expected <= set(found)
     assert all(word.startswith(words[-1]) for word in found if word)
 
 
-def test_files_are_completed_where_no_word_is_known(scripts):
+def test_file_names_are_completed_where_no_word_is_known(scripts):
     assert "complete -o default -F _bdkd bdkd" in (scripts / "bash").read_text()
     words = ["train", "digits", "--run-dir", "ru"]
     assert output("bash", "-c", BASH, "bash", str(scripts / "bash"), "bdkd", *words) == ["", ""]
 
 
-def test_the_other_shells_read_their_scripts_where_they_are_installed(scripts):
-    """zsh runs the script of bash. The commands and options of fish's are compared in any case."""
+def test_zsh_and_fish_can_read_their_scripts(scripts):
+    """zsh runs the script of bash. The commands and options in the script of fish are compared even
+    if fish is not installed."""
     text = (scripts / "fish").read_text()
     assert all(f"-a {command} -d" in text for command in COMMANDS)
     assert "__fish_seen_subcommand_from fetch' -a 'cifar10 cifar100" in text

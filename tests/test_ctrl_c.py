@@ -27,8 +27,8 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.fixture(autouse=True)
 def _interruptible():
-    """Let this process and its children receive SIGINT. A shell starts jobs in the background with
-    the signal ignored, and children inherit this."""
+    """Let this process and its children receive SIGINT. Background jobs of a shell ignore this
+    signal, and their children inherit this."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -38,7 +38,7 @@ def _interruptible():
     "module",
     ["bdkd_kernels", "numpy", "torch.nn", "torch.fx", "bdkd.trainer", "matplotlib.figure"],
 )
-def test_while_modules_are_imported(module, tmp_path):
+def test_ctrl_c_during_the_import_of_any_module_prints_one_line(module, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SITE)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "bdkd", "train", TINY, "--train.epochs", "1", "--run-dir"]
@@ -46,7 +46,7 @@ def test_while_modules_are_imported(module, tmp_path):
         [*command, str(tmp_path / "run")], capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": path, "INTERRUPT_AT": module},
     )  # fmt: skip
-    assert done.returncode in (130, 0)  # 0: this torch does not import the module
+    assert done.returncode in (130, 0)  # 0 if this version of torch does not import the module
     if done.returncode:
         (line,) = done.stderr.splitlines()
         assert line.startswith(("bdkd: interrupted", "bdkd: stopped"))
@@ -55,8 +55,8 @@ def test_while_modules_are_imported(module, tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 2.5])
-def test_a_comparison_leaves_no_process(seconds, tmp_path):
-    """A terminal sends Ctrl-C to every process."""
+def test_ctrl_c_leaves_no_process_of_a_comparison(seconds, tmp_path):
+    """A terminal sends SIGINT to all processes of the comparison."""
     command = [sys.executable, "-m", "bdkd", "compare", TINY, "--methods", "independent", "dml",
                "--seeds", "2", "--train.epochs", "50", "--jobs", "2", "--folder"]  # fmt: skip
     process = subprocess.Popen(
@@ -77,7 +77,7 @@ def test_a_comparison_leaves_no_process(seconds, tmp_path):
     assert [state for state in listed.stdout.split() if not state.startswith("Z")] == []
 
 
-def test_an_error_that_a_library_makes_of_the_interrupt_is_the_interrupt(monkeypatch, capsys):
+def test_ctrl_c_that_a_library_turns_into_another_error_is_an_interrupt(monkeypatch, capsys):
     def imports_half_a_module(given: list[str]) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -94,7 +94,7 @@ def test_an_error_that_a_library_makes_of_the_interrupt_is_the_interrupt(monkeyp
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_program_that_imports_bdkd_keeps_its_handler():
+def test_import_bdkd_does_not_change_the_signal_handler_of_a_program():
     script = (
         "import signal; before = signal.getsignal(signal.SIGINT); import bdkd; "
         "assert signal.getsignal(signal.SIGINT) is before"

@@ -1,5 +1,5 @@
-"""``bdkd evaluate`` on exported files: an int8 file against its fp32 file, any two files against
-each other, and ONNX files that bdkd did not write."""
+"""``bdkd evaluate`` on exported files: an int8 file compared with its fp32 file, any two files
+compared with each other, and ONNX files of other programs."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ from bdkd.export.formats import read_exported
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A short run, its student in all formats, an int8 file and foreign files."""
+    """Return the folder of a student in all formats, its int8 file, and foreign files."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["train", *SMALL, "--max-steps", "30", "--train.ema-decay", "None",
           "--run-dir", str(folder)])  # fmt: skip
@@ -64,12 +64,12 @@ def files(run) -> Path:
 
 @pytest.fixture
 def here(files, tmp_path) -> Path:
-    """Copies of the files, to be changed."""
+    """Return a folder with copies of the files that a test may change."""
     return Path(shutil.copytree(files, tmp_path / "files"))
 
 
 def images_of(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of the run's data."""
+    """Return the images and labels of a split of the run's data."""
     recipe = load_recipe("digits")
     source = create_source(recipe.data, recipe.seed, torch.device("cpu"), torch.contiguous_format,
                            torch.float32)  # fmt: skip
@@ -98,7 +98,7 @@ def quantize(path: Path, target: Path) -> None:
 
 
 def write(path: Path, model, facts, **changes) -> Path:
-    """Write a model with changed facts and their valid checksum."""
+    """Write a model with changed metadata and a valid checksum."""
     del model.metadata_props[:]
     text = msgspec.json.encode(dataclasses.replace(facts, **changes)).decode()
     return forge(path, model, text)
@@ -125,7 +125,7 @@ def shown(capsys, *arguments) -> str:
 
 
 def fail(capsys, *arguments) -> tuple[int, str]:
-    """Exit code and the one line of a command that must fail."""
+    """Return the exit code and the line of a command that must fail."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", *map(str, arguments)])
@@ -135,7 +135,7 @@ def fail(capsys, *arguments) -> tuple[int, str]:
     return exit_.value.code, message
 
 
-# --- by onnxruntime and NumPy alone --------------------------------------------------------------
+# --- comparison with onnxruntime and NumPy -------------------------------------------------------
 
 
 def logits_by_onnxruntime(path: Path, images: np.ndarray) -> np.ndarray:
@@ -165,7 +165,7 @@ def temperature_by_scipy(logits: np.ndarray, target: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_every_figure_is_that_of_onnxruntime_and_numpy(split, files, capsys):
+def test_all_metrics_agree_with_onnxruntime_and_numpy(split, files, capsys):
     came = evaluated(capsys, files / "model-int8.onnx", "--split", split)
     images, target = images_of(split)
     val_images, val_target = images_of("val")
@@ -199,8 +199,8 @@ def test_every_figure_is_that_of_onnxruntime_and_numpy(split, files, capsys):
     assert network["precision"] == "int8"
 
 
-def test_a_file_of_a_run_has_the_figures_of_its_summary(run, files, capsys):
-    """Those of recalibration too."""
+def test_the_metrics_of_a_file_equal_those_in_the_summary_of_its_run(run, files, capsys):
+    """This includes the metrics after temperature scaling."""
     summary = json.loads((run / "summary.json").read_text())["networks"]["student"]
     came = evaluated(capsys, files / "model.onnx", "--split", "test")
     assert "comparison" not in came
@@ -214,7 +214,7 @@ def test_a_file_of_a_run_has_the_figures_of_its_summary(run, files, capsys):
         assert network[key] == (value if same else pytest.approx(value, rel=1e-3, abs=1e-4)), key
 
 
-def test_the_gain_of_a_folded_temperature(files, here, capsys):
+def test_the_gain_of_a_folded_temperature_is_shown(files, here, capsys):
     fp32 = read_exported(here / "model.onnx")
     path = write(here / "t.onnx", onnx.load(here / "model.onnx"), fp32.facts, temperature=2.5)
     gain = evaluated(capsys, path, "--split", "test")["temperature_gain"]
@@ -233,7 +233,7 @@ def test_the_gain_of_a_folded_temperature(files, here, capsys):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_a_temperature_that_is_none(temperature, here, capsys):
+def test_an_invalid_temperature_in_a_file_is_refused(temperature, here, capsys):
     fp32 = read_exported(here / "model.onnx")
     path = write(here / "t.onnx", onnx.load(here / "model.onnx"), fp32.facts,
                  temperature=temperature)  # fmt: skip
@@ -243,9 +243,9 @@ def test_a_temperature_that_is_none(temperature, here, capsys):
 # --- text ----------------------------------------------------------------------------------------
 
 
-def test_the_table_of_an_int8_file(files, capsys):
+def test_the_table_of_an_int8_file_compares_it_with_fp32(files, capsys):
     out = shown(capsys, files / "model-int8.onnx", "--split", "test")
-    assert all(len(line) <= 80 for line in out.splitlines()[1:]), out  # the first has a path
+    assert all(len(line) <= 80 for line in out.splitlines()[1:]), out  # line 0 has a path
     size, small = ((files / name).stat().st_size for name in ("model.onnx", "model-int8.onnx"))
     for part in (f"model-int8.onnx, int8, {small:,} bytes, step", "fp32    int8  difference",
                  "The predictions agree on", f"{size:,} and {small:,} bytes", "times smaller",
@@ -256,24 +256,24 @@ def test_the_table_of_an_int8_file(files, capsys):
 
 
 @pytest.mark.parametrize(("metric", "low", "high", "words"), [
-    ("ece", -0.0031, 0.0042, "ECE changes by -0.31 to +0.42 points (95% interval): no change is "
-                             "found, and none in this interval is excluded."),
+    ("ece", -0.0031, 0.0042, "ECE changes by -0.31 to +0.42 points (95% interval): no significant "
+                             "change, but every change in this interval is possible."),
     ("ece", 0.001, 0.02, "ECE changes by +0.10 to +2.00 points (95% interval): ECE rises."),
     ("ece", -0.02, -0.001, "ECE falls."),
-    ("ece", 1e-9, 2e-9, "ECE is equal to 2 decimals."),  # rounding of fp32
+    ("ece", 1e-9, 2e-9, "ECE does not change in its first 2 decimals."),  # rounding errors of fp32
     ("ece", None, None, "cannot be computed"),
     ("top1", -0.02, -0.001, "top-1 falls."),
-    ("top1", -0.001, 0.0, "no change is found"),
+    ("top1", -0.001, 0.0, "no significant change"),
     ("nll", 0.01, 0.02, "NLL changes by +0.0100 to +0.0200 (95% interval): NLL rises."),
 ])  # fmt: skip
-def test_the_sentence_about_a_change(metric, low, high, words):
+def test_a_sentence_describes_the_interval_of_a_change(metric, low, high, words):
     from bdkd.cli.changes import _conclusion
 
     change = {"before": 0.1, "after": 0.1, "difference": 0.0, "low": low, "high": high}
     assert words in _conclusion(metric, change)
 
 
-def test_without_validation_images(tmp_path, capsys):
+def test_without_validation_images_there_is_no_fitted_temperature(tmp_path, capsys):
     run = tmp_path / "run"
     main(["train", *SMALL, "--max-steps", "1", "--data.validation", "0", "--train.select", "last",
           "--run-dir", str(run)])  # fmt: skip
@@ -291,7 +291,7 @@ def test_without_validation_images(tmp_path, capsys):
     assert "the validation images" not in fail(capsys, path)[1]
 
 
-# --- the file to compare with --------------------------------------------------------------------
+# --- the file for the comparison -----------------------------------------------------------------
 
 
 def warned(capsys, *arguments) -> tuple[dict, str]:
@@ -301,7 +301,7 @@ def warned(capsys, *arguments) -> tuple[dict, str]:
     return json.loads(came.out), came.err
 
 
-def test_a_missing_or_other_fp32_file_is_one_line(here, capsys):
+def test_a_missing_or_different_fp32_file_causes_one_line(here, capsys):
     path = here / "model-int8.onnx"
     assert warned(capsys, path)[1] == ""
     other = here / "model.onnx"
@@ -334,8 +334,9 @@ def test_a_missing_or_other_fp32_file_is_one_line(here, capsys):
         "é" * 200 + ".onnx",
     ],
 )
-def test_names_of_fp32_files_that_lie(name, here, capsys):
-    """The name is that of an untrusted file: it names a file in the same folder, or nothing."""
+def test_false_names_of_fp32_files_are_not_followed(name, here, capsys):
+    """The name comes from an untrusted file. Only names of files in the same folder are
+    accepted."""
     fp32 = read_exported(here / "model.onnx")
     path = write(here / "evil.onnx", onnx.load(here / "model-int8.onnx"), fp32.facts,
                  quantization=Quantization(64, name, fp32.weights))  # fmt: skip
@@ -346,7 +347,7 @@ def test_names_of_fp32_files_that_lie(name, here, capsys):
 
 
 @pytest.mark.parametrize("other", ["model.pt2", "model.safetensors", "model-int8.onnx"])
-def test_any_two_files_are_compared(other, files, capsys):
+def test_any_two_exported_files_can_be_compared(other, files, capsys):
     came = evaluated(capsys, files / "model.onnx", "--against", files / other)
     compared = came["comparison"]
     assert compared["file"] == other
@@ -358,7 +359,7 @@ def test_any_two_files_are_compared(other, files, capsys):
     assert changes["nll"]["after"] == came["networks"]["student"]["nll"]
 
 
-def test_files_of_other_data_are_not_compared(here, capsys):
+def test_files_of_different_data_sets_are_not_compared(here, capsys):
     fp32 = read_exported(here / "model.onnx")
     facts, norm = fp32.facts, fp32.facts.normalisation
     for change, words in (
@@ -385,8 +386,8 @@ def test_against_needs_two_exported_files(run, files, capsys):
     assert (code, "No such file" in message) == (1, True)
 
 
-def test_several_ranks_print_what_one_prints(here, capsys):
-    """3 ranks have 120, 120 and 119 of 359 images: 8, 8 and 7 batches of 17."""
+def test_several_ranks_print_the_same_as_one(here, capsys):
+    """3 ranks have 120, 120 and 119 of 359 images, in 8, 8 and 7 batches of 17."""
     facts = read_exported(here / "model-int8.onnx").facts
     recipe, count = re.subn(r"(?m)^batch_size = \d+$", "batch_size = 51", facts.recipe)
     assert count == 1
@@ -417,7 +418,7 @@ X86 = "processor : 0\nmodel name : Old {n}\nflags : fpu sse avx2 {flags}\n\nmode
     ("processor : 0\nFeatures : fp asimd\n", (None, None)),
     (None, (None, None)),
 ])  # fmt: skip
-def test_processors(text, expected, tmp_path):
+def test_vnni_is_read_from_the_flags_of_the_processor(text, expected, tmp_path):
     information = tmp_path / "cpuinfo"
     if text is not None:
         information.write_text(text)
@@ -439,12 +440,12 @@ def test_int8_files_warn_on_processors_without_vnni(files, capsys, monkeypatch):
         assert line.count("\n") == warns
 
 
-# --- files of strangers --------------------------------------------------------------------------
+# --- foreign files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["digits", "toml", "run"])
 def test_a_foreign_file_is_evaluated_on_the_data_of_a_recipe(recipe, run, files, capsys):
-    """With other names for its input and output."""
+    """The input and output of the file have other names than in files of bdkd."""
     given = {"digits": "digits", "toml": run / "config.toml", "run": run}[recipe]
     path = files / "foreign.onnx"
     came = evaluated(capsys, path, "--recipe", given, "--split", "test")
@@ -470,7 +471,7 @@ def test_foreign_files_are_compared(files, capsys):
     assert came["comparison"]["changes"] == own["comparison"]["changes"]
 
 
-def test_a_foreign_file_without_a_recipe_is_one_line(files, capsys):
+def test_a_foreign_file_without_a_recipe_causes_one_line(files, capsys):
     code, message = fail(capsys, files / "foreign.onnx")
     assert code == 1
     assert "was not written by bdkd export" in message
@@ -479,8 +480,8 @@ def test_a_foreign_file_without_a_recipe_is_one_line(files, capsys):
     assert (code, "'digits'" in message) == (2, True)
 
 
-def test_a_recipe_replaces_no_facts_and_no_checksum(run, here, capsys):
-    """A file of bdkd has its own recipe, and a damaged one stays damaged."""
+def test_a_recipe_does_not_replace_the_metadata_or_the_checksum(run, here, capsys):
+    """A file of bdkd contains its recipe. --recipe does not make a damaged file valid."""
     code, message = fail(capsys, here / "model.onnx", "--recipe", "digits")
     assert code == 2
     assert "contains its own recipe: leave out --recipe" in message
@@ -506,7 +507,7 @@ def test_a_recipe_replaces_no_facts_and_no_checksum(run, here, capsys):
             assert "damaged or changed" in message or "bdkd's metadata is missing" in message
 
 
-def test_foreign_files_of_other_formats(here, capsys):
+def test_foreign_files_of_other_formats_are_refused(here, capsys):
     from safetensors.torch import save_file
 
     path = here / "foreign.safetensors"
@@ -520,7 +521,7 @@ def test_foreign_files_of_other_formats(here, capsys):
 
 @pytest.mark.parametrize("place", EXTERNAL)
 def test_hostile_foreign_files_are_refused(place, files, tmp_path, monkeypatch, capsys):
-    """By the same checks as files of bdkd."""
+    """The same checks apply to files of bdkd."""
     monkeypatch.chdir(tmp_path)
     Path("secret.bin").write_bytes(b"\0" * 40)
     path = tmp_path / "hostile.onnx"
@@ -532,7 +533,7 @@ def test_hostile_foreign_files_are_refused(place, files, tmp_path, monkeypatch, 
 
 
 def network_of(images, logits, nodes=None, initializers=None, kind=TensorProto.FLOAT):
-    """A model of these shapes, which returns the sum of an image and of a vector."""
+    """Return a model with these shapes, which returns the sum of an image and a vector."""
     model = model_of(nodes or scores("w"), initializers or [vector(), *constants()])
     for value, shape in ((model.graph.input[0], images), (model.graph.output[0], logits)):
         value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
@@ -541,7 +542,7 @@ def network_of(images, logits, nodes=None, initializers=None, kind=TensorProto.F
 
 
 def wider(count: int):
-    """Nodes that return ``count`` classes."""
+    """Return nodes that compute logits of ``count`` classes."""
     tensor = helper.make_tensor("w", TensorProto.FLOAT, [count], [0.0] * count)
     return scores("w"), [tensor, *constants()]
 
@@ -599,7 +600,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_foreign_networks_that_do_not_fit(case, tmp_path, capsys):
+def test_foreign_networks_that_do_not_fit_the_data_are_refused(case, tmp_path, capsys):
     model, words = FOREIGN[case]
     path = tmp_path / "foreign.onnx"
     path.write_bytes(model.SerializeToString())
@@ -610,8 +611,8 @@ def test_foreign_networks_that_do_not_fit(case, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape", [["N", 1, 8, 8], [None, None, None, None], [1, 1, 8, 8]])
-def test_foreign_networks_that_fit(shape, tmp_path, capsys):
-    """Open sizes, and a batch of one image at a time."""
+def test_foreign_networks_that_fit_the_data_are_evaluated(shape, tmp_path, capsys):
+    """The image size is dynamic, or the batch size is fixed to 1."""
     path = tmp_path / "foreign.onnx"
     model = network_of(shape, [shape[0], 10])
     path.write_bytes(model.SerializeToString())
@@ -624,7 +625,7 @@ def test_foreign_networks_that_fit(shape, tmp_path, capsys):
         assert network[metric] == pytest.approx(value, abs=1e-5), metric
 
 
-def test_logits_of_nan_are_null_and_no_traceback(tmp_path, capsys):
+def test_logits_of_nan_give_null_metrics(tmp_path, capsys):
     nan = helper.make_tensor("w", TensorProto.FLOAT, [10], [float("nan")] * 10)
     model = network_of(["N", 1, 8, 8], ["N", 10], scores("w"), [nan, *constants()])
     path = tmp_path / "foreign.onnx"

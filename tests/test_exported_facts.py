@@ -145,7 +145,7 @@ ON_CARD = {
     "ece": ("expected_calibration_error", "(ECE)"),
     "ece_if_calibrated": ("ece_if_calibrated", "if perfectly calibrated"),
     "mce": ("maximum_calibration_error", "(MCE)"), "adaptive_ece": ("adaptive_ece", "equal count"),
-    "classwise_ece": ("classwise_ece", "class by class"), "entropy": ("entropy", "mean entropy"),
+    "classwise_ece": ("classwise_ece", "class-wise"), "entropy": ("entropy", "mean entropy"),
 }  # fmt: skip
 
 

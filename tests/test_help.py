@@ -1,4 +1,4 @@
-"""The help of the commands that take a recipe, in its two levels."""
+"""The short help and the complete help of the commands that take a recipe."""
 
 import re
 
@@ -41,9 +41,9 @@ def test_every_option_of_the_short_help_exists(command, capsys):
     assert shown >= {name.replace("NAME", "student") for name in expected}
 
 
-def test_the_short_help_shows_choices_and_the_values_of_the_recipe(capsys):
+def test_the_short_help_shows_choices_and_values_of_the_recipe(capsys):
     digits = help_of(capsys, "train", "digits", "--help")
-    for row in ("the teacher (bdkd models) [wrn_16_2]", "passes over the training images [30]",
+    for row in ("teacher (see bdkd models) [wrn_16_2]", "passes over the training images [30]",
                 "--train.precision {fp32,bf16,fp16}", "[0.15]"):  # fmt: skip
         assert row in digits
     assert "[imagenet_resnet50]" in help_of(capsys, "train", "--help")
@@ -55,7 +55,7 @@ def test_help_all_lists_every_option_of_the_recipe(capsys):
     assert "Peak learning rate" in text
 
 
-def test_help_of_a_wrong_recipe_says_so(capsys):
+def test_help_of_an_unknown_recipe_is_an_error(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train", "digit", "--help"])
     out, err = capsys.readouterr()

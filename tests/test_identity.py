@@ -24,11 +24,11 @@ CHANGES = [
     ({"images": {"train": 12, "test": 5}}, "it has 5 test images and had 4"),
     (
         {"digests": {"train": "0c", "test": "0b"}},
-        "its train images are other files, of the same number",
+        "its train images are other files, although their number is equal",
     ),
     (
         {"digests": {"train": "0a", "test": "0c"}},
-        "its test images are other files, of the same number",
+        "its test images are other files, although their number is equal",
     ),
 ]
 

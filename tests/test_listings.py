@@ -32,7 +32,7 @@ def refused(capsys, *arguments: str) -> str:
     return error
 
 
-def test_without_a_pattern_the_networks_of_bdkd_and_how_to_list_the_others(capsys):
+def test_by_default_the_networks_of_bdkd_are_listed(capsys):
     lines = output(capsys, "models").splitlines()
     assert lines[0].split() == ["name", "parameters", "image", "size", "pretrained"]
     assert [line.split()[0] for line in lines[2:-4]] == list_models()
@@ -66,7 +66,7 @@ def test_a_pattern_is_a_part_of_a_name_or_a_glob(pattern, some, none, capsys):
             create_model(name, 10)
 
 
-def test_a_long_list_has_no_parameters_and_says_so(capsys):
+def test_a_long_list_omits_parameters_with_a_note(capsys):
     pytest.importorskip("timm")
     text = output(capsys, "models", "timm:*resnet*")
     assert "give a narrower pattern" in text
@@ -87,7 +87,7 @@ def test_weights_on_this_machine_are_marked(capsys, monkeypatch, tmp_path):
     assert found["resnet18"] == ""
 
 
-def test_without_the_libraries_a_note_and_an_error_where_they_are_asked_for(capsys, monkeypatch):
+def test_missing_libraries_are_noted_and_an_error_if_named_in_the_pattern(capsys, monkeypatch):
     for library in ("timm", "torchvision"):
         for module in [name for name in sys.modules if name.split(".")[0] == library]:
             monkeypatch.delitem(sys.modules, module)
@@ -101,21 +101,21 @@ def test_without_the_libraries_a_note_and_an_error_where_they_are_asked_for(caps
     assert "torchvision is not installed" in refused(capsys, "models", "torchvision:*")
 
 
-def test_no_match_names_the_nearest(capsys):
+def test_a_pattern_without_matches_suggests_the_nearest_name(capsys):
     assert "no model matches 'wrn_4_2': did you mean 'wrn_40_2'?" in refused(
         capsys, "models", "wrn_4_2"
     )
     assert "give a part of a name" in refused(capsys, "models", "*xyzzyxyzzy*")
 
 
-def test_networks_that_bdkd_cannot_use_are_left_out(capsys):
+def test_networks_that_bdkd_cannot_use_are_not_listed(capsys):
     pytest.importorskip("torchvision")
     assert "has a linear classifier" in refused(capsys, "models", "torchvision:squeezenet*")
 
 
 @pytest.mark.parametrize("command", [["models"], ["recipes"], ["recipes", "digits"]])
-def test_a_reader_may_close_the_pipe(command):
-    """As head does, after the first line and before it."""
+def test_a_closed_pipe_ends_the_listing_quietly(command):
+    """A reader such as head closes the pipe before or after the first line."""
     for reads in (0, 1):
         process = subprocess.Popen(
             [sys.executable, "-m", "bdkd", *command],
@@ -128,7 +128,7 @@ def test_a_reader_may_close_the_pipe(command):
         process.stdout.close()
         errors = process.stderr.read().splitlines()
         process.stderr.close()
-        assert process.wait(60) in (0, 141)  # 141: as other programs that SIGPIPE ends
+        assert process.wait(60) in (0, 141)  # 141 is 128 + SIGPIPE
         assert [line for line in errors if not line.startswith("warning: the installed")] == []
 
 
@@ -148,7 +148,7 @@ def test_every_recipe_is_listed_with_what_it_trains(capsys):
     assert "digits: wrn_16_2 -> resnet8, bdkd, 30 epochs" in text
 
 
-def test_a_printed_recipe_is_the_file_and_can_be_trained(capsys, tmp_path):
+def test_a_printed_recipe_equals_its_file_and_can_be_trained(capsys, tmp_path):
     mine = tmp_path / "mine.toml"
     mine.write_text(output(capsys, "recipes", "digits"))
     assert load_recipe(str(mine)) == load_recipe("digits")

@@ -1,4 +1,4 @@
-"""Odd uses that random command lines found: each ends in one line that names the cause."""
+"""Unusual uses that random command lines found. Each ends with one line that names the cause."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def fails(capsys, *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["data", "fetch", "cifar10", "--to", "~nouser/x"], "--to must be a path whose ~ is"),
+        (["data", "fetch", "cifar10", "--to", "~nouser/x"], "--to must be a path in which ~ names"),
         (["data", "check", "~nouser/x"], "ROOT must be a path"),
         (["train", *TINY_RUN, "--plugin", "~nouser/x.py"], "--plugin must be a path"),
         (["compare", *TINY_RUN, "--methods", "kd:temperature="],
@@ -48,7 +48,7 @@ def fails(capsys, *arguments: str) -> tuple[int, str]:
          "or the folder of a run, got ''"),
     ],
 )  # fmt: skip
-def test_a_value_that_cannot_be_used_is_named(arguments, reason, capsys):
+def test_an_unusable_value_is_named(arguments, reason, capsys):
     code, error = fails(capsys, *arguments)
     assert code in (1, 2)
     assert reason in error
@@ -67,7 +67,7 @@ def test_a_comparison_does_not_wait_for_a_pipe(tmp_path):
     assert f"cannot write the folder {tmp_path}" in done.stderr
 
 
-def test_a_run_without_metrics_ends_with_its_results(tmp_path, capsys):
+def test_resuming_a_run_without_metrics_gives_a_warning(tmp_path, capsys):
     main(["train", *TINY_RUN, "--max-steps", "2", "--quiet", "--run-dir", str(tmp_path)])
     (tmp_path / "metrics.jsonl").unlink()
     main(["train", "--resume", "--run-dir", str(tmp_path)])
@@ -77,17 +77,17 @@ def test_a_run_without_metrics_ends_with_its_results(tmp_path, capsys):
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_a_full_standard_output_is_named(option):
-    """Linux's /dev/full is a disk without space."""
+    """On Linux, writes to /dev/full fail because of missing space."""
     command = [sys.executable, "-m", "bdkd", option]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        "bdkd: cannot read or write a stream: No space left on device; mend this and try again\n"
+        "bdkd: cannot read or write a stream: No space left on device; fix this and try again\n"
     )
 
 
-def test_an_export_is_read_in_little_memory(finished):
+def test_a_large_export_is_read_with_little_memory(finished):
     [path] = (finished / "export").rglob("*.safetensors")
     script = (
         "import resource, sys; from bdkd.cli import main; import torch\n"

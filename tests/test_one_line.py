@@ -1,4 +1,5 @@
-"""Odd arguments of the command line: one line on standard error, at once, and no raw errno."""
+"""Unusual arguments of the command line cause one line on stderr, without delay and without
+errno."""
 
 import os
 
@@ -19,12 +20,13 @@ train = {epochs = 1, batch_size = 16}
 
 
 def failure(arguments, capsys, quiet: bool = True) -> tuple[int, str]:
-    """The exit code and the message of a command that fails, before it prints anything else."""
+    """Return the exit code and the message of a command that fails before it prints anything
+    else."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     out, err = capsys.readouterr()
     assert out == "" or not quiet
-    # Names that bdkd does not know are looked up in timm, which imports torchvision.
+    # bdkd looks up unknown names in timm, which imports torchvision.
     lines = [x for x in err.splitlines() if not x.startswith("warning: the installed torchvision")]
     err = "\n".join([*lines, ""])
     assert err.startswith("bdkd: ")
@@ -57,7 +59,7 @@ def folder(tmp_path, monkeypatch):
         ("data check LONG", 1), ("data fetch cifar10 --to LONG", 1),
     ],
 )  # fmt: skip
-def test_a_name_that_is_too_long_is_one_line(line, code, capsys):
+def test_a_name_that_is_too_long_causes_one_line(line, code, capsys):
     found, message = failure(line.replace("LONG", LONG).split(), capsys)
     assert found == code
     assert "aaa" in message
@@ -70,12 +72,12 @@ def test_a_name_that_is_too_long_is_one_line(line, code, capsys):
      ("\udcff", r"\udcff")],
     ids=["feed", "escape", "long", "bytes"],
 )  # fmt: skip
-def test_a_name_in_a_message_neither_breaks_the_line_nor_fills_the_screen(name, shown, capsys):
+def test_names_in_messages_are_escaped_and_shortened(name, shown, capsys):
     _, message = failure(["train", "tiny.toml", "--networks.student.model", name], capsys)
     assert shown in message
 
 
-def test_an_empty_recipe_or_one_that_is_not_there_in_this_form(folder, capsys):
+def test_an_empty_recipe_and_another_unicode_form_of_a_name_are_explained(folder, capsys):
     assert failure(["train", ""], capsys) == (
         2, "bdkd: the recipe must be a name or a TOML file, got an empty string\n",
     )  # fmt: skip
@@ -84,7 +86,7 @@ def test_an_empty_recipe_or_one_that_is_not_there_in_this_form(folder, capsys):
     assert r"'cafe\u0301.toml' and 'caf\xe9.toml' look the same" in message
 
 
-def test_paths_of_a_recipe_are_text(folder, capsys):
+def test_paths_of_a_recipe_must_be_utf8_text(folder, capsys):
     (folder / "nul.toml").write_text('run_dir = "a\\u0000b"' + RECIPE)
     code, message = failure(["train", "nul.toml"], capsys)
     assert (code, "run_dir must be UTF-8 text without NUL" in message) == (2, True)

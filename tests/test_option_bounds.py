@@ -1,8 +1,8 @@
-"""Every numeric option of a recipe at the edges of its range: the last value that is accepted, and
-the first one on the other side, which is refused by its name.
+"""Test every numeric option of a recipe at its bounds: the last accepted value, and the first
+refused value, whose message must name the option.
 
-The edges are written down here a second time, from the documentation of the options. An option
-without a row fails the last test.
+The bounds in this file are copied from the documentation of the options, not from the code. An
+option without a row fails a test.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from bdkd.data.imagenet.options import ImageNetConfig
 from bdkd.errors import UsageError
 from bdkd.registry import SELECTIONS
 
-ABOVE_0, BELOW_0 = 5e-324, -5e-324  # the floating-point neighbours of 0, and those of 1
+ABOVE_0, BELOW_0 = 5e-324, -5e-324  # the floating-point numbers next to 0 and 1
 ABOVE_1, BELOW_1 = math.nextafter(1, 2), math.nextafter(1, 0)
 
 COUNT = ([1], [0, -1])  # at least 1
@@ -30,7 +30,7 @@ NOT_NEGATIVE = ([0.0, 1e9], [BELOW_0])
 POSITIVE = ([ABOVE_0, 1e9], [0.0, BELOW_0])
 OPEN_1 = ([0.0, BELOW_1], [BELOW_0, 1.0])  # in [0, 1)
 
-# Option: (accepted values, refused values). The batch size is 64 in all of them but its own.
+# Option: (accepted values, refused values). The batch size is 64, except for train.batch_size.
 EDGES: dict[str, tuple[list, list]] = {
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "threads": COUNT,
@@ -55,7 +55,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "data.erasing": SHARE,
     "data.mixup": NOT_NEGATIVE,
     "data.cutmix": NOT_NEGATIVE,
-    "data.images": ([100], [99]),  # ten of each of 10 classes
+    "data.images": ([100], [99]),  # ten images of each of 10 classes
     "data.classes": ([2], [1]),
     "data.characters": ([2], [1]),
     "networks.student.learning_rate": POSITIVE,
@@ -86,11 +86,11 @@ EDGES: dict[str, tuple[list, list]] = {
     "distributed.timeout": POSITIVE,
     "distributed.grace": POSITIVE,
 }
-# Options of the fused loss, whose bounds are in bdkd_kernels: see tests/objectives.
+# Options of the fused loss. bdkd_kernels defines their bounds; see tests/objectives.
 OF_THE_LOSS = {f"objective.{name}" for name in (
     "temperature", "gamma", "student_ce", "student_kd", "teacher_ce", "teacher_kd",
 )}  # fmt: skip
-# The recipe digits has these; an option of another source or optimizer needs that one.
+# Selections of the recipe digits. Options of other sources or optimizers need another selection.
 NEEDED = {
     "data.images": ("data", "synthetic"), "data.classes": ("data", "synthetic"),
     "data.test_share": ("data", "images"), "data.characters": ("data", "glyphs"),
@@ -102,7 +102,7 @@ NEEDED = {
 
 
 def changed(values, path: list[str], value: object):
-    """A copy of nested dataclasses and dicts with one value replaced."""
+    """Return a copy of nested dataclasses and dicts with one value replaced."""
     name, *rest = path
     inner = values[name] if isinstance(values, dict) else getattr(values, name)
     new = changed(inner, rest, value) if rest else value
@@ -125,7 +125,7 @@ def recipe_with(option: str, value: object) -> Recipe:
 
 
 @pytest.mark.parametrize("option", EDGES)
-def test_an_option_is_accepted_up_to_its_edge_and_refused_beyond(option):
+def test_an_option_is_accepted_up_to_its_bound_and_refused_beyond(option):
     accepted, refused = EDGES[option]
     for value in accepted:
         recipe_with(option, value)
@@ -140,8 +140,8 @@ def test_an_option_is_accepted_up_to_its_edge_and_refused_beyond(option):
     ("option", "refused"),
     [("temperature", 0.9e-4), ("temperature", 1.1e4), ("student_ce", -0.1), ("student_ce", 1.1e9)],
 )
-def test_dkd_has_the_bounds_of_the_fused_loss(option, refused):
-    """It does not use the fused loss, which checks these options of the other objectives."""
+def test_dkd_has_the_same_bounds_as_the_fused_loss(option, refused):
+    """The fused loss checks these options of other objectives. DKD does not use it."""
     recipe = select(load_recipe("digits"), "objective", "dkd")
     with pytest.raises(UsageError, match=rf"^objective\.{option} must be in \["):
         changed(recipe, ["objective", option], refused)
@@ -156,20 +156,21 @@ def test_no_option_takes_a_number_that_is_not_finite(value):
         elif isinstance(example, tuple) and example and isinstance(example[0], float):
             wrong = (example[0], value)
         else:
-            continue  # an integer, which TOML and the command line do not read from "nan"
+            continue  # TOML and the command line do not accept "nan" for an integer
         with pytest.raises(UsageError, match=option.replace(".", r"\.")):
             recipe_with(option, wrong)
 
 
 def numeric(kind: type, prefix: str) -> set[str]:
-    """Dotted names of the options of a dataclass that hold numbers, alone or in tuples."""
+    """Return the dotted names of the options of a dataclass that contain numbers, also in
+    tuples."""
     types = typing.get_type_hints(kind)
     names = {field.name for field in dataclasses.fields(kind)}
     return {prefix + name for name in names if leaves(types[name]) & {int, float}}
 
 
 def numeric_options() -> set[str]:
-    """Of every section, and of every objective, data source and optimizer."""
+    """Return the numeric options of every section, objective, data source and optimizer."""
     recipe = load_recipe("digits")
     kinds = [("", Recipe), *((f"{key}.", type(part)) for key, part in sections(recipe).items())]
     for selection in SELECTIONS:
@@ -179,13 +180,13 @@ def numeric_options() -> set[str]:
 
 
 def leaves(type_: object) -> set[object]:
-    """The types inside a union or tuple; of a dict, none."""
+    """Return the types inside a union or tuple, and none for a dict."""
     if typing.get_origin(type_) in (UnionType, typing.Union, tuple):
         return set().union(*(leaves(part) for part in typing.get_args(type_)))
     return {type_}
 
 
-def test_every_numeric_option_has_its_edges_here():
+def test_every_numeric_option_has_a_row():
     assert numeric_options() == EDGES.keys() | OF_THE_LOSS
 
 
@@ -208,7 +209,7 @@ PAIR = tuple[Annotated[int, Bounds(ge=1)], Annotated[int, Bounds(ge=0, le=10)]]
         (tuple[float, float], (0.5,), (math.nan,), "finite"),
     ],
 )
-def test_bounds_are_those_of_each_number_in_a_type(kind, accepted, refused, needed):
+def test_bounds_apply_to_each_number_in_a_type(kind, accepted, refused, needed):
     check_value("x", accepted, kind)
     with pytest.raises(UsageError, match=f"^x must be {needed}, got"):
         check_value("x", refused, kind)

@@ -1,5 +1,5 @@
-"""What a plugin does wrong is one line, and what it may do is left alone: imports, objectives, data
-sources, optimizers and metrics.
+"""An error of a plugin prints one line, and allowed behaviour is accepted. Plugins register
+objectives, data sources, optimizers and metrics.
 """
 
 import json
@@ -35,13 +35,13 @@ ROOT = Path(__file__).parent.parent
          "ValueError: the metric 'top1' is registered by bdkd.metrics.Metric and by taken.mine"),
     ],
 )  # fmt: skip
-def test_a_plugin_that_cannot_be_imported_is_one_line(
+def test_a_plugin_that_cannot_be_imported_causes_one_line(
     name, text, kind, words, tmp_path, monkeypatch, registries
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     if text is not None:
         Path(name).write_text(text)
-    for _ in range(2):  # a failed import leaves nothing behind
+    for _ in range(2):  # a second import fails in the same way
         with pytest.raises(kind) as raised:
             load_plugins([name])
         assert words in str(raised.value)
@@ -65,7 +65,7 @@ def test_an_installed_plugin_that_is_broken_is_named_with_its_package(
 
 
 def plugin(text: str, name: str) -> list[str]:
-    """The arguments that load a plugin with this text."""
+    """Return the arguments that load a plugin with this text."""
     Path(f"{name}.py").write_text(text)
     return ["--plugin", f"{name}.py"]
 
@@ -105,7 +105,7 @@ class Mine(Objective):
          "()"),
     ],
 )  # fmt: skip
-def test_an_objective_that_breaks_its_interface_is_refused_before_it_trains(
+def test_an_objective_with_a_wrong_interface_is_refused_before_training(
     body, words, tmp_path, monkeypatch, capsys, registries
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -144,10 +144,10 @@ class InTurn(Objective):
 
 
 @pytest.mark.parametrize("name", ["closed-form", "in-turn"])
-def test_an_objective_that_keeps_its_interface_trains(
+def test_an_objective_with_the_right_interface_trains(
     name, tmp_path, monkeypatch, registries
 ):  # fmt: skip
-    """The check is made with the batch size of the recipe, and on an instance of its own."""
+    """The check uses the batch size of the recipe, and another instance than the training."""
     monkeypatch.chdir(tmp_path)
     given = plugin(LEGITIMATE, "own_objective")
     main(["train", "digits", *given, "--objective.name", name, "--max-steps", "1", "--log",
@@ -185,7 +185,7 @@ def load(config, context):
         ("", ["--data.image-size", "16"], "data.image_size does not apply to the source 'mine'"),
     ],
 )  # fmt: skip
-def test_a_source_with_wrong_images_is_named(
+def test_a_data_source_with_wrong_images_is_named(
     body, options, words, tmp_path, monkeypatch, capsys, registries
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -232,7 +232,7 @@ def test_an_optimizer_of_torch_without_fused_kernels_trains(
 def test_a_comparison_loads_only_the_plugins_of_the_command_line(
     tmp_path, monkeypatch, registries
 ):  # fmt: skip
-    """A recipe may name another file, with the same name."""
+    """A recipe may record a file of the same name in another folder."""
     monkeypatch.chdir(tmp_path)
     for folder in ("mine", "strangers"):
         Path(folder).mkdir()
@@ -246,7 +246,7 @@ def test_a_comparison_loads_only_the_plugins_of_the_command_line(
     del sys.modules["own"]
 
 
-def test_a_stopped_run_says_how_to_continue_with_its_plugin(
+def test_the_message_of_a_stopped_run_contains_its_plugins(
     tmp_path, monkeypatch, capsys, registries
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ def written(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(written: Path) -> Path:
-    """A folder of installed packages, in which the plugin is."""
+    """Return a folder of installed packages that contains the plugin."""
     site = written / "site"
     install = ["install", "--no-deps", "--no-build-isolation", "--target", str(site)]
     subprocess.run([sys.executable, "-m", "pip", "-q", *install, str(written / "my-plugin")],
@@ -39,7 +39,7 @@ def installed(written: Path) -> Path:
 
 
 def bdkd(*arguments: str, site: Path, cwd: Path, ranks: int = 1) -> str:
-    """What a command prints."""
+    """Run a command and return its output."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -53,14 +53,14 @@ def bdkd(*arguments: str, site: Path, cwd: Path, ranks: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def run(written: Path, installed: Path) -> Path:
-    """A run of three steps that was resumed for three more."""
+    """Return a run of three steps that was resumed for three more steps."""
     for steps, more in (("3", []), ("6", ["--resume"])):
         bdkd("train", "mine.toml", *SMALL, "--max-steps", steps, "--run-dir", "run", *more,
              site=installed, cwd=written)  # fmt: skip
     return written / "run"
 
 
-def test_options_of_a_plugin_are_in_the_files_of_a_run(run):
+def test_the_files_of_a_run_contain_the_options_of_a_plugin(run):
     config = tomllib.loads((run / "config.toml").read_text())
     assert config["plugins"] == ["my_plugin"]
     assert config["data"]["contrast"] == 0.8
@@ -77,7 +77,7 @@ def test_options_of_a_plugin_are_in_the_files_of_a_run(run):
         assert 0 <= validated[network]["worst_class"] <= validated[network]["top1"]
 
 
-def test_a_run_of_a_plugin_resumes_bit_for_bit(run, written, installed):
+def test_a_run_with_a_plugin_resumes_bit_for_bit(run, written, installed):
     bdkd("train", "mine.toml", *SMALL, "--max-steps", "6", "--run-dir", "whole",
          site=installed, cwd=written)  # fmt: skip
     name = "step-00000006.pt"
@@ -102,19 +102,19 @@ def test_a_plugins_metric_is_the_same_on_two_ranks(run, written, installed):
     assert alone["student"]["worst_class"] == stored["student"]["worst_class"]
 
 
-def test_a_plugin_is_compared_reported_and_exported(run, written, installed):
+def test_compare_report_and_export_work_with_a_plugin(run, written, installed):
     bdkd("compare", "mine.toml", *SMALL, "--max-steps", "3", "--methods", "independent",
          "mean-teacher:strength=2", "--seeds", "2", "--folder", "compared",
          site=installed, cwd=written)  # fmt: skip
     compared = written / "compared"
     own = tomllib.loads((compared / "mean-teacher-strength=2-seed1" / "config.toml").read_text())
     assert own["objective"] == {"name": "mean-teacher", "strength": 2.0}
-    assert own["networks"]["teacher"]["options"] == {"width": 16}  # the default of the model
+    assert own["networks"]["teacher"]["options"] == {"width": 16}  # the default option of the model
     header = (compared / "comparison.md").read_text()
     assert "worst class %" in header
     bdkd("report", "compared", "--output", "page.html", site=installed, cwd=written)
     page = (written / "page.html").read_text()
-    assert page.count("worst class %") >= 2  # a column, and a chart
+    assert page.count("worst class %") >= 2  # a column and a chart
     bdkd("export", "run", "--to", "safetensors", "--output", "student.safetensors",
          site=installed, cwd=written)  # fmt: skip
     printed = bdkd(
@@ -129,7 +129,7 @@ def test_a_plugin_is_compared_reported_and_exported(run, written, installed):
     assert "my_plugin (my-plugin 1.0)" in bdkd("doctor", site=installed, cwd=written)
 
 
-# --- in this process, where the plugin is not installed -------------------------------------------
+# --- in this process, where the plugin is not installed ------------------------------------------
 
 
 def failure(capsys, *arguments: str) -> str:
@@ -148,7 +148,7 @@ def outside(written, monkeypatch, registries) -> Path:
 
 
 def test_a_recipe_does_not_import_its_plugin(outside, run, capsys):
-    """Also where Python would find it."""
+    """This holds even if the plugin is on Python's path."""
     sys.path.append(str(outside / "my-plugin"))
     for command in (
         "train ../mine.toml", "evaluate ../run", "export ../run --to onnx",
@@ -159,14 +159,14 @@ def test_a_recipe_does_not_import_its_plugin(outside, run, capsys):
     assert "my_plugin" not in sys.modules
 
 
-def test_a_report_without_the_plugin_says_what_it_leaves_out(outside, run, capsys):
+def test_a_report_without_the_plugin_names_what_is_missing(outside, run, capsys):
     main(["report", "../run", "--output", "page.html", "--no-tsne"])
     said = capsys.readouterr().err
     assert "metrics of a plugin are left out: --plugin my_plugin shows them" in said
     assert "worst class" not in Path("page.html").read_text()
 
 
-def test_a_report_names_any_plugin_of_a_run(tmp_path, monkeypatch, capsys):
+def test_a_report_names_the_missing_plugins_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/config.toml").write_text('name = "x"\nplugins = ["a\\u0007 b.py", 3]')
@@ -175,12 +175,12 @@ def test_a_report_names_any_plugin_of_a_run(tmp_path, monkeypatch, capsys):
     assert "--plugin 'a\x07 b.py' shows them" in capsys.readouterr().err
 
 
-def test_the_option_imports_a_plugin_of_the_working_folder(outside, run, capsys):
+def test_plugin_imports_a_module_from_the_working_folder(outside, run, capsys):
     main(["evaluate", "--plugin", "my_plugin", "../run", "--split", "test"])
     assert "worst class %" in capsys.readouterr().out
 
 
-def test_help_and_errors_know_the_options_of_a_plugin(outside, capsys):
+def test_help_and_errors_include_the_options_of_a_plugin(outside, capsys):
     line = ["train", "--plugin=my_plugin", "../mine.toml"]
     with pytest.raises(SystemExit):
         main([*line, "--help-all"])
@@ -207,7 +207,7 @@ def test_help_and_errors_know_the_options_of_a_plugin(outside, capsys):
     assert "wrong.toml: unknown key objective.strenght: did you mean 'strength'?" in said
 
 
-def test_a_single_file_is_a_plugin(outside, tmp_path, capsys):
+def test_a_single_file_can_be_a_plugin(outside, tmp_path, capsys):
     file = tmp_path / "mine_alone.py"
     file.write_text(Path("my_plugin/model.py").read_text())
     options = ["--networks.student.model", "tiny_cnn", "--max-steps", "1", "--log"]

@@ -1,6 +1,6 @@
-"""The report in a real browser, with the network cut: it asks for nothing from outside, and is
-legible in light, in dark and on paper. Where there is no browser, test_report.py still parses it.
-"""
+"""Open the report in a browser without a network. It sends no requests, and is legible in light
+mode, in dark mode and on paper. Without a browser these tests are skipped; test_report.py parses
+the page."""
 
 import json
 import re
@@ -29,10 +29,10 @@ FLAGS = (
 
 
 def browse(page: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
-    """What the browser printed, and what the page asked of the network, which leads nowhere.
+    """Return the output of the browser, and the requests of the page. All requests fail.
 
-    The browser's log has every request with its initiator: the browser itself asks its maker for
-    the time and for updates, "not an origin"; a page has one.
+    The log of the browser contains every request with its initiator. The browser itself requests
+    the time and updates with the initiator "not an origin". Requests of a page have an origin.
     """
     log = folder / "network.json"
     done = subprocess.run(
@@ -59,18 +59,18 @@ def page(tmp_path_factory) -> Path:
     return folder / "report.html"
 
 
-def test_nothing_is_asked_of_the_network(page, tmp_path):
+def test_the_page_sends_no_network_request(page, tmp_path):
     dom, asked = browse(page, tmp_path, "--dump-dom")
     assert asked == []
     assert "Distillation runs</h1>" in dom
     assert "a &lt;b&gt;run" in dom
     assert dom.count("<svg") == page.read_text("utf-8").count("<svg")
-    # The check can fail: a page with an image from outside asks for it.
+    # Prove that the check works: a page with an external image sends a request.
     other = tmp_path / "other.html"
     other.write_text("<!doctype html><img src='http://example.com/x.png'>")
     _, asked = browse(other, tmp_path, "--dump-dom")
     assert any("example.com/x.png" in line for line in asked)
-    # And the page's policy holds even against markup that slipped through.
+    # The policy of the page also blocks requests of unescaped markup.
     slipped = page.read_text("utf-8").replace(
         "</h1>", "</h1><img src='http://example.com/x.png'><script>document.title='run'</script>"
     )
@@ -80,7 +80,7 @@ def test_nothing_is_asked_of_the_network(page, tmp_path):
     assert "<title>run</title>" not in dom
 
 
-def test_light_and_dark_are_both_legible(page, tmp_path):
+def test_text_is_legible_in_light_and_dark_mode(page, tmp_path):
     pixels = {}
     for theme, setting in (("light", 1), ("dark", 0)):
         picture = tmp_path / f"{theme}.png"
@@ -89,14 +89,14 @@ def test_light_and_dark_are_both_legible(page, tmp_path):
         pixels[theme] = imread(picture)[..., :3]
     light, dark = pixels["light"], pixels["dark"]
     assert light.shape == dark.shape == (1000, 1200, 3)
-    # the ground of the page beside its cards, and what stands on it
+    # the background of the page, and the text on it
     assert np.median(light[600:, 4:10]) > 0.9
     assert np.median(dark[600:, 4:10]) < 0.15
     for picture in (light, dark):
         assert picture[600:].std() > 0.05
 
 
-def test_it_prints(page, tmp_path):
+def test_the_page_can_be_printed(page, tmp_path):
     paper = tmp_path / "report.pdf"
     _, asked = browse(page, tmp_path, f"--print-to-pdf={paper}")
     assert asked == []

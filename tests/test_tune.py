@@ -1,4 +1,4 @@
-"""``bdkd tune``: what it tries, that validation images alone choose, and that it can be stopped."""
+"""``bdkd tune``: the candidates, the choice on validation images only, and stopping a search."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def tuned(tmp_path_factory) -> Path:
 
 
 def validation_top1(run: Path) -> float:
-    """The student's last validation accuracy, read without the code under test."""
+    """Return the last validation accuracy of the student, read without the code under test."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line.get("split") == "val"][-1]["student"]["top1"]
 
@@ -64,25 +64,26 @@ def test_the_candidate_with_the_highest_validation_accuracy_is_chosen(tuned):
         assert method["chosen"] == chosen
 
 
-def test_each_option_is_searched_after_the_one_before_it(tuned):
-    """Two values of the first, then the other value of the second with the better of the first."""
+def test_options_are_searched_one_after_another(tuned):
+    """The search tries two values of the first option. It then tries the other value of the second
+    option with the better value of the first."""
     [independent] = json.loads((tuned / "tuning.json").read_text())["methods"]
     tried = [candidate["method"] for candidate in independent["candidates"]]
-    assert tried[:2] == [f"independent:{RATE}=0.02", "independent"]  # 0.1 is the recipe's
+    assert tried[:2] == [f"independent:{RATE}=0.02", "independent"]  # the recipe has 0.1
     first = {c["method"]: (c["top1"], -c["nll"]) for c in independent["candidates"][:2]}
     better = max(first, key=first.get)
     smoothed = "label_smoothing=0.5"
     assert tried[2:] == [f"{better},{smoothed}" if ":" in better else f"{better}:{smoothed}"]
 
 
-def test_the_command_that_it_prints_is_one_that_compare_takes(tuned):
+def test_compare_accepts_the_printed_command(tuned):
     text = (tuned / "tuning.md").read_text()
     chosen = json.loads((tuned / "tuning.json").read_text())["chosen"]
     kept = shlex.join([*TINY[:7], "--log"])  # without the seeds and jobs of the search
     assert f"`bdkd compare {kept} --methods {' '.join(chosen)}`" in text
 
 
-def test_again_it_trains_nothing_and_chooses_the_same(tuned, capsys):
+def test_a_repeated_search_trains_nothing_and_chooses_the_same(tuned, capsys):
     before = (tuned / "tuning.json").read_text()
     runs = {path: path.stat().st_mtime_ns for path in tuned.glob("*/summary.json")}
     tune(tuned, *METHODS)
@@ -92,7 +93,7 @@ def test_again_it_trains_nothing_and_chooses_the_same(tuned, capsys):
 
 
 def test_a_candidate_that_fails_is_not_chosen(tmp_path, capsys):
-    """An infinite loss in a row of steps ends a run."""
+    """A run ends if the loss is infinite in several consecutive steps."""
     labels = ["independent:optimizer.learning_rate=0.1/1e30"]
     arguments = ["--train.max-skipped", "1", "--max-steps", "6", "--seeds", "5"]
     main(["tune", *TINY, *arguments, "--methods", *labels, "--folder", str(tmp_path)])
@@ -115,15 +116,15 @@ def test_a_later_stage_replaces_the_choice_only_by_a_better_candidate():
     found.add(Result("kd", 0.5, 1.0, 0.1, 2), {"first": "1"})
     found.add(Result("kd:a=1", 0.4, 0.5, 0.1, 2), {"first": "2"})
     found.add(Result("kd:a=2", 0.5, 1.5, 0.1, 2), {"first": "3"})
-    found.add(Result("kd:a=3", math.inf, 0.0, 0.1, 0), {"first": "4"})  # failed
+    found.add(Result("kd:a=3", math.inf, 0.0, 0.1, 0), {"first": "4"})  # a failed candidate
     assert found.best == Result("kd", 0.5, 1.0, 0.1, 2)
     assert found.options == {"first": "1"}
     found.add(Result("kd:a=4", 0.5, 0.9, 0.1, 2), {"first": "5"})
     assert found.options == {"first": "5"}
 
 
-def test_a_diverged_run_is_a_line_and_a_failed_candidate(tmp_path, capsys):
-    """Its NLL is not finite, although no step was skipped often enough to end it."""
+def test_a_diverged_run_makes_its_candidate_fail(tmp_path, capsys):
+    """The NLL is not finite, although too few steps were skipped to end the run."""
     label = "independent:optimizer.learning_rate=0.1/1e30"
     main(["tune", *TINY, "--seeds", "5", "--methods", label, "--folder", str(tmp_path)])
     content = json.loads((tmp_path / "tuning.json").read_text())
@@ -134,8 +135,8 @@ def test_a_diverged_run_is_a_line_and_a_failed_candidate(tmp_path, capsys):
     assert "failed" in out
 
 
-def test_with_a_moving_average_its_metrics_count(tmp_path):
-    """And those of the selected step."""
+def test_the_metrics_of_a_moving_average_are_used(tmp_path):
+    """The metrics are those of the selected step."""
     [run] = plan_runs(load_recipe("digits"), ["independent"], [0], tmp_path)
     folder = RunFolder(run.path)
     folder.path.mkdir()
@@ -166,7 +167,7 @@ def test_the_printed_command_keeps_the_options_of_the_recipe():
 
 
 def test_ctrl_c_saves_the_runs_and_names_the_command(tmp_path):
-    """The command is printed, and finishes the search when it is run again."""
+    """The printed command continues and finishes the search."""
     command = [
         sys.executable, "-m", "bdkd", "tune", *TINY, "--methods", f"independent:{RATE}=0.1/0.2",
         "--folder", str(tmp_path / "t"), "--max-steps", "400", "--train.epochs", "20",
@@ -184,7 +185,7 @@ def test_ctrl_c_saves_the_runs_and_names_the_command(tmp_path):
     assert "continue with the same command: bdkd tune digits" in done.stdout
 
 
-# --- what it refuses ------------------------------------------------------------------------------
+# --- refused command lines -----------------------------------------------------------------------
 
 
 REFUSED = {
@@ -205,12 +206,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("label", REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_trains(label):
+def test_wrong_methods_are_refused_before_the_training(label):
     with pytest.raises(UsageError, match=REFUSED[label]):
         parse_searches([label], load_recipe("digits"))
 
 
-def test_it_needs_methods_and_validation_images(tmp_path, capsys):
+def test_tune_needs_methods_and_validation_images(tmp_path, capsys):
     for arguments, message in (
         ([], "--methods is missing"),
         (["--methods", METHODS[0], METHODS[0]], "more than once"),
@@ -226,7 +227,7 @@ def test_it_needs_methods_and_validation_images(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_methods_that_are_equal_or_need_one_folder_are_refused(tmp_path):
+def test_methods_that_are_equal_or_have_the_same_folder_are_refused(tmp_path):
     recipe = load_recipe("digits")
     for methods, message in (
         (["kd", "kd:"], "are the same method"),
@@ -235,13 +236,13 @@ def test_methods_that_are_equal_or_need_one_folder_are_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             plan_runs(recipe, methods, [0], tmp_path)
-    with pytest.raises(UsageError, match="would have one folder"):
+    with pytest.raises(UsageError, match="would have the same folder"):
         refuse_equal({"a:x=1/2": recipe, "a:x=1-2": load_recipe("digits-hard")})
     assert run_name("a:path=../../x", 1) == "a-path=..-..-x-seed1"
 
 
-def test_equal_recipes_have_one_name():
-    recipe = load_recipe("digits")  # its learning rate is 0.1
+def test_equal_recipes_have_the_same_name():
+    recipe = load_recipe("digits")  # the learning rate of the recipe is 0.1
     assert shortest_label("kd", {}, recipe) == "kd"
     assert shortest_label("kd", {RATE: "0.1", "student_kd": "0.9"}, recipe) == "kd"
     assert shortest_label("kd", {RATE: "0.05", "student_kd": "0.90"}, recipe) == f"kd:{RATE}=0.05"

@@ -19,7 +19,7 @@ COMMANDS = {
     "benchmark": "measure the speed and memory of training steps, or of exported files",
     "evaluate": "evaluate the networks of a run, or an exported network",
     "compare": "compare several objectives and seeds on one recipe",
-    "tune": "choose options of objectives on the validation images, with one budget for all",
+    "tune": "choose options of objectives by their accuracy on validation images",
     "report": "write one HTML page about runs: results, curves, diagrams",
     "update-bn": "recompute the batch norm statistics of a run's networks",
     "export": "export one network of a run as ONNX, torch.export or safetensors",
@@ -30,7 +30,7 @@ COMMANDS = {
     "doctor": "show what is installed on this machine, and how to install the rest",
 }
 
-LONGEST = 2000  # characters of a message
+LONGEST = 2000  # maximum number of characters of a message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,13 +107,13 @@ def outcome(error: Exception) -> tuple[int, str]:
     if isinstance(error, Interrupted):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
-        return 1, f"cannot use {error.filename}: {error.strerror}; give another path, or mend it"
+        return 1, f"cannot use {error.filename}: {error.strerror}; give another path, or fix it"
     if isinstance(error, OSError) and error.strerror:  # of a stream, such as standard output
-        return 1, f"cannot read or write a stream: {error.strerror}; mend this and try again"
+        return 1, f"cannot read or write a stream: {error.strerror}; fix this and try again"
     text = " ".join(str(error).split())[:500]
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         what = f" ({text})" if isinstance(error, MemoryError) and text else ""
-        return 1, f"not enough memory{what}: use smaller networks, images, batches or numbers"
+        return 1, f"not enough memory{what}: use smaller networks, images, batches or counts"
     return 1, f"{type(error).__name__}: {text} (--debug shows where)"
 
 

@@ -32,14 +32,17 @@ if TYPE_CHECKING:
 
 HELP = Help(
     "bdkd benchmark RECIPE [options]",
-    "Measure the training steps of a recipe: time, images/s, memory, and the loader's share. "
-    "--data synthetic replaces the data set with random images of the same size on the device, so "
-    "that no files are needed. Nothing is written. bdkd benchmark FILE... measures exported files "
-    "(bdkd benchmark model.onnx --help).",
+    "Measure the training steps of a recipe: time, images/s, memory, and the share of the time "
+    "spent waiting for data. --data synthetic replaces the data set with random images of the same "
+    "size on the device, so that no files are needed. Nothing is written. bdkd benchmark FILE... "
+    "measures exported files (bdkd benchmark model.onnx --help).",
     {
         "--steps": ("N", "steps to measure"),
-        "--warmup": ("N", "steps before them that are not measured"),
-        "--classes": ("N", "with --data synthetic (default: of the recipe's data)"),
+        "--warmup": ("N", "steps to run before the measured steps"),
+        "--classes": (
+            "N",
+            "number of classes with --data synthetic (default: that of the recipe's data)",
+        ),
         "--json": ("", "print one JSON object instead of a table"),
     },
     ("--max-steps", "--run-dir", "--pretrained", "--networks.NAME.weights"),
@@ -52,17 +55,17 @@ class Arguments:
     forward pass. Nothing is written."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """A shipped recipe's name or a TOML file."""
+    """Name of a shipped recipe, or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     synthetic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The same as --data synthetic: random images that are on the device already, with the recipe's
+    """The same as --data synthetic: random images in the memory of the device, with the recipe's
     image size and number of classes. They need no files and no loader."""
     classes: Annotated[int, Bounds(ge=2)] | None = None
     """With --data synthetic: number of classes. Default: that of the recipe's data source."""
     steps: Count = 50
     """Number of steps to measure."""
     warmup: NotNegative[int] = 10
-    """Number of steps before them that are not measured."""
+    """Number of steps to run before the measured steps."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object instead of a table."""
 
@@ -92,8 +95,8 @@ def run(given: list[str]) -> None:
 
 
 def names_file(given: list[str]) -> bool:
-    """Return whether a command line names exported files, and no recipe, which would have to be the
-    first argument."""
+    """Return whether a command line names exported files instead of a recipe. A recipe is always
+    the first argument."""
     from bdkd.export.formats import is_exported
 
     if given and given[0].startswith("-"):
@@ -116,7 +119,8 @@ def parse(given: list[str]) -> Arguments:
 
 
 def _expand_synthetic(given: list[str]) -> list[str]:
-    """Replace ``--data synthetic``, which for ``bdkd train`` is the data source of this name."""
+    """Replace ``--data synthetic``, which in ``bdkd train`` selects the data source
+    ``synthetic``."""
     expanded: list[str] = []
     for argument, before in zip(given, ["", *given], strict=False):
         if argument == "--data=synthetic":
@@ -149,8 +153,9 @@ def measure(arguments: Arguments, context: "DistributedContext") -> tuple[str, d
 
 
 def _announce(arguments: Arguments, components: "Components") -> None:
-    """Say what comes, and warn of too little memory. Without it a GPU reports an error, but the
-    system kills a process on a CPU, so raise ``RunError`` there."""
+    """Print what is measured, and warn if there is too little memory. On a CPU, raise ``RunError``
+    instead of a warning: a GPU out of memory reports an error, but on a CPU the system kills the
+    process."""
     from bdkd.probe import check_memory
     from bdkd.runs.plan import plural
 
@@ -206,7 +211,7 @@ def _measure(arguments: Arguments, components: "Components") -> dict[str, Any]:
 
 def of_all_ranks(times: "StepTimes", context: "DistributedContext") -> "StepTimes":
     """Return on rank 0 the largest time of any rank for each step, the largest share of waiting and
-    the largest memory: the slowest rank sets the pace."""
+    the largest memory, because the slowest rank determines the speed."""
     ranks = context.gather_objects(times) or [times]
     return replace(
         times,
@@ -247,7 +252,7 @@ def describe(results: Mapping[str, Any]) -> str:
     memory = binary_size(round(results["memory_mib"] * 2**20))
     return (
         f"{table(header, rows)}\n\n"
-        f"measured {results['steps']} after {results['warmup']} to warm up; "
+        f"measured {results['steps']} steps after {results['warmup']} warm-up steps; "
         f"data wait {results['data_wait']:.1%} of a step\n"
         f"{flops(results['flops_per_second'])}/s{mfu}; "
         f"peak memory{each} {memory} ({what})"

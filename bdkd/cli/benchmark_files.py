@@ -35,20 +35,22 @@ class Arguments:
 
     Each file runs in a separate process on random images. The files take turns: in every round,
     each file runs a few times, and its last inference is timed. All processes are started 5 times.
-    The ratio to the first file is the median of the ratios of two times in the same round, and the
-    geometric mean over starts, with a 95% interval over starts (Student's). Peak memory is the
-    resident memory of a process; for an ONNX file it imports only onnxruntime and NumPy."""
+    The ratio of a file to the first file is computed for each start, as the median over rounds of
+    the ratio of their times in the same round. The table shows the geometric mean over starts and
+    Student's 95% interval. Peak memory is the resident memory of a process. For an ONNX file, the
+    process imports only onnxruntime and NumPy."""
 
     files: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE [FILE ...]")
     ]
-    """Exported files: .onnx, .pt2 or .safetensors. Ratios compare with the first one."""
+    """Exported files: .onnx, .pt2 or .safetensors. Ratios are relative to the first file."""
     threads: tuple[Threads, ...] = (1,)
     """Numbers of threads that one inference uses."""
     batch: tuple[Batch, ...] = (1,)
     """Numbers of images in one inference. Every number is measured with every number of threads."""
     rounds: Annotated[int, Bounds(ge=20, le=100_000)] = 200
-    """Number of times of each file, over all starts, for the median and the 95th percentile."""
+    """Number of timed inferences of each file, over all starts. The median and the 95th percentile
+    are computed from these times."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object instead of tables."""
 
@@ -98,15 +100,15 @@ def run(given: list[str]) -> None:
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Raise ``UsageError`` for what can be refused without reading a file."""
+    """Check the arguments without reading the files. Raise ``UsageError`` if one is wrong."""
     from bdkd.export.formats import FORMATS, is_exported
 
     for path in arguments.files:
         if not is_exported(path):
             suffixes = ", ".join(known.suffix for known in FORMATS.values())
             raise UsageError(
-                f"{path} is no exported file ({suffixes}): benchmark takes exported files, or one "
-                "recipe as its first argument"
+                f"{path} is not an exported file ({suffixes}): benchmark takes exported files, or "
+                "one recipe as its first argument"
             )
     for name in ("threads", "batch"):
         if not getattr(arguments, name):
@@ -114,14 +116,14 @@ def check_arguments(arguments: Arguments) -> None:
 
 
 def check_batch(file: "Runnable", batch: int) -> None:
-    """Raise ``UsageError`` if a file does not take a batch size, or its images need too much
-    memory."""
+    """Raise ``UsageError`` if a file does not support a batch size, or if a batch of its images
+    needs too much memory."""
     from bdkd.export.facts import memory_limit
 
     if file.batch not in (None, batch):
         raise UsageError(
             f"--batch {batch}: {file.path} takes batches of {file.batch} only: pass --batch "
-            f"{file.batch}, or export it with a free batch size"
+            f"{file.batch}, or export it with a dynamic batch size"
         )
     size = 4 * batch * math.prod(file.shape)
     if size > memory_limit():
@@ -156,13 +158,13 @@ def describe_machine(files: Sequence["Runnable"], load: float) -> dict[str, Any]
 
 
 def warn_of_load(machine: Mapping[str, Any], threads: Sequence[int]) -> None:
-    """Print a warning if the files do not have the cores for themselves."""
+    """Print a warning if there are too few free cores."""
     cores, load = machine["processor"]["cores"], machine["processor"]["load"]
     most = max(threads)
     if most > cores:
         found = f"--threads {most} is more than the {cores} cores of this process"
         print(f"warning: {found}: threads wait for each other", file=sys.stderr)
-    # A command that has just ended still counts.
+    # The load average still includes a command that has just ended.
     elif load > max(cores - most, 0.5):
         found = f"the load average is {load:.1f}, and the files need {most} of {cores} cores"
         remedy = "other programs may slow them down; repeat this on an idle machine"
@@ -230,14 +232,15 @@ def describe(summary: Mapping[str, Any]) -> str:
         parts.append(f"{title}\n{_file_table(paths, header, cells)}")
     caption = (
         f"{summary['rounds']} rounds in {summary['starts']} starts, files interleaved. ratio: time "
-        "divided by that of the first file in the same round [95% interval over starts]. peak MiB: "
-        "memory of a process that runs only this file (+ the part above its runtime)."
+        "divided by the time of the first file in the same round [95% interval over starts]. peak "
+        "MiB: peak memory of a process that runs only this file (+ the part that the runtime alone "
+        "does not use)."
     )
     return "\n\n".join([*parts, textwrap.fill(caption, WIDTH)])
 
 
 def _file_table(paths: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with the names of files in the first column, as wide as there is room for."""
+    """Return a table whose first column has the names of files. It takes the width that is left."""
     without = table(["", *header], [["", *row] for row in rows])
     width = WIDTH - max(map(len, without.splitlines()))
     names = short_names(paths, max(MIN_NAME, width))
@@ -279,8 +282,8 @@ def _size(count: int) -> str:
 
 
 def short_names(paths: Sequence[str], width: int) -> list[str]:
-    """Return different names for files, without the folders that all have in common. The middle of
-    names above ``width`` characters is left out, if possible not of the file's own name."""
+    """Return a distinct name for each file, without the folders that all files have in common. If a
+    name is longer than ``width``, dots replace characters in the middle, first those of folders."""
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names = [printable(os.path.relpath(path, common)) for path in absolute]

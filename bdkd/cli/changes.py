@@ -1,4 +1,4 @@
-"""Describe the changes between two networks that were measured on the same images."""
+"""Describe the differences between two networks that were measured on the same images."""
 
 import textwrap
 from collections.abc import Mapping
@@ -37,15 +37,16 @@ def describe_comparison(summary: Mapping[str, Any]) -> list[str]:
     caption = (
         f"95% intervals by paired bootstrap: {compared['draws']:,} resamples of the images, the "
         "same for both networks (top-1: Bonett-Price). They do not include the variation between "
-        "training seeds or the error of fitting T. The interval of ECE is pivotal, need not "
-        "contain the difference, and understates changes above one point: look at NLL and T too. "
+        "training seeds or the error of fitting T. The interval of ECE is pivotal: it may "
+        "not contain the difference, and it understates changes above one point. Look at NLL and T "
+        "too. "
         f"{fitted}"
     )
     return [
         f"Changes from {printable(compared['file'])} ({compared['precision']}) on the same "
         f"{compared['images']:,} images:",
         _changes_table(changes, names),
-        _paragraph(f"{agree} Sizes: {sizes[0]:,} and {sizes[1]:,} bytes: {factor}."),
+        _paragraph(f"{agree} Sizes: {sizes[0]:,} and {sizes[1]:,} bytes ({factor})."),
         "\n".join(_paragraph(_conclusion(key, changes[key])) for key in ("top1", "nll", "ece")),
         _paragraph(caption),
     ]
@@ -84,8 +85,8 @@ def _conclusion(metric: str, change: Change) -> str:
         return f"The change of {name} cannot be computed."
     ends = [shown.show(end, "+") for end in (low, high)]
     if set(ends) == {shown.show(0.0, "+")}:
-        return f"{name} is equal to {shown.digits} decimals."
-    found = "no change is found, and none in this interval is excluded"
+        return f"{name} does not change in its first {shown.digits} decimals."
+    found = "no significant change, but every change in this interval is possible"
     if low > 0 or high < 0:
         found = f"{name} {'rises' if low > 0 else 'falls'}"
     return f"{name} changes by {ends[0]} to {ends[1]}{unit} (95% interval): {found}."

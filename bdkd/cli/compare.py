@@ -21,9 +21,9 @@ HELP = Help(
     "the differences. Repeat the same command to continue a comparison that was stopped.",
     {
         "--methods": ("NAME ...", "objectives; options follow a colon, as in bdkd:gamma=1"),
-        "--seeds": ("N ...", "one number: that many seeds; several: the seeds"),
-        "--jobs": ("N", "concurrent runs (default: what the machine has room for)"),
-        "--folder": ("DIR", "of the runs and tables (default: runs/compare-RECIPE)"),
+        "--seeds": ("N ...", "the number of seeds, or several seeds"),
+        "--jobs": ("N", "concurrent runs (default: by cores; 1 on a GPU)"),
+        "--folder": ("DIR", "for runs and tables (default: runs/compare-RECIPE)"),
         "--quantize": ("", "also compare the students in int8 (ONNX)"),
         "--json": ("", "print comparison.json instead of tables"),
     },
@@ -39,13 +39,13 @@ class Arguments:
     comparison that was stopped."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """A shipped recipe's name or a TOML file."""
+    """Name of a shipped recipe, or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     methods: tuple[str, ...] = ()
-    """Objectives to compare. The others are tested against the first one. Options follow a colon:
-    those of the objective, and keys of [optimizer], [schedule] and [train], as in
-    bdkd:gamma=1,optimizer.learning_rate=0.05. The [objective] table of the recipe applies to its
-    objective only. Default: independent, then all other objectives."""
+    """Objectives to compare. Each one is tested against the first one. Options follow a colon, as
+    in bdkd:gamma=1,optimizer.learning_rate=0.05. They can be options of the objective, and keys of
+    [optimizer], [schedule] and [train]. The [objective] table of the recipe applies only to the
+    objective that it names. Default: independent, then all other objectives."""
     seeds: tuple[int, ...] = (3,)
     """One number N means the seeds 0 to N-1. Several numbers are the seeds."""
     jobs: int | None = None

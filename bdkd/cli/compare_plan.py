@@ -29,7 +29,7 @@ from bdkd.registry import OBJECTIVES
 
 MAX_SEEDS = 10_000
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files add a suffix
-SECTIONS = ("optimizer", "schedule", "train")  # whose keys a method may set
+SECTIONS = ("optimizer", "schedule", "train")  # sections whose keys a method may set
 
 TEACHERS = "independent"  # the objective that trains the teachers of kd
 
@@ -68,15 +68,16 @@ def chosen_methods(given: Sequence[str]) -> list[str]:
 
 
 def refuse_equal(recipes: Mapping[str, Recipe]) -> None:
-    """Raise ``UsageError`` if two methods are the same, or their runs would have one folder."""
+    """Raise ``UsageError`` if two methods are the same, or their runs would have the same
+    folder."""
     labels = list(recipes)
     for label, other in itertools.combinations(labels, 2):
         if recipes[label] == recipes[other]:
             raise UsageError(f"--methods {shown(label)} and {shown(other)} are the same method")
         if run_name(label, 0) == run_name(other, 0):
             raise UsageError(
-                f"--methods {shown(label)} and {shown(other)} would have one folder: write the "
-                "values in another way"
+                f"--methods {shown(label)} and {shown(other)} would have the same folder: "
+                "write the values in another way"
             )
     for label in labels:
         if len(os.fsencode(run_name(label, 0))) > LONGEST_NAME:
@@ -101,7 +102,7 @@ def chosen_seeds(given: Sequence[int]) -> list[int]:
 def recipe_of_method(label: str, recipe: Recipe) -> Recipe:
     """Return the recipe of a method like ``kd:temperature=2,optimizer.learning_rate=0.05``.
 
-    An option without a dot is one of the objective.
+    An option without a dot is an option of the objective.
 
     Raises:
         UsageError: the objective or an option does not exist, or a value does not fit.
@@ -119,7 +120,7 @@ def recipe_of_method(label: str, recipe: Recipe) -> Recipe:
 
 
 def split_label(label: str) -> tuple[str, dict[str, str]]:
-    """Return the objective's name and the options of a label as texts."""
+    """Return the objective's name, and the options of a label as strings."""
     name, _, text = label.partition(":")
     options: dict[str, str] = {}
     for option in filter(None, re.split(r",(?![^\[]*\])", text)):  # not within an array
@@ -135,7 +136,7 @@ def split_label(label: str) -> tuple[str, dict[str, str]]:
 def _with_options(
     config: ObjectiveConfig, label: str, options: Mapping[str, str]
 ) -> ObjectiveConfig:
-    """Return an objective with options given as texts."""
+    """Return an objective with options that are given as strings."""
     name, values = config.name, dataclasses.asdict(config)
     known = sorted(values.keys() - {"name"})
     for key in options:
@@ -160,7 +161,7 @@ def _with_options(
 
 
 def _with_keys(recipe: Recipe, label: str, options: Mapping[str, str]) -> Recipe:
-    """Return a recipe with dotted keys set to values given as texts."""
+    """Return a recipe with dotted keys set to values that are given as strings."""
     tables = parse_toml(to_toml(recipe))
     for key, value in options.items():
         section, _, option = key.partition(".")
@@ -174,7 +175,8 @@ def _with_keys(recipe: Recipe, label: str, options: Mapping[str, str]) -> Recipe
 
 
 def _toml_value(text: str) -> object:
-    """Return a TOML value, or the text itself: ``name=step`` needs no quotes."""
+    """Return the TOML value of a text, or the text itself if it is not TOML, so that ``name=step``
+    needs no quotes."""
     if "#" in text or "\n" in text:  # TOML would ignore a comment
         return text
     try:
@@ -238,7 +240,7 @@ def plan_runs(
 
 
 def _is_of_run(weights: str | None, name: str) -> bool:
-    """Return whether a path is a checkpoint of the run ``name``, whose folder may have moved."""
+    """Return whether a path is a checkpoint of the run ``name``. The folder may have moved."""
     return weights is not None and Path(weights).parent.parent.name == name
 
 

@@ -37,8 +37,8 @@ def check_quantizable(recipe: Recipe) -> None:
 def quantize_all(
     runs: Sequence[PlannedRun], at_once: int, command: str, stream: IO[str] | None
 ) -> dict[str, Outcome]:
-    """Export the students of finished runs to int8, ``at_once`` of them concurrently. Students that
-    are exported already are left out. Return the outcomes of the exports by name.
+    """Export the students of finished runs to int8, ``at_once`` of them concurrently. Skip
+    students that are already exported. Return the outcomes of the exports by name.
 
     Args:
         command: the command line, printed if a signal stops the exports.
@@ -76,7 +76,7 @@ def quantize_all(
 
 
 def read_students(planned: PlannedRun, run: comparison.Run) -> QuantizedRun:
-    """Return a run with the comparisons of its int8 files that belong to its summary."""
+    """Return a run with the comparisons of those of its int8 files that match its summary."""
     names = exported_networks(run.summary)
     found = {name: _current(planned, name, run.summary) for name in names}
     students = [quantized for quantized in found.values() if quantized is not None]
@@ -84,7 +84,7 @@ def read_students(planned: PlannedRun, run: comparison.Run) -> QuantizedRun:
 
 
 def exported_networks(summary: Mapping[str, Any]) -> list[str]:
-    """Return the students of a run, and the average of a student in its place."""
+    """Return the names of the students of a run, or of their moving averages if there are any."""
     networks = summary["networks"]
     return [
         name for name, network in networks.items()

@@ -35,11 +35,11 @@ def report(
     notes = comparison.notes(methods[0], some["images"], rows)
     if made := sorted({run.method for run in planned if run.teachers}):
         notes.append(
-            f"{', '.join(made)}: the teacher is that of the run of {TEACHERS} with the same seed, "
-            "and is frozen. The column train s does not include its training."
+            f"{', '.join(made)}: the frozen teacher comes from the run of {TEACHERS} with the same "
+            "seed. The column train s does not include the training of this teacher."
         )
     if failed:
-        notes.append(f"Without the runs that failed: {', '.join(failed)}.")
+        notes.append(f"The tables leave out the runs that failed: {', '.join(failed)}.")
     content: dict[str, Any] = {
         "command": command, "recipe": some["recipe"], "methods": list(methods),
         "torch": some["torch"], "device": some["device"], "notes": notes,
@@ -89,7 +89,7 @@ def _quantized_tables(
         for head, (header, lines) in (
             (f"{network}, fp32 and int8", quantized.changes(files, methods, network)),
             (
-                f"changes of {network} (int8 - fp32) against those of {methods[0]}",
+                f"changes of {network} (int8 - fp32) compared with those of {methods[0]}",
                 quantized.differences(files, methods, network),
             ),
         ):

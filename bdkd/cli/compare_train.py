@@ -43,7 +43,8 @@ def train_all(
     Args:
         command: the command line, printed if a signal stops the comparison.
         stream: where to print. Default: standard output.
-        describe: returns the results of a finished run in one line. Default: on the test images.
+        describe: returns the results of a finished run in one line. Default: the results on the
+            test images.
 
     Raises:
         Interrupted: a signal was received. Every run is saved.
@@ -53,7 +54,7 @@ def train_all(
     session = _Session(runs, stream, describe or (lambda run: headline(read_summary(run))))
     try:
         with StopRequest() as stop:
-            before = f"{len(session.outcomes)} of them finished before"
+            before = f"{len(session.outcomes)} of them already finished"
             session.console.line(f"{len(runs)} runs in {folder}, {before}, {at_once} at a time")
             session.stop = stop
             run_jobs(session.jobs(folder), at_once, session.done, session.must_stop)
@@ -86,7 +87,8 @@ class _Session:
         self.console = Console(len(runs), len(self.outcomes), unit="run", stream=stream)
 
     def jobs(self, folder: Path) -> list[Job]:
-        """Return a job for each run that is not finished. A job needs the run of its teachers."""
+        """Return a job for each run that is not finished. It waits for the run that trains its
+        teachers."""
         jobs = []
         for run in self.runs.values():
             if run.name not in self.outcomes:

@@ -48,9 +48,11 @@ ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 class Arguments:
     """Print a script that completes commands, options, choices and recipes in your shell.
 
-    bash: bdkd completion bash > ~/.local/share/bash-completion/completions/bdkd
-    zsh: add this line to ~/.zshrc: eval "$(bdkd completion zsh)"
-    fish: bdkd completion fish > ~/.config/fish/completions/bdkd.fish"""
+    In bash: bdkd completion bash > ~/.local/share/bash-completion/completions/bdkd
+
+    In zsh, add this line to ~/.zshrc: eval "$(bdkd completion zsh)"
+
+    In fish: bdkd completion fish > ~/.config/fish/completions/bdkd.fish"""
 
     shell: Annotated[
         Literal["bash", "zsh", "fish"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")
@@ -116,7 +118,7 @@ def fish_script() -> str:
 
 
 def command_flags(command: str) -> dict[str, Flag]:
-    """Return the flags of a command, and the short flags of those with a recipe."""
+    """Return the flags of a command. Commands that take a recipe also have short flags."""
     module: Any = import_module(f"bdkd.cli.{command.replace('-', '_')}")
     if command in WITH_RECIPE and command != "recipes":
         default = module.Arguments(recipe=EXAMPLE, config=load_recipe(EXAMPLE))
@@ -146,7 +148,7 @@ def first_arguments(command: str) -> list[str]:
 
 
 def choices(name: str, flag: Flag) -> list[str]:
-    """Return the values of a flag, or none if they are not known."""
+    """Return the values of a flag, or an empty list if they are not known."""
     if name in ("--teacher", "--student") or name.endswith(".model"):
         return list_models()
     for selection in SELECTIONS:

@@ -18,7 +18,7 @@ ACTIONS = {
     "fetch": "download a data set and check its hash",
     "check": "count the images of a data set, and list those that cannot be decoded",
 }
-SHOWN = 10  # number of bad files to print; the list contains all of them
+SHOWN = 10  # maximum number of bad files to print; the written list contains all of them
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Check:
     that cannot be decoded. --data.exclude leaves them out of training. Exit with 1 if there are
     such images, or if a class has too few images.
 
-    ROOT is what data.root of the source images can be: a folder with train/CLASS/*.jpg and
-    test/CLASS/*.jpg (or val/), a flat folder with CLASS/*.jpg, a folder of webdataset shards or
-    TFRecords, a .parquet file or a folder of them, or hf:NAME."""
+    ROOT accepts everything that data.root of the source images accepts: a folder with
+    train/CLASS/*.jpg and test/CLASS/*.jpg (or val/), a flat folder with CLASS/*.jpg, a folder of
+    webdataset shards or TFRecords, a .parquet file or a folder of them, or hf:NAME."""
 
     root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
     """The data set: the data.root of a recipe."""
@@ -62,9 +62,9 @@ class Check:
     to: Path = Path("bad-files.txt")
     """File to write the list to."""
     image_column: str | None = None
-    """Column of the images of a Hugging Face data set, if several fit."""
+    """Image column of a Hugging Face data set, if there are several."""
     label_column: str | None = None
-    """Column of the labels of a Hugging Face data set, if several fit."""
+    """Label column of a Hugging Face data set, if there are several."""
 
 
 def run(given: list[str]) -> None:
@@ -114,7 +114,7 @@ def check(given: list[str]) -> None:
     from bdkd.data.images import check as checking
 
     to = expand_user(arguments.to, "--to")
-    expand_user(Path(arguments.root.removeprefix("hf:")), "ROOT")  # so that a message names it
+    expand_user(Path(arguments.root.removeprefix("hf:")), "ROOT")  # so that a message names ROOT
     report = checking.check(
         arguments.root, arguments.format, arguments.workers, arguments.image_column,
         arguments.label_column,

@@ -27,7 +27,7 @@ OPTIONAL = {
     "profile": {"torch-tb-profiler": "torch_tb_profiler"},
 }
 
-# Features of a CPU by which the kernels select their code
+# Features of a CPU that decide which code the kernels run
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd",
                 "bf16", "sve")  # fmt: skip
 
@@ -154,7 +154,7 @@ def _backends() -> list[Finding]:
 
     triton = _can_find("triton")
     remedies = {
-        "triton": "with a GPU: see the line above" if triton else "pip install 'bdkd[triton]'",
+        "triton": "with a GPU: see the line GPU" if triton else "pip install 'bdkd[triton]'",
         "native": "install a C++ compiler (Debian: apt install g++), then reinstall bdkd: "
         "pip install --force-reinstall --no-deps . (in its source folder)",
     }
@@ -172,7 +172,9 @@ def _apex() -> Finding:
     """Look for NVIDIA's apex, which is built from source. PyPI's apex is an unrelated package."""
     remedy = "build it from NVIDIA's repository, see https://github.com/NVIDIA/apex"
     if not _can_find("apex"):
-        return Finding("apex", False, "not installed (optional: LAMB, NovoGrad)", remedy)
+        return Finding(
+            "apex", False, "not installed (optional, for the optimizers LAMB and NovoGrad)", remedy
+        )
     if not _can_find("apex.optimizers"):
         what = "the installed apex is not NVIDIA's but PyPI's unrelated package of that name"
         return Finding("apex", False, what, f"{sys.executable} -m pip uninstall apex; {remedy}")
@@ -193,13 +195,13 @@ def _torchvision() -> list[Finding]:
         return []
     found, what = _version("torchvision"), ""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the finding says what the warning says
+        with contextlib.redirect_stderr(io.StringIO()):  # the finding replaces the warning
             import_library("torchvision")
     except RunError as error:
         what = f"cannot be imported with this torch, so timm cannot be imported either: {error}"
     if lacks_operators():
         what = (
-            "does not belong to this torch: bdkd can use its networks and timm's, and other "
+            "does not match this torch: bdkd can use its networks and those of timm, but other "
             "programs cannot import it"
         )
     remedy = "install the torchvision built for this torch, from the same index"

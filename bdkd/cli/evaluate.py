@@ -30,8 +30,9 @@ class Arguments:
     split: Literal["val", "test"] = "val"
     """val: the images held out of training to select a checkpoint; test: the test images."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Compare an exported file with this one: the same classes and images. Default: for an int8
-    file, the fp32 file that it was made from, in the same folder."""
+    """Compare the exported file with this exported file. Both must have the same classes, image
+    shape and normalisation. Default: for an int8 file, the fp32 file in its folder from which it
+    was made."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="RECIPE")] = None
     """For an ONNX file that bdkd did not write: evaluate it on the data of this recipe (name, TOML
     file, or folder of a run). Images are normalised as in training with the recipe."""
@@ -84,8 +85,8 @@ def described(summary: dict[str, Any]) -> str:
         network.get("precision") == "int8" or "temperature_gain" in summary
     ):
         parts += [
-            "The validation images gave the ranges of the activations or the temperature of this "
-            "file:\npass --split test for a fair result."
+            "The ranges of the activations or the temperature of this file come from the "
+            "validation images:\npass --split test for a fair result."
         ]
     if "comparison" in summary:
         parts += describe_comparison(summary)

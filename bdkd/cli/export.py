@@ -24,8 +24,8 @@ class Arguments:
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """The folder of a run (exports its selected checkpoint) or a checkpoint file."""
     to: Literal["onnx", "export", "safetensors", "timm", "torchvision"]
-    """onnx: for ONNX runtimes. export: torch.export's .pt2. safetensors: weights and a model
-    card. timm, torchvision: weights of the same network in this library."""
+    """onnx: an ONNX file. export: a .pt2 file of torch.export. safetensors: weights and a model
+    card. timm, torchvision: weights for the same network in this library."""
     quantize: Literal["int8"] | None = None
     """With --to onnx: also write an int8 file, calibrated on validation images, and compare its
     accuracy and calibration with the fp32 file on the test images."""
@@ -72,7 +72,7 @@ def run(given: list[str]) -> None:
 
 
 def _options(arguments: Arguments) -> "Options":
-    """Return the options, or raise ``UsageError`` for options that do not go together."""
+    """Return the options. Raise ``UsageError`` if they cannot be combined."""
     from bdkd.export.export import Options
 
     quantize, to = arguments.quantize is not None, arguments.to
@@ -82,7 +82,7 @@ def _options(arguments: Arguments) -> "Options":
         raise UsageError("--calibration-images needs --quantize int8")
     fit = arguments.temperature is not None
     if not arguments.evaluate and not (quantize or fit):
-        raise UsageError("--no-evaluate needs --quantize or --temperature: nothing else evaluates")
+        raise UsageError("--no-evaluate needs --quantize or --temperature: add one, or omit it")
     return Options(quantize, arguments.calibration_images, fit, arguments.evaluate)
 
 
@@ -122,7 +122,9 @@ def _print(written: "Written", checkpoint: Path, images: int) -> None:
     print(f"{facts.network} ({facts.model}), {size}, of {checkpoint}, step {facts.step}")
     print(f"images (batch, {shape}) float32, normalised; logits (batch, {len(facts.classes)})")
     found = f"{written.error:.2g} on {images} images"
-    print(f"read back: logits differ by at most {found} (the largest is {written.largest:.3g})")
+    print(
+        f"read back: logits differ by at most {found} (the largest logit is {written.largest:.3g})"
+    )
     if facts.temperature != 1:
         print(f"temperature {facts.temperature:.4g}, folded into the last layer")
     if written.summary is not None:

@@ -1,7 +1,7 @@
 """The flags of a command, from the dataclass of its options, and checks of a command line.
 
-tyro parses command lines and prints the complete help. These checks come first, so that a wrong
-flag or value is one line, which names it as it was typed.
+tyro parses command lines and prints the complete help. These checks run before tyro, so that a
+wrong flag or value causes one line that quotes what the user typed.
 """
 
 import ast
@@ -22,7 +22,7 @@ from bdkd.bounds import bounds_of, check_value, plain_type
 from bdkd.config.convert import needed_for
 from bdkd.errors import UsageError, shown
 
-# Names of other trainers, and abbreviations.
+# Option names of other trainers and common abbreviations, each with the flag of bdkd.
 SYNONYMS = {
     "lr": "optimizer.learning-rate", "learning-rate": "optimizer.learning-rate",
     "wd": "optimizer.weight-decay", "opt": "optimizer.name", "optim": "optimizer.name",
@@ -84,7 +84,7 @@ def flags_of(options: Any, section: str = "") -> dict[str, Flag]:
 
     Args:
         options: the class, or an instance, whose values are the defaults.
-        section: of the names, such as ``train``.
+        section: prefix of the names, such as ``train``.
     """
     kind = options if isinstance(options, type) else type(options)
     hints, documents = typing.get_type_hints(kind, include_extras=True), _field_docs(kind)
@@ -96,9 +96,9 @@ def flags_of(options: Any, section: str = "") -> dict[str, Flag]:
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if _is_positional(hint) or (not section and field.name == "plugins"):
-            continue  # --plugin is read by the command line itself
+            continue  # take_plugins() reads --plugin
         name = ".".join(filter(None, [section, field.name.replace("_", "-")]))
-        if isinstance(default, Mapping):  # networks by name; the options of a model are read apart
+        if isinstance(default, Mapping):  # networks; take_model_options() reads options of models
             for key, part in default.items():
                 if dataclasses.is_dataclass(part):
                     found |= flags_of(part, f"{name}.{key.replace('_', '-')}")
@@ -115,14 +115,14 @@ def _is_positional(hint: Any) -> bool:
 
 @cache
 def _field_docs(kind: type) -> dict[str, str]:
-    """Return the docstrings below the fields of a dataclass and its parents."""
+    """Return the docstring below each field of a dataclass and its parents."""
     found: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(owner):
             continue
         try:
             body: Any = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        except (OSError, SyntaxError):  # of a plugin whose source cannot be read
+        except (OSError, SyntaxError):  # the source of a plugin cannot be read
             continue
         for field, text in zip(body.body, body.body[1:], strict=False):
             documented = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
@@ -139,17 +139,17 @@ def is_option(argument: str) -> bool:
 def check_flags(
     prog: str, given: list[str], flags: Mapping[str, Flag], most: int | None
 ) -> list[str]:
-    """Check the flags of a command line and their plain values.
+    """Check the names of the flags of a command line, and the type and bounds of their values.
 
     Args:
-        most: number of arguments without a flag that there may be. None: any.
+        most: maximum number of arguments without a flag. None: no limit.
 
     Returns:
         The arguments without a flag.
 
     Raises:
-        UsageError: a flag does not exist, a value is missing, is not of its type or is out of its
-            bounds, or there is an argument too many.
+        UsageError: a flag does not exist, a value is missing, has the wrong type or is out of
+            bounds, or there are too many arguments without a flag.
     """
     free: list[str] = []
     for argument, values in _split(given):
@@ -161,7 +161,7 @@ def check_flags(
         free += values
     if most is not None and len(free) > most:
         unexpected = f"unexpected argument {shown(free[most])}"
-        raise UsageError(f"{unexpected}: {prog} --help shows what it takes")
+        raise UsageError(f"{unexpected}: {prog} --help lists the arguments")
     return free
 
 
@@ -182,7 +182,7 @@ def check_values(typed: str, values: list[str], flag: Flag, joined: bool = False
     """Check the values of a flag.
 
     Args:
-        joined: the first value follows ``=``.
+        joined: the first value was written after ``=``.
 
     Returns:
         The number of values that belong to the flag.
@@ -220,7 +220,7 @@ def _check_several(typed: str, values: list[str], flag: Flag) -> None:
 
 
 def check_text(typed: str, text: str, flag: Flag, needed: str | None = None) -> None:
-    """Raise ``UsageError`` if a text is no value of a flag, which the user typed as ``typed``."""
+    """Raise ``UsageError`` if a text is not a valid value of the flag that was typed."""
     kind = plain_type(flag.hint)
     optional = type(None) in typing.get_args(flag.hint)
     if optional and text == "None":
@@ -240,7 +240,7 @@ def check_text(typed: str, text: str, flag: Flag, needed: str | None = None) -> 
 
 
 def find_flag(typed: str, flags: Mapping[str, Flag], prog: str) -> Flag:
-    """Return the flag that was typed, or raise ``UsageError`` with the nearest one."""
+    """Return the flag that was typed. Raise ``UsageError`` with the nearest flag if none exists."""
     name = typed.replace("_", "-")
     head, dot, last = name.rpartition(".")
     positive = f"{head}{dot}{last.removeprefix('no-')}" if dot else name.replace("--no-", "--", 1)
@@ -274,7 +274,7 @@ def parse(kind: type[Parsed], prog: str, given: list[str]) -> Parsed:
     """Parse the command line of a command without a recipe.
 
     Raises:
-        UsageError: a flag or value is wrong, or a required one is missing.
+        UsageError: a flag or value is wrong, or a required argument is missing.
         SystemExit: tyro has printed the help.
     """
     if not {"-h", "--help"} & set(given):
@@ -296,7 +296,7 @@ def parse(kind: type[Parsed], prog: str, given: list[str]) -> Parsed:
 
 
 def _positionals(kind: Any) -> dict[str, Flag]:
-    """Return the arguments without a flag, under the names that the help gives them."""
+    """Return the arguments without a flag by the names that the help shows."""
     hints, documents = typing.get_type_hints(kind, include_extras=True), _field_docs(kind)
     found = {}
     for field in dataclasses.fields(kind):

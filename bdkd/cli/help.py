@@ -1,4 +1,4 @@
-"""The help of commands that take a recipe: the options people use most, on one screen."""
+"""The short help of commands that take a recipe: the most common options on one screen."""
 
 import dataclasses
 import textwrap
@@ -16,15 +16,15 @@ WIDTH, COLUMN = 80, 29
 # Flags of a recipe, each with the name of its value and a help text that fits one line.
 COMMON = {
     "--data.image-size": ("N", "side of the images in pixels"),
-    "--data.validation": ("SHARE", "of the images, to select the best epoch"),
-    "--optimizer.learning-rate": ("X", "peak of the schedule, for the whole batch"),
-    "--train.precision": ("", "mixed precision"),
-    "--train.compile": ("", "compile the step with torch.compile"),
-    "--train.accumulate": ("N", "micro-batches of a batch: needs less memory"),
+    "--data.validation": ("SHARE", "share of the images held out for validation"),
+    "--optimizer.learning-rate": ("X", "peak learning rate for the global batch size"),
+    "--train.precision": ("", "fp32, or mixed precision with bf16 or fp16"),
+    "--train.compile": ("", "compile the training step with torch.compile"),
+    "--train.accumulate": ("N", "split each batch into N parts to save memory"),
     "--networks.NAME.weights": ("F", "initial weights of a network: a file or a run"),
     "--networks.NAME.frozen": ("", "do not train this network"),
     "--max-steps": ("N", "stop after this number of optimizer steps"),
-    "--seed": ("N", "of weights, data order and augmentation"),
+    "--seed": ("N", "seed of weights, data order and augmentation"),
     "--device": ("NAME", "auto, cpu, cuda or cuda:N"),
     "--run-dir": ("DIR", "folder of the run (default: below runs/)"),
 }
@@ -58,15 +58,16 @@ class Help(NamedTuple):
             rows.append(_row(name, metavar, text, flags.get(name)))
         own = [_row(name, *row, flags.get(name)) for name, row in self.own.items()]
         footer = (
-            f"[ ]: the value in the recipe {recipe.name!r}. --help-all lists all {len(flags)} "
-            "options; each is a key of the recipe: --train.epochs is epochs under [train]."
+            f"Values in [ ] are those of the recipe {recipe.name!r}. --help-all lists all "
+            f"{len(flags)} options. Each option is a key of the recipe: --train.epochs is epochs "
+            "under [train]."
         )
         parts = [f"usage: {self.usage}", "", textwrap.fill(self.text, WIDTH), "", *own, *rows, ""]
         return "\n".join([*parts, textwrap.fill(footer, WIDTH)])
 
 
 def exit_with_help(given: list[str], prog: str, help: Help, default: Any) -> NoReturn:
-    """Print the short help, or with ``--help-all`` every option too, and exit."""
+    """Print the short help and exit. With ``--help-all``, also print all options."""
     print(help.show(default))
     if "--help-all" in given:
         parse_options(type(default), prog, [default.config.name, "--help"], default)
@@ -78,7 +79,7 @@ def with_recipe(kind: type, given: list[str], prog: str, help: Help, example: st
 
     Args:
         kind: class of the arguments.
-        example: recipe whose values the help shows if the command line names none.
+        example: name of the recipe whose values the help shows if the command line has no recipe.
 
     Raises:
         UsageError: the recipe is missing or wrong.

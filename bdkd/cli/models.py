@@ -19,16 +19,17 @@ from bdkd.models.pretrained import published_weights
 from bdkd.models.registry import image_size_of
 from bdkd.registry import nearest
 
-SMALL_CLASSES, CLASSES = 100, 1000  # of which parameters are counted, as in CIFAR and ImageNet
-# To count the parameters of a network of timm takes about 0.1 s.
+# Numbers of classes with which parameters are counted, as in CIFAR-100 and ImageNet
+SMALL_CLASSES, CLASSES = 100, 1000
+# Counting the parameters of a network of timm takes about 0.1 s.
 MOST_COUNTED = 24
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """List networks: the name that a recipe takes, parameters (with 1000 classes; 100 for networks
-    for small images), the image size that a network was made for, and whether pretrained weights
-    exist, or are on this machine."""
+    """List networks with their name in a recipe, number of parameters (with 1000 classes, or with
+    100 for networks for small images), image size, and whether pretrained weights are published
+    (yes) or are on this machine (here)."""
 
     pattern: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATTERN]")] = None
     """A part of the name (resnet18) or a glob (resnet*, timm:*vit*). With a dot, also the tags of
@@ -55,13 +56,13 @@ def run(given: list[str]) -> None:
     counted = sum(name.startswith("timm:") for name in names) <= MOST_COUNTED
     if not counted:
         notes.append(
-            f"parameters of timm's networks are counted for up to {MOST_COUNTED} of them: give a "
-            "narrower pattern"
+            f"the parameters of timm's networks are counted for at most {MOST_COUNTED} matches: "
+            "give a narrower pattern"
         )
     rows = [row for name in names if (row := _row(name, counted or not name.startswith("timm:")))]
     if not rows:
         raise UsageError(
-            f"no model that matches {pattern!r} has a linear classifier, as bdkd needs"
+            f"no model that matches {pattern!r} has a linear classifier, which bdkd requires"
         )
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2), flush=True)
@@ -69,7 +70,7 @@ def run(given: list[str]) -> None:
     header = ["name", "parameters", "image size", "pretrained"]
     print(table(header, [_cells(row) for row in rows]))
     print(
-        f"\nparameters: with {CLASSES} classes, or {SMALL_CLASSES} where any image size fits",
+        f"\nparameters: with {CLASSES} classes, or {SMALL_CLASSES} if any image size fits",
         *notes,
         sep="\n",
     )
@@ -124,8 +125,8 @@ def _matching(pattern: str) -> tuple[list[str], list[str]]:
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    """Return whether a name matches: the whole name, or the name in its library, matches a glob, or
-    the name contains the pattern."""
+    """Return a function that tests names. A glob must match the whole name or the name without its
+    library. Any other pattern must be a part of the name."""
     lowered = pattern.lower()
     if not set("*?[") & set(lowered):
         return lambda name: lowered in name.lower()
@@ -160,7 +161,7 @@ def _row(name: str, counted: bool) -> Row | None:
             count = sum(parameter.numel() for parameter in network.parameters())
         except ValueError:
             return None
-        except RuntimeError:  # a plugin's, which needs tensors with values
+        except RuntimeError:  # a plugin's network that cannot be built on the meta device
             count = None
     try:
         published = published_weights(name)

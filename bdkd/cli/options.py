@@ -1,4 +1,4 @@
-"""Show the options of a recipe on the command line: bounds, and the options of models."""
+"""Parse the options of a recipe on the command line, including the options of models."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ _in_progress: set[Any] = set()
 
 @REGISTRY.struct_rule
 def _with_help(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Add to tyro's rule for dataclasses what the help shows."""
+    """Extend tyro's rule for dataclasses by help texts with bounds and valid names."""
     known = isinstance(info.type, type) and issubclass(info.type, Options | Recipe)
     if not known or info.type in _in_progress:
         return None
@@ -77,7 +77,7 @@ def _field(field: StructFieldSpec, default: Any) -> StructFieldSpec:
         note = "; ".join(
             f"{name}: {what}" for name, what in describe_options(default.model).items()
         )
-        note = f"{default.model} takes {note or 'none'}."
+        note = f"{default.model} takes {note or 'no options'}."
     return dataclasses.replace(field, helptext=_appended(field.helptext, note)) if note else field
 
 
@@ -97,7 +97,7 @@ def parse_options(kind: type[Parsed], prog: str, given: list[str], default: Pars
     """
     given = expand(given, default.config, flags_of(default))
     args, recipe = take_model_options(given, select_given(default.config, given))
-    # tyro shows a dictionary as options of their own if it is not empty.
+    # tyro would add an option for each key of a dictionary.
     without = {n: dataclasses.replace(net, options={}) for n, net in recipe.networks.items()}
     default = dataclasses.replace(default, config=replace_unchecked(recipe, networks=without))
     if "--help" not in args:
@@ -116,7 +116,7 @@ def select_given(recipe: Recipe, given: list[str]) -> Recipe:
     validated, because the command line may set further options.
 
     Raises:
-        UsageError: one does not exist, or has no option that the command line sets.
+        UsageError: a selected name does not exist, or does not have an option that is set.
     """
     for selection in SELECTIONS:
         section = f"--{selection.section}."
@@ -130,11 +130,16 @@ def select_given(recipe: Recipe, given: list[str]) -> Recipe:
 
 
 def take_model_options(given: list[str], recipe: Recipe) -> tuple[list[str], Recipe]:
-    """Take the options of models from a command line: ``--networks.NAME.options width 0.5 ...`` or
-    ``--networks.NAME.options.width 0.5``. Return the other arguments and the recipe with them.
+    """Remove the options of models from a command line and set them in the recipe.
+
+    They are written as ``--networks.NAME.options width 0.5 ...`` or
+    ``--networks.NAME.options.width 0.5``.
+
+    Returns:
+        The other arguments, and the changed recipe.
 
     Raises:
-        UsageError: a name has no value.
+        UsageError: an option has no value.
     """
     networks = dict(recipe.networks)
     spelled = {name.replace("_", "-"): name for name in networks}
@@ -172,8 +177,8 @@ def take_model_options(given: list[str], recipe: Recipe) -> tuple[list[str], Rec
 
 
 def value_of(given: list[str], option: str) -> str | None:
-    """Return the last value of an option, which is the one that tyro takes. Like tyro, this takes
-    hyphens for underscores."""
+    """Return the last value of an option, or None. As in tyro, the last value counts, and hyphens
+    and underscores are equal."""
     found = None
     for argument, following in pairwise([*given, ""]):
         name, equals, value = argument.partition("=")

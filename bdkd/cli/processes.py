@@ -158,8 +158,9 @@ def _run(arguments: list[str], output: str, answer: Connection) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End this process, and let multiprocessing release its semaphores, of which its resource
-    tracker would otherwise warn. If an import discards the exception, end a little later."""
+    """End this process with ``SystemExit``, so that multiprocessing releases its semaphores.
+    Otherwise the resource tracker prints a warning. If an import discards the exception, a timer
+    ends the process."""
     timer = threading.Timer(_END_SECONDS, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()

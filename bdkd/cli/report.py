@@ -17,7 +17,7 @@ class Arguments:
     The page is made from the files in the folders: no network is trained or evaluated again."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders of runs, finished or not, or folders that contain them (such as bdkd compare's)."""
+    """Folders of finished or unfinished runs, or folders of runs, such as those of bdkd compare."""
     output: Path = Path("report.html")
     """File to write. An existing file is replaced."""
     title: str = "Distillation runs"
@@ -34,7 +34,7 @@ def run(given: list[str]) -> None:
     from bdkd.evaluation.report import write_report
 
     if not arguments.runs:
-        raise UsageError("report needs at least one run's folder, such as runs/mine")
+        raise UsageError("report needs the folder of at least one run, such as runs/mine")
     for warning in write_report(arguments.runs, arguments.output, arguments.tsne, arguments.title):
         print(f"bdkd: {warning}", file=sys.stderr)
     print(arguments.output)

@@ -1,6 +1,7 @@
 """Short flags of ``bdkd train``: ``--data photos/ --teacher timm:resnet50 --epochs 30``.
 
-Each sets keys of the recipe, so it is replaced by their flags before the command line is parsed.
+A short flag sets one or more keys of the recipe. It is replaced by the flags of these keys before
+the command line is parsed.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ class Shortcut(NamedTuple):
     """A short flag."""
 
     metavar: str
-    """Name of its value in the help. Empty: it takes none."""
+    """Name of the value in the help. Empty if the flag takes no value."""
     help: str
     key: str = ""
-    """The flag that it stands for, if the value is passed on unchanged."""
+    """The flag of the recipe that gets the same value. Empty if there is no such flag."""
 
 
 SHORTCUTS = {
@@ -27,20 +28,20 @@ SHORTCUTS = {
         "folder of images, .parquet file, hf:NAME of a Hugging Face data set, or source (bdkd "
         "data list)",
     ),
-    "--teacher": Shortcut("MODEL", "the teacher (bdkd models)", "networks.{teacher}.model"),
-    "--student": Shortcut("MODEL", "the student (bdkd models)", "networks.{student}.model"),
+    "--teacher": Shortcut("MODEL", "teacher (see bdkd models)", "networks.{teacher}.model"),
+    "--student": Shortcut("MODEL", "student (see bdkd models)", "networks.{student}.model"),
     "--pretrained": Shortcut("", "start from weights that timm or torchvision publish"),
     "--epochs": Shortcut("N", "passes over the training images", "train.epochs"),
-    "--batch-size": Shortcut("N", "images of a step, over all ranks", "train.batch-size"),
-    "--objective": Shortcut("NAME", "method (bdkd, independent, kd, dml, ...)", "objective.name"),
+    "--batch-size": Shortcut("N", "images per step, over all ranks", "train.batch-size"),
+    "--objective": Shortcut("NAME", "objective (bdkd, independent, kd, ...)", "objective.name"),
 }  # fmt: skip
 
 
 def expand(given: list[str], recipe: Recipe, flags: dict[str, Flag]) -> list[str]:
-    """Return a command line with the flags that its short flags stand for.
+    """Return a command line with its short flags replaced by flags of the recipe.
 
     Args:
-        flags: of the recipe, by which values are checked.
+        flags: flags of the recipe, used to check the values.
 
     Raises:
         UsageError: a value does not fit, or the recipe has no such network.
@@ -82,7 +83,8 @@ def _joined(given: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _key(argument: str, shortcut: Shortcut, recipe: Recipe) -> str:
-    """Return the flag that a shortcut stands for, with the name of the network of this role."""
+    """Return the flag that a shortcut sets. ``--teacher`` and ``--student`` set the model of the
+    network with this role."""
     role = argument.lstrip("-")
     if role not in ("teacher", "student"):
         return f"--{shortcut.key}"
@@ -105,12 +107,13 @@ def _data_flags(text: str, recipe: Recipe, given: list[str]) -> list[str]:
     if flags.count("--data") > 1:
         raise UsageError("--data is given more than once: give one data set")
     if options["source"] != recipe.data.source and "--data.root" not in flags:
-        options = {"root": "None", **options}  # the recipe's folder is of another source
+        options = {"root": "None", **options}  # the recipe's data.root belongs to another source
     return [f"--data.{key}={value}" for key, value in options.items()]
 
 
 def _pretrained_flags(expanded: list[str], recipe: Recipe) -> list[str]:
-    """Return the flags that load published weights into every network that has some."""
+    """Return the flags that load published weights into every network that has published
+    weights."""
     from bdkd.cli.options import value_of
     from bdkd.config import PRETRAINED
     from bdkd.models.pretrained import has_published_weights
@@ -123,6 +126,6 @@ def _pretrained_flags(expanded: list[str], recipe: Recipe) -> list[str]:
     if not names:
         raise UsageError(
             f"--pretrained: no weights are published for {' and '.join(models.values())}: use "
-            "models of timm or torchvision (bdkd models), or networks.NAME.weights for a file"
+            "models of timm or torchvision (bdkd models), or set networks.NAME.weights to a file"
         )
     return [f"--networks.{name.replace('_', '-')}.weights={PRETRAINED}" for name in names]

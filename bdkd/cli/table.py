@@ -46,7 +46,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     how = (
         f"with the temperature {gain['temperature']:.4g} in the last layer"
         if gain
-        else ("of the logits as they are")
+        else ("without temperature scaling")
     )
     caption = (
         f"{images} {split} images. ECE: 15 bins, {how}. "

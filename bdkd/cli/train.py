@@ -26,16 +26,16 @@ from bdkd.registry import NAME
 Resume = Literal["never", "auto", "require"]
 
 OWN_IMAGES = "images"  # the shipped recipe of command lines without a recipe
-FINE_TUNING_RATE = 3e-4  # of AdamW, with --pretrained; the recipe's rate is for new networks
+FINE_TUNING_RATE = 3e-4  # of AdamW with --pretrained; the recipe's rate is for random weights
 HELP = Help(
     "bdkd train [RECIPE] [options]",
     "Train a teacher and a student together. RECIPE is a shipped recipe (bdkd recipes) or a TOML "
-    "file. Without one: bdkd train --data photos/ --teacher timm:resnet50 --pretrained "
-    "--student timm:mobilenetv2_100",
+    "file. To train on your own images without a recipe: bdkd train --data photos/ --teacher "
+    "timm:resnet50 --pretrained --student timm:mobilenetv2_100",
     {
-        "--resume": ("", "continue the run in its folder"),
-        "--dry-run": ("", "print the plan, with hours and memory, and stop"),
-        "--profile": ("STEPS", "record steps for TensorBoard"),
+        "--resume": ("", "continue an earlier run from its folder"),
+        "--dry-run": ("", "print the plan (hours, memory) without training"),
+        "--profile": ("STEPS", "profile this number of steps for TensorBoard"),
         "--quiet": ("", "print only the run's folder"),
     },
 )
@@ -46,20 +46,22 @@ class Arguments:
     """Train the networks of a recipe together."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """A shipped recipe's name or a TOML file."""
+    """Name of a shipped recipe, or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     resume: Resume = "never"
-    """Resume the run in the folder. auto: if the folder contains one. Without a value: require."""
+    """Resume the run in the folder. auto: start a new run if the folder contains none. require:
+    fail if the folder contains none. A plain --resume means require."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the plan (data, networks, operations, steps, memory, hours) and stop. Times a few real
-    steps on this machine for it."""
+    """Print the plan (data, networks, operations, steps, memory, hours) and stop. A few real steps
+    are timed on this machine to estimate the hours."""
     no_probe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --dry-run: do not time steps."""
     images_per_second: float | None = None
-    """With --dry-run: estimate the hours at this speed, of another machine, and time no steps."""
+    """With --dry-run: estimate the hours from this speed, such as that of another machine, and do
+    not time steps."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Profile this number of steps after the first ten. Write a trace to the run's profile/, and
-    print a table of the time of each phase. Without a value: 8."""
+    """Profile this number of steps after the first ten. Write a trace to the folder profile/ of the
+    run, and print a table of the time of each phase. A plain --profile means 8."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print only the run's folder at the end, and failures."""
 
@@ -68,8 +70,8 @@ class Command(NamedTuple):
     """A parsed command line."""
 
     arguments: Arguments
-    given: list[str]  # a plain --resume is expanded
-    recipe: str | None  # name or file; None: the recipe in the run's folder
+    given: list[str]  # a plain --resume is replaced by --resume require
+    recipe: str | None  # name or file; None: the recipe stored in the folder of the run
 
 
 def run(given: list[str]) -> None:
@@ -100,8 +102,8 @@ def parse_command(given: list[str]) -> Command:
 def parse(given: list[str], default: Recipe) -> Arguments:
     """Parse a command line with a recipe as defaults.
 
-    The option that selects another objective, data source or optimizer also changes which options
-    there are; see :func:`bdkd.config.select`. Raises ``UsageError`` if an option is wrong.
+    An option that selects another objective, data source or optimizer also changes the available
+    options; see :func:`bdkd.config.select`. Raises ``UsageError`` if an option is wrong.
     """
     check_network_names(given, default)
     arguments = parse_options(
@@ -121,7 +123,7 @@ def parse(given: list[str], default: Recipe) -> Arguments:
 
 
 def check_network_names(given: list[str], default: Recipe) -> None:
-    """Raise ``UsageError`` for unknown networks, which tyro's message does not name."""
+    """Raise ``UsageError`` for unknown networks, because tyro's message does not name them."""
     known = {name.replace("_", "-") for name in default.networks}
     for option in given:
         group, _, rest = option.partition(".")
@@ -144,7 +146,9 @@ def _without_recipe(given: list[str]) -> Arguments:
         stored = RunFolder(Path(run_dir)).read_config()
         return parse([stored.name, *given], stored)
     if recipes := [word for word in given if word in shipped_recipes() or word.endswith(".toml")]:
-        raise UsageError(f"train needs its recipe first: bdkd train {recipes[0]} ...")
+        raise UsageError(
+            f"train needs the recipe as its first argument: bdkd train {recipes[0]} ..."
+        )
     raise UsageError(
         "train needs a recipe as its first argument (bdkd recipes lists them, or a TOML file), "
         "--data with your own images, or --resume with --run-dir"
@@ -174,7 +178,8 @@ def _own_images(given: list[str]) -> Arguments:
 
 
 def _fitting_batch(config: Recipe) -> int:
-    """Return the power of two, at least 2, of which an epoch has at least ten batches."""
+    """Return the largest batch size, a power of two and at least 2, that gives ten batches an
+    epoch."""
     import torch
 
     from bdkd.data import create_source
@@ -212,14 +217,17 @@ def resolve_run(command: Command) -> Arguments:
             ignored = set(differing_keys(stored, recipe)) - {"run_dir"}
             overridden = set(differing_keys(asked, recipe))
             if edited := sorted(ignored - overridden - set(changed)):
-                print(f"kept from {folder.config}, unlike {name}: {', '.join(edited)}")
+                print(f"using {folder.config}, which differs from {name}: {', '.join(edited)}")
     config = dataclasses.replace(config, run_dir=str(run_dir))
     return dataclasses.replace(arguments, config=config)
 
 
 def continue_launch(command: Command, launch: str | None) -> Command:
-    """Resume the run that the same ``torchrun`` (with the identifier ``launch``, or None without
-    one) started before it restarted its ranks."""
+    """Resume the run of this ``torchrun`` launch if ``torchrun`` has restarted its ranks.
+
+    Args:
+        launch: identifier of the launch. None without ``torchrun``.
+    """
     from bdkd.runs.folder import RunFolder, default_run_dir
 
     arguments, config = command.arguments, command.arguments.config

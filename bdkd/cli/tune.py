@@ -1,4 +1,4 @@
-"""``bdkd tune``: choose options of objectives on the validation images, with one budget for all."""
+"""``bdkd tune``: choose options of objectives by their accuracy on the validation images."""
 
 import shlex
 import textwrap
@@ -24,13 +24,13 @@ from bdkd.runs.folder import to_json
 
 HELP = Help(
     "bdkd tune RECIPE --methods NAME:OPTION=A/B/C ... [options]",
-    "Choose options of objectives by the students' top-1 accuracy on the validation images. The "
-    "test images choose nothing. Repeat the same command to continue a search that was stopped.",
+    "Choose options of objectives by the students' top-1 accuracy on the validation images, "
+    "never on the test images. Repeat the same command to continue a search that was stopped.",
     {
-        "--methods": ("NAME:OPTION=A/B/C ...", "objectives, and the values to try of each option"),
-        "--seeds": ("N ...", "the seeds; use other seeds than for the comparison"),
-        "--jobs": ("N", "concurrent runs (default: what the machine has room for)"),
-        "--folder": ("DIR", "of the runs and tables (default: runs/tune-RECIPE)"),
+        "--methods": ("NAME:OPTION=A/B/C ...", "objectives, and the values to try for each option"),
+        "--seeds": ("N ...", "seeds; use different seeds for bdkd compare"),
+        "--jobs": ("N", "concurrent runs (default: by cores; 1 on a GPU)"),
+        "--folder": ("DIR", "for runs and tables (default: runs/tune-RECIPE)"),
         "--json": ("", "print tuning.json instead of tables"),
     },
     ("--objective", "--seed", "--run-dir"),
@@ -46,15 +46,15 @@ class Arguments:
     the best value of the first, and so on."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """A shipped recipe's name or a TOML file."""
+    """Name of a shipped recipe, or a TOML file."""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
     methods: tuple[str, ...] = ()
     """Objectives and the values to try, separated by slashes:
     kd:optimizer.learning_rate=0.05/0.1/0.2,student_kd=0.45/0.9/1.8. An option with one value has
     that value in all runs."""
     seeds: tuple[int, ...] = (1000, 1001)
-    """The seeds of each candidate. Unlike for bdkd compare, one number is one seed. Use other seeds
-    than for the comparison."""
+    """The seeds of each candidate. Unlike for bdkd compare, one number is one seed. Use different
+    seeds for bdkd compare."""
     jobs: int | None = None
     """Number of concurrent runs. Default: one on a GPU, else as many as the CPU has cores for."""
     folder: Path | None = None
@@ -91,7 +91,8 @@ def run(given: list[str]) -> None:
 
 
 def _compare_command(given: Sequence[str], found: Sequence[Found]) -> str:
-    """Return the command that compares what was chosen, with the same options of the recipe."""
+    """Return the command that compares the chosen candidates with the same options of the
+    recipe."""
     own, kept, skipping = {"methods", "seeds", "jobs", "folder", "json"}, [], False
     for argument in given:
         if argument.startswith("--"):

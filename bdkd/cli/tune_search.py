@@ -31,7 +31,7 @@ class Search:
     options: Mapping[str, tuple[str, ...]]
 
     def candidates(self, chosen: Mapping[str, str], stage: int) -> list[dict[str, str]]:
-        """Return the options to try at a stage, given the choices of the stages before."""
+        """Return the options to try at a stage, given the choices of the earlier stages."""
         fixed = {key: values[0] for key, values in self.options.items() if len(values) == 1}
         searched = [key for key in self.options if key not in fixed]
         if stage >= len(searched):
@@ -65,8 +65,8 @@ class Found:
     options: dict[str, str] = field(default_factory=dict)  # of the best candidate
 
     def add(self, result: Result, options: dict[str, str]) -> None:
-        """Add a candidate. Of equal accuracies, the lower NLL is better; of equal candidates, the
-        first."""
+        """Add a candidate, and choose it if its accuracy is higher than that of the chosen one. If
+        the accuracies are equal, choose the one with the lower NLL."""
         if result.method not in {known.method for known in self.results}:
             self.results.append(result)
         rank = (result.top1, -result.nll)
@@ -169,8 +169,8 @@ class Trainer:
         refuse_other_data([(str(r.path), read_summary(r).get("data")) for r in finished])
 
     def result(self, label: str) -> Result:
-        """Return the result of a candidate. One with a failed run, or whose metrics are not finite,
-        has no seeds."""
+        """Return the result of a candidate. If a run failed or a metric is not finite, the number
+        of seeds is 0."""
         runs = self.runs[label]
         if not any(run.name in self.failed for run in runs):
             found = [validation_of(run) for run in runs]
@@ -208,8 +208,8 @@ def validation_of(run: PlannedRun) -> dict[str, float]:
 
 
 def _validation_line(run: PlannedRun) -> str:
-    """Return the results of a run in one line. The test images are not shown while values are
-    chosen."""
+    """Return the validation results of a run in one line. Results on the test images are not shown
+    while values are chosen."""
     found = validation_of(run)
     return "validation " + "  ".join(
         f"{METRICS[key].label} {METRICS[key].show(value)}" for key, value in found.items()
@@ -217,7 +217,8 @@ def _validation_line(run: PlannedRun) -> str:
 
 
 def search_all(searches: Sequence[Search], trainer: Trainer) -> list[Found]:
-    """Run every search, stage by stage. Candidates of a stage train together."""
+    """Run every search, stage by stage. The candidates of all searches in a stage train
+    together."""
     found = [Found(search) for search in searches]
     for stage in range(max(search.stages for search in searches)):
         asked = [

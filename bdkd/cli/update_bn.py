@@ -15,7 +15,7 @@ from bdkd.errors import RunError, UsageError
 class Arguments:
     """Recompute the batch norm statistics of every network of a run on training images, and write
     a new checkpoint. The run does not change. Use this command if a warning about averaged networks
-    says so, or after changing weights manually."""
+    recommends it, or after changing weights manually."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """The folder of a run (reads its selected checkpoint) or a checkpoint file."""

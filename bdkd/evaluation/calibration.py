@@ -102,8 +102,8 @@ class Calibration:
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, shape or device. On the CPU, a
-                label outside [0, C) also raises. On a GPU, reading it would synchronize, so that
-                its sample counts as wrong with an NLL of NaN.
+                label outside [0, C) also raises. On a GPU, this check would synchronize. There,
+                such a sample counts as wrong and has an NLL of NaN.
         """
         self._check(logits, target)
         x, target = logits.double(), target.long()  # (B, C), (B,)

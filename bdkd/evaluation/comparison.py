@@ -36,13 +36,13 @@ class Run:
 class Cell:
     """One metric of one network with one method."""
 
-    values: Mapping[int, float]  # by seed, without the seeds that have no finite value
+    values: Mapping[int, float]  # by seed; seeds without a finite value are left out
     mean: float | None
     std: float | None  # sample standard deviation over seeds, None for fewer than two
-    interval: tuple[float, float] | None  # of the mean, see :func:`mean_interval`
-    test: PairedTest | None  # against the first method, on the seeds of both
-    p_t: float | None  # corrected by Holm for the number of methods
-    p_wilcoxon: float | None  # the same; None if it cannot be below 0.05 for so few seeds
+    interval: tuple[float, float] | None  # interval of the mean, see :func:`mean_interval`
+    test: PairedTest | None  # against the first method, on the seeds that both have
+    p_t: float | None  # with Holm's correction for the number of methods
+    p_wilcoxon: float | None  # with the same correction; None if it cannot be below 0.05
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Row:
     role: str
     model: str
     seeds: tuple[int, ...]
-    train_seconds: float  # of the whole run with all networks, mean over seeds
+    train_seconds: float  # time of the whole run with all networks, mean over seeds
     cells: Mapping[str, Cell]  # by metric
 
 

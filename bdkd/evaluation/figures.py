@@ -198,8 +198,8 @@ Series = dict[tuple[str, str, str], list[tuple[int, float]]]  # (network, split,
 
 
 def _read_series(metrics: Path) -> Series:
-    """Return all numbers of the file. Numbers of the training step have the network ``""``, and
-    null is NaN."""
+    """Return all numbers of the file. Numbers of the whole training step have the network ``""``.
+    null becomes NaN."""
     series: Series = defaultdict(list)
     reader = LineReader()
     lines = metrics.read_text("utf-8").splitlines()

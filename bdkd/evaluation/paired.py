@@ -5,15 +5,14 @@ differences and gives a confidence interval. Wilcoxon's signed-rank test (1945) 
 symmetric differences and is exact. Holm's correction (1979) controls the probability of any false
 positive when several methods are compared with one.
 
-Wilcoxon's test of ``n`` differences has no p-value below ``2 / 2**n``. It is left out if that is
-not below :data:`LEVEL`.
-"""
+The smallest p-value of Wilcoxon's test of ``n`` differences is ``2 / 2**n``. The test is left out
+if this is not below :data:`LEVEL`."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEVEL = 0.05  # of significance
+LEVEL = 0.05  # level of significance
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def describe_power(n: int, of_t: int, of_wilcoxon: int) -> str:
 
     Args:
         of_t: number of t-tests that are corrected together by Holm.
-        of_wilcoxon: the same for Wilcoxon's test.
+        of_wilcoxon: number of Wilcoxon tests that are corrected together by Holm.
     """
     from scipy import stats
 
@@ -147,7 +146,8 @@ def _corrected(comparisons: int) -> str:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return the p-values corrected for their number. None is not a test and is returned as is."""
+    """Return the p-values with Holm's correction for their number. None means no test and
+    stays None."""
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0

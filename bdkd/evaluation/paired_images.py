@@ -6,10 +6,10 @@ images which are difficult for both do not widen the interval.
 
 - **top-1**: the interval of Bonett and Price (2012) for paired proportions, which adds an image to
   each kind of change. The bootstrap interval is too narrow if few images change between right and
-  wrong, and it is 0 to 0 if there is none.
+  wrong. If no image changes, it is 0 to 0.
 - **NLL, Brier**: percentile interval. They are means over images.
 - **ECE**: pivotal interval, ``2 difference - quantile``, not clamped. Resampling increases an ECE,
-  and that of a calibrated network most (see :func:`bdkd.evaluation.calibration.bootstrap`). If both
+  most of all for a calibrated network (see :func:`bdkd.evaluation.calibration.bootstrap`). If both
   networks are equally calibrated, the increases cancel. Otherwise, the percentile interval is far
   too close to 0. The pivotal interval corrects only a part of this: if the ECE changes by more than
   about one point, it contains the true change in less than 95% of the data sets (see the coverage
@@ -38,7 +38,7 @@ LEVEL = 0.95
 DRAWS = 1000
 _NORMAL = 1.959964  # 97.5% quantile
 _METRICS = ("top1", "nll", "ece", "brier")
-_NUMBERS = 2**22  # in float64 at a time: 32 MB
+_NUMBERS = 2**22  # maximum number of float64 values at a time: 32 MB
 
 
 class Change(NamedTuple):
@@ -86,8 +86,8 @@ def compare_on_images(
 
     Args:
         split: logits on the images to measure on.
-        validation: logits on the images to fit temperatures on. The temperature and the metrics at
-            T are None without.
+        validation: logits on the images to fit temperatures on. Without them, the temperature and
+            the metrics at T are None.
         draws: number of resampled data sets.
         seed: seed of the resampling, which runs on the CPU.
 

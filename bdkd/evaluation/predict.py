@@ -1,4 +1,4 @@
-"""Evaluate networks in one pass over a split, shared by the ranks.
+"""Evaluate networks in one pass over a split, which the ranks share.
 
 A pass measures accuracy and calibration. Optionally, it also measures the networks at given
 temperatures, and keeps predictions and features for figures.
@@ -45,7 +45,7 @@ class Evaluator(NamedTuple):
     networks: Mapping[str, nn.Module]
     source: DataSource
     batch_size: int  # over all ranks
-    precision: str  # a train.precision
+    precision: str  # a value of train.precision
     context: DistributedContext = SINGLE_PROCESS
 
     def evaluate(self, split: Split) -> dict[str, CalibrationResult]:
@@ -131,7 +131,7 @@ class Evaluator(NamedTuple):
     def measure(
         self, split: Split, collected: Collected, temperatures: Mapping[str, float | None]
     ) -> "SplitPass":
-        """Return what :meth:`run` returns, from collected logits, on one rank."""
+        """Return the same as :meth:`run`, computed from collected logits on one rank."""
         result = SplitPass(self._replace(context=SINGLE_PROCESS), split, temperatures, False)
         size = max(1, 2**22 // self.source.info.num_classes)
         target = collected.target
@@ -146,7 +146,7 @@ class Evaluator(NamedTuple):
         """Yield the images, targets and logits of this rank's batches, in evaluation mode."""
         if not self.source.info.counts[split]:
             raise RunError(
-                f"there are no {split} images to evaluate on (data.validation is 0): take --split "
+                f"there are no {split} images to evaluate on (data.validation is 0): pass --split "
                 "test"
             )
         was_training = {name: network.training for name, network in self.networks.items()}
@@ -164,7 +164,7 @@ class Evaluator(NamedTuple):
         context, info = self.context, self.source.info
         size = math.ceil(self.batch_size / context.world_size)
         done = 0
-        # Of an extra image, see below. The networks of exported files have no parameters.
+        # Gives the dtype and device of the extra image below. Exported files have no parameters.
         like = next((p for n in self.networks.values() for p in n.parameters()), torch.empty(0))
         for batch in self.source.eval_batches(split, size, context.shard):
             done += 1
@@ -187,7 +187,7 @@ class Evaluator(NamedTuple):
 
 
 class SplitPass:
-    """The results of one pass over a split. Each rank holds those of its own images."""
+    """The results of one pass over a split. Each rank has the results of its own images."""
 
     def __init__(
         self,
@@ -258,8 +258,8 @@ class SplitPass:
     def _choose(self, target: np.ndarray) -> np.ndarray:
         """Return the indices of the images of a batch that can be in :func:`featured_images`.
 
-        The first classes of the split are among the first classes of each rank so far, and their
-        first images are among the first images of each rank.
+        If a class of this rank is among the first classes of the whole split, it is also among the
+        first classes of this rank so far. The same holds for the first images of a class.
         """
         start = len(self.candidates)
         chosen = featured_images(np.concatenate((self.candidates, target))) - start
@@ -334,8 +334,8 @@ class SplitPass:
     def predictions(self) -> Predictions | None:
         """Return the predictions of every network on rank 0, and None on the other ranks.
 
-        Only networks with ``forward_features`` have features, of the images of
-        :func:`featured_images`.
+        Networks with ``forward_features`` also have the features of the images that
+        :func:`featured_images` chooses.
         """
         own: dict[str, Any] = {"target": _to_numpy(self.targets), "networks": {}}
         for name, columns in self.columns.items():
@@ -367,8 +367,8 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _interleave(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the values of all ranks in the order of the split. Rank r has every N-th value from
-    the r-th."""
+    """Return the values of all ranks in the order of the split. Of N ranks, rank r has the values
+    r, r + N, r + 2N and so on."""
     joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
     for rank, part in enumerate(parts):
         joined[rank :: len(parts)] = part

@@ -1,8 +1,8 @@
 """Save and read the predictions of a run on every test image.
 
-The safetensors file of a run holds confidence, entropy and predicted class of each network, and the
-input features of the classifier for some images. A report needs neither weights nor data.
-"""
+The safetensors file of a run contains confidence, entropy and predicted class of each network, and
+the input features of the classifier for some images. With it, a report needs no weights and no
+data."""
 
 import json
 from collections.abc import Mapping

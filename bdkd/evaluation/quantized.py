@@ -1,8 +1,8 @@
 """Compare fp32 and int8 students over methods and seeds.
 
-``bdkd export --quantize int8`` writes ``model-int8.json``, the comparison of the int8 file of one
-student with its fp32 file. Here these comparisons become rows of ``bdkd compare``: one for the int8
-student and one for its change from fp32, for each method.
+``bdkd export --quantize int8`` writes ``model-int8.json``, which compares the int8 file of one
+student with its fp32 file. This module makes rows of ``bdkd compare`` from these comparisons: for
+each method, one row for the int8 student and one for its change from fp32.
 """
 
 import math
@@ -87,9 +87,9 @@ class Quantized:
     """By metric: ``before`` (fp32), ``after`` (int8), ``difference``, and ``low`` and ``high``, the
     95% interval over images."""
     temperature: float = 1.0
-    """That is folded into the last layer of the int8 file."""
+    """The temperature that is folded into the last layer of the int8 file. 1 if there is none."""
     ece_without: float = math.nan
-    """ECE of the int8 file without the temperature. NaN if there is none."""
+    """ECE of the int8 file without the temperature. NaN if the file has no temperature."""
 
     def value(self, metric: str, when: str) -> float:
         """Return a number of ``changes``, or NaN if it is missing."""
@@ -107,9 +107,9 @@ def read_quantized(path: Path) -> Quantized:
     try:
         content = msgspec.json.decode(read_text(path, limit=MAX_BYTES), type=_File)
     except (RunError, RecursionError, msgspec.DecodeError) as error:
-        raise ValueError(f"{path.name} is no comparison of an int8 file: {error}") from error
+        raise ValueError(f"{path.name} is not the comparison of an int8 file: {error}") from error
     if len(content.networks) != 1 or content.split != "test":
-        raise ValueError(f"{path.name} is no comparison of one network on the test images")
+        raise ValueError(f"{path.name} is not the comparison of one network on the test images")
     [(name, network)] = content.networks.items()
     compared = content.comparison
     return Quantized(
@@ -121,7 +121,7 @@ def read_quantized(path: Path) -> Quantized:
 
 
 def _gain_of(gain: _Gain | None) -> tuple[float, float]:
-    """Return the temperature of a file and its ECE without it."""
+    """Return the temperature of a file, and its ECE without the temperature."""
     if gain is None:
         return 1.0, math.nan
     ece = gain.changes.get("ece")
@@ -138,8 +138,12 @@ class QuantizedRun:
 
 
 def quantized_rows(runs: Sequence[QuantizedRun], methods: Sequence[str], when: str) -> list[Row]:
-    """Return the rows of the students' values ``before`` (fp32) or ``after`` (int8), or of their
-    ``difference``. Tests of differences compare the changes of two methods."""
+    """Return the rows of the students' values.
+
+    Args:
+        when: ``before`` (fp32), ``after`` (int8) or ``difference``. Tests of differences compare
+            the changes of two methods.
+    """
     selected = []
     for quantized in runs:
         run = quantized.run
@@ -190,7 +194,7 @@ def changes(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) 
 
 
 def differences(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> Table:
-    """Return the table of tests whether the changes of a method differ from those of the first."""
+    """Return the table of tests that compare the changes of each method with those of the first."""
     rows = quantized_rows(runs, methods, "difference")
     return comparison.differences(rows, network, [METRICS[key] for key in SHOWN])
 
@@ -201,12 +205,12 @@ def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
     text = [
         "fp32 and int8: the exported ONNX files on the same test images. The interval is that of "
         "the t-test over seeds, without correction: a mean change is significant at 5% if its "
-        "interval does not contain 0, and about one of 20 intervals does not by chance. The tests "
+        "interval does not contain 0. By chance, about one of 20 intervals does not. The tests "
         "compare the change of each method, seed by seed, with the change of "
         f"{methods[0]}, with Holm's correction for each metric and test."
     ]
     if without := [f"{r.run.method} seed {r.run.seed} {n}" for r in runs for n in r.missing]:
-        text.append(f"Without the int8 files of {', '.join(without)}.")
+        text.append(f"The tables leave out these int8 files: {', '.join(without)}.")
     if not students:
         return text[1:]
     excluded = sum(
@@ -225,8 +229,8 @@ def notes(runs: Sequence[QuantizedRun], methods: Sequence[str]) -> list[str]:
 
 
 def _findings(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str) -> list[str]:
-    """Return a sentence for each metric that says which changes differ from the first method's in
-    at least one of the two tests."""
+    """Return a sentence for each metric. It names the methods whose change differs from that of the
+    first method in at least one of the two tests."""
     rows = [row for row in quantized_rows(runs, methods, "difference") if row.network == network]
     found = []
     for key in SHOWN:
@@ -251,6 +255,6 @@ def _findings(runs: Sequence[QuantizedRun], methods: Sequence[str], network: str
 
 
 def _p_values(cell: Cell) -> dict[str, float]:
-    """Return the corrected p-values of the tests of a cell by the name of the test."""
+    """Return the corrected p-value of each test of a cell, by the name of the test."""
     of_tests = {"t-test": cell.p_t, "Wilcoxon": cell.p_wilcoxon}
     return {test: p for test, p in of_tests.items() if p is not None}

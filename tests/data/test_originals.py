@@ -206,7 +206,7 @@ TINY_BROKEN = {
     "an unknown class": ("val/val_annotations.txt", b"val_0.JPEG\tn99\t0\n", "annotations.txt, li"),
     "a path": ("val/val_annotations.txt", b"../val_0.JPEG\tn09\t0\n", "annotations.txt, line 1"),
     "no lines": ("val/val_annotations.txt", b"", "val_annotations.txt is empty"),
-    "a class that is not text": ("val/val_annotations.txt", b"\xff\n", "is no UTF-8 text"),
+    "a class that is not text": ("val/val_annotations.txt", b"\xff\n", "is not UTF-8 text"),
 }
 
 

@@ -34,9 +34,9 @@ def test_a_recipe_is_read(encoding, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"# gr\xf6\xdfer\n", r"mine\.toml is no UTF-8 text .*save it as UTF-8"),
-    ("a = 1\n".encode("utf-16-le"), r"mine\.toml holds NUL bytes.*save it as UTF-8"),
-    (b"\xff\xfea", r"mine\.toml is no UTF-16 text"),
+    (b"# gr\xf6\xdfer\n", r"mine\.toml is not UTF-8 text .*save it as UTF-8"),
+    ("a = 1\n".encode("utf-16-le"), r"mine\.toml contains NUL bytes.*save it as UTF-8"),
+    (b"\xff\xfea", r"mine\.toml is not UTF-16 text"),
 ])  # fmt: skip
 def test_other_encodings_are_refused_in_one_line(content, message, tmp_path):
     (tmp_path / "mine.toml").write_bytes(content)
@@ -60,7 +60,7 @@ def test_line_ends_of_windows_and_of_old_macs_are_line_feeds():
 def test_bytes_that_are_not_utf_8_are_kept_in_file_names():
     """They are decoded as by ``os.fsdecode``. In other texts, they are an error."""
     assert decode_text(b"\xe9\n", "x", "surrogateescape") == "\udce9\n"
-    with pytest.raises(RunError, match="x is no UTF-8 text"):
+    with pytest.raises(RunError, match="x is not UTF-8 text"):
         decode_text(b"\xe9\n", "x")
 
 

@@ -1,5 +1,5 @@
-"""Runs for the tests of the report, without a folder: all numbers of all networks, seeds and steps
-differ, so that no number can be taken for another."""
+"""Make runs for the tests of the report, without folders. All numbers of all networks, seeds and
+steps differ, so that a test detects a number in the wrong place."""
 
 from array import array
 from pathlib import Path
@@ -18,7 +18,7 @@ from bdkd.evaluation.report.runs import Run, Series
 SEEDS = (0, 1, 2)
 STEPS = range(5, 61, 5)
 STEPS_PER_EPOCH = 20
-# A teacher, and a student whose average is the network that a reader judges.
+# A teacher, and a student with a moving average, which the report shows instead of the student.
 ROLES = {"teacher": "teacher", "student": "student", "student_ema": "student"}
 METRICS = ("top1", "ece", "ece_if_calibrated", "ece_scaled", "nll", "brier")
 MODELS = {"teacher": "wrn_40_2", "student": "resnet8", "student_ema": "resnet8"}
@@ -26,7 +26,7 @@ IMAGES = 90
 
 
 def told_apart(*key: object) -> float:
-    """A number between 0.1 and 0.9 that belongs to a key."""
+    """Return a number between 0.1 and 0.9 that is different for each key."""
     return float(np.random.default_rng(list(repr(key).encode())).uniform(0.1, 0.9))
 
 
@@ -85,13 +85,13 @@ def of_seeds(values: list[float], percents: bool) -> str:
 
 
 def page_of(runs: list[Run]) -> Element:
-    """The body of the page of some runs, without the maps of features, which take a second each."""
+    """Return the body of the page of runs, without t-SNE maps, which take a second each."""
     return body_of(render(group_runs(runs), [], tsne=False, title="")[0])
 
 
 @pytest.fixture(scope="module")
 def body() -> Element:
-    """The page of two methods, with three seeds of one and two of the other."""
+    """Return the page of two methods with three and two seeds."""
     runs = [a_run(method, seed) for method, seeds in SEEDS_OF.items() for seed in seeds]
     page, warnings = render(group_runs(runs), [], tsne=False, title="A title")
     assert warnings == []

@@ -1,4 +1,4 @@
-"""Read the charts of a report as a person does: from the ticks, the position of every mark."""
+"""Read the values of marks in the charts of a report from their positions and the ticks."""
 
 import re
 from xml.etree import ElementTree
@@ -11,13 +11,13 @@ NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?%?")
 
 
 def parse(markup: Markup | None) -> Element:
-    """The element of a fragment, which must be well-formed XML too."""
+    """Return the element of a fragment, which must be well-formed XML."""
     assert markup is not None
     return ElementTree.fromstring(markup)
 
 
 def body_of(page: str) -> Element:
-    """The body of a page."""
+    """Return the body of a page."""
     [body] = re.findall(r"<body>.*</body>", page, re.DOTALL)
     return ElementTree.fromstring(body)
 
@@ -31,7 +31,7 @@ def classes(element: Element) -> set[str]:
 
 
 def with_class(element: Element, name: str, *of: str) -> list[Element]:
-    """The elements of a name, inside another, that have all of these classes."""
+    """Return the elements inside another that have a tag name and all of these classes."""
     return [e for e in element.iter(name) if set(of) <= classes(e)]
 
 
@@ -40,25 +40,25 @@ def at(element: Element, *keys: str) -> list[float]:
 
 
 def value_of(label: str) -> float:
-    """The number of a tick or a cell; percent as a fraction."""
+    """Return the number of a tick or a cell. A percentage becomes a fraction."""
     assert NUMBER.fullmatch(label), label
     number = float(label.rstrip("%").replace(",", ""))
     return number / 100 if label.endswith("%") else number
 
 
 def rows_of(table: Element) -> list[list[str]]:
-    """The text of the cells of a table, its head first."""
+    """Return the text of the cells of a table, with the header first."""
     return [[words(cell) for cell in row] for row in table.iter("tr")]
 
 
 def cards_of(body: Element, *sections: str) -> dict[str, Element]:
-    """The figures of a page's sections, or of all of it, by their heading."""
+    """Return the figures of some sections of a page, or of all sections, by their heading."""
     inside = [s for s in body.iter("section") if not sections or s.get("id") in sections]
     return {words(f.findall("h3")[0]): f for section in inside for f in section.iter("figure")}
 
 
 def points_of(path: Element) -> list[np.ndarray]:
-    """The strokes of a path of M and L, each ``(P, 2)`` pixels."""
+    """Return the strokes of a path of M and L commands, each ``(P, 2)`` in pixels."""
     strokes = []
     for stroke in path.get("d", "").rstrip("Z").split("M")[1:]:
         strokes.append(np.array([[float(v) for v in p.split()] for p in stroke.split("L")]))
@@ -66,10 +66,10 @@ def points_of(path: Element) -> list[np.ndarray]:
 
 
 class Axes:
-    """The scales of a chart, by its ticks alone. ``x`` and ``y`` turn pixels into values.
+    """The scales of a chart, computed from its ticks. ``x`` and ``y`` convert pixels to values.
 
-    A tick has three digits and a pixel one decimal, so that a value can be read to about a tenth
-    of a pixel: ``near`` is that, in values of ``x`` and of ``y``.
+    A tick has three digits and a position has one decimal, so that a value can be read with an
+    error of about a tenth of a pixel. ``near`` is this error in values of ``x`` and of ``y``.
     """
 
     def __init__(self, chart: Element, log_x: bool = False) -> None:
@@ -79,14 +79,14 @@ class Axes:
         grid = [at(line, "y1", "y2") for line in with_class(chart, "line", "grid")]
         assert len(beside) >= 2
         assert len(below) >= 2
-        # The label of a height is level with its line: 11 px letters are centred 3.5 px higher.
+        # Each label is at the height of its grid line. Letters of 11 px are centred 3.5 px higher.
         level = [[at(e, "y")[0] - 3.5] * 2 for e in beside]
         np.testing.assert_allclose(level, grid, atol=0.01)
         self.log_x = log_x
         x = [value_of(words(e)) for e in below]
         self._x = self._line([at(e, "x")[0] for e in below], np.log10(x) if log_x else x)
         self._y = self._line([y for y, _ in grid], [value_of(words(e)) for e in beside])
-        assert self._x[0] > 0 > self._y[0]  # to the right and upwards
+        assert self._x[0] > 0 > self._y[0]  # x increases to the right, and y upwards
         self.near = 0.2 * abs(self._x[0]), 0.2 * abs(self._y[0])
 
     @staticmethod
@@ -103,7 +103,7 @@ class Axes:
         return np.polyval(self._y, pixels)
 
     def assert_drawn(self, path: Element, x, y) -> None:
-        """A path has these points: strokes without their gaps."""
+        """Check that a path has these points, with a gap where a value is NaN."""
         known = np.isfinite(y)
         drawn = np.concatenate(points_of(path))
         assert len(drawn) == known.sum()

@@ -1,4 +1,5 @@
-"""Calibration against a float64 NumPy derivation, two libraries, and its own claims."""
+"""Compare calibration metrics with float64 NumPy and two libraries, and test their
+documentation."""
 
 import math
 from dataclasses import astuple, fields, replace
@@ -44,7 +45,7 @@ def numpy_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def binned_gaps(value: np.ndarray, outcome: np.ndarray) -> list[tuple[int, float, float]]:
-    """(samples, mean outcome, mean value) of each bin (k/15, (k+1)/15], the first with its 0."""
+    """Return (samples, mean outcome, mean value) of each bin (k/15, (k+1)/15]. Bin 0 includes 0."""
     bins = []
     for k in range(15):
         inside = (value > k / 15) & (value <= (k + 1) / 15)
@@ -89,7 +90,7 @@ def numpy_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict:
 
 
 def numpy_adaptive_ece(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """By cuts: bin k ends at the confidence of the ceil(k N / 15)-th sample, which it includes."""
+    """Compute the ECE from cuts: bin k ends with the confidence of the ceil(k N / 15)-th sample."""
     n = len(confidence)
     ordered = np.sort(confidence)
     cuts = [ordered[math.ceil(k * n / 15) - 1] for k in range(1, 15)]
@@ -128,9 +129,9 @@ def test_agrees_with_numpy(samples, classes, dtype):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_random_cases_and_any_cut_into_batches(data):
-    """Small whole logits tie often; -inf leaves m equal ones, so a confidence of exactly 1/m: on
-    the edges for 1, 3, 5 and 15."""
+def test_random_cases_in_batches_of_any_size_agree_with_numpy(data):
+    """Small integer logits are often equal. With -inf for all but m equal logits, the confidence is
+    exactly 1/m, which is a bin edge for 1, 3, 5 and 15."""
     classes = data.draw(st.integers(1, 16), label="classes")
     value = st.sampled_from([-math.inf, -math.inf, 0.0, 0.0, 1.0, 2.0])
     row = st.lists(value, min_size=classes, max_size=classes).filter(lambda r: max(r) > -math.inf)
@@ -142,7 +143,7 @@ def test_random_cases_and_any_cut_into_batches(data):
     cuts = data.draw(st.lists(st.integers(0, n), max_size=4), label="cuts")
     whole, ragged = calibrate(logits, target), calibrate(logits, target, tuple(cuts))
     result = whole.compute(draws=5)
-    assert result == ragged.compute(draws=5)  # to the last bit
+    assert result == ragged.compute(draws=5)  # bit for bit
     assert_as_derived(result, logits, target)
     confidence, correct = (tensor.numpy() for tensor in whole.samples())
     assert result.adaptive_ece == pytest.approx(numpy_adaptive_ece(confidence, correct), abs=1e-13)
@@ -157,14 +158,14 @@ def test_ragged_batches_equal_one_batch_to_the_last_bit():
     assert whole.compute() == ragged.compute()
 
 
-def test_before_the_first_sample_there_is_none():
+def test_a_new_calibration_has_no_samples():
     confidence, correct = Calibration(10).samples()
     assert confidence.shape == correct.shape == (0,)
     assert (confidence.dtype, correct.dtype) == (torch.float64, torch.bool)
 
 
 @pytest.mark.parametrize("m", [1, 3, 5, 15])
-def test_a_confidence_on_an_edge_belongs_below(m):
+def test_a_confidence_on_an_edge_is_in_the_lower_bin(m):
     logits = torch.full((1, 16), -math.inf)
     logits[0, :m] = 0.0
     result = calibrate(logits, torch.tensor([0])).compute()
@@ -172,19 +173,19 @@ def test_a_confidence_on_an_edge_belongs_below(m):
     assert result.bin_confidence[15 // m - 1] == 1 / m
 
 
-def test_a_class_probability_on_an_edge_belongs_below():
-    """Class 0 has 1/3 where it is the label and a little more where it is not: two bins, whose
-    gaps would cancel in one."""
+def test_a_class_probability_on_an_edge_is_in_the_lower_bin():
+    """Class 0 has the probability 1/3 in the sample of this class, and a little more in the other
+    sample. The samples are in two bins. In a single bin, their gaps would cancel."""
     logits = torch.tensor([[0.0, 0.0, 0.0, -math.inf], [0.05, 0.0, 0.0, -math.inf]])
     target = torch.tensor([0, 1])
     p = logits.double().softmax(-1)[:, 0]
     assert p[0] == 5 / 15 < p[1] < 6 / 15
     result = calibrate(logits, target).compute()
     assert_as_derived(result, logits, target)
-    assert result.classwise_ece > (2 / 3 + 1 / 3) / (2 * 4)  # class 0's share alone
+    assert result.classwise_ece > (2 / 3 + 1 / 3) / (2 * 4)  # the part of class 0
 
 
-def test_every_edge_is_k_fifteenths_rounded_once():
+def test_bin_edges_are_k_over_15_in_float64():
     edges = Calibration(2)._edges
     on = torch.tensor([k / 15 for k in range(1, 16)], dtype=torch.float64)
     assert torch.bucketize(on, edges).tolist() == list(range(15))
@@ -202,17 +203,18 @@ def test_saturated_confidences_stay_in_the_last_of_fifteen_bins():
     assert result.ece_if_calibrated == 0.0
 
 
-def test_netcal_agrees():
+def test_ece_and_mce_agree_with_netcal():
     from netcal.metrics import ECE, MCE
 
-    logits, target = random_case(2000, 10, seed=6)  # no confidence on an edge, where it differs
+    # This case has no confidence on a bin edge, where netcal differs.
+    logits, target = random_case(2000, 10, seed=6)
     result = calibrate(logits, target).compute(draws=1)
     probabilities = logits.double().softmax(-1).numpy()
     assert ECE(bins=15).measure(probabilities, target.numpy()) == pytest.approx(result.ece)
     assert MCE(bins=15).measure(probabilities, target.numpy()) == pytest.approx(result.mce)
 
 
-def test_sklearn_agrees():
+def test_nll_and_accuracies_agree_with_scikit_learn():
     from sklearn.metrics import log_loss, top_k_accuracy_score
 
     logits, target = random_case(2000, 10, seed=7)
@@ -223,9 +225,10 @@ def test_sklearn_agrees():
     assert result.top5 == pytest.approx(top_k_accuracy_score(y, p, k=5, labels=labels))
 
 
-def test_top5_of_fewer_classes_and_among_equals():
+def test_top5_with_fewer_than_five_classes_and_with_equal_logits():
     assert calibrate(*random_case(50, 4, seed=0)).compute().top5 == 1.0
-    equal = calibrate(torch.zeros(10, 10), torch.arange(10)).compute()  # the lower class is ahead
+    # Of equal logits, the lower class is ranked first.
+    equal = calibrate(torch.zeros(10, 10), torch.arange(10)).compute()
     assert (equal.top1, equal.top5) == (0.1, 0.5)
 
 
@@ -247,7 +250,7 @@ def test_a_row_without_a_softmax_counts_as_wrong(poison):
     assert result.bin_confidence[:-1] == sound.bin_confidence[:-1]
 
 
-def test_nothing_counted_and_empty_batches():
+def test_empty_batches_count_nothing_and_compute_needs_samples():
     calibration = Calibration(3)
     calibration.update(torch.empty(0, 3), torch.empty(0, dtype=torch.long))
     with pytest.raises(ValueError, match="no samples to measure"):
@@ -273,7 +276,7 @@ def test_nothing_counted_and_empty_batches():
         (torch.zeros(1, 3, device="meta"), torch.tensor([0]), ValueError, "device cpu, got meta"),
     ],
 )
-def test_bad_batches_say_what_is_needed_and_change_nothing(logits, target, error, message):
+def test_a_bad_batch_raises_a_clear_error_and_changes_nothing(logits, target, error, message):
     calibration = Calibration(3)
     with pytest.raises(error, match=message):
         calibration.update(logits, target)
@@ -281,22 +284,22 @@ def test_bad_batches_say_what_is_needed_and_change_nothing(logits, target, error
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
-def test_labels_of_any_integer_type(dtype):
+def test_labels_may_have_any_integer_type(dtype):
     logits, target = random_case(40, 300, seed=2)
     target = target % 100
     assert calibrate(logits, target.to(dtype)).compute() == calibrate(logits, target).compute()
 
 
-def test_a_bad_label_that_cannot_be_read_shows_in_the_nll(monkeypatch):
-    """On a GPU no label is read on the host; the same arithmetic runs here without the check."""
+def test_a_bad_label_on_a_gpu_makes_the_nll_nan(monkeypatch):
+    """On a GPU, labels are not checked. This test removes the check on the CPU."""
     monkeypatch.setattr(Calibration, "_check", lambda *_: None)
     result = calibrate(torch.eye(4), torch.tensor([0, 1, 7, -100])).compute()
     assert (result.top1, result.top5) == (0.5, 0.5)
     assert math.isnan(result.nll)
 
 
-def test_update_never_waits_for_the_device():
-    """Meta tensors have no values: whatever would read one on the host raises."""
+def test_update_does_not_synchronize_with_the_device():
+    """Meta tensors have no values, so that reading one on the host raises an error."""
     calibration = Calibration(10, "meta")
     logits = torch.empty(32, 10, dtype=torch.bfloat16, device="meta")
     calibration.update(logits, torch.empty(32, dtype=torch.long, device="meta"))
@@ -307,7 +310,7 @@ def test_update_never_waits_for_the_device():
         calibration.compute()
 
 
-def test_inside_autocast_and_inference_mode():
+def test_autocast_and_inference_mode_do_not_change_the_result():
     logits, target = random_case(100, 10, seed=8)
     expected = calibrate(logits, target).compute()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -320,7 +323,7 @@ def test_inside_autocast_and_inference_mode():
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
-def test_shards_merged_equal_the_whole(shards):
+def test_merged_shards_equal_the_whole(shards):
     logits, target = random_case(501, 12, seed=9)
     whole = calibrate(logits, target).compute()
     merged = Calibration(12)
@@ -330,25 +333,25 @@ def test_shards_merged_equal_the_whole(shards):
     result = merged.compute()
     for field in fields(result):
         ours, theirs = getattr(result, field.name), getattr(whole, field.name)
-        # The simulation meets the samples in another order.
+        # The simulation uses the samples in another order.
         loose = 0.05 if field.name == "ece_if_calibrated" else 1e-12
         assert ours == pytest.approx(theirs, rel=loose, abs=1e-14), field.name
     with pytest.raises(ValueError, match="of 3 classes into one of 12"):
         merged.merge(Calibration(3))
 
 
-def test_averaging_shards_instead_would_inflate_the_ece():
+def test_the_mean_ece_of_shards_is_larger_than_the_ece():
     logits, target = random_case(400, 10, seed=10)
     parts = [calibrate(logits[k::8], target[k::8]).compute().ece for k in range(8)]
     assert np.mean(parts) > 1.2 * calibrate(logits, target).compute().ece
 
 
-def test_a_calibrated_network_shows_the_ece_of_chance():
+def test_a_calibrated_network_has_the_expected_ece():
     torch.manual_seed(0)
     logits = 2 * torch.randn(1000, 10)
     probabilities = logits.double().softmax(-1)
     results = []
-    for _ in range(20):  # one set of confidences, twenty draws of the labels
+    for _ in range(20):  # one set of confidences, twenty random sets of labels
         target = torch.multinomial(probabilities, 1).squeeze(1)
         results.append(calibrate(logits, target).compute(draws=200))
     eces, chance = [r.ece for r in results], results[0].ece_if_calibrated
@@ -360,7 +363,7 @@ def test_a_calibrated_network_shows_the_ece_of_chance():
 @pytest.mark.parametrize(
     "confidences", [[0.3], [1.0, 1.0], [0.61, 0.62, 0.64, 0.9], [0.2, 0.21, 0.22, 0.23, 0.24]]
 )
-def test_expected_ece_agrees_with_every_outcome_weighed(confidences):
+def test_expected_ece_agrees_with_the_sum_over_all_outcomes(confidences):
     c = np.array(confidences)
     bins = np.ceil(c * 15).astype(int)
     exact = 0.0
@@ -372,10 +375,10 @@ def test_expected_ece_agrees_with_every_outcome_weighed(confidences):
     assert simulated == pytest.approx(exact, abs=0.01)
 
 
-def test_expected_ece_shrinks_with_samples_and_repeats_with_its_seed():
+def test_expected_ece_decreases_with_samples_and_depends_on_the_seed():
     c = torch.rand(5000, generator=torch.Generator().manual_seed(0)).double()
     few, many = expected_ece(c[:50], draws=200), expected_ece(c, draws=200)
-    assert few == pytest.approx(10 * many, rel=0.2)  # as one over the square root
+    assert few == pytest.approx(10 * many, rel=0.2)  # proportional to 1 / sqrt(N)
     assert expected_ece(c, draws=200) == many != expected_ece(c, draws=200, seed=1)
     assert expected_ece(c, bins=5, draws=200) < many
     logits = (20 * c[:50]).float().log().unsqueeze(1) * torch.tensor([[1.0, 0.0]])
@@ -390,9 +393,9 @@ def test_expected_ece_shrinks_with_samples_and_repeats_with_its_seed():
         expected_ece(c, draws=0)
 
 
-def test_bootstrap_intervals_hold_the_truth():
-    """Overconfident by 5% on 1,000 samples: a plain percentile interval of the ECE would hold the
-    truth about as often as a coin says heads."""
+def test_bootstrap_intervals_contain_the_true_values():
+    """The network is overconfident by 5%, with 1,000 samples. A percentile interval of the ECE
+    would contain the true value in about half of the trials."""
     generator = torch.Generator().manual_seed(0)
 
     def confidences(n: int) -> torch.Tensor:
@@ -413,7 +416,7 @@ def test_bootstrap_intervals_hold_the_truth():
     assert top1_held >= 0.85 * trials
 
 
-def test_bootstrap_repeats_and_says_what_it_needs():
+def test_bootstrap_is_deterministic_and_checks_its_arguments():
     logits, target = random_case(300, 10, seed=11)
     calibration = calibrate(logits, target)
     confidence, correct = calibration.samples()

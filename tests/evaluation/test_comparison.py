@@ -1,4 +1,4 @@
-"""Paired tests against scipy and brute force; tables of methods and seeds."""
+"""Compare paired tests with SciPy and brute force, and check the tables over methods and seeds."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ from bdkd.evaluation.paired import holm, mean_interval, paired_test, wilcoxon
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 30, 60])
 @pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
-def test_students_t_is_scipys(n, shift):
+def test_the_t_test_agrees_with_scipy(n, shift):
     values = np.random.default_rng(n).normal(shift, 1, n)
     came, expected = paired_test(values.tolist()), stats.ttest_1samp(values, 0)
     interval = expected.confidence_interval(0.95)
@@ -41,7 +41,7 @@ def test_students_t_is_scipys(n, shift):
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 10, 25])
-def test_wilcoxon_without_ties_is_scipys(n):
+def test_wilcoxon_without_ties_agrees_with_scipy(n):
     for seed in range(5):
         values = np.random.default_rng(seed).normal(0.4, 1, n)
         expected = stats.wilcoxon(values, method="exact").pvalue
@@ -49,8 +49,8 @@ def test_wilcoxon_without_ties_is_scipys(n):
 
 
 @given(st.lists(st.integers(-4, 4), max_size=9))
-def test_wilcoxon_with_ties_counts_all_signs(values):
-    """Accuracies on few images are equal often."""
+def test_wilcoxon_with_ties_agrees_with_all_sign_combinations(values):
+    """Ties are common, because accuracies on few images are often equal."""
     sizes = np.abs([v for v in values if v])
     ranks = stats.rankdata(sizes)
     observed = sum(r for r, v in zip(ranks, [v for v in values if v], strict=True) if v > 0)
@@ -59,15 +59,15 @@ def test_wilcoxon_with_ties_counts_all_signs(values):
         for signs in itertools.product((False, True), repeat=len(ranks))
     ]
     low, high = np.mean(np.array(sums) <= observed), np.mean(np.array(sums) >= observed)
-    # The same sizes as sevenths, which round: they still tie.
+    # Equal sizes still tie if they are multiples of 1/7 with rounding errors.
     assert wilcoxon([(v + 3) / 7 - 3 / 7 for v in values]) == pytest.approx(
         min(1, 2 * min(low, high)), rel=1e-12
     )
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=6))
-def test_holm_is_the_closure_of_bonferroni(p_values):
-    """A hypothesis is rejected when every set of hypotheses that holds it is, by Bonferroni."""
+def test_holm_agrees_with_the_closed_bonferroni_procedure(p_values):
+    """A hypothesis is rejected if Bonferroni rejects every set of hypotheses that contains it."""
     known = [i for i, p in enumerate(p_values) if p is not None]
     came = holm(p_values)
     for i, p in enumerate(p_values):
@@ -84,10 +84,10 @@ def test_holm_is_the_closure_of_bonferroni(p_values):
         assert came[i] == pytest.approx(expected, abs=1e-15)
 
 
-def test_what_no_test_can_tell_is_none():
+def test_results_that_cannot_be_computed_are_none():
     one = paired_test([0.1])
     assert (one.low, one.high, one.p_t, one.p_wilcoxon) == (None,) * 4
-    same = paired_test([0.3 - 0.2, 0.2 - 0.1, 0.1])  # equal to rounding
+    same = paired_test([0.3 - 0.2, 0.2 - 0.1, 0.1])  # equal except for rounding
     assert same.p_t is None
     assert same.low is None
     assert same.p_wilcoxon is None
@@ -99,8 +99,8 @@ def test_what_no_test_can_tell_is_none():
             paired_test(bad)
 
 
-def test_a_true_null_is_rejected_as_often_as_said():
-    """Of 2,000 comparisons of a method with itself, on 8 seeds each."""
+def test_true_null_hypotheses_are_rejected_in_about_5_percent():
+    """This test makes 2,000 comparisons of a method with itself, with 8 seeds each."""
     values = np.random.default_rng(0).normal(0, 1, (2000, 8))
     tests = [paired_test(row.tolist()) for row in values]
     for p in ("p_t", "p_wilcoxon"):
@@ -112,7 +112,7 @@ def test_a_true_null_is_rejected_as_often_as_said():
 
 
 def summary(top1: float, ece: float = 0.05, **changes) -> dict:
-    """A summary.json of teacher and student, the student's figures given."""
+    """Return the summary.json of a teacher and a student with given metrics of the student."""
     student = {
         "role": "student", "model": "small", "top1": top1, "ece": ece, "nll": 0.5, "brier": 0.1,
         "temperature": 1.5, "ece_scaled": ece / 2, "nll_scaled": 0.4, **changes,
@@ -131,7 +131,7 @@ def runs() -> list[Run]:
             Run("both", s, summary(t + g))
             for s, (t, g) in enumerate(zip(alone, gains, strict=True))
         ),
-        # of another order, with a seed less, and a seed of its own
+        # in another order, without the seed 4, and with the seed 7 that the others lack
         *(Run("frozen", s, summary(0.8), frozenset({"teacher"})) for s in (7, 3, 2, 1, 0)),
     ]
 
@@ -139,7 +139,7 @@ def runs() -> list[Run]:
 METHODS = ["alone", "both", "frozen"]
 
 
-def test_a_row_a_network_and_method_students_first(runs):
+def test_there_is_a_row_for_each_network_and_method_students_first(runs):
     rows = compare(runs, METHODS)
     assert [(r.network, r.method) for r in rows] == [
         *(("student", m) for m in METHODS), *(("teacher", m) for m in METHODS),
@@ -149,7 +149,7 @@ def test_a_row_a_network_and_method_students_first(runs):
     assert cell.std == pytest.approx(np.std([0.82, 0.87, 0.82, 0.87, 0.82], ddof=1))
     expected = stats.ttest_1samp([0.02, 0.05, 0.01, 0.04, 0.03], 0).pvalue
     assert cell.test.p_t == pytest.approx(expected)
-    assert cell.p_t == pytest.approx(2 * expected)  # two methods against the first
+    assert cell.p_t == pytest.approx(2 * expected)  # corrected for two methods
     assert rows[0].cells["top1"].test is None
     assert rows[1].cells["temperature"].test is None
 
@@ -159,8 +159,9 @@ def test_a_row_a_network_and_method_students_first(runs):
     [(2, 1, False), (5, 1, False), (6, 1, True), (6, 2, False), (7, 2, True), (8, 4, True)],
 )
 def test_a_test_that_cannot_reach_significance_is_left_out(seeds, methods, shown):
-    """Wilcoxon's smallest p-value is 2 / 2**seeds, times the number of methods after Holm. Here
-    every seed has the same sign and another size, so that the p-value is the smallest."""
+    """The smallest p-value of Wilcoxon's test is 2 / 2**seeds, times the number of methods after
+    Holm's correction. Here all differences have the same sign and different sizes, which gives this
+    smallest p-value."""
     names = ["first", *map(str, range(methods))]
     runs = [
         Run(name, seed, summary(0.5 + k * (0.01 + 0.001 * seed)))
@@ -189,7 +190,7 @@ def test_a_test_that_cannot_reach_significance_is_left_out(seeds, methods, shown
         )
 
 
-def test_one_seed_has_no_test_and_this_is_said():
+def test_one_seed_has_no_test_and_a_note_says_so():
     runs = [Run(name, 0, summary(top1)) for name, top1 in (("a", 0.5), ("b", 0.6))]
     rows = compare(runs, ["a", "b"])
     assert differences(rows, "student")[1][0][4:] == ["–", "–", "1"]
@@ -199,21 +200,22 @@ def test_one_seed_has_no_test_and_this_is_said():
     )
 
 
-def test_pairs_are_the_seeds_that_both_have(runs):
+def test_tests_use_the_seeds_that_both_methods_have(runs):
     row = compare(runs, METHODS)[2]
     assert row.seeds == (0, 1, 2, 3, 7)
     assert row.cells["top1"].test.n == 4
     assert row.cells["top1"].test.mean == pytest.approx(0.8 - np.mean([0.80, 0.82, 0.81, 0.83]))
 
 
-def test_a_network_that_was_not_trained_is_shown_and_not_tested(runs):
+def test_a_frozen_network_is_shown_but_not_tested(runs):
     rows = {(r.network, r.method): r for r in compare(runs, METHODS)}
     frozen = rows["teacher", "frozen"].cells["top1"]
     assert (frozen.mean, frozen.test) == (pytest.approx(0.9), None)
-    assert rows["teacher", "both"].cells["top1"].p_t == 1.0  # and counts for nobody's correction
+    # The correction does not count "frozen".
+    assert rows["teacher", "both"].cells["top1"].p_t == 1.0
 
 
-def test_what_is_missing_is_left_out_and_not_taken_as_a_number(runs):
+def test_missing_values_are_left_out(runs):
     runs[1] = Run("alone", 1, summary(0.8, temperature=None, ece_scaled=None, nll=math.nan))
     row = compare(runs, METHODS)[0]
     assert len(row.cells["ece_scaled"].values) == 4
@@ -223,12 +225,12 @@ def test_what_is_missing_is_left_out_and_not_taken_as_a_number(runs):
     rows = compare(nothing, ["alone"])
     header, [line] = results(rows, "student")
     assert line[header.index("ECE % at T")] == "–"
-    assert line[header.index("top-1 %")] == "80.00"  # of one seed, no spread
+    assert line[header.index("top-1 %")] == "80.00"  # one seed has no standard deviation
     assert differences(rows, "student")[1] == []
     assert not any("Differences" in note for note in notes("alone", 100, rows))
 
 
-def test_the_tables(runs):
+def test_the_tables_show_means_deviations_and_differences(runs):
     rows = compare(runs, METHODS)
     header, lines = results(rows, "student")
     assert header[:2] == ["method", "top-1 %"]
@@ -238,14 +240,14 @@ def test_the_tables(runs):
     assert lines[0][:3] == ["both", "top-1 %", "+3.00"]
     assert lines[0][3] == "+1.04 to +4.96"
     assert {line[1] for line in lines} == {"top-1 %", "ECE %", "NLL", "Brier", "ECE % at T"}
-    # a difference that rounds to nothing has no sign
+    # a difference that rounds to 0 has no sign
     nll = next(line for line in lines if line[1] == "NLL")
     assert nll[2] == "0.0000"
     text = to_markdown(["method|", "b"], [["x", "1"]])
     assert text == "| method\\| | b |\n| --- | ---: |\n| x | 1 |"
 
 
-def test_the_csv_has_every_number(runs):
+def test_the_csv_contains_all_numbers(runs):
     rows = compare(runs, METHODS)
     lines = list(csv.DictReader(io.StringIO(to_csv(rows))))
     assert len(lines) == 2 * 3 * len(compared_metrics())
@@ -259,8 +261,8 @@ def test_the_csv_has_every_number(runs):
     assert first["difference"] == ""
 
 
-@pytest.mark.parametrize("gain", [0.2, 0.25, 0.42, 1.0])  # p of 0.03, 0.01, 0.0005 and 0.000002
-def test_small_p_values_are_not_rounded_to_nothing(gain):
+@pytest.mark.parametrize("gain", [0.2, 0.25, 0.42, 1.0])  # p = 0.03, 0.01, 0.0005 and 0.000002
+def test_small_p_values_are_not_rounded_to_zero(gain):
     noise = (0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.05, -0.05)
     runs = []
     for seed, x in enumerate(noise):
@@ -273,15 +275,15 @@ def test_small_p_values_are_not_rounded_to_nothing(gain):
         assert float(line[4]) == pytest.approx(p, rel=0.05)
 
 
-def test_a_temperature_at_its_bound_is_said(runs):
+def test_a_note_names_temperatures_at_a_bound(runs):
     runs.append(Run("alone", 9, summary(0.8, temperature=0.05)))
     runs.append(Run("both", 9, summary(0.8, temperature=100.0)))
     text = " ".join(notes("alone", 359, compare(runs, METHODS)))
-    assert "4 fits" in text  # of two runs, student and teacher
+    assert "4 fits" in text  # student and teacher of two runs
     assert "359 test images" in text
 
 
-def test_the_figure_is_written_whole_or_not_at_all(runs, tmp_path):
+def test_the_figure_is_written_atomically(runs, tmp_path):
     rows = compare([*runs, Run("odd", 0, summary(0.8, ece_scaled=None))], [*METHODS, "odd"])
     rows = [row for row in rows if row.network == "student"]
     path = tmp_path / "comparison.png"

@@ -1,5 +1,5 @@
-"""Every number of a comparison's tables and figure, by plain loops and SciPy. All numbers of all
-methods, seeds and networks differ."""
+"""Compare every number in the tables and the figure of a comparison with plain loops and SciPy. All
+numbers of all methods, seeds and networks differ."""
 
 import csv
 import io
@@ -21,7 +21,8 @@ FROZEN = {"first": {"fixed"}, "third": {"big"}}
 
 
 def full_runs() -> list[Run]:
-    """Of every method, seed, network and metric another number. One NLL is not a number."""
+    """Return runs with a different number for each method, seed, network and metric. One NLL is
+    NaN."""
     runs = []
     for method, seeds in SEEDS_OF.items():
         for seed in seeds:
@@ -38,7 +39,8 @@ def full_runs() -> list[Run]:
 
 
 def expected_tests(runs: list[Run], network: str, metric: str) -> dict:
-    """By method: the differences from the first method, and both p-values with Holm's step-down."""
+    """Return by method the difference from the first method and both p-values with Holm's
+    correction."""
     values = {m: {} for m in SEEDS_OF}
     for run in runs:
         value = run.summary["networks"][network][metric]
@@ -52,7 +54,7 @@ def expected_tests(runs: list[Run], network: str, metric: str) -> dict:
         ours, theirs = ([values[m][s] for s in seeds] for m in (method, "first"))
         t, w = stats.ttest_rel(ours, theirs), stats.wilcoxon(ours, theirs, method="exact")
         interval = t.confidence_interval(0.95)
-        # Of five pairs or fewer, Wilcoxon's p-value cannot be below 0.05.
+        # With five pairs or fewer, the p-value of Wilcoxon's test cannot be below 0.05.
         p_w = w.pvalue if len(seeds) > 5 else None
         found[method] = [np.mean(ours) - np.mean(theirs), *interval, len(seeds), t.pvalue, p_w]
     for column in (-2, -1):
@@ -64,7 +66,7 @@ def expected_tests(runs: list[Run], network: str, metric: str) -> dict:
     return {"values": values, "tests": found}
 
 
-def test_the_csv_is_what_plain_loops_and_scipy_find():
+def test_the_csv_agrees_with_plain_loops_and_scipy():
     runs = full_runs()
     lines = list(csv.DictReader(io.StringIO(to_csv(compare(runs, [*SEEDS_OF])))))
     order = [
@@ -98,7 +100,7 @@ def test_the_csv_is_what_plain_loops_and_scipy_find():
             assert numbers == pytest.approx(wanted, rel=1e-8, nan_ok=True)
 
 
-def test_the_tables_are_what_plain_loops_and_scipy_find():
+def test_the_tables_agree_with_plain_loops_and_scipy():
     runs = full_runs()
     rows = compare(runs, [*SEEDS_OF])
     shown = {"top1": (100, 2), "ece": (100, 2), "nll": (1, 4), "brier": (1, 4),

@@ -1,4 +1,4 @@
-"""Figures: whole PNG files that show what they were given, and no trace of a global matplotlib."""
+"""Figures are complete PNG files that show the given data, and do not use the state of pyplot."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def result_of(samples: int, classes: int = 10, poison: bool = False) -> Calibrat
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, beside their files."""
+    """Return a list of the figures that are saved to files during the test."""
     saved, save = [], figures.save_figure
 
     def keep(figure, path):
@@ -55,7 +55,7 @@ def texts(axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-def test_reliability_shows_networks_side_by_side_with_their_numbers(tmp_path, drawn):
+def test_reliability_diagrams_are_side_by_side_with_their_metrics(tmp_path, drawn):
     results = {"student": result_of(360), "teacher": result_of(5000, 100)}
     path = tmp_path / "reliability.png"
     figures.reliability_diagram(results, path, "digits: test images")
@@ -76,7 +76,7 @@ def test_reliability_shows_networks_side_by_side_with_their_numbers(tmp_path, dr
         np.testing.assert_allclose([b.get_height() for b in lower.patches], result.bin_count)
         middles = [b.get_x() + b.get_width() / 2 for b in lower.patches]
         np.testing.assert_allclose(middles, [(k + 0.5) / 15 for k in range(15)])
-        # All networks' counts are on one scale, which the highest bar does not leave.
+        # The counts of all networks have the same scale, with space above the highest bar.
         low, high = lower.get_ylim()
         assert low == 0
         assert max(max(r.bin_count) for r in results.values()) < high
@@ -91,8 +91,8 @@ def legend_of(figure) -> dict:
 
 
 def assert_bins_are_drawn(axes, result: CalibrationResult, legend: dict) -> None:
-    """Of every bin: a bar to the smaller of accuracy and confidence, the gap to the larger one
-    in the hatch that the legend names, and Wilson's interval of the accuracy as SciPy has it."""
+    """Check every bin: a bar up to the smaller of accuracy and confidence, the gap up to the larger
+    one in the hatch of the legend, and Wilson's interval of the accuracy as computed by SciPy."""
     bars, intervals = {}, {}
     for bar in axes.patches:
         assert bar.get_width() == pytest.approx(1 / 15)
@@ -121,14 +121,14 @@ def assert_bins_are_drawn(axes, result: CalibrationResult, legend: dict) -> None
 
 
 @pytest.mark.parametrize("networks", [1, 3])
-def test_reliability_of_other_numbers_of_networks(tmp_path, networks):
+def test_reliability_diagrams_of_one_and_three_networks(tmp_path, networks):
     results = {f"network{k}": result_of(50 + k) for k in range(networks)}
     path = tmp_path / "reliability.png"
     figures.reliability_diagram(results, path, "title")
     assert png_size(path)[0] == pytest.approx(200 * (0.75 + 4 * networks), abs=1)
 
 
-def test_reliability_of_a_network_that_broke(tmp_path):
+def test_reliability_diagrams_with_nan_and_without_networks(tmp_path):
     path = tmp_path / "reliability.png"
     figures.reliability_diagram({"student": result_of(1, poison=True)}, path, "one NaN")
     png_size(path)
@@ -139,11 +139,11 @@ def test_reliability_of_a_network_that_broke(tmp_path):
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.0, 1), (1.0, 3), (0.5, 10), (0.97, 5000)])
-def test_wilson_holds_the_rates_within_z_standard_errors(rate, count):
+def test_wilson_bounds_are_z_standard_errors_from_the_rate(rate, count):
     low, high = figures.wilson(rate, count)
     assert -1e-12 <= low <= rate + 1e-12
     assert rate - 1e-12 <= high <= 1 + 1e-12
-    for bound in (low, high):  # its definition: |rate - bound| = z sqrt(bound (1 - bound) / n)
+    for bound in (low, high):  # definition: |rate - bound| = z sqrt(bound (1 - bound) / n)
         spread = math.sqrt(max(bound * (1 - bound), 0.0) / count)
         assert abs(rate - bound) == pytest.approx(1.959964 * spread, abs=1e-6)
 
@@ -152,7 +152,7 @@ def test_wilson_holds_the_rates_within_z_standard_errors(rate, count):
     ("count", "shown"),
     [(7, "7"), (999, "999"), (1234, "1.2k"), (9949, "9.9k"), (9950, "10k"), (43210, "43k")],
 )
-def test_counts_fit_over_their_bars(count, shown):
+def test_counts_over_bars_are_short(count, shown):
     assert figures._short(count) == shown
 
 
@@ -180,7 +180,7 @@ def panels(figure) -> dict:
 
 
 def test_curves_show_every_network_and_the_weight(tmp_path, drawn):
-    """Every value differs; networks are in the order of the file, which is not the alphabet's."""
+    """All values differ. Networks are in the order of the file, which is not alphabetical."""
     trained, validated, points = ("teacher", "student"), ("teacher", "student", "student_ema"), {}
 
     def values(step: int, split: str, names) -> dict:
@@ -216,7 +216,7 @@ def test_curves_show_every_network_and_the_weight(tmp_path, drawn):
         }  # fmt: skip
         came = {}
         for line in shown[title].lines:
-            # Thin lines are of the training, thick ones with dots of the validation.
+            # Thin lines show the training. Thick lines with dots show the validation.
             split = "train" if line.get_linewidth() < 1.5 else "val"
             assert line.get_marker() == ("None" if split == "train" else "o")
             came[line.get_color(), split] = [(x, y) for x, y in zip(*line.get_data(), strict=True)]
@@ -227,7 +227,7 @@ def test_curves_show_every_network_and_the_weight(tmp_path, drawn):
     np.testing.assert_allclose(weight.get_ydata(), [1 + s / 500 for s in range(10, 101, 10)])
 
 
-def test_curves_without_a_weight_and_with_gaps(tmp_path, drawn):
+def test_curves_without_a_weight_and_with_missing_values(tmp_path, drawn):
     lines = metrics_lines(50, weight=False)
     lines[1]["student"]["loss"] = math.nan
     lines[2]["teacher"]["loss"] = None
@@ -241,7 +241,7 @@ def test_curves_without_a_weight_and_with_gaps(tmp_path, drawn):
     assert np.isnan(teacher).tolist() == [False, False, True, False, False]
 
 
-def test_curves_of_a_broken_file_name_it(tmp_path):
+def test_an_error_about_curves_names_the_file(tmp_path):
     path = tmp_path / "curves.png"
     metrics = write(tmp_path / "metrics.jsonl", [])
     with pytest.raises(ValueError, match=r"metrics\.jsonl contains no metrics"):
@@ -277,7 +277,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path):
+def test_matplotlib_is_imported_on_use_and_without_pyplot(tmp_path):
     metrics = write(tmp_path / "metrics.jsonl", metrics_lines(50))
     program = f"""
 import sys

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl: the epoch means the same in files of all versions."""
+"""The epoch in lines of metrics.jsonl has the same meaning for files of all versions."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from bdkd.evaluation.metric_lines import LineReader
 from bdkd.evaluation.report.runs import read_run
 from bdkd.runs.folder import RunFolder
 
-# A file of the version before `seconds`, of three steps an epoch, logged every two steps. max_steps
-# ended the run at step 8, in the middle of the third epoch. Training lines have the index of the
-# epoch, evaluations the number of whole epochs.
+# A file of the version before the key `seconds`, with three steps per epoch, logged every two
+# steps. max_steps ended the run at step 8, in the middle of the third epoch. Training lines contain
+# the epoch counted from 0. Evaluation lines contain the number of finished epochs.
 OLD = """\
 {"step": 2, "epoch": 0, "split": "train", "student": {"loss": 1.5, "top1": 0.25}}
 {"step": 3, "epoch": 1, "split": "val", "student": {"top1": 0.5}}
@@ -23,7 +23,7 @@ OLD = """\
 {"step": 8, "epoch": 2, "split": "val", "student": {"top1": 1.0}}
 {"step": 8, "epoch": 2, "split": "test", "student": {"top1": 1.0}}
 """
-EPOCHS = [1, 1, 2, 2, 2, 2, 3, 3, 3]  # of the steps, from 1
+EPOCHS = [1, 1, 2, 2, 2, 2, 3, 3, 3]  # epoch of each line, counted from 1
 
 
 def epochs(text: str) -> list[int]:
@@ -37,7 +37,7 @@ def write(folder: Path, text: str) -> RunFolder:
     return RunFolder(folder)
 
 
-def test_lines_of_an_old_file_get_the_epoch_of_their_step():
+def test_lines_of_an_old_version_get_the_epoch_of_their_step():
     """Only the epoch changes. The time of an old line is unknown."""
     reader = LineReader()
     for line, epoch in zip(OLD.splitlines(), EPOCHS, strict=True):
@@ -45,8 +45,9 @@ def test_lines_of_an_old_file_get_the_epoch_of_their_step():
         assert reader.parse(line) == expected
 
 
-def test_a_file_that_a_resume_has_rewritten_is_read_as_it_is(tmp_path):
-    """As often as a run is resumed, and also if the resume was killed after it rewrote the file."""
+def test_a_file_that_a_resume_rewrote_is_not_converted_again(tmp_path):
+    """This holds for any number of resumes, and if a resume was killed after it rewrote the
+    file."""
     folder = write(tmp_path, OLD)
     folder.drop_after(8)
     once = folder.metrics.read_bytes()
@@ -59,14 +60,14 @@ def test_a_file_that_a_resume_has_rewritten_is_read_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("rewritten", range(10))
 def test_a_file_may_contain_lines_of_two_versions(rewritten):
-    """The first lines of the new version, the others as the old version appended them."""
+    """The first lines are of the new version. The old version appended the other lines."""
     reader, lines = LineReader(), OLD.splitlines()
     new = [json.dumps(reader.parse(line)) for line in lines[:rewritten]]
     assert epochs("\n".join([*new, *lines[rewritten:]])) == EPOCHS
 
 
 def test_a_line_of_this_version_is_not_changed():
-    """Not even a line that has another epoch than the training line of its step."""
+    """This holds even if the epoch differs from that of the training line of the same step."""
     text = (
         '{"step": 4, "epoch": 2, "split": "train", "seconds": 1.5}\n'
         '{"step": 4, "epoch": 7, "split": "val", "seconds": 2.5}\n'
@@ -76,13 +77,14 @@ def test_a_line_of_this_version_is_not_changed():
 
 
 @pytest.mark.parametrize("epoch", ["null", '"2"', "true", "2.5", "[]"])
-def test_a_line_whose_epoch_is_no_number_keeps_it(epoch):
+def test_an_epoch_that_is_not_an_integer_is_not_changed(epoch):
     line = f'{{"step": 4, "epoch": {epoch}, "split": "train", "student": {{"loss": 1.0}}}}'
     assert LineReader().parse(line) == json.loads(line)
 
 
-def test_an_epoch_that_a_resume_cut_short_is_evaluated_twice_in_it():
-    """max_steps stopped it at step 4. Larger batches than the rest of the epoch then ended it."""
+def test_both_evaluations_of_an_epoch_that_a_resume_shortened_belong_to_it():
+    """max_steps stopped the run at step 4. The resumed run had batches larger than the rest of the
+    epoch, so that the epoch ended at the same step."""
     text = (
         '{"step": 4, "epoch": 1, "split": "train"}\n'
         '{"step": 4, "epoch": 1, "split": "val"}\n'
@@ -105,18 +107,19 @@ T, V = "train", "val"
     [
         (OLD, "max_steps = 8", 3),
         (OLD, "", 3),
-        # Stopped in its first epoch: nobody knows how long an epoch is.
+        # Stopped in its first epoch: the length of an epoch is not known.
         (new_format((2, 1, T), (2, 1, V)), "max_steps = 2", None),
         (new_format((2, 1, T)), "", None),
         (new_format((2, 1, T), (3, 1, V)), "", 3),
         # Evaluated every 2 epochs, and stopped in the third.
         (new_format((2, 1, T), (4, 2, T), (6, 2, V), (7, 3, T), (7, 3, V)), "max_steps = 7", 3),
-        # Stopped at step 2, and resumed without max_steps: that evaluation ended no epoch.
+        # Stopped at step 2, and resumed without max_steps: the evaluation at step 2 did not end an
+        # epoch.
         (new_format((2, 1, T), (2, 1, V), (3, 1, T), (4, 2, T)), "", None),
         (new_format((2, 1, T), (2, 1, V), (3, 1, T), (3, 1, V), (4, 2, T)), "", 3),
     ],
 )
-def test_a_report_knows_the_steps_of_an_epoch_from_epochs_that_ended(text, config, steps, tmp_path):
+def test_a_report_takes_steps_per_epoch_from_finished_epochs(text, config, steps, tmp_path):
     write(tmp_path, text)
     (tmp_path / "config.toml").write_text(config)
     assert read_run(tmp_path).steps_per_epoch == steps

@@ -1,5 +1,5 @@
-"""Changes between two networks on the same images: against NumPy and SciPy alone, against full
-refits, and against a known truth."""
+"""Compare the changes between two networks on the same images with NumPy and SciPy, with full
+refits, and with known true values."""
 
 import math
 
@@ -20,7 +20,7 @@ SCALED = ("ece_scaled", "nll_scaled", "brier_scaled")
 
 
 def some_networks(count: int, seed: int, classes: int = 10, noise: float = 0.3, sharp: float = 1.5):
-    """Logits of a network, and of one with noise that is ``sharp`` times as sure."""
+    """Return the logits of a network, and the same logits with noise, multiplied by ``sharp``."""
     generator = torch.Generator().manual_seed(seed)
     honest = 2 * torch.randn(count, classes, generator=generator, dtype=torch.float64)
     target = torch.multinomial(honest.softmax(-1), 1, generator=generator).squeeze(-1)
@@ -29,7 +29,7 @@ def some_networks(count: int, seed: int, classes: int = 10, noise: float = 0.3, 
 
 
 def metrics_by_numpy(logits, target) -> np.ndarray:
-    """(N, 3) correct, NLL and Brier score of each image; and its confidence (N,)."""
+    """Return (N, 3) correct, NLL and Brier score of each image, and the confidences (N,)."""
     log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
     p = np.exp(log_p)
     rows = np.arange(len(target))
@@ -44,7 +44,7 @@ def ece_by_numpy(correct, confidence) -> float:
     return sum(gaps) / len(correct)
 
 
-def test_values_are_those_of_numpy():
+def test_metrics_of_both_networks_agree_with_numpy():
     split, validation = some_networks(400, 0), some_networks(150, 1)
     came = compare_on_images(split, validation)
     assert (came.images, came.validation_images, came.draws) == (400, 150, 1000)
@@ -66,7 +66,7 @@ def test_values_are_those_of_numpy():
     assert list(came.changes) == [*SPLIT_METRICS, "temperature", *SCALED]
 
 
-def test_values_are_those_of_a_calibration_to_the_last_bit():
+def test_metrics_of_both_networks_equal_those_of_calibration():
     split = some_networks(300, 5)
     changes = compare_on_images(split).changes
     for k, side in enumerate(("before", "after")):
@@ -77,9 +77,9 @@ def test_values_are_those_of_a_calibration_to_the_last_bit():
             assert getattr(changes[metric], side) == getattr(result, metric)
 
 
-def test_intervals_are_those_of_numpy():
-    """Other random resamples of the same pairs. An interval of 2,000 draws varies by 3% of its
-    width; one that resampled the networks apart would be 3 times wider here."""
+def test_intervals_agree_with_numpy():
+    """NumPy draws other resamples of the same pairs. The ends of an interval of 2,000 draws vary by
+    3% of its width. Resampling the networks separately would make it 3 times wider here."""
     split = some_networks(400, 2, noise=0.1, sharp=1.1)
     came = compare_on_images(split, draws=2000).changes
     target = split.target.numpy()
@@ -106,7 +106,7 @@ def test_intervals_are_those_of_numpy():
 
 
 @pytest.mark.parametrize("sharp", [0.7, 1.5, 3.0])
-def test_the_interval_of_the_temperature_is_that_of_full_refits(sharp):
+def test_the_interval_of_the_temperature_agrees_with_full_refits(sharp):
     validation = some_networks(216, 3, noise=0.5, sharp=sharp)
     change = compare_on_images(validation, validation, draws=2000).changes["temperature"]
     generator = torch.Generator().manual_seed(9)
@@ -116,14 +116,14 @@ def test_the_interval_of_the_temperature_is_that_of_full_refits(sharp):
         before, after = (fit_temperature(x[pick], validation.target[pick]) for x in validation[:2])
         differences.append(after - before)
     low, high = np.quantile(differences, (0.025, 0.975))
-    # Quantiles of 400 draws vary by 7% of the width.
+    # The quantiles of 400 draws vary by 7% of the width.
     assert change.low == pytest.approx(low, abs=0.2 * (high - low))
     assert change.high == pytest.approx(high, abs=0.2 * (high - low))
     assert change.low < change.difference < change.high
 
 
 @pytest.mark.parametrize("classes", [2, 7])
-def test_a_newton_step_is_that_of_finite_differences(classes):
+def test_newton_terms_agree_with_finite_differences(classes):
     logits, _, target = some_networks(50, 4, classes)
     terms = paired_images.newton_terms(logits, target, 1.7)
 
@@ -164,7 +164,7 @@ def test_swapping_the_networks_negates_the_differences(split, validation):
 @settings(deadline=None, max_examples=30)
 @given(NETWORKS)
 def test_equal_networks_do_not_differ(networks):
-    """Exactly: 0 and not 1e-17, so that no interval of rounding errors excludes 0."""
+    """The difference is exactly 0, so that no interval excludes 0 because of rounding errors."""
     logits, _, target = networks
     same = Logits(logits, logits.clone(), target)
     came = compare_on_images(same, same, draws=50)
@@ -173,7 +173,7 @@ def test_equal_networks_do_not_differ(networks):
             assert metric == "temperature"
             assert change.before in (LOWEST, HIGHEST)
             assert change.difference == 0
-        elif metric == "top1":  # with more images, some prediction might differ
+        elif metric == "top1":  # with more images, some predictions might differ
             assert change.difference == 0
             assert change.low == -change.high < 0
         else:
@@ -183,7 +183,7 @@ def test_equal_networks_do_not_differ(networks):
 
 @settings(deadline=None, max_examples=30)
 @given(NETWORKS, st.randoms(use_true_random=False))
-def test_the_order_of_the_images_changes_no_value(split, random):
+def test_metrics_do_not_depend_on_the_order_of_the_images(split, random):
     order = list(range(len(split.target)))
     random.shuffle(order)
     permuted = Logits(*(x[order] for x in split))
@@ -194,10 +194,10 @@ def test_the_order_of_the_images_changes_no_value(split, random):
         assert other.changes[metric][:3] == pytest.approx(change[:3], rel=1e-9, abs=1e-9)
 
 
-def test_pieces_change_nothing(monkeypatch):
+def test_results_do_not_depend_on_the_chunk_size(monkeypatch):
     split, validation = some_networks(120, 6), some_networks(70, 7)
     whole = compare_on_images(split, validation, draws=60)
-    monkeypatch.setattr(paired_images, "_NUMBERS", 500)  # 50 images, and 4 resamples, at a time
+    monkeypatch.setattr(paired_images, "_NUMBERS", 500)  # 50 images or 4 resamples at a time
     pieces = compare_on_images(split, validation, draws=60)
     assert pieces.agreement == whole.agreement
     for metric, change in whole.changes.items():
@@ -211,11 +211,11 @@ def test_the_result_is_deterministic_and_depends_on_the_seed():
     assert [x[:3] for x in one.changes.values()] == [x[:3] for x in other.changes.values()]
 
 
-# --- a known truth -------------------------------------------------------------------------------
+# --- known true values ---------------------------------------------------------------------------
 
 
 def population(sharp: tuple[float, float], noise: float) -> tuple[Logits, float]:
-    """200,000 images, and the true change of the ECE."""
+    """Return 200,000 images, and the true change of the ECE."""
     honest, noisy, target = some_networks(200_000, 11, noise=noise, sharp=1.0)
     networks = Logits(sharp[0] * honest, sharp[1] * noisy, target)
     errors = []
@@ -226,7 +226,7 @@ def population(sharp: tuple[float, float], noise: float) -> tuple[Logits, float]
 
 
 def coverage(sharp: tuple[float, float], noise: float, images: int) -> tuple[int, int]:
-    """How many of 60 intervals, and of 60 percentile intervals, contain the true change."""
+    """Return how many of 60 intervals, and of 60 percentile intervals, contain the true change."""
     everything, truth = population(sharp, noise)
     generator = torch.Generator().manual_seed(0)
     pivotal = percentile = 0
@@ -240,20 +240,22 @@ def coverage(sharp: tuple[float, float], noise: float, images: int) -> tuple[int
 
 
 @pytest.mark.parametrize("sharp", [(1.5, 1.5), (1.2, 1.2), (1.5, 1.6)])
-def test_the_interval_of_the_ece_covers_the_truth_of_a_small_change(sharp):
-    """57 of 60 are 95%. At a coverage of 93%, fewer than 51 have a probability of 1%."""
+def test_the_interval_of_the_ece_contains_a_small_true_change(sharp):
+    """57 of 60 are 95%. If the coverage is 93%, fewer than 51 have a probability of 1%."""
     assert coverage(sharp, 0.1, 359)[0] >= 51
 
 
-def test_the_interval_of_the_ece_of_a_large_change_is_the_better_one():
-    """A calibrated network that becomes overconfident: the reason for the pivotal interval."""
+def test_for_a_large_change_of_the_ece_the_pivotal_interval_is_better():
+    """A calibrated network becomes overconfident. This case is the reason for the pivotal
+    interval."""
     pivotal, percentile = coverage((1.0, 1.3), 0.1, 2000)
     assert pivotal >= 40
     assert percentile <= 20
 
 
 def networks_with(gained: int, lost: int, count: int) -> Logits:
-    """Two networks of two classes, of which the second gains and loses some images."""
+    """Return two networks of two classes. The second one is right for some images for which the
+    first one is wrong, and the other way round."""
     before, after = torch.zeros(count, 2), torch.zeros(count, 2)
     right = torch.arange(count) >= gained
     before[right, 0], before[~right, 1] = 1.0, 1.0
@@ -263,7 +265,7 @@ def networks_with(gained: int, lost: int, count: int) -> Logits:
 
 
 @pytest.mark.parametrize(("gained", "lost", "count"), [(0, 0, 359), (3, 1, 359), (40, 90, 2000)])
-def test_the_interval_of_top1_is_that_of_bonett_and_price(gained, lost, count):
+def test_the_interval_of_top1_agrees_with_bonett_and_price(gained, lost, count):
     change = compare_on_images(networks_with(gained, lost, count), draws=1).changes["top1"]
     assert change.difference == pytest.approx((gained - lost) / count)
     more = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * (count - gained - lost))
@@ -272,8 +274,9 @@ def test_the_interval_of_top1_is_that_of_bonett_and_price(gained, lost, count):
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0.0, 1.0), (2.5, 2.5), (0.5, 8.0)])
-def test_the_interval_of_top1_covers_the_truth_if_few_images_change(gained, lost):
-    """Expected numbers of 359 images. The bootstrap covered 63% of the first case."""
+def test_the_interval_of_top1_contains_the_true_change_of_few_images(gained, lost):
+    """The parameters are expected numbers of 359 images. Bootstrap intervals contained the true
+    change in 63% of the trials of the first case."""
     generator = np.random.default_rng(0)
     share = np.array([gained, lost, 359 - gained - lost]) / 359
     covered = 0
@@ -281,7 +284,7 @@ def test_the_interval_of_top1_covers_the_truth_if_few_images_change(gained, lost
         up, down, _same = generator.multinomial(359, share)
         change = compare_on_images(networks_with(up, down, 359), draws=1).changes["top1"]
         covered += change.low <= share[0] - share[1] <= change.high
-    assert covered >= 183  # at a coverage of 95%, fewer have a probability of 1%
+    assert covered >= 183  # if the coverage is 95%, fewer have a probability of 1%
 
 
 # --- values that cannot be computed --------------------------------------------------------------
@@ -297,7 +300,7 @@ def test_without_validation_images_there_is_no_temperature():
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_without_a_softmax(bad, side):
+def test_with_logits_without_a_softmax_only_top1_is_computed(bad, side):
     split = some_networks(60, 13)
     split[side][5, 3] = bad
     came = compare_on_images(split, split, draws=20)
@@ -322,7 +325,7 @@ def test_a_masked_label_has_an_infinite_nll():
 
 
 def test_a_temperature_at_a_bound_has_no_interval():
-    """All validation images are classified correctly by the second network."""
+    """The second network classifies all validation images correctly."""
     validation = some_networks(40, 15)
     validation.after[:] = torch.nn.functional.one_hot(validation.target, 10).float()
     came = compare_on_images(validation, validation, draws=20).changes
@@ -332,8 +335,9 @@ def test_a_temperature_at_a_bound_has_no_interval():
 
 
 @pytest.mark.parametrize("images", [1, 50, 10_000])
-def test_full_agreement_has_an_honest_interval(images):
-    """If all of n agree, the lower end of Clopper and Pearson is the n-th root of 2.5%."""
+def test_full_agreement_has_an_interval_below_one(images):
+    """If all n images agree, the lower end of the Clopper-Pearson interval is the n-th root of
+    2.5%."""
     logits = torch.eye(2)[torch.arange(images) % 2]
     agreement = compare_on_images(Logits(logits, logits, torch.zeros(images)), draws=1).agreement
     assert agreement == pytest.approx((1, 0.025 ** (1 / images), 1))
@@ -347,7 +351,7 @@ def test_full_agreement_has_an_honest_interval(images):
      "no images"),
     ({"target": torch.tensor([0, 1, 2, 3])}, "must be in"),
 ])  # fmt: skip
-def test_bad_arguments(change, message):
+def test_bad_arguments_are_named(change, message):
     good = Logits(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     compare_on_images(good, draws=1)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""The file of a run's predictions: which images' features it keeps, and what it is checked for."""
+"""Test the file of predictions of a run: the images with features, and the checks of its
+content."""
 
 import dataclasses
 
@@ -17,8 +18,8 @@ from bdkd.evaluation.predictions import (
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 25), st.integers(0, 2000))
-def test_features_are_kept_of_the_first_fifty_images_of_the_first_ten_classes(seed, classes, count):
-    """Labels in any order; classes without an image do not count."""
+def test_features_of_fifty_images_of_each_of_the_first_ten_classes_are_saved(seed, classes, count):
+    """Labels are in any order. Classes without images are skipped."""
     rng = np.random.default_rng(seed)
     target = rng.choice(rng.permutation(100)[:classes], count)
     seen = sorted(set(target.tolist()))[:10]
@@ -30,7 +31,7 @@ def test_features_are_kept_of_the_first_fifty_images_of_the_first_ten_classes(se
 
 
 def some(count: int = 12, kept: tuple[int, ...] = (0, 3, 11)) -> Predictions:
-    """Two networks, not in the order of the alphabet, of which one has features."""
+    """Return two networks that are not in alphabetical order. One of them has features."""
     rng = np.random.default_rng(0)
 
     def network(features) -> NetworkPredictions:
@@ -45,7 +46,7 @@ def some(count: int = 12, kept: tuple[int, ...] = (0, 3, 11)) -> Predictions:
     return Predictions(classes, rng.integers(0, 3, count), np.array(kept, np.int64), networks)
 
 
-def test_a_file_has_every_networks_own_answers(tmp_path):
+def test_a_file_contains_the_predictions_of_every_network(tmp_path):
     given, path = some(), tmp_path / "predictions.safetensors"
     path.write_bytes(to_bytes(given))
     read = read_predictions(path)
@@ -60,7 +61,7 @@ def test_a_file_has_every_networks_own_answers(tmp_path):
         np.testing.assert_array_equal(read.correct(name), network.predicted == given.target)
 
 
-def test_parts_that_do_not_fit_together_are_refused(tmp_path):
+def test_inconsistent_arrays_are_refused(tmp_path):
     path, good = tmp_path / "predictions.safetensors", some()
     for index in (-1, 12):
         path.write_bytes(to_bytes(dataclasses.replace(good, featured=np.array([0, 3, index]))))
@@ -80,7 +81,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, "cut"])
-def test_a_file_of_something_else_is_refused(content, tmp_path):
+def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "predictions.safetensors"
     path.write_bytes(to_bytes(some())[:-5] if content == "cut" else content)
     with pytest.raises(ValueError, match="contains no predictions of a run"):

@@ -1,5 +1,5 @@
-"""The report: every run folder there can be, whole, running or broken, on one page that holds
-nothing from outside and no markup but its own."""
+"""The report shows finished, running and broken runs on one page. The page loads no external
+resources and contains no markup from files."""
 
 import json
 import math
@@ -38,7 +38,7 @@ HOSTILE = "</title><script>alert(1)</script>\"'><img src=http://evil.example/x>&
 
 
 class Page(HTMLParser):
-    """A page's elements, its text, and whether it is well formed."""
+    """Parse a page into elements and text, and check that it is well formed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -70,7 +70,8 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(page: Page) -> None:
-    """The rules of a page: no script, nothing from outside, names for all that is not text."""
+    """Check the rules of a page: no script, no external resource, a name for everything but
+    text."""
     names = {name for name, _ in page.elements}
     assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "img"}
     for name, attributes in page.elements:
@@ -120,7 +121,7 @@ def make_run(
     path: Path, method="bdkd", seed=0, steps=60, teacher="wrn_16_2", finished=True,
     networks=("teacher", "student"), roles=None, gamma=2.0, classes=None, tail="", size=1e5,
 ) -> Path:  # fmt: skip
-    """A folder as the trainer leaves it."""
+    """Write the folder of a run as the trainer does."""
     path.mkdir(parents=True)
     roles = roles or {name: name.split("_")[0].rstrip("0123456789") for name in networks}
     config = [f"name = 'tiny'\nseed = {seed}\n[objective]\nname = '{method}'\ngamma = {gamma}"]
@@ -171,7 +172,7 @@ def page_of(paths, tmp_path, tsne=False) -> tuple[Page, list[str]]:
     return page, warnings
 
 
-def test_a_finished_run_shows_every_figure(tmp_path, capsys):
+def test_the_report_of_a_finished_run_contains_all_figures(tmp_path, capsys):
     run = make_run(tmp_path / "mine")
     (run / "profile.json").write_text(
         json.dumps({"device": "cuda:0", "steps": 20,
@@ -189,11 +190,11 @@ def test_a_finished_run_shows_every_figure(tmp_path, capsys):
         "Student calibration error", "Reliability of bdkd: student", "Entropy H (nats): bdkd",
         "Entropy gap on the test images", "Weight of the forward KL", "Forward KL",
         "t-SNE of bdkd: student", "t-SNE of bdkd: teacher", "mine, cuda:0", "backward: 4.5 ms",
-        "10.00%", "Mean of 20 recorded steps of 5 ms", "mine, host", "optimizer: 2 ms",
+        "10.00%", "Mean over 20 recorded steps. A step takes 5 ms", "mine, host", "optimizer: 2 ms",
         "Training speed", "cat", "role = 'student'",
     ):  # fmt: skip
         assert shown in page.text, shown
-    assert "Capacity gap" not in page.text  # one teacher has no curve
+    assert "Capacity gap" not in page.text  # with teachers of only one size there is no curve
     assert len(output.read_bytes()) < 200_000
     first = output.read_bytes()
     report([str(run), "--output", str(output), "--title", "My runs"])
@@ -202,7 +203,7 @@ def test_a_finished_run_shows_every_figure(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_seeds_are_averaged_and_methods_told_apart(tmp_path):
+def test_seeds_are_averaged_and_methods_are_separate(tmp_path):
     folder = tmp_path / "compared"
     for seed in range(3):
         make_run(folder / f"bdkd-seed{seed}", seed=seed)
@@ -221,14 +222,14 @@ def test_seeds_are_averaged_and_methods_told_apart(tmp_path):
     assert "bdkd (gamma = 2)" in page.text
     assert "objective.gamma" in page.text
     assert "91.00 ± 1.00" in page.text
-    assert "<b>n</b> = 3" in page.text  # as text
+    assert "<b>n</b> = 3" in page.text  # shown as text
     assert "bdkd compare in compared" in page.text
     groups = group_runs([read_run(p) for p in find_runs([folder])])
     assert [len(group.runs) for group in groups] == [3, 3, 3]
     assert set(differing(groups)) == {"objective.name", "objective.gamma"}
 
 
-def test_many_networks_averages_and_roles(tmp_path):
+def test_reports_show_many_networks_and_moving_averages_by_role(tmp_path):
     names = ("teacher1", "teacher2", "student", "student_ema")
     run = make_run(tmp_path / "many", networks=names)
     cohort = make_run(tmp_path / "peers", "dml", networks=("a", "b", "c"),
@@ -244,7 +245,7 @@ def test_many_networks_averages_and_roles(tmp_path):
     assert "dml" not in gaps[0].split("Line chart")[1]  # peers have no teacher
 
 
-def test_runs_that_are_not_whole(tmp_path, capsys):
+def test_incomplete_runs_are_shown_with_notes(tmp_path, capsys):
     running = make_run(tmp_path / "running", finished=False, tail='{"step": 70, "spl')
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -281,7 +282,7 @@ def test_runs_that_are_not_whole(tmp_path, capsys):
     assert "cannot read summary.json" in capsys.readouterr().err
 
 
-def test_nothing_in_a_file_becomes_markup(tmp_path):
+def test_text_from_files_is_escaped(tmp_path):
     run = make_run(tmp_path / "<b>run", networks=(HOSTILE, "teacher"),
                    roles={HOSTILE: "student", "teacher": "teacher"},
                    classes=[HOSTILE, "</svg>", "\ud800"])  # fmt: skip
@@ -304,7 +305,7 @@ def test_nothing_in_a_file_becomes_markup(tmp_path):
     assert tag("p", HOSTILE, title=HOSTILE).count("<") == 2
 
 
-def test_a_long_run_is_thinned_and_six_runs_stay_small(tmp_path):
+def test_curves_of_long_runs_are_thinned_so_that_the_page_is_small(tmp_path):
     runs = [make_run(tmp_path / f"run{k}", gamma=1.0 + k) for k in range(6)]
     network = {"loss": 0.5, "top1": 0.5, "nll": 0.4, "ece": 0.1, "entropy": 0.3}
     with open(runs[0] / "metrics.jsonl", "w") as file:
@@ -318,7 +319,7 @@ def test_a_long_run_is_thinned_and_six_runs_stay_small(tmp_path):
     assert longest < 16 * 2 * POINTS
 
 
-def test_paths_without_a_run_and_pages_that_cannot_be_written(tmp_path):
+def test_paths_without_a_run_and_unwritable_outputs_are_errors(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=r"nowhere is not a folder: pass the folder of a run"):
@@ -337,12 +338,12 @@ def test_paths_without_a_run_and_pages_that_cannot_be_written(tmp_path):
     assert (tmp_path / "link.html").is_symlink()
     for name in ("link.html", "page.html"):
         (tmp_path / name).unlink()
-    with pytest.raises(UsageError, match="needs at least one run's folder"):
+    with pytest.raises(UsageError, match="needs the folder of at least one run"):
         report([])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "run"]
 
 
-def test_a_page_that_cannot_be_finished_leaves_the_old_one_whole(tmp_path, monkeypatch):
+def test_a_failed_write_does_not_change_the_old_page(tmp_path, monkeypatch):
     run, output = make_run(tmp_path / "run"), tmp_path / "report.html"
     output.write_text("the old page")
 
@@ -372,7 +373,7 @@ ANY = st.recursive(
 
 @settings(max_examples=40)
 @given(summary=ANY, profile=ANY, lines=st.lists(ANY, max_size=4), step=st.integers(0, 9))
-def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory, summary, profile, lines, step):
+def test_any_content_of_the_files_gives_a_page(tmp_path_factory, summary, profile, lines, step):
     run = tmp_path_factory.mktemp("any") / "run"
     run.mkdir()
     (run / "summary.json").write_text(json.dumps(summary))
@@ -382,7 +383,7 @@ def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory, summary, prof
     page_of([run], run)
 
 
-def test_without_scikit_learn_the_page_says_what_brings_it(tmp_path, monkeypatch):
+def test_without_scikit_learn_the_page_says_how_to_install_it(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     page, warnings = page_of([run], tmp_path, tsne=True)
@@ -390,10 +391,10 @@ def test_without_scikit_learn_the_page_says_what_brings_it(tmp_path, monkeypatch
     assert warnings == ["features are not drawn without scikit-learn: pip install 'bdkd[train]'"]
 
 
-def test_diagrams_have_the_bins_of_the_metrics():
+def test_diagrams_have_the_same_bins_as_the_metrics():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(900, 5, generator=generator)
-    logits[:30] = 0.0  # a confidence of 1/5 = 3/15, on an edge
+    logits[:30] = 0.0  # a confidence of 1/5 = 3/15, which is a bin edge
     target = torch.randint(5, (900,), generator=generator)
     calibration = Calibration(5)
     calibration.update(logits, target)
@@ -408,7 +409,7 @@ def test_diagrams_have_the_bins_of_the_metrics():
     assert bin_images(confidence, correct).count.sum() == 899
 
 
-def test_lines_keep_gaps_and_their_last_value():
+def test_thinned_lines_have_gaps_and_the_last_value():
     x = np.arange(1000.0)
     y = x.copy()
     y[300:400] = math.nan
@@ -418,7 +419,7 @@ def test_lines_keep_gaps_and_their_last_value():
     assert np.isnan(line.y).any()
     chart = line_chart("t", [line], "step")
     assert chart is not None
-    assert re.search(r'd="M[^"]*M', chart)  # the pen is lifted once
+    assert re.search(r'd="M[^"]*M', chart)  # a second M command after the gap
     assert line_chart("t", [Line("", x[:3], np.full(3, math.nan))], "step") is None
     one = line_chart("t", [Line("flat", np.array([5.0]), np.array([0.0]))], "step")
     assert one is not None
@@ -431,17 +432,17 @@ def test_lines_keep_gaps_and_their_last_value():
      (0, 30000, [0, 5000, 10000, 15000, 20000, 25000, 30000]),
      (-2e-9, 1e-9, [-2e-9, -1.5e-9, -1e-9, -5e-10, 0, 5e-10, 1e-9])],
 )  # fmt: skip
-def test_ticks_are_round(low, high, expected):
+def test_ticks_are_round_numbers(low, high, expected):
     np.testing.assert_allclose(Scale(low, high, 0, 1).ticks(), expected, atol=1e-15)
 
 
-def test_numbers_are_short():
+def test_numbers_have_three_significant_digits():
     assert [number(v) for v in (0.0, 0.12345, 12345.6, 1e-7, 2e9, math.nan)] == [
         "0", "0.123", "12,346", "1.00e-07", "2.00e+09", "–",
     ]  # fmt: skip
 
 
-def test_embedding_sets_clusters_apart_and_refuses_what_has_none():
+def test_embedding_separates_clusters_and_returns_none_for_unusable_features():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)
     features = rng.normal(size=(60, 12)) + 12 * np.eye(3, 12)[labels]
@@ -456,7 +457,7 @@ def test_embedding_sets_clusters_apart_and_refuses_what_has_none():
 
 
 def contrast(a: str, b: str) -> float:
-    """WCAG 2's contrast ratio of two colours #rrggbb."""
+    """Return the contrast ratio of two colours #rrggbb as defined by WCAG 2."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -467,7 +468,7 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_colours_are_seen_in_light_dark_and_print():
+def test_colours_have_enough_contrast_in_light_dark_and_print():
     text = (files("bdkd.evaluation.report") / "style.css").read_text("utf-8")
     themes = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
     assert len(themes) == 3

@@ -1,4 +1,4 @@
-"""The charts of a report, read back from their marks: what is drawn is what was given."""
+"""The marks in the charts of a report are at the positions of the given values."""
 
 import math
 from html.parser import HTMLParser
@@ -26,7 +26,7 @@ from bdkd.evaluation.report.reliability import bin_images, draw
 
 
 class Elements(HTMLParser):
-    """Start tags with their attributes, texts and end tags, as a browser takes them."""
+    """Collect start tags with their attributes, texts and end tags, as a browser parses them."""
 
     def __init__(self, markup: str) -> None:
         super().__init__()
@@ -47,8 +47,9 @@ class Elements(HTMLParser):
 @example("a \"b\" 'c' <d> &amp; e=f/", 0.0)
 @example("\x00\x1b\ud800", 120.0)
 @given(st.text(st.characters() | st.sampled_from(" \"'<>&=/`\n")), st.floats(-1e4, 1e4))
-def test_texts_and_attributes_come_back_as_they_were_given(anything, length):
-    """An attribute without quotes ends at the first space, and what follows is an attribute too."""
+def test_texts_and_attributes_are_escaped_and_read_back_unchanged(anything, length):
+    """Without quotes, an attribute would end at the first space, and the rest would become another
+    attribute."""
     markup = tag("p", anything, "end", title=anything, x=length, class_="a b", none=None)
     start, *texts, end = Elements(markup).found
     name, attributes = start
@@ -62,7 +63,7 @@ def test_texts_and_attributes_come_back_as_they_were_given(anything, length):
     assert not any(0xD800 <= ord(c) <= 0xDFFF or ord(c) < 9 for c in markup)
 
 
-def test_the_cells_of_a_table_are_headed_by_their_column_and_row():
+def test_tables_have_column_and_row_headers():
     rows = parse(macros.table(["a", "b", "c"], [[1, 2, 3], [4, 5, 6]], "caption", head_rows=2))
     head, *lines = rows.iter("tr")
     assert [(c.tag, c.get("scope"), c.text) for c in head] == [("th", "col", n) for n in "abc"]
@@ -74,7 +75,7 @@ def test_the_cells_of_a_table_are_headed_by_their_column_and_row():
 
 
 def waves(gap: bool = True) -> list[Line]:
-    """Three lines with other steps and ranges, one of them with a band and one with a gap."""
+    """Return three lines with different steps and ranges. One has a band, and one has a gap."""
     x = np.arange(3.0, 40)
     upper = Line(
         "upper", x, 0.5 + 0.3 * np.sin(x / 5), 0, low=0.4 + 0 * x, high=0.3 * np.sin(x) + 1
@@ -90,7 +91,7 @@ def waves(gap: bool = True) -> list[Line]:
 
 
 @pytest.mark.parametrize("form", [number, percent])
-def test_every_point_of_a_line_is_where_the_ticks_say(form):
+def test_every_point_of_a_line_is_at_its_value_on_the_axes(form):
     lines = waves()
     chart = parse(line_chart("Title", lines, "step", form, marks=True))
     axes = Axes(chart)
@@ -99,34 +100,34 @@ def test_every_point_of_a_line_is_where_the_ticks_say(form):
         axes.assert_drawn(path, line.x, line.y)
         assert classes(path) == {"line", f"c{line.style}"} | ({"thin"} if line.thin else set())
         assert path.get("stroke-dasharray") == (None if line.thin else dash(line.style))
-    # Ticks are in percent only where the values are written in percent.
+    # Ticks are in percent only if the values are in percent.
     beside = [words(e) for e in with_class(chart, "text", "tick", "end")]
     assert all(label.endswith("%") == (form is percent) for label in beside)
     [label] = with_class(chart, "text", "label")
     assert words(label) == "step"
-    # A band goes along the upper edge and back along the lower one.
+    # The outline of a band follows the upper edge, and then the lower edge backwards.
     [band] = with_class(chart, "path", "band", "c0")
     [outline] = points_of(band)
     x, low, high = lines[0].x, lines[0].low, lines[0].high
     np.testing.assert_allclose(axes.x(outline[:, 0]), [*x, *x[::-1]], atol=axes.near[0])
     np.testing.assert_allclose(axes.y(outline[:, 1]), [*high, *low[::-1]], atol=axes.near[1])
-    # Nothing lies outside of the frame.
+    # All points are inside the frame.
     width, height = (float(v) for v in chart.get("viewBox").split()[2:])
     drawn = np.concatenate([p for path in chart.iter("path") for p in points_of(path)])
     [frame] = [at(line, "x1", "x2", "y1") for line in with_class(chart, "line", "axis")]
     assert drawn[:, 0].min() >= frame[0]
     assert drawn[:, 0].max() <= frame[1] < width
     assert 0 < drawn[:, 1].min() < drawn[:, 1].max() <= frame[2] < height
-    # And the lines fill it.
+    # The lines fill the frame.
     assert (drawn[:, 0].min(), drawn[:, 0].max()) == pytest.approx(tuple(frame[:2]), abs=0.1)
     assert drawn[:, 1].max() - drawn[:, 1].min() > 0.85 * (frame[2] - 12)
-    # A dot at every point, which says its value.
+    # Every point has a dot with its value.
     dots = [(at(e, "cx", "cy"), words(e)) for e in chart.iter("circle")]
     told = [(line, y) for line in lines for y in line.y if np.isfinite(y)]
     assert [text for _, text in dots] == [f"{line.label}: {form(y)}" for line, y in told]
     places = np.concatenate([p for path in paths for p in points_of(path)])
     np.testing.assert_allclose([place for place, _ in dots], places)
-    # The description names the last value of the validation's lines.
+    # The description contains the last value of each validation line.
     last = [line.y[np.isfinite(line.y)][-1] for line in lines]
     assert words(chart.find("desc")) == (
         f"Line chart over step. upper ends at {form(last[0])}; lower ends at {form(last[1])}."
@@ -135,7 +136,7 @@ def test_every_point_of_a_line_is_where_the_ticks_say(form):
     assert words(only.find("desc")) == f"Line chart over step. training ends at {form(last[2])}."
 
 
-def test_marks_of_a_logarithmic_axis_have_their_names_above_them():
+def test_points_on_a_logarithmic_axis_have_their_names_above_them():
     x, y = np.array([1.2e5, 4e5, 2.3e6]), np.array([0.7, 0.75, 0.72])
     line = Line("student", x, y, 2, low=y - 0.01, high=y + 0.02, names=("small", "middle", "large"))
     chart = parse(line_chart("T", [line], "parameters", percent, marks=True, log_x=True))
@@ -150,24 +151,24 @@ def test_marks_of_a_logarithmic_axis_have_their_names_above_them():
     dots = [at(e, "cx", "cy") for e in chart.iter("circle")]
     for name, (a, b) in zip(names, dots, strict=True):
         assert at(name, "x")[0] == a
-        assert b - 20 < at(name, "y")[0] < b - 4  # over a dot of 4 px
+        assert b - 20 < at(name, "y")[0] < b - 4  # above a dot with a radius of 4 px
     assert [words(e) for e in chart.iter("circle")] == [
         "student, small: 70.00%", "student, middle: 75.00%", "student, large: 72.00%",
     ]  # fmt: skip
 
 
-def test_whole_numbers_count_steps_and_epochs():
-    """Two epochs have no half epochs between them."""
+def test_ticks_of_steps_and_epochs_are_integers():
+    """There is no tick for half an epoch."""
     line = Line("a", np.array([1.0, 2.0]), np.array([0.1, 0.2]))
     chart = parse(line_chart("T", [line], "epoch"))
     below = with_class(chart, "text", "tick", "middle")
     assert [words(e) for e in below] == ["1", "2"]
     [path] = with_class(chart, "path", "line")
-    assert classes(path) == {"line", "c0"}  # the first colour and no dash, unless said otherwise
+    assert classes(path) == {"line", "c0"}  # by default the first colour and no dashes
     assert path.get("stroke-dasharray") is None
 
 
-def test_a_lone_point_has_a_dot_and_a_flat_line_has_ticks():
+def test_a_single_point_has_a_dot_and_a_flat_line_has_ticks():
     lone = Line("a", np.array([3.0, 5.0]), np.array([math.nan, 0.25]))
     flat = Line("b", np.array([3.0, 5.0]), np.array([0.25, 0.25]))
     chart = parse(line_chart("T", [lone, flat], "step"))
@@ -180,8 +181,8 @@ def test_a_lone_point_has_a_dot_and_a_flat_line_has_ticks():
     assert top < y < bottom  # in the middle of the frame
 
 
-def test_styles_tell_sixteen_series_apart():
-    """Colours repeat after eight; a series with the same colour has another dash."""
+def test_sixteen_series_have_different_styles():
+    """Colours repeat after eight series. Series with the same colour have different dashes."""
     items = list(parse(legend([(f"series {k}", k) for k in range(16)])))
     drawn = [item.find("svg/line") for item in items]
     assert len({(line.get("class"), line.get("stroke-dasharray")) for line in drawn}) == 16
@@ -191,7 +192,7 @@ def test_styles_tell_sixteen_series_apart():
         assert line.get("stroke-dasharray") == dash(k)
 
 
-def test_a_histogram_has_the_height_of_every_bin():
+def test_the_heights_of_a_histogram_are_the_shares():
     edges = np.linspace(-2, 2, 9)
     shares = [np.array([0.05, 0.1, 0.3, 0.2, 0.15, 0.1, 0.06, 0.04]), np.full(8, 0.125)]
     lines = [Line(f"m{k}", edges, y, k) for k, y in enumerate(shares)]
@@ -235,9 +236,9 @@ def test_bars_are_as_long_as_their_values():
     assert words(chart.find("desc")) == "; ".join(f"{n}: {v:.1f} ms" for n, v in rows)
 
 
-def test_a_scatter_keeps_distances_and_names_each_class_at_its_points():
+def test_a_scatter_plot_has_one_scale_and_names_each_class():
     rng = np.random.default_rng(0)
-    labels = np.repeat([0, 2, 5], 12)  # not every class has images
+    labels = np.repeat([0, 2, 5], 12)  # some classes have no images
     centres = {0: (0, 0), 2: (40, 0), 5: (0, 10)}
     points = rng.normal(size=(36, 2)) + [centres[label] for label in labels]
     names = ["ape", "bee", "cat", "dog", "eel", "a name of many letters"]
@@ -251,12 +252,12 @@ def test_a_scatter_keeps_distances_and_names_each_class_at_its_points():
             for dot in cloud.get("d").split("M")[1:]
         ])  # fmt: skip
     places = np.concatenate([drawn[label] for label in (0, 2, 5)])
-    # Both directions have one scale: the map of t-SNE is not stretched.
+    # Both axes have the same scale, so that the t-SNE map is not stretched.
     apart = np.linalg.norm(points[:, None] - points, axis=-1)
     shown = np.linalg.norm(places[:, None] - places, axis=-1)
     scale = shown.max() / apart.max()
     np.testing.assert_allclose(shown, scale * apart, atol=0.3)
-    assert 0 < places.min() < 20  # and fills the picture
+    assert 0 < places.min() < 20  # the map fills the picture
     assert 300 < places.max() < 320
     texts = with_class(chart, "text", "name")
     assert [words(e) for e in texts] == ["ape", "cat", "a name of man…"]
@@ -274,7 +275,7 @@ def diagonal_of(chart):
 def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bin():
     rng = np.random.default_rng(1)
     confidence = rng.uniform(0.2, 1, 400)
-    confidence[:30] = np.repeat([0.6, 0.8, 1.0], 10)  # 9/15 and 12/15: the ends of two bins
+    confidence[:30] = np.repeat([0.6, 0.8, 1.0], 10)  # 9/15 and 12/15 are bin edges
     correct = rng.random(400) < np.where(confidence > 0.6, confidence - 0.2, confidence + 0.2)
     chart = parse(draw("Reliability of a", bin_images(confidence, correct)))
     axes = Axes(chart)
@@ -316,18 +317,18 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
         assert at(line, "x1")[0] == at(line, "x2")[0] == pytest.approx(sum(at(bar, "x")) + at(
             bar, "width")[0] / 2, abs=0.02)  # fmt: skip
     assert len(groups) == len(found)
-    # The bars of the counts stand on one line and are as high as there are images.
+    # The bars of the counts have the same baseline, and their heights are the counts.
     counted = [at(g.findall("rect")[2], "y", "height") for g in groups]
     assert len({round(y + high, 1) for y, high in counted}) == 1
     highest = max(high for _, high in counted)
     frame = at(diagonal_of(chart), "y1")[0]
     lowest = float(chart.get("viewBox").split()[3])
-    assert frame < min(y for y, _ in counted)  # below the diagram, in a strip that they fill
+    assert frame < min(y for y, _ in counted)  # the bars fill a strip below the diagram
     assert highest > 0.35 * (lowest - frame)
     for k, (_, high) in zip(found, counted, strict=True):
         n = int(((confidence > k / 15) & (confidence <= (k + 1) / 15)).sum())
         assert high == pytest.approx(highest * n / most, abs=0.2)
-    # Calibrated is the line on which accuracy is the confidence.
+    # On the line "calibrated", the accuracy is equal to the confidence.
     diagonal = diagonal_of(chart)
     x1, y1, x2, y2 = at(diagonal, "x1", "y1", "x2", "y2")
     assert [axes.x(x1), axes.x(x2)] == pytest.approx([0, 1], abs=axes.near[0])
@@ -339,7 +340,7 @@ def test_a_reliability_diagram_shows_accuracy_gap_interval_and_count_of_every_bi
 
 
 def test_hatches_have_a_size_and_a_mark_inside():
-    """A pattern without width or height draws nothing, and says nothing."""
+    """A pattern without width or height draws nothing and causes no error."""
     patterns = list(parse(macros.patterns()).iter("pattern"))
     assert [pattern.get("id") for pattern in patterns] == ["over", "under"]
     for pattern in patterns:
@@ -352,18 +353,18 @@ def test_hatches_have_a_size_and_a_mark_inside():
             assert at(mark, "r")[0] > 0
 
 
-def test_the_key_of_the_diagrams_names_their_parts():
+def test_the_legend_of_the_diagrams_names_their_parts():
     named = {words(item): next(iter(classes(item.find("svg")[0]))) for item in parse(macros.key())}
     assert named == {
         "accuracy": "bar", "overconfident by": "over", "underconfident by": "under",
         "95% interval": "interval", "calibrated": "reference",
     }  # fmt: skip
-    # The hatch that the style sheet takes for each of the two: url(#over), url(#under).
+    # The hatches that the style sheet uses: url(#over) and url(#under).
     grounds = {p.get("id"): classes(p[0]) for p in parse(macros.patterns()).iter("pattern")}
     assert grounds == {"over": {"over-ground"}, "under": {"under-ground"}}
 
 
-def test_values_in_tables_are_written_in_their_unit():
+def test_values_in_tables_have_their_unit():
     assert [percent(v) for v in (0.0, 0.12345, 1.0, math.nan)] == [
         "0.00%",
         "12.35%",

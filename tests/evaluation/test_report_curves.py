@@ -1,5 +1,4 @@
-"""The curves of a report, read back from its page: each against plain loops over the runs that it
-was given."""
+"""Read the curves of a report from its page, and compare them with plain loops over the runs."""
 
 import json
 import math
@@ -27,7 +26,7 @@ def cards(body):
 
 
 def averaged(method: str, value) -> tuple[list, list, list]:
-    """Of all seeds, step by step: mean, least and greatest."""
+    """Return the mean, minimum and maximum over seeds at each step."""
     columns = [value(seed) for seed in SEEDS_OF[method]]
     return tuple([f(column) for column in zip(*columns, strict=True)] for f in (mean, min, max))
 
@@ -49,7 +48,7 @@ def validated(method: str, network: str, metric: str):
 
 
 def curves_of(title: str) -> list[tuple[str, bool, list, tuple[list, list, list]]]:
-    """Of each line of a card: its name, whether it is of the training, and its points."""
+    """Return for each line of a card its name, whether it shows the training, and its points."""
     training, validation = list(STEPS), list(STEPS[3::4])
     if title in OF_STUDENTS:
         return [
@@ -72,7 +71,8 @@ def curves_of(title: str) -> list[tuple[str, bool, list, tuple[list, list, list]
         ]  # fmt: skip
     kind, method = title.rsplit(": ", 1)
     metric, lines = OF_NETWORKS[kind], []
-    for name in ("student", "student_ema", "teacher"):  # a student is blue everywhere
+    # Students come first, so that they have the same colour in all charts.
+    for name in ("student", "student_ema", "teacher"):
         if name != "student_ema":
             lines.append((name, True, training, averaged(method, lambda s, n=name: [
                 told_apart(method, n, metric, "train", s, t) for t in training])))  # fmt: skip
@@ -85,7 +85,7 @@ CURVES = [*OF_STUDENTS, *OF_STEPS, "Accuracy gap between teacher and student",
 
 
 @pytest.mark.parametrize("title", CURVES)
-def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_all_of_them(title, cards):
+def test_a_curve_is_the_mean_over_seeds_in_a_band_from_minimum_to_maximum(title, cards):
     card = cards[title]
     chart = with_class(card, "svg", "chart")[0]
     axes = Axes(chart)
@@ -102,7 +102,7 @@ def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_all_of_them(title, cards)
         np.testing.assert_allclose(
             axes.y(outline[:, 1]), [*high, *low[::-1]], atol=2 * axes.near[1]
         )
-    # The legend gives each name the style of its line.
+    # The legend shows each name with the style of its line.
     [legend] = with_class(card, "ul", "legend")
     items = [item for item in legend if item.find("svg") is not None]
     assert [words(item) for item in items] == named
@@ -122,7 +122,7 @@ def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_all_of_them(title, cards)
     ]
 
 
-def test_steps_are_the_axis_where_a_run_has_no_epoch_yet():
+def test_the_axis_shows_steps_if_a_run_has_no_finished_epoch():
     runs = [a_run("bdkd", 0), a_run("dkd", 0)]
     runs[1].steps_per_epoch = None
     body = page_of(runs)
@@ -132,8 +132,9 @@ def test_steps_are_the_axis_where_a_run_has_no_epoch_yet():
         np.testing.assert_allclose(Axes(chart).x(points_of(path)[0][:, 0]), STEPS[3::4], atol=0.1)
 
 
-def test_the_gap_is_between_the_means_of_all_teachers_and_all_students():
-    """Two teachers and two students: at the steps that both were validated at."""
+def test_the_accuracy_gap_is_between_the_means_of_teachers_and_students():
+    """There are two teachers and two students. The gap exists at the steps at which all were
+    validated."""
     run = a_run("bdkd", 0)
     run.config["networks"] = {
         "t1": {"role": "teacher"}, "t2": {"role": "teacher"}, "a": {"role": "student"},
@@ -159,7 +160,7 @@ VALUE = st.floats(-1, 1) | st.just(math.nan)
 
 
 @given(st.lists(st.dictionaries(st.integers(0, 9), VALUE, min_size=1), min_size=1, max_size=4))
-def test_seeds_are_averaged_at_the_steps_that_they_reached(seeds):
+def test_seeds_are_averaged_at_each_step_that_any_of_them_has(seeds):
     line = average("", [(np.array([*s], float), np.array([*s.values()])) for s in seeds], 0)
     steps = sorted({step for seed in seeds for step in seed})
     assert line.x.tolist() == steps
@@ -173,7 +174,7 @@ def test_seeds_are_averaged_at_the_steps_that_they_reached(seeds):
             assert (line.low[k], line.high[k]) == (min(known), max(known))
 
 
-def test_a_thinned_line_keeps_its_outliers_in_the_band_and_its_end():
+def test_the_band_of_a_thinned_line_contains_outliers_and_the_end_is_kept():
     x = np.arange(10_000.0)
     up, down = np.zeros(10_000), np.ones(10_000)
     up[1234], down[4321] = 7, -7
@@ -189,7 +190,7 @@ def test_a_thinned_line_keeps_its_outliers_in_the_band_and_its_end():
 # --- folders -------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_number_by_number(tmp_path):
+def test_all_numbers_of_a_folder_are_read(tmp_path):
     lines = [
         {"step": 10, "epoch": 0, "split": "train", "student": {"loss": 2.5, "top1": 0.25},
          "forward_weight": 1.5, "unknown": 3.0},
@@ -197,7 +198,7 @@ def test_a_folder_is_read_number_by_number(tmp_path):
         {"step": 30, "epoch": 1, "split": "train", "student": {"loss": -1e31, "top1": True}},
         {"step": 38, "epoch": 2, "split": "val", "student": {"top1": 0.75, "nll": 0.5}},
         {"step": 50, "epoch": 2, "split": "train", "student": {"loss": 1.5}},
-        {"step": 50, "epoch": 2, "split": "val", "student": {"top1": 0.8}},  # stopped there
+        {"step": 50, "epoch": 2, "split": "val", "student": {"top1": 0.8}},  # stopped here
     ]  # fmt: skip
     text = "\n".join(json.dumps(line) for line in lines)
     odd = ["broken", *(json.dumps({**lines[-1], "step": step}) for step in (-1, 1e12, None))]
@@ -211,14 +212,14 @@ def test_a_folder_is_read_number_by_number(tmp_path):
         ("student", "val", "top1"): ([19, 38, 50], [0.5, 0.75, 0.8]),
         ("student", "val", "nll"): ([19, 38], [nan, 0.5]),
     }
-    assert run.steps_per_epoch == 19  # of whole epochs
+    assert run.steps_per_epoch == 19  # only finished epochs count
     assert run.notes == [
         "4 lines of metrics.jsonl cannot be read and are left out",
         "not finished: there is no summary.json yet",
     ]
 
 
-def test_roles_are_the_recipes_and_an_average_has_its_networks():
+def test_roles_come_from_the_recipe_and_averages_have_the_role_of_their_network():
     run = a_run("bdkd", 0)
     run.config["networks"] = {
         "net": {"role": "teacher"}, "net2": {"role": "student"}, "net23": {"role": "teacher"},
@@ -235,7 +236,7 @@ def test_roles_are_the_recipes_and_an_average_has_its_networks():
     assert run.networks_with_role("teacher") == ["net", "net23", "old_teacher"]
 
 
-def test_a_folder_is_one_run_by_whatever_path_it_is_named(tmp_path, monkeypatch):
+def test_different_paths_of_a_folder_are_one_run(tmp_path, monkeypatch):
     for name in ("c", "a", "b"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text("")
@@ -245,7 +246,7 @@ def test_a_folder_is_one_run_by_whatever_path_it_is_named(tmp_path, monkeypatch)
     assert found == [Path("link"), Path("runs/a"), Path("runs/c")]
 
 
-def test_runs_of_one_configuration_differ_in_seed_place_and_first_weights_alone():
+def test_runs_that_differ_only_in_seed_folder_or_initial_weights_are_one_group():
     def of(**changes) -> Run:
         run = a_run("bdkd", 0)
         run.config |= changes
@@ -258,7 +259,7 @@ def test_runs_of_one_configuration_differ_in_seed_place_and_first_weights_alone(
     ]  # fmt: skip
     weights = of(data={"seed": 1})
     weights.config["networks"]["teacher"]["weights"] = "best.pt"
-    other = of(data={"seed": 2})  # draws other images: another experiment
+    other = of(data={"seed": 2})  # a different selection of images is a different experiment
     groups = group_runs([plain, other, *alike, weights])
     assert [len(group.runs) for group in groups] == [6, 1]
     assert groups[0].runs[0] is plain

@@ -1,5 +1,5 @@
-"""The numbers of a report, read back from the tables of its page: each against plain loops over the
-runs that it was given."""
+"""Read the numbers of a report from the tables of its page, and compare them with plain loops over
+the runs."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def cards(body):
     return cards_of(body, "accuracy", "calibration", "balance", "time")
 
 
-def test_the_table_of_results_has_every_networks_own_numbers(body):
+def test_the_table_of_results_has_the_numbers_of_every_network(body):
     [table] = with_class(body, "table", "results")
     head, *lines = rows_of(table)
     assert head == ["method", "network", "model", "parameters", "seeds", "top-1", "ECE",
@@ -59,8 +59,8 @@ def test_the_table_of_results_has_every_networks_own_numbers(body):
     assert lines == expected
 
 
-def test_a_metric_that_no_run_has_leaves_its_column_out():
-    """Runs of an older bdkd, or without a validation part, have no ECE at a temperature."""
+def test_a_metric_without_values_has_no_column():
+    """Runs of older versions or without validation images have no ECE after temperature scaling."""
     run = a_run("bdkd", 0)
     for network in run.summary["networks"].values():
         network["ece_scaled"] = None
@@ -77,7 +77,7 @@ def test_a_metric_that_no_run_has_leaves_its_column_out():
         assert line[4:-1] == [f"{top1:.2%}", f"{ece:.2%}", shown, f"{brier:.3f}"]
 
 
-def test_the_number_of_seeds_is_said_where_all_have_the_same(body):
+def test_the_caption_names_the_number_of_seeds_if_all_methods_have_the_same(body):
     for runs, said, column in (
         ([a_run("bdkd", s) for s in SEEDS], "; mean ± standard deviation over 3 seeds", False),
         ([a_run("bdkd", 0)], "", False),
@@ -90,7 +90,7 @@ def test_the_number_of_seeds_is_said_where_all_have_the_same(body):
         assert ("seeds" in rows_of(table)[0]) == column
 
 
-def test_a_tile_has_the_judged_students_numbers_and_its_teachers(body):
+def test_a_tile_shows_the_numbers_of_the_averaged_student_and_its_teacher(body):
     [tiles] = with_class(body, "ul", "tiles")
     for tile, (method, seeds) in zip(tiles, SEEDS_OF.items(), strict=True):
 
@@ -103,18 +103,18 @@ def test_a_tile_has_the_judged_students_numbers_and_its_teachers(body):
         ]  # fmt: skip
 
 
-def test_what_is_finished_is_told_from_what_runs():
+def test_finished_and_running_runs_are_distinguished():
     runs = [a_run("bdkd", 0), a_run("bdkd", 1, finished=False), a_run("dkd", 0, finished=False)]
     body = page_of(runs)
     assert "3 runs · 2 configurations · 2 not finished" in words(body)
     numbers = [words(e) for e in with_class(body, "p", "tile-number")]
     assert numbers == [f"{told_apart('bdkd', 'student_ema', 'top1', 0):.2%}", "running"]
-    # A network that has no result leaves its row out; the finished seed alone is averaged.
+    # A network without results has no row. Only the finished seed is in the mean.
     [table] = with_class(body, "table", "results")
     assert [row[:2] for row in rows_of(table)[1:]] == [["bdkd", name] for name in ROLES]
 
 
-def test_every_run_is_listed_with_its_seed_time_notes_and_recipe():
+def test_runs_are_listed_with_seed_time_notes_and_recipe():
     runs = [a_run("bdkd", 3), a_run("dkd", 4, finished=False)]
     runs[0].summary |= {"device": "cuda:0", "torch": "2.9"}
     [section] = [s for s in page_of(runs).iter("section") if s.get("id") == "runs"]
@@ -127,7 +127,7 @@ def test_every_run_is_listed_with_its_seed_time_notes_and_recipe():
     assert [words(p) for p in second.iter("p")] == ["method dkd, seed 4", "not finished"]
 
 
-def test_keys_that_differ_are_shown_with_each_configurations_value():
+def test_differing_keys_are_shown_with_the_value_of_each_configuration():
     first = a_run("bdkd", 0, train={"epochs": 5, "flip": False})
     second = a_run("bdkd", 0, train={"epochs": 5, "flip": True, "ema": 0})
     groups = group_runs([first, second])
@@ -141,7 +141,7 @@ def test_keys_that_differ_are_shown_with_each_configurations_value():
     assert lines == [["train.ema", "–", "0"], ["train.flip", "False", "True"]]
 
 
-def test_tables_of_a_comparison_are_tables():
+def test_the_markdown_tables_of_a_comparison_become_html_tables():
     markdown = "# Head\n\n| a | b |\n| --- | ---: |\n| 1 | 2 |\n| 3 | 4 |\n\nwords\n\n![x](x.png)\n"
     page, _ = render(group_runs([a_run("bdkd", 0)]), [(Path("here"), markdown)], False, "")
     [details] = [d for d in with_class(body_of(page), "details", "run") if d.find("h3") is not None]
@@ -178,15 +178,15 @@ def test_a_reliability_card_pools_the_images_of_all_seeds(method, name, cards):
     assert len(list(card.iter("g"))) == len(rows)
 
 
-def test_of_many_networks_the_students_alone_have_diagrams():
-    """A page of more than twelve diagrams of a kind is not read."""
+def test_with_many_networks_only_students_have_diagrams():
+    """With more than twelve diagrams of one kind, the page would be too long to read."""
     for methods, expected in ((6, ("student_ema", "teacher")), (7, ("student_ema",))):
         runs = [a_run(f"m{k}", 0) for k in range(methods)]
         found = [h for h in cards_of(page_of(runs), "calibration") if "_" in h or "teacher" in h]
         assert found == [f"m{k}: {name}" for k in range(methods) for name in expected]
 
 
-def test_a_run_without_a_measured_ece_shows_that_of_its_images():
+def test_a_run_without_an_ece_in_its_summary_shows_that_of_its_predictions():
     run = a_run("bdkd", 0)
     for network in run.summary["networks"].values():
         del network["ece"], network["ece_if_calibrated"]
@@ -221,7 +221,7 @@ def test_the_entropy_gap_is_the_teachers_entropy_less_the_students(cards):
         steps = path.get("d").split("V")[1:-1]
         heights, ends = np.array([[float(v) for v in step.split("H")] for step in steps]).T
         shares, edges = axes.y(heights), axes.x(ends)
-        # Every image is in a bar, those beyond the last edge in the last bar.
+        # Every image is in a bar. Values beyond the last edge are in the last bar.
         assert shares.sum() == pytest.approx(1, abs=0.003)
         assert shares[-1] == pytest.approx((values > edges[-2]).mean(), abs=0.02)
         assert shares[0] == pytest.approx((values <= edges[0]).mean(), abs=0.02)
@@ -243,21 +243,21 @@ def test_a_map_of_features_has_a_point_for_each_image_in_the_colour_of_its_class
     assert words(with_class(card, "p", "note")[0]) == f"{len(labels)} test images of bdkd-0"
 
 
-def test_the_same_features_have_the_same_map_of_any_scale_and_place():
-    """t-SNE starts from a fixed seed; float16 features may be large, and lie far from 0."""
+def test_the_map_of_features_does_not_depend_on_their_scale_and_offset():
+    """t-SNE has a fixed seed. float16 features may be large and far from 0."""
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(9, 5)) + 8 * np.eye(3, 5)[np.arange(9) % 3]).astype(np.float32)
     points = embed(features)
     assert points.shape == (9, 2)
     np.testing.assert_array_equal(points, embed(features))
     assert embed(features[:7]) is None
-    assert embed(features[:8]).shape == (8, 2)  # eight are enough
-    # The squares of large features are beyond float32.
+    assert embed(features[:8]).shape == (8, 2)  # eight images are enough
+    # The squares of large features overflow in float32.
     np.testing.assert_allclose(embed(2.0**100 * features), points)
-    line = embed(features[:, :1])  # one feature has no two principal components
+    line = embed(features[:, :1])  # a single feature does not have two principal components
     np.testing.assert_array_equal(line, embed(features[:, :1]))
     assert line.shape == (9, 2)
-    assert embed(np.tile(features[:1], (9, 1))) is None  # equal images are nowhere
+    assert embed(np.tile(features[:1], (9, 1))) is None  # equal images have no map
     broken = features.copy()
     broken[3, 2] = math.inf
     assert embed(broken) is None
@@ -290,7 +290,7 @@ def test_the_capacity_gap_has_a_point_for_each_teacher_in_the_order_of_their_siz
     np.testing.assert_allclose(axes.y(band[:, 1]), expected, atol=axes.near[1])
 
 
-def test_several_teachers_of_one_student_count_together():
+def test_the_sizes_of_several_teachers_are_added():
     runs = []
     for k in (1, 2):
         run = a_run("bdkd", 0, data={"teachers": k})
@@ -304,17 +304,19 @@ def test_several_teachers_of_one_student_count_together():
     ]  # fmt: skip
 
 
-def test_shares_of_a_steps_time_are_of_all_its_phases():
+def test_shares_of_step_time_add_up_over_all_phases():
     run = a_run("bdkd", 0)
     phases = [{"name": "backward", "milliseconds": 6.0}, {"name": "forward", "milliseconds": 2.0}]
     run.profile = {"device": "cuda:0", "steps": 20, "phases": phases,
                    "host": [{"name": "data", "milliseconds": 4.0}]}  # fmt: skip
     cards = cards_of(page_of([run]))
-    card = cards["Where a step's time went: bdkd-0, cuda:0"]
+    card = cards["Time of a training step: bdkd-0, cuda:0"]
     assert rows_of(card) == [
-        ["phase", "a step", "share"], ["backward", "6 ms", "75.00%"], ["forward", "2 ms", "25.00%"],
+        ["phase", "time", "share"], ["backward", "6 ms", "75.00%"], ["forward", "2 ms", "25.00%"],
     ]  # fmt: skip
-    assert words(with_class(card, "p", "note")[0]) == "Mean of 20 recorded steps of 8 ms."
-    assert rows_of(cards["Where a step's time went: bdkd-0, host"])[1:] == [
+    assert (
+        words(with_class(card, "p", "note")[0]) == "Mean over 20 recorded steps. A step takes 8 ms."
+    )
+    assert rows_of(cards["Time of a training step: bdkd-0, host"])[1:] == [
         ["data", "4 ms", "100.00%"]
     ]

@@ -1,5 +1,5 @@
-"""Bootstrap intervals and the ECE of chance: against resampling in NumPy and closed forms, also
-where the data are too many for one piece of memory."""
+"""Compare bootstrap intervals and the expected ECE with resampling in NumPy and closed forms, also
+for data that are processed in several chunks."""
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ def ece_of(confidence: np.ndarray, correct: np.ndarray) -> float:
     return sum(abs((correct - confidence)[bins == b].sum()) for b in range(16)) / len(confidence)
 
 
-@pytest.mark.parametrize("options", [{}, {"level": 0.6}])  # by itself, 95%
-def test_bootstrap_intervals_are_those_of_numpy(options):
-    """Accuracies of resamples are binomial. Intervals of 2,000 draws vary by 0.003; those of 90% in
-    the place of 95% would differ by 0.01."""
+@pytest.mark.parametrize("options", [{}, {"level": 0.6}])  # 95% by default
+def test_bootstrap_intervals_agree_with_numpy(options):
+    """The accuracies of resamples are binomial. Intervals of 2,000 draws vary by 0.003. A coverage
+    of 90% instead of 95% would change them by 0.01."""
     confidence, correct = overconfident(150)
     came = bootstrap(torch.tensor(confidence), torch.tensor(correct), draws=2000, **options)
     level = options.get("level", 0.95)
@@ -44,19 +44,19 @@ def test_bootstrap_intervals_are_those_of_numpy(options):
     assert came.ece == pytest.approx(pivotal, abs=0.006)
 
 
-def test_an_interval_of_the_ece_does_not_go_below_zero():
-    """Of a calibrated network, where the pivotal interval would."""
+def test_the_interval_of_the_ece_is_clamped_at_zero():
+    """For a calibrated network, the lower end of the pivotal interval would be negative."""
     confidence = torch.full((100,), 0.7, dtype=torch.float64)
     correct = torch.arange(100) < 70
     low, high = bootstrap(confidence, correct, draws=300).ece
     assert low == 0
-    assert high == pytest.approx(0, abs=1e-12)  # its ECE is 0, and that of a resample is larger
+    assert high == pytest.approx(0, abs=1e-12)  # the ECE is 0, and the ECE of a resample is larger
     correct = torch.arange(100) < 72
     low, high = bootstrap(confidence, correct, draws=300).ece
     assert low == 0 < high < 0.05
 
 
-def test_seeds_draw_other_data_sets():
+def test_different_seeds_give_different_simulations():
     confidence, correct = map(torch.tensor, overconfident(150))
     one, again, other = (bootstrap(confidence, correct, draws=50, seed=s) for s in (1, 1, 2))
     assert one == again != other
@@ -64,9 +64,9 @@ def test_seeds_draw_other_data_sets():
     assert one == again != other
 
 
-def test_chance_of_many_samples_is_the_mean_of_all_draws():
-    """6 million numbers do not fit into one piece. All confidences are 0.9, so that the gap is that
-    of a binomial number of successes."""
+def test_expected_ece_of_many_samples_agrees_with_the_exact_value():
+    """6 million numbers need several chunks. All confidences are 0.9, so that the number of correct
+    samples is binomial and the ECE has a closed form."""
     count, draws = 6000, 1000
     k = np.arange(count + 1)
     exact = (stats.binom.pmf(k, count, 0.9) * np.abs(k / count - 0.9)).sum()
@@ -75,12 +75,12 @@ def test_chance_of_many_samples_is_the_mean_of_all_draws():
     assert came == pytest.approx(exact, rel=0.08)  # three standard errors
 
 
-@pytest.mark.parametrize("piece", [8, 70, 10**6])  # numbers that are widened at a time
+@pytest.mark.parametrize("piece", [8, 70, 10**6])  # numbers that are converted to float64 at a time
 def test_a_temperature_is_fitted_on_all_pieces_of_the_logits(piece, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(100, 4, generator=generator, dtype=torch.float64)
     target = torch.multinomial((logits / 3).softmax(-1), 1, generator=generator)[:, 0]
-    logits[60:] *= 5  # the last pieces are surer
+    logits[60:] *= 5  # the last chunks have higher confidences
     expected = fit_temperature(logits, target)
     monkeypatch.setattr(temperature, "_ROWS", piece)
     assert fit_temperature(logits, target) == pytest.approx(expected, rel=1e-9)

@@ -110,6 +110,6 @@ def test_doctor_reports_the_mismatch_and_does_not_warn(packages):
     script = "from bdkd.cli.doctor import _torchvision; print(_torchvision())"
     done = python(script, packages)
     assert "found=False" in done.stdout
-    assert "does not belong to this torch" in done.stdout
+    assert "does not match this torch" in done.stdout
     assert "install the torchvision built for this torch" in done.stdout
     assert done.stderr == ""

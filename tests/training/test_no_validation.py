@@ -36,7 +36,7 @@ def test_all_images_train_and_the_last_weights_are_tested(tmp_path, capsys):
     assert summary["split"] == "test"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert {line["split"] for line in lines} == {"train"}
-    with pytest.raises(RunError, match=r"no val images .* take --split test"):
+    with pytest.raises(RunError, match=r"no val images .* pass --split test"):
         evaluate([str(tmp_path / "run")])
     capsys.readouterr()
     evaluate([str(tmp_path / "run"), "--split", "test", "--json"])

@@ -32,7 +32,7 @@ def fill(path: Path, content: bytes | str) -> None:
         ("folder", "Is a directory"),
         ("/dev/zero", "not a regular file"),
         (RECIPE.encode("utf-16-le"), "NUL bytes"),
-        (RECIPE.encode() + b"# caf\xe9", "no UTF-8 text"),
+        (RECIPE.encode() + b"# caf\xe9", "not UTF-8 text"),
         (b"x = " + b"[" * 10_000, "nested too deeply"),
         (b"a." * 100_000 + b"a = 1", "100 parts"),
         (b"x = " + b"9" * 10_000, "digits"),

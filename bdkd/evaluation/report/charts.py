@@ -1,4 +1,4 @@
-"""Draw charts as inline SVG, which the style sheet of the page colours in light and dark mode.
+"""Draw charts as inline SVG. The style sheet of the page sets their colours in light and dark mode.
 
 Series differ in colour and in dash, so that color-blind readers can tell them apart. The ``<desc>``
 of a chart describes it for screen readers.
@@ -121,7 +121,7 @@ def write(text: str, x: float, y: float, class_: str) -> Markup:
 
 
 def shorten(text: str, length: int) -> str:
-    """Return the text, cut to ``length`` characters."""
+    """Return the text, shortened to ``length`` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -142,7 +142,7 @@ def legend(entries: Sequence[tuple[str, int]], training: bool = False) -> Markup
 
 
 def svg(width: float, height: float, title: str, description: str, *children: object) -> Markup:
-    """Return a picture with a title and a description for screen readers."""
+    """Return an SVG picture with a title and a description for screen readers."""
     name = f"f{next(_ids)}"
     return tag(
         "svg", tag("title", title, id=f"{name}t"), tag("desc", description, id=f"{name}d"),
@@ -189,8 +189,13 @@ def line_chart(
 def histogram(
     title: str, counts: Sequence[Line], x_label: str, marker: float | None = None
 ) -> Markup | None:
-    """Return the outlines of shares (B,) over the edges (B + 1,) of common bins, or None if there
-    is no share. ``marker`` adds a vertical reference line."""
+    """Return a histogram, or None if ``counts`` is empty.
+
+    Args:
+        counts: for each series, the shares ``y`` (B,) and the edges ``x`` (B + 1,) of the bins. All
+            series have the same bins.
+        marker: position of a vertical reference line.
+    """
     if not counts:
         return None
     edges = np.concatenate([line.x for line in counts])

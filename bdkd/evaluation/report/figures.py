@@ -17,7 +17,7 @@ from .groups import Group, Points, average, network_points
 from .markup import tag
 from .runs import Run
 
-MAX_CARDS = 12  # of one kind
+MAX_CARDS = 12  # maximum number of cards of one kind
 
 Row = Sequence[object]
 
@@ -98,8 +98,8 @@ def _legend(lines: Sequence[Line]) -> Markup:
 
 
 def _panels(groups: Sequence[Group], limit: int | None = None) -> list[tuple[Group, str]]:
-    """Return up to ``limit`` networks of each role for each group, or one student for each group if
-    there are too many."""
+    """Return up to ``limit`` networks of each role for each group. If these are more than
+    ``MAX_CARDS``, return one student for each group."""
     roles = ("student", "teacher")
     panels = [(g, n) for g in groups for role in roles for n in g.networks_with_role(role)[:limit]]
     if len(panels) <= MAX_CARDS:
@@ -234,7 +234,7 @@ def feature_maps(groups: Sequence[Group]) -> list[Card]:
 
 
 def step_times(groups: Sequence[Group]) -> list[Card]:
-    """Draw how the time of a training step splits into the phases of each ``profile.json``.
+    """Draw the time of each phase of a training step, from the ``profile.json`` of each run.
 
     ``phases`` lists phases of the device and ``host`` phases of the training thread, each with
     ``name`` and ``milliseconds``.
@@ -254,12 +254,12 @@ def _step_times(run: Run) -> Iterator[Card]:
             continue
         total = sum(value for _, value in rows) or 1.0
         steps = as_number(run.profile.get("steps"))
-        note = f"Mean of {steps:.0f} recorded steps of {total:.3g} ms."
-        title = f"Where a step's time went: {run.name}, {where}"
+        note = f"Mean over {steps:.0f} recorded steps. A step takes {total:.3g} ms."
+        title = f"Time of a training step: {run.name}, {where}"
         table = [[name, f"{value:.3g} ms", percent(value / total)] for name, value in rows]
         yield Card(
             title, charts.bar_list(title, rows, lambda value: f"{value:.3g} ms"),
-            note if math.isfinite(steps) else None, None, ["phase", "a step", "share"], table,
+            note if math.isfinite(steps) else None, None, ["phase", "time", "share"], table,
         )  # fmt: skip
 
 

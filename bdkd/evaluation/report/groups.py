@@ -82,7 +82,7 @@ def gap_points(run: Run, metric: str, epochs: bool) -> Points:
 
 
 def average(label: str, points: Sequence[Points], style: int, thin: bool = False) -> Line:
-    """Return the mean of several seeds, with a band from their minimum to their maximum."""
+    """Return a line with the mean over seeds, and a band from their minimum to their maximum."""
     given = [p for p in points if len(p[0])]
     if not given:
         return Line(label, np.empty(0), np.empty(0), style, thin)
@@ -92,7 +92,8 @@ def average(label: str, points: Sequence[Points], style: int, thin: bool = False
 
 
 def _mean(points: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each x with the mean, minimum and maximum of its finite values, or NaN if none is."""
+    """Return each x with the mean, minimum and maximum of its finite values. They are NaN if no
+    value is finite."""
     x, where = np.unique(np.concatenate([p[0] for p in points]), return_inverse=True)
     y = np.concatenate([p[1] for p in points])
     where, y = where[np.isfinite(y)], y[np.isfinite(y)]
@@ -106,7 +107,7 @@ def _mean(points: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def _thinned(values: np.ndarray, reduce: Any) -> np.ndarray:
-    """Reduce runs of neighbors, so that at most ``POINTS`` values are left, and keep the last."""
+    """Reduce groups of neighboring values to at most ``POINTS`` values, and keep the last value."""
     if len(values) <= POINTS:
         return values
     edges = np.linspace(0, len(values), POINTS).astype(int)
@@ -142,7 +143,8 @@ def differing(groups: Sequence[Group]) -> dict[str, list[object]]:
 
 
 def _make_unique(groups: Sequence[Group]) -> None:
-    """Append to each label the keys that differ, and the name of the run if that is not enough."""
+    """Append to each label the keys that differ. Append the name of the run if labels are still
+    equal."""
     keys = differing(groups)
     for index, group in enumerate(groups):
         parts = []
@@ -162,7 +164,8 @@ def _make_unique(groups: Sequence[Group]) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested configuration with dotted keys, without keys that do not matter."""
+    """Return a nested configuration with dotted keys, without the keys that do not change the
+    experiment."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if prefix == "" and key in _IGNORED:

@@ -24,13 +24,13 @@ from bdkd.models.registry import default_options
 from bdkd.plugins import missing_plugins
 from bdkd.text import open_regular, read_text
 
-MAX_FILE_BYTES = 2**28  # of a summary or a profile
-MAX_QUANTIZED = 64  # networks of a run
+MAX_FILE_BYTES = 2**28  # maximum size of a summary or a profile
+MAX_QUANTIZED = 64  # maximum number of int8 files of a run
 
 
 @dataclass
 class Series:
-    """One metric over the steps. A null is NaN."""
+    """One metric over the steps. null becomes NaN."""
 
     steps: array = field(default_factory=lambda: array("d"))
     values: array = field(default_factory=lambda: array("d"))
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass
 class Run:
-    """The files of one run. Averages of students count as networks."""
+    """The content of the files of one run. Moving averages of students count as networks."""
 
     path: Path
     name: str
@@ -73,7 +73,7 @@ class Run:
         return as_number(self.summary.get("wall_seconds"))
 
     def role(self, network: str) -> str:
-        """Return ``student`` or ``teacher``. An average has the role of its network."""
+        """Return ``student`` or ``teacher``. A moving average has the role of its network."""
         configured = _table(self.config, "networks")
         sources = [name for name in configured if network.startswith(name)]
         source = configured[max(sources, key=len)] if sources else None
@@ -82,7 +82,8 @@ class Run:
         return str(role or ("teacher" if "teacher" in network else "student"))
 
     def networks_with_role(self, role: str) -> list[str]:
-        """Return the networks with a role, and the average of a network instead of the network."""
+        """Return the networks with a role. If a network has a moving average, return only the
+        average."""
         names = [name for name in self.networks if self.role(name) == role]
         averaged = {n.removesuffix("_ema") for n in names if n.endswith("_ema")}
         return [name for name in names if name not in averaged]
@@ -198,7 +199,7 @@ def _read(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str
 
 
 class _EpochEnd(NamedTuple):
-    """The last line of an epoch so far."""
+    """The last line of an epoch that has been read so far."""
 
     step: int
     evaluated: bool
@@ -230,7 +231,7 @@ def _read_metrics(
     except (OSError, RunError) as error:
         notes.append(f"cannot read {path.name}: {_one_line(error)}")
     if not any(split == "val" for _, split, _ in series):
-        watched = [key for key in series if key[1] == "test"]  # the option watch_test
+        watched = [key for key in series if key[1] == "test"]  # option watch_test
         for key in watched:
             series[key[0], "val", key[2]] = series.pop(key)
         if watched:
@@ -243,7 +244,8 @@ def _read_metrics(
 def _steps_per_epoch(ends: Mapping[int, _EpochEnd], max_steps: object) -> float | None:
     """Return the number of steps in an epoch, or None if no epoch is known to have ended.
 
-    An epoch ends with an evaluation. A run that ``max_steps`` stopped has one in mid-epoch too.
+    An epoch ends with an evaluation. A run that ``max_steps`` stopped also has an evaluation in the
+    middle of an epoch.
     """
     rates = [
         end.step / epoch
@@ -254,8 +256,8 @@ def _steps_per_epoch(ends: Mapping[int, _EpochEnd], max_steps: object) -> float 
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a run as this version writes it, so that runs of an older version
-    are in one group with runs of this version."""
+    """Return the configuration of a run in the format of this version, so that runs of older
+    versions are grouped with runs of this version."""
     config = migrate(config)
     networks = _table(config, "networks")
     filled = {
