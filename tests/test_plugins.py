@@ -1,5 +1,5 @@
-"""The plugin of docs/how-to/extend.md, written from the page and used from outside of this repository:
-installed with its entry point, named with ``--plugin``, and missing.
+"""The tests write the plugin of docs/how-to/extend.md to a folder outside of the repository. They
+use it with its entry point, with ``--plugin``, and check what happens if it is missing.
 """
 
 import json
