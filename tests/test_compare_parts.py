@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bdkd.cli.compare_plan import plan_runs
+from bdkd.cli.compare_plan import plan_runs, warmup_warnings
 from bdkd.cli.compare_report import report
 from bdkd.cli.compare_train import headline, prepare
 from bdkd.cli.processes import Job, Outcome, run_jobs
@@ -68,6 +68,14 @@ def a_summary(method: str, seed: int) -> dict:
         "images": 359, "torch": "2", "device": "cpu",
         "networks": {"teacher": teacher, "student": student},
     }  # fmt: skip
+
+
+def test_a_warm_up_that_is_longer_than_the_runs_is_named(tmp_path):
+    recipe = load_recipe("digits")  # 30 epochs
+    labels = ["dkd", "dkd:warmup=31", "dkd:warmup=30.5,other_kd=4", "bdkd"]
+    [first, second] = warmup_warnings(plan_runs(recipe, labels, [0, 1], tmp_path))
+    assert first.startswith("dkd:warmup=31: the warm-up of 31 epochs is longer than the 30 epochs")
+    assert second.startswith("dkd:warmup=30.5,other_kd=4: the warm-up of 30.5 epochs")
 
 
 def test_tables_agree_with_the_summaries_of_the_runs(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bdkd.cli.compare_plan import chosen_methods, chosen_seeds, plan_runs, room_for
+from bdkd.cli.compare_plan import (
+    chosen_methods,
+    chosen_seeds,
+    plan_runs,
+    room_for,
+    warmup_warnings,
+)
 from bdkd.cli.help import Help, with_recipe
 from bdkd.cli.options import parse_options
 from bdkd.config import Recipe
@@ -83,6 +89,8 @@ def run(given: list[str]) -> None:
     if quantize:
         check_quantizable(arguments.config)
     stream = sys.stderr if arguments.json else None
+    for warning in warmup_warnings(runs):
+        print(f"warning: {warning}", file=sys.stderr)
     with locked(folder):
         outcomes = train_all(runs, jobs, folder, command, stream)
         failed = {name: outcome for name, outcome in outcomes.items() if outcome.code}

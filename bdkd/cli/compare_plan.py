@@ -239,6 +239,20 @@ def plan_runs(
     return runs
 
 
+def warmup_warnings(planned: Sequence[PlannedRun]) -> list[str]:
+    """Return a line for each method whose warm-up is longer than its runs, so that its divergences
+    never reach their full weights."""
+    found = {}
+    for run in planned:
+        warmup = getattr(run.recipe.objective, "warmup", 0.0)
+        if warmup > (epochs := run.recipe.train.epochs):
+            found[run.method] = (
+                f"{run.method}: the warm-up of {warmup:g} epochs is longer than the {epochs} "
+                "epochs of the runs: set warmup in proportion to your epochs"
+            )
+    return list(found.values())
+
+
 def _is_of_run(weights: str | None, name: str) -> bool:
     """Return whether a path is a checkpoint of the run ``name``. The folder may have moved."""
     return weights is not None and Path(weights).parent.parent.name == name

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary
+from bdkd.cli.compare_plan import TEACHERS, PlannedRun, read_summary, warmup_warnings
 from bdkd.cli.compare_quantize import read_students
 from bdkd.cli.processes import Outcome
 from bdkd.cli.table import table
@@ -38,6 +38,7 @@ def report(
             f"{', '.join(made)}: the frozen teacher comes from the run of {TEACHERS} with the same "
             "seed. The column train s does not include the training of this teacher."
         )
+    notes += warmup_warnings(planned)
     if failed:
         notes.append(f"The tables leave out the runs that failed: {', '.join(failed)}.")
     content: dict[str, Any] = {
