@@ -1,4 +1,4 @@
-"""Sphinx's settings. The pages need nothing from elsewhere: no script, font or style sheet."""
+"""Settings of Sphinx. The pages load no script, font or style sheet from other servers."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Our own headings of sections beside Google's
+# Sections of our docstrings that Google's style does not have
 napoleon_custom_sections = [("Source", "notes_style")]
 
 html_theme = "furo"
@@ -47,7 +47,7 @@ pygments_dark_style = "native"
 
 
 def mathml(latex: str, display: str) -> str:
-    """MathML, which browsers draw by themselves; other renderers need a script."""
+    """Return a formula as MathML, which browsers draw without a script."""
     return latex2mathml.converter.convert(latex, display=display)
 
 
@@ -63,7 +63,7 @@ def visit_displaymath(self: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def keep_colons(app, what, name, obj, options, lines: list[str]) -> None:
-    """An attribute's docstring is a sentence; napoleon takes what precedes its colon for a type."""
+    """Keep colons in docstrings of attributes: napoleon takes the text before one for a type."""
     types = [line for line in lines if line.startswith(":type: ")]
     if what in ("attribute", "data", "property") and types:
         lines.remove(types[0])
@@ -72,13 +72,13 @@ def keep_colons(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def plain_options(app, what, name, obj, options, lines: list[str]) -> None:
-    """The options' docstrings are the command line's help: plain text, where a star is a star."""
+    """Escape markup in docstrings of options, which are plain text for the command line's help."""
     if what == "attribute" and name.startswith("bdkd.config."):
         lines[:] = [re.sub(r"([*`|_])", r"\\\1", line) for line in lines]
 
 
 def skip_aliases(app, what, name, obj, skip: bool, options) -> bool:
-    """Fields of named tuples stand in the signature already."""
+    """Skip the fields of named tuples, which are in the signature."""
     return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
 
 

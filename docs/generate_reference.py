@@ -1,412 +1,456 @@
-"""Write the pages of the reference that are made from the code.
+"""Write the parts of the reference that are made from the code.
 
-    python docs/generate_reference.py            # write them
-    python docs/generate_reference.py --check    # exit with 1 if one is not up to date
+    python docs/generate_reference.py            write them
+    python docs/generate_reference.py --check    exit with 1 if a page is not up to date
 
-``reference/recipe.md`` has every option of a recipe: its type, bounds, default and help text from
-the dataclasses, and an example from ``EXAMPLES`` below. ``reference/command-line.md`` has the help
-of every command. ``reference/metrics.md`` has the table of metrics between two comments; the rest
-of that page is written by hand. The pages do not depend on what is installed.
+The parts are blocks of ``recipe.md``, ``command-line.md`` and ``metrics.md`` between
+``<!-- generated: NAME -->`` and ``<!-- end -->``. The rest of these pages is written by hand. The
+blocks do not depend on the machine: plugins, optional packages and devices are left out.
+``tests/test_reference.py`` fails if a page is not up to date, or lacks an option, a command or a
+metric.
 """
 
 import argparse
-import ast
-import contextlib
 import dataclasses
-import functools
 import inspect
-import io
-import os
 import re
 import sys
 import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import torch
+import tyro
+from bdkd_kernels.options import TABLE
 
-from bdkd.bounds import bounds_of, plain_type  # noqa: E402
-from bdkd.cli import COMMANDS, main  # noqa: E402
-from bdkd.cli.options import element_bounds  # noqa: E402
-from bdkd.config import options as sections  # noqa: E402
-from bdkd.metrics import METRICS  # noqa: E402
-from bdkd.registry import SELECTIONS, Selection  # noqa: E402
+from bdkd.bounds import bounds_of
+from bdkd.cli import COMMANDS
+from bdkd.cli.completion import argument_classes
+from bdkd.cli.flags import Flag, fields_of, is_positional, positionals_of
+from bdkd.cli.help import Help
+from bdkd.cli.options import element_bounds
+from bdkd.cli.recipes import describe
+from bdkd.cli.shortcuts import SHORTCUTS
+from bdkd.config import (
+    CheckpointConfig,
+    DistributedConfig,
+    NetworkConfig,
+    Recipe,
+    ScheduleConfig,
+    TrainConfig,
+    load_recipe,
+    shipped_recipes,
+    to_toml,
+)
+from bdkd.metrics import METRICS, SCALED
+from bdkd.models import create_model, list_models
+from bdkd.models.registry import MODELS, describe_options, image_size_of
+from bdkd.registry import OBJECTIVES, OPTIMIZERS, SOURCES, Selection
 
-PAGES = Path(__file__).parent / "reference"
-GENERATED = "<!-- python docs/generate_reference.py writes this page. Do not edit it. -->"
-SECTIONS = {  # in the order of the page
-    "networks.NAME": sections.NetworkConfig,
-    "schedule": sections.ScheduleConfig,
-    "train": sections.TrainConfig,
-    "checkpoint": sections.CheckpointConfig,
-    "distributed": sections.DistributedConfig,
-}
+FOLDER = Path(__file__).parent / "reference"
+BLOCK = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NONE = "–"
+WIDTH = 120
 
-# --- examples -------------------------------------------------------------------------------------
-
+# An example of each option of a recipe whose type is not true, false or a choice. The keys are
+# those of the sections. ``networks.NAME.weights`` has the key ``weights``.
 EXAMPLES: dict[str, Any] = {
-    "name": "my-recipe", "run_dir": "runs/mine", "seed": 1, "device": "cuda:0", "threads": 4,
-    "max_steps": 1000, "evaluate_every": 2, "watch_test": True, "log_every": 50,
-    "log": ("tensorboard", "wandb"), "plugins": ("my_plugin",),
-    "networks.NAME.model": "resnet8", "networks.NAME.role": "teacher",
-    "networks.NAME.weights": "runs/alone", "networks.NAME.weights_key": "student",
-    "networks.NAME.reset_head": True, "networks.NAME.frozen": True,
-    "networks.NAME.learning_rate": 0.01, "networks.NAME.shard": True,
-    "networks.NAME.options": {"width": 0.5},
-    "schedule.name": "step", "schedule.unit": "steps", "schedule.warmup": 5.0,
-    "schedule.milestones": (150.0, 180.0, 210.0), "schedule.factor": 0.2, "schedule.final": 0.01,
-    "train.epochs": 240, "train.batch_size": 64, "train.accumulate": 2, "train.precision": "bf16",
-    "train.channels_last": False, "train.compile": True, "train.cuda_graph": True,
-    "train.overlap": True, "train.tf32": False, "train.deterministic": True,
-    "train.clip_norm": 5.0, "train.ema_decay": 0.999, "train.max_skipped": 5,
-    "train.select": "last",
-    "checkpoint.every_steps": 100, "checkpoint.every_minutes": 10.0, "checkpoint.keep": 3,
-    "distributed.timeout": 120.0, "distributed.grace": 15.0, "distributed.compress": "bf16",
-    "distributed.sync_batch_norm": True,
-    "data.source": "cifar100", "data.root": "data", "data.image_size": 64, "data.validation": 0.02,
-    "data.crop": 4, "data.crop_padding": "reflect", "data.flip": True, "data.cutout": 8,
-    "data.train_images": 5000, "data.label_noise": 0.2, "data.pixel_noise": 0.1,
-    "data.images": 50000, "data.classes": 100, "data.format": "webdataset",
-    "data.loader": "dali", "data.workers": 8, "data.smallest_crop": 0.35,
-    "data.progressive": (0.0, 128.0), "data.rand_augment": (2, 9), "data.erasing": 0.25,
-    "data.mixup": 0.2, "data.cutmix": 1.0, "data.exclude": "bad-files.txt",
-    "data.test_share": 0.1, "data.use_val_split": False, "data.image_column": "picture",
-    "data.label_column": "breed", "data.characters": 500, "data.manifest": "latin.toml",
-    "objective.name": "bdkd", "objective.temperature": 4.0, "objective.gamma": 3.0,
-    "objective.student_ce": 0.5, "objective.student_kd": 2.0, "objective.teacher_ce": 0.5,
-    "objective.teacher_kd": 0.5, "objective.teacher_divergence": "forward",
-    "objective.student_divergence": "reverse", "objective.weighting": "swapped",
-    "objective.soften_entropy": False, "objective.label_smoothing": 0.1,
-    "objective.backend": "reference", "objective.ensemble": "naive", "objective.target_kd": 2.0,
-    "objective.other_kd": 4.0, "objective.warmup": 2.5,
-    "optimizer.name": "adamw", "optimizer.learning_rate": 0.05, "optimizer.weight_decay": 1e-4,
-    "optimizer.decay_norms": True, "optimizer.momentum": 0.95, "optimizer.nesterov": False,
-    "optimizer.betas": (0.9, 0.95),
+    # The recipe itself
+    "name": "my-recipe", "run_dir": "runs/first", "seed": 1, "device": "cuda:0", "threads": 4,
+    "max_steps": 1000, "evaluate_every": 5, "log_every": 50, "log": ["tensorboard", "wandb"],
+    "plugins": ["my_plugin"],
+    # [data]
+    "root": "data", "image_size": 224, "validation": 0.02, "train_images": 5000,
+    "label_noise": 0.2, "exclude": "bad-files.txt", "workers": 8, "smallest_crop": 0.35,
+    "progressive": [[0, 128], [60, 224]], "rand_augment": [2, 9], "erasing": 0.25, "mixup": 0.2,
+    "cutmix": 1.0, "test_share": 0.1, "image_column": "photo", "label_column": "breed",
+    "pixel_noise": 0.1, "crop": 4, "cutout": 8, "manifest": "letters.toml", "characters": 500,
+    "images": 50_000, "classes": 100,
+    # [networks.NAME]
+    "model": "resnet20", "weights": "runs/teacher", "weights_key": "state_dict",
+    "learning_rate": 0.05, "options": {"width": 0.5},
+    # [objective]
+    "temperature": 3.0, "student_ce": 0.5, "student_kd": 2.0, "teacher_ce": 0.5,
+    "teacher_kd": 0.0, "label_smoothing": 0.1, "gamma": 3.0, "target_kd": 2.0, "other_kd": 2.0,
+    # [optimizer]
+    "weight_decay": 1e-4, "momentum": 0.95, "betas": [0.9, 0.99],
+    # [schedule]; objective.warmup has the same unit
+    "warmup": 5.0, "milestones": [150.0, 180.0, 210.0], "factor": 0.2, "final": 0.01,
+    # [train]
+    "epochs": 240, "batch_size": 64, "accumulate": 2, "clip_norm": 5.0, "ema_decay": 0.999,
+    "max_skipped": 50,
+    # [checkpoint] and [distributed]
+    "every_steps": 1000, "every_minutes": 10.0, "keep": 5, "timeout": 1200.0, "grace": 60.0,
 }  # fmt: skip
 
-
-# --- the code -------------------------------------------------------------------------------------
-
-
-@functools.cache
-def documentation(kind: type) -> dict[str, str]:
-    """Return the docstring of each field of a dataclass, also of those of its base classes."""
-    found: dict[str, str] = {}
-    for owner in reversed(kind.__mro__):
-        if not dataclasses.is_dataclass(owner):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        name = ""
-        for node in body.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                name = node.target.id
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-                found[name] = " ".join(str(node.value.value).split())
-            else:
-                name = ""
-    return found
+SECTIONS = {
+    "schedule": ScheduleConfig, "train": TrainConfig, "checkpoint": CheckpointConfig,
+    "distributed": DistributedConfig,
+}  # fmt: skip
+OPTION_HEADER = ["key", "type and bounds", "default", "meaning", "example"]
 
 
-def type_text(hint: Any) -> str:
-    """Return the type of an option and its bounds."""
-    plain, bounds = plain_type(hint), bounds_of(hint) or element_bounds(hint)
-    if get_origin(plain) is Literal:
-        return " or ".join(f"`{choice}`" for choice in get_args(plain))
-    if get_origin(plain) is tuple:
-        kinds = [plain_type(kind) for kind in get_args(plain) if kind is not Ellipsis]
-        if get_origin(kinds[0]) is Literal:
-            text = "list of " + ", ".join(f"`{choice}`" for choice in get_args(kinds[0]))
-        else:
-            names = {int: "integers", float: "numbers", str: "strings"}
-            count = "" if Ellipsis in get_args(plain) else f"{len(kinds)} "
-            text = f"list of {count}{names.get(kinds[0], 'numbers')}"
-    elif get_origin(plain) is dict:
-        text = "table"
-    else:
-        names = {bool: "boolean", int: "integer", float: "number", str: "string"}
-        text = names.get(plain, "number or list of numbers")
-    return f"{text}, {bounds}" if bounds else text
+# --- Markdown ------------------------------------------------------------------------------------
 
 
-def toml(value: Any) -> str:
-    if value is None or value is dataclasses.MISSING:
-        return ""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+COMMAND = re.compile(
+    rf"eval \"[^\"]+\"|\bbdkd ({'|'.join(COMMANDS)})\b"
+    r"( (list|fetch|check)\b|( \w+)? > [\w./~-]*\w)?"
+)
+# A word that is code: an option, a section, a suffix, a dotted key, a path or a pattern.
+CODE = re.compile(
+    r"--[a-z].*|\[[a-z]+\]|\.[a-z]\w+|[a-z]\w*\.\w.*|.*[_*=<~$].*|(?:[a-z]+:[A-Z*]|timm:|torchvision:|hf:).+"
+    r"|[\w.]+/([\w.]*[A-Z.].*)?|[A-Z]+/.*"
+)
+NOT_CODE = {"=", ">", "<", "e.g", "i.e"}
+
+
+def prose(text: str) -> str:
+    """Return a help text, which is plain text, as Markdown in one line."""
+    text = COMMAND.sub(lambda match: match[0].replace(" ", "\0"), text)
+    text = " ".join(map(_word, text.split())).replace("\0", " ").replace("|", "\\|")
+    return text.replace("` `", " ")  # a command and its options
+
+
+def _word(word: str) -> str:
+    """Return a word of a help text as Markdown, without the punctuation around it as code."""
+    bare = word.lstrip("(").rstrip(".,;:").removesuffix("'s")
+    if bare.count(")") > bare.count("("):
+        bare = bare.removesuffix(")").rstrip(".,;:")
+    if "\0" in bare or (CODE.fullmatch(bare) and bare not in NOT_CODE):
+        before, _, after = word.partition(bare)
+        return f"{before}`{bare}`{after}"
+    return word
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(prose(text), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def toml_value(value: Any) -> str:
+    """Return a value as it is written in TOML, on one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return f'"{value}"'
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
-    return repr(value)
+        pairs = ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return str(value)
 
 
-def cell(text: str) -> str:
-    """Return text as a cell of a Markdown table: names of options and files are code."""
-    text = text.replace("|", "\\|").replace("<", "&lt;")
-    return re.sub(r"(?<![\w`/])((?:\w+\.)+[a-z]\w*|\w+(?:_\w+)+)(?![\w`(])", r"`\1`", text)
+# --- recipe.md -----------------------------------------------------------------------------------
 
 
-def option_row(section: str, field: dataclasses.Field, hint: Any, text: str) -> list[str]:
-    key = f"{section}.{field.name}" if section else field.name
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    shown = f"`{toml(default)}`" if default not in (None, dataclasses.MISSING) else ""
-    if default is dataclasses.MISSING:
-        shown = "required"
-    example = f"`{field.name} = {toml(EXAMPLES[key])}`"
-    return [f"`{field.name}`", type_text(hint), shown or "none", example, cell(text)]
+def example_of(key: str, flag: Flag) -> Any:
+    """Return an example of an option that differs from its default, if its type allows it."""
+    if flag.takes_no_value:
+        return not flag.default
+    return next((choice for choice in flag.choices if choice != flag.default), EXAMPLES.get(key))
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def type_of(section: str, key: str, flag: Flag) -> str:
+    """Return the type and the bounds of an option, as error messages name them."""
+    of_loss = next((option.bounds for option in TABLE if option.name == key), None)
+    if section == "objective" and bounds_of(flag.hint) is None and of_loss is not None:
+        return re.sub("^a number in", "number, in", of_loss.needed)
+    needed = flag.needed().replace("'", "`").removeprefix("an ").removeprefix("a ")
+    each = element_bounds(flag.hint)
+    if flag.takes_several and each is not None:
+        needed += f", each {each}"
+    needed = needed.replace("1000000000.0", "1e9").replace("10000.0", "10000")
+    return needed if typing.get_origin(flag.hint) is not dict else "table of names and values"
 
 
-HEAD = ["key", "type and values", "default", "example", "meaning"]
-
-
-def section_table(section: str, kind: type, skip: tuple[str, ...] = ()) -> str:
-    hints, texts = get_type_hints(kind, include_extras=True), documentation(kind)
-    fields = [field for field in dataclasses.fields(kind) if field.name not in skip]
-    return table(HEAD, [option_row(section, f, hints[f.name], texts[f.name]) for f in fields])
-
-
-def selection_table(selection: Selection) -> str:
-    """Return the options of all objectives, sources or optimizers, and which of them has each."""
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for name, entry in selection.items():
-        if selection.is_foreign(name):
-            continue
-        hints, texts = get_type_hints(entry.config, include_extras=True), {}
-        texts = documentation(entry.config)
-        for field in dataclasses.fields(entry.config):
-            row = option_row(selection.section, field, hints[field.name], texts[field.name])
-            rows.setdefault(tuple(row), []).append(name)
-    ours = [name for name in selection if not selection.is_foreign(name)]
-    order = {key: place for place, key in enumerate(dict.fromkeys(row[0] for row in rows))}
-    lines = [
-        [row[0], "all" if names == ours else ", ".join(names), *row[1:]]
-        for row, names in sorted(rows.items(), key=lambda item: order[item[0][0]])
-    ]
-    return table([HEAD[0], f"{selection.kind}s", *HEAD[1:]], lines)
-
-
-# --- the pages ------------------------------------------------------------------------------------
-
-
-def first_sentence(kind: type) -> str:
-    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-
-
-def recipe_page() -> str:
-    top = tuple(f.name for f in dataclasses.fields(sections.Recipe) if f.name in _SECTION_FIELDS)
-    parts = [
-        GENERATED,
-        "# Options of a recipe",
-        (
-            "A recipe is a TOML file that describes a run completely. This page lists every "
-            "option. `bdkd recipes NAME` prints a shipped recipe. `bdkd train RECIPE --help-all` "
-            "lists the options of one recipe with their values."
-        ),
-        (
-            "Every key is also an option of `bdkd train`, `bdkd benchmark`, `bdkd compare` and "
-            "`bdkd tune`. A dot separates section and key, and hyphens may replace underscores: "
-            "`batch_size` under `[train]` is `--train.batch-size 64`. To set a boolean, write its "
-            "name. To unset it, write `no-` before the last part: `--train.compile`, "
-            "`--train.no-compile`. The values of a list follow each other: "
-            "`--schedule.milestones 150 180 210`. `None` unsets an option that has no default."
-        ),
-        (
-            "An option that is unknown, has the wrong type or is out of its bounds is an error. "
-            "Its message is one line that names the option, the value and what is allowed."
-        ),
-        "## Top level",
-        section_table("", sections.Recipe, skip=top),
-        "## Networks: `[networks.NAME]`",
-        (
-            "A recipe has one section for each network. `NAME` is its name in metrics, files and "
-            "on the command line: `--networks.student.model resnet20`."
-        ),
-        section_table("networks.NAME", SECTIONS["networks.NAME"]),
-    ]
-    for selection in SELECTIONS:
-        base = {"data": sections.DataConfig, "objective": sections.ObjectiveConfig,
-                "optimizer": sections.OptimizerConfig}[selection.section]  # fmt: skip
-        parts += [
-            f"## {selection.kind.capitalize()}: `[{selection.section}]`",
-            (
-                f"{first_sentence(base)} `{selection.key}` selects one. Each {selection.kind} has "
-                "its own options, which the second column shows."
-            ),
-            selection_table(selection),
-        ]
-    for section, kind in SECTIONS.items():
-        if section != "networks.NAME":
-            title = {"schedule": "Schedule", "train": "Training", "checkpoint": "Checkpoints",
-                     "distributed": "Several ranks"}[section]  # fmt: skip
-            parts += [f"## {title}: `[{section}]`", first_sentence(kind)]
-            parts.append(section_table(section, kind))
-    parts += [_EXAMPLE, "Next: [](command-line.md), [](objectives.md), [](data-sources.md)."]
-    return "\n\n".join(parts) + "\n"
-
-
-_SECTION_FIELDS = ("networks", "data", "objective", "optimizer", *SECTIONS)
-_EXAMPLE = """## A complete example
-
-```toml
-# example.toml
-name = "example"
-seed = 1
-
-[data]
-source = "digits"
-validation = 0.15
-crop = 1
-
-[networks.teacher]
-model = "wrn_16_2"
-role = "teacher"
-
-[networks.student]
-model = "resnet8"
-role = "student"
-
-[objective]
-name = "bdkd"
-temperature = 2.0
-gamma = 3.0
-
-[optimizer]
-name = "sgd"
-learning_rate = 0.1
-
-[schedule]
-name = "cosine"
-warmup = 1.0
-
-[train]
-epochs = 20
-batch_size = 64
-ema_decay = 0.99
-
-[checkpoint]
-every_minutes = 10.0
-```
-
-```sh
-bdkd train example.toml --run-dir runs/example
-```"""
-
-
-def help_of(*command: str) -> str:
-    """Return what ``bdkd COMMAND --help`` prints on a terminal of 80 columns without colours."""
-    old = dict(os.environ)
-    os.environ.update({"COLUMNS": "80", "NO_COLOR": "1", "PYTHON_TYRO_ANSI_CODES": "False"})
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            main([*command, "--help"])
-    finally:
-        os.environ.clear()
-        os.environ.update(old)
-    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
-    footer = "Every command has the options --plugin MODULE and --debug; see bdkd --help."
-    return "\n".join(line for line in lines if line != footer).strip("\n")
-
-
-def command_line_page() -> str:
-    parts = [
-        GENERATED,
-        "# Command line",
-        (
-            "`bdkd COMMAND --help` prints the options of a command. This page shows the help of "
-            "every command. Commands with a recipe also have every [option of a recipe](recipe.md)."
-        ),
-        "```text\n" + help_of() + "\n```",
-        "## Exit codes",
-        table(
-            ["code", "meaning"],
-            [
-                ["0", "success"],
-                ["1", "the command failed: a file, the network, the disk, memory, a rank"],
-                ["2", "the command line or the recipe is wrong"],
-                ["130, 143, 138", "SIGINT, SIGTERM or SIGUSR1 stopped it; a training run has saved"
-                 " a checkpoint"],
-            ],
-        ),
-        (
-            "Errors are one line on standard error. `--debug` prints the traceback too. "
-            "[](messages.md) explains the messages."
-        ),
-        "## Options of every command",
-        table(
-            ["option", "meaning"],
-            [
-                ["`--plugin MODULE`", "import a module or a `.py` file that registers objectives, "
-                 "models, data sources, optimizers or metrics. Repeat it for several plugins"],
-                ["`--debug`", "print the traceback of an error"],
-                ["`--version`", "print the version (without a command)"],
-            ],
-        ),
-    ]  # fmt: skip
-    for command, text in COMMANDS.items():
-        parts += [f"## bdkd {command}", f"{text[0].upper()}{text[1:]}."]
-        names = [(command,)]
-        if command == "data":
-            names += [("data", action) for action in ("list", "fetch", "check")]
-        parts += [f"```text\n{help_of(*name)}\n```" for name in names]
-    return "\n\n".join(parts) + "\n"
-
-
-def metrics_table() -> str:
+def option_rows(section: str, options: Mapping[str, Flag]) -> list[list[str]]:
     rows = []
-    for metric in METRICS.values():
-        if metric.of_samples is not None:
-            continue
-        places = [
-            place
-            for place, shown in (
-                ("training lines", metric.trained),
-                ("evaluation lines", metric.validated),
-                ("`summary.json`", metric.key != "loss"),
-                ("`bdkd compare`", metric.compared),
-            )
-            if shown
-        ]
-        rows.append([f"`{metric.key}`", metric.label, metric.description, ", ".join(places)])
-    return table(["key", "in tables", "meaning", "appears in"], rows)
+    for key, flag in options.items():
+        default = "required" if flag.default is dataclasses.MISSING else NONE
+        if flag.default is not dataclasses.MISSING and flag.default is not None:
+            default = f"`{toml_value(flag.default)}`"
+        example = f"`{key} = {toml_value(example_of(key, flag))}`"
+        rows.append([f"`{key}`", type_of(section, key, flag), default, prose(flag.help), example])
+    return rows
 
 
-BEGIN, END = "<!-- the table of metrics, from bdkd/metrics.py -->", "<!-- end of the table -->"
+def option_table(section: str, options: Mapping[str, Flag]) -> str:
+    return table(OPTION_HEADER, option_rows(section, options))
 
 
-def metrics_page() -> str:
-    page = (PAGES / "metrics.md").read_text("utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{metrics_table()}\n\n{END}{after}"
+def built_in(selection: Selection) -> list[str]:
+    """Return the names of a selection in alphabetical order, without those of plugins."""
+    return sorted(name for name in selection if not selection.is_foreign(name))
 
 
-def pages() -> dict[Path, str]:
+def selected_section(selection: Selection) -> str:
+    """Return the tables of a section whose options depend on a name in it."""
+    section, names = selection.section, built_in(selection)
+    options = {name: fields_of(selection[name].config) for name in names}
+    first, *others = options.values()
+    shared = {
+        key: flag
+        for key, flag in first.items()
+        if key != selection.key and all(other.get(key) == flag for other in others)
+    }
+    default = getattr(fields_of(Recipe)[section].default, selection.key)
+    choice = [
+        f"`{selection.key}`", "one of " + ", ".join(f"`{name}`" for name in names),
+        f"`{toml_value(default)}`", prose(first[selection.key].help),
+        f"`{selection.key} = {toml_value(names[-1])}`",
+    ]  # fmt: skip
+    parts = [
+        f"### All {selection.kind}s", table(OPTION_HEADER, [choice, *option_rows(section, shared)]),
+    ]  # fmt: skip
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        own = {
+            key: flag
+            for key, flag in options[name].items()
+            if key != selection.key and key not in shared
+        }
+        text = option_table(section, own) if own else "No further options."
+        groups.setdefault(text, []).append(name)
+    for text, members in groups.items():
+        titles = ", ".join(f"`{name}`" for name in members)
+        kind = selection.kind.capitalize() + "s" * (len(members) > 1)
+        parts += [f"### {kind} {titles}", text]
+    return "\n\n".join(parts)
+
+
+def top_level() -> dict[str, Flag]:
+    """Return the keys of a recipe that are in no section."""
     return {
-        PAGES / "recipe.md": recipe_page(),
-        PAGES / "command-line.md": command_line_page(),
-        PAGES / "metrics.md": metrics_page(),
+        key: flag
+        for key, flag in fields_of(Recipe).items()
+        if not dataclasses.is_dataclass(flag.default) and key != "networks"
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true")
+def sections() -> str:
+    """Return the sections without a choice, after those of networks and objectives."""
+    parts = []
+    for section, kind in SECTIONS.items():
+        what = paragraph(inspect.getdoc(kind) or "")
+        parts += [f"## `[{section}]`", what, option_table(section, fields_of(kind))]
+    return "\n\n".join(parts)
+
+
+def complete_recipe() -> str:
+    return f"```toml\n# complete.toml\n{to_toml(load_recipe('digits'))}```"
+
+
+def recipe_table() -> str:
+    rows = []
+    for name in shipped_recipes():
+        recipe = describe(name)
+        pair = " → ".join(
+            ", ".join(f"`{model}`" for model in models.values())
+            for models in (recipe.teachers, recipe.students)
+            if models
+        )
+        rows.append([f"`{name}`", f"`{recipe.data}`", pair, f"`{recipe.objective}`",
+                     str(recipe.epochs), prose(recipe.description)])  # fmt: skip
+    header = ["recipe", "data", "teacher → student", "objective", "epochs", "description"]
+    return table(header, rows)
+
+
+def model_table() -> str:
+    rows = []
+    for name in list_models():
+        if MODELS.is_foreign(name):
+            continue
+        size = image_size_of(name, {})
+        classes = 1000 if size else 100
+        with torch.device("meta"):
+            network = create_model(name, classes)
+        count = sum(parameter.numel() for parameter in network.parameters())
+        options = "; ".join(f"`{key}`: {text}" for key, text in describe_options(name).items())
+        options = options.replace("'", "`").replace("default: False", "default: false") or NONE
+        rows.append([f"`{name}`", f"{count:,}", str(size or "any"), str(classes), options])
+    header = ["model", "parameters", "image size", "classes", "options"]
+    return table(header, rows)
+
+
+# --- command-line.md -----------------------------------------------------------------------------
+
+
+SHORT_OPTIONS = """\
+Short options set keys of the recipe. Every key is also an option, such as
+`--train.precision bf16`: see [](recipe.md)."""
+
+
+def list_of_commands() -> str:
+    rows = [
+        [f"[`bdkd {name}`](#bdkd-{name})", f"{what[0].upper()}{what[1:]}."]
+        for name, what in COMMANDS.items()
+    ]
+    return table(["command", "what it does"], rows)
+
+
+def command_section(command: str) -> list[str]:
+    """Return the section of a command. Each form of it has a subsection if there are several."""
+    forms = argument_classes(command)
+    parts = [f"## bdkd {command}"]
+    for form, kind in forms.items():
+        if len(forms) > 1:
+            parts.append(f"### bdkd {form}")
+        parts += form_section(form, kind)
+    return parts
+
+
+def form_section(form: str, kind: type) -> list[str]:
+    """Return usage, description, arguments and options of one form of a command."""
+    help_, positionals = help_of(kind), positionals_of(kind)
+    first, *rest = re.split(r"\n\s*\n", inspect.getdoc(kind) or "")
+    names = " ".join(_optional(name, flag) for name, flag in positionals.items())
+    words = form.removesuffix(" FILE")
+    usage = help_.usage if help_ else " ".join(f"bdkd {words} {names} [options]".split())
+    parts = [f"```text\n{usage}\n```", paragraph(help_.text if help_ else first)]
+    parts += map(paragraph, rest)
+    if positionals:
+        rows = [[f"`{name}`", _with_default(flag)] for name, flag in positionals.items()]
+        parts.append(table(["argument", "meaning"], rows))
+    own = {
+        key: flag
+        for key, flag in fields_of(kind).items()
+        if not is_positional(flag) and key != "config"
+    }
+    if own:
+        header = ["option", "value", "default", "meaning"]
+        parts.append(table(header, map(_option_row, own, own.values())))
+    if help_ is not None:
+        parts += [SHORT_OPTIONS, shortcut_table(help_)]
+        if omitted := [f"`{name}`" for name in help_.omitted if name not in SHORTCUTS]:
+            parts.append(f"`bdkd {words.split()[0]}` does not accept {', '.join(omitted)}.")
+    return parts
+
+
+def _optional(name: str, flag: Flag) -> str:
+    required = flag.default is dataclasses.MISSING or name.startswith("[")
+    return name if required else f"[{name}]"
+
+
+def _with_default(flag: Flag) -> str:
+    unset = flag.default is dataclasses.MISSING or flag.default is None
+    return prose(flag.help) + ("" if unset else f" Default: `{flag.default}`.")
+
+
+def help_of(kind: type) -> Help | None:
+    """Return the short help of a command that takes a recipe."""
+    takes_recipe = "config" in fields_of(kind)
+    return sys.modules[kind.__module__].HELP if takes_recipe else None
+
+
+def shortcut_table(help_: Help) -> str:
+    rows = []
+    for name, shortcut in SHORTCUTS.items():
+        if name not in help_.omitted:
+            key = shortcut.key.format(teacher="TEACHER", student="STUDENT")
+            sets = f"`--{key}`" if key else NONE
+            option = f"`{name} {shortcut.metavar}`".replace(" `", "`")
+            text = f"{shortcut.help[0].upper()}{shortcut.help[1:]}."
+            rows.append([option, prose(text), sets])
+    return table(["option", "meaning", "sets"], rows)
+
+
+def _option_row(key: str, flag: Flag) -> list[str]:
+    name = key.replace("_", "-")
+    pairs = flag.takes_no_value and not _is_single_flag(flag.hint)
+    option = f"`--{name}`" + (f", `--no-{name}`" if pairs else "")
+    value = NONE if flag.takes_no_value else type_of("", key, flag)
+    value = value.replace("array of ", "one or more ")
+    default = NONE
+    if flag.default is dataclasses.MISSING:
+        default = "required"
+    elif pairs:
+        default = "on" if flag.default else "off"
+    elif not flag.takes_no_value and flag.default not in (None, ()):
+        values = flag.default if isinstance(flag.default, tuple) else (flag.default,)
+        default = f"`{' '.join(map(str, values))}`"
+    return [option, value, default, prose(flag.help)]
+
+
+def _is_single_flag(hint: Any) -> bool:
+    """Return whether a flag has no opposite ``--no-...``."""
+    marks = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+    return tyro.conf.FlagCreatePairsOff in marks
+
+
+# --- metrics.md ----------------------------------------------------------------------------------
+
+
+def metric_table() -> str:
+    fitted = {*(f"{key}_scaled" for key in SCALED), "temperature"}
+    rows = [
+        [
+            f"`{metric.key}`", metric.label, _yes(metric.trained), _yes(metric.validated),
+            # Metrics at the fitted temperature are computed separately.
+            _yes(metric.measured or metric.key in fitted),
+            "tested" if metric.tested else _yes(metric.compared), _yes(metric.charted),
+            f"`{metric.hub}`" if metric.hub else "",
+        ]
+        for metric in METRICS.values()
+        if metric.of_samples is None
+    ]  # fmt: skip
+    header = ["metric", "label in tables", "training lines", "evaluation lines", "`summary.json`",
+              "`bdkd compare`", "report", "model card"]  # fmt: skip
+    return table(header, rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "keys before the first section": lambda: option_table("", top_level()),
+    "data": lambda: selected_section(SOURCES),
+    "networks": lambda: option_table("networks.NAME", fields_of(NetworkConfig)),
+    "objective": lambda: selected_section(OBJECTIVES),
+    "optimizer": lambda: selected_section(OPTIMIZERS),
+    "other sections": sections,
+    "complete recipe": complete_recipe,
+    "recipes": recipe_table,
+    "models": model_table,
+    "list of commands": list_of_commands,
+    "commands": lambda: "\n\n".join(part for name in COMMANDS for part in command_section(name)),
+    "metrics": metric_table,
+}
+
+
+def pages() -> dict[Path, tuple[str, str]]:
+    """Return the pages with generated blocks: the present text and the text that it must be."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.md")):
+        text = path.read_text("utf-8")
+        new = BLOCK.sub(lambda block: f"{block[1]}\n{BLOCKS[block[2]]()}\n\n{block[3]}", text)
+        if BLOCK.search(text):
+            found[path] = text, new
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    stale = [path for path, text in pages().items() if path.read_text("utf-8") != text]
-    for path in stale:
+    outdated = {path: new for path, (text, new) in pages().items() if text != new}
+    for path, new in outdated.items():
+        print(f"{path} {'is not up to date' if check else 'was written'}")
         if not check:
-            path.write_text(pages()[path], "utf-8")
-        print(f"{path.relative_to(ROOT)} {'is not up to date' if check else 'written'}")
-    sys.exit(bool(check and stale))
+            path.write_text(new, "utf-8")
+    sys.exit(check and bool(outdated))
+
+
+if __name__ == "__main__":
+    main()

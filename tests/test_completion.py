@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from bdkd.cli import COMMANDS, main
+from bdkd.cli.completion import command_flags
 
 BASH = """
 source "$1"; shift
@@ -24,6 +25,8 @@ LINES = [
     (["train", "digits", "--teacher", "wrn_16"], {"wrn_16_2"}),
     (["train", "digits", "--objective.name", "d"], {"dml"}),
     (["compare", "digits", "--seed"], {"--seeds"}),
+    (["tune", "digi"], {"digits", "digits-hard"}),
+    (["tune", "digits", "--train.ep"], {"--train.epochs"}),
     (["evaluate", "runs/mine", "--split", ""], {"val", "test"}),
     (["export", "runs/mine", "--quantize", ""], {"int8"}),
     (["benchmark", "model.onnx", "--roun"], {"--rounds"}),
@@ -80,3 +83,8 @@ def test_zsh_and_fish_can_read_their_scripts(scripts):
             f"autoload -Uz compinit && compinit -D; source {scripts / 'zsh'}; print $_comps[bdkd]"
         )
         assert "_bdkd" in output("zsh", "-f", "-c", line)[0]
+
+
+def test_only_options_that_a_command_accepts_are_completed():
+    assert command_flags("models").keys() == {"--json"}
+    assert "--config" not in command_flags("tune")

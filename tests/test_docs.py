@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,10 +68,11 @@ def page_name(page: Path) -> str:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """Return the words of each command, without comments, variable assignments and pipes."""
+    """The words of each command, without comments, variables, redirections and pipes."""
     found = []
     for line in block.body.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        words = list(takewhile(lambda word: word not in (">", "|"), words))
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         if words:

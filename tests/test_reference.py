@@ -1,70 +1,135 @@
-"""The pages of the reference that docs/generate_reference.py writes from the code."""
+"""The reference: the parts that are made from the code are complete and up to date."""
 
 import dataclasses
+import importlib.util
 import re
-import sys
+import tomllib
+import typing
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
+from bdkd_kernels.options import TABLE
 
 from bdkd.bounds import check_value
-from bdkd.config import options as sections
+from bdkd.cli import COMMANDS
+from bdkd.cli.completion import argument_classes
+from bdkd.cli.flags import fields_of, is_positional
+from bdkd.config import NetworkConfig, Recipe, shipped_recipes
+from bdkd.config.convert import convert
+from bdkd.metrics import METRICS, OBJECTIVE_STATISTICS, OF_A_LINE
+from bdkd.models import list_models
+from bdkd.models.registry import MODELS
 from bdkd.registry import SELECTIONS
 
 DOCS = Path(__file__).parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-import generate_reference  # noqa: E402
-
-FIELDS = [
-    *(("", sections.Recipe, field) for field in dataclasses.fields(sections.Recipe)
-      if field.name not in generate_reference._SECTION_FIELDS),
-    *((section, kind, field) for section, kind in generate_reference.SECTIONS.items()
-      for field in dataclasses.fields(kind)),
-    *((selection.section, entry.config, field) for selection in SELECTIONS
-      for name, entry in selection.items() if not selection.is_foreign(name)
-      for field in dataclasses.fields(entry.config)),
-]  # fmt: skip
+SECTION = re.compile(r"^## `\[([\w.]+)\]`\n(.*?)(?=^## |\Z)", re.M | re.S)
+ROW = re.compile(r"^\| `(\w+)` \|.*\| `(\w+ = .+)` \|$", re.M)
 
 
-def key_of(section: str, field: dataclasses.Field) -> str:
-    return f"{section}.{field.name}" if section else field.name
+@pytest.fixture(scope="module")
+def generator():
+    path = DOCS / "generate_reference.py"
+    spec = importlib.util.spec_from_file_location("generate_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("path", generate_reference.pages(), ids=lambda path: path.stem)
-def test_a_page_is_up_to_date(path):
-    """If this fails, run python docs/generate_reference.py."""
-    assert path.read_text("utf-8") == generate_reference.pages()[path]
+def page(name: str) -> str:
+    return (DOCS / "reference" / name).read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    ("section", "kind", "field"), FIELDS, ids=lambda value: getattr(value, "name", None)
-)
-def test_the_example_of_an_option_is_valid_and_not_its_default(section, kind, field):
-    key = key_of(section, field)
-    example = generate_reference.EXAMPLES[key]
-    check_value(key, example, get_type_hints(kind, include_extras=True)[field.name])
-    defaults = {
-        other.default for other_section, _, other in FIELDS if key_of(other_section, other) == key
-    } - {dataclasses.MISSING}
-    assert {example if not isinstance(example, dict) else None} != defaults
+def test_the_pages_are_up_to_date(generator, registries):
+    pages = generator.pages()
+    assert [path.name for path in pages] == ["command-line.md", "metrics.md", "recipe.md"]
+    outdated = [path.name for path, (text, new) in pages.items() if text != new]
+    assert not outdated, f"run: python docs/generate_reference.py ({outdated})"
 
 
-def test_every_example_belongs_to_an_option():
-    assert set(generate_reference.EXAMPLES) == {key_of(s, field) for s, _, field in FIELDS}
+def test_plugins_do_not_change_the_pages(generator, registries):
+    """The tables list what bdkd contains, also on a machine with plugins."""
+    from bdkd import register_metric, register_objective
+    from bdkd.objectives.options import MutualConfig
+
+    register_objective("my-objective", MutualConfig)(type("Mine", (), {}))
+    register_metric("my_metric")(lambda logits, labels: labels)
+    assert all(text == new for text, new in generator.pages().values())
 
 
-def test_every_option_of_the_command_line_is_on_the_page():
-    """The help of a recipe lists the options as the parser knows them."""
-    from bdkd.cli.flags import flags_of
-    from bdkd.cli.train import Arguments
-    from bdkd.config import load_recipe
+def options_of(section: str) -> set[str]:
+    """Every key that a section can have."""
+    selection = next((s for s in SELECTIONS if s.section == section), None)
+    if selection is not None:
+        names = [name for name in selection if not selection.is_foreign(name)]
+        return {key for name in names for key in fields_of(selection[name].config)}
+    return set(fields_of(kind_of(section)))
 
-    page = (DOCS / "reference" / "recipe.md").read_text("utf-8")
-    keys = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
-    recipe = load_recipe("imagenet-r50-mbv1")
-    flags = flags_of(Arguments(recipe=recipe.name, config=recipe))
-    own = {field.name for field in dataclasses.fields(Arguments)}
-    for flag in flags:
-        name = flag.removeprefix("--").split(".")[-1].replace("-", "_")
-        assert {name, name.removeprefix("no_")} & (keys | own), flag
+
+def kind_of(section: str) -> type:
+    if section == "networks.NAME":
+        return NetworkConfig
+    return type(fields_of(Recipe)[section].default)
+
+
+def test_every_option_of_a_recipe_has_a_row(registries):
+    text = page("recipe.md")
+    found = {name: {key for key, _ in ROW.findall(body)} for name, body in SECTION.findall(text)}
+    named = {key for key, flag in fields_of(Recipe).items() if key != "networks"}
+    in_sections = {name for name in named if dataclasses.is_dataclass(fields_of(Recipe)[name][1])}
+    assert set(found) == {*in_sections, "networks.NAME"}
+    for section, keys in found.items():
+        assert keys == options_of(section), section
+    before = text[: text.index("## `[data]`")]
+    assert {key for key, _ in ROW.findall(before)} == named - in_sections
+
+
+def test_every_example_is_valid(registries):
+    """Each example has the type of its option and is within its bounds."""
+    parts = [
+        ("", page("recipe.md").partition("## `[data]`")[0]),
+        *SECTION.findall(page("recipe.md")),
+    ]
+    checked = 0
+    for section, body in parts:
+        selection = next((s for s in SELECTIONS if s.section == section), None)
+        kinds = [Recipe] if not section else [] if selection else [kind_of(section)]
+        if selection is not None:
+            kinds = [selection[n].config for n in selection if not selection.is_foreign(n)]
+        for key, example in ROW.findall(body):
+            hints = [typing.get_type_hints(k, include_extras=True).get(key) for k in kinds]
+            (value,) = tomllib.loads(example).values()
+            for hint in filter(None, hints):
+                check_value(key, convert(value, hint, key), hint)
+                checked += 1
+            if section == "objective":
+                [option.check(value) for option in TABLE if option.name == key]
+    assert checked > 100
+
+
+def test_every_command_and_option_has_a_row():
+    text = page("command-line.md")
+    for command in COMMANDS:
+        body = re.search(rf"^## bdkd {command}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+        for kind in argument_classes(command).values():
+            for key, flag in fields_of(kind).items():
+                if key != "config" and not is_positional(flag):
+                    assert f"`--{key.replace('_', '-')}`" in body, (command, key)
+
+
+def test_every_metric_has_a_row(registries):
+    text = page("metrics.md")
+    built_in = [metric.key for metric in METRICS.values() if metric.of_samples is None]
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == built_in
+
+
+def test_every_model_and_recipe_is_listed(registries):
+    text = page("recipe.md")
+    names = [name for name in list_models() if not MODELS.is_foreign(name)]
+    missing = [name for name in [*names, *shipped_recipes()] if f"| `{name}` |" not in text]
+    assert not missing
+
+
+def test_every_key_of_a_log_line_is_explained():
+    text = page("run-files.md")
+    missing = [key for key in {*OF_A_LINE, *OBJECTIVE_STATISTICS} if f"`{key}`" not in text]
+    assert not missing

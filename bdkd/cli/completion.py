@@ -2,21 +2,21 @@
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from bdkd.cli import benchmark_files
-from bdkd.cli.flags import Flag, flags_of, parse
+from bdkd.cli.flags import Flag, fields_of, flags_of, parse
 from bdkd.cli.shortcuts import SHORTCUTS
 from bdkd.config import load_recipe, shipped_recipes
 from bdkd.data.fetch import DATA_SETS
 from bdkd.models import list_models
 from bdkd.registry import SELECTIONS
 
-WITH_RECIPE = ("train", "compare", "benchmark", "recipes")
+WITH_RECIPE = ("train", "compare", "tune", "benchmark", "recipes")
 EXAMPLE = "digits"  # the recipe whose options are completed
 
 BASH = """\
@@ -117,23 +117,28 @@ def fish_script() -> str:
     return "\n".join(lines) + "\n"
 
 
+def argument_classes(command: str) -> dict[str, type]:
+    """Return the dataclass of a command's arguments. Commands with several forms have several
+    classes. The keys are the words that choose a form, such as ``data check``."""
+    module: Any = import_module(f"bdkd.cli.{command.replace('-', '_')}")
+    if command == "data":
+        return {f"data {action}": getattr(module, action.capitalize()) for action in module.ACTIONS}
+    if command == "benchmark":
+        return {"benchmark RECIPE": module.Arguments, "benchmark FILE": benchmark_files.Arguments}
+    return {command: module.Arguments}
+
+
 def command_flags(command: str) -> dict[str, Flag]:
     """Return the flags of a command. Commands that take a recipe also have short flags."""
-    module: Any = import_module(f"bdkd.cli.{command.replace('-', '_')}")
-    if command in WITH_RECIPE and command != "recipes":
-        default = module.Arguments(recipe=EXAMPLE, config=load_recipe(EXAMPLE))
-        short = {
-            name: Flag(str if shortcut.metavar else bool, None, shortcut.help)
-            for name, shortcut in SHORTCUTS.items()
-        }
-        of_files = flags_of(benchmark_files.Arguments) if command == "benchmark" else {}
-        return {**short, **flags_of(default), **of_files}
-    kinds = [  # one, or one for each action
-        kind
-        for kind in vars(module).values()
-        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.__name__
-    ]
-    return {name: flag for kind in kinds for name, flag in flags_of(kind).items()}
+    found: dict[str, Flag] = {}
+    for kind in argument_classes(command).values():
+        if "config" not in fields_of(kind):
+            found |= flags_of(kind)
+            continue
+        for name, shortcut in SHORTCUTS.items():
+            found[name] = Flag(str if shortcut.metavar else bool, None, shortcut.help)
+        found |= flags_of(kind(recipe=EXAMPLE, config=load_recipe(EXAMPLE)))
+    return found
 
 
 def first_arguments(command: str) -> list[str]:

@@ -79,6 +79,25 @@ class Flag(NamedTuple):
         return needed_for(self.hint) + (f", {bounds}" if bounds else "")
 
 
+def fields_of(options: Any) -> dict[str, Flag]:
+    """Return the type, default and docstring of each field of a dataclass, by its name.
+
+    Args:
+        options: the class, or an instance, whose values are the defaults.
+    """
+    kind = options if isinstance(options, type) else type(options)
+    hints, documents = typing.get_type_hints(kind, include_extras=True), _field_docs(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        default = field.default
+        if not isinstance(options, type):
+            default = getattr(options, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[field.name] = Flag(hints[field.name], default, documents.get(field.name, ""))
+    return found
+
+
 def flags_of(options: Any, section: str = "") -> dict[str, Flag]:
     """Return the flags of a dataclass, such as ``--train.epochs``, in its order.
 
@@ -86,30 +105,25 @@ def flags_of(options: Any, section: str = "") -> dict[str, Flag]:
         options: the class, or an instance, whose values are the defaults.
         section: prefix of the names, such as ``train``.
     """
-    kind = options if isinstance(options, type) else type(options)
-    hints, documents = typing.get_type_hints(kind, include_extras=True), _field_docs(kind)
     found: dict[str, Flag] = {}
-    for field in dataclasses.fields(kind):
-        hint, default = hints[field.name], field.default
-        if not isinstance(options, type):
-            default = getattr(options, field.name)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if _is_positional(hint) or (not section and field.name == "plugins"):
+    for key, flag in fields_of(options).items():
+        if is_positional(flag) or (not section and key == "plugins"):
             continue  # take_plugins() reads --plugin
-        name = ".".join(filter(None, [section, field.name.replace("_", "-")]))
+        name, default = ".".join(filter(None, [section, key.replace("_", "-")])), flag.default
         if isinstance(default, Mapping):  # networks; take_model_options() reads options of models
-            for key, part in default.items():
+            for network, part in default.items():
                 if dataclasses.is_dataclass(part):
-                    found |= flags_of(part, f"{name}.{key.replace('_', '-')}")
+                    found |= flags_of(part, f"{name}.{network.replace('_', '-')}")
         elif dataclasses.is_dataclass(default) and not isinstance(default, type):
-            found |= flags_of(default, section if field.name == "config" else name)
+            found |= flags_of(default, section if key == "config" else name)
         else:
-            found[f"--{name}"] = Flag(hint, default, documents.get(field.name, ""))
+            found[f"--{name}"] = flag
     return found
 
 
-def _is_positional(hint: Any) -> bool:
+def is_positional(flag: Flag) -> bool:
+    """Return whether an option is an argument without a flag."""
+    hint = flag.hint
     return typing.get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
 
 
@@ -278,7 +292,7 @@ def parse(kind: type[Parsed], prog: str, given: list[str]) -> Parsed:
         SystemExit: tyro has printed the help.
     """
     if not {"-h", "--help"} & set(given):
-        flags, positionals = flags_of(kind), _positionals(kind)
+        flags, positionals = flags_of(kind), positionals_of(kind)
         command = prog.removeprefix("bdkd ")
         several = any(flag.takes_several for flag in positionals.values())
         free = check_flags(prog, given, flags, None if several else len(positionals))
@@ -295,14 +309,12 @@ def parse(kind: type[Parsed], prog: str, given: list[str]) -> Parsed:
     return tyro.cli(kind, prog=prog, args=given)
 
 
-def _positionals(kind: Any) -> dict[str, Flag]:
+def positionals_of(kind: type) -> dict[str, Flag]:
     """Return the arguments without a flag by the names that the help shows."""
-    hints, documents = typing.get_type_hints(kind, include_extras=True), _field_docs(kind)
     found = {}
-    for field in dataclasses.fields(kind):
-        if _is_positional(hint := hints[field.name]):
-            names = (getattr(mark, "metavar", None) for mark in hint.__metadata__)
-            name = next(filter(None, names), field.name.upper())
-            plain = hint.__origin__
-            found[name] = Flag(plain, field.default, documents.get(field.name, name))
+    for key, flag in fields_of(kind).items():
+        if is_positional(flag):
+            names = (getattr(mark, "metavar", None) for mark in flag.hint.__metadata__)
+            name = next(filter(None, names), key.upper())
+            found[name] = flag._replace(hint=flag.hint.__origin__, help=flag.help or name)
     return found
