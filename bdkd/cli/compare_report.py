@@ -32,15 +32,7 @@ def report(
     refuse_other_data([(str(plan.path), run.summary.get("data")) for run, plan in pairs])
     rows = comparison.compare(runs, methods)
     some = runs[0].summary
-    notes = comparison.notes(methods[0], some["images"], rows)
-    if made := sorted({run.method for run in planned if run.teachers}):
-        notes.append(
-            f"{', '.join(made)}: the frozen teacher comes from the run of {TEACHERS} with the same "
-            "seed. The column train s does not include the training of this teacher."
-        )
-    notes += warmup_warnings(planned)
-    if failed:
-        notes.append(f"The tables leave out the runs that failed: {', '.join(failed)}.")
+    notes = comparison.notes(methods[0], some["images"], rows) + _notes(planned, failed)
     content: dict[str, Any] = {
         "command": command, "recipe": some["recipe"], "methods": list(methods),
         "torch": some["torch"], "device": some["device"], "notes": notes,
@@ -79,6 +71,20 @@ def report(
     for note in notes:
         print(textwrap.fill(note, 100))
     print(f"\ntables and figure    {folder}/comparison.md, .csv, .json, .png")
+
+
+def _notes(planned: Sequence[PlannedRun], failed: Mapping[str, Outcome]) -> list[str]:
+    """Return what a reader must know about the runs."""
+    notes = []
+    if taught := sorted({run.method for run in planned if run.teachers}):
+        notes.append(
+            f"{', '.join(taught)}: the frozen teacher comes from the run of {TEACHERS} with the "
+            "same seed. The column train s does not include the training of this teacher."
+        )
+    notes += warmup_warnings(planned)
+    if failed:
+        notes.append(f"The tables leave out the runs that failed: {', '.join(failed)}.")
+    return notes
 
 
 def _quantized_tables(
