@@ -431,6 +431,7 @@ def test_missing_files_exit_1_with_one_line(capsys, tmp_path, run, monkeypatch):
             assert part in message, message
 
 
+@pytest.mark.soak  # test_evaluate_files.py compares three ranks with one process
 def test_two_ranks_print_the_same_evaluation_as_one_process(run, capsys):
     main(["evaluate", str(run), "--split", "test", "--json", "--device", "cpu"])
     alone = json.loads(capsys.readouterr().out)

@@ -17,7 +17,12 @@ def with_closed(streams: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("streams", "prints"),
-    [("2>&-", True), (">&-", False), (">&- 2>&-", False), ("<&- >&- 2>&-", False)],
+    [
+        pytest.param("2>&-", True, marks=pytest.mark.soak),
+        pytest.param(">&-", False, marks=pytest.mark.soak),
+        pytest.param(">&- 2>&-", False, marks=pytest.mark.soak),
+        ("<&- >&- 2>&-", False),
+    ],
 )
 def test_training_works_with_closed_streams(streams, prints, tmp_path):
     run = tmp_path / "run"
@@ -34,7 +39,10 @@ def test_a_comparison_works_with_closed_streams(tmp_path):
     assert (tmp_path / "c" / "comparison.json").exists()
 
 
-@pytest.mark.parametrize("streams", ["2>&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("streams", [
+    "2>&-", pytest.param(">&-", marks=pytest.mark.soak),
+    pytest.param("<&- >&- 2>&-", marks=pytest.mark.soak),
+])  # fmt: skip
 def test_a_failure_with_closed_streams_keeps_its_exit_code(streams, tmp_path):
     assert with_closed(streams, "evaluate", str(tmp_path / "nothing")).returncode == 1
     assert with_closed(streams, "train", "no-such-recipe").returncode == 2

@@ -54,7 +54,7 @@ def test_ctrl_c_during_the_import_of_any_module_prints_one_line(module, tmp_path
         assert module not in ("bdkd_kernels", "torch.nn", "bdkd.trainer")
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.5])
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(0.5, marks=pytest.mark.soak), 2.5])
 def test_ctrl_c_leaves_no_process_of_a_comparison(seconds, tmp_path):
     """A terminal sends SIGINT to all processes of the comparison."""
     command = [sys.executable, "-m", "bdkd", "compare", TINY, "--methods", "independent", "dml",

@@ -113,7 +113,10 @@ def test_networks_that_bdkd_cannot_use_are_not_listed(capsys):
     assert "has a linear classifier" in refused(capsys, "models", "torchvision:squeezenet*")
 
 
-@pytest.mark.parametrize("command", [["models"], ["recipes"], ["recipes", "digits"]])
+@pytest.mark.parametrize("command", [
+    pytest.param(["models"], marks=pytest.mark.soak), ["recipes"],
+    pytest.param(["recipes", "digits"], marks=pytest.mark.soak),
+])  # fmt: skip
 def test_a_closed_pipe_ends_the_listing_quietly(command):
     """A reader such as head closes the pipe before or after the first line."""
     for reads in (0, 1):

@@ -136,13 +136,15 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(builde
 
 
 def six_lines(python: Path, folder: Path, native: bool) -> bool:
-    """Run the first example of the README with an empty PATH, and so without a compiler."""
+    """Run the examples of the README with an empty PATH, and so without a compiler."""
     says = (
         "\nimport bdkd; print(bdkd.__file__); print(bdkd.__version__)"
         "\nprint(bool(bdkd.available_backends()['native']), float(accuracy))"
     )
     environment = os.environ | {"PATH": "", "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    done = run(python, "-I", "-c", readme_blocks("python")[0] + says, cwd=folder, env=environment)
+    done = run(
+        python, "-I", "-c", "\n".join(readme_blocks("python")) + says, cwd=folder, env=environment
+    )
     where, its_version, has_native, correct = done.stdout.split()
     assert str(folder) in where
     assert its_version == project()["version"]

@@ -28,7 +28,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("suite", [name for name in SUITES if not name.endswith("_gpu")])
+@pytest.mark.parametrize("suite", [
+    pytest.param(name, marks=pytest.mark.soak if name in ("startup", "loader") else ())
+    for name in SUITES if not name.endswith("_gpu")
+])  # fmt: skip
 def test_suite_runs_and_leaves_a_table_json_and_csv(suite, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [suite, "--quick", "--trials", "1", "--seconds", "0.01", "--threads", "1"]

@@ -28,8 +28,8 @@ from triton.runtime.interpreter import InterpretedFunction
 # A row with masked classes is first computed as if it had none, with -inf - -inf: see row_math.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
-# make soak runs four times as many calls.
-SCALE = 0.2 if os.environ.get("BDKD_SOAK") else 0.05
+# make soak runs seven times as many calls.
+SCALE = 0.2 if os.environ.get("BDKD_SOAK") else 0.03
 SHORT = short_sample(SCALE)
 # Calls for the loop kernel, with rows that fill a few small blocks. (The loop kernel never computes
 # rows of one class.)

@@ -177,7 +177,9 @@ def test_reset_head_knows_timms_classifiers(model, timm):
 # -- runs and folders ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [MODEL, "timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize("model", [
+    MODEL, pytest.param("timm:resnet18", marks=pytest.mark.soak), "torchvision:resnet18",
+])  # fmt: skip
 def test_a_run_and_its_export_start_another_run(model, timm, tmp_path):
     networks = ["--networks.teacher.model", model, "--max-steps", "1", "--quiet"]
     main(["train", *TINY_RUN, *networks, "--run-dir", str(tmp_path / "a")])

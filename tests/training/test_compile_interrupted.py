@@ -44,7 +44,7 @@ def processes_of(session: int) -> list[str]:
 @pytest.mark.parametrize(
     ("number", "whom"),
     [
-        (signal.SIGTERM, "the run"),
+        pytest.param(signal.SIGTERM, "the run", marks=pytest.mark.soak),
         (signal.SIGINT, "all"),
         pytest.param(signal.SIGUSR1, "the run", marks=pytest.mark.soak),
     ],

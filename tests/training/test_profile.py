@@ -270,7 +270,9 @@ def test_profile_on_the_command_line_writes_a_trace_and_prints_a_table(tmp_path)
         assert (line["mfu"] is None) == (not known)  # no peak is published for a CPU
 
 
-@pytest.mark.parametrize("steps", [11, 12, 13])
+@pytest.mark.parametrize("steps", [
+    pytest.param(11, marks=pytest.mark.soak), 12, pytest.param(13, marks=pytest.mark.soak),
+])  # fmt: skip
 def test_a_short_run_records_only_training_steps(steps, tmp_path):
     """Epochs have 12 steps, and a checkpoint follows each fifth step. The evaluation at the end of
     an epoch and of the run belongs to no step."""

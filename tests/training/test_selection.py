@@ -195,7 +195,7 @@ def test_no_best_checkpoint_is_written_if_the_last_weights_are_selected(tmp_path
     assert selected_checkpoint(run) == folder.step_path(24)
     capsys.readouterr()
     main(["train", "--resume", "--run-dir", str(run), "--train.select", "best"])
-    assert "no checkpoint was selected: the last weights are evaluated" in capsys.readouterr().out
+    assert "no best checkpoint exists: the last weights are evaluated" in capsys.readouterr().out
     assert json.loads(folder.summary.read_text())["selected_step"] == 24
 
 

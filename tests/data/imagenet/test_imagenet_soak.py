@@ -153,9 +153,8 @@ class Train:
         return Seen(memory, files, images, process.num_threads(), len(all_))
 
 
-@pytest.mark.parametrize("loader", [
-    "dali", pytest.param("pillow", marks=pytest.mark.soak),
-])  # fmt: skip
+@pytest.mark.soak  # test_imagenet_ranks.py kills and resumes one run in every suite
+@pytest.mark.parametrize("loader", ["dali", "pillow"])
 def test_a_run_that_is_killed_several_times_ends_as_one_that_is_not(many, size, loader, tmp_path):
     """The results are equal bit for bit. The run that is not killed does not use more memory, files
     or threads from epoch to epoch."""
