@@ -285,7 +285,7 @@ def model_table() -> str:
 
 SHORT_OPTIONS = """\
 Short options set keys of the recipe. Every key is also an option, such as
-`--train.precision bf16`: see [](recipe.md)."""
+`--train.precision bf16`: see [Recipe options](recipe.md)."""
 
 
 def list_of_commands() -> str:
