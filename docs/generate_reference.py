@@ -6,8 +6,8 @@
 The parts are blocks of ``recipe.md``, ``command-line.md`` and ``metrics.md`` between
 ``<!-- generated: NAME -->`` and ``<!-- end -->``. The rest of these pages is written by hand. The
 blocks do not depend on the machine: plugins, optional packages and devices are left out.
-``tests/test_reference_pages.py`` fails if a page is not up to date, or lacks an option, a command or a
-metric.
+``tests/test_reference_pages.py`` fails if a page is not up to date, or lacks an option, a command
+or a metric.
 """
 
 import argparse

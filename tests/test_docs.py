@@ -255,6 +255,12 @@ def test_all_code_blocks_are_fenced(page):
         assert not re.match(r"    \S", paragraph) or re.match(r"\s+[-*\d]", paragraph), paragraph
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_have_a_text(page):
+    """Sphinx fills in the title of a page. GitHub shows nothing."""
+    assert not re.search(r"(?<!!)\[\]\(", page.read_text("utf-8"))
+
+
 def test_every_example_is_shown():
     page = (DOCS / "how-to" / "your-trainer.md").read_text("utf-8")
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
