@@ -9,6 +9,7 @@ is also written to a file, and does not run by itself.
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import tyro
+from test_report_browser import BROWSER, browse
 
 from bdkd.cli import COMMANDS, benchmark_files, main, take_plugins
 from bdkd.cli.compare_plan import recipe_of_method
@@ -326,3 +328,41 @@ def test_the_documentation_builds_without_a_warning_and_needs_nothing_from_elsew
         assert not re.search(r"@import|url\(['\"]?(https?:)?//", style.read_text("utf-8")), style
     mathematics = (tmp_path / "html" / "explanation" / "mathematics.html").read_text("utf-8")
     assert mathematics.count("<math") > 10
+    if BROWSER is not None:
+        check_in_a_browser(tmp_path / "html", tmp_path)
+
+
+PHONE = """<!doctype html><body><script>
+for (const page of PAGES) {
+  const frame = document.createElement("iframe");
+  Object.assign(frame, {width: 390, height: 800, src: page});
+  frame.onload = () => {
+    const line = document.createElement("p"), page = frame.contentDocument;
+    const color = getComputedStyle(page.body).backgroundColor;
+    line.textContent = `${page.documentElement.scrollWidth} ${color}`;
+    document.body.append(line);
+  };
+  document.body.append(frame);
+}
+</script></body>"""
+
+
+def check_in_a_browser(html: Path, folder: Path) -> None:
+    """Search, and open pages on a phone's width in light and dark mode, without a network."""
+    local = ("--virtual-time-budget=15000", "--allow-file-access-from-files", "--dump-dom")
+    dom, asked = browse(html / "search.html", folder, *local, query="q=temperature")
+    assert asked == []
+    assert int(re.search(r"found (\d+) pages? matching", dom)[1]) > 10
+    assert "temperature" in re.search(r'<a href="[^"]*" data-score="\d+">.*?</a>', dom)[0]
+    pages = ["index.html", "reference/recipe.html", "evidence.html", "explanation/mathematics.html"]
+    phone = html / "phone.html"
+    phone.write_text(PHONE.replace("PAGES", json.dumps(pages)))
+    for setting, dark in ((1, False), (0, True)):
+        theme = f"--blink-settings=preferredColorScheme={setting}"
+        dom, asked = browse(phone, folder, theme, *local)
+        assert asked == []
+        found = re.findall(r"<p>(\d+) rgb\((\d+),", dom)
+        assert len(found) == len(pages)
+        for width, red in found:
+            assert int(width) <= 390  # nothing but tables and code scrolls sideways
+            assert (int(red) < 60) == dark

@@ -28,7 +28,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def browse(page: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
+def browse(page: Path, folder: Path, *options: str, query: str = "") -> tuple[str, list[str]]:
     """Return the output of the browser, and the requests of the page. All requests fail.
 
     The log of the browser contains every request with its initiator. The browser itself requests
@@ -37,7 +37,8 @@ def browse(page: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
     log = folder / "network.json"
     done = subprocess.run(
         [str(BROWSER), *FLAGS, f"--user-data-dir={folder / 'profile'}",
-         "--proxy-server=127.0.0.1:9", f"--log-net-log={log}", *options, page.as_uri()],
+         "--proxy-server=127.0.0.1:9", f"--log-net-log={log}", *options,
+         f"{page.as_uri()}{'?' * bool(query)}{query}"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
