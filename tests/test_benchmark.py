@@ -92,6 +92,7 @@ def test_the_times_are_those_of_the_slowest_rank():
     assert of_all_ranks(own, context) == own  # type: ignore[arg-type]
 
 
+@pytest.mark.soak  # the tests above check the arithmetic
 def test_two_ranks_print_one_result():
     done = torchrun(2, "benchmark", *TINY_RUN, *FEW, "--json", "--data", "synthetic")
     assert done.returncode == 0, done.stderr

@@ -271,7 +271,7 @@ def test_the_limit_is_half_of_the_memory():
 
 
 @pytest.mark.parametrize(("constant", "limit", "status"), [
-    (False, 2**26, 1), (True, 2**26, 1), (True, 2**30, 0),
+    (False, 2**26, 1), (True, 2**26, 1), pytest.param(True, 2**30, 0, marks=pytest.mark.soak),
 ])  # fmt: skip
 def test_tensors_are_limited_even_if_memory_is_free(constant, limit, status, run, here):
     """The tensors have 128 MiB. They depend on the images, or are constants, which onnxruntime

@@ -80,7 +80,7 @@ def test_a_stopped_run_ends_like_a_run_that_was_not_stopped(device, way, tmp_pat
     assert metrics(run) == metrics(whole)
 
 
-@cases(COMPARABLE)
+@cases(COMPARABLE, ON_CPU)
 def test_the_first_losses_agree_with_fp32_on_the_cpu(device, way, tmp_path):
     """The losses of the first steps agree within the rounding of the precision."""
     runs = {}

@@ -236,7 +236,9 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("how", "code", "last"), [("ends", 0, "done"), ("fails", 1, "")])
+@pytest.mark.parametrize(("how", "code", "last"), [
+    ("ends", 0, "done"), pytest.param("fails", 1, "", marks=pytest.mark.soak),
+])  # fmt: skip
 def test_a_rank_exits_cleanly_while_gloo_still_holds_a_tensor(how, code, last, tmp_path):
     """gloo's thread releases the tensor while the interpreter ends, which may abort the process."""
     script = tmp_path / "rank.py"
