@@ -71,7 +71,7 @@ def test_a_changed_source_is_noticed():
     """In a checkout, the library contains the hash of the sources that it was built from."""
     sources = native._sources_hash()
     if sources is None:
-        pytest.skip("the package is installed without its sources, so they cannot change")
+        pytest.skip("waits for a checkout: installed sources cannot change")
     assert native._is_built_from(sources)
     assert not native._is_built_from("0" * 64)
 
@@ -85,7 +85,7 @@ def test_import_does_not_import_triton():
 def test_clean_under_sanitizers(tmp_path):
     """The short form of ``make sanitize``: the portable kernel, built and run under ASan, UBSan."""
     if not native.CHECKOUT_SOURCES.is_dir():
-        pytest.skip("the package is installed without its sources: run this test in a checkout")
+        pytest.skip("waits for a checkout with the sources; make sanitize runs the same")
     program = native.CHECKOUT_SOURCES / "sanitize.py"
     done = subprocess.run([sys.executable, program, "--short", "--folder", tmp_path],
                           capture_output=True, text=True)  # fmt: skip

@@ -76,7 +76,9 @@ def test_rows_of_the_table_are_unique_and_complete():
         assert not row.note or row.note.endswith("."), row.name
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the test starts an interpreted process itself")
+@pytest.mark.skipif(
+    INTERPRETED, reason="waits for a process without the interpreter, as make test is"
+)
 def test_features_work_on_interpreted_triton():
     """The rows run in the interpreter, except rows that compile for seconds or need two threads."""
     pytest.importorskip("triton", reason="no triton for this platform: the other backends run")

@@ -38,7 +38,9 @@ def test_a_larger_interpreted_grid():
     run_by_itself("triton_grid.py", workers="2", interpreted="1", BDKD_SOAK="1")
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="Triton's launcher needs a C compiler")
+@pytest.mark.skipif(
+    not HAS_COMPILER, reason="waits for a C compiler; test_interpreted_grid needs none"
+)
 def test_launches_with_a_stub_driver():
     run_by_itself("triton_launches.py", workers="0", interpreted="0")
 

@@ -59,7 +59,7 @@ def test_the_graphs_for_gpu_and_cpu_differ_only_in_devices(raw, dtype):
     assert set(moved) < set(there)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU")
 def test_the_gpu_graph_fails_only_because_there_is_no_gpu():
     pipeline = Pipeline(batch_size=4, num_threads=1, device_id=None)
     with pipeline:
@@ -86,7 +86,10 @@ def test_dali_shares_batches_on_the_current_stream(tree, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="waits for a GPU; the other tests of this file decode on the CPU",
+)
 def test_a_gpu_decodes_the_same_crops(tree):
     one, other = source(tree, "cpu"), source(tree, "cuda")
     for a, b in zip(one.train_batches(0, 0, 16, 1), other.train_batches(0, 0, 16, 1), strict=True):
